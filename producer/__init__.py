@@ -1,0 +1,1 @@
+"""What submits jobs and follows them. Imports of imagemill's own packages: only `shared`."""

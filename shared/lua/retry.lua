@@ -1,0 +1,21 @@
+-- ARGV job, chunk, index...: forget these failures of an ended job; their chunk waits again. How many images.
+local job, number = ARGV[1], ARGV[2]
+local state = redis.call('HGET', key(job), 'state')
+local images = 0
+for n = 3, #ARGV do
+  if redis.call('HDEL', key(job, 'results'), ARGV[n]) == 1 then
+    images = images + 1
+    local counted = 1 + tonumber(redis.call('HGET', key(job, 'duplicates'), ARGV[n]) or 0)
+    redis.call('HINCRBY', key(job), 'failed', -counted)
+    redis.call('HDEL', key(job, 'attempts'), ARGV[n])
+  end
+end
+if redis.call('SETBIT', key(job, 'finished'), number, 0) == 1 then
+  redis.call('HINCRBY', key(job), 'open', 1)
+end
+redis.call('HDEL', key(job, 'lost'), number)
+redis.call('HDEL', key(job), 'cancelled', 'ended')
+redis.call('HSET', key(job), 'state', 'queued')
+wait(job, number, now_ms())
+expire(job)
+return images

@@ -1,0 +1,167 @@
+"""What each operation can be told, per engine: pydantic models, checked when a job is submitted."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import InvalidOption
+
+Operation = Literal["remove-background", "inpaint", "stylize"]
+OPERATIONS: tuple[Operation, ...] = ("remove-background", "inpaint", "stylize")
+
+Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
+LongEdge = Annotated[int, Field(ge=16, le=65_535)]
+
+
+class Model(BaseModel):
+    """Frozen; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Box(Model):
+    """A rectangle to fill, from its top left corner, in pixels or in fractions of the image.
+
+    As text `x,y,width,height`, as JSON a list of four numbers: all at most 1 and at least one
+    with a decimal point means fractions, else pixels.
+    """
+
+    x: float = Field(ge=0)
+    y: float = Field(ge=0)
+    width: float = Field(gt=0)
+    height: float = Field(gt=0)
+    unit: Literal["px", "fraction"] = "px"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_four(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            parts: list[Any] = [part.strip() for part in value.split(",")]
+            if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
+                raise ValueError(f"a box is x,y,width,height in numbers, not {value!r}")
+            value = [float(part) if "." in part else int(part) for part in parts]
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != 4:
+            raise ValueError(f"a box has four numbers, x, y, width and height, not {len(value)}")
+        fractions = all(isinstance(n, int | float) and n <= 1 for n in value) and any(isinstance(n, float) for n in value)
+        return dict(zip(("x", "y", "width", "height"), value, strict=True), unit="fraction" if fractions else "px")
+
+    @model_validator(mode="after")
+    def _fractions_inside(self) -> Box:
+        if self.unit == "fraction" and (self.x + self.width > 1.0001 or self.y + self.height > 1.0001):
+            raise ValueError("a box in fractions reaches beyond the image")
+        return self
+
+
+def _split_boxes(value: Any) -> Any:
+    return [part for part in value.split(";") if part.strip()] if isinstance(value, str) else value
+
+
+Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split_boxes)]
+"""Boxes as a list, or as one text with `;` between them."""
+
+
+class OpencvRemoveBackground(Model):
+    """GrabCut, seeded by a colour model of the image's border and a centre prior."""
+
+    engine: Literal["opencv"] = "opencv"
+    long_edge: LongEdge | None = Field(
+        1600, description="longest edge of the cut-out in pixels; 'none' keeps the source's size"
+    )
+    work_edge: int = Field(512, ge=64, le=2048, description="longest edge in pixels at which GrabCut runs")
+    iterations: int = Field(5, ge=1, le=20, description="rounds of GrabCut")
+    border: float = Field(0.04, gt=0, le=0.25, description="share of each side that is taken as background to learn from")
+    feather: float = Field(1.5, ge=0, le=20, description="softness of the edge in pixels of the result")
+    background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
+
+
+class OpencvInpaint(Model):
+    """OpenCV's inpainting from the hole's rim inwards; sources in `method`."""
+
+    engine: Literal["opencv"] = "opencv"
+    method: Literal["telea", "navier-stokes"] = Field("telea", description="Telea 2004, or Bertalmio et al. 2001")
+    radius: float = Field(5.0, gt=0, le=50, description="how far each filled pixel looks, in pixels")
+    mask: str | None = Field(None, description="address of one mask for the whole job; white is filled")
+    boxes: Boxes = Field((), description="rectangles to fill in every image, x,y,width,height")
+    mask_threshold: int = Field(127, ge=0, le=254, description="a mask's pixel above this is filled")
+    mask_dilate: int = Field(0, ge=0, le=200, description="pixels by which the hole grows")
+    mask_feather: int = Field(0, ge=0, le=200, description="pixels over which the fill fades into the image, outside the hole")
+
+
+class OpencvStylize(Model):
+    """OpenCV's non-photorealistic filters, and Reinhard's colour transfer."""
+
+    engine: Literal["opencv"] = "opencv"
+    style: Literal["stylization", "pencil-sketch", "detail", "colour-transfer"] = Field(
+        "stylization", description="which filter"
+    )
+    sigma_s: float = Field(60.0, ge=0, le=200, description="how far smoothing reaches, in pixels")
+    sigma_r: float = Field(0.45, ge=0, le=1, description="how different colours may be and still be smoothed together")
+    shade: float = Field(0.05, ge=0, le=0.1, description="brightness of a pencil sketch")
+    colour: bool = Field(False, description="a pencil sketch in colour")
+    reference: str | None = Field(None, description="address of the image whose colours are taken on (colour-transfer)")
+    strength: float = Field(1.0, ge=0, le=1, description="share of the filtered image in the result")
+    long_edge: LongEdge | None = Field(None, description="longest edge of the result in pixels; 'none' keeps the source's size")
+
+    @model_validator(mode="after")
+    def _reference_where_needed(self) -> OpencvStylize:
+        if (self.style == "colour-transfer") != (self.reference is not None):
+            raise ValueError("style=colour-transfer and reference=ADDRESS go together")
+        return self
+
+
+Options = OpencvRemoveBackground | OpencvInpaint | OpencvStylize
+
+ENGINES: dict[Operation, dict[str, type[Options]]] = {
+    "remove-background": {"opencv": OpencvRemoveBackground},
+    "inpaint": {"opencv": OpencvInpaint},
+    "stylize": {"opencv": OpencvStylize},
+}
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """`; did you mean ...?` and the list of what is valid, to end an error's sentence with."""
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (valid: {', '.join(sorted(valid))})"
+
+
+def parse_options(operation: str, engine: str, given: Mapping[str, Any]) -> Options:
+    """The options of a job from a mapping of names to values, which may be text.
+
+    Raises InvalidOption with the nearest valid name for an operation, engine or option that
+    does not exist, and with the range for a value outside it.
+    """
+    if operation not in OPERATIONS:
+        raise InvalidOption(f"there is no operation {operation!r}{nearest(operation, list(OPERATIONS))}")
+    engines = ENGINES[operation]
+    if engine not in engines:
+        raise InvalidOption(f"{operation} has no engine {engine!r}{nearest(engine, list(engines))}")
+    model = engines[engine]
+    names = [name for name in model.model_fields if name != "engine"]
+    for name in given:
+        if name not in names:
+            raise InvalidOption(f"{operation} ({engine}) has no option {name!r}{nearest(name, names)}")
+    values = {name: None if isinstance(value, str) and value.lower() == "none" else value for name, value in given.items()}
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InvalidOption(validation_sentence(error)) from error
+
+
+def validation_sentence(error: ValidationError) -> str:
+    """All of pydantic's complaints in one line: `name: what is wrong, not 'value'`."""
+    said = []
+    for fault in error.errors(include_url=False, include_context=False):
+        name = ".".join(str(part) for part in fault["loc"])
+        reason = fault["msg"].removeprefix("Value error, ")
+        given = fault.get("input")
+        value = f", not {given!r}" if isinstance(given, str | int | float) and len(str(given)) <= 80 else ""
+        said.append(f"{name + ': ' if name else ''}{reason[:1].lower()}{reason[1:]}{value}")
+    return "; ".join(said)

@@ -1,0 +1,64 @@
+"""Names of queues and tasks, and the order in which a worker takes from its queues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shared.messages import PRIORITIES, Priority
+from shared.options import ENGINES, Operation
+
+MANIFEST_TASK = "imagemill.manifest"
+CANARY_TASK = "imagemill.canary"
+
+
+def queue_name(operation: Operation, engine: str, priority: Priority = "normal") -> str:
+    """`imagemill.{operation}.{engine}`, with the priority behind it where it isn't normal."""
+    base = f"imagemill.{operation}.{engine}"
+    return base if priority == "normal" else f"{base}.{priority}"
+
+
+def task_name(operation: Operation) -> str:
+    """`imagemill.{operation}`, as Flower shows it."""
+    return f"imagemill.{operation}"
+
+
+def worker_queues(operations: Iterable[Operation], engines: Iterable[str]) -> list[str]:
+    """The queues of a node, highest priority first."""
+    offered = [(operation, engine) for operation in operations for engine in engines if engine in ENGINES[operation]]
+    return [queue_name(operation, engine, priority) for priority in PRIORITIES for operation, engine in offered]
+
+
+def node_queue(node: str) -> str:
+    """The queue that this node alone reads: for its canary."""
+    return f"imagemill.node.{node}"
+
+
+def rank(queue: str) -> int:
+    """0 for high, 1 for normal, 2 for low."""
+    return {"high": 0, "low": 2}.get(queue.rsplit(".", 1)[-1], 1)
+
+
+class PriorityRoundRobin:
+    """kombu's consuming order: high before normal before low; equals take turns.
+
+    kombu's own strategies either starve the second of two equal queues or ignore priority.
+    Same interface as `kombu.utils.scheduling.round_robin_cycle`.
+    """
+
+    def __init__(self, it: Iterable[str] | None = None) -> None:
+        self.items: list[str] = []
+        self.update(it or ())
+
+    def update(self, it: Iterable[str]) -> None:
+        self.items = sorted(it, key=rank)
+
+    def consume(self, n: int) -> list[str]:
+        return self.items[:n]
+
+    def rotate(self, last_used: str) -> str:
+        """Move the queue that just gave a message behind its equals."""
+        if last_used in self.items:
+            self.items.remove(last_used)
+            self.items.append(last_used)
+            self.items.sort(key=rank)  # stable: only its equals pass it
+        return last_used

@@ -1,0 +1,1 @@
+"""What runs on a worker node. Only `main` wires objects together."""

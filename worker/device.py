@@ -1,0 +1,54 @@
+"""Which GPU or how many cores a child may use."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one child works on. `threads` is its share of the cores, at least 1.
+
+    `gpu` is the physical index that the operator gave; inside the process the pinned GPU is
+    always `cuda:0`.
+    """
+
+    gpu: int | None = None
+    threads: int = 1
+
+    @property
+    def name(self) -> str:
+        """`gpu3` or `cpu`, as it stands in a node's name."""
+        return "cpu" if self.gpu is None else f"gpu{self.gpu}"
+
+
+def visible_gpu(gpu: int, mask: str | None) -> str:
+    """The value of CUDA_VISIBLE_DEVICES that pins a process to the `gpu`-th device of `mask`.
+
+    `mask` is the value that is already set (indices or UUIDs, joined by commas), None if none is.
+    Raises ValueError where the mask has no such device.
+    """
+    if mask is None:
+        return str(gpu)
+    devices = [part.strip() for part in mask.split(",") if part.strip()]
+    if gpu >= len(devices):
+        raise ValueError(f"there is no GPU {gpu}: CUDA_VISIBLE_DEVICES={mask} leaves {len(devices)}")
+    return devices[gpu]
+
+
+def share_of_cores(children: int) -> int:
+    """Cores for each of `children` processes, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // children)
+
+
+def pin(device: Device) -> None:
+    """Restrict this process to its device; before anything is imported that could touch CUDA or start threads."""
+    if device.gpu is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(device.gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(device.threads)
+    # glibc keeps an arena per thread; two are enough and give their pages back sooner.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")

@@ -1,0 +1,110 @@
+"""The small interface that every operation implements, and what goes in and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.messages import Item
+from shared.options import Operation as OperationName
+from shared.options import Options
+from worker.device import Device
+
+Pixels = NDArray[np.uint8]
+"""uint8, [height, width, 3] RGB or [height, width, 4] RGBA with straight alpha, C-contiguous."""
+
+Grey = NDArray[np.uint8]
+"""uint8, [height, width]."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image. `icc` is the profile its pixels are in (None is sRGB), `format` what it came as.
+
+    `full_size` is the (width, height) that the source has, upright; larger than `pixels` where the
+    decoder was told that a smaller picture is enough.
+    """
+
+    pixels: Pixels
+    format: str = "png"
+    icc: bytes | None = None
+    full_size: tuple[int, int] = (0, 0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of `pixels`."""
+        return self.pixels.shape[1], self.pixels.shape[0]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an operation can and needs, as data; the flow reads it and has no branches per operation."""
+
+    name: OperationName
+    engine: str
+    needs_mask: bool = False
+    makes_alpha: bool = False
+    max_batch: int = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input of the device step, with the job's options; `data` is the operation's own."""
+
+    data: Any
+    options: Any
+
+
+@dataclass
+class Work:
+    """One image between `prepare` and `finish`: 1..n samples, and what `finish` needs to know."""
+
+    samples: list[Sample]
+    state: Any = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `prepare` may use besides the image: the item, the job's options and further pictures.
+
+    `mask` [height, width] uint8 is None unless `spec.needs_mask` and the item or job has one;
+    `read(url)` fetches and decodes a picture of the job (a reference), remembered per process;
+    it raises an ImageError.
+    """
+
+    item: Item
+    options: Any
+    mask: Grey | None = None
+    read: Callable[[str], Picture] | None = None
+
+
+class Operation(Protocol):
+    """The flow owns order, threads, counts and errors; an operation owns pixels.
+
+    `prepare` and `finish` run in threads and touch no shared state; `run` runs in one thread.
+    """
+
+    spec: Spec
+
+    def load(self, device: Device) -> None:
+        """Once per child, from disk only. Raises if it can't work on `device`."""
+
+    def work_edge(self, options: Options) -> int | None:
+        """Longest edge in pixels that `prepare` makes use of; None when it wants the full size."""
+
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        """CPU: sizes, masks, tiles. Raises an ImageError."""
+
+    def group_key(self, sample: Sample) -> Hashable:
+        """Samples with equal keys may share a batch."""
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        """The device step: one output per sample, in order (the caller checks the count)."""
+
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        """CPU: blend tiles, apply alpha, restore size; the result, uint8 RGB or RGBA."""
