@@ -23,7 +23,8 @@ again can help. Foreign exceptions are translated where they enter, with `raise 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 
 class ImagemillError(Exception):
@@ -52,9 +53,16 @@ class InvalidOption(UsageError):
 
 
 class InvalidSource(UsageError):
-    """A list that can't be read, or rows of it that aren't images' addresses."""
+    """A list that can't be read, or rows of it that aren't images' addresses.
+
+    `rows` has the first bad ones, each with `place`, `reason` and `text` (producer.sources.BadRow).
+    """
 
     code = "invalid_source"
+
+    def __init__(self, message: str, rows: Iterable[Any] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)  # in __dict__, which pickling keeps
 
 
 class JobNotFound(UsageError):
@@ -91,9 +99,10 @@ class BrokerUnavailable(ServiceUnavailable):
 
 
 class ImageError(ImagemillError):
-    """One image fails; its neighbours do not."""
+    """One image fails; its neighbours do not. `tries` says how often it was tried before this was raised."""
 
     code = "image_error"
+    tries: int = 1
 
 
 class UnsupportedUrl(ImageError):
@@ -147,10 +156,11 @@ class Unreachable(ImageError):
 
 
 class ServerError(ImageError):
-    """The server answered 5xx or 429."""
+    """The server answered 5xx or 429; `retry_after` is how many seconds it asked to wait."""
 
     code = "server_error"
     retryable = True
+    retry_after: float = 0.0
 
 
 class HttpError(ImageError):

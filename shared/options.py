@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import InvalidOption
+from shared.urls import shown
 
 Operation = Literal["remove-background", "inpaint", "stylize"]
 OPERATIONS: tuple[Operation, ...] = ("remove-background", "inpaint", "stylize")
@@ -74,8 +75,8 @@ class OpencvRemoveBackground(Model):
     long_edge: LongEdge | None = Field(
         1600, description="longest edge of the cut-out in pixels; 'none' keeps the source's size"
     )
-    work_edge: int = Field(512, ge=64, le=2048, description="longest edge in pixels at which GrabCut runs")
-    iterations: int = Field(5, ge=1, le=20, description="rounds of GrabCut")
+    work_edge: int = Field(320, ge=64, le=2048, description="longest edge in pixels at which GrabCut runs")
+    iterations: int = Field(3, ge=1, le=20, description="rounds of GrabCut")
     border: float = Field(0.04, gt=0, le=0.25, description="share of each side that is taken as background to learn from")
     feather: float = Field(1.5, ge=0, le=20, description="softness of the edge in pixels of the result")
     background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
@@ -101,8 +102,10 @@ class OpencvStylize(Model):
     style: Literal["stylization", "pencil-sketch", "detail", "colour-transfer"] = Field(
         "stylization", description="which filter"
     )
-    sigma_s: float = Field(60.0, ge=0, le=200, description="how far smoothing reaches, in pixels")
-    sigma_r: float = Field(0.45, ge=0, le=1, description="how different colours may be and still be smoothed together")
+    sigma_s: float | None = Field(None, ge=0, le=200, description="how far smoothing reaches, in pixels; 'none' is the style's own")
+    sigma_r: float | None = Field(
+        None, ge=0, le=1, description="how different colours may be and still be smoothed together; 'none' is the style's own"
+    )
     shade: float = Field(0.05, ge=0, le=0.1, description="brightness of a pencil sketch")
     colour: bool = Field(False, description="a pencil sketch in colour")
     reference: str | None = Field(None, description="address of the image whose colours are taken on (colour-transfer)")
@@ -162,6 +165,7 @@ def validation_sentence(error: ValidationError) -> str:
         name = ".".join(str(part) for part in fault["loc"])
         reason = fault["msg"].removeprefix("Value error, ")
         given = fault.get("input")
+        given = shown(given) if isinstance(given, str) else given  # an address may carry a signature
         value = f", not {given!r}" if isinstance(given, str | int | float) and len(str(given)) <= 80 else ""
         said.append(f"{name + ': ' if name else ''}{reason[:1].lower()}{reason[1:]}{value}")
     return "; ".join(said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from shared.messages import PRIORITIES, Priority
 from shared.options import ENGINES, Operation
@@ -22,10 +22,15 @@ def task_name(operation: Operation) -> str:
     return f"imagemill.{operation}"
 
 
-def worker_queues(operations: Iterable[Operation], engines: Iterable[str]) -> list[str]:
+def offered(operations: Iterable[Operation], engines: Sequence[str]) -> list[tuple[Operation, str]]:
+    """The (operation, engine) pairs there are among these."""
+    return [(operation, engine) for operation in operations for engine in engines if engine in ENGINES[operation]]
+
+
+def worker_queues(operations: Iterable[Operation], engines: Sequence[str]) -> list[str]:
     """The queues of a node, highest priority first."""
-    offered = [(operation, engine) for operation in operations for engine in engines if engine in ENGINES[operation]]
-    return [queue_name(operation, engine, priority) for priority in PRIORITIES for operation, engine in offered]
+    pairs = offered(operations, engines)
+    return [queue_name(operation, engine, priority) for priority in PRIORITIES for operation, engine in pairs]
 
 
 def node_queue(node: str) -> str:

@@ -56,8 +56,10 @@ for kind, port in ports.items():
 """
 
 # Swift looks for swift.conf in /etc/swift unless it is told before its modules are imported.
+# The kernel ends the server when the test run dies without having stopped it (1: PR_SET_PDEATHSIG).
 RUN_SERVER = """
-import importlib, sys
+import ctypes, importlib, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 folder, module, conf = sys.argv[1:4]
 from swift.common.utils import set_swift_dir
 set_swift_dir(folder)
@@ -158,8 +160,7 @@ class S3Server:
             user_line = f"user_{self.access_key.replace(':', '_')} = {self.secret_key} .admin"
             extra = {"s3api": "location = us-east-1", "tempauth": user_line}
             names = [name for name in PIPELINE.split() if name != "proxy-server"]
-            for name in names:
-                lines.append(f"[filter:{name}]\nuse = egg:swift#{name.replace('-', '_')}\n{extra.get(name, '')}")
+            lines += [f"[filter:{name}]\nuse = egg:swift#{name.replace('-', '_')}\n{extra.get(name, '')}" for name in names]
         else:
             lines.append("container_update_timeout = 60\n[filter:healthcheck]\nuse = egg:swift#healthcheck")
         return "\n".join(lines) + "\n"
@@ -254,12 +255,13 @@ class ImageServer:
     """A threaded web server on 127.0.0.1 with keep-alive, whose answers tests script.
 
     `routes` maps paths without query to bytes (200, image/png) or to a callable that gets the
-    request's handler; other paths are 404. `hits` counts requests per path, `connections` the TCP
+    request's handler; other paths get `fallback`, or 404. `hits` counts requests per path, `connections` the TCP
     connections; `last_headers` and `last_path` are of the latest request. `released` ends stalls; `stop` sets it.
     """
 
     def __init__(self, routes: Mapping[str, Route] | None = None) -> None:
         self.routes: dict[str, Route] = dict(routes or {})
+        self.fallback: Route | None = None
         self.hits: Counter[str] = Counter()
         self.connections = 0
         self.last_headers: dict[str, str] = {}
@@ -345,7 +347,7 @@ class ImageServer:
             self.hits[path] += 1
             self.last_headers = dict(handler.headers.items())
             self.last_path = handler.path
-        route = self.routes.get(path)
+        route = self.routes.get(path, self.fallback)
         if route is None:
             reply(handler, 404, b"no such thing", "text/plain")
         elif isinstance(route, bytes):

@@ -1,0 +1,8 @@
+"""The Celery application that Flower watches: the broker and its options, without the worker's packages."""
+
+from __future__ import annotations
+
+from shared.broker import make_app
+from shared.settings import load_settings
+
+app = make_app(load_settings())

@@ -1,0 +1,296 @@
+"""The `imagemill` command.
+
+Results and JSON go to stdout; messages and progress go to stderr. Exit codes: 0 all images done, 1 some
+failed, 2 wrong usage or configuration, 3 a service is unreachable, 130 stopped with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import click
+from rich.console import Console
+
+from producer import show
+from producer.commands import INTERRUPTED, Commands, installed_version
+from producer.sources import read_sources
+from producer.spec import job_spec, local_address, option_values, options_help
+from shared.errors import InvalidSource, UsageError
+from shared.messages import PRIORITIES, Job, JobStatus, Row
+from shared.options import OPERATIONS
+from shared.queues import queue_name
+from shared.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from producer.client import Client, Submission
+
+Connect: TypeAlias = "Callable[[Settings], Client]"
+COLUMNS = ("item", "index", "source", "state", "output", "code", "message", "attempts", "duplicate_of")
+
+
+def _connect(settings: Settings) -> Client:
+    from producer.client import Client  # brings Celery along, which half of the calls don't need
+
+    return Client(settings)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(installed_version(), prog_name="imagemill")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Retouch images in bulk: addresses in, retouched images out.
+
+    Settings come from IMAGEMILL_... variables or a .env file, S3 keys from the AWS variables.
+    """
+    ctx.obj = ctx.obj or _connect
+
+
+@main.command(epilog=options_help())
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.option("--operation", required=True, help=f"What to do: {', '.join(OPERATIONS)}.")
+@click.option("--engine", default="opencv", show_default=True, help="What does it.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the operation; see below.")
+@click.option("--mask", metavar="ADDRESS", help="One mask for the whole job (inpaint).")
+@click.option("--output", required=True, metavar="ADDRESS", help="s3://bucket/prefix, file:///folder or a folder's path.")
+@click.option("--format", "form", type=click.Choice(["same", "png", "webp", "jpeg"]), help="Of the results; default same.")
+@click.option("--quality", type=int, help="Of JPEG and lossy WebP, 1 to 100; default 90.")
+@click.option("--icc", type=click.Choice(["srgb", "keep"]), help="Colour profile of the results; default srgb.")
+@click.option("--key", metavar="TEMPLATE", help="Names of the results; default {job}/{index:06d}-{name}.")
+@click.option("--priority", type=click.Choice(PRIORITIES), help="Default normal.")
+@click.option("--attempts", type=int, help="Tries per image before it is recorded as failed; default 3.")
+@click.option("--skip-invalid", is_flag=True, help="Leave rows out that can't be used, instead of refusing the list.")
+@click.option("--expire-days", type=int, metavar="N", help="Have S3 delete what lies below --output after N days.")
+@click.option("--wait", is_flag=True, help="Show progress until all images are done.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
+@click.pass_obj
+def submit(
+    connect: Connect,
+    sources: Sequence[str],
+    operation: str,
+    engine: str,
+    settings: Sequence[str],
+    mask: str | None,
+    output: str,
+    form: str | None,
+    quality: int | None,
+    icc: str | None,
+    key: str | None,
+    priority: str | None,
+    attempts: int | None,
+    skip_invalid: bool,
+    expire_days: int | None,
+    wait: bool,
+    as_json: bool,
+) -> None:
+    """Queue images: a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or single addresses."""
+    target: dict[str, object] = {"url": local_address(output), "format": form, "quality": quality, "icc": icc, "key": key}
+    policy: dict[str, object] = {"priority": priority, "attempts": attempts}
+    spec = job_spec(operation, engine, option_values(settings, mask), target, policy)
+    out = show.make_console(stderr=True)
+    configured = load_settings()
+    with connect(configured) as client:
+        if expire_days is not None:
+            from producer.storage import expire
+
+            expire(configured.s3, spec.output.url, expire_days)
+        submission = _submit(client, sources, spec, skip_invalid, out)
+        if not as_json:
+            click.echo(submission.job)
+        if wait:
+            _finish(_follow(client, submission.job, out), as_json)
+        elif as_json:
+            fields = {"total": submission.total, "duplicates": submission.duplicates, "invalid": submission.invalid_count}
+            click.echo(json.dumps({"job": submission.job, **fields}))
+
+
+@main.command()
+@click.argument("job")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.pass_obj
+def status(connect: Connect, job: str, as_json: bool) -> None:
+    """Say how far a job is."""
+    with connect(load_settings()) as client:
+        found = client.status(job)
+    if as_json:
+        click.echo(found.model_dump_json())
+    else:
+        show.make_console(stderr=False).print(show.status_table(found))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A JSON list.")
+@click.pass_obj
+def jobs(connect: Connect, as_json: bool) -> None:
+    """List the latest jobs, newest first."""
+    with connect(load_settings()) as client:
+        found = list(client.jobs())
+    if as_json:
+        click.echo(json.dumps([job.model_dump(mode="json") for job in found]))
+    elif found:
+        show.make_console(stderr=False).print(show.jobs_table(found))
+    else:
+        show.say(show.make_console(stderr=True), "there are no jobs yet")
+
+
+@main.command()
+@click.argument("job")
+@click.pass_obj
+def watch(connect: Connect, job: str) -> None:
+    """Show a job's progress, and its failures as they come, until it ends."""
+    with connect(load_settings()) as client:
+        _finish(_follow(client, job, show.make_console(stderr=True)), as_json=False)
+
+
+@main.command()
+@click.argument("job")
+@click.option("--format", "form", type=click.Choice(["jsonl", "csv"]), default="jsonl", show_default=True)
+@click.option("--failed", is_flag=True, help="Only what failed.")
+@click.option("--presign", type=int, metavar="SECONDS", help="Add links to results in S3 that anyone can open so long.")
+@click.pass_obj
+def results(connect: Connect, job: str, form: Literal["jsonl", "csv"], failed: bool, presign: int | None) -> None:
+    """Print what became of each image, one per line."""
+    with connect(load_settings()) as client:
+        rows = (row for row in client.results(job) if row.state == "failed" or not failed)
+        _write(_lines(rows, client, presign), (*COLUMNS, "link") if presign is not None else COLUMNS, form)
+
+
+@main.command()
+@click.argument("job")
+@click.option("--wait", is_flag=True, help="Show progress until all images are done.")
+@click.pass_obj
+def retry(connect: Connect, job: str, wait: bool) -> None:
+    """Queue the failed images of a job again, and only those."""
+    out = show.make_console(stderr=True)
+    with connect(load_settings()) as client:
+        count = client.retry(job)
+        if count:
+            show.say(out, f"{show.counted(count, 'image')} queued again; follow with `imagemill watch {job}`")
+        else:
+            show.say(out, f"nothing to retry: job {job} {show.outcome(client.status(job))}")
+        if wait:
+            _finish(_follow(client, job, out), as_json=False)
+
+
+@main.command()
+@click.argument("job")
+@click.pass_obj
+def cancel(connect: Connect, job: str) -> None:
+    """Stop what has not started; what is being worked on is finished."""
+    with connect(load_settings()) as client:
+        show.say(show.make_console(stderr=True), f"job {job} {show.outcome(client.cancel(job))}")
+
+
+@main.command()
+@click.argument("job")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Where to write it; default JOB.html.")
+@click.option("--most", type=click.IntRange(min=0), default=200, show_default=True, help="Images shown.")
+@click.pass_obj
+def report(connect: Connect, job: str, out: Path | None, most: int) -> None:
+    """Write a job as one HTML page: before and after, failures, figures.
+
+    Links to images in S3 work for seven days.
+    """
+    from producer.report import JobPage, render
+    from producer.storage import picture_links
+
+    configured = load_settings()
+    path = out or Path(f"{job}.html")
+    with connect(configured) as client:
+        page = JobPage(client.status(job), client.spec(job), client.results(job))
+        text = render([page], picture=picture_links(configured.s3, _complain), most=most, title=f"imagemill {job}")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} can't be written: {error.strerror}") from error
+    click.echo(str(path))
+
+
+@main.command()
+@click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A folder of your own photos.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), show_default=True)
+@click.option("--count", type=click.IntRange(min=1), help="Photos per job; default: all that ship, or 24 of --images.")
+@click.option("--keep", is_flag=True, help="Leave Redis, worker and photos running until Ctrl-C, to try commands on them.")
+def demo(images: Path | None, out: Path, count: int | None, keep: bool) -> None:
+    """Do the main job on this machine, with everything that it needs started and stopped.
+
+    Three jobs on real photos and a few deliberately bad addresses; results and report.html land in --out.
+    """
+    from producer.demo import run
+
+    sys.exit(run(out, images=images, count=count, keep=keep, console=show.make_console(stderr=True)))
+
+
+def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: bool, out: Console) -> Submission:
+    rows = read_sources(sources, s3=client.s3)
+    try:
+        with out.status("reading the list"):
+            submission = client.submit(rows, spec, skip_invalid=skip_invalid)
+    except InvalidSource as error:
+        if not error.rows:
+            raise
+        show.bad_rows(out, error.rows, len(error.rows))
+        hint = "mend the rows, or leave them out with --skip-invalid"
+        raise InvalidSource(f"{error.message.partition(': ')[0]}; {hint}", error.rows) from error
+    if submission.invalid:
+        show.bad_rows(out, submission.invalid, submission.invalid_count)
+    text = f"job {submission.job}: {show.counted(submission.total, 'image')} queued"
+    if submission.duplicates:
+        text += f", {show.counted(submission.duplicates, 'duplicate')} among them"
+    if submission.invalid_count:
+        text += f", {show.counted(submission.invalid_count, 'row')} left out"
+    show.say(out, text)
+    if not submission.served:
+        queue = queue_name(spec.operation, spec.engine, spec.policy.priority)
+        show.say(out, f"warning: no worker listens to {queue}; start one with `imagemill worker`", "yellow")
+    return submission
+
+
+def _follow(client: Client, job: str, out: Console) -> JobStatus:
+    try:
+        last = show.follow(client.watch(job), out)
+    except KeyboardInterrupt:
+        show.say(out, f"the job goes on; follow it with `imagemill watch {job}`, stop it with `imagemill cancel {job}`")
+        sys.exit(INTERRUPTED)
+    show.say(out, f"job {job} {show.outcome(last)}")
+    if last.failed:
+        show.say(out, f"`imagemill results {job} --failed` tells why, `imagemill retry {job}` tries those again")
+    return last
+
+
+def _finish(last: JobStatus, as_json: bool) -> None:
+    """Exit with 0 if every image is done, else with 1."""
+    if as_json:
+        click.echo(last.model_dump_json(include={"job", "state", "total", "done", "failed", "seconds"}))
+    sys.exit(0 if last.state == "done" and not last.failed else 1)
+
+
+def _complain(text: str) -> None:
+    show.say(show.make_console(stderr=True), text, "yellow")
+
+
+def _lines(rows: Iterable[Row], client: Client, presign: int | None) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        line = row.model_dump(mode="json", include=set(COLUMNS))
+        if presign is not None:
+            remote = row.output is not None and row.output.startswith("s3://")
+            line["link"] = client.link(row, presign) if remote else None
+        yield line
+
+
+def _write(lines: Iterable[dict[str, Any]], columns: Sequence[str], form: Literal["jsonl", "csv"]) -> None:
+    if form == "jsonl":
+        for line in lines:
+            click.echo(json.dumps(line, ensure_ascii=False))
+        return
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+
+
+if __name__ == "__main__":
+    main(prog_name="imagemill")

@@ -1,0 +1,292 @@
+"""Lists of images: text, CSV, JSONL, stdin, folders, S3 prefixes and single addresses, one row at a time.
+
+Nothing here holds more than one line (at most 64 KiB) in memory. A row that can't be read is given
+out as a `BadRow` at its place, so that the reader of the list decides; a list that can't be read at
+all is an InvalidSource.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from shared.errors import InvalidSource
+from shared.messages import Item
+from shared.options import nearest, validation_sentence
+from shared.s3 import IMAGE_EXTENSIONS, list_images
+from shared.urls import shown
+
+MAX_LINE = 65_536
+"""Bytes of one line of a list; a longer one is a bad row."""
+MAX_SHOWN = 160
+"""Characters of a bad row that are kept to be shown."""
+SOURCE_NAMES = ("source", "url", "image")
+FIELDS = (*SOURCE_NAMES, "mask", "boxes", "name")
+LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A row as it was read: `fields` may have source, mask, boxes and name, not yet checked."""
+
+    place: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that is no image's address; `text` is its beginning, without queries of addresses."""
+
+    place: str
+    reason: str
+    text: str
+
+
+Rows = Iterator[SourceRow | BadRow]
+
+
+def read_sources(sources: Sequence[str], *, s3: Callable[[], Any]) -> Rows:
+    """Stream the rows of all `sources` in order; `s3` makes the client where a prefix must be listed.
+
+    A source is `-` (stdin: text or JSONL), a list (.txt, .csv, .tsv, .jsonl, .ndjson; UTF-8), a folder,
+    an `s3://bucket/prefix`, an image's address, or the path of an image. Raises InvalidSource at once
+    for one that does not exist, and while reading for one that can't be read.
+    """
+    readers = [_reader(source, s3) for source in sources]
+    return (row for reader in readers for row in reader())
+
+
+def parse(row: SourceRow, index: int) -> Item:
+    """The row as item number `index` of its job. Raises InvalidSource with what is wrong with it."""
+    try:
+        return Item(index=index, **row.fields)
+    except ValidationError as error:
+        raise InvalidSource(validation_sentence(error)) from error
+
+
+def refused(row: SourceRow, reason: str) -> BadRow:
+    """A row that was read but can't be used."""
+    return BadRow(row.place, reason, _cut(str(row.fields.get("source", ""))))
+
+
+def _cut(text: str) -> str:
+    text = shown(text)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+
+
+def _reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
+    """What reads a source, or InvalidSource."""
+    if source == "-":
+        return lambda: _read_lines("stdin", nullcontext(sys.stdin.buffer), None)
+    if "://" in source:
+        return _address_reader(source, s3)
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise InvalidSource(f"there is no file or folder {source!r}")
+    if path.is_dir():
+        return lambda: _read_folder(source)
+    if suffix in (".csv", ".tsv"):
+        return lambda: _read_table(source)
+    if suffix in LIST_SUFFIXES or path.is_fifo():
+        kind = {".txt": _text_row, ".jsonl": _json_row, ".ndjson": _json_row}.get(suffix)
+        return lambda: _read_lines(source, _open(source), kind)
+    if suffix in IMAGE_EXTENSIONS:
+        return lambda: iter([SourceRow(source, {"source": _file_address(source)})])
+    if suffix == ".json":
+        raise InvalidSource(f"{source}: a .json file can't be read row by row; write one object per line (.jsonl)")
+    raise InvalidSource(
+        f"{source}: a list ends in {', '.join(LIST_SUFFIXES)}, an image in {', '.join(sorted(IMAGE_EXTENSIONS))}"
+    )
+
+
+def _address_reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
+    try:
+        parts = urlsplit(source)
+    except ValueError as error:
+        raise InvalidSource(f"{shown(source)!r} is no address: {error}") from error
+    last = (source if parts.scheme == "s3" else parts.path).rpartition("/")[2]  # an S3 key may contain ? and #
+    suffix = Path(last).suffix.lower()
+    if suffix in LIST_SUFFIXES:
+        raise InvalidSource(f"{shown(source)}: lists are read from files and stdin; download it first")
+    if parts.scheme == "s3" and suffix not in IMAGE_EXTENSIONS:
+        return lambda: _read_prefix(source, s3)
+    return lambda: iter([SourceRow(_cut(source), {"source": source})])
+
+
+def _read_prefix(url: str, s3: Callable[[], Any]) -> Rows:
+    empty = True
+    for address in list_images(s3(), url):
+        empty = False
+        yield SourceRow(address, {"source": address})
+    if empty:
+        raise InvalidSource(f"{url}: there are no images below this prefix")
+
+
+def _read_folder(folder: str) -> Rows:
+    """Images below a folder, sorted within each; hidden files and folders and links to folders are left out."""
+
+    def fail(error: OSError) -> None:
+        raise InvalidSource(f"{error.filename}: {error.strerror}") from error
+
+    empty = True
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(parent, name)
+            if path.suffix.lower() in IMAGE_EXTENSIONS and not name.startswith("."):
+                empty = False
+                place = os.fsencode(path).decode(errors="backslashreplace")  # a name may be no text at all
+                yield SourceRow(place, {"source": _file_address(path)})
+    if empty:
+        raise InvalidSource(f"{folder}: there are no images in this folder ({', '.join(sorted(IMAGE_EXTENSIONS))})")
+
+
+def _file_address(path: str | Path) -> str:
+    return Path(os.path.abspath(path)).as_uri()  # noqa: PTH100  # keeps links, and takes .. out, which as_uri would keep
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        raise InvalidSource(f"{path}: {error.strerror}") from error
+
+
+class _Lines:
+    """The lines of a list as text. `fault` says what is wrong with those since it was last None."""
+
+    def __init__(self, name: str, stream: BinaryIO) -> None:
+        self.name = name
+        self.number = 0
+        self.fault: str | None = None
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[str]:
+        read = self._stream.readline
+        while raw := read(MAX_LINE):
+            self.number += 1
+            if self.number == 1:
+                raw = self._without_mark(raw)
+            if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
+                self.fault = f"the line is longer than {MAX_LINE:,} bytes"
+                while (rest := read(MAX_LINE)) and not rest.endswith(b"\n"):
+                    pass
+            try:
+                text = raw.decode()
+            except UnicodeDecodeError:
+                self.fault = self.fault or "the line is not UTF-8"
+                text = raw.decode(errors="backslashreplace")
+            yield text
+
+    def bad(self, place: str, text: str) -> BadRow:
+        """What was read last as a bad row, for the reason in `fault`."""
+        reason, self.fault = self.fault or "", None
+        return BadRow(place, reason, _cut(text.strip()))
+
+    def _without_mark(self, raw: bytes) -> bytes:
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            raise InvalidSource(f"{self.name}: the list is UTF-16; save it as UTF-8")
+        return raw.removeprefix(b"\xef\xbb\xbf")
+
+
+Line = Callable[[str, str], SourceRow | BadRow]
+
+
+def _read_lines(name: str, source: AbstractContextManager[BinaryIO], kind: Line | None) -> Rows:
+    """One row per line; blank lines and those that begin with # are no rows. Without `kind` the first row decides."""
+    with source as stream:
+        lines = _Lines(name, stream)
+        for text in lines:
+            line = text.strip()
+            if lines.fault:
+                yield lines.bad(f"{name}:{lines.number}", line)
+            elif line and line[0] != "#":
+                kind = kind or (_json_row if line[0] == "{" else _text_row)
+                yield kind(f"{name}:{lines.number}", line)
+
+
+def _text_row(place: str, line: str) -> SourceRow:
+    return SourceRow(place, {"source": line})
+
+
+def _json_row(place: str, line: str) -> SourceRow | BadRow:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        return BadRow(place, f"the line is no JSON: {reason}", _cut(line))
+    if isinstance(value, str):
+        return SourceRow(place, {"source": value})
+    if not isinstance(value, dict):
+        return BadRow(place, "a line is an object or a text", _cut(line))
+    fields = {name: given for name, given in value.items() if given is not None and given != ""}
+    for name in fields:
+        if name not in FIELDS:
+            return BadRow(place, f"there is no field {name[:40]!r}{nearest(name[:40], list(FIELDS))}", _cut(line))
+    named = [name for name in SOURCE_NAMES if name in fields]
+    if len(named) != 1:
+        reason = f"two fields, {named[0]} and {named[1]}, name the image" if named else "no field 'source' with the address"
+        return BadRow(place, reason, _cut(line))
+    fields["source"] = fields.pop(named[0])
+    return SourceRow(place, fields)
+
+
+def _read_table(name: str) -> Rows:
+    """CSV with a header; the delimiter is the one of `,`, `;` and tab that stands first in the header."""
+    with _open(name) as stream:
+        lines = _Lines(name, stream)
+        text = iter(lines)
+        header = next(text, "")
+        delimiter = min(",;\t", key=lambda sign: header.find(sign) if sign in header else len(header))
+        columns = _columns(name, next(csv.reader([header], delimiter=delimiter), []))
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        while True:
+            place = f"{name}:{lines.number + 1}"
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                yield BadRow(place, f"the row is no CSV: {error}", "")
+                continue
+            if cells is None:
+                return
+            if lines.fault:
+                yield lines.bad(place, delimiter.join(cells))
+            elif any(cells):
+                yield _table_row(place, cells, columns, delimiter)
+
+
+def _columns(name: str, header: list[str]) -> list[str | None]:
+    """The field of each column; None where the column is not for us."""
+    names = [cell.strip().lower() for cell in header]
+    known = ["source" if cell in SOURCE_NAMES else cell if cell in FIELDS else None for cell in names]
+    shown_header = _cut(", ".join(names))
+    if "source" not in known:
+        wanted = "the first line names the columns, one of them 'source' (or 'url' or 'image')"
+        raise InvalidSource(f"{name}: {wanted}; it is {shown_header!r}")
+    for field in known:
+        if field is not None and known.count(field) > 1:
+            raise InvalidSource(f"{name}: two columns give the {field}: {shown_header!r}")
+    return known
+
+
+def _table_row(place: str, cells: list[str], columns: list[str | None], delimiter: str) -> SourceRow | BadRow:
+    if len(cells) > len(columns):
+        reason = f"{len(cells)} values for {len(columns)} columns; put a value that contains {delimiter!r} in quotes"
+        return BadRow(place, reason, _cut(delimiter.join(cells)))
+    fields = {
+        field: cell for field, value in zip(columns, cells, strict=False) if field is not None and (cell := value.strip())
+    }
+    if "source" not in fields:
+        return BadRow(place, "no address in the source column", _cut(delimiter.join(cells)))
+    return SourceRow(place, fields)

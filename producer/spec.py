@@ -1,0 +1,77 @@
+"""From the flags of `imagemill submit` to a job's spec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from shared.errors import InvalidOption
+from shared.messages import JOB_SPEC, Job, Output, Policy
+from shared.options import ENGINES, Model, parse_options, validation_sentence
+from shared.urls import check_source_url
+
+M = TypeVar("M", bound=Model)
+ADDRESSES = ("mask", "reference")
+"""Options whose value is the address of an image."""
+
+
+def job_spec(operation: str, engine: str, options: dict[str, str], output: dict[str, object], policy: dict[str, object]) -> Job:
+    """The spec of a job; what is None in `output` and `policy` was not given and takes its default.
+
+    Raises InvalidOption with what is wrong, and with the nearest valid name.
+    """
+    given = parse_options(operation, engine, options)
+    fields = {"options": given, "output": _made(Output, "output", output), "policy": _made(Policy, "policy", policy)}
+    return JOB_SPEC.validate_python({"operation": operation, **fields})
+
+
+def option_values(settings: Iterable[str], mask: str | None) -> dict[str, str]:
+    """The options that `--set KEY=VALUE` and `--mask` give; addresses are checked, and paths become addresses."""
+    values: dict[str, str] = {}
+    for setting in settings:
+        name, mark, value = setting.partition("=")
+        if not mark or not name.strip():
+            raise InvalidOption(f"--set takes KEY=VALUE, not {setting!r}")
+        values[name.strip().replace("-", "_")] = value
+    if mask is not None:
+        values["mask"] = mask
+    for name in ADDRESSES:
+        if values.get(name, "none").lower() != "none":
+            values[name] = _source(name, values[name])
+    return values
+
+
+def local_address(text: str) -> str:
+    """An address as it is; a path as `file:///absolute/path`."""
+    if "://" in text or not text:
+        return text
+    return Path(os.path.abspath(text)).as_uri()  # noqa: PTH100  # takes `..` out and leaves links as they are
+
+
+def options_help() -> str:
+    """What `--set` takes, by operation and engine, as click's help formats it."""
+    parts = ["--set takes these options, by operation and engine:"]
+    for operation, engines in ENGINES.items():
+        for engine, model in engines.items():
+            fields = [(name, field) for name, field in model.model_fields.items() if name != "engine"]
+            lines = [f"  {name}: {field.description}" for name, field in fields]
+            parts.append("\n".join(["\b", f"{operation} ({engine})", *lines]))
+    return "\n\n".join(parts)
+
+
+def _made(model: type[M], what: str, given: dict[str, object]) -> M:
+    try:
+        return model.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise InvalidOption(f"{what}: {validation_sentence(error)}") from error
+
+
+def _source(name: str, text: str) -> str:
+    try:
+        return check_source_url(local_address(text))
+    except ValueError as error:
+        raise InvalidOption(f"{name}: {error}, not {text!r}") from error

@@ -1,0 +1,13 @@
+"""`python tests/fake_worker.py FAKE ARGUMENT...`: `imagemill ARGUMENT...` with one of tests/fakes.py as stylize's engine."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from producer.cli import main
+from worker.operations import registry
+
+if __name__ == "__main__":
+    registry.ENGINES["stylize", "opencv"] = f"tests.fakes:{sys.argv.pop(1)}"
+    main()

@@ -1,0 +1,92 @@
+"""Operations that implement the real interface and misbehave in one way each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+from worker.device import Device
+from worker.operations.base import Inputs, Picture, Sample, Spec, Work
+
+
+class Invert:
+    """The negative of each image; `run` sees whole pictures, in batches of up to 4."""
+
+    spec = Spec("stylize", "opencv", max_batch=4)
+
+    def load(self, device: Device) -> None:
+        self.device = device
+
+    def work_edge(self, options: Any) -> int | None:
+        return None
+
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        return Work([Sample(picture.pixels, inputs.options)], state=picture)
+
+    def group_key(self, sample: Sample) -> Hashable:
+        return sample.data.shape
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        return [255 - sample.data for sample in samples]
+
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        return Picture(outputs[0], work.state.format, work.state.icc, work.state.full_size)
+
+
+class SlowLoad(Invert):
+    """Takes 15 s to load, far longer than the 4 s after which Celery by default kills a replacement child."""
+
+    def load(self, device: Device) -> None:
+        time.sleep(15)
+
+
+class BrokenLoad(Invert):
+    """Never loads."""
+
+    def load(self, device: Device) -> None:
+        raise RuntimeError("the weights are not there")
+
+
+class Tells(Invert):
+    """Says on stderr which GPU it may see."""
+
+    def load(self, device: Device) -> None:
+        print(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}", file=sys.stderr, flush=True)
+
+
+class Heavy(Invert):
+    """Loads the neural runtimes, as the real engines will."""
+
+    def load(self, device: Device) -> None:
+        import onnxruntime  # noqa: F401
+        import torch  # noqa: F401
+
+
+class Deadly(Invert):
+    """A white image kills the process, as a crash in native code would."""
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        for sample in samples:
+            if sample.data.size > 3 and sample.data.min() == 255:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().run(samples)
+
+
+class Gated(Invert):
+    """Tells, by a file each, that an image is being worked on, and waits for the file `open` in the same folder."""
+
+    spec = Spec("stylize", "opencv", max_batch=1)
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        folder = Path(os.environ["IMAGEMILL_TEST_GATE"])
+        if samples[0].data.shape[0] != 64 or samples[0].data[0, 0, 0] != 128:  # not the warm-up
+            count = len(list(folder.glob("at-*")))
+            (folder / f"at-{count}-{os.getpid()}").touch()
+            while count >= 2 and not (folder / "open").exists():
+                time.sleep(0.01)
+        return super().run(samples)

@@ -1,0 +1,216 @@
+"""What happens to a job when processes die, hang back or stop: nothing is lost, nothing is counted twice."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import redis
+from PIL import Image
+
+from producer.client import Client
+from producer.embedded_redis import EmbeddedRedis
+from producer.sources import SourceRow
+from shared.messages import JOB_SPEC, Job
+from tests.conftest import client_for, environment_for, photo
+from tests.services import ImageServer
+from tests.workers import WorkerProcess, wait_until
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    folder = tmp_path / "gate"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def environment(own_redis: EmbeddedRedis, tmp_path: Path, gate: Path) -> dict[str, str]:
+    return environment_for(own_redis.url, tmp_path, IMAGEMILL_TEST_GATE=str(gate), IMAGEMILL_WORKER__OPERATIONS='["stylize"]')
+
+
+@pytest.fixture
+def client(own_redis: EmbeddedRedis) -> Iterator[Client]:
+    with client_for(own_redis.url) as made:
+        yield made
+
+
+def spec(tmp_path: Path) -> Job:
+    return JOB_SPEC.validate_python({"operation": "stylize", "output": {"url": f"file://{tmp_path}/out"}})
+
+
+def submit(client: Client, images: ImageServer, tmp_path: Path, count: int) -> str:
+    for n in range(count):
+        images.routes[f"/{n}.png"] = photo(n)
+    rows = [SourceRow(f"row {n}", {"source": images.url(f"/{n}.png")}) for n in range(count)]
+    return client.submit(rows, spec(tmp_path)).job
+
+
+def check_complete(client: Client, job: str, count: int, tmp_path: Path) -> None:
+    """Each image was done once, and its result is right."""
+    status = client.wait(job, timeout=120)
+    assert (status.state, status.total, status.done, status.failed) == ("done", count, count, 0)
+    rows = list(client.results(job))
+    assert [row.index for row in rows] == list(range(count))
+    for row in rows:
+        assert row.output is not None
+        result = np.asarray(Image.open(Path(row.output.removeprefix("file://"))))
+        source = np.asarray(Image.open(io.BytesIO(photo(row.index))))
+        assert np.array_equal(result, 255 - source)
+    (manifest,) = tmp_path.glob("out/*/manifest.jsonl")
+    assert len(manifest.read_text().splitlines()) == count
+    assert len(list(tmp_path.glob("out/*/*.png"))) == count
+
+
+def reached(gate: Path, count: int) -> None:
+    wait_until(lambda: len(list(gate.glob("at-*"))) >= count, f"{count} images have been begun")
+
+
+def test_a_child_killed_in_the_middle_of_a_job(
+    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
+) -> None:
+    with WorkerProcess(environment, tmp_path, fake="Gated") as node:
+        node.wait_ready()
+        job = submit(client, images, tmp_path, 12)
+        reached(gate, 3)
+        wait_until(lambda: client.status(job).done >= 2, "two images are recorded")
+        (child,) = node.children()
+        os.kill(child, signal.SIGKILL)
+        (gate / "open").touch()
+        check_complete(client, job, 12, tmp_path)
+
+
+def test_a_whole_node_killed_while_another_goes_on(
+    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
+) -> None:
+    with WorkerProcess(environment, tmp_path, fake="Gated", name="first") as first:
+        first.wait_ready()
+        job = submit(client, images, tmp_path, 12)
+        reached(gate, 3)
+        with WorkerProcess(environment, tmp_path, fake="Gated", name="second") as second:
+            second.wait_ready()
+            first.kill()
+            (gate / "open").touch()
+            check_complete(client, job, 12, tmp_path)
+
+
+def test_a_message_that_redis_lost(
+    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, own_redis: EmbeddedRedis
+) -> None:
+    """The queue is deleted behind everybody's back; the ledger knows, and the reaper publishes again."""
+    job = submit(client, images, tmp_path, 6)
+    with redis.Redis.from_url(own_redis.url) as raw:
+        assert raw.delete("imagemill.stylize.opencv") == 1
+    with WorkerProcess(environment, tmp_path, fake="Invert") as node:
+        node.wait_ready()
+        check_complete(client, job, 6, tmp_path)
+
+
+def test_an_image_that_kills_its_process_is_found_and_its_neighbours_are_done(
+    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
+) -> None:
+    white = io.BytesIO()
+    Image.new("RGB", (40, 40), "white").save(white, "PNG")
+    images.routes["/white.png"] = white.getvalue()
+    sources = [images.url("/white.png")]
+    for n in range(7):
+        images.routes[f"/{n}.png"] = photo(n)
+        sources.append(images.url(f"/{n}.png"))
+    with WorkerProcess(environment, tmp_path, fake="Deadly") as node:
+        node.wait_ready()
+        rows = [SourceRow(f"row {n}", {"source": source}) for n, source in enumerate(sources)]
+        job = client.submit(rows, spec(tmp_path)).job
+        status = client.wait(job, timeout=120)
+    assert (status.done, status.failed) == (7, 1)
+    deadly, *others = client.results(job)
+    assert (deadly.code, deadly.attempts) == ("worker_lost", 3)
+    assert [row.state for row in others] == ["done"] * 7
+
+
+def test_a_stopping_node_gives_the_rest_back(
+    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
+) -> None:
+    with WorkerProcess(environment, tmp_path, fake="Gated", name="first") as first:
+        first.wait_ready()
+        job = submit(client, images, tmp_path, 40)
+        reached(gate, 3)
+        first.process.terminate()
+        wait_until(lambda: not client.nodes(), "the node has signed off")
+        (gate / "open").touch()
+        assert first.process.wait(60) == 0, first.tail()
+    assert client.status(job).failed == 0
+    with WorkerProcess(environment, tmp_path, fake="Gated", name="second") as second:
+        second.wait_ready()
+        check_complete(client, job, 40, tmp_path)
+
+
+def test_cancel_stops_what_has_not_started(
+    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
+) -> None:
+    with WorkerProcess(environment, tmp_path, fake="Gated") as node:
+        node.wait_ready()
+        job = submit(client, images, tmp_path, 60)
+        reached(gate, 3)
+        client.cancel(job)
+        (gate / "open").touch()
+        status = client.wait(job, timeout=60)
+    assert status.state == "cancelled"
+    assert status.done < 60
+    states = [row.state for row in client.results(job)]
+    assert states.count("done") == status.done
+    assert states.count("cancelled") == 60 - status.done
+
+
+def test_a_slow_engine_is_not_restarted_in_a_loop(
+    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
+) -> None:
+    """15 s to load, in the first child and in the one that replaces it after a kill."""
+    with WorkerProcess(environment, tmp_path, fake="SlowLoad") as node:
+        node.wait_ready()
+        os.kill(node.children()[0], signal.SIGKILL)
+        job = submit(client, images, tmp_path, 4)
+        check_complete(client, job, 4, tmp_path)
+        assert node.log.read_text().count("engine loaded") == 2, node.tail()
+
+
+def test_an_engine_that_does_not_load_takes_no_task(
+    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
+) -> None:
+    job = submit(client, images, tmp_path, 3)
+    with WorkerProcess(environment, tmp_path, fake="BrokenLoad") as node:
+        assert node.process.wait(60) == 1
+        assert "RuntimeError: the weights are not there" in node.tail()
+    status = client.status(job)
+    assert (status.state, status.done, status.failed) == ("queued", 0, 0)
+
+
+def test_the_parent_loads_neither_torch_nor_onnxruntime(environment: dict[str, str], tmp_path: Path) -> None:
+    """Its children inherit by fork what it has: a CUDA context or a session there would break them."""
+
+    def libraries(pid: int) -> set[str]:
+        names = {Path(region.path).name for region in psutil.Process(pid).memory_maps()}
+        return {part for part in ("libtorch", "onnxruntime", "multiarray", "cv2") if any(part in name for name in names)}
+
+    with WorkerProcess(environment, tmp_path, fake="Heavy") as node:
+        node.wait_ready()
+        assert libraries(node.process.pid) == set()
+        assert {"libtorch", "onnxruntime"} <= libraries(node.children()[0])
+
+
+def test_a_child_is_pinned_before_anything_could_touch_its_gpu(environment: dict[str, str], tmp_path: Path) -> None:
+    masked = {**environment, "CUDA_VISIBLE_DEVICES": "4,GPU-abc,6", "IMAGEMILL_WORKER__GPU": "1"}
+    with WorkerProcess(masked, tmp_path, fake="Tells") as node:
+        node.command = [*node.command[:3], "worker", "--gpu", "1", "--name", "gpu1"]
+        node.stop()
+        node.start()
+        node.wait_ready()
+        assert len(node.children()) == 1
+        assert "CUDA_VISIBLE_DEVICES=GPU-abc" in node.log.read_text()

@@ -1,0 +1,396 @@
+"""Every kind of list, and what is wrong with the bad ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from producer.sources import MAX_LINE, MAX_SHOWN, BadRow, SourceRow, parse, read_sources, refused
+from shared.errors import InvalidSource
+
+A, B = "https://example.com/a.jpg", "https://example.com/b.jpg"
+
+
+def no_s3() -> Any:
+    raise AssertionError("nothing here is on S3")
+
+
+def read(*sources: str | Path) -> list[SourceRow | BadRow]:
+    return list(read_sources([str(source) for source in sources], s3=no_s3))
+
+
+def only(rows: list[SourceRow | BadRow]) -> Any:
+    assert len(rows) == 1, rows
+    return rows[0]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def test_text_has_one_address_per_line_and_skips_comments(write: Any) -> None:
+    path = write("list.txt", f"# shop\n\n{A}\r\n  {B}  \n")
+    assert read(path) == [SourceRow(f"{path}:3", {"source": A}), SourceRow(f"{path}:4", {"source": B})]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_address(write: Any) -> None:
+    assert only(read(write("list.txt", b"\xef\xbb\xbf" + A.encode()))).fields == {"source": A}
+
+
+def test_utf16_is_refused_with_what_to_do(write: Any) -> None:
+    with pytest.raises(InvalidSource, match="save it as UTF-8"):
+        read(write("list.txt", A.encode("utf-16")))
+
+
+def test_a_line_that_is_no_utf8_is_a_bad_row_and_the_others_are_read(write: Any) -> None:
+    path = write("list.txt", b"https://example.com/\xff.jpg\n" + A.encode())
+    bad, good = read(path)
+    assert bad == BadRow(f"{path}:1", "the line is not UTF-8", r"https://example.com/\xff.jpg")
+    assert good.fields == {"source": A}
+
+
+@pytest.mark.parametrize("length", [MAX_LINE, MAX_LINE + 1, 3 * MAX_LINE])
+def test_an_endless_line_is_a_bad_row_that_is_not_kept(write: Any, length: int) -> None:
+    path = write("list.txt", b"x" * length + b"\n" + A.encode())
+    bad, good = read(path)
+    assert isinstance(bad, BadRow)
+    assert "longer than 65,536 bytes" in bad.reason
+    assert len(bad.text) == MAX_SHOWN
+    assert good == SourceRow(f"{path}:2", {"source": A})
+
+
+def test_the_longest_line_that_is_allowed(write: Any) -> None:
+    assert only(read(write("list.txt", "x" * (MAX_LINE - 1) + "\n"))).fields["source"] == "x" * (MAX_LINE - 1)
+
+
+def test_lists_are_streamed(tmp_path: Path) -> None:
+    """A list that is still being written gives its first row before the writer has gone on."""
+    pipe = tmp_path / "list.txt"
+    os.mkfifo(pipe)
+    first_was_read = threading.Event()
+
+    def produce() -> None:
+        with pipe.open("w") as stream:
+            stream.write(A + "\n")
+            stream.flush()
+            assert first_was_read.wait(30)
+            stream.write(B + "\n")
+
+    writer = threading.Thread(target=produce, daemon=True)
+    writer.start()
+    # A buffered reader returns from its first read with what there is.
+    rows = iter(read_sources([str(pipe)], s3=no_s3))
+    assert next(rows).fields == {"source": A}
+    first_was_read.set()
+    assert next(rows).fields == {"source": B}
+    assert list(rows) == []
+    writer.join()
+
+
+# --- JSONL ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson"])
+def test_jsonl_has_objects_or_texts(write: Any, suffix: str) -> None:
+    full = {"url": B, "mask": "https://example.com/m.png", "boxes": [[1, 2, 3, 4]], "name": "b"}
+    path = write(f"list.{suffix}", f"{json.dumps(A)}\n{json.dumps(full)}\n\n")
+    first, second = read(path)
+    assert first == SourceRow(f"{path}:1", {"source": A})
+    assert second == SourceRow(
+        f"{path}:2", {"source": B, "mask": "https://example.com/m.png", "boxes": [[1, 2, 3, 4]], "name": "b"}
+    )
+
+
+@pytest.mark.parametrize("name", ["source", "url", "image"])
+def test_the_address_has_three_names(write: Any, name: str) -> None:
+    assert only(read(write("list.jsonl", json.dumps({name: A})))).fields == {"source": A}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (json.dumps({"source": A, "maks": B}), "there is no field 'maks'; did you mean 'mask'?"),
+        (json.dumps({"mask": B}), "no field 'source'"),
+        (json.dumps({"source": A, "url": B}), "two fields, source and url, name the image"),
+        ("[1, 2]", "an object or a text"),
+        ('{"source": ', "the line is no JSON"),
+        ("[" * 60_000, "nested too deep"),
+        (json.dumps({"source": ""}), "no field 'source'"),
+    ],
+)
+def test_a_bad_object_is_a_bad_row_with_its_line(write: Any, line: str, reason: str) -> None:
+    path = write("list.jsonl", f"{json.dumps(A)}\n{line}\n{json.dumps(B)}\n")
+    rows = read(path)
+    assert len(rows) == 3
+    bad = rows[1]
+    assert isinstance(bad, BadRow)
+    assert bad.place == f"{path}:2"
+    assert reason in bad.reason
+
+
+def test_null_and_empty_values_are_as_good_as_none(write: Any) -> None:
+    row = only(read(write("list.jsonl", json.dumps({"source": A, "mask": None, "name": "", "boxes": None}))))
+    assert row.fields == {"source": A}
+
+
+# --- CSV --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "sign"), [("l.csv", ","), ("l.csv", ";"), ("l.tsv", "\t"), ("l.csv", "\t")])
+def test_csv_columns_by_name_with_any_usual_delimiter(write: Any, name: str, sign: str) -> None:
+    rows = [["id", "URL ", "Mask", "boxes", "name"], ["7", A, B, '"1,2,3,4;5,6,7,8"', "cat"], ["8", B, "", "", ""]]
+    path = write(name, "\n".join(sign.join(row) for row in rows))
+    first, second = read(path)
+    assert first == SourceRow(f"{path}:2", {"source": A, "mask": B, "boxes": "1,2,3,4;5,6,7,8", "name": "cat"})
+    assert second == SourceRow(f"{path}:3", {"source": B})
+    assert [box.x for box in parse(first, 0).boxes] == [1, 5]
+
+
+def test_csv_rows_may_span_lines_and_keep_their_first_line_as_place(write: Any) -> None:
+    path = write("l.csv", f'source,note\n{A},"two\nlines"\n\n{B},one\n')
+    assert [row.place for row in read(path)] == [f"{path}:2", f"{path}:5"]
+
+
+def test_csv_with_a_byte_order_mark(write: Any) -> None:
+    assert only(read(write("l.csv", b"\xef\xbb\xbfsource\n" + A.encode()))).fields == {"source": A}
+
+
+@pytest.mark.parametrize("header", ["", "id,address", A])
+def test_csv_without_a_source_column_says_what_it_found(write: Any, header: str) -> None:
+    path = write("l.csv", f"{header}\n{A}\n")
+    with pytest.raises(InvalidSource, match="one of them 'source'") as caught:
+        read(path)
+    assert repr(header.replace(",", ", ")) in str(caught.value)
+
+
+@pytest.mark.parametrize("header", ["url,image", "source,mask,Mask"])
+def test_csv_with_two_columns_for_one_thing(write: Any, header: str) -> None:
+    with pytest.raises(InvalidSource, match="two columns give the"):
+        read(write("l.csv", f"{header}\n{A},{B},{B}\n"))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (f"{A},x,too,many", "4 values for 2 columns"),
+        (",named", "no address in the source column"),
+        (f'"{A}"x,name', "the row is no CSV"),
+    ],
+)
+def test_a_bad_csv_row_does_not_hide_the_next(write: Any, line: str, reason: str) -> None:
+    path = write("l.csv", f"source,name\n{line}\n{B},b\n")
+    bad, good = read(path)
+    assert isinstance(bad, BadRow)
+    assert bad.place == f"{path}:2"
+    assert reason in bad.reason
+    assert good.fields == {"source": B, "name": "b"}
+
+
+def test_a_csv_quote_that_is_never_closed_is_a_bad_row_and_takes_no_memory(write: Any) -> None:
+    path = write("l.csv", f'source\n"{A}\n' + f"{B}\n" * 20_000)
+    rows = read(path)
+    assert isinstance(rows[0], BadRow)
+    assert rows[0].place == f"{path}:2"
+
+
+def test_a_csv_row_that_is_no_utf8(write: Any) -> None:
+    path = write("l.csv", b"source,name\n" + A.encode() + b",\xff\n" + B.encode() + b",ok\n")
+    bad, good = read(path)
+    assert isinstance(bad, BadRow)
+    assert bad.reason == "the line is not UTF-8"
+    assert good.fields["name"] == "ok"
+
+
+# --- stdin ------------------------------------------------------------------------------------
+
+
+class Stdin:
+    def __init__(self, data: bytes) -> None:
+        self.buffer = io.BytesIO(data)
+
+
+@pytest.mark.parametrize(
+    "data", [f"\n# mine\n{A}\n", f'\n  {{"url": "{A}"}}\n', f"{A}"], ids=["text", "json", "no newline at the end"]
+)
+def test_stdin_is_text_or_jsonl(monkeypatch: pytest.MonkeyPatch, data: str) -> None:
+    monkeypatch.setattr(sys, "stdin", Stdin(data.encode()))
+    row = only(read("-"))
+    assert row.fields == {"source": A}
+    assert row.place == f"stdin:{data.count(chr(10)) or 1}"
+
+
+# --- folders, prefixes and single addresses ---------------------------------------------------
+
+
+def test_a_folder_gives_its_images_recursively_in_order(tmp_path: Path) -> None:
+    for name in ("b.PNG", "a.jpg", "notes.txt", ".hidden.jpg", "sub/ä b#1?.webp", ".git/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    rows = read(tmp_path)
+    assert [row.place for row in rows] == [f"{tmp_path}/{name}" for name in ("a.jpg", "b.PNG", "sub/ä b#1?.webp")]
+    last = parse(rows[-1], 2)
+    assert last.source == f"file://{tmp_path}/sub/%C3%A4%20b%231%3F.webp"
+
+
+def test_a_file_name_that_is_no_text_has_an_address_too(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")).touch()
+    row = only(read(tmp_path))
+    row.place.encode()
+    assert parse(row, 0).source.endswith("/%FF.jpg")
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSource, match="no images in this folder"):
+        read(tmp_path)
+
+
+def test_a_relative_path_becomes_an_absolute_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a b.jpg").touch()
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert only(read("../a b.jpg")) == SourceRow("../a b.jpg", {"source": f"file://{tmp_path}/a%20b.jpg"})
+
+
+@pytest.mark.parametrize(
+    "url", [A, "https://example.com/image?id=7", "s3://bucket/a.JPG", "s3://bucket/what?.png", "file:///x.jpg"]
+)
+def test_a_single_address(url: str) -> None:
+    assert only(read(url)).fields == {"source": url}
+
+
+class Pages:
+    """The part of a boto3 client that listing uses."""
+
+    def __init__(self, keys: list[str]) -> None:
+        self.keys = keys
+        self.asked: dict[str, str] = {}
+
+    def get_paginator(self, name: str) -> Pages:
+        assert name == "list_objects_v2"
+        return self
+
+    def paginate(self, **asked: str) -> Iterator[dict[str, Any]]:
+        self.asked = asked
+        for key in self.keys:
+            yield {"Contents": [{"Key": key}]}
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/photos/", "s3://bucket/photos"])
+def test_an_s3_prefix_is_listed(url: str) -> None:
+    client = Pages(["photos/a.jpg", "photos/list.txt", "photos/b.png"])
+    rows = list(read_sources([url], s3=lambda: client))
+    assert [row.fields["source"] for row in rows if isinstance(row, SourceRow)] == [
+        "s3://bucket/photos/a.jpg",
+        "s3://bucket/photos/b.png",
+    ]
+    assert client.asked == {"Bucket": "bucket", "Prefix": url.removeprefix("s3://bucket/")}
+
+
+def test_an_s3_prefix_without_images_is_an_error() -> None:
+    with pytest.raises(InvalidSource, match="no images below this prefix"):
+        list(read_sources(["s3://bucket/photos/"], s3=lambda: Pages([])))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("nowhere.csv", "there is no file or folder 'nowhere.csv'"),
+        ("https://example.com/list.csv?token=hidden", "lists are read from files and stdin"),
+        ("http://[::1/a.jpg", "is no address"),
+    ],
+)
+def test_a_source_that_can_not_be_read_is_refused_before_any_other_is_read(source: str, reason: str) -> None:
+    with pytest.raises(InvalidSource) as caught:
+        read_sources([A, source], s3=no_s3)
+    assert reason in str(caught.value)
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("l.json", "one object per line"), ("l.xlsx", "a list ends in .txt")])
+def test_other_files_are_refused_with_what_to_do(write: Any, name: str, reason: str) -> None:
+    with pytest.raises(InvalidSource, match=reason):
+        read(write(name, "[]"))
+
+
+def test_several_sources_follow_each_other(write: Any) -> None:
+    assert [row.fields["source"] for row in read(write("1.txt", A), B, write("2.jsonl", json.dumps(A)))] == [A, B, A]
+
+
+# --- items ------------------------------------------------------------------------------------
+
+
+def test_parse_makes_an_item() -> None:
+    item = parse(SourceRow("stdin:1", {"source": A, "mask": B, "boxes": "0.1,0.2,0.3,0.4", "name": "cat"}), 7)
+    assert (item.index, item.source, item.mask, item.name) == (7, A, B, "cat")
+    assert item.boxes[0].unit == "fraction"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"source": "example.com/a.jpg"}, "an address starts with http://"),
+        ({"source": "ftp://example.com/a.jpg"}, "an address starts with http://"),
+        ({"source": "https:///a.jpg"}, "names no host"),
+        ({"source": "file://host/a.jpg"}, "file:///absolute/path"),
+        ({"source": "https://example.com/\x07.jpg"}, "control characters"),
+        ({"source": "https://example.com:99999/a.jpg"}, "out of range"),
+        ({"source": "https://example.com/" + "a" * 4096}, "at most 4096"),
+        ({"source": 7}, "source: "),
+        ({"source": A, "mask": "here"}, "mask: "),
+        ({"source": A, "boxes": "1,2,3"}, "four numbers"),
+        ({"source": A, "boxes": [[1, 2, 0, 4]]}, "boxes.0.width: "),
+        ({"source": A, "name": "n" * 201}, "name: "),
+    ],
+)
+def test_parse_says_what_is_wrong(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidSource) as caught:
+        parse(SourceRow("stdin:1", fields), 0)
+    assert reason in caught.value.message
+
+
+def test_secrets_of_an_address_are_never_shown(write: Any) -> None:
+    bad = "htp://user:pass@example.com/a.jpg?sig=hidden"
+    row = only(read(write("l.txt", bad)))
+    with pytest.raises(InvalidSource) as caught:
+        parse(row, 0)
+    for text in (caught.value.message, refused(row, "").text):
+        assert "example.com/a.jpg" in text
+        assert "hidden" not in text
+        assert "pass" not in text
+
+
+@given(st.binary(max_size=400), st.sampled_from(["txt", "csv", "jsonl"]))
+def test_any_bytes_are_rows_bad_rows_or_an_invalid_source(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, kind: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any.{kind}"
+    path.write_bytes((b"source,name\n" if kind == "csv" else b"") + data)
+    try:
+        rows = read(path)
+    except InvalidSource:
+        return
+    for row in rows:
+        assert row.place.startswith(f"{path}:")
+        if isinstance(row, SourceRow):
+            with suppress(InvalidSource):
+                assert parse(row, 0).source

@@ -1,0 +1,198 @@
+"""The messages: frozen, strict, versioned, and the same after JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from shared.messages import (
+    ENDED,
+    JOB_SPEC,
+    MANIFEST,
+    Chunk,
+    InpaintJob,
+    Item,
+    ItemResult,
+    JobStatus,
+    Output,
+    Policy,
+    RemoveBackgroundJob,
+    StylizeJob,
+    check_key,
+    compact,
+    row,
+)
+from shared.options import OPERATIONS, OpencvInpaint
+
+A = "https://example.com/a.jpg"
+OUT = Output(url="s3://results/x")
+JOBS = [RemoveBackgroundJob(output=OUT), InpaintJob(output=OUT), StylizeJob(output=OUT)]
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.operation)
+def test_a_job_is_the_same_after_json(job: Any) -> None:
+    assert JOB_SPEC.validate_json(job.model_dump_json()) == job
+    assert job.engine == "opencv"
+
+
+def test_there_is_a_job_for_every_operation() -> None:
+    assert tuple(job.operation for job in JOBS) == OPERATIONS
+
+
+def test_a_job_with_boxes_is_the_same_after_json() -> None:
+    job = InpaintJob(output=OUT, options=OpencvInpaint.model_validate({"boxes": "1,2,3,4;0.1,0.1,0.5,0.5"}))
+    assert JOB_SPEC.validate_json(job.model_dump_json()) == job
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"version": 2}, {"operation": "sharpen"}, {"surprise": 1}, {"options": {"engine": "opencv", "surprise": 1}}],
+    ids=str,
+)
+def test_a_job_of_another_version_or_with_unknown_fields_is_refused(change: dict[str, Any]) -> None:
+    fields = json.loads(JOBS[2].model_dump_json())
+    with pytest.raises(ValidationError):
+        JOB_SPEC.validate_python({**fields, **change})
+
+
+@pytest.mark.parametrize("message", [JOBS[0], Item(index=0, source=A), Chunk(job="260730-1f0c9a3e", number=0, images=1), OUT])
+def test_messages_are_frozen(message: Any) -> None:
+    name = next(iter(type(message).model_fields))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(message, name, None)
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_chunk_of_another_version_is_refused(version: int) -> None:
+    with pytest.raises(ValidationError):
+        Chunk.model_validate({"version": version, "job": "260730-1f0c9a3e", "number": 0, "images": 1})
+
+
+@pytest.mark.parametrize("job", ["", "abc", "a" * 41, "../../etc", "UPPER", "a:b:c:d", "job*"])
+def test_a_job_name_can_be_part_of_a_key(job: str) -> None:
+    with pytest.raises(ValidationError):
+        Chunk(job=job, number=0, images=0)
+
+
+def test_the_manifest_is_a_chunk_too() -> None:
+    assert Chunk(job="260730-1f0c9a3e", number=MANIFEST, images=0).number == MANIFEST
+    with pytest.raises(ValidationError):
+        Chunk(job="260730-1f0c9a3e", number=MANIFEST - 1, images=0)
+
+
+@pytest.mark.parametrize("template", ["{job}/{index:06d}-{name}", "{index}", "{item}", "all/{name}/{index:04d}"])
+def test_key_templates(template: str) -> None:
+    assert check_key(template) == template
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{name}", "could overwrite each other"),
+        ("", "could overwrite each other"),
+        ("{index}/{user}", "may use"),
+        ("{index!r}", "may use"),
+        ("{index.__class__}", "may use"),
+        ("{index:9999999d}", "may use"),
+        ("{{index}}", "may use"),
+        ("/{index}", "no leading /"),
+        ("../{index}", "no leading / and no .."),
+        ("a/../../{index}", "no leading / and no .."),
+    ],
+)
+def test_key_templates_that_are_refused(template: str, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        Output(url="s3://results", key=template)
+
+
+def test_an_item_id_is_the_same_in_every_job_and_of_each_place_its_own() -> None:
+    ids = {Item(index=index, source=source).id for index in (0, 1) for source in (A, A + "x")}
+    assert len(ids) == 4
+    assert Item(index=12, source=A).id == Item(index=12, source=A).id == "000012-f9a35ea5"
+
+
+def test_what_decides_the_result_decides_the_digest() -> None:
+    first = Item(index=0, source=A)
+    assert first.digest == Item(index=7, source=A, duplicate_of=0).digest
+    others = [
+        Item(index=0, source=A + "?"),
+        Item(index=0, source=A, mask=A),
+        Item(index=0, source=A, name="n"),
+        Item.model_validate({"index": 0, "source": A, "boxes": "1,2,3,4"}),
+        Item.model_validate({"index": 0, "source": A, "boxes": "0.1,0.2,0.3,0.4"}),
+    ]
+    assert len({item.digest for item in [first, *others]}) == 6
+
+
+def test_items_may_be_neither_negative_nor_endless() -> None:
+    for fields in ({"index": -1, "source": A}, {"index": 0, "source": A + "a" * 4096}, {"index": 0, "source": ""}):
+        with pytest.raises(ValidationError):
+            Item.model_validate(fields)
+
+
+NAMES = st.none() | st.text(max_size=50)
+
+
+@given(st.integers(0, 10**7), NAMES, st.lists(st.tuples(*[st.integers(1, 9999)] * 4), max_size=3))
+def test_compact_items_are_the_same_when_read(index: int, name: str | None, boxes: list[Any]) -> None:
+    item = Item.model_validate({"index": index, "source": A, "name": name, "boxes": boxes})
+    assert Item.model_validate_json(compact(item)) == item
+
+
+def test_compact_leaves_out_what_is_at_its_default() -> None:
+    assert compact(Item(index=3, source=A)) == f'{{"index":3,"source":"{A}"}}'
+
+
+def test_a_result_is_the_same_when_read() -> None:
+    result = ItemResult(
+        index=3,
+        state="done",
+        output="s3://results/x/000003-a.png",
+        source_size=(4, 3),
+        seconds={"fetch": 0.25},
+        notes=("small",),
+    )
+    assert ItemResult.model_validate_json(compact(result)) == result
+
+
+@pytest.mark.parametrize(("ended", "state"), [(False, "pending"), (True, "cancelled")])
+def test_a_row_without_a_result(ended: bool, state: str) -> None:
+    item = Item(index=1, source=A, mask=A, duplicate_of=0)
+    line = row(item, None, ended=ended)
+    assert (line.state, line.item, line.index, line.source, line.mask, line.duplicate_of) == (state, item.id, 1, A, A, 0)
+    assert line.attempts == 0
+
+
+def test_a_row_with_a_result_as_programs_read_it() -> None:
+    failed = ItemResult(index=0, state="failed", code="not_found", message="there is no such image", attempts=2)
+    line = json.loads(row(Item(index=0, source=A), failed, ended=True).model_dump_json())
+    assert {name: line[name] for name in ("item", "source", "state", "output", "code", "message", "attempts")} == {
+        "item": Item(index=0, source=A).id,
+        "source": A,
+        "state": "failed",
+        "output": None,
+        "code": "not_found",
+        "message": "there is no such image",
+        "attempts": 2,
+    }
+    assert "result" not in line
+
+
+@pytest.mark.parametrize("state", ["submitting", "queued", "running", "finishing", "done", "cancelled"])
+def test_which_states_are_the_end(state: Any) -> None:
+    status = JobStatus(
+        job="260730-1f0c9a3e", operation="stylize", engine="opencv", state=state, total=1, done=0, failed=0, duplicates=0,
+        priority="normal", output="s3://results", created=0.0, seconds=1.0,
+    )  # fmt: skip
+    assert status.over == (state in ENDED) == (state in ("done", "cancelled"))
+
+
+@pytest.mark.parametrize("fields", [{"attempts": 0}, {"attempts": 11}, {"priority": "urgent"}])
+def test_policies_that_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Policy.model_validate(fields)

@@ -1,0 +1,184 @@
+"""Which addresses are taken, and what is shown of them."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared import urls
+from shared.urls import check_output_url, check_source_url, safe_name, shown
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com/a.jpg",
+        "http://example.com",
+        "HTTPS://EXAMPLE.COM/a b.jpg?x=1#y",
+        "https://münchen.example/ä.jpg",
+        "http://[2001:db8::1]:8080/a.jpg",
+        "http://example.com:65535/a.jpg",
+        "s3://bucket/key with spaces/ä.png",
+        "s3://my_old_bucket/key",
+        "file:///photos/a.jpg",
+        "file://localhost/photos/a.jpg",
+        "https://example.com/@user.jpg",
+        "https://example.com/a.jpg?mail=me@example.com",
+    ],
+)
+def test_source_addresses_that_are_taken_as_they_are(url: str) -> None:
+    assert check_source_url(url) == url
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("", "an address starts with"),
+        ("a.jpg", "an address starts with"),
+        ("//example.com/a.jpg", "an address starts with"),
+        ("ftp://example.com/a.jpg", "an address starts with"),
+        ("javascript:alert(1)", "an address starts with"),
+        ("data:image/png;base64,AA==", "an address starts with"),
+        (" https://example.com/a.jpg", "an address starts with"),
+        ("http:///a.jpg", "names no host"),
+        ("https://?a.jpg", "names no host"),
+        ("s3:///key", "names no bucket"),
+        ("http://user@example.com/a.jpg", "user name or password"),
+        ("http://:secret@example.com/a.jpg", "user name or password"),
+        ("http://example.com@evil.example/a.jpg", "user name or password"),
+        ("http://example.com:65536/a.jpg", "ort"),
+        ("http://example.com:80x/a.jpg", "ort"),
+        ("http://[::1/a.jpg", "IPv6"),
+        ("https://example.com/\n.jpg", "control characters"),
+        ("https://example.com/\x00", "control characters"),
+        ("https://exa\tmple.com/", "control characters"),
+        ("https://example.com/\x85", "control characters"),
+        ("file://server/share/a.jpg", "file:///absolute/path"),
+        ("file:photos/a.jpg", "file:///absolute/path"),
+        ("file://", "file:///absolute/path"),
+    ],
+)
+def test_source_addresses_that_are_refused_with_a_reason(url: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_source_url(url)
+
+
+ADDRESSISH = st.lists(
+    st.sampled_from(["http", "https", "s3", "file", "://", ":", "/", "?", "#", "@", "[", "]", "::1", ".", "-", "80", "99999", "a", "B", " ", "\\", "%00", "ä", "\n", "\x7f"]),
+    max_size=12,
+).map("".join)  # fmt: skip
+
+
+def verdict(url: str) -> bool:
+    try:
+        check_source_url(url)
+    except ValueError:
+        return False
+    return True
+
+
+@given(ADDRESSISH | ADDRESSISH.map(lambda rest: "https://a" + rest))
+def test_the_quick_look_takes_nothing_that_the_thorough_one_refuses(url: str) -> None:
+    quick = verdict(url)
+    plain, urls.PLAIN = urls.PLAIN, urls.re.compile(r"(?!)")  # never matches
+    try:
+        thorough = verdict(url)
+    finally:
+        urls.PLAIN = plain
+    assert quick == thorough
+
+
+@given(st.characters())
+def test_control_characters_are_those_of_unicode(character: str) -> None:
+    assert bool(urls.CONTROL.fullmatch(character)) == (unicodedata.category(character) == "Cc")
+
+
+@pytest.mark.parametrize(
+    ("url", "taken"),
+    [
+        ("s3://results", "s3://results"),
+        ("s3://results/a/b/", "s3://results/a/b"),
+        ("file:///srv/out/", "file:///srv/out"),
+    ],
+)
+def test_output_addresses(url: str, taken: str) -> None:
+    assert check_output_url(url) == taken
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("https://example.com/out", "an address starts with s3://, file://"),
+        ("/srv/out", "an address starts with"),
+        ("s3://UPPER/x", "'UPPER' is no bucket's name"),
+        ("s3://a", "'a' is no bucket's name"),
+        ("s3:///x", "'' is no bucket's name"),
+        ("s3://user@bucket/x", "is no bucket's name"),
+        ("s3://bucket/x?y", "no \\? and no #"),
+        ("s3://bucket/x#y", "no \\? and no #"),
+        ("s3://bucket/../x", "has no \\.\\."),
+        ("file:///srv/../etc", "has no \\.\\."),
+        ("file://host/srv", "file:///absolute/path"),
+        ("file://srv", "file:///absolute/path"),
+        ("s3://bucket/\n", "control characters"),
+    ],
+)
+def test_output_addresses_that_are_refused(url: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_output_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("https://example.com/a.jpg", "https://example.com/a.jpg"),
+        ("https://example.com/a.jpg?X-Amz-Signature=abc&x=1?2", "https://example.com/a.jpg?…"),
+        ("https://me:secret@example.com/a.jpg", "https://…@example.com/a.jpg"),
+        ("https://me:se@cret@example.com/a@b.jpg", "https://…@example.com/a@b.jpg"),
+        ("redis://:secret@cache:6379/0", "redis://…@cache:6379/0"),
+        ("not an address", "not an address"),
+    ],
+)
+def test_shown_has_no_secrets(url: str, text: str) -> None:
+    assert shown(url) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("https://example.com/photos/cat%20one.jpg?x=/y.png", "cat one"),
+        ("s3://bucket/a/b.tar.gz", "b.tar"),
+        ("../../etc/passwd", "passwd"),
+        ("https://example.com/..%2F..%2Fetc%2Fpasswd", "passwd"),
+        ("C:\\photos\\猫.png", "猫"),
+        ("https://example.com/", "image"),
+        ("https://example.com", "image"),
+        ("..", "image"),
+        (".jpg", "jpg"),
+        ("a\x00b\n.png", "a-b"),
+        ("e\u0301.png", "é"),
+        ("name.", "name"),
+    ],
+)
+def test_safe_name(text: str, name: str) -> None:
+    assert safe_name(text) == name
+
+
+@given(
+    st.text(max_size=300)
+    | st.text(max_size=300).map(lambda text: "https://example.com/" + text.replace("[", "").replace("]", ""))
+)
+def test_safe_name_is_always_one_file_name_that_file_systems_take(text: str) -> None:
+    try:
+        name = safe_name(text)
+    except ValueError:  # an address that check_source_url refuses
+        assert not verdict(text)
+        return
+    assert name
+    assert len(name.encode()) <= 180
+    assert not set(name) & set('/\\:*?"<>|\x00\n')
+    assert not name.startswith((".", "-", " "))
+    assert name == safe_name(name + ".jpg")

@@ -1,0 +1,100 @@
+"""A real worker node as a process of its own, for tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+
+from shared.ledger import Ledger
+
+ROOT = Path(__file__).parents[1]
+PATIENCE = 60.0
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    """Return as soon as `condition()` holds; fail the test with `what` when it never does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds:g} s: {what}")
+        time.sleep(0.02)
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    """This process' environment without imagemill's and AWS' variables, with `settings`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("IMAGEMILL_", "AWS_"))}
+    return {**kept, "PYTHONPATH": str(ROOT), "AWS_EC2_METADATA_DISABLED": "true", **settings}
+
+
+class WorkerProcess:
+    """Starts on entering, ends with all of its children on leaving; its log is in `log`."""
+
+    def __init__(
+        self, environment: dict[str, str], folder: Path, *, concurrency: int = 1, name: str = "cpu", fake: str | None = None
+    ) -> None:
+        self.name = name
+        self.log = folder / f"{name}.log"
+        self.environment = environment
+        start = ["-m", "producer.cli"] if fake is None else [str(ROOT / "tests" / "fake_worker.py"), fake]
+        self.command: Sequence[str] = [
+            *(sys.executable, *start),
+            *("worker", "--cpu", "--concurrency", str(concurrency), "--name", name),
+        ]
+        self.ledger = Ledger(environment["IMAGEMILL_REDIS_URL"])
+
+    def __enter__(self) -> WorkerProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.ledger.close()
+
+    def start(self) -> None:
+        """Start the process; `wait_ready` says when it takes tasks."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, cwd=self.log.parent, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait_ready(self, seconds: float = PATIENCE) -> WorkerProcess:
+        """Return when this node has reported itself as ready."""
+
+        def ready() -> bool:
+            assert self.process.poll() is None, f"the worker exited: {self.tail()}"
+            return any(node.pid == self.process.pid and node.ready for node in self.ledger.nodes())
+
+        wait_until(ready, f"{self.name} is ready; log: {self.log}", seconds)
+        return self
+
+    def children(self) -> list[int]:
+        """Process ids of the pool's children."""
+        return [child.pid for child in psutil.Process(self.process.pid).children()]
+
+    def kill(self) -> None:
+        """SIGKILL to the parent; its children die with it."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM, then wait; the exit status."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+                raise AssertionError(f"the worker did not stop: {self.tail()}") from None
+        return int(self.process.returncode)
+
+    def tail(self) -> str:
+        """The end of its log."""
+        return self.log.read_text(errors="replace")[-3000:]

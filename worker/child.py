@@ -1,0 +1,161 @@
+"""One child process: its engines, its clients, and what it does with a chunk. Imported after the fork only."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from shared import s3
+from shared.broker import Publisher
+from shared.errors import ImageError, StorageUnavailable
+from shared.ledger import Lease, Ledger
+from shared.messages import MANIFEST, Chunk, Item, Job
+from shared.options import ENGINES
+from shared.queues import offered, queue_name
+from shared.settings import Settings
+from worker.device import Device
+from worker.fetch import Fetcher
+from worker.flow import Flow
+from worker.lease import LeaseKeeper
+from worker.manifest import write_manifest
+from worker.operations.base import Inputs, Operation, Picture
+from worker.operations.registry import create
+from worker.store import Store, open_store
+
+log = logging.getLogger(__name__)
+
+MANIFEST_TRIES = 5
+"""How often a manifest is tried while the store does not answer, before the job ends without one."""
+
+
+class Child:
+    """Built once per process by `main`; `work` is called for each message."""
+
+    def __init__(
+        self, settings: Settings, device: Device, *, node: str, publisher: Publisher, stopping: Callable[[], bool]
+    ) -> None:
+        self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
+        self.ledger = Ledger(
+            settings.redis_url.get_secret_value(),
+            lease_seconds=settings.worker.lease_seconds,
+            expire_days=settings.expire_days,
+        )
+        self._s3: Any = None
+        self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
+        self.operations: dict[tuple[str, str], Operation] = {}
+        for name, engine in offered(settings.worker.operations, settings.worker.engines):
+            start = time.perf_counter()
+            operation = create(name, engine)
+            operation.load(device)
+            warm_up(operation)
+            self.operations[name, engine] = operation
+            log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})
+
+    def s3(self) -> Any:
+        """This process' one S3 client, made when it is first needed."""
+        if self._s3 is None:
+            self._s3 = s3.make_client(self.settings.s3)
+        return self._s3
+
+    def work(self, chunk: Chunk, *, task: str, tell: Callable[[int, int], None]) -> str:
+        """Take a chunk from lease to record; says in a word what came of it.
+
+        `task` is the id of the Celery task; `tell(done, failed)` is called every second.
+        """
+        token = f"{task}/{socket.gethostname()}/{time.time_ns()}"
+        lease = self.ledger.acquire(chunk.job, chunk.number, task=task, token=token)
+        if not isinstance(lease, Lease):
+            return lease
+        spec = self.ledger.spec(chunk.job)
+        if chunk.number == MANIFEST:
+            return self._manifest(lease, spec)
+        start = time.perf_counter()
+        stop = Event()
+        flow = self._flow(spec, lease, stop)
+        items = self._open_items(lease)
+        with LeaseKeeper(
+            self.ledger,
+            lease,
+            lease_seconds=self.settings.worker.lease_seconds,
+            stop=stop,
+            stopping=self.stopping,
+            tell=lambda: tell(flow.done, flow.failed),
+        ) as keeper:
+            if lease.lost:
+                flow.run_alone(items, lease.lost)
+            else:
+                flow.run(items)
+        seconds = _since(start)
+        told = dict(action="chunk", job=chunk.job, chunk=chunk.number, done=flow.done, failed=flow.failed, seconds=seconds)
+        log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
+        if keeper.reason is None and not lease.lost and seconds > 0:
+            queue = queue_name(spec.operation, spec.engine)
+            self.ledger.report_rate(queue, self.node, (flow.done + flow.failed) / seconds)
+        return self._close(lease, spec, keeper.reason, len(items) - flow.done - flow.failed, tell)
+
+    def _flow(self, spec: Job, lease: Lease, stop: Event) -> Flow:
+        return Flow(
+            lease.job,
+            spec,
+            operation=self.operations[spec.operation, spec.engine],
+            ledger=self.ledger,
+            fetcher=self.fetcher,
+            store=self._store(spec),
+            settings=self.settings,
+            node=self.node,
+            stop=stop,
+        )
+
+    def _open_items(self, lease: Lease) -> list[Item]:
+        """What this chunk still has to do: neither recorded already nor another row's duplicate."""
+        items = [item for item in lease.items if item.duplicate_of is None]
+        recorded = self.ledger.recorded(lease.job, [item.index for item in items])
+        return [item for item in items if item.index not in recorded]
+
+    def _close(self, lease: Lease, spec: Job, reason: str | None, left: int, tell: Callable[[int, int], None]) -> str:
+        if reason == "lost":
+            return "lost"
+        if reason == "stopping" and left:
+            if self.ledger.release(lease):
+                self.publisher.publish([(Chunk(job=lease.job, number=lease.number, images=left), spec)])
+            return "released"
+        if self.ledger.complete(lease) == "finishing":
+            self.work(Chunk(job=lease.job, number=MANIFEST, images=0), task=lease.token, tell=tell)
+        return "done"
+
+    def _manifest(self, lease: Lease, spec: Job) -> str:
+        written = None
+        try:
+            written = write_manifest(lease.job, spec, self.ledger, self._store(spec))
+        except StorageUnavailable as error:
+            log.warning("manifest not written", extra={"action": "manifest", "job": lease.job, "reason": error.message})
+            if lease.lost < MANIFEST_TRIES:
+                return "held"  # its lease runs out and the reaper publishes it again
+        except ImageError as error:
+            log.warning("manifest refused", extra={"action": "manifest", "job": lease.job, "reason": error.message})
+        self.ledger.complete(lease, manifest=written)
+        log.info("job over", extra={"action": "manifest", "job": lease.job, "manifest": written})
+        return "done"
+
+    def _store(self, spec: Job) -> Store:
+        return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
+
+
+def warm_up(operation: Operation) -> None:
+    """Run one made-up image through an engine, so that the first real one meets no surprise."""
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    grey[16:48, 16:48] = (200, 60, 40)
+    item = Item(index=0, source="https://warm.up/image.png", boxes=("24,24,8,8",))  # type: ignore[arg-type]  # parsed by Box
+    options = ENGINES[operation.spec.name][operation.spec.engine]()
+    work = operation.prepare(Picture(grey, full_size=(64, 64)), Inputs(item, options))
+    operation.finish(work, operation.run(work.samples))
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 3)

@@ -1,0 +1,327 @@
+"""The line that the images of one chunk go through, all stages at once:
+
+    fetch -> decode -> prepare  (threads)  ->  batch -> run  (this thread)  ->  finish -> encode -> store -> record  (threads)
+
+While batch k is on the device, batch k+1 is being fetched and prepared and batch k-1 encoded and
+stored. How far the front may run ahead is counted in decoded pixels, so memory stays flat whatever
+arrives. Every image ends in exactly one record; a bad one fails alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from threading import Condition, Event, Lock
+from typing import Any
+
+from shared.errors import BadMask, ImageError, InternalError, OutOfMemory, WorkerLost, sentence
+from shared.ledger import Ledger
+from shared.messages import Item, ItemResult, Job
+from shared.settings import Settings
+from shared.urls import shown
+from worker import codec
+from worker.batching import Batcher, run_batch
+from worker.fetch import Fetcher
+from worker.operations.base import Inputs, Operation, Picture, Work
+from worker.references import References
+from worker.store import Store, render_key
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Passage:
+    """One image on its way through the line."""
+
+    item: Item
+    tries: int = 0
+    pixels: int = 0
+    picture: Picture | None = None
+    work: Work | None = None
+    outputs: list[Any] = field(default_factory=list)
+    missing: int = 0
+    error: ImageError | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to this image's seconds of a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
+
+
+class PixelBudget:
+    """How many decoded pixels may be held at a time; first come, first served.
+
+    An image larger than the whole budget is let in alone.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._used = 0
+        self._turn = Lock()  # one waits at a time, so that small images can't overtake a large one for ever
+        self._changed = Condition()
+
+    def acquire(self, pixels: int) -> None:
+        """Wait until there is room."""
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + pixels <= self._total)
+            self._used += pixels
+
+    def release(self, pixels: int) -> None:
+        """Make room again."""
+        with self._changed:
+            self._used -= pixels
+            self._changed.notify_all()
+
+
+class Flow:
+    """Takes the images of one job's chunk through the line. Made per chunk; what is costly is passed in.
+
+    `stop` ends it early: images that have not been started stay unrecorded. `done` and `failed` say
+    how far it is.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        spec: Job,
+        *,
+        operation: Operation,
+        ledger: Ledger,
+        fetcher: Fetcher,
+        store: Store,
+        settings: Settings,
+        node: str,
+        stop: Event,
+    ) -> None:
+        self.job, self.spec, self.operation, self.node = job, spec, operation, node
+        self.ledger, self.fetcher, self.store, self.settings = ledger, fetcher, store, settings
+        self.references = References(fetcher, max_pixels=settings.worker.max_pixels, attempts=spec.policy.attempts)
+        self.budget = PixelBudget(settings.worker.look_ahead)
+        self.stop = stop
+        self.earlier: dict[int, int] = {}  # index -> attempts that ended with the process
+        self.done = self.failed = 0
+        self._fatal: Exception | None = None
+        self._counting = Lock()
+
+    def run(self, items: Sequence[Item]) -> None:
+        """Take `items` through the line. Raises only when the ledger can't be reached."""
+        ready: SimpleQueue[Passage] = SimpleQueue()
+        batcher: Batcher[Passage] = Batcher(self.operation, self.operation.spec.max_batch)
+        threads = min(self.settings.fetch.threads, len(items) or 1)
+        with (
+            ThreadPoolExecutor(self.settings.worker.store_threads, "store") as back,
+            ThreadPoolExecutor(threads, "fetch") as front,
+        ):
+            for item in items:
+                front.submit(self._front, Passage(item), ready)
+            coming = len(items)
+            while coming or batcher:
+                coming -= self._collect(ready, batcher, wait=not batcher)
+                if batcher:
+                    for passage in self._device(batcher):
+                        back.submit(self._back, passage)
+        if self._fatal is not None:
+            raise self._fatal
+
+    def run_alone(self, items: Sequence[Item], lost: int) -> None:
+        """Take `items` through the line one at a time, after `lost` processes died with their chunk.
+
+        Each image is counted before it is begun, and those that were begun most often come last:
+        whichever kills the process again is found out, the others are finished first, and after the
+        policy's number of attempts it is recorded as `worker_lost`.
+        """
+        alone = self.ledger.attempts(self.job, [item.index for item in items])
+        for item in sorted(items, key=lambda item: alone[item.index]):
+            if self.stop.is_set():
+                return
+            self.earlier[item.index] = 1 + alone[item.index]
+            if self.earlier[item.index] >= self.spec.policy.attempts:
+                reason = f"the worker process died {self.earlier[item.index]} times while it worked on this image"
+                self._record_failure(Passage(item), WorkerLost(reason))
+            else:
+                self.ledger.count_attempt(self.job, item.index)
+                self.run([item])
+        log.info("ran alone", extra={"action": "isolate", "job": self.job, "images": len(items), "lost": lost})
+
+    # --- the stages -------------------------------------------------------------------------
+
+    def _front(self, passage: Passage, ready: SimpleQueue[Passage]) -> None:
+        """fetch -> decode -> prepare, in a thread; always puts the passage on."""
+        if not self.stop.is_set():
+            with self._failing(passage):
+                data = self._fetch(passage)
+                picture = self._decode(passage, data)
+                self._prepare(passage, picture)
+        ready.put(passage)
+
+    def _collect(self, ready: SimpleQueue[Passage], batcher: Batcher[Passage], *, wait: bool) -> int:
+        """Batch what has been prepared; how many passages came in."""
+        came = 0
+        while True:
+            try:
+                passage = ready.get(block=wait and came == 0)
+            except Empty:
+                return came
+            came += 1
+            if passage.error is not None:
+                self._record_failure(passage, passage.error)
+            elif passage.work is not None:
+                batcher.add(passage, passage.work.samples)
+            else:
+                self._leave(passage)  # stopped before it was begun
+
+    def _device(self, batcher: Batcher[Passage]) -> Iterator[Passage]:
+        """run: one batch on the device; yields the passages that have all of their outputs now."""
+        batch = batcher.take()
+        start = time.perf_counter()
+        outputs = run_batch(self.operation, [slot.sample for slot in batch])
+        share = (time.perf_counter() - start) / len(batch)
+        for slot, output in zip(batch, outputs, strict=True):
+            passage = slot.owner
+            passage.seconds["run"] = round(passage.seconds.get("run", 0.0) + share, 4)
+            passage.missing -= 1
+            if isinstance(output, ImageError):
+                passage.error = output
+            else:
+                passage.outputs[slot.place] = output
+            if passage.missing == 0:
+                yield passage
+
+    def _back(self, passage: Passage) -> None:
+        """finish -> encode -> store -> record, in a thread."""
+        if passage.error is None:
+            with self._failing(passage):
+                picture = self._finish(passage)
+                encoded = self._encode(passage, picture)
+                self._store(passage, encoded)
+        if passage.error is not None:
+            self._record_failure(passage, passage.error)
+        else:
+            self._record(passage, ItemResult(index=passage.item.index, state="done", **self._facts(passage)))
+
+    def _fetch(self, passage: Passage) -> bytes:
+        with passage.stage("fetch"):
+            fetched = self.fetcher.fetch(passage.item.source, attempts=self.spec.policy.attempts, stop=self.stop)
+        passage.tries = fetched.tries
+        passage.facts["source_bytes"] = len(fetched.data)
+        return fetched.data
+
+    def _decode(self, passage: Passage, data: bytes) -> Picture:
+        header = codec.probe(data, max_pixels=self.settings.worker.max_pixels)
+        passage.facts.update(source_format=header.format, source_size=header.size)
+        pixels = header.size[0] * header.size[1]
+        with passage.stage("wait"):
+            self.budget.acquire(pixels)
+        passage.pixels = pixels
+        with passage.stage("decode"):
+            edge = self.operation.work_edge(self.spec.options)
+            return codec.decode(data, header, edge=edge, icc=self.spec.output.icc)
+
+    def _prepare(self, passage: Passage, picture: Picture) -> None:
+        mask = self._mask(passage.item) if self.operation.spec.needs_mask else None
+        inputs = Inputs(passage.item, self.spec.options, mask, self.references.picture)
+        with passage.stage("prepare"):
+            passage.work = self.operation.prepare(picture, inputs)
+        passage.picture = picture
+        passage.missing = len(passage.work.samples)
+        passage.outputs = [None] * passage.missing
+        if passage.missing == 0:
+            raise InternalError(f"{self.operation.spec.name} made no samples of this image")
+
+    def _finish(self, passage: Passage) -> Picture:
+        assert passage.work is not None  # noqa: S101  # `_front` has put it there
+        with passage.stage("finish"):
+            return self.operation.finish(passage.work, passage.outputs)
+
+    def _encode(self, passage: Passage, picture: Picture) -> codec.Encoded:
+        wanted = self.spec.output
+        has_alpha = picture.pixels.shape[2] == 4
+        chosen = codec.choose_format(passage.facts["source_format"], wanted.format, has_alpha)
+        with passage.stage("encode"):
+            encoded = codec.encode(picture, format=chosen, quality=wanted.quality)
+        passage.facts.update(output_bytes=len(encoded.data), output_size=picture.size)
+        return encoded
+
+    def _store(self, passage: Passage, encoded: codec.Encoded) -> None:
+        key = render_key(self.spec.output.key, job=self.job, item=passage.item, extension=encoded.extension)
+        with passage.stage("store"):
+            passage.facts["output"] = self.store.put(key, encoded.data, encoded.content_type)
+
+    # --- masks, errors and records ----------------------------------------------------------
+
+    def _mask(self, item: Item) -> Any:
+        """The item's own mask, else the job's, else None. Any trouble with it is a BadMask."""
+        url = item.mask or getattr(self.spec.options, "mask", None)
+        if url is None:
+            return None
+        try:
+            if item.mask is None:
+                return self.references.mask(url)
+            data = self.fetcher.fetch(url, attempts=self.spec.policy.attempts, stop=self.stop).data
+            return codec.decode_mask(data, max_pixels=self.settings.worker.max_pixels)
+        except ImageError as error:
+            raise BadMask(f"the mask {shown(url)} can't be used: {error.message}") from error
+
+    @contextmanager
+    def _failing(self, passage: Passage) -> Iterator[None]:
+        """Whatever goes wrong inside becomes this image's error, and no other's."""
+        try:
+            yield
+        except ImageError as error:
+            passage.error = error
+        except MemoryError as error:
+            passage.error = OutOfMemory(f"this image does not fit into memory: {sentence(error)}")
+        except Exception as error:
+            log.exception("image failed", extra={"action": "flow", "job": self.job, "item": passage.item.id})
+            passage.error = InternalError(f"{type(error).__name__}: {sentence(error)}")
+
+    def _record_failure(self, passage: Passage, error: ImageError) -> None:
+        passage.tries = max(passage.tries, error.tries)
+        failed = ItemResult(
+            index=passage.item.index,
+            state="failed",
+            code=error.code,
+            message=error.message,
+            retryable=error.retryable,
+            **self._facts(passage),
+        )
+        self._record(passage, failed)
+
+    def _facts(self, passage: Passage) -> dict[str, Any]:
+        attempts = self.earlier.get(passage.item.index, 0) + (
+            0 if isinstance(passage.error, WorkerLost) else max(1, passage.tries)
+        )
+        notes = tuple(passage.work.notes) if passage.work else ()
+        return {**passage.facts, "attempts": attempts, "seconds": passage.seconds, "notes": notes, "node": self.node}
+
+    def _record(self, passage: Passage, result: ItemResult) -> None:
+        try:
+            first = self.ledger.record(self.job, result)
+        except Exception as error:  # noqa: BLE001
+            # Without a record nothing else matters: `run` raises it, and the chunk is delivered again.
+            self._fatal = error
+            self.stop.set()
+        else:
+            with self._counting:
+                self.done += first and result.state == "done"
+                self.failed += first and result.state == "failed"
+        finally:
+            self._leave(passage)
+
+    def _leave(self, passage: Passage) -> None:
+        """Let go of the pixels, then of their place in the budget."""
+        passage.picture = passage.work = None
+        passage.outputs = []
+        self.budget.release(passage.pixels)
+        passage.pixels = 0

@@ -1,0 +1,39 @@
+"""Structured logs: a constant message, then what it is about as key=value, or all of it as one JSON line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+
+_STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "data", "taskName"}
+
+
+class Formatter(logging.Formatter):
+    """Text for people or JSON for programs; fields given as `extra` follow the message."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
+        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        trace = self.formatException(record.exc_info) if record.exc_info else None
+        if self._as_json:
+            line = {"time": when, "level": record.levelname, "logger": record.name, "pid": record.process}
+            return json.dumps(
+                {**line, "message": record.getMessage(), **fields, **({"trace": trace} if trace else {})}, default=str
+            )
+        pairs = "".join(f" {name}={value}" for name, value in fields.items())
+        return f"{when} {record.levelname:<7} {record.process} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
+
+
+def set_up(*, as_json: bool, level: str = "INFO") -> None:
+    """Log to stderr from here on, also for children that are forked later."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter(as_json=as_json))
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+    for noisy in ("PIL", "botocore", "boto3", "urllib3", "celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,88 @@
+"""The only place that wires a worker's objects together: first the parent's, after the fork a child's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+from billiard import current_process
+from celery import Celery, signals
+
+from shared.broker import Publisher, make_app, queues
+from shared.errors import sentence
+from shared.ledger import Ledger
+from shared.queues import node_queue, worker_queues
+from shared.settings import Settings
+from worker import logs
+from worker.device import Device, pin, share_of_cores
+from worker.node import Children, Housekeeping, Loaded, Parent
+from worker.tasks import not_loaded, register
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One node, as the Celery application that `celery worker` and `imagemill worker` run."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.queues = worker_queues(settings.worker.operations, settings.worker.engines)
+        self.app: Celery = make_app(settings)
+        self.app.conf.task_queues = queues(self.queues)
+        self._child: Any = None
+        register(self.app, lambda: self._child or not_loaded())
+        self.app.steps["worker"].add(Loaded)
+        self.app.steps["consumer"].add(Housekeeping)
+        # Celery keeps weak references to receivers; bound methods of this object live as long as it does.
+        signals.setup_logging.connect(self._set_up_logs)
+        signals.worker_init.connect(self._prepare_parent)
+        signals.worker_process_init.connect(self._load_child)
+        signals.worker_shutting_down.connect(self._leave)
+
+    def _set_up_logs(self, **_: Any) -> None:
+        logs.set_up(as_json=self.settings.log_json)
+
+    def _prepare_parent(self, sender: Any, **_: Any) -> None:
+        """In the parent, before the pool forks: what children share, and the node's own queue."""
+        if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
+            sender.concurrency = 1  # one child per GPU
+        self.name = sender.hostname
+        self.device = Device(self.settings.worker.gpu, share_of_cores(sender.concurrency))
+        self.children = Children(sender.concurrency)
+        (own,) = queues([node_queue(self.name)])
+        self.app.amqp.queues.select_add(own)
+        url = self.settings.redis_url.get_secret_value()
+        ledger = Ledger(url, lease_seconds=self.settings.worker.lease_seconds, expire_days=self.settings.expire_days)
+        self.app.imagemill_parent = Parent(self.name, self.device, self.queues, self.children, ledger, Publisher(self.app))
+        self.app.imagemill_load_timeout = self.settings.worker.load_timeout
+
+    def _load_child(self, **_: Any) -> None:
+        """In a child, before its first task. Celery swallows what is raised here, so the process exits instead."""
+        try:
+            pin(self.device)
+            # Only now: these imports may start threads and touch the GPU.
+            from worker.child import Child
+
+            self._child = Child(
+                self.settings, self.device, node=self.name, publisher=Publisher(self.app), stopping=self.children.stopping
+            )
+            self.children.loaded(current_process().index)
+        except BaseException as error:
+            failures = self.children.failed()
+            wait = min(60.0, 2.0 ** (failures - 1))
+            told = dict(action="load", node=self.name, reason=f"{type(error).__name__}: {sentence(error)}", again_in=wait)
+            log.exception("engines could not be loaded", extra=told)
+            time.sleep(wait)  # not in a tight loop: the pool replaces this process at once
+            os._exit(1)
+
+    def _leave(self, **_: Any) -> None:
+        self.app.imagemill_parent.leave()
+
+    def run(self, *, name: str, concurrency: int) -> int:
+        """Run the node until it is told to stop; its exit status."""
+        arguments = ["--quiet", "worker", "--pool=prefork", f"--concurrency={concurrency}", f"--hostname={name}", "--events"]
+        # Nodes need not know of each other: the ledger tells, and a fleet's gossip grows with its square.
+        self.app.worker_main([*arguments, "--without-gossip", "--without-mingle"])
+        return 0

@@ -1,0 +1,49 @@
+"""The record of a job that outlives Redis: one JSON line per image, beside the outputs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from shared.ledger import Ledger
+from shared.messages import Job, Row
+from worker.store import Store
+
+PACKAGES = ("imagemill", "numpy", "opencv-python-headless", "pillow", "simplejpeg", "onnxruntime", "torch", "diffusers")
+
+
+def write_manifest(job: str, spec: Job, ledger: Ledger, store: Store) -> str:
+    """Write `{job}/manifest.jsonl` and return its address. Raises an ImageError of the store."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "manifest.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for row in ledger.rows(job):
+                file.write(json.dumps(manifest_line(job, spec, row), ensure_ascii=False) + "\n")
+        return store.put_file(f"{job}/manifest.jsonl", path, "application/x-ndjson")
+
+
+def manifest_line(job: str, spec: Job, row: Row) -> dict[str, Any]:
+    """An image with all that is known of how its result came about."""
+    line = row.model_dump(exclude_none=True)
+    if row.result is not None:
+        told = {"source_format", "source_bytes", "source_size", "output_bytes", "output_size", "seconds", "notes", "node"}
+        line |= row.result.model_dump(include=told, exclude_none=True)
+    line |= {"job": job, "operation": spec.operation, "options": spec.options.model_dump(mode="json"), "versions": versions()}
+    return line
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What is installed here of that which decides a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

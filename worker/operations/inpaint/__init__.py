@@ -1,0 +1,1 @@
+"""Fill holes: one module per engine, and what they share."""

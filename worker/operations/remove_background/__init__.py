@@ -1,0 +1,1 @@
+"""Cut the subject out: one module per engine, and what they share."""

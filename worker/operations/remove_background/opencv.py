@@ -1,0 +1,129 @@
+"""remove-background without weights: GrabCut, seeded by a colour model of the border and a centre prior."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import numpy as np
+
+from shared.options import OpencvRemoveBackground, Options
+from worker.device import Device
+from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.cv import set_up, translated
+from worker.operations.remove_background.matte import cut_out, soft_alpha
+from worker.operations.remove_background.seeds import Map, content_box, saliency
+from worker.scale import fit, resize
+
+SMALLEST = 8  # pixels; below this nothing can be told from the border
+EMPTY = "empty_cutout"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What GrabCut sees: `rgb` [h, w, 3], and where it is opaque [h, w] 0/1 (None is everywhere)."""
+
+    rgb: Pixels
+    opaque: Grey | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    picture: Picture  # at the result's size
+    scene: Scene
+    options: OpencvRemoveBackground
+
+
+class GrabCut:
+    """GrabCut (Rother, Kolmogorov, Blake, SIGGRAPH 2004) at `work_edge`, with edges refined at the result's size."""
+
+    spec = Spec("remove-background", "opencv", makes_alpha=True)
+
+    def load(self, device: Device) -> None:
+        set_up(device)
+
+    def work_edge(self, options: Options) -> int | None:
+        return options.long_edge if isinstance(options, OpencvRemoveBackground) else None
+
+    @translated("scaling the image")
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        options: OpencvRemoveBackground = inputs.options
+        pixels = resize(picture.pixels, fit(picture.size, options.long_edge))
+        small = resize(pixels, fit((pixels.shape[1], pixels.shape[0]), options.work_edge))
+        opaque = (small[..., 3] > 127).astype(np.uint8) if small.shape[2] == 4 else None
+        scene = Scene(np.ascontiguousarray(small[..., :3]), opaque if opaque is not None and not opaque.all() else None)
+        return Work([Sample(scene, options)], state=Plan(replace(picture, pixels=pixels), scene, options))
+
+    def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
+        return self.spec.name
+
+    @translated("cutting out the subject")
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        return [find_subject(sample.data, sample.options) for sample in samples]
+
+    @translated("refining the edge")
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        plan: Plan = work.state
+        (mask,) = outputs
+        if not mask.any():
+            work.notes.append(EMPTY)
+        pixels = plan.picture.pixels
+        alpha = soft_alpha(pixels[..., :3], plan.scene.rgb, mask.astype(np.float32), plan.options.feather)
+        return replace(plan.picture, pixels=cut_out(pixels, alpha, plan.options.background))
+
+
+def find_subject(scene: Scene, options: OpencvRemoveBackground) -> Grey:
+    """1 where the subject is, 0 elsewhere, [h, w]; all 0 where none is found."""
+    mask = np.zeros(scene.rgb.shape[:2], np.uint8)
+    cv2.setRNGSeed(0)  # k-means draws from this thread's generator; without it the last image decides
+    rgb = scene.rgb
+    if scene.opaque is not None:
+        edge = np.concatenate([scene.opaque[0], scene.opaque[-1], scene.opaque[:, 0], scene.opaque[:, -1]])
+        if edge.mean() < 0.5:  # cut out already
+            return scene.opaque
+        rgb = np.where(scene.opaque[..., None] > 0, rgb, np.median(rgb[scene.opaque > 0], axis=0).astype(np.uint8))
+    rows, columns = content_box(rgb)
+    inside = np.ascontiguousarray(rgb[rows, columns])
+    if min(inside.shape[:2]) >= SMALLEST:
+        mask[rows, columns] = _cut(inside, options)
+    return mask if scene.opaque is None else mask * scene.opaque
+
+
+def _cut(rgb: Pixels, options: OpencvRemoveBackground) -> Grey:
+    found = saliency(rgb, options.border)
+    if found is None:
+        return np.zeros(rgb.shape[:2], np.uint8)
+    likely, rim = found
+    split = cv2.threshold(np.rint(likely * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)[0] / 255
+    marks = np.where(likely > split, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    marks[likely > split + 0.7 * (1 - split)] = cv2.GC_FGD
+    marks[rim | (likely < 0.15 * split)] = cv2.GC_BGD
+    front = (marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD)
+    if min(front.sum(), (~front).sum()) < 10:  # each of GrabCut's two models has five colours
+        return np.zeros(rgb.shape[:2], np.uint8)
+    back_model, front_model = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.grabCut(_features(rgb), marks, (0, 0, 0, 0), back_model, front_model, options.iterations, cv2.GC_INIT_WITH_MASK)
+    return _tidied(((marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD)).astype(np.uint8), likely)
+
+
+def _features(rgb: Pixels) -> Pixels:
+    """Lab with a and b stretched threefold: hue tells subject and background apart better than brightness."""
+    lab = cv2.cvtColor(rgb.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    return np.asarray(np.clip(lab * (2.55, 3, 3) + (0, 128, 128), 0, 255), np.uint8)
+
+
+def _tidied(mask: Grey, likely: Map) -> Grey:
+    """Without crumbs (parts that weigh less than 15 % of the heaviest) and without small holes."""
+    opened = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    count, labels = cv2.connectedComponents(opened, connectivity=4)
+    weight = np.bincount(labels.ravel(), weights=likely.ravel(), minlength=count)
+    weight[0] = 0
+    mask = (weight >= max(0.15 * weight.max(), 1e-6)).astype(np.uint8)[labels]
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(1 - mask, connectivity=4)
+    at_edge = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+    hole = stats[:, cv2.CC_STAT_AREA] < 0.02 * mask.sum()
+    hole[at_edge] = False
+    hole[0] = False  # label 0 is the subject
+    return np.asarray(mask | hole.astype(np.uint8)[labels], np.uint8)

@@ -1,0 +1,1 @@
+"""Change how an image looks: one module per engine."""
