@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -24,9 +23,11 @@ from shared.options import parse_options
 from worker.device import Device, share_of_cores
 from worker.operations import registry
 from worker.operations.base import Grey, Inputs, Picture, Pixels
+from worker.scale import resize
 
 GOAL_IOU = 0.6  # what the opencv engine must not fall below on the photos it was tuned with
 TILE = 480
+MAGENTA = np.array([[[255, 0, 255]]], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,9 @@ def read(path: Path) -> Pixels:
 
 def pairs(images: Path) -> list[tuple[Path, Path | None]]:
     """Each image of a folder with its reference, by name."""
-    found = []
-    for path in sorted(images.iterdir()):
-        if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") and "." not in path.stem:
-            found.append((path, next(iter(sorted(images.glob(f"{path.stem}.*.png"))), None)))
-    return found
+    kinds = (".jpg", ".jpeg", ".png", ".webp")
+    found = [path for path in sorted(images.iterdir()) if path.suffix.lower() in kinds and "." not in path.stem]
+    return [(path, next(iter(sorted(images.glob(f"{path.stem}.*.png"))), None)) for path in found]
 
 
 def cut(operation: Any, path: Path, reference: Path | None, engine: str) -> Cut:
@@ -69,7 +68,7 @@ def cut(operation: Any, path: Path, reference: Path | None, engine: str) -> Cut:
     if reference is None:
         return Cut(path.stem, source, result, None, seconds, None, None)
     alpha, wanted = result[..., 3], read(reference)[..., 3]
-    wanted = cv2.resize(wanted, (alpha.shape[1], alpha.shape[0]), interpolation=cv2.INTER_AREA)
+    wanted = resize(np.ascontiguousarray(wanted), (alpha.shape[1], alpha.shape[0]))
     ours, theirs = alpha > 127, wanted > 127
     iou = float((ours & theirs).sum() / max(1, (ours | theirs).sum()))
     difference = float(np.abs(alpha.astype(int) - wanted).mean() / 255)
@@ -116,15 +115,14 @@ def sheet(cuts: list[Cut]) -> Pixels:
     rows = []
     for one in cuts:
         reference = one.reference if one.reference is not None else np.zeros(one.result.shape[:2], np.uint8)
-        tiles = [_tile(one.source[..., :3]), _tile(_on(one.result, checks)), _tile(_on(one.result, np.uint8([255, 0, 255])))]
+        tiles = [_tile(one.source[..., :3]), _tile(_on(one.result, checks)), _tile(_on(one.result, MAGENTA))]
         rows.append(np.hstack([*tiles, _tile(np.repeat(reference[..., None], 3, axis=2))]))
     return np.vstack(rows)
 
 
 def _on(result: Pixels, ground: NDArray[np.uint8]) -> Pixels:
-    if ground.ndim == 3:
-        times = [-(-result.shape[axis] // TILE) for axis in (0, 1)]
-        ground = np.tile(ground, (*times, 1))[: result.shape[0], : result.shape[1]]
+    times = [-(-result.shape[axis] // ground.shape[axis]) for axis in (0, 1)]
+    ground = np.tile(ground, (*times, 1))[: result.shape[0], : result.shape[1]]
     alpha = result[..., 3:] / np.float32(255)
     return np.rint(result[..., :3] * alpha + ground * (1 - alpha)).astype(np.uint8)
 
@@ -132,7 +130,7 @@ def _on(result: Pixels, ground: NDArray[np.uint8]) -> Pixels:
 def _tile(pixels: Pixels) -> Pixels:
     scale = TILE / max(pixels.shape[:2])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-    fitted = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    fitted = resize(pixels, size)
     tile = np.full((TILE, TILE, 3), 64, np.uint8)
     tile[: size[1], : size[0]] = fitted
     return tile

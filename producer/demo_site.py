@@ -242,10 +242,8 @@ def _text(box: Sequence[float] | None) -> str:
 
 def _repeated(rows: list[dict[str, str]], count: int | None) -> list[dict[str, str]]:
     """At least `count` rows: where there are fewer, they come again under another address."""
-    again = range(len(rows), count or 0)
-    return rows + [
-        {**rows[i % len(rows)], "source": rows[i % len(rows)]["source"] + f"?copy={i // len(rows) + 1}"} for i in again
-    ]
+    again = ((rows[i % len(rows)], i // len(rows) + 1) for i in range(len(rows), count or 0))
+    return rows + [{**row, "source": f"{row['source']}?copy={number}"} for row, number in again]
 
 
 def _handler(folder: Path, files: set[str], bad: dict[str, Bad]) -> type[BaseHTTPRequestHandler]:

@@ -49,6 +49,7 @@ from shared.messages import (
     row,
 )
 from shared.queues import queue_name
+from shared.settings import Settings
 
 SUBMITTING_SECONDS = 3600
 """A list whose producer died while it was being written is forgotten after this."""
@@ -93,6 +94,12 @@ class Ledger:
         common = (folder / "common.lua").read_text()
         names = ("seal", "acquire", "renew", "record", "complete", "release", "reap", "cancel", "retry")
         self._lua = {name: self._redis.register_script(common + (folder / f"{name}.lua").read_text()) for name in names}
+
+    @classmethod
+    def of(cls, settings: Settings) -> Ledger:
+        """The ledger that `settings` name."""
+        url = settings.redis_url.get_secret_value()
+        return cls(url, lease_seconds=settings.worker.lease_seconds, expire_days=settings.expire_days)
 
     def close(self) -> None:
         """Give the connections back."""

@@ -102,9 +102,11 @@ class OpencvStylize(Model):
     style: Literal["stylization", "pencil-sketch", "detail", "colour-transfer"] = Field(
         "stylization", description="which filter"
     )
-    sigma_s: float | None = Field(None, ge=0, le=200, description="how far smoothing reaches, in pixels; 'none' is the style's own")
+    sigma_s: float | None = Field(
+        None, ge=0, le=200, description="how far smoothing reaches, in pixels; 'none': the style's own"
+    )
     sigma_r: float | None = Field(
-        None, ge=0, le=1, description="how different colours may be and still be smoothed together; 'none' is the style's own"
+        None, ge=0, le=1, description="how different colours may be and still be smoothed together; 'none': the style's own"
     )
     shade: float = Field(0.05, ge=0, le=0.1, description="brightness of a pencil sketch")
     colour: bool = Field(False, description="a pencil sketch in colour")

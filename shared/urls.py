@@ -47,7 +47,7 @@ def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
     if not url.isprintable() and CONTROL.search(url):  # the first alone is three times as fast
         raise ValueError("the address contains control characters")
     parts = urlsplit(url)
-    if parts.scheme not in schemes:
+    if parts.scheme not in schemes or url[0] == " ":  # urlsplit looks past leading spaces, others don't
         raise ValueError(f"an address starts with {', '.join(f'{s}://' for s in schemes)}")
     _ = parts.port  # raises ValueError outside 0-65535
     return parts

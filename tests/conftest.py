@@ -77,6 +77,7 @@ def environment_for(redis_url: str, folder: Path, **more: str) -> dict[str, str]
         IMAGEMILL_FILES__WRITE_ROOTS=json.dumps([str(folder)]),
         IMAGEMILL_FILES__READ_ROOTS=json.dumps([str(folder)]),
         IMAGEMILL_WORKER__LEASE_SECONDS="3",
+        IMAGEMILL_WORKER__MISSING_SECONDS="1",
         **more,
     )
 

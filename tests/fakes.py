@@ -56,7 +56,7 @@ class Tells(Invert):
     """Says on stderr which GPU it may see."""
 
     def load(self, device: Device) -> None:
-        print(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
 
 
 class Heavy(Invert):

@@ -29,7 +29,7 @@ RedisServer = EmbeddedRedis
 """`RedisServer(folder)` with start, stop, kill, restart and url."""
 
 
-class ServiceMissing(Exception):  # noqa: N818  # a state of this machine, not a fault
+class ServiceMissing(Exception):  # a state of this machine, not a fault
     """A service that can't be had here, and why."""
 
 
@@ -327,6 +327,7 @@ class ImageServer:
 
         class Request(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # headers and body are two writes; on kept connections each would wait 40 ms
 
             def setup(self) -> None:
                 super().setup()
@@ -384,7 +385,8 @@ def html(text: str = "<!DOCTYPE html><html><body>Please log in</body></html>", k
 
 def redirect(location: str, status: int = 302) -> Route:
     """A redirect; to its own path it is a loop."""
-    return answers(status, headers={"Location": location})
+    raw = location.encode().decode("latin-1")  # http.server writes headers in latin-1; servers send UTF-8
+    return answers(status, headers={"Location": raw})
 
 
 def failing(times: int, status: int, then: bytes, headers: Mapping[str, str] | None = None) -> Route:

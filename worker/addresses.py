@@ -95,6 +95,8 @@ def wire(url: str) -> Target:
     """
     try:
         parts = urlsplit(url)
+        if "@" in parts.netloc or "%" in parts.netloc:  # a user, an encoded host or an interface: parsers disagree on these
+            raise ValueError("more than host and port")
         host = _ascii_host(parts.hostname or "")
         port = parts.port or PORTS[parts.scheme]
     except (ValueError, KeyError) as error:

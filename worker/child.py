@@ -41,11 +41,7 @@ class Child:
         self, settings: Settings, device: Device, *, node: str, publisher: Publisher, stopping: Callable[[], bool]
     ) -> None:
         self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
-        self.ledger = Ledger(
-            settings.redis_url.get_secret_value(),
-            lease_seconds=settings.worker.lease_seconds,
-            expire_days=settings.expire_days,
-        )
+        self.ledger = Ledger.of(settings)
         self._s3: Any = None
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
         self.operations: dict[tuple[str, str], Operation] = {}

@@ -85,7 +85,7 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
 def check_workers(settings: Settings) -> Iterator[Finding]:
     """Is every queue listened to?"""
     try:
-        nodes = Ledger(settings.redis_url.get_secret_value()).nodes()
+        nodes = Ledger.of(settings).nodes()
     except ServiceUnavailable:
         return  # said by check_redis
     for node in nodes:
@@ -149,7 +149,7 @@ def check_gpu(_settings: Settings) -> Iterator[Finding]:
 
 def check_canary(settings: Settings, wait: float) -> Iterator[Finding]:
     """Does a child of each node on this host run a task and answer?"""
-    ledger = Ledger(settings.redis_url.get_secret_value())
+    ledger = Ledger.of(settings)
     try:
         here = [node for node in ledger.nodes() if node.host == socket.gethostname()]
         if not here:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from shared.errors import AccessDenied, ForbiddenAddress, NotFound, TooLarge, Unreachable, sentence
+from shared.errors import AccessDenied, ForbiddenAddress, ImageError, NotFound, TooLarge, Unreachable, sentence
 from shared.urls import shown
+
+BLOCK = 1 << 20
 
 
 def path_of(url: str) -> Path:
@@ -32,25 +36,30 @@ def read_file(url: str, roots: Iterable[Path], max_bytes: int) -> bytes:
     try:
         path = path_of(url)
         _check(path.resolve(), url, roots)  # first, so that nobody learns what exists elsewhere
-        # O_NONBLOCK: opening a named pipe would wait for its writer
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            _check(_opened_path(descriptor, path), url, roots)
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ForbiddenAddress(f"{shown(url)} is no regular file")
-            if status.st_size > max_bytes:
-                raise TooLarge(f"{shown(url)} has {status.st_size} bytes; the limit is {max_bytes}")
-            data = file.read(max_bytes + 1)
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: %00 in the path
-        raise NotFound(f"{shown(url)} does not exist") from error
-    except PermissionError as error:
-        raise AccessDenied(f"{shown(url)} may not be read by the worker's user") from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links, in older Pythons
-        raise Unreachable(f"{shown(url)} can't be read: {_reason(error)}") from error
-    if len(data) > max_bytes:
-        raise TooLarge(f"{shown(url)} has more than {max_bytes} bytes, the limit")
-    return data
+        with open(path, "rb", opener=_open_at_once) as file:
+            _check(_opened_path(file.fileno(), path), url, roots)
+            return _read(file, url, max_bytes)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _meaning(error, url) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else opening a named pipe would wait for its writer
+
+
+def _read(file: BinaryIO, url: str, max_bytes: int) -> bytes:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise ForbiddenAddress(f"{shown(url)} is no regular file")
+    blocks, size = [], os.fstat(file.fileno()).st_size
+    if size > max_bytes:
+        raise TooLarge(f"{shown(url)} has {size} bytes; the limit is {max_bytes}")
+    left = max_bytes
+    while block := file.read(BLOCK):  # to its end: it may grow, and some files say nothing of their size
+        left -= len(block)
+        if left < 0:
+            raise TooLarge(f"{shown(url)} has more than {max_bytes} bytes, the limit")
+        blocks.append(block)
+    return b"".join(blocks)
 
 
 def _opened_path(descriptor: int, path: Path) -> Path:
@@ -69,5 +78,13 @@ def _check(real: Path, url: str, roots: tuple[Path, ...]) -> None:
         raise ForbiddenAddress(f"{shown(url)} is not below a folder that IMAGEMILL_FILES__READ_ROOTS allows")
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror or sentence(error)) if isinstance(error, OSError) else sentence(error)
+def _meaning(error: Exception, url: str) -> ImageError:
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, IsADirectoryError):
+        return ForbiddenAddress(f"{shown(url)} is no regular file")
+    # ValueError: %00 in the path. RuntimeError: links in a circle, before Python 3.13.
+    if isinstance(error, ValueError | RuntimeError) or number in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
+        return NotFound(f"{shown(url)} does not exist")
+    if isinstance(error, PermissionError):
+        return AccessDenied(f"{shown(url)} may not be read by the worker's user")
+    return Unreachable(f"{shown(url)} can't be read: {sentence(error)}")

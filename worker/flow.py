@@ -287,6 +287,7 @@ class Flow:
             passage.error = InternalError(f"{type(error).__name__}: {sentence(error)}")
 
     def _record_failure(self, passage: Passage, error: ImageError) -> None:
+        passage.error = error
         passage.tries = max(passage.tries, error.tries)
         failed = ItemResult(
             index=passage.item.index,

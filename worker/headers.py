@@ -141,7 +141,8 @@ def _kind(data: bytes) -> str:
     for offset, magic, name in _OTHERS:
         if data.startswith(magic, offset):
             return name
-    return "text" if data[:512].isascii() and data[:512].decode("ascii").isprintable() else "of an unknown kind"
+    printable = b"".join(start.split()).decode("latin-1")
+    return "text" if printable.isascii() and printable.isprintable() else "of an unknown kind"
 
 
 @contextmanager

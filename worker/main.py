@@ -9,6 +9,7 @@ from typing import Any
 
 from billiard import current_process
 from celery import Celery, signals
+from celery.utils.nodenames import host_format
 
 from shared.broker import Publisher, make_app, queues
 from shared.errors import sentence
@@ -53,10 +54,15 @@ class Worker:
         self.children = Children(sender.concurrency)
         (own,) = queues([node_queue(self.name)])
         self.app.amqp.queues.select_add(own)
-        url = self.settings.redis_url.get_secret_value()
-        ledger = Ledger(url, lease_seconds=self.settings.worker.lease_seconds, expire_days=self.settings.expire_days)
-        self.app.imagemill_parent = Parent(self.name, self.device, self.queues, self.children, ledger, Publisher(self.app))
-        self.app.imagemill_load_timeout = self.settings.worker.load_timeout
+        self.app.imagemill_parent = Parent(
+            self.name,
+            self.device,
+            self.queues,
+            self.children,
+            ledger=Ledger.of(self.settings),
+            publisher=Publisher(self.app),
+            settings=self.settings.worker,
+        )
 
     def _load_child(self, **_: Any) -> None:
         """In a child, before its first task. Celery swallows what is raised here, so the process exits instead."""
@@ -82,7 +88,16 @@ class Worker:
 
     def run(self, *, name: str, concurrency: int) -> int:
         """Run the node until it is told to stop; its exit status."""
-        arguments = ["--quiet", "worker", "--pool=prefork", f"--concurrency={concurrency}", f"--hostname={name}", "--events"]
-        # Nodes need not know of each other: the ledger tells, and a fleet's gossip grows with its square.
-        self.app.worker_main([*arguments, "--without-gossip", "--without-mingle"])
-        return 0
+        node = self.app.Worker(
+            pool_cls="prefork",
+            concurrency=concurrency,
+            hostname=host_format(name),
+            task_events=True,
+            quiet=True,
+            loglevel="INFO",
+            # Nodes need not know of each other: the ledger tells, and a fleet's gossip grows with its square.
+            without_gossip=True,
+            without_mingle=True,
+        )
+        node.start()
+        return int(node.exitcode or 0)

@@ -19,7 +19,8 @@ from celery.worker import state as worker_state
 from shared.broker import Publisher
 from shared.errors import JobNotFound, ServiceUnavailable
 from shared.ledger import Ledger
-from shared.messages import Node
+from shared.messages import Chunk, Node
+from shared.settings import WorkerSettings
 from worker.device import Device
 
 log = logging.getLogger(__name__)
@@ -76,13 +77,22 @@ class Parent:
     """What the node's parent process does besides Celery's own work."""
 
     def __init__(
-        self, name: str, device: Device, queues: list[str], children: Children, ledger: Ledger, publisher: Publisher
+        self,
+        name: str,
+        device: Device,
+        queues: list[str],
+        children: Children,
+        *,
+        ledger: Ledger,
+        publisher: Publisher,
+        settings: WorkerSettings,
     ) -> None:
         self.name, self.device, self.queues, self.children = name, device, queues, children
-        self.ledger, self.publisher = ledger, publisher
+        self.ledger, self.publisher, self.settings = ledger, publisher, settings
 
-    def wait_for_children(self, timeout: float) -> None:
+    def wait_for_children(self) -> None:
         """Return when every child has loaded its engines; exit the node when one can't."""
+        timeout = self.settings.load_timeout
         start = time.monotonic()
         while self.children.ready() < self.children.count:
             worker_state.maybe_shutdown()
@@ -101,7 +111,7 @@ class Parent:
         """Report the node, and publish again what is overdue."""
         try:
             self.ledger.report_node(self._report())
-            chunks = self.ledger.reap(self.name, every=REPORT_SECONDS)
+            chunks = self.ledger.reap(self.name, patience=self.settings.missing_seconds, every=REPORT_SECONDS)
             for chunk in chunks:
                 self._publish_again(chunk)
         except ServiceUnavailable as error:
@@ -115,7 +125,7 @@ class Parent:
         except ServiceUnavailable as error:
             log.warning("node not signed off", extra={"action": "report", "node": self.name, "reason": error.message})
 
-    def _publish_again(self, chunk: Any) -> None:
+    def _publish_again(self, chunk: Chunk) -> None:
         try:
             spec = self.ledger.spec(chunk.job)
         except JobNotFound:
@@ -141,7 +151,7 @@ class Loaded(bootsteps.StartStopStep):  # type: ignore[misc]
     requires = ("celery.worker.components:Pool",)
 
     def start(self, worker: Any) -> None:
-        worker.app.imagemill_parent.wait_for_children(worker.app.imagemill_load_timeout)
+        worker.app.imagemill_parent.wait_for_children()
 
 
 class Housekeeping(bootsteps.StartStopStep):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
+from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError
 
@@ -49,7 +50,7 @@ def open_store(url: str, *, s3: Callable[[], S3Client], files: FileSettings, s3_
         check_output_url(url)
     except ValueError as error:
         raise StorageRefused(f"results can't go to {url!r}: {error}") from error
-    if url.startswith("s3"):
+    if urlsplit(url).scheme == "s3":
         return S3Store(url, s3(), s3_settings)
     return FolderStore(url, files)
 

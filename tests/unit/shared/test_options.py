@@ -111,7 +111,8 @@ def test_boxes_in_pixels_and_in_fractions(given: Any, box: tuple[float, float, f
 
 @pytest.mark.parametrize(
     "given",
-    ["", "1,2,3,4,5", "-1,2,3,4", "1,2,0,4", "1e3,2,3,4", "nan,1,1,1", "inf,1,1,1", "0.5,0.5,0.6,0.2", [1, 2, 3], ["a", 1, 1, 1], None, 7],
+    ["", "1,2,3,4,5", "-1,2,3,4", "1,2,0,4", "1e3,2,3,4", "nan,1,1,1", "inf,1,1,1", "0.5,0.5,0.6,0.2",
+     [1, 2, 3], ["a", 1, 1, 1], None, 7],
 )  # fmt: skip
 def test_boxes_that_are_refused(given: Any) -> None:
     with pytest.raises(ValidationError):

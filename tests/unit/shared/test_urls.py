@@ -67,7 +67,8 @@ def test_source_addresses_that_are_refused_with_a_reason(url: str, reason: str) 
 
 
 ADDRESSISH = st.lists(
-    st.sampled_from(["http", "https", "s3", "file", "://", ":", "/", "?", "#", "@", "[", "]", "::1", ".", "-", "80", "99999", "a", "B", " ", "\\", "%00", "ä", "\n", "\x7f"]),
+    st.sampled_from(["http", "https", "s3", "file", "://", ":", "/", "?", "#", "@", "[", "]",
+         "::1", ".", "-", "80", "99999", "a", "B", " ", "\\", "%00", "ä", "\n", "\x7f"]),
     max_size=12,
 ).map("".join)  # fmt: skip
 

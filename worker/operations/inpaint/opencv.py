@@ -84,5 +84,7 @@ def fill(crop: Crop, options: OpencvInpaint) -> Pixels:
     zone = (feather_weights(crop.hole, options.mask_feather) > 0).astype(np.uint8)
     if zone.all():  # a fade as wide as the image leaves nothing to fill from
         zone = (crop.hole > 0).astype(np.uint8)
-    filled = cv2.inpaint(np.ascontiguousarray(crop.rgb), zone, options.radius, METHODS[options.method])
-    return np.asarray(filled, np.uint8)
+    # cv2.inpaint (5.0) reads beyond pictures of one row or column; a border, repeated, keeps it inside.
+    rgb, zone = (np.pad(array, ((2, 2), (2, 2), (0, 0))[: array.ndim], mode="edge") for array in (crop.rgb, zone))
+    filled = cv2.inpaint(rgb, zone, options.radius, METHODS[options.method])
+    return np.ascontiguousarray(filled[2:-2, 2:-2], np.uint8)

@@ -1,0 +1,416 @@
+"""The client against a real Redis; the worker's part is played through the ledger."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from producer.client import Client
+from producer.embedded_redis import EmbeddedRedis
+from producer.sources import BadRow, SourceRow, read_sources
+from shared.errors import BrokerUnavailable, InvalidOption, InvalidSource, JobNotFound, UsageError
+from shared.ledger import Lease, Ledger
+from shared.messages import MANIFEST, InpaintJob, ItemResult, Node, Output, Policy, Row, StylizeJob
+from shared.options import OpencvInpaint
+from shared.settings import S3Settings, Settings
+from tests.conftest import client_for
+
+pytestmark = pytest.mark.integration
+
+OUT = Output(url="s3://results/sketches")
+SPEC = StylizeJob(output=OUT)
+QUEUE = "imagemill.stylize.opencv"
+
+
+def rows(count: int, start: int = 0) -> list[SourceRow | BadRow]:
+    return [SourceRow(f"list:{n + 1}", {"source": f"https://example.com/{n}.jpg"}) for n in range(start, start + count)]
+
+
+@pytest.fixture
+def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def client(redis_server: EmbeddedRedis, raw: Any) -> Iterator[Client]:
+    with client_for(redis_server.url) as made:
+        yield made
+
+
+@pytest.fixture
+def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
+    made = Ledger(redis_server.url)
+    yield made
+    made.close()
+
+
+def messages(raw: Any, queue: str = QUEUE) -> list[dict[str, Any]]:
+    """Name, arguments and what Flower shows of the messages on a queue, first to be taken first."""
+    found = []
+    for text in reversed(raw.lrange(queue, 0, -1)):
+        message = json.loads(text)
+        _, arguments, _ = json.loads(base64.b64decode(message["body"]))
+        found.append({"task": message["headers"]["task"], "shown": message["headers"]["kwargsrepr"], **arguments})
+    return found
+
+
+def node(children: int, queues: tuple[str, ...] = (QUEUE,), name: str = "cpu@a") -> Node:
+    return Node(node=name, host="a", pid=1, device="cpu", queues=queues, children=children, ready=True)
+
+
+def take(ledger: Ledger, job: str, number: int = 0) -> Lease:
+    lease = ledger.acquire(job, number, task="t", token=f"t/{number}")
+    assert isinstance(lease, Lease)
+    return lease
+
+
+def work(ledger: Ledger, job: str, number: int, outcome: Callable[[int], ItemResult]) -> str:
+    """Do a chunk as a worker does, and the manifest after the last."""
+    lease = take(ledger, job, number)
+    for item in lease.items:
+        if item.duplicate_of is None:
+            ledger.record(job, outcome(item.index))
+    said = ledger.complete(lease)
+    if said == "finishing":
+        ledger.complete(take(ledger, job, MANIFEST))
+    return said
+
+
+def done(index: int) -> ItemResult:
+    return ItemResult(index=index, state="done", output=f"s3://results/sketches/{index}.png")
+
+
+def failed(index: int) -> ItemResult:
+    return ItemResult(index=index, state="failed", code="not_found", message="there is no such image")
+
+
+# --- submitting -------------------------------------------------------------------------------
+
+
+def test_a_job_is_in_the_ledger_and_on_the_queue(client: Client, raw: Any) -> None:
+    submission = client.submit(iter(rows(70)), SPEC)
+    assert (submission.total, submission.chunks, submission.duplicates) == (70, 3, 0)
+    assert (submission.served, submission.nodes, submission.invalid_count) == (False, 0, 0)
+    status = client.status(submission.job)
+    assert (status.state, status.total, status.done, status.failed) == ("queued", 70, 0, 0)
+    assert (status.operation, status.engine, status.output) == ("stylize", "opencv", OUT.url)
+    found = list(client.results(submission.job))
+    assert [row.source for row in found] == [f"https://example.com/{n}.jpg" for n in range(70)]
+    assert {row.state for row in found} == {"pending"}
+
+
+def test_messages_are_tiny_and_never_a_wall_of_addresses(client: Client, raw: Any) -> None:
+    job = client.submit(rows(70), SPEC).job
+    assert messages(raw) == [
+        {
+            "task": "imagemill.stylize",
+            "shown": f"job={job}, chunk={number}, images={images}",
+            "version": 1,
+            "job": job,
+            "number": number,
+            "images": images,
+        }
+        for number, images in enumerate((32, 32, 6))
+    ]
+    assert b"example.com" not in b"".join(raw.lrange(QUEUE, 0, -1))
+
+
+def test_more_chunks_than_one_round_trip_holds_keep_their_order(client: Client, raw: Any) -> None:
+    submission = client.submit((row for row in rows(32 * 64 + 1)), SPEC)
+    assert submission.chunks == 65
+    assert [message["number"] for message in messages(raw)] == list(range(65))
+    assert [row.index for row in client.results(submission.job)] == list(range(32 * 64 + 1))
+
+
+@pytest.mark.parametrize(("priority", "suffix"), [("high", ".high"), ("low", ".low")])
+def test_priorities_are_queues(client: Client, raw: Any, priority: Any, suffix: str) -> None:
+    client.submit(rows(1), StylizeJob(output=OUT, policy=Policy(priority=priority)))
+    assert len(messages(raw, QUEUE + suffix)) == 1
+
+
+def test_an_unfinished_or_refused_list_leaves_nothing_in_redis(client: Client, raw: Any) -> None:
+    def interrupted() -> Iterator[SourceRow | BadRow]:
+        yield from rows(3000)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.submit(interrupted(), SPEC)
+    with pytest.raises(InvalidSource):
+        client.submit([*rows(3000), BadRow("list:3001", "no address", "")], SPEC)
+    with pytest.raises(InvalidSource):
+        client.submit([], SPEC)
+    assert raw.keys("*") == []
+
+
+def test_bad_rows_are_reported_with_their_places_before_anything_is_queued(client: Client, raw: Any, tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(
+        b"https://example.com/1.jpg\n\xff\nftp://example.com/3.jpg?sig=hidden\nhttps://example.com/4.jpg\nfive\nsix\n"
+    )
+    with pytest.raises(InvalidSource) as caught:
+        client.submit(read_sources([str(path)], s3=client.s3), SPEC)
+    assert [row.place for row in caught.value.rows] == [f"{path}:{n}" for n in (2, 3, 5, 6)]
+    assert f"{path}:2: the line is not UTF-8" in caught.value.message
+    assert "4 rows are no image's address, and nothing was queued" in caught.value.message
+    assert "and 1 more" in caught.value.message
+    assert "hidden" not in caught.value.message
+    assert raw.keys("*") == []
+
+
+def test_bad_rows_can_be_left_out_and_the_others_keep_their_places(client: Client) -> None:
+    bad = BadRow("list:2", "no address in the source column", "")
+    listed = [*rows(1), bad, SourceRow("list:3", {"source": "nonsense"}), *rows(1, start=3)]
+    submission = client.submit(listed, SPEC, skip_invalid=True)
+    assert (submission.total, submission.invalid_count) == (2, 2)
+    assert submission.invalid[0] == bad
+    assert submission.invalid[1].place == "list:3"
+    assert [row.index for row in client.results(submission.job)] == [0, 3]
+
+
+def test_all_bad_rows_are_counted_but_only_the_first_thousand_kept(client: Client) -> None:
+    with pytest.raises(InvalidSource, match="1,500 rows are") as caught:
+        client.submit((BadRow(f"list:{n}", "bad", "") for n in range(1500)), SPEC, skip_invalid=True)
+    assert len(caught.value.rows) == 1000
+
+
+def test_a_list_without_images_is_an_error(client: Client) -> None:
+    with pytest.raises(InvalidSource, match="the list has no images"):
+        client.submit([], SPEC, skip_invalid=True)
+
+
+def test_duplicates_are_worked_on_once_and_reported_for_each(client: Client, ledger: Ledger, raw: Any) -> None:
+    listed = [*rows(40), *rows(2), SourceRow("list:43", {"source": "https://example.com/0.jpg", "name": "other"})]
+    submission = client.submit(listed, SPEC)
+    assert (submission.total, submission.duplicates) == (43, 2)
+    assert [message["images"] for message in messages(raw)] == [32, 9]
+    work(ledger, submission.job, 0, lambda index: failed(index) if index == 1 else done(index))
+    work(ledger, submission.job, 1, done)
+    status = client.status(submission.job)
+    assert (status.state, status.total, status.done, status.failed, status.duplicates) == ("done", 43, 41, 2, 2)
+    found = list(client.results(submission.job))
+    assert [row.duplicate_of for row in found[40:]] == [0, 1, None]
+    assert [row.output for row in found[40:]] == [found[0].output, None, "s3://results/sketches/42.png"]
+    assert [row.code for row in found[40:]] == [None, "not_found", None]
+
+
+def test_inpaint_needs_something_to_fill(client: Client) -> None:
+    with_mask = SourceRow("list:1", {"source": "https://example.com/1.jpg", "mask": "https://example.com/m.png"})
+    with_box = SourceRow("list:2", {"source": "https://example.com/2.jpg", "boxes": "1,2,3,4"})
+    without = SourceRow("list:3", {"source": "https://example.com/3.jpg"})
+    with pytest.raises(InvalidSource, match="list:3: needs a mask or boxes"):
+        client.submit([with_mask, with_box, without], InpaintJob(output=OUT))
+    for options in ({"mask": "https://example.com/m.png"}, {"boxes": "0.1,0.1,0.2,0.2"}):
+        spec = InpaintJob(output=OUT, options=OpencvInpaint.model_validate(options))
+        assert client.submit([with_mask, with_box, without], spec).total == 3
+
+
+def test_a_small_job_is_shared_by_all_children_that_listen_to_its_queue(client: Client, ledger: Ledger) -> None:
+    ledger.report_node(node(2))
+    ledger.report_node(node(1, name="cpu@b"))
+    ledger.report_node(node(8, queues=("imagemill.inpaint.opencv",), name="cpu@c"))
+    submission = client.submit(rows(7), SPEC)
+    assert (submission.nodes, submission.served, submission.chunks) == (2, True, 3)
+    assert client.submit(rows(97), SPEC).chunks == 4
+    assert [known.node for known in client.nodes()] == ["cpu@a", "cpu@b", "cpu@c"]
+
+
+def test_chunks_follow_the_rates_that_workers_report(client: Client, ledger: Ledger) -> None:
+    ledger.report_rate(QUEUE, "cpu@a", 5.0)
+    ledger.report_rate("imagemill.inpaint.opencv", "cpu@a", 0.1)
+    assert client.submit(rows(250), SPEC).chunks == 3
+
+
+def test_without_redis_the_error_says_so(tmp_path: Path) -> None:
+    with client_for("redis://:secret@127.0.0.1:1/0") as client, pytest.raises(BrokerUnavailable) as caught:
+        client.submit(rows(1), SPEC)
+    assert "secret" not in caught.value.message
+
+
+def test_what_could_not_be_published_is_recorded_and_published_later(
+    own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seal = Ledger.seal
+
+    def seal_and_lose_redis(self: Ledger, job: str, **counts: Any) -> None:
+        seal(self, job, **counts)
+        own_redis.kill()
+
+    monkeypatch.setattr(Ledger, "seal", seal_and_lose_redis)
+    with client_for(own_redis.url) as client:
+        submission = client.submit(rows(40), SPEC)
+        assert submission.total == 40
+        assert "not published" in caplog.text
+        own_redis.start()
+        assert client.status(submission.job).state == "queued"
+    ledger = Ledger(own_redis.url)
+    assert [(chunk.job, chunk.number) for chunk in ledger.reap("cpu@a", patience=0.0)] == [
+        (submission.job, 0),
+        (submission.job, 1),
+    ]
+    ledger.close()
+
+
+# --- following --------------------------------------------------------------------------------
+
+
+def test_watching_is_pushed_from_the_first_state_to_the_last(client: Client, ledger: Ledger) -> None:
+    job = client.submit(rows(3), SPEC).job
+    seen = client.watch(job, every=60.0)  # longer than the test may take: only what is pushed arrives
+    first, results = next(seen)
+    assert (first.state, results) == ("queued", [])
+    lease = take(ledger, job)
+    ledger.record(job, done(0))
+    status, results = next(seen)
+    assert (status.state, status.done, [result.index for result in results]) == ("running", 1, [0])
+    ledger.record(job, failed(1))
+    ledger.record(job, done(2))
+    assert ledger.complete(lease) == "finishing"
+    ledger.complete(take(ledger, job, MANIFEST))
+    rest = list(seen)
+    assert [result.index for _, results in rest for result in results] == [1, 2]
+    last = rest[-1][0]
+    assert (last.state, last.done, last.failed, last.over) == ("done", 2, 1, True)
+
+
+def test_watching_an_ended_job_gives_all_of_it(client: Client, ledger: Ledger) -> None:
+    submission = client.submit(rows(2200), SPEC)
+    for number in range(submission.chunks):
+        work(ledger, submission.job, number, done)
+    seen = list(client.watch(submission.job))
+    assert sorted(result.index for _, results in seen for result in results) == list(range(2200))
+    assert all(status.over for status, _ in seen)
+
+
+def test_watching_gives_a_state_even_when_nothing_happens(client: Client) -> None:
+    job = client.submit(rows(1), SPEC).job
+    seen = client.watch(job, every=0.01)
+    assert [next(seen)[0].state for _ in range(3)] == ["queued"] * 3
+
+
+def test_wait_returns_when_the_job_is_over(client: Client, ledger: Ledger) -> None:
+    job = client.submit(rows(2), SPEC).job
+    assert client.wait(job, timeout=0.0).state == "queued"
+    worker = threading.Thread(target=work, args=(ledger, job, 0, done))
+    worker.start()
+    assert client.wait(job, timeout=60).state == "done"
+    worker.join()
+
+
+def test_jobs_are_listed_newest_first(client: Client) -> None:
+    jobs = [client.submit(rows(1), SPEC).job for _ in range(3)]
+    assert {status.job for status in client.jobs()} == set(jobs)
+    created = [status.created for status in client.jobs()]
+    assert created == sorted(created, reverse=True)
+
+
+def test_an_unknown_job_is_named(client: Client) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: client.status("260730-00000000"),
+        lambda: client.wait("260730-00000000"),
+        lambda: list(client.watch("260730-00000000")),
+        lambda: list(client.results("260730-00000000")),
+        lambda: client.retry("260730-00000000"),
+        lambda: client.cancel("260730-00000000"),
+    ]
+    for call in calls:
+        with pytest.raises(JobNotFound, match="260730-00000000"):
+            call()
+
+
+def test_results_break_off_with_our_own_error_when_redis_goes(own_redis: EmbeddedRedis) -> None:
+    with client_for(own_redis.url) as client:
+        found = client.results(client.submit(rows(70), SPEC).job)
+        next(found)
+        own_redis.kill()
+        with pytest.raises(BrokerUnavailable):
+            list(found)
+
+
+# --- changing ---------------------------------------------------------------------------------
+
+
+def test_retry_queues_only_what_failed(client: Client, ledger: Ledger, raw: Any) -> None:
+    job = client.submit(rows(70), SPEC).job
+    with pytest.raises(UsageError, match="still queued"):
+        client.retry(job)
+    for number in range(3):
+        work(ledger, job, number, lambda index: failed(index) if index in (1, 2, 69) else done(index))
+    raw.delete(QUEUE)
+    assert client.retry(job) == 3
+    assert [(message["number"], message["images"]) for message in messages(raw)] == [(0, 2), (2, 1)]
+    status = client.status(job)
+    assert (status.state, status.done, status.failed) == ("queued", 67, 0)
+    lease = take(ledger, job, 0)
+    assert ledger.recorded(job, [item.index for item in lease.items]) == set(range(32)) - {1, 2}
+    for index in (1, 2):
+        ledger.record(job, done(index))
+    ledger.complete(lease)
+    work(ledger, job, 2, done)
+    status = client.status(job)
+    assert (status.state, status.done, status.failed) == ("done", 70, 0)
+    assert client.retry(job) == 0
+    assert client.status(job).state == "done"
+
+
+def test_cancelling_a_job_that_has_not_started_ends_it_with_a_manifest(client: Client, ledger: Ledger, raw: Any) -> None:
+    job = client.submit(rows(40), SPEC).job
+    assert client.cancel(job).state == "finishing"
+    manifest = messages(raw, f"{QUEUE}.high")
+    assert [(message["task"], message["job"], message["number"]) for message in manifest] == [
+        ("imagemill.manifest", job, MANIFEST)
+    ]
+    for number in range(2):
+        assert ledger.acquire(job, number, task="t", token="t/0") == "gone"
+    ledger.complete(take(ledger, job, MANIFEST))
+    assert client.wait(job).state == "cancelled"
+    assert {row.state for row in client.results(job)} == {"cancelled"}
+    assert client.cancel(job).state == "cancelled"
+    assert len(messages(raw, f"{QUEUE}.high")) == 1
+
+
+def test_a_cancelled_job_can_be_taken_up_again(client: Client, ledger: Ledger, raw: Any) -> None:
+    job = client.submit(rows(40), SPEC).job
+    lease = take(ledger, job, 0)
+    assert client.cancel(job).state == "running"
+    assert ledger.renew(lease) == "cancelled"
+    ledger.record(job, done(0))
+    assert ledger.complete(lease) == "finishing"
+    ledger.complete(take(ledger, job, MANIFEST))
+    assert client.status(job).state == "cancelled"
+    assert client.retry(job) == 39
+    for number in range(2):
+        work(ledger, job, number, done)
+    status = client.status(job)
+    assert (status.state, status.done) == ("done", 40)
+
+
+# --- links ------------------------------------------------------------------------------------
+
+
+def result_at(output: str | None) -> Row:
+    return Row(item="000000-00000000", index=0, source="https://example.com/0.jpg", state="done", output=output)
+
+
+def test_links(redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    s3 = S3Settings(endpoint_url="http://minio:9000", public_url="https://photos.example")
+    settings = Settings(_env_file=None, redis_url=redis_server.url, s3=s3)  # type: ignore[call-arg]
+    with Client(settings) as client:
+        link = client.link(result_at("s3://results/a b.png"), 60)
+        assert link.startswith("https://photos.example/results/a%20b.png?")
+        assert "X-Amz-Expires=60" in link
+        assert client.link(result_at("file:///srv/out/a.png"), 60) == "file:///srv/out/a.png"
+        with pytest.raises(UsageError, match="has no result"):
+            client.link(result_at(None), 60)
+        with pytest.raises(InvalidOption):
+            client.link(result_at("s3://results/a.png"), 0)

@@ -1,0 +1,342 @@
+"""The command line against a real Redis; where images must be worked on, the ledger is written as a worker would."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from click.testing import CliRunner, Result
+
+from producer.cli import main
+from producer.client import Client
+from producer.embedded_redis import EmbeddedRedis
+from shared.errors import MissingExtra
+from shared.ledger import Lease, Ledger
+from shared.messages import MANIFEST, Item, ItemResult, JobStatus, Node
+from shared.queues import queue_name
+from shared.settings import Settings
+from tests.conftest import missing
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
+    try:
+        server.start()
+    except MissingExtra as error:
+        missing(error.message)
+    yield server.url
+    server.stop()
+
+
+@pytest.fixture
+def ledger(url: str) -> Iterator[Ledger]:
+    ledger = Ledger(url)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def imagemill(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Runs `imagemill ...` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IMAGEMILL_REDIS_URL", url)
+
+    def invoke(*args: str, stdin: str | None = None, client: Callable[[Settings], Client] | None = None) -> Result:
+        return CliRunner().invoke(main, args, input=stdin, obj=client)
+
+    return invoke
+
+
+def work(ledger: Ledger, job: str) -> None:
+    """What a worker does: every image is done, except those whose address has `bad` in it."""
+    number = 0
+    while isinstance(lease := ledger.acquire(job, number, task="t", token=f"t/{number}"), Lease):
+        for item in lease.items:
+            if item.duplicate_of is None:
+                ledger.record(job, outcome(item))
+        number += 1
+        if ledger.complete(lease) == "finishing":
+            lease = ledger.acquire(job, MANIFEST, task="t", token="t/m")
+            assert isinstance(lease, Lease)
+            ledger.complete(lease)
+            return
+
+
+def outcome(item: Item) -> ItemResult:
+    if "bad" in item.source:
+        return ItemResult(index=item.index, state="failed", code="not_found", message="there is \x1b[31mnothing", attempts=2)
+    return ItemResult(index=item.index, state="done", output=f"s3://results/out/{item.index}.png")
+
+
+class Worked(Client):
+    """A client whose jobs are done as soon as somebody watches."""
+
+    def watch(self, job: str, *, every: float = 1.0) -> Iterator[tuple[JobStatus, list[ItemResult]]]:
+        work(self._ledger, job)
+        return super().watch(job, every=every)
+
+
+class Interrupted(Client):
+    """Ctrl-C is pressed while somebody watches."""
+
+    def watch(self, job: str, *, every: float = 1.0) -> Iterator[tuple[JobStatus, list[ItemResult]]]:
+        yield self.status(job), []
+        raise KeyboardInterrupt
+
+
+GOOD = "https://example.com/a.jpg\nhttps://example.com/b.jpg\nhttps://example.com/a.jpg\n"
+MIXED = GOOD + "https://example.com/bad.jpg\n"
+STYLIZE = ("submit", "-", "--operation", "stylize", "--output", "s3://results/out")
+
+
+def submitted(imagemill: Invoke, rows: str = MIXED, *more: str) -> str:
+    result = imagemill(*STYLIZE, *more, stdin=rows)
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+# --- submit -----------------------------------------------------------------------------------------------------------
+
+
+def test_submit_prints_the_job_alone_and_says_that_nobody_listens(imagemill: Invoke, ledger: Ledger) -> None:
+    result = imagemill(*STYLIZE, "--priority", "high", stdin=GOOD)
+    job = result.stdout.removesuffix("\n")
+    assert ledger.status(job).total == 3
+    assert f"{job}: 3 images queued, 1 duplicate among them" in result.stderr
+    assert "no worker listens to imagemill.stylize.opencv.high; start one with `imagemill worker`" in result.stderr
+
+
+def test_submit_is_silent_about_workers_when_there_is_one(imagemill: Invoke, ledger: Ledger) -> None:
+    node = Node(node="cpu@x", host="x", pid=1, device="cpu", queues=(queue_name("stylize", "opencv"),), children=1, ready=True)
+    ledger.report_node(node)
+    try:
+        assert "no worker" not in imagemill(*STYLIZE, stdin=GOOD).stderr
+    finally:
+        ledger.forget_node("cpu@x")
+
+
+def test_submit_json(imagemill: Invoke) -> None:
+    result = imagemill(*STYLIZE, "--json", "--skip-invalid", stdin=GOOD + "ftp://example.com/c.jpg\n")
+    told = json.loads(result.stdout)
+    assert told == {"job": told["job"], "total": 3, "duplicates": 1, "invalid": 1}
+    assert "stdin:4" in result.stderr
+
+
+@pytest.mark.parametrize(("rows", "code", "done", "failed"), [(GOOD, 0, 3, 0), (MIXED, 1, 3, 1)])
+def test_submit_wait_ends_with_one_json_object(imagemill: Invoke, rows: str, code: int, done: int, failed: int) -> None:
+    result = imagemill(*STYLIZE, "--wait", "--json", stdin=rows, client=Worked)
+    told = json.loads(result.stdout)
+    assert list(told) == ["job", "state", "total", "done", "failed", "seconds"]
+    assert (told["state"], told["total"], told["done"], told["failed"]) == ("done", done + failed, done, failed)
+    assert result.exit_code == code
+
+
+def test_bad_rows_are_listed_and_nothing_is_queued(imagemill: Invoke, ledger: Ledger) -> None:
+    before = {status.job for status in ledger.jobs()}
+    result = imagemill(*STYLIZE, stdin=GOOD + "".join(f"nonsense-{n}\n" for n in range(25)))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "stdin:4: source: an address starts with" in result.stderr
+    assert "nonsense-19" in result.stderr
+    assert "nonsense-20" not in result.stderr
+    assert "and 5 more" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error (invalid_source): 25 rows are no image's address")
+    assert "--skip-invalid" in result.stderr
+    assert {status.job for status in ledger.jobs()} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--operation", "stilize"], "did you mean 'stylize'?"),
+        (["--engine", "opencw"], "did you mean 'opencv'?"),
+        (["--set", "sigma=3"], "did you mean 'sigma_s'?"),
+        (["--set", "sigma_r=7"], "less than or equal to 1, not '7'"),
+        (["--set", "sigma_r"], "--set takes KEY=VALUE, not 'sigma_r'"),
+        (["--mask", "mask.png"], "stylize (opencv) has no option 'mask'"),
+        (["--set", "reference=ftp://x/y.png"], "reference: an address starts with"),
+        (["--quality", "101"], "--output: quality: "),
+        (["--attempts", "0"], "attempts: "),
+        (["--key", "{name}"], "a key needs {index} or {item}"),
+        (["--output", "ftp://host/x"], "--output: url: an address starts with s3://, file://"),
+        (["--output", "./out", "--expire-days", "3"], "--expire-days needs an --output of s3://bucket/prefix"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(imagemill: Invoke, more: list[str], told: str) -> None:
+    result = imagemill(*STYLIZE, *more, stdin=GOOD)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error (invalid_option): ")
+    assert told in line
+
+
+def test_paths_become_addresses(imagemill: Invoke, ledger: Ledger, tmp_path: Path) -> None:
+    result = imagemill(
+        *("submit", "-", "--operation", "inpaint", "--output", "./my out", "--mask", "m.png", "--set", "mask-dilate=2"),
+        stdin=GOOD,
+    )
+    assert result.exit_code == 0, result.stderr
+    spec = ledger.spec(result.stdout.strip())
+    assert spec.output.url == (tmp_path / "my out").as_uri()
+    assert spec.options.model_dump()["mask"] == (tmp_path / "m.png").as_uri()
+    assert spec.options.model_dump()["mask_dilate"] == 2
+
+
+def test_unreachable_redis_is_exit_3(imagemill: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEMILL_REDIS_URL", "redis://:secret@127.0.0.1:1/0")
+    result = imagemill("status", "260101-12345678")
+    assert result.exit_code == 3
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error (broker_unavailable): ")
+    assert "secret" not in line
+
+
+def test_a_wrong_setting_is_exit_2_and_named(imagemill: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEMILL_EXPIRE_DAYS", "soon")
+    result = imagemill("jobs")
+    assert result.exit_code == 2
+    assert "expire_days" in result.stderr
+
+
+def test_other_exceptions_are_not_swallowed(imagemill: Invoke) -> None:
+    def broken(settings: Settings) -> Client:
+        raise ZeroDivisionError
+
+    assert isinstance(imagemill("jobs", client=broken).exception, ZeroDivisionError)
+
+
+# --- following --------------------------------------------------------------------------------------------------------
+
+
+def test_watch_shows_failures_and_ends_with_the_outcome(imagemill: Invoke) -> None:
+    job = submitted(imagemill)
+    result = imagemill("watch", job, client=Worked)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "image 3: not_found: there is" in result.stderr
+    assert "\x1b" not in result.stderr
+    assert "done: 3 of 4 images done, 1 failed" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["watch"], ["submit", "--wait"]])
+def test_ctrl_c_says_that_the_job_goes_on(imagemill: Invoke, command: list[str]) -> None:
+    job = submitted(imagemill)
+    arguments = ["watch", job] if command == ["watch"] else [*STYLIZE, "--wait"]
+    result = imagemill(*arguments, stdin=GOOD, client=Interrupted)
+    assert result.exit_code == 130
+    assert "the job goes on; follow it with `imagemill watch" in result.stderr
+
+
+def test_status_and_jobs(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill)
+    work(ledger, job)
+    told = json.loads(imagemill("status", job, "--json").stdout)
+    assert (told["job"], told["state"], told["done"], told["failed"]) == (job, "done", 3, 1)
+    assert json.loads(imagemill("jobs", "--json").stdout)[0]["job"] == job
+    assert job in imagemill("jobs").stdout
+    assert "s3://results/out" in imagemill("status", job).stdout
+
+
+@pytest.mark.parametrize("command", ["status", "watch", "results", "retry", "cancel", "report"])
+def test_an_unknown_job_is_exit_2(imagemill: Invoke, command: str) -> None:
+    result = imagemill(command, "260101-12345678")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error (job_not_found): there is no job 260101-12345678")
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_results_as_jsonl(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill)
+    assert [json.loads(line)["state"] for line in imagemill("results", job).stdout.splitlines()] == ["pending"] * 4
+    work(ledger, job)
+    rows = [json.loads(line) for line in imagemill("results", job).stdout.splitlines()]
+    assert [row["state"] for row in rows] == ["done", "done", "done", "failed"]
+    assert rows[2]["duplicate_of"] == 0
+    assert rows[2]["output"] == rows[0]["output"] == "s3://results/out/0.png"
+    assert rows[3] == {
+        "item": rows[3]["item"],
+        "index": 3,
+        "source": "https://example.com/bad.jpg",
+        "state": "failed",
+        "output": None,
+        "code": "not_found",
+        "message": "there is \x1b[31mnothing",
+        "attempts": 2,
+        "duplicate_of": None,
+    }
+
+
+def test_results_as_csv_of_what_failed(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill)
+    work(ledger, job)
+    header, row = imagemill("results", job, "--format", "csv", "--failed").stdout.splitlines()
+    assert header == "item,index,source,state,output,code,message,attempts,duplicate_of"
+    assert row.split(",")[1:6] == ["3", "https://example.com/bad.jpg", "failed", "", "not_found"]
+
+
+def test_results_with_links(imagemill: Invoke, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do-not-show")
+    monkeypatch.setenv("IMAGEMILL_S3__ENDPOINT_URL", "http://127.0.0.1:1")
+    job = submitted(imagemill)
+    work(ledger, job)
+    result = imagemill("results", job, "--presign", "60")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert parse_qs(urlsplit(rows[0]["link"]).query)["X-Amz-Expires"] == ["60"]
+    assert rows[3]["link"] is None
+    assert "do-not-show" not in result.output
+    assert imagemill("results", job, "--presign", "0").exit_code == 2
+
+
+# --- changing ---------------------------------------------------------------------------------------------------------
+
+
+def test_retry_queues_what_failed(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill)
+    early = imagemill("retry", job)
+    assert early.exit_code == 2
+    assert "is still queued" in early.stderr
+    work(ledger, job)
+    assert "1 image queued again" in imagemill("retry", job).stderr
+    assert ledger.status(job).state == "queued"
+    work(ledger, job)
+    assert imagemill("retry", job, "--wait", client=Worked).exit_code == 1
+
+
+def test_retry_of_a_clean_job_has_nothing_to_do(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill, GOOD)
+    work(ledger, job)
+    result = imagemill("retry", job, "--wait")
+    assert result.exit_code == 0
+    assert "nothing to retry" in result.stderr
+
+
+def test_cancel(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill)
+    assert imagemill("cancel", job).exit_code == 0
+    assert ledger.status(job).state in ("finishing", "cancelled")
+
+
+def test_report_writes_a_page(imagemill: Invoke, ledger: Ledger, tmp_path: Path) -> None:
+    job = submitted(imagemill)
+    work(ledger, job)
+    assert imagemill("report", job).stdout == f"{job}.html\n"
+    assert "not_found" in (tmp_path / f"{job}.html").read_text()
+    refused = imagemill("report", job, "--out", "no/such/folder/x.html")
+    assert refused.exit_code == 2
+    assert "no/such/folder/x.html can't be written" in refused.stderr
+
+
+def test_version_and_help(imagemill: Invoke) -> None:
+    assert imagemill("--version").stdout.startswith("imagemill, version ")
+    listed = imagemill("--help").stdout
+    for name in ("demo", "submit", "status", "watch", "results", "retry", "cancel", "report", "jobs"):
+        assert f"  {name} " in listed
+    assert "mask_feather: pixels" in imagemill("submit", "--help").stdout

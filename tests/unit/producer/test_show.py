@@ -1,0 +1,58 @@
+import io
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from producer import show
+from shared.messages import ItemResult, JobState, JobStatus
+
+
+def status(done: int, failed: int = 0, state: JobState = "running") -> JobStatus:
+    return JobStatus(
+        job="260730-00000000",
+        operation="stylize",
+        engine="opencv",
+        state=state,
+        total=100,
+        done=done,
+        failed=failed,
+        duplicates=0,
+        priority="normal",
+        output="s3://b/p",
+        created=0,
+        seconds=5.0,
+    )
+
+
+def updates() -> Iterator[tuple[JobStatus, list[ItemResult]]]:
+    for done in range(100):
+        yield status(done), []
+    yield status(99, 1), [ItemResult(index=7, state="failed", code="truncated", message="[bold]half[/bold] \x1b]0;x\x07")]
+    yield status(99, 1, "done"), []
+
+
+def test_where_there_is_no_terminal_progress_is_a_line_per_tenth() -> None:
+    out = io.StringIO()
+    last = show.follow(updates(), Console(file=out, width=200))
+    assert last.state == "done"
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 12  # ten tenths, the failure, all of them
+    assert "stylize running: 10 of 100 images done" in lines[1]
+
+
+def test_failures_are_shown_as_they_are_without_steering_the_terminal() -> None:
+    out = io.StringIO()
+    show.follow(updates(), Console(file=out, width=200))
+    assert "image 7: truncated: [bold]half[/bold] \ufffd]0;x\ufffd" in out.getvalue()
+
+
+def test_on_a_terminal_there_is_a_bar() -> None:
+    out = io.StringIO()
+    show.follow(updates(), Console(file=out, force_terminal=True, width=120))
+    assert "━" in out.getvalue()
+    assert "100/100" in out.getvalue()
+
+
+def test_outcome() -> None:
+    assert show.outcome(status(90, 10, "done")) == "done: 90 of 100 images done, 10 failed, in 5.0 s (18.00 images/s)"
+    assert show.outcome(status(3)) == "running: 3 of 100 images done"

@@ -1,0 +1,156 @@
+"""The contract of worker/operations/base.py as checks that any operation must pass, whatever its engine.
+
+`check` runs them all on one loaded operation. They say nothing about how good a result looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shared.messages import Item
+from shared.options import ENGINES, Options
+from worker.operations.base import Grey, Inputs, Operation, Picture, Pixels, Sample, Spec
+from worker.scale import fit
+
+REFERENCE = "https://images.example/reference.png"
+
+
+@dataclass(frozen=True)
+class Result:
+    pixels: Pixels
+    notes: tuple[str, ...]
+
+
+def scene(height: int, width: int, channels: int = 3, seed: int = 0) -> Pixels:
+    """A blob on a gradient with noise; the alpha of RGBA falls off to the right."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    pixels = np.stack([60 + 60 * x / width, 90 + 40 * y / height, np.full_like(x, 120)], axis=2)
+    inside = ((x - width / 2) / (0.3 * width)) ** 2 + ((y - height / 2) / (0.3 * height)) ** 2 < 1
+    pixels[inside] = (220, 160 - 40 * seed % 160, 40)
+    pixels = np.clip(pixels + rng.normal(0, 4, pixels.shape), 0, 255)
+    if channels == 4:
+        pixels = np.dstack([pixels, np.clip(400 - 400 * x / width, 0, 255)])
+    return np.ascontiguousarray(np.rint(pixels), np.uint8)
+
+
+PICTURES: dict[str, Pixels] = {
+    "rgb": scene(48, 64),
+    "rgba": scene(50, 40, channels=4, seed=1),
+    "larger": scene(90, 300, seed=2),
+    "one pixel": scene(1, 1),
+    "one transparent pixel": np.zeros((1, 1, 4), np.uint8),
+    "one row": scene(1, 33),
+    "one column": scene(17, 1, channels=4),
+    "thin": scene(2000, 3),
+    "flat": np.full((40, 30, 3), 200, np.uint8),
+    "all transparent": np.zeros((20, 30, 4), np.uint8),
+    "grey as rgb": np.repeat(scene(40, 40)[..., :1], 3, axis=2),
+}
+
+
+def hole(pixels: Pixels) -> Grey:
+    """A mask that leaves something of every picture; nothing is filled where there is one pixel only."""
+    height, width = pixels.shape[:2]
+    mask = np.zeros((height, width), np.uint8)
+    if height * width > 1:
+        mask[height // 3 : height // 3 + max(1, height // 3), width // 3 : width // 3 + max(1, width // 3)] = 255
+    return mask
+
+
+def inputs(operation: Operation, pixels: Pixels, options: Options) -> Inputs:
+    item = Item(index=0, source="https://images.example/one.png")
+    mask = hole(pixels) if operation.spec.needs_mask else None
+    return Inputs(item, options, mask, {REFERENCE: Picture(scene(30, 30, seed=3))}.__getitem__)
+
+
+def take_through(operation: Operation, pixels: Pixels, options: Options) -> Result:
+    """One image through all three steps, in batches no larger than the spec's."""
+    work = operation.prepare(
+        Picture(pixels, "jpeg", full_size=(pixels.shape[1], pixels.shape[0])), inputs(operation, pixels, options)
+    )
+    picture = operation.finish(work, run_all(operation, work.samples))
+    assert picture.format == "jpeg", "the source's format is carried through"
+    return Result(picture.pixels, tuple(work.notes))
+
+
+def run_all(operation: Operation, samples: Sequence[Sample]) -> list[Any]:
+    """`samples` through the device step: as the flow batches them, one group at a time."""
+    outputs: list[Any] = [None] * len(samples)
+    groups: dict[Any, list[int]] = {}
+    for place, sample in enumerate(samples):
+        groups.setdefault(operation.group_key(sample), []).append(place)
+    size = operation.spec.max_batch
+    for places in groups.values():
+        for start in range(0, len(places), size):
+            batch = places[start : start + size]
+            made = operation.run([samples[place] for place in batch])
+            assert len(made) == len(batch), "one output per sample"
+            for place, output in zip(batch, made, strict=True):
+                outputs[place] = output
+    return outputs
+
+
+def check(operation: Operation, options: Options) -> None:
+    """All of the checks, for one set of options."""
+    check_spec(operation.spec)
+    for name, pixels in PICTURES.items():
+        check_picture(operation, options, name, pixels)
+    check_batches(operation, options)
+    check_threads(operation, options)
+
+
+def check_spec(spec: Spec) -> None:
+    """The spec names an engine that jobs can ask for."""
+    assert spec.engine in ENGINES[spec.name]
+    assert spec.max_batch >= 1
+
+
+def check_picture(operation: Operation, options: Options, name: str, pixels: Pixels) -> None:
+    """One picture: what comes out is well-formed, repeatable, and the input is left alone."""
+    before = pixels.tobytes()
+    edge = operation.work_edge(options)
+    assert edge is None or edge >= 1, name
+    result = take_through(operation, pixels, options)
+    made = result.pixels
+    assert pixels.tobytes() == before, f"{name}: the input was modified"
+    assert made.dtype == np.uint8, name
+    assert made.ndim == 3, name
+    assert made.shape[2] in (3, 4), name
+    assert made.flags.c_contiguous, name
+    assert (made.shape[1], made.shape[0]) == fit((pixels.shape[1], pixels.shape[0]), getattr(options, "long_edge", None)), name
+    if operation.spec.makes_alpha and getattr(options, "background", None) is None:
+        assert made.shape[2] == 4, name
+    elif not operation.spec.makes_alpha:
+        assert made.shape[2] == pixels.shape[2], f"{name}: alpha is kept"
+    again = take_through(operation, pixels, options)
+    assert again.pixels.tobytes() == made.tobytes(), f"{name}: the same in, the same out"
+    assert again.notes == result.notes, name
+
+
+def check_batches(operation: Operation, options: Options) -> None:
+    """A result does not depend on what else is in the batch, nor on the order."""
+    alone = {name: take_through(operation, pixels, options).pixels for name, pixels in PICTURES.items()}
+    works = {name: operation.prepare(Picture(pixels), inputs(operation, pixels, options)) for name, pixels in PICTURES.items()}
+    for names in (list(works), list(works)[::-1]):
+        samples = [sample for name in names for sample in works[name].samples]
+        outputs = iter(run_all(operation, samples))
+        for name in names:
+            made = operation.finish(works[name], [next(outputs) for _ in works[name].samples]).pixels
+            assert made.tobytes() == alone[name].tobytes(), f"{name}: another result in company"
+
+
+def check_threads(operation: Operation, options: Options) -> None:
+    """`prepare` and `finish` of several images at once, while `run` stays in one thread, change nothing."""
+    pictures = list(PICTURES.values()) * 2
+    expected = [take_through(operation, pixels, options).pixels.tobytes() for pixels in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        works = list(pool.map(lambda pixels: operation.prepare(Picture(pixels), inputs(operation, pixels, options)), pictures))
+        outputs = [run_all(operation, work.samples) for work in works]
+        made = list(pool.map(lambda pair: operation.finish(*pair).pixels.tobytes(), zip(works, outputs, strict=True)))
+    assert made == expected, "threads disturb one another"

@@ -1,0 +1,41 @@
+"""Every registered operation, with options that take each of its paths, passes the conformance kit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shared.options import parse_options
+from tests.unit.worker.operations import conformance
+from worker.device import Device
+from worker.operations import registry
+
+MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
+    ("remove-background", "opencv"): [
+        {"long_edge": 32, "feather": 0},
+        {"long_edge": "none", "background": "#ff8000", "work_edge": 64},
+    ],
+    ("inpaint", "opencv"): [
+        {"method": "navier-stokes", "mask_dilate": 2, "mask_feather": 3},
+        {"mask_feather": 200, "radius": 50},
+    ],
+    ("stylize", "opencv"): [
+        {"style": "pencil-sketch", "strength": 0.5, "long_edge": 40},
+        {"style": "pencil-sketch", "colour": True, "sigma_s": 0, "sigma_r": 0, "shade": 0},
+        {"style": "detail", "sigma_s": 0, "sigma_r": 0},
+        {"sigma_s": 200, "sigma_r": 1},
+        {"style": "colour-transfer", "reference": conformance.REFERENCE},
+    ],
+}
+"""Beside the defaults, which every engine is checked with."""
+
+CASES = [(*pair, given) for pair in registry.ENGINES for given in ({}, *MORE.get(pair, []))]
+
+
+@pytest.mark.parametrize(("operation", "engine", "given"), CASES, ids=lambda value: str(value))
+def test_operation_keeps_the_contract(operation: str, engine: str, given: dict[str, Any]) -> None:
+    made = registry.create(operation, engine)
+    made.load(Device(threads=1))
+    assert (made.spec.name, made.spec.engine) == (operation, engine)
+    conformance.check(made, parse_options(operation, engine, given))
