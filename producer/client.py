@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from producer.sources import BadRow, SourceRow, parse, refused
 from shared.errors import BrokerUnavailable, InvalidSource, UsageError
+from shared.fleet import Fleet
 from shared.ledger import Ledger
 from shared.messages import MANIFEST, Chunk, InpaintJob, Item, ItemResult, Job, JobStatus, Node, Row
 from shared.queues import queue_name
@@ -144,7 +145,7 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._ledger = Ledger(settings.redis_url.get_secret_value(), expire_days=settings.expire_days)
+        self._ledger, self._fleet = Ledger.of(settings), Fleet.of(settings)
 
     def __enter__(self) -> Self:
         return self
@@ -155,6 +156,7 @@ class Client:
     def close(self) -> None:
         """Give the connections back."""
         self._ledger.close()
+        self._fleet.close()
 
     def s3(self) -> S3Client:
         """The S3 client, made at the first call; for `read_sources`."""
@@ -171,12 +173,12 @@ class Client:
         (an error, Ctrl-C) leaves nothing behind.
         """
         queue = queue_name(spec.operation, spec.engine, spec.policy.priority)
-        listening = [node for node in self._ledger.nodes() if queue in node.queues]
+        listening = [node for node in self._fleet.nodes() if queue in node.queues]
         job = new_job_id()
         self._ledger.open_job(job, spec)
         with self._discarding(job):
             workers = sum(node.children for node in listening)
-            seen = self._write(job, sources, spec, skip_invalid, self._ledger.rates(queue), workers)
+            seen = self._write(job, sources, spec, skip_invalid, self._fleet.rates(queue), workers)
             if not seen.total or (seen.bad_count and not skip_invalid):
                 raise seen.error()
             self._ledger.seal(job, chunks=len(seen.images), total=seen.total, duplicates=seen.duplicates)
@@ -260,7 +262,7 @@ class Client:
 
     def nodes(self) -> list[Node]:
         """The worker nodes that are alive."""
-        return self._ledger.nodes()
+        return self._fleet.nodes()
 
     def results(self, job: str) -> Iterator[Row]:
         """Every image of a job in the list's order, with what became of it so far; streamed."""

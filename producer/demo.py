@@ -242,7 +242,13 @@ def _summarize(runs: list[Run], site: Site, page: Path, console: Console) -> int
                 failures[key] = failures.get(key, 0) + 1
             if (row.state == "done") == (row.source in site.bad):
                 surprises.append(f"{each.spec.operation}: {row.source} is {row.state}")
-    table = Table(Column("failed", overflow="fold"), "code", Column("why", overflow="fold"), Column("jobs", justify="right"), box=box.SIMPLE_HEAD)
+    table = Table(
+        Column("failed", overflow="fold"),
+        "code",
+        Column("why", overflow="fold"),
+        Column("jobs", justify="right"),
+        box=box.SIMPLE_HEAD,
+    )
     for (source, code, why), count in failures.items():
         table.add_row(show.plain(source), code, show.plain(why), str(count))
     out.print(table)

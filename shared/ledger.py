@@ -17,7 +17,7 @@ Keys, all below `imagemill:`, all of a job expiring with it:
     job:{id}:finished     bitmap  chunks with nothing left to do
     waiting:{queue}       zset    chunk -> when it was published
     leased                zset    chunk -> when its lease ends
-    newest, queues, jobs, nodes, rates, reaper
+    newest, queues, jobs, reaper
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
-import redis
-
-from shared.errors import BrokerUnavailable, JobNotFound, sentence
+from shared.connection import connect, now_ms, reachable
+from shared.errors import JobNotFound
 from shared.messages import (
     ENDED,
     JOB_SPEC,
@@ -43,7 +41,6 @@ from shared.messages import (
     Job,
     JobState,
     JobStatus,
-    Node,
     Row,
     compact,
     row,
@@ -53,8 +50,6 @@ from shared.settings import Settings
 
 SUBMITTING_SECONDS = 3600
 """A list whose producer died while it was being written is forgotten after this."""
-NODE_SECONDS = 20
-"""A node that has not reported itself for this long is taken for dead."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +63,6 @@ class Lease:
     items: list[Item]
 
 
-@contextmanager
-def _reachable() -> Iterator[None]:
-    """redis-py's errors become BrokerUnavailable at this boundary."""
-    try:
-        yield
-    except redis.RedisError as error:
-        raise BrokerUnavailable(f"Redis: {sentence(error)}") from error
-
-
 class Ledger:
     """Reads and writes the record. Thread-safe; make one per process, after the fork.
 
@@ -84,10 +70,7 @@ class Ledger:
     """
 
     def __init__(self, url: str, *, lease_seconds: float = 20.0, expire_days: float = 7.0) -> None:
-        self._url = url
-        self._redis: Any = redis.Redis.from_url(
-            url, decode_responses=False, socket_timeout=10, socket_connect_timeout=5, health_check_interval=25
-        )
+        self._redis = connect(url)
         self._lease_ms = int(lease_seconds * 1000)
         self._ttl = int(expire_days * 86_400)
         folder = files("shared") / "lua"
@@ -105,14 +88,9 @@ class Ledger:
         """Give the connections back."""
         self._redis.close()
 
-    @_reachable()
-    def ping(self) -> None:
-        """Returns if Redis answers."""
-        self._redis.ping()
-
     # --- submitting -------------------------------------------------------------------------
 
-    @_reachable()
+    @reachable()
     def open_job(self, job: str, spec: Job) -> None:
         """Begin a list. Nothing of it is visible to workers before `seal`."""
         key = _key(job)
@@ -120,14 +98,14 @@ class Ledger:
             "spec": spec.model_dump_json(),
             "state": "submitting",
             "queue": queue_name(spec.operation, spec.engine, spec.policy.priority),
-            "created": self._now(),
+            "created": now_ms(self._redis),
         }
         with self._redis.pipeline() as pipe:
             pipe.hset(key, mapping=fields)
             pipe.expire(key, SUBMITTING_SECONDS)
             pipe.execute()
 
-    @_reachable()
+    @reachable()
     def add_chunks(self, job: str, chunks: Iterable[tuple[int, Sequence[Item]]]) -> None:
         """Write chunks as (number, items), in one round trip."""
         with self._redis.pipeline(transaction=False) as pipe:
@@ -136,7 +114,7 @@ class Ledger:
             pipe.expire(_key(job, "chunks"), SUBMITTING_SECONDS)
             pipe.execute()
 
-    @_reachable()
+    @reachable()
     def seal(self, job: str, *, chunks: int, total: int, duplicates: dict[int, int]) -> None:
         """The list is complete: its chunks count as published from now on.
 
@@ -148,14 +126,14 @@ class Ledger:
         if not self._script("seal", job, chunks, total, sum(duplicates.values()), self._ttl):
             raise JobNotFound(f"job {job} took longer than {SUBMITTING_SECONDS} s to submit and was forgotten; submit it again")
 
-    @_reachable()
+    @reachable()
     def discard(self, job: str) -> None:
         """Forget a list that was never sealed."""
         self._redis.delete(_key(job), _key(job, "chunks"))
 
     # --- working ----------------------------------------------------------------------------
 
-    @_reachable()
+    @reachable()
     def acquire(self, job: str, number: int, *, task: str, token: str) -> Lease | Literal["gone", "held"]:
         """Take a chunk for `task`, a Celery task id; `token` names this delivery and begins with `{task}/`."""
         answer = self._script("acquire", job, number, task, token, self._lease_ms)
@@ -163,7 +141,7 @@ class Ledger:
             return "gone" if answer[0] == b"gone" else "held"
         return Lease(job, number, token, int(answer[1]), unpack(answer[2]) if answer[2] else [])
 
-    @_reachable()
+    @reachable()
     def renew(self, lease: Lease) -> Literal["ok", "lost", "cancelled"]:
         """Prolong a lease, and hear whether the job was cancelled."""
         answer: Literal["ok", "lost", "cancelled"] = self._script(
@@ -171,7 +149,7 @@ class Ledger:
         ).decode()
         return answer
 
-    @_reachable()
+    @reachable()
     def recorded(self, job: str, indexes: Sequence[int]) -> set[int]:
         """Those of `indexes` that have a result already."""
         if not indexes:
@@ -179,12 +157,12 @@ class Ledger:
         known = self._redis.hmget(_key(job, "results"), [str(index) for index in indexes])
         return {index for index, value in zip(indexes, known, strict=True) if value is not None}
 
-    @_reachable()
+    @reachable()
     def record(self, job: str, result: ItemResult) -> bool:
         """Record a result; False if this image has one already (then nothing changes)."""
         return bool(self._script("record", job, result.index, result.state, compact(result)))
 
-    @_reachable()
+    @reachable()
     def complete(self, lease: Lease, *, manifest: str | None = None) -> Literal["ok", "lost", "finishing"]:
         """A chunk is done; 'finishing' if it was its job's last, and the manifest is due.
 
@@ -195,23 +173,23 @@ class Ledger:
         answer: Literal["ok", "lost", "finishing"] = self._script("complete", lease.job, lease.number, lease.token).decode()
         return answer
 
-    @_reachable()
+    @reachable()
     def release(self, lease: Lease) -> bool:
         """Give an unfinished chunk back, without counting it as lost; the caller publishes it."""
         return bool(self._script("release", lease.job, lease.number, lease.token))
 
-    @_reachable()
+    @reachable()
     def count_attempt(self, job: str, index: int) -> int:
         """An image is about to be tried alone; how often that makes it."""
         return int(self._redis.hincrby(_key(job, "attempts"), str(index), 1))
 
-    @_reachable()
+    @reachable()
     def attempts(self, job: str, indexes: Sequence[int]) -> dict[int, int]:
         """How often each image was tried alone."""
         counts = self._redis.hmget(_key(job, "attempts"), [str(index) for index in indexes]) if indexes else []
         return {index: int(count or 0) for index, count in zip(indexes, counts, strict=True)}
 
-    @_reachable()
+    @reachable()
     def reap(self, node: str, *, patience: float = 30.0, every: float = 5.0) -> list[Chunk]:
         """Chunks that are overdue and must be published again; empty while another node is the reaper.
 
@@ -228,7 +206,7 @@ class Ledger:
 
     # --- following --------------------------------------------------------------------------
 
-    @_reachable()
+    @reachable()
     def spec(self, job: str) -> Job:
         """What was asked for."""
         raw = self._redis.hget(_key(job), "spec")
@@ -236,7 +214,7 @@ class Ledger:
             raise JobNotFound(f"there is no job {job}; it may have expired")
         return JOB_SPEC.validate_json(raw)
 
-    @_reachable()
+    @reachable()
     def status(self, job: str) -> JobStatus:
         """How far a job is."""
         with self._redis.pipeline(transaction=False) as pipe:
@@ -267,10 +245,10 @@ class Ledger:
             seconds=round((ended or seconds + micros / 1e6) - created, 3),
         )
 
-    @_reachable()
+    @reachable()
     def jobs(self, most: int = 50) -> list[JobStatus]:
         """The latest jobs, newest first."""
-        self._redis.zremrangebyscore("imagemill:jobs", "-inf", self._now() - self._ttl * 1000)
+        self._redis.zremrangebyscore("imagemill:jobs", "-inf", now_ms(self._redis) - self._ttl * 1000)
         found = []
         for raw in self._redis.zrevrange("imagemill:jobs", 0, most - 1):
             try:
@@ -283,12 +261,12 @@ class Ledger:
         """Every item of a job in the list's order, with what became of it; streamed chunk by chunk."""
         ended = self.status(job).state in ENDED
         for _, items in self._chunks(job):
-            with _reachable():
+            with reachable():
                 results = self._results(job, [item.index if item.duplicate_of is None else item.duplicate_of for item in items])
             for item, result in zip(items, results, strict=True):
                 yield row(item, result, ended=ended)
 
-    @_reachable()
+    @reachable()
     def follow(self, job: str, *, since: str = "0", wait: float = 1.0) -> tuple[str, list[ItemResult]]:
         """Results after the place `since` in the job's stream, waiting up to `wait` seconds for the first.
 
@@ -302,14 +280,14 @@ class Ledger:
         found = [result for result in self._results(job, indexes) if result is not None]
         return entries[-1][0].decode(), found
 
-    @_reachable()
+    @reachable()
     def cancel(self, job: str) -> Literal["over", "stopping", "stopped"]:
         """Stop what has not started. 'over' if there is nothing to stop; after 'stopped' the manifest is due."""
         self.spec(job)
         answer: Literal["over", "stopping", "stopped"] = ("over", "stopping", "stopped")[self._script("cancel", job)]
         return answer
 
-    @_reachable()
+    @reachable()
     def retry(self, job: str) -> list[Chunk]:
         """Forget the failures of an ended job; the chunks to publish, with how many images each has again."""
         if not self.status(job).over:
@@ -329,58 +307,10 @@ class Ledger:
         raw = self._redis.hget(_key(job, "chunks"), str(number)) if number != MANIFEST else None
         return Chunk(job=job, number=number, images=sum(i.duplicate_of is None for i in unpack(raw)) if raw else 0)
 
-    # --- nodes ------------------------------------------------------------------------------
-
-    @_reachable()
-    def report_node(self, node: Node) -> None:
-        """A node says that it is there."""
-        stamped = node.model_copy(update={"seen": self._now() / 1000})
-        self._redis.hset("imagemill:nodes", node.node, stamped.model_dump_json())
-
-    @_reachable()
-    def forget_node(self, node: str) -> None:
-        """A node says that it stops."""
-        self._redis.hdel("imagemill:nodes", node)
-
-    @_reachable()
-    def nodes(self) -> list[Node]:
-        """The nodes that are alive."""
-        now = self._now() / 1000
-        known = [Node.model_validate_json(raw) for raw in self._redis.hvals("imagemill:nodes")]
-        return sorted((node for node in known if now - node.seen < NODE_SECONDS), key=lambda node: node.node)
-
-    @_reachable()
-    def report_rate(self, queue: str, node: str, images_per_second: float) -> None:
-        """How fast a node works through a queue's images; remembered for an hour after the last report."""
-        self._redis.hset("imagemill:rates", f"{queue}|{node}", f"{images_per_second:.4g}")
-        self._redis.expire("imagemill:rates", 3600)
-
-    @_reachable()
-    def rates(self, queue: str) -> list[float]:
-        """Images per second of the nodes that have worked on a queue lately."""
-        known = self._redis.hgetall("imagemill:rates")
-        return [float(rate) for field, rate in known.items() if field.decode().split("|")[0] == queue]
-
-    @_reachable()
-    def answer_canary(self, token: str) -> None:
-        """A child says that it has run the canary task with this token."""
-        self._redis.lpush(f"imagemill:canary:{token}", 1)
-        self._redis.expire(f"imagemill:canary:{token}", 600)
-
-    @_reachable()
-    def await_canary(self, token: str, seconds: float) -> bool:
-        """Whether that happens within `seconds`."""
-        with redis.Redis.from_url(self._url, socket_timeout=seconds + 5) as waiting:
-            return waiting.blpop([f"imagemill:canary:{token}"], timeout=seconds) is not None
-
     # --- inside -----------------------------------------------------------------------------
 
     def _script(self, name: str, *args: Any) -> Any:
         return self._lua[name](args=args)
-
-    def _now(self) -> int:
-        seconds, micros = self._redis.time()
-        return int(seconds * 1000 + micros // 1000)
 
     def _results(self, job: str, indexes: Sequence[int]) -> list[ItemResult | None]:
         if not indexes:
@@ -389,10 +319,10 @@ class Ledger:
         return [ItemResult.model_validate_json(value) if value is not None else None for value in raw]
 
     def _chunks(self, job: str) -> Iterator[tuple[int, list[Item]]]:
-        with _reachable():
+        with reachable():
             count = int(self._redis.hget(_key(job), "chunks") or 0)
         for number in range(count):
-            with _reachable():  # around the read alone: a generator's caller may raise at its yield
+            with reachable():  # around the read alone: a generator's caller may raise at its yield
                 raw = self._redis.hget(_key(job, "chunks"), str(number))
             if raw is not None:
                 yield number, unpack(raw)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from shared.ledger import Ledger
+from shared.fleet import Fleet
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60.0
@@ -47,7 +47,7 @@ class WorkerProcess:
             *(sys.executable, *start),
             *("worker", "--cpu", "--concurrency", str(concurrency), "--name", name),
         ]
-        self.ledger = Ledger(environment["IMAGEMILL_REDIS_URL"])
+        self.fleet = Fleet(environment["IMAGEMILL_REDIS_URL"])
 
     def __enter__(self) -> WorkerProcess:
         self.start()
@@ -55,7 +55,7 @@ class WorkerProcess:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-        self.ledger.close()
+        self.fleet.close()
 
     def start(self) -> None:
         """Start the process; `wait_ready` says when it takes tasks."""
@@ -69,7 +69,7 @@ class WorkerProcess:
 
         def ready() -> bool:
             assert self.process.poll() is None, f"the worker exited: {self.tail()}"
-            return any(node.pid == self.process.pid and node.ready for node in self.ledger.nodes())
+            return any(node.pid == self.process.pid and node.ready for node in self.fleet.nodes())
 
         wait_until(ready, f"{self.name} is ready; log: {self.log}", seconds)
         return self

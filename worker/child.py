@@ -14,6 +14,7 @@ import numpy as np
 from shared import s3
 from shared.broker import Publisher
 from shared.errors import ImageError, StorageUnavailable
+from shared.fleet import Fleet
 from shared.ledger import Lease, Ledger
 from shared.messages import MANIFEST, Chunk, Item, Job
 from shared.options import ENGINES
@@ -41,7 +42,7 @@ class Child:
         self, settings: Settings, device: Device, *, node: str, publisher: Publisher, stopping: Callable[[], bool]
     ) -> None:
         self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
-        self.ledger = Ledger.of(settings)
+        self.ledger, self.fleet = Ledger.of(settings), Fleet.of(settings)
         self._s3: Any = None
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
         self.operations: dict[tuple[str, str], Operation] = {}
@@ -92,7 +93,7 @@ class Child:
         log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
         if keeper.reason is None and not lease.lost and seconds > 0:
             queue = queue_name(spec.operation, spec.engine)
-            self.ledger.report_rate(queue, self.node, (flow.done + flow.failed) / seconds)
+            self.fleet.report_rate(queue, self.node, (flow.done + flow.failed) / seconds)
         return self._close(lease, spec, keeper.reason, len(items) - flow.done - flow.failed, tell)
 
     def _flow(self, spec: Job, lease: Lease, stop: Event) -> Flow:
@@ -147,7 +148,7 @@ def warm_up(operation: Operation) -> None:
     """Run one made-up image through an engine, so that the first real one meets no surprise."""
     grey = np.full((64, 64, 3), 128, np.uint8)
     grey[16:48, 16:48] = (200, 60, 40)
-    item = Item(index=0, source="https://warm.up/image.png", boxes=("24,24,8,8",))  # type: ignore[arg-type]  # parsed by Box
+    item = Item(index=0, source="https://warm.up/image.png", boxes=("24,24,8,8",))
     options = ENGINES[operation.spec.name][operation.spec.engine]()
     work = operation.prepare(Picture(grey, full_size=(64, 64)), Inputs(item, options))
     operation.finish(work, operation.run(work.samples))

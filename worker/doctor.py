@@ -20,7 +20,7 @@ from rich.console import Console
 from shared import s3
 from shared.broker import make_app, queues
 from shared.errors import ImagemillError, ServiceUnavailable, sentence
-from shared.ledger import Ledger
+from shared.fleet import Fleet
 from shared.queues import CANARY_TASK, node_queue, offered, worker_queues
 from shared.settings import Settings, load_settings
 from worker.operations.registry import create
@@ -85,7 +85,7 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
 def check_workers(settings: Settings) -> Iterator[Finding]:
     """Is every queue listened to?"""
     try:
-        nodes = Ledger.of(settings).nodes()
+        nodes = Fleet.of(settings).nodes()
     except ServiceUnavailable:
         return  # said by check_redis
     for node in nodes:
@@ -149,9 +149,9 @@ def check_gpu(_settings: Settings) -> Iterator[Finding]:
 
 def check_canary(settings: Settings, wait: float) -> Iterator[Finding]:
     """Does a child of each node on this host run a task and answer?"""
-    ledger = Ledger.of(settings)
+    fleet = Fleet.of(settings)
     try:
-        here = [node for node in ledger.nodes() if node.host == socket.gethostname()]
+        here = [node for node in fleet.nodes() if node.host == socket.gethostname()]
         if not here:
             yield Finding("worker", "failed", "no node of this host reports itself", "look at the worker's log")
         app = make_app(settings)
@@ -159,7 +159,7 @@ def check_canary(settings: Settings, wait: float) -> Iterator[Finding]:
             token = uuid.uuid4().hex
             (own,) = queues([node_queue(node.node)])
             app.send_task(CANARY_TASK, args=[token], queue=own, expires=wait)
-            if ledger.await_canary(token, wait):
+            if fleet.await_canary(token, wait):
                 yield Finding("worker", "ok", f"{node.node} ran a task")
             else:
                 yield Finding("worker", "failed", f"{node.node} ran no task within {wait:g} s", "restart the node")

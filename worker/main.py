@@ -13,6 +13,7 @@ from celery.utils.nodenames import host_format
 
 from shared.broker import Publisher, make_app, queues
 from shared.errors import sentence
+from shared.fleet import Fleet
 from shared.ledger import Ledger
 from shared.queues import node_queue, worker_queues
 from shared.settings import Settings
@@ -60,6 +61,7 @@ class Worker:
             self.queues,
             self.children,
             ledger=Ledger.of(self.settings),
+            fleet=Fleet.of(self.settings),
             publisher=Publisher(self.app),
             settings=self.settings.worker,
         )

@@ -18,6 +18,7 @@ from celery.worker import state as worker_state
 
 from shared.broker import Publisher
 from shared.errors import JobNotFound, ServiceUnavailable
+from shared.fleet import Fleet
 from shared.ledger import Ledger
 from shared.messages import Chunk, Node
 from shared.settings import WorkerSettings
@@ -84,11 +85,12 @@ class Parent:
         children: Children,
         *,
         ledger: Ledger,
+        fleet: Fleet,
         publisher: Publisher,
         settings: WorkerSettings,
     ) -> None:
         self.name, self.device, self.queues, self.children = name, device, queues, children
-        self.ledger, self.publisher, self.settings = ledger, publisher, settings
+        self.ledger, self.fleet, self.publisher, self.settings = ledger, fleet, publisher, settings
 
     def wait_for_children(self) -> None:
         """Return when every child has loaded its engines; exit the node when one can't."""
@@ -110,7 +112,7 @@ class Parent:
     def tick(self) -> None:
         """Report the node, and publish again what is overdue."""
         try:
-            self.ledger.report_node(self._report())
+            self.fleet.report_node(self._report())
             chunks = self.ledger.reap(self.name, patience=self.settings.missing_seconds, every=REPORT_SECONDS)
             for chunk in chunks:
                 self._publish_again(chunk)
@@ -121,7 +123,7 @@ class Parent:
         """The node stops: its children finish their images, and nobody counts on it any more."""
         self.children.stop()
         try:
-            self.ledger.forget_node(self.name)
+            self.fleet.forget_node(self.name)
         except ServiceUnavailable as error:
             log.warning("node not signed off", extra={"action": "report", "node": self.name, "reason": error.message})
 
@@ -145,7 +147,7 @@ class Parent:
         )
 
 
-class Loaded(bootsteps.StartStopStep):  # type: ignore[misc]
+class Loaded(bootsteps.StartStopStep):
     """Worker step between the pool and the consumer: no message is taken before every child is loaded."""
 
     requires = ("celery.worker.components:Pool",)
@@ -154,7 +156,7 @@ class Loaded(bootsteps.StartStopStep):  # type: ignore[misc]
         worker.app.imagemill_parent.wait_for_children()
 
 
-class Housekeeping(bootsteps.StartStopStep):  # type: ignore[misc]
+class Housekeeping(bootsteps.StartStopStep):
     """Consumer step: `Parent.tick` every few seconds, in the loop that takes messages, so that it stands for its health."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)

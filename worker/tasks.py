@@ -39,7 +39,7 @@ def register(app: Celery, child: Callable[[], Any]) -> None:
             return "put off"
 
     def canary(_task: Task, token: str) -> str:
-        child().ledger.answer_canary(token)
+        child().fleet.answer_canary(token)
         return "alive"
 
     for name in (*map(task_name, OPERATIONS), MANIFEST_TASK):

@@ -16,6 +16,7 @@ from producer.client import Client
 from producer.embedded_redis import EmbeddedRedis
 from producer.sources import BadRow, SourceRow, read_sources
 from shared.errors import BrokerUnavailable, InvalidOption, InvalidSource, JobNotFound, UsageError
+from shared.fleet import Fleet
 from shared.ledger import Lease, Ledger
 from shared.messages import MANIFEST, InpaintJob, ItemResult, Node, Output, Policy, Row, StylizeJob
 from shared.options import OpencvInpaint
@@ -44,6 +45,13 @@ def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
 def client(redis_server: EmbeddedRedis, raw: Any) -> Iterator[Client]:
     with client_for(redis_server.url) as made:
         yield made
+
+
+@pytest.fixture
+def fleet(redis_server: EmbeddedRedis) -> Iterator[Fleet]:
+    made = Fleet(redis_server.url)
+    yield made
+    made.close()
 
 
 @pytest.fixture
@@ -213,19 +221,19 @@ def test_inpaint_needs_something_to_fill(client: Client) -> None:
         assert client.submit([with_mask, with_box, without], spec).total == 3
 
 
-def test_a_small_job_is_shared_by_all_children_that_listen_to_its_queue(client: Client, ledger: Ledger) -> None:
-    ledger.report_node(node(2))
-    ledger.report_node(node(1, name="cpu@b"))
-    ledger.report_node(node(8, queues=("imagemill.inpaint.opencv",), name="cpu@c"))
+def test_a_small_job_is_shared_by_all_children_that_listen_to_its_queue(client: Client, fleet: Fleet) -> None:
+    fleet.report_node(node(2))
+    fleet.report_node(node(1, name="cpu@b"))
+    fleet.report_node(node(8, queues=("imagemill.inpaint.opencv",), name="cpu@c"))
     submission = client.submit(rows(7), SPEC)
     assert (submission.nodes, submission.served, submission.chunks) == (2, True, 3)
     assert client.submit(rows(97), SPEC).chunks == 4
     assert [known.node for known in client.nodes()] == ["cpu@a", "cpu@b", "cpu@c"]
 
 
-def test_chunks_follow_the_rates_that_workers_report(client: Client, ledger: Ledger) -> None:
-    ledger.report_rate(QUEUE, "cpu@a", 5.0)
-    ledger.report_rate("imagemill.inpaint.opencv", "cpu@a", 0.1)
+def test_chunks_follow_the_rates_that_workers_report(client: Client, fleet: Fleet) -> None:
+    fleet.report_rate(QUEUE, "cpu@a", 5.0)
+    fleet.report_rate("imagemill.inpaint.opencv", "cpu@a", 0.1)
     assert client.submit(rows(250), SPEC).chunks == 3
 
 

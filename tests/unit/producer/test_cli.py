@@ -12,6 +12,7 @@ from producer.cli import main
 from producer.client import Client
 from producer.embedded_redis import EmbeddedRedis
 from shared.errors import MissingExtra
+from shared.fleet import Fleet
 from shared.ledger import Lease, Ledger
 from shared.messages import MANIFEST, Item, ItemResult, JobStatus, Node
 from shared.queues import queue_name
@@ -110,13 +111,15 @@ def test_submit_prints_the_job_alone_and_says_that_nobody_listens(imagemill: Inv
     assert "no worker listens to imagemill.stylize.opencv.high; start one with `imagemill worker`" in result.stderr
 
 
-def test_submit_is_silent_about_workers_when_there_is_one(imagemill: Invoke, ledger: Ledger) -> None:
+def test_submit_is_silent_about_workers_when_there_is_one(imagemill: Invoke, url: str) -> None:
     node = Node(node="cpu@x", host="x", pid=1, device="cpu", queues=(queue_name("stylize", "opencv"),), children=1, ready=True)
-    ledger.report_node(node)
+    fleet = Fleet(url)
+    fleet.report_node(node)
     try:
         assert "no worker" not in imagemill(*STYLIZE, stdin=GOOD).stderr
     finally:
-        ledger.forget_node("cpu@x")
+        fleet.forget_node("cpu@x")
+        fleet.close()
 
 
 def test_submit_json(imagemill: Invoke) -> None:
@@ -159,10 +162,10 @@ def test_bad_rows_are_listed_and_nothing_is_queued(imagemill: Invoke, ledger: Le
         (["--set", "sigma_r"], "--set takes KEY=VALUE, not 'sigma_r'"),
         (["--mask", "mask.png"], "stylize (opencv) has no option 'mask'"),
         (["--set", "reference=ftp://x/y.png"], "reference: an address starts with"),
-        (["--quality", "101"], "--output: quality: "),
+        (["--quality", "101"], "output: quality: "),
         (["--attempts", "0"], "attempts: "),
         (["--key", "{name}"], "a key needs {index} or {item}"),
-        (["--output", "ftp://host/x"], "--output: url: an address starts with s3://, file://"),
+        (["--output", "ftp://host/x"], "output: url: an address starts with s3://, file://"),
         (["--output", "./out", "--expire-days", "3"], "--expire-days needs an --output of s3://bucket/prefix"),
     ],
 )

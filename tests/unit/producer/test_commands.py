@@ -44,6 +44,6 @@ def test_an_entry_point_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> N
     def worker(gpu: int) -> None:
         click.echo(f"gpu {gpu}")
 
-    monkeypatch.setattr(commands, "entry_points", lambda group, name=None: [EntryPoint("worker", "x:y", group)])
-    monkeypatch.setattr(EntryPoint, "load", lambda self: worker)
+    monkeypatch.setattr(commands, "entry_points", lambda group, **_: [EntryPoint("worker", "x:y", group)])
+    monkeypatch.setattr(EntryPoint, "load", lambda _: worker)
     assert CliRunner().invoke(commands.Commands("imagemill"), ["worker", "--gpu", "3"]).stdout == "gpu 3\n"

@@ -30,7 +30,7 @@ def test_lack_of_memory_is_told_apart() -> None:
     def starve() -> None:
         raise MemoryError("Unable to allocate 9 GiB")
 
-    with pytest.raises(OutOfMemory, match="filling.*9 GiB"):
+    with pytest.raises(OutOfMemory, match=r"filling.*9 GiB"):
         starve()
 
 

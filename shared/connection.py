@@ -1,0 +1,33 @@
+"""The connection to Redis that ledger and fleet use, and what its errors mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+
+from shared.errors import BrokerUnavailable, sentence
+
+
+def connect(url: str) -> Any:
+    """A thread-safe client with bounded waits; it connects at the first command. Make one per process, after the fork."""
+    return redis.Redis.from_url(
+        url, decode_responses=False, socket_timeout=10, socket_connect_timeout=5, health_check_interval=25
+    )
+
+
+@contextmanager
+def reachable() -> Iterator[None]:
+    """redis-py's errors become BrokerUnavailable at this boundary."""
+    try:
+        yield
+    except redis.RedisError as error:
+        raise BrokerUnavailable(f"Redis: {sentence(error)}") from error
+
+
+def now_ms(client: Any) -> int:
+    """Milliseconds since the epoch by Redis' own clock, which all hosts share."""
+    seconds, micros = client.time()
+    return int(seconds * 1000 + micros // 1000)
