@@ -10,7 +10,7 @@ from kombu.exceptions import BatchPublishError, OperationalError
 
 from shared.errors import BrokerUnavailable, sentence
 from shared.messages import MANIFEST, Chunk, Job
-from shared.queues import MANIFEST_TASK, queue_name, task_name
+from shared.queues import MANIFEST_TASK, manifest_queue, queue_name, task_name
 from shared.settings import Settings
 
 KILL_MARGIN = 60.0
@@ -108,8 +108,9 @@ class Publisher:
                         MANIFEST_TASK if manifest else task_name(spec.operation),
                         kwargs=chunk.model_dump(),
                         kwargsrepr=_shown(chunk),
-                        # A manifest goes first: no ended job waits behind the chunks of others.
-                        queue=queue_name(spec.operation, spec.engine, "high" if manifest else spec.policy.priority),
+                        queue=manifest_queue(spec.operation, spec.engine)
+                        if manifest
+                        else queue_name(spec.operation, spec.engine, spec.policy.priority),
                         producer=producer,
                     )
                     count += 1

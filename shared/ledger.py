@@ -45,7 +45,7 @@ from shared.messages import (
     compact,
     row,
 )
-from shared.queues import queue_name
+from shared.queues import manifest_queue, queue_name
 from shared.settings import Settings
 
 SUBMITTING_SECONDS = 3600
@@ -98,6 +98,7 @@ class Ledger:
             "spec": spec.model_dump_json(),
             "state": "submitting",
             "queue": queue_name(spec.operation, spec.engine, spec.policy.priority),
+            "manifest_queue": manifest_queue(spec.operation, spec.engine),
             "created": now_ms(self._redis),
         }
         with self._redis.pipeline() as pipe:
@@ -122,14 +123,17 @@ class Ledger:
         later rows share its result.
         """
         if duplicates:
-            self._redis.hset(_key(job, "duplicates"), mapping=duplicates)
+            with self._redis.pipeline() as pipe:
+                pipe.hset(_key(job, "duplicates"), mapping=duplicates)
+                pipe.expire(_key(job, "duplicates"), SUBMITTING_SECONDS)
+                pipe.execute()
         if not self._script("seal", job, chunks, total, sum(duplicates.values()), self._ttl):
             raise JobNotFound(f"job {job} took longer than {SUBMITTING_SECONDS} s to submit and was forgotten; submit it again")
 
     @reachable()
     def discard(self, job: str) -> None:
         """Forget a list that was never sealed."""
-        self._redis.delete(_key(job), _key(job, "chunks"))
+        self._redis.delete(_key(job), _key(job, "chunks"), _key(job, "duplicates"))
 
     # --- working ----------------------------------------------------------------------------
 
@@ -168,9 +172,9 @@ class Ledger:
 
         `manifest` is where the manifest was written, with the chunk that stands for it.
         """
-        if manifest:
-            self._redis.hset(_key(lease.job), "manifest", manifest)
-        answer: Literal["ok", "lost", "finishing"] = self._script("complete", lease.job, lease.number, lease.token).decode()
+        answer: Literal["ok", "lost", "finishing"] = self._script(
+            "complete", lease.job, lease.number, lease.token, manifest or ""
+        ).decode()
         return answer
 
     @reachable()
@@ -181,7 +185,10 @@ class Ledger:
     @reachable()
     def count_attempt(self, job: str, index: int) -> int:
         """An image is about to be tried alone; how often that makes it."""
-        return int(self._redis.hincrby(_key(job, "attempts"), str(index), 1))
+        with self._redis.pipeline() as pipe:
+            pipe.hincrby(_key(job, "attempts"), str(index), 1)
+            pipe.expire(_key(job, "attempts"), self._ttl)
+            return int(pipe.execute()[0])
 
     @reachable()
     def attempts(self, job: str, indexes: Sequence[int]) -> dict[int, int]:
@@ -259,7 +266,8 @@ class Ledger:
 
     def rows(self, job: str) -> Iterator[Row]:
         """Every item of a job in the list's order, with what became of it; streamed chunk by chunk."""
-        ended = self.status(job).state in ENDED
+        # While the manifest is being written, what has no result won't get one any more.
+        ended = self.status(job).state in (*ENDED, "finishing")
         for _, items in self._chunks(job):
             with reachable():
                 results = self._results(job, [item.index if item.duplicate_of is None else item.duplicate_of for item in items])
@@ -302,6 +310,7 @@ class Ledger:
                 again.append(Chunk(job=job, number=number, images=len(failed)))
         return again
 
+    @reachable()
     def chunk(self, job: str, number: int) -> Chunk:
         """The message for a chunk."""
         raw = self._redis.hget(_key(job, "chunks"), str(number)) if number != MANIFEST else None

@@ -17,6 +17,11 @@ def queue_name(operation: Operation, engine: str, priority: Priority = "normal")
     return base if priority == "normal" else f"{base}.{priority}"
 
 
+def manifest_queue(operation: Operation, engine: str) -> str:
+    """A manifest goes first: no ended job waits behind the chunks of others."""
+    return queue_name(operation, engine, "high")
+
+
 def task_name(operation: Operation) -> str:
     """`imagemill.{operation}`, as Flower shows it."""
     return f"imagemill.{operation}"

@@ -159,7 +159,9 @@ def _exists(client: S3Client, bucket: str) -> bool:
         except ClientError as error:
             if error.response["Error"]["Code"] in MISSING:
                 return False
-            raise
+            if error.response["Error"]["Code"] not in DENIED:
+                raise
+            # Keys that may only write can't ask for the bucket itself; whether they may write is seen on writing.
     return True
 
 

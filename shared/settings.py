@@ -5,14 +5,34 @@ Built once in `cli` or `main` and passed on; nothing reads the environment at im
 
 from __future__ import annotations
 
+import json
 from ipaddress import IPv4Network, IPv6Network
+from itertools import takewhile
 from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import ConfigurationError
-from shared.options import OPERATIONS, Operation, validation_sentence
+from shared.options import OPERATIONS, Operation
+
+PREFIX = "IMAGEMILL_"
+BETWEEN = "__"
+
+
+def _from_json(value: object) -> object:
+    """A list as a variable holds it. Read here and not by pydantic-settings, whose errors don't name the variable."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError('a JSON list is expected, such as ["one", "two"]') from None
+
+
+LIST = BeforeValidator(_from_json)
 
 
 class Group(BaseModel):
@@ -36,8 +56,10 @@ class FetchSettings(Group):
     total_timeout: float = Field(60.0, gt=0, description="seconds for one download, redirects included")
     max_bytes: int = Field(64 * 2**20, gt=0, description="bytes of one image file")
     max_redirects: int = Field(5, ge=0, description="redirects followed")
-    allow_hosts: tuple[str, ...] = Field((), description="hosts allowed although their address is private; JSON list")
-    allow_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
+    allow_hosts: Annotated[tuple[str, ...], LIST] = Field(
+        (), description="hosts allowed although their address is private; JSON list"
+    )
+    allow_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], LIST] = Field(
         (), description="networks allowed although private; JSON list"
     )
     threads: int = Field(16, ge=1, le=256, description="images fetched and prepared at a time, per child")
@@ -46,16 +68,18 @@ class FetchSettings(Group):
 class FileSettings(Group):
     """Folders that file:// addresses may name; none by default."""
 
-    read_roots: tuple[Path, ...] = Field((), description="folders that images may be read from; JSON list")
-    write_roots: tuple[Path, ...] = Field((), description="folders that results may be written below; JSON list")
+    read_roots: Annotated[tuple[Path, ...], LIST] = Field((), description="folders that images may be read from; JSON list")
+    write_roots: Annotated[tuple[Path, ...], LIST] = Field(
+        (), description="folders that results may be written below; JSON list"
+    )
 
 
 class WorkerSettings(Group):
     """One worker node."""
 
     gpu: int | None = Field(None, ge=0, description="index of the GPU this node is pinned to; empty is the CPU")
-    operations: tuple[Operation, ...] = Field(OPERATIONS, description="operations this node offers; JSON list")
-    engines: tuple[str, ...] = Field(("opencv",), description="engines this node loads; JSON list")
+    operations: Annotated[tuple[Operation, ...], LIST] = Field(OPERATIONS, description="operations this node offers; JSON list")
+    engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines this node loads; JSON list")
     max_pixels: int = Field(64_000_000, gt=0, description="pixels of one image; more are refused before decoding")
     look_ahead: int = Field(128_000_000, gt=0, description="decoded pixels held at a time, per child")
     store_threads: int = Field(4, ge=1, le=64, description="images finished, encoded and uploaded at a time, per child")
@@ -70,9 +94,11 @@ class Settings(BaseSettings):
     """Everything, as `IMAGEMILL_...` variables; groups are joined by two underscores."""
 
     model_config = SettingsConfigDict(
-        env_prefix="IMAGEMILL_",
-        env_nested_delimiter="__",
+        env_prefix=PREFIX,
+        env_nested_delimiter=BETWEEN,
         env_file=".env",
+        env_ignore_empty=True,  # `IMAGEMILL_WORKER__GPU=` is how a compose file leaves it at its default
+        enable_decoding=False,
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
@@ -86,10 +112,42 @@ class Settings(BaseSettings):
     files: FileSettings = FileSettings()
     worker: WorkerSettings = WorkerSettings()
 
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, url: SecretStr) -> SecretStr:
+        if not _is_redis(url.get_secret_value()):
+            raise ValueError("an address redis://:PASSWORD@HOST:PORT/DATABASE is expected, odd characters percent-encoded")
+        return url
+
 
 def load_settings(**overrides: object) -> Settings:
     """Settings from environment, `.env` and `overrides`; ConfigurationError names the variable that is wrong."""
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:
-        raise ConfigurationError(f"settings: {validation_sentence(error)}") from error
+        raise ConfigurationError(_complaints(error)) from error
+
+
+def _is_redis(url: str) -> bool:
+    """Whether both redis-py and kombu understand an address."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises ValueError where it is none
+    except ValueError:
+        return False
+    database = parts.path.strip("/")
+    return parts.scheme in ("redis", "rediss") and (not database or database.isdecimal())
+
+
+def _complaints(error: ValidationError) -> str:
+    """All that is wrong in one line, each with its variable."""
+    said: dict[str, str] = {}
+    for fault in error.errors(include_url=False, include_context=False):
+        # What follows the names in `loc` is a place in a list, or which part of a union did not fit.
+        names = takewhile(lambda part: isinstance(part, str) and part.isidentifier(), fault["loc"])
+        variable = PREFIX + BETWEEN.join(map(str, names)).upper()
+        reason = fault["msg"].removeprefix("Value error, ")
+        given = fault["input"]
+        told = isinstance(given, str | int | float) and len(str(given)) <= 80 and variable != f"{PREFIX}REDIS_URL"
+        said.setdefault(variable, f"{variable}: {reason[:1].lower()}{reason[1:]}{f', not {given!r}' if told else ''}")
+    return "; ".join(said.values())

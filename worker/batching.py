@@ -9,6 +9,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from billiard.exceptions import SoftTimeLimitExceeded
+
 from shared.errors import ImageError, InternalError, OutOfMemory, sentence
 from worker.operations.base import Operation, Sample
 
@@ -41,8 +43,8 @@ class Batcher(Generic[Owner]):
 
     def add(self, owner: Owner, samples: Sequence[Sample]) -> None:
         """Queue an owner's samples."""
-        for place, sample in enumerate(samples):
-            key = self._operation.group_key(sample)
+        keys = [self._operation.group_key(sample) for sample in samples]  # all or none of them, should one raise
+        for place, (key, sample) in enumerate(zip(keys, samples, strict=True)):
             self._groups.setdefault(key, deque()).append(Slot(owner, place, sample))
 
     def take(self) -> list[Slot[Owner]]:
@@ -60,7 +62,8 @@ def run_batch(operation: Operation, samples: Sequence[Sample]) -> list[Any | Ima
     """The device step on a batch: per sample its output, or the error of that sample alone.
 
     When memory runs out the batch is halved; on any other error each sample is run alone, so that
-    a bad image does not take its neighbours along.
+    a bad image does not take its neighbours along. Raises SoftTimeLimitExceeded when the chunk's time
+    is up: that is no image's fault.
     """
     try:
         outputs = operation.run(samples)
@@ -70,6 +73,8 @@ def run_batch(operation: Operation, samples: Sequence[Sample]) -> list[Any | Ima
     except (MemoryError, OutOfMemory) as error:
         failure: ImageError = OutOfMemory(f"{operation.spec.name} ran out of memory: {sentence(error)}")
         parts = 2
+    except SoftTimeLimitExceeded:
+        raise
     except ImageError as error:
         failure, parts = error, len(samples)
     except Exception as error:

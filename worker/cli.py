@@ -31,6 +31,8 @@ def worker(
         raise UsageError("say where to run: --gpu N, --gpus all or --cpu")
     if concurrency is not None and not cpu:
         raise UsageError("--concurrency goes with --cpu; a GPU's node has one child")
+    if name is not None and gpus:
+        raise UsageError("--name goes with one node; those of --gpus all are gpu0, gpu1 and so on")
     settings = _settings(gpu, operations)
     if gpus:
         logs.set_up(as_json=settings.log_json)
@@ -50,9 +52,11 @@ def worker(
 
 def _settings(gpu: int | None, operations: str | None) -> Settings:
     settings = load_settings()
-    changes: dict[str, Any] = {"gpu": gpu} if gpu is not None else {}
-    if operations:
+    changes: dict[str, Any] = {"gpu": gpu}  # None too: --cpu is the CPU, whatever the environment says
+    if operations is not None:
         wanted = [part.strip() for part in operations.split(",") if part.strip()]
+        if not wanted:
+            raise UsageError(f"--operations names none (valid: {', '.join(OPERATIONS)})")
         for one in wanted:
             if one not in OPERATIONS:
                 raise UsageError(f"there is no operation {one!r}{nearest(one, list(OPERATIONS))}")

@@ -71,12 +71,12 @@ def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal
         else:
             pixels, mode = _by_pillow(data, header)
     with _memory_checked():
-        pixels = np.ascontiguousarray(resize(pixels, target))
+        if mode != "CMYK":  # its black is no alpha, which `resize` would weigh by
+            pixels = np.ascontiguousarray(resize(pixels, target))
         kept = header.icc if icc == "keep" and profiles.space(header.icc) == "RGB" and mode != "CMYK" else None
         colours = profiles.as_rgb(pixels, mode) if kept else profiles.to_srgb(pixels, mode, header.icc)
-        return Picture(
-            np.ascontiguousarray(upright(colours, header.orientation)), format=header.format, icc=kept, full_size=header.size
-        )
+        colours = np.ascontiguousarray(upright(resize(colours, target), header.orientation))
+        return Picture(colours, format=header.format, icc=kept, full_size=header.size)
 
 
 def _by_pillow(data: bytes, header: Header) -> tuple[NDArray[np.uint8], str]:

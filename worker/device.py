@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import takewhile
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class Device:
         return "cpu" if self.gpu is None else f"gpu{self.gpu}"
 
 
+def visible_gpus(mask: str) -> list[str]:
+    """The devices that a value of CUDA_VISIBLE_DEVICES leaves: as for CUDA, -1 ends the list."""
+    parts = (part.strip() for part in mask.split(",") if part.strip())
+    return list(takewhile(lambda part: not part.startswith("-"), parts))
+
+
 def visible_gpu(gpu: int, mask: str | None) -> str:
     """The value of CUDA_VISIBLE_DEVICES that pins a process to the `gpu`-th device of `mask`.
 
@@ -31,7 +38,7 @@ def visible_gpu(gpu: int, mask: str | None) -> str:
     """
     if mask is None:
         return str(gpu)
-    devices = [part.strip() for part in mask.split(",") if part.strip()]
+    devices = visible_gpus(mask)
     if gpu >= len(devices):
         raise ValueError(f"there is no GPU {gpu}: CUDA_VISIBLE_DEVICES={mask} leaves {len(devices)}")
     return devices[gpu]

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from shared import s3
 from shared.broker import make_app, queues
-from shared.errors import ImagemillError, ServiceUnavailable, sentence
+from shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
 from shared.fleet import Fleet
 from shared.queues import CANARY_TASK, node_queue, offered, worker_queues
 from shared.settings import Settings, load_settings
@@ -104,11 +104,11 @@ def check_s3(settings: Settings) -> Iterator[Finding]:
     try:
         buckets = s3.make_client(settings.s3).list_buckets().get("Buckets", [])
     except Exception as error:  # noqa: BLE001
-        translated = s3.translate(error, where)
+        refused = error if isinstance(error, ConfigurationError) else s3.translate(error, where)
         mend = "set IMAGEMILL_S3__ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed for file:// outputs"
         # Keys that may only write to their own bucket are a good practice, not a fault.
-        state: Literal["warning", "failed"] = "failed" if isinstance(translated, ServiceUnavailable) else "warning"
-        yield Finding("s3", state, f"{where}: {translated.message}", mend)
+        hopeless = refused.retryable or isinstance(refused, ConfigurationError)
+        yield Finding("s3", "failed" if hopeless else "warning", refused.message, mend)
     else:
         yield Finding("s3", "ok", f"{where} answers; {len(buckets)} buckets")
 

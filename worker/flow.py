@@ -68,19 +68,28 @@ class PixelBudget:
     def __init__(self, total: int) -> None:
         self._total = total
         self._used = 0
+        self._closed = False
         self._turn = Lock()  # one waits at a time, so that small images can't overtake a large one for ever
         self._changed = Condition()
 
     def acquire(self, pixels: int) -> None:
         """Wait until there is room."""
         with self._turn, self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + pixels <= self._total)
+            self._changed.wait_for(lambda: self._closed or self._used == 0 or self._used + pixels <= self._total)
+            if self._closed:
+                raise InternalError("the line was stopped")
             self._used += pixels
 
     def release(self, pixels: int) -> None:
         """Make room again."""
         with self._changed:
             self._used -= pixels
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Turn away whoever waits, since nobody will make room any more."""
+        with self._changed:
+            self._closed = True
             self._changed.notify_all()
 
 
@@ -115,7 +124,11 @@ class Flow:
         self._counting = Lock()
 
     def run(self, items: Sequence[Item]) -> None:
-        """Take `items` through the line. Raises only when the ledger can't be reached."""
+        """Take `items` through the line.
+
+        Raises when the ledger can't be reached, and when the chunk's time is up or this process is told to exit;
+        what has no record then is delivered again.
+        """
         ready: SimpleQueue[Passage] = SimpleQueue()
         batcher: Batcher[Passage] = Batcher(self.operation, self.operation.spec.max_batch)
         threads = min(self.settings.fetch.threads, len(items) or 1)
@@ -126,11 +139,16 @@ class Flow:
             for item in items:
                 front.submit(self._front, Passage(item), ready)
             coming = len(items)
-            while coming or batcher:
-                coming -= self._collect(ready, batcher, wait=not batcher)
-                if batcher:
-                    for passage in self._device(batcher):
-                        back.submit(self._back, passage)
+            try:
+                while coming or batcher:
+                    coming -= self._collect(ready, batcher, wait=not batcher)
+                    if batcher:
+                        for passage in self._device(batcher):
+                            back.submit(self._back, passage)
+            except BaseException:
+                self.stop.set()
+                self.budget.close()
+                raise
         if self._fatal is not None:
             raise self._fatal
 
@@ -146,7 +164,8 @@ class Flow:
             if self.stop.is_set():
                 return
             self.earlier[item.index] = 1 + alone[item.index]
-            if self.earlier[item.index] >= self.spec.policy.attempts:
+            # Tried alone at least once: in the batch it may have been a neighbour that killed the process.
+            if alone[item.index] and self.earlier[item.index] >= self.spec.policy.attempts:
                 reason = f"the worker process died {self.earlier[item.index]} times while it worked on this image"
                 self._record_failure(Passage(item), WorkerLost(reason))
             else:
@@ -160,9 +179,12 @@ class Flow:
         """fetch -> decode -> prepare, in a thread; always puts the passage on."""
         if not self.stop.is_set():
             with self._failing(passage):
+                self.store.check()
                 data = self._fetch(passage)
                 picture = self._decode(passage, data)
                 self._prepare(passage, picture)
+            if passage.error is not None and self._cut_short(passage.error):
+                passage.error = None  # as if never begun: another worker tries it as often as the policy says
         ready.put(passage)
 
     def _collect(self, ready: SimpleQueue[Passage], batcher: Batcher[Passage], *, wait: bool) -> int:
@@ -174,11 +196,12 @@ class Flow:
             except Empty:
                 return came
             came += 1
+            if passage.error is None and passage.work is not None:
+                with self._failing(passage):
+                    batcher.add(passage, passage.work.samples)
             if passage.error is not None:
                 self._record_failure(passage, passage.error)
-            elif passage.work is not None:
-                batcher.add(passage, passage.work.samples)
-            else:
+            elif passage.work is None:
                 self._leave(passage)  # stopped before it was begun
 
     def _device(self, batcher: Batcher[Passage]) -> Iterator[Passage]:
@@ -271,7 +294,13 @@ class Flow:
             data = self.fetcher.fetch(url, attempts=self.spec.policy.attempts, stop=self.stop).data
             return codec.decode_mask(data, max_pixels=self.settings.worker.max_pixels)
         except ImageError as error:
+            if self._cut_short(error):
+                raise
             raise BadMask(f"the mask {shown(url)} can't be used: {error.message}") from error
+
+    def _cut_short(self, error: ImageError) -> bool:
+        """Whether a download failed only because `stop` kept it from being tried again."""
+        return self.stop.is_set() and error.retryable and error.tries < self.spec.policy.attempts
 
     @contextmanager
     def _failing(self, passage: Passage) -> Iterator[None]:

@@ -45,10 +45,11 @@ _OTHERS = (
     (0, b"%!PS", "a PostScript document"),
     (0, b"PK\x03\x04", "a ZIP archive or office document"),
     (0, b"\x1f\x8b", "a gzip archive"),
-    (0, b"\xff\x0a", "a JPEG XL image, which is not supported"),
-    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image, which is not supported"),
-    (0, b"\x00\x00\x00\x0cjP  ", "a JPEG 2000 image, which is not supported"),
-    (4, b"ftyphei", "a HEIC image, which is not supported"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
+    (0, b"\x00\x00\x00\x0cjP  ", "a JPEG 2000 image"),
+    (4, b"ftyphe", "a HEIC image"),  # heic, heix, hevc, ...
+    (4, b"ftypmif1", "a HEIC image"),
     (4, b"ftyp", "a video or another kind of media file"),
 )
 
@@ -126,7 +127,7 @@ def sniff(data: bytes) -> str:
         return "tiff"
     if data[4:8] == b"ftyp" and any(brand in data[8:64] for brand in (b"avif", b"avis")):
         return "avif"
-    raise NotAnImage(f"the file is {_kind(data)}, not an image that can be read ({', '.join(FORMATS)})")
+    raise NotAnImage(f"the file is {_kind(data)}; only {', '.join(FORMATS)} can be read")
 
 
 _BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
@@ -259,7 +260,9 @@ def _check_tiff(data: bytes, max_pixels: int) -> None:
         tag, kind, length = struct.unpack_from(order + entry, data, at)
         if tag in (273, 324):  # StripOffsets, TileOffsets
             pieces = max(pieces, length)
-        elif tag in (256, 257, 322, 323) and kind in (3, 4, 16):  # width and height of picture and tile
+        elif tag in (256, 257, 322, 323):  # width and height of picture and tile
+            if kind not in (3, 4, 16):  # libtiff would take a size of any integer type
+                raise NotAnImage(f"a TIFF file whose sizes are of type {kind} is not supported")
             (value,) = struct.unpack_from(order + {3: "H", 4: "I", 16: "Q"}[kind], data, at + (12 if big else 8))
             values[tag] = max(value, values.get(tag, 1))
     if pieces > MAX_PIECES:

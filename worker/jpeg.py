@@ -121,7 +121,7 @@ def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> tuple
     for source in (data, _plain(data)):  # the second try is without metadata that libjpeg may complain of
         try:
             return _decode(source, size, target, strict=True)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:  # KeyError: simplejpeg knows fewer subsamplings than TurboJPEG
             reason = sentence(error)
             if "extraneous bytes before marker 0xd9" in reason:
                 # Only the first complaint is told: up to the end marker there was none, so the picture is whole.

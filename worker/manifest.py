@@ -19,6 +19,7 @@ PACKAGES = ("imagemill", "numpy", "opencv-python-headless", "pillow", "simplejpe
 
 def write_manifest(job: str, spec: Job, ledger: Ledger, store: Store) -> str:
     """Write `{job}/manifest.jsonl` and return its address. Raises an ImageError of the store."""
+    store.check()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "manifest.jsonl"
         with path.open("w", encoding="utf-8") as file:

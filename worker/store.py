@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import urlsplit
 
-from botocore.exceptions import ClientError
-
 from shared.errors import StorageRefused, StorageUnavailable, sentence
 from shared.messages import KEY_FIELD, Item
 from shared.s3 import IMAGE_EXTENSIONS, S3Client, ensure_bucket, split, storing
@@ -31,6 +29,9 @@ REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
 class Store(Protocol):
     """Takes results; the same key again replaces what is there. Any number of threads may use it."""
 
+    def check(self) -> None:
+        """Raises StorageRefused where it is clear beforehand that nothing can be stored here."""
+
     def put(self, key: str, data: bytes, content_type: str) -> str:
         """Write bytes below the output's address; returns the full address once they are safe.
 
@@ -42,9 +43,9 @@ class Store(Protocol):
 
 
 def open_store(url: str, *, s3: Callable[[], S3Client], files: FileSettings, s3_settings: S3Settings) -> Store:
-    """The store behind `s3://bucket/prefix` or `file:///folder`. `s3` gives the process's client.
+    """The store behind `s3://bucket/prefix` or `file:///folder`; `s3` gives the process's client.
 
-    Raises StorageRefused for another address, and for a folder that is not below the operator's write roots.
+    Raises StorageRefused for another address.
     """
     try:
         check_output_url(url)
@@ -83,12 +84,28 @@ class S3Store:
         self._bucket, self._prefix = split(url.rstrip("/"))
         self._client = client
         self._settings = settings
-        self._making = threading.Lock()
+        self._checking = threading.Lock()
+        self._refusal: StorageRefused | None = None
+        self._checked = False
+
+    def check(self) -> None:
+        """See Store. Asks the server once, and makes the bucket where the operator allows it."""
+        with self._checking:
+            if not self._checked:
+                try:
+                    ensure_bucket(self._client, self._bucket, self._settings.create_bucket, self._settings.region)
+                except StorageRefused as error:
+                    self._refusal = error
+                except StorageUnavailable:
+                    return  # it may be back when the first result is ready; `put` tries more than once
+                self._checked = True
+        if self._refusal is not None:
+            raise StorageRefused(self._refusal.message)
 
     def put(self, key: str, data: bytes, content_type: str) -> str:
         """See Store."""
         digest = hashlib.md5(data, usedforsecurity=False).digest()
-        return self._put(key, lambda: data, digest, content_type)
+        return self._put(key, data, digest, content_type)
 
     def put_file(self, key: str, path: Path, content_type: str) -> str:
         """See Store."""
@@ -96,30 +113,16 @@ class S3Store:
             file = path.open("rb")
         with file:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
+            file.seek(0)
+            return self._put(key, file, digest, content_type)
 
-            def rewound() -> IO[bytes]:
-                file.seek(0)
-                return file
-
-            return self._put(key, rewound, digest, content_type)
-
-    def _put(self, key: str, body: Callable[[], bytes | IO[bytes]], digest: bytes, content_type: str) -> str:
+    def _put(self, key: str, body: bytes | IO[bytes], digest: bytes, content_type: str) -> str:
         full_key = f"{self._prefix}/{key}" if self._prefix else key
         url = f"s3://{self._bucket}/{full_key}"
         md5 = base64.b64encode(digest).decode()
 
-        def send() -> None:
-            self._client.put_object(Bucket=self._bucket, Key=full_key, Body=body(), ContentType=content_type, ContentMD5=md5)
-
         with storing(url):
-            try:
-                send()
-            except ClientError as error:
-                if error.response["Error"]["Code"] != "NoSuchBucket":
-                    raise
-                with self._making:
-                    ensure_bucket(self._client, self._bucket, self._settings.create_bucket, self._settings.region)
-                send()
+            self._client.put_object(Bucket=self._bucket, Key=full_key, Body=body, ContentType=content_type, ContentMD5=md5)
         return url
 
 
@@ -129,6 +132,9 @@ class FolderStore:
     def __init__(self, url: str, files: FileSettings) -> None:
         self._folder = path_of(url)
         self._roots = files.write_roots
+
+    def check(self) -> None:
+        """See Store."""
         with _folder_errors(f"results can't go to {self._folder}"):
             self._check(self._folder)
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from worker.device import visible_gpus
+
 log = logging.getLogger(__name__)
 
 QUICK_SECONDS = 60.0
@@ -25,7 +27,7 @@ def find_gpus() -> list[int]:
     """
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
     if mask is not None:
-        return list(range(len([part for part in mask.split(",") if part.strip()])))
+        return list(range(len(visible_gpus(mask))))
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)  # noqa: S607
     except (OSError, subprocess.SubprocessError):

@@ -4,7 +4,9 @@ local job, number, task, token = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local state = redis.call('HGET', key(job), 'state')
 if number == '-1' then
   if state ~= 'finishing' then return {'gone'} end
-elseif (state ~= 'queued' and state ~= 'running') or redis.call('GETBIT', key(job, 'finished'), number) == 1 then
+elseif (state ~= 'queued' and state ~= 'running')
+  or tonumber(number) >= tonumber(redis.call('HGET', key(job), 'chunks'))
+  or redis.call('GETBIT', key(job, 'finished'), number) == 1 then
   return {'gone'}
 end
 local now = now_ms()
@@ -17,11 +19,12 @@ if holder then
   if ends > now and not again then return {'held'} end
   redis.call('HINCRBY', key(job, 'lost'), number, 1)
 end
-local queue = redis.call('HGET', key(job), 'queue')
+local queue = queue_of(job, number)
 local published = redis.call('ZSCORE', WAITING .. queue, member)
 if published then
   redis.call('ZREM', WAITING .. queue, member)
-  if tonumber(published) > tonumber(redis.call('HGET', NEWEST, queue) or 0) then
+  -- A manifest mostly comes from its job's last worker and not from the queue, so it says nothing of what stands before it.
+  if number ~= '-1' and tonumber(published) > tonumber(redis.call('HGET', NEWEST, queue) or 0) then
     redis.call('HSET', NEWEST, queue, published)
   end
 end

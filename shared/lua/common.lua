@@ -12,8 +12,13 @@ local WAITING = 'imagemill:waiting:' -- + queue: chunk -> when it was published
 local LEASED = 'imagemill:leased'    -- chunk -> when its lease ends
 local NEWEST = 'imagemill:newest'    -- queue -> publishing time of the latest chunk that a worker took
 
+-- A manifest's queue is not its job's.
+local function queue_of(job, number)
+  return redis.call('HGET', key(job), tostring(number) == '-1' and 'manifest_queue' or 'queue')
+end
+
 local function wait(job, number, now)
-  local queue = redis.call('HGET', key(job), 'queue')
+  local queue = queue_of(job, number)
   redis.call('ZADD', WAITING .. queue, now, job .. ':' .. number)
   redis.call('SADD', 'imagemill:queues', queue)
 end

@@ -10,6 +10,7 @@ for _, member in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', now, 'LIMIT'
   if redis.call('HDEL', key(job, 'leases'), number) == 1 and redis.call('EXISTS', key(job)) == 1 then
     redis.call('HINCRBY', key(job, 'lost'), number, 1)
     wait(job, number, now)
+    expire(job)
     overdue[#overdue + 1] = member
   end
 end

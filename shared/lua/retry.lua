@@ -1,6 +1,6 @@
 -- ARGV job, chunk, index...: forget these failures of an ended job; their chunk waits again. How many images.
 local job, number = ARGV[1], ARGV[2]
-local state = redis.call('HGET', key(job), 'state')
+if redis.call('GETBIT', key(job, 'finished'), number) == 0 then return 0 end -- someone else's retry was quicker
 local images = 0
 for n = 3, #ARGV do
   if redis.call('HDEL', key(job, 'results'), ARGV[n]) == 1 then
@@ -10,9 +10,8 @@ for n = 3, #ARGV do
     redis.call('HDEL', key(job, 'attempts'), ARGV[n])
   end
 end
-if redis.call('SETBIT', key(job, 'finished'), number, 0) == 1 then
-  redis.call('HINCRBY', key(job), 'open', 1)
-end
+redis.call('SETBIT', key(job, 'finished'), number, 0)
+redis.call('HINCRBY', key(job), 'open', 1)
 redis.call('HDEL', key(job, 'lost'), number)
 redis.call('HDEL', key(job), 'cancelled', 'ended')
 redis.call('HSET', key(job), 'state', 'queued')

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from producer.sources import SourceRow
 from shared import s3
 from shared.broker import make_app
 from shared.messages import JOB_SPEC, Job, Row
-from shared.settings import S3Settings
+from shared.settings import S3Settings, Settings
 from tests import services
 from tests.conftest import client_for, environment_for, photo
 from tests.services import ImageServer, S3Server
@@ -67,9 +68,13 @@ def run(client: Client, sources: list[str | dict[str, Any]], job: Job) -> list[R
     return found
 
 
-def opened(row: Row) -> Image.Image:
+def path(row: Row) -> Path:
     assert row.output is not None, row
-    return Image.open(Path(row.output.removeprefix("file://")))
+    return Path(unquote(row.output.removeprefix("file://")))
+
+
+def opened(row: Row) -> Image.Image:
+    return Image.open(io.BytesIO(path(row).read_bytes()))
 
 
 @pytest.mark.parametrize("operation", ["remove-background", "inpaint", "stylize"])
@@ -249,7 +254,7 @@ def test_odd_names_stay_apart_and_below_the_output(
     images.fallback = photo(1)
     rows = run(client, [images.url(path) for path in paths], spec("stylize", f"file://{tmp_path}"))
     assert [row.state for row in rows] == ["done"] * len(paths), rows
-    files = [Path(row.output.removeprefix("file://")) for row in rows if row.output]
+    files = [path(row) for row in rows]
     assert len(set(files)) == len(paths)
     assert all(file.is_file() and tmp_path in file.parents for file in files)
 
@@ -273,7 +278,7 @@ def test_the_manifest_tells_what_the_ledger_forgets(
     assert first["output"] == rows[0].output
     assert first["source_bytes"] == len(photo(1))
     assert first["source_size"] == first["output_size"] == [96, 72]
-    assert first["output_bytes"] == Path(first["output"].removeprefix("file://")).stat().st_size
+    assert first["output_bytes"] == path(rows[0]).stat().st_size
     assert {"fetch", "decode", "prepare", "run", "finish", "encode", "store"} <= first["seconds"].keys()
     assert first["options"]["style"] == "detail"
     assert first["versions"]["imagemill"]
@@ -314,29 +319,16 @@ def test_the_canary_answers_and_celery_sees_the_node(worker: WorkerProcess, envi
 def test_plain_celery_runs_a_node_too(own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path) -> None:
     images.routes["/a.png"] = photo(1)
     node = WorkerProcess(environment_for(own_redis.url, tmp_path), tmp_path, name="plain")
-    node.command = [
-        sys.executable,
-        "-m",
-        "celery",
-        "-A",
-        "worker.app",
-        "worker",
-        "--concurrency",
-        "1",
-        "--hostname",
-        "plain@%h",
-    ]
+    node.command = [sys.executable, *"-m celery -A worker.app worker --concurrency 1 --hostname plain@%h".split()]
     with node, client_for(own_redis.url) as client:
         node.wait_ready()
         (row,) = run(client, [images.url("/a.png")], spec("stylize", f"file://{tmp_path}"))
     assert row.state == "done"
 
 
-def test_a_message_that_is_not_ours_is_dropped(worker: WorkerProcess, environment: dict[str, str], client: Client) -> None:
+def test_a_message_that_is_not_ours_is_dropped(worker: WorkerProcess, environment: dict[str, str]) -> None:
     before = worker.log.read_text().count("message refused")
-    make_app(client.settings).send_task(
-        "imagemill.stylize",
-        kwargs={"version": 1, "job": "../../etc", "number": 0, "images": 1},
-        queue="imagemill.stylize.opencv",
-    )
+    app = make_app(Settings(_env_file=None, redis_url=environment["IMAGEMILL_REDIS_URL"]))  # type: ignore[call-arg]
+    payload = {"version": 1, "job": "../../etc", "number": 0, "images": 1}
+    app.send_task("imagemill.stylize", kwargs=payload, queue="imagemill.stylize.opencv")
     wait_until(lambda: worker.log.read_text().count("message refused") == before + 1, "the message is refused")
