@@ -55,6 +55,7 @@ class Material:
 
     folder: Path
     photos: list[str] = field(default_factory=list)
+    no_subject: list[str] = field(default_factory=list)
     retouches: list[Retouch] = field(default_factory=list)
 
 
@@ -78,6 +79,8 @@ def gather(folder: Path, images: Path | None, count: int | None) -> Material:
     for name, path in found:
         shutil.copyfile(path, folder / "photos" / name)
         material.photos.append(f"photos/{name}")
+        if images is None and name in NO_SUBJECT:
+            material.no_subject.append(f"photos/{name}")
     material.retouches = _retouches(material)
     return material
 
@@ -217,7 +220,7 @@ class Site:
     def lists(self, count: int | None) -> dict[str, Path]:
         """Write each operation's list as JSONL into `lists/`: photos, one duplicate, and what must fail."""
         photos = [{"source": self.url(path)} for path in self.material.photos]
-        subjects = [row for row in photos if not row["source"].endswith(NO_SUBJECT)] or photos
+        subjects = [row for row in photos if row["source"] not in map(self.url, self.material.no_subject)] or photos
         removals = [self._removal(retouch) for retouch in self.material.retouches]
         bad = [{"source": url} for url in self.bad]
         rows = {

@@ -105,6 +105,8 @@ def _section(job: JobPage, picture: Picture, most: int) -> _Section:
                 pairs[row.duplicate_of].duplicates += 1
             elif row.state == "failed":
                 _group(codes, row).count += 1
+            elif row.state != "done":
+                section.unfinished += 1
             continue
         if row.result is not None:
             _add(sums, row.result)

@@ -18,6 +18,11 @@ def connect(url: str) -> Any:
     )
 
 
+def longest_wait(client: Any) -> float:
+    """Seconds that a command may block; the client takes a connection that is silent for longer for dead."""
+    return float(client.connection_pool.connection_kwargs["socket_timeout"]) / 2
+
+
 @contextmanager
 def reachable() -> Iterator[None]:
     """redis-py's errors become BrokerUnavailable at this boundary."""

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
-from shared.connection import connect, now_ms, reachable
+from shared.connection import connect, longest_wait, now_ms, reachable
 from shared.errors import JobNotFound
 from shared.messages import (
     ENDED,
@@ -276,11 +276,12 @@ class Ledger:
 
     @reachable()
     def follow(self, job: str, *, since: str = "0", wait: float = 1.0) -> tuple[str, list[ItemResult]]:
-        """Results after the place `since` in the job's stream, waiting up to `wait` seconds for the first.
+        """Results after the place `since` in the job's stream, waiting up to `wait` seconds, at most 5, for the first.
 
         Returns the place to go on from. An entry whose image is being retried has no result and is left out.
         """
-        answer = self._redis.xread({_key(job, "events"): since}, count=1000, block=max(1, int(wait * 1000)))
+        block = max(1, int(1000 * min(wait, longest_wait(self._redis))))
+        answer = self._redis.xread({_key(job, "events"): since}, count=1000, block=block)
         if not answer:
             return since, []
         entries = answer[0][1] if isinstance(answer, list) else next(iter(answer.values()))[0]

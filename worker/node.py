@@ -167,7 +167,8 @@ class Housekeeping(bootsteps.StartStopStep):
 
     def start(self, consumer: Any) -> None:
         parent: Parent = consumer.app.imagemill_parent
-        parent.tick()
+        # The first one too from the loop: a node that says ready while Celery still starts, a dying child could take along.
+        consumer.timer.call_after(0, parent.tick)
         self._timer = consumer.timer.call_repeatedly(REPORT_SECONDS, parent.tick)
 
     def stop(self, _consumer: Any) -> None:

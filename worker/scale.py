@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -32,11 +32,12 @@ def resize(pixels: Array, size: tuple[int, int]) -> Array:
     how = cv2.INTER_CUBIC if size[0] > width or size[1] > height else cv2.INTER_AREA
     if pixels.ndim < 3 or pixels.shape[2] != 4 or int(pixels[:, :, 3].min()) == 255:
         return cast(Array, cv2.resize(pixels, size, interpolation=how))
-    # 16 bits hold colour times alpha exactly (255 * 255), so a faint pixel keeps its hue.
-    weighted = pixels.astype(np.uint16)
+    # 16 bits hold colour times alpha exactly (255 * 255), so a faint pixel keeps its hue. Bicubic overshoots at an edge,
+    # and where that were cut off for alpha alone, colour would be off.
+    weighted: NDArray[Any] = pixels.astype(np.uint16 if how == cv2.INTER_AREA else np.float32)
     weighted[:, :, :3] *= weighted[:, :, 3:]
     weighted[:, :, 3] *= 255
-    scaled = cv2.resize(weighted, size, interpolation=how).astype(np.float32)
+    scaled = cv2.resize(weighted, size, interpolation=how).astype(np.float32, copy=False)
     alpha = scaled[:, :, 3:]
     scaled[:, :, :3] *= 255 / np.maximum(alpha, 1)
     alpha /= 255

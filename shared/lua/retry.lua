@@ -12,7 +12,7 @@ for n = 3, #ARGV do
 end
 redis.call('SETBIT', key(job, 'finished'), number, 0)
 redis.call('HINCRBY', key(job), 'open', 1)
-redis.call('HDEL', key(job, 'lost'), number)
+redis.call('HDEL', key(job, 'lost'), number, '-1')
 redis.call('HDEL', key(job), 'cancelled', 'ended')
 redis.call('HSET', key(job), 'state', 'queued')
 wait(job, number, now_ms())
