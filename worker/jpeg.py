@@ -111,7 +111,8 @@ def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> tuple
 
     The picture comes at 1/2, 1/4 or 1/8 of `size` where that still covers `target`. 255 is full
     ink in CMYK. Strict decoding refuses any oddity; those that leave the picture whole are let
-    through afterwards. Raises Truncated or NotAnImage.
+    through afterwards. Raises Truncated or NotAnImage, and what Pillow raises on damage, which
+    `headers.translated` turns into these.
     """
     start = next(start for marker, start, _ in _segments(data) if marker == _SOS)
     scans = data.count(b"\xff\xda", start, max(data.find(b"\xff\xd9", start), start)) + 1

@@ -17,6 +17,7 @@ Map = NDArray[np.float32]
 REACH = 3  # pixels of the mask around its edge in which the picture's own edge is looked for
 SMOOTH = 1e-3  # variance of colours (0..1) below which the guided filter smooths
 FAR, NEAR = 90, 6  # radii of the two passes, as in the paper
+STRIP = 256  # rows done at a time
 
 
 def soft_alpha(rgb: Pixels, small: Pixels, mask: Map, feather: float) -> Map:
@@ -74,18 +75,38 @@ def foreground_colours(rgb: Pixels, alpha: Map) -> Pixels:
     pad = FAR
     rows = slice(max(0, top - pad), top + height + pad)
     columns = slice(max(0, left - pad), left + width + pad)
-    picture, matte = rgb[rows, columns].astype(np.float32) / np.float32(255), alpha[rows, columns]
-    size = (picture.shape[1], picture.shape[0])
+    picture, matte, edge = rgb[rows, columns], alpha[rows, columns], partial[rows, columns]
+    size = (matte.shape[1], matte.shape[0])
     part = max(1, round(max(size) / 400))
     small_size = (max(1, size[0] // part), max(1, size[1] // part))
-    small = np.asarray(cv2.resize(picture, small_size, interpolation=cv2.INTER_AREA), np.float32)
+    small = _unit(cv2.resize(picture, small_size, interpolation=cv2.INTER_AREA))
     small_matte = np.asarray(cv2.resize(matte, small_size, interpolation=cv2.INTER_AREA), np.float32)
     wide = _fused(small, small, small, small_matte, max(1, FAR // part))
-    front, back = (_enlarged(colours, size) for colours in wide)
-    front, _ = _fused(picture, front, back, matte, NEAR)
     result = rgb.copy()
-    np.copyto(result[rows, columns], np.rint(front * 255).astype(np.uint8), where=partial[rows, columns, None])
+    target = result[rows, columns]
+    for top in range(0, size[1], STRIP):  # the second pass takes a hundred bytes per pixel
+        inner = slice(top, min(top + STRIP, size[1]))
+        if not edge[inner].any():
+            continue
+        outer = slice(max(0, inner.start - NEAR), min(size[1], inner.stop + NEAR))
+        front, back = (_rows(colours, size, outer) for colours in wide)
+        found, _ = _fused(_unit(picture[outer]), front, back, matte[outer], NEAR)
+        found = found[inner.start - outer.start :][: inner.stop - inner.start]
+        np.copyto(target[inner], np.rint(found * 255).astype(np.uint8), where=edge[inner][..., None])
     return result
+
+
+def _unit(pixels: NDArray[np.generic]) -> Map:
+    return np.asarray(pixels, np.float32) / np.float32(255)
+
+
+def _rows(small: Map, size: tuple[int, int], rows: slice) -> Map:
+    """Rows of `small` enlarged to `size`, without holding all of it."""
+    at = np.clip((np.arange(rows.start, rows.stop) + 0.5) * len(small) / size[1] - 0.5, 0, len(small) - 1)  # centres
+    above = at.astype(int)
+    share = (at - above).astype(np.float32)[:, None, None]
+    lines = small[above] * (1 - share) + small[np.minimum(above + 1, len(small) - 1)] * share
+    return _enlarged(lines, (size[0], len(lines)))
 
 
 def _fused(picture: Map, front: Map, back: Map, alpha: Map, radius: int) -> tuple[Map, Map]:
@@ -106,4 +127,8 @@ def cut_out(pixels: Pixels, alpha: Map, background: str | None) -> Pixels:
     if background is None:
         return np.dstack([rgb, np.rint(alpha * 255).astype(np.uint8)])
     colour = np.array([int(background[at : at + 2], 16) for at in (1, 3, 5)], np.float32)
-    return np.rint(colour + (rgb - colour) * alpha[..., None]).astype(np.uint8)
+    result = np.empty_like(rgb)
+    for top in range(0, len(rgb), STRIP):
+        some = slice(top, top + STRIP)
+        result[some] = np.rint(colour + (rgb[some] - colour) * alpha[some, :, None])
+    return result

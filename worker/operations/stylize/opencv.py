@@ -25,6 +25,9 @@ from worker.scale import fit, resize
 REMEMBERED = 16  # references; a few jobs run at a time in one process
 STEEPEST = 8.0  # a nearly flat image's noise is not stretched further than this
 STRIP = 256  # rows; Lab in floats takes 16 times the bytes of the picture
+TILE = 2048  # pixels; the filters take 130 bytes for each they see at a time
+OWN_SIGMAS = {"stylization": (60.0, 0.45), "pencil-sketch": (60.0, 0.07), "detail": (10.0, 0.15)}
+MARGIN = 3.0  # times sigma_s; a pixel further off than this changes nothing
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Plan:
 class Stylize:
     """stylization and detailEnhance (Gastal, Oliveira, SIGGRAPH 2011), pencilSketch, colour transfer (Reinhard et al. 2001).
 
-    The filters' time and memory grow with the pixels: `long_edge` bounds both.
+    Large pictures go through the filters in tiles, so that memory stays flat; time grows with the pixels.
     """
 
     spec = Spec("stylize", "opencv")
@@ -120,22 +123,31 @@ def styled(canvas: Canvas, options: OpencvStylize) -> Pixels:
     if canvas.reference is not None:
         return transferred(canvas.pixels, canvas.reference)
     bgr = cv2.cvtColor(np.ascontiguousarray(canvas.pixels[..., :3]), cv2.COLOR_RGB2BGR)  # the filters weigh channels as BGR
-    if options.style == "pencil-sketch":
-        reach, alike = _sigmas(options, 60, 0.07)
-        grey, made = cv2.pencilSketch(bgr, sigma_s=reach, sigma_r=alike, shade_factor=options.shade)
-        if not options.colour:
-            made = cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
-    elif options.style == "detail":
-        reach, alike = _sigmas(options, 10, 0.15)
-        made = cv2.detailEnhance(bgr, sigma_s=reach, sigma_r=alike)
-    else:
-        reach, alike = _sigmas(options, 60, 0.45)
-        made = cv2.stylization(bgr, sigma_s=reach, sigma_r=alike)
+    reach, _ = _sigmas(options)
+    margin = math.ceil(MARGIN * reach) + 2  # the filters take differences of neighbours
+    height, width = bgr.shape[:2]
+    made = np.empty_like(bgr)
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            first_row, first_column = max(0, top - margin), max(0, left - margin)
+            part = bgr[first_row : top + TILE + margin, first_column : left + TILE + margin]
+            done = _filtered(np.ascontiguousarray(part), options)[top - first_row :, left - first_column :][:TILE, :TILE]
+            made[top : top + TILE, left : left + TILE] = done
     return np.asarray(cv2.cvtColor(made, cv2.COLOR_BGR2RGB), np.uint8)
 
 
-def _sigmas(options: OpencvStylize, reach: float, alike: float) -> tuple[float, float]:
+def _filtered(bgr: Pixels, options: OpencvStylize) -> Pixels:
+    reach, alike = _sigmas(options)
+    if options.style == "pencil-sketch":
+        grey, made = cv2.pencilSketch(bgr, sigma_s=reach, sigma_r=alike, shade_factor=options.shade)
+        return np.asarray(made if options.colour else cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), np.uint8)
+    apply = cv2.detailEnhance if options.style == "detail" else cv2.stylization
+    return np.asarray(apply(bgr, sigma_s=reach, sigma_r=alike), np.uint8)
+
+
+def _sigmas(options: OpencvStylize) -> tuple[float, float]:
     """The given sigmas, else the style's own."""
+    reach, alike = OWN_SIGMAS[options.style]
     return (
         reach if options.sigma_s is None else options.sigma_s,
         alike if options.sigma_r is None else options.sigma_r,

@@ -18,7 +18,7 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("inpaint", "opencv"): [
         {"method": "navier-stokes", "mask_dilate": 2, "mask_feather": 3},
-        {"mask_feather": 200, "radius": 50},
+        {"mask_feather": 200, "radius": 15},
     ],
     ("stylize", "opencv"): [
         {"style": "pencil-sketch", "strength": 0.5, "long_edge": 40},
