@@ -94,7 +94,8 @@ class Child:
         if keeper.reason is None and not lease.lost and seconds > 0:
             queue = queue_name(spec.operation, spec.engine)
             self.fleet.report_rate(queue, self.node, (flow.done + flow.failed) / seconds)
-        return self._close(lease, spec, keeper.reason, len(items) - flow.done - flow.failed, tell)
+        outcome = self._close(lease, spec, keeper.reason, len(items) - flow.done - flow.failed, tell)
+        return f"{flow.done} done, {flow.failed} failed" if outcome == "done" else outcome
 
     def _flow(self, spec: Job, lease: Lease, stop: Event) -> Flow:
         return Flow(

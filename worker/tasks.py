@@ -54,11 +54,14 @@ def not_loaded() -> Any:
 
 def _progress(task: Task, images: int) -> Callable[[int, int], None]:
     """Tells Flower how far a running chunk is: state PROGRESS, '12 of 32 images'."""
+    # Read here, since Celery keeps the request per thread and another one tells.
+    uuid, node = task.request.id, task.request.hostname
 
     def tell(done: int, failed: int) -> None:
         text = f"{done + failed} of {images} images" + (f", {failed} failed" if failed else "")
         try:
-            task.send_event("task-progress", retry=False, result=text)
+            with task.app.events.default_dispatcher(hostname=node) as dispatcher:
+                dispatcher.send("task-progress", uuid=uuid, retry=False, result=text)
         except OperationalError as error:
             log.warning("progress not told", extra={"action": "progress", "reason": sentence(error)})
 

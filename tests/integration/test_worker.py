@@ -8,12 +8,14 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from celery.events.state import State
 from PIL import Image
 
 from producer.client import Client
@@ -316,10 +318,46 @@ def test_the_canary_answers_and_celery_sees_the_node(worker: WorkerProcess, envi
     assert {"imagemill.remove-background", "imagemill.inpaint", "imagemill.stylize"} <= set(tasks)
 
 
+def test_watchers_of_events_see_progress_under_the_name_of_the_node(
+    own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path
+) -> None:
+    """What Flower shows: readable names and arguments, PROGRESS while a chunk runs, what came of it, and no other nodes."""
+    images.routes |= {"/a.png": photo(1), "/none.png": services.answers(404), "/slow.png": images.hang}
+    seen = State()
+    app = make_app(Settings(_env_file=None, redis_url=own_redis.url))  # type: ignore[call-arg]
+    environment = environment_for(own_redis.url, tmp_path, IMAGEMILL_WORKER__OPERATIONS='["stylize"]')
+    rows = [SourceRow(path, {"source": images.url(path)}) for path in ("/a.png", "/none.png", "/slow.png")]
+    with app.connection() as connection, client_for(own_redis.url) as client:
+        receiver = app.events.Receiver(connection, handlers={"*": seen.event})
+        capture = closing(receiver.itercapture(limit=None, timeout=60, wakeup=False))
+        with capture as events, WorkerProcess(environment, tmp_path, name="cpu") as node:
+            node.wait_ready()
+            next(events)  # its heartbeat: from here on we miss nothing
+            client.submit(rows, spec("stylize", f"file://{tmp_path}"))
+            task = until(events, seen, "PROGRESS", "2 of 3 images, 1 failed")
+            assert task.name == "imagemill.stylize"
+            assert task.kwargs.startswith("job=")
+            assert task.kwargs.endswith(", chunk=0, images=3")
+            images.routes["/slow.png"] = photo(2)
+            images.released.set()
+            until(events, seen, "SUCCESS", "'2 done, 1 failed'")
+    assert len(seen.workers) == 1
+    assert next(iter(seen.workers)).startswith("cpu@")
+
+
+def until(events: Iterator[Any], seen: State, state: str, result: str) -> Any:
+    """Take events until a task has come so far; that task."""
+    for _ in events:
+        for _, task in seen.itertasks():
+            if (task.state, task.result) == (state, result):
+                return task
+    raise AssertionError(f"no task became {state}")
+
+
 def test_plain_celery_runs_a_node_too(own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path) -> None:
     images.routes["/a.png"] = photo(1)
     node = WorkerProcess(environment_for(own_redis.url, tmp_path), tmp_path, name="plain")
-    node.command = [sys.executable, *"-m celery -A worker.app worker --concurrency 1 --hostname plain@%h".split()]
+    node.command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-c", "1", "--hostname", "plain@%h"]
     with node, client_for(own_redis.url) as client:
         node.wait_ready()
         (row,) = run(client, [images.url("/a.png")], spec("stylize", f"file://{tmp_path}"))

@@ -15,6 +15,7 @@ EDGE = 200  # pixels; saliency needs no more, and the sweeps run in Python
 CLUSTERS = 3  # colours of one side of the border
 NOISE = 40.0  # variance in Lab added to each cluster: a step of 6 is nothing
 ALIKE = 2.5  # a pixel of the border nearer to another side's colours than this is background
+FULL = 0.85  # share of a line that must differ from a bar; less may be a straight subject before a plain wall
 FAINT = 1.5  # nothing further from the border's colours than this: there is no subject
 
 
@@ -36,7 +37,7 @@ def _bar(lines: Pixels) -> int:
     if foreign[0] > 0.02 or (foreign <= 0.02).all():
         return 0
     ends = int(np.argmax(foreign > 0.02))
-    full = np.flatnonzero(foreign[ends : ends + 6] >= 0.6)  # a scaled picture's edge is a few lines wide
+    full = np.flatnonzero(foreign[ends : ends + 6] >= FULL)  # a scaled picture's edge is a few lines wide
     return ends + int(full[0]) if len(full) and ends + full[0] <= most else 0
 
 
