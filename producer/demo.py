@@ -145,7 +145,7 @@ class WorkerProcess:
         self._log = folder / "worker.log"
         self._folder = folder
         kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("IMAGEMILL_")}
-        self._environment = {**kept, **settings, "IMAGEMILL_WORKER__SOFT_SHUTDOWN": "2"}
+        self._environment = {**kept, **settings}
 
     def __enter__(self) -> WorkerProcess:
         command = [sys.executable, "-m", "producer.cli", "worker", "--cpu", "--concurrency", str(CHILDREN)]

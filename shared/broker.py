@@ -56,7 +56,7 @@ def make_app(settings: Settings) -> Celery:
         worker_proc_alive_timeout=settings.worker.load_timeout,
         # The default in this Celery, said aloud: recycling by memory looks at a peak and would reload models after each chunk.
         worker_max_memory_per_child=None,
-        # TERM lets the current images finish, then gives the rest of the chunk back.
+        # On TERM our children finish their current images and give the rest back; QUIT waits this long and ends them.
         worker_soft_shutdown_timeout=settings.worker.soft_shutdown,
         worker_enable_soft_shutdown_on_idle=True,
         task_time_limit=hard,

@@ -44,7 +44,7 @@ def register(app: Celery, child: Callable[[], Any]) -> None:
 
     for name in (*map(task_name, OPERATIONS), MANIFEST_TASK):
         app.task(work, name=name, bind=True, shared=False)
-    app.task(canary, name=CANARY_TASK, bind=True, shared=False)
+    app.task(canary, name=CANARY_TASK, bind=True, shared=False, send_events=False)  # not in Flower every minute
 
 
 def not_loaded() -> Any:
