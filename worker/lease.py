@@ -20,7 +20,7 @@ EVERY = 1.0
 
 
 class LeaseKeeper:
-    """Renews a lease from a thread of its own, as a context manager; calls `tell` each time.
+    """Renews a lease from a thread of its own, as a context manager; calls `tell` after each renewal.
 
     Sets `stop`, and `reason` to why, when the job is cancelled, the lease is lost, or this node is
     `stopping`.
@@ -53,13 +53,14 @@ class LeaseKeeper:
     def _keep(self) -> None:
         heard = time.monotonic()
         while not self._over.wait(EVERY):
-            self._tell()
             try:
                 answer = self._ledger.renew(self._lease)
-                heard = time.monotonic()
             except ServiceUnavailable as error:
                 log.warning("lease not renewed", extra={"action": "renew", "job": self._lease.job, "reason": error.message})
                 answer = "ok" if time.monotonic() - heard < self._lease_seconds else "lost"
+            else:
+                heard = time.monotonic()
+                self._tell()  # not while Redis is away: it would wait for it, and the lease end meanwhile
             reason: Reason | None = "stopping" if self._stopping() else None
             if answer != "ok":
                 reason = answer

@@ -83,7 +83,8 @@ def feather_weights(hole: Grey, feather: int) -> NDArray[np.float32]:
         return (hole > 0).astype(np.float32)
     if not hole.any():
         return np.zeros(hole.shape, np.float32)
-    return np.asarray(np.clip(1 - distance_to(hole) / np.float32(feather + 1), 0, 1), np.float32)
+    distance = distance_to(hole)
+    return np.asarray(np.where(distance <= feather, 1 - distance / np.float32(feather + 1), 0), np.float32)
 
 
 def regions(hole: Grey, margin: float) -> list[Region]:
