@@ -57,6 +57,12 @@ class Batcher(Generic[Owner]):
             del self._groups[key]
         return batch
 
+    def drain(self) -> list[Owner]:
+        """Empty it; the owners whose samples were in it, each once."""
+        owners = {id(slot.owner): slot.owner for group in self._groups.values() for slot in group}
+        self._groups.clear()
+        return list(owners.values())
+
 
 def run_batch(operation: Operation, samples: Sequence[Sample]) -> list[Any | ImageError]:
     """The device step on a batch: per sample its output, or the error of that sample alone.

@@ -96,7 +96,7 @@ class PixelBudget:
 class Flow:
     """Takes the images of one job's chunk through the line. Made per chunk; what is costly is passed in.
 
-    `stop` ends it early: images that have not been started stay unrecorded. `done` and `failed` say
+    `stop` ends it early: images that have not reached the device stay unrecorded. `done` and `failed` say
     how far it is.
     """
 
@@ -142,7 +142,10 @@ class Flow:
             try:
                 while coming or batcher:
                     coming -= self._collect(ready, batcher, wait=not batcher)
-                    if batcher:
+                    if self.stop.is_set():
+                        for passage in batcher.drain():
+                            self._leave(passage)
+                    elif batcher:
                         for passage in self._device(batcher):
                             back.submit(self._back, passage)
             except BaseException:

@@ -23,7 +23,10 @@ from shared.urls import check_output_url, safe_name
 from worker.files import is_below, path_of
 
 # What an operator can mend by changing folder or rights; everything else may pass, such as a full disk.
-REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
 
 
 class Store(Protocol):
