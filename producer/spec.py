@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from shared.errors import InvalidOption
 from shared.messages import JOB_SPEC, Job, Output, Policy
 from shared.options import ENGINES, Model, parse_options, validation_sentence
-from shared.urls import check_source_url
+from shared.urls import check_source_url, shown
 
 M = TypeVar("M", bound=Model)
 ADDRESSES = ("mask", "reference")
@@ -58,9 +59,18 @@ def options_help() -> str:
     for operation, engines in ENGINES.items():
         for engine, model in engines.items():
             fields = [(name, field) for name, field in model.model_fields.items() if name != "engine"]
-            lines = [f"  {name}: {field.description}" for name, field in fields]
+            lines = [f"  {name}: {field.description}{_values(field)}" for name, field in fields]
             parts.append("\n".join(["\b", f"{operation} ({engine})", *lines]))
     return "\n\n".join(parts)
+
+
+def _values(field: FieldInfo) -> str:
+    """` (one of a, b; default a)`."""
+    told = []
+    if get_origin(field.annotation) is Literal:
+        told.append("one of " + ", ".join(get_args(field.annotation)))
+    default = "none" if field.default in (None, ()) else field.default
+    return f" ({'; '.join([*told, f'default {default}'])})"
 
 
 def _made(model: type[M], what: str, given: dict[str, object]) -> M:
@@ -74,4 +84,4 @@ def _source(name: str, text: str) -> str:
     try:
         return check_source_url(local_address(text))
     except ValueError as error:
-        raise InvalidOption(f"{name}: {error}, not {text!r}") from error
+        raise InvalidOption(f"{name}: {error}, not {shown(text)!r}") from error
