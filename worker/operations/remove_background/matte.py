@@ -63,11 +63,12 @@ def _guided(guide: Map, mask: Map) -> tuple[Map, Map]:
     return _mean(slope, REACH), _mean(offset, REACH)
 
 
-def foreground_colours(rgb: Pixels, alpha: Map) -> Pixels:
+def foreground_colours(rgb: Pixels, alpha: Map, *, rough: bool = False) -> Pixels:
     """The subject's own colours where alpha is partial, else `rgb` as it is: so that no halo remains.
 
     Blur fusion in two passes: Forte and Pitié, Approximate Fast Foreground Colour Estimation, ICIP 2021; the first,
-    wide one at a size where its radius is small, and all of it only around the rim.
+    wide one at a size where its radius is small, and all of it only around the rim. `rough` says that alpha is a
+    mask with softened edges: then colours between subject and background are laid to alpha, not to the subject.
     """
     partial = (alpha >= 0.5 / 255) & (alpha <= 254.5 / 255)
     if not partial.any():
@@ -82,7 +83,7 @@ def foreground_colours(rgb: Pixels, alpha: Map) -> Pixels:
     small_size = (max(1, size[0] // part), max(1, size[1] // part))
     small = _unit(cv2.resize(picture, small_size, interpolation=cv2.INTER_AREA))
     small_matte = np.asarray(cv2.resize(matte, small_size, interpolation=cv2.INTER_AREA), np.float32)
-    wide = _fused(small, small, small, small_matte, max(1, FAR // part))
+    wide = _fused(small, small, small, small_matte, max(1, FAR // part), rough)
     result = rgb.copy()
     target = result[rows, columns]
     for top in range(0, size[1], STRIP):  # the second pass takes a hundred bytes per pixel
@@ -91,7 +92,7 @@ def foreground_colours(rgb: Pixels, alpha: Map) -> Pixels:
             continue
         outer = slice(max(0, inner.start - NEAR), min(size[1], inner.stop + NEAR))
         front, back = (_rows(colours, size, outer) for colours in wide)
-        found, _ = _fused(_unit(picture[outer]), front, back, matte[outer], NEAR)
+        found, _ = _fused(_unit(picture[outer]), front, back, matte[outer], NEAR, rough)
         found = found[inner.start - outer.start :][: inner.stop - inner.start]
         np.copyto(target[inner], np.rint(found * 255).astype(np.uint8), where=edge[inner][..., None])
     return result
@@ -110,31 +111,32 @@ def _rows(small: Map, size: tuple[int, int], rows: slice) -> Map:
     return _enlarged(lines, (size[0], len(lines)))
 
 
-def _fused(picture: Map, front: Map, back: Map, alpha: Map, radius: int) -> tuple[Map, Map]:
-    """Foreground and background that explain `picture`, from the means of `front` and `back` nearby.
-
-    Unlike the paper's, this trusts colours more than alpha, which is only a softened mask here.
-    """
+def _fused(picture: Map, front: Map, back: Map, alpha: Map, radius: int, rough: bool) -> tuple[Map, Map]:
+    """Foreground and background that explain `picture`, from the means of `front` and `back` nearby."""
     share = alpha[..., None]
-    mean_front = _weighted(front, alpha**SURE, radius)
-    mean_back = _weighted(back, (1 - alpha) ** SURE, radius)
+    mean_front = _weighted(front, alpha, radius)
+    mean_back = _weighted(back, 1 - alpha, radius)
     rest = picture - share * mean_front - (1 - share) * mean_back
-    # What of the rest lies between the two is an error of alpha; left in the colour it would be a halo.
-    away = mean_back - mean_front
-    along = (rest * away).sum(axis=2, keepdims=True) / ((away**2).sum(axis=2, keepdims=True) + 1e-5)
-    rest -= np.clip(along, -1, 1) * (1 - share**SURE) * away
+    if rough:  # what of the rest lies between the two is an error of alpha; left in the colour it would be a halo
+        away = mean_back - mean_front
+        along = (rest * away).sum(axis=2, keepdims=True) / ((away**2).sum(axis=2, keepdims=True) + 1e-5)
+        rest -= np.clip(along, -1, 1) * (1 - share**SURE) * away
     return np.clip(mean_front + share * rest, 0, 1), mean_back
 
 
-def _weighted(colours: Map, weight: Map, radius: int) -> Map:
-    return _mean(colours * weight[..., None], radius) / (_mean(weight, radius)[..., None] + np.float32(1e-6))
+def _weighted(colours: Map, share: Map, radius: int) -> Map:
+    weight = share**SURE + np.float32(1e-4) * share  # where all is faint, the faint counts
+    return _mean(colours * weight[..., None], radius) / (_mean(weight, radius)[..., None] + np.float32(1e-12))
 
 
-def cut_out(pixels: Pixels, alpha: Map, background: str | None) -> Pixels:
-    """RGBA with alpha 0..1 applied on top of any that `pixels` has; RGB on `background` (#rrggbb) if there is one."""
+def cut_out(pixels: Pixels, alpha: Map, background: str | None, *, rough: bool = False) -> Pixels:
+    """RGBA with alpha 0..1 applied on top of any that `pixels` has; RGB on `background` (#rrggbb) if there is one.
+
+    `rough` as in `foreground_colours`.
+    """
     if pixels.shape[2] == 4:
         alpha = alpha * (pixels[..., 3].astype(np.float32) / np.float32(255))
-    rgb = foreground_colours(np.ascontiguousarray(pixels[..., :3]), alpha)
+    rgb = foreground_colours(np.ascontiguousarray(pixels[..., :3]), alpha, rough=rough)
     if background is None:
         return np.dstack([rgb, np.rint(alpha * 255).astype(np.uint8)])
     colour = np.array([int(background[at : at + 2], 16) for at in (1, 3, 5)], np.float32)

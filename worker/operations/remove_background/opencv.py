@@ -71,7 +71,7 @@ class GrabCut:
             work.notes.append(EMPTY)
         pixels = plan.picture.pixels
         alpha = soft_alpha(pixels[..., :3], plan.scene.rgb, mask.astype(np.float32), plan.options.feather)
-        return replace(plan.picture, pixels=cut_out(pixels, alpha, plan.options.background))
+        return replace(plan.picture, pixels=cut_out(pixels, alpha, plan.options.background, rough=True))
 
 
 def find_subject(scene: Scene, options: OpencvRemoveBackground) -> Grey:

@@ -1,0 +1,143 @@
+"""The interface is as good as the kit that checks it: each way of breaking the contract must be found."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared.options import Options, parse_options
+from tests.unit.worker.operations import conformance
+from worker.device import Device
+from worker.operations.base import Inputs, Operation, Picture, Sample, Spec, Work
+
+
+class Inverted:
+    """The smallest honest operation: two samples per image, its upper and lower half."""
+
+    spec = Spec("stylize", "opencv", max_batch=3)
+
+    def load(self, device: Device) -> None:
+        pass
+
+    def work_edge(self, options: Options) -> int | None:
+        return None
+
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        half = len(picture.pixels) // 2
+        rgb = picture.pixels[..., :3]
+        return Work([Sample(rgb[:half], inputs.options), Sample(rgb[half:], inputs.options)], state=picture)
+
+    def group_key(self, sample: Sample) -> Hashable:
+        return sample.data.shape
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        return [255 - sample.data for sample in samples]
+
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        pixels = work.state.pixels.copy()
+        pixels[..., :3] = np.concatenate(outputs)
+        return replace(work.state, pixels=pixels)
+
+
+class WritesIntoItsInput(Inverted):
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        work.state.pixels[0, 0] ^= 1
+        return super().finish(work, outputs)
+
+
+class DropsASample(Inverted):
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        return super().run(samples)[: max(1, len(samples) - 1)]
+
+
+class DependsOnItsCompany(Inverted):
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        return [output // len(samples) for output in super().run(samples)]
+
+    def group_key(self, sample: Sample) -> Hashable:
+        return sample.data.shape[0] > 0
+
+
+class RemembersTheLastImage(Inverted):
+    last = 0
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        outputs = [output ^ np.uint8(self.last) for output in super().run(samples)]
+        self.last = 1 - self.last
+        return outputs
+
+
+class SharesStateBetweenThreads(Inverted):
+    work: Any = None
+
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        self.work = super().prepare(picture, inputs)
+        return self.work
+
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        return super().finish(replace(work, state=self.work.state), outputs)
+
+
+class LosesTheFormat(Inverted):
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        return Picture(super().finish(work, outputs).pixels)
+
+
+class LosesAlpha(Inverted):
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        made = super().finish(work, outputs)
+        return replace(made, pixels=np.ascontiguousarray(made.pixels[..., :3]))
+
+
+class GivesFloats(Inverted):
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        made = super().finish(work, outputs)
+        return replace(made, pixels=made.pixels / 255)
+
+
+class GivesAView(Inverted):
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        made = super().finish(work, outputs)
+        return replace(made, pixels=made.pixels[:, ::-1])
+
+
+class ChangesTheSize(Inverted):
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        made = super().finish(work, outputs)
+        return replace(made, pixels=np.repeat(made.pixels, 2, axis=1))
+
+
+class NotesAtRandom(Inverted):
+    count = 0
+
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        self.count += 1
+        work.notes.append(f"the {self.count}. image")
+        return super().finish(work, outputs)
+
+
+class HasNoSuchEngine(Inverted):
+    spec = Spec("stylize", "watercolour")
+
+
+def test_the_kit_lets_an_honest_operation_pass() -> None:
+    conformance.check(Inverted(), parse_options("stylize", "opencv", {}))
+
+
+@pytest.mark.parametrize("broken", Inverted.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_the_kit_finds_an_operation_that_breaks_the_contract(broken: type[Operation]) -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        conformance.check(broken(), parse_options("stylize", "opencv", {}))
+
+
+def test_a_pictures_size_is_width_and_height() -> None:
+    assert Picture(np.zeros((20, 30, 4), np.uint8)).size == (30, 20)
+
+
+def test_notes_of_one_image_are_not_anothers() -> None:
+    Work([]).notes.append("empty_cutout")
+    assert Work([]).notes == []
