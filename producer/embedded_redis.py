@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from shared.errors import BrokerUnavailable, MissingExtra
 
@@ -130,7 +132,8 @@ class EmbeddedRedis:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + START_SECONDS
-        with redis.Redis(host="127.0.0.1", port=port, socket_timeout=2) as client:
+        # Without redis-py's own retries, whose growing pauses would hide for seconds that it is up, or has exited.
+        with redis.Redis(host="127.0.0.1", port=port, socket_timeout=2, retry=Retry(NoBackoff(), 0)) as client:
             while time.monotonic() < deadline:
                 if self._is_ours(client):
                     return True

@@ -19,6 +19,8 @@ ItemState = Literal["pending", "done", "failed", "cancelled"]
 
 SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_url)]
 KEY_FIELD = re.compile(r"\{(job|index|item|name)(?::0(\d)d)?\}")
+RUN_TOGETHER = re.compile(r"\{index[^}]*\}(\d|\{job\})*\{name|\{name[^}]*\}(\d|\{job\})*\{index")
+"""Where the digits of an index can't be told from those of a name: 1 and `1a` make the same as 11 and `a`."""
 
 MANIFEST = -1
 """The number that stands for 'write the manifest' where a chunk's number is expected."""
@@ -31,6 +33,8 @@ def check_key(template: str) -> str:
         raise ValueError("a key may use {job}, {index}, {index:06d}, {item} and {name} only")
     if not re.search(r"\{(index|item)", template):
         raise ValueError("a key needs {index} or {item}, else two images could overwrite each other")
+    if "{item}" not in template and RUN_TOGETHER.search(template):
+        raise ValueError("a key needs a separator between {index} and {name}, else two images could overwrite each other")
     if template.startswith("/") or ".." in template.split("/"):
         raise ValueError("a key stays below the output's address: no leading / and no ..")
     return template

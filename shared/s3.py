@@ -54,6 +54,8 @@ DENIED = frozenset(
 BUSY = frozenset(
     {"SlowDown", "BadDigest", "InternalError", "ServiceUnavailable", "OperationAborted", "429", "500", "502", "503", "504"}
 )
+# MalformedXML: a server that takes the rules for another request, as Swift does.
+NO_LIFECYCLE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML"})
 SLOW = frozenset({"RequestTimeout", "408"})
 
 
@@ -171,6 +173,8 @@ def expire_after(client: S3Client, bucket: str, prefix: str, days: int) -> None:
     Asked again for the same prefix, the new number of days replaces the old. Raises InvalidOption
     without a prefix, since that would empty the whole bucket.
     """
+    from botocore.exceptions import ClientError
+
     prefix = prefix.strip("/")
     if not prefix or days < 1:
         raise InvalidOption("expiry needs a prefix in the output's address and at least one day")
@@ -178,7 +182,14 @@ def expire_after(client: S3Client, bucket: str, prefix: str, days: int) -> None:
     rule = {"ID": rule_id, "Status": "Enabled", "Filter": {"Prefix": f"{prefix}/"}, "Expiration": {"Days": days}}
     with storing(f"the lifecycle rules of bucket {bucket!r}"):
         kept = [other for other in _lifecycle_rules(client, bucket) if other.get("ID") != rule_id]
-        client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [*kept, rule]})
+        try:
+            client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [*kept, rule]})
+        except ClientError as error:
+            if error.response["Error"]["Code"] not in NO_LIFECYCLE:
+                raise
+            raise StorageRefused(
+                f"the S3 server of bucket {bucket!r} does not offer expiry; leave --expire-days out"
+            ) from error
 
 
 def _lifecycle_rules(client: S3Client, bucket: str) -> list[dict[str, Any]]:

@@ -86,7 +86,9 @@ class WorkerSettings(Group):
     lease_seconds: float = Field(20.0, ge=2, description="a chunk whose worker is silent this long is given to another")
     missing_seconds: float = Field(30.0, gt=0, description="a waiting chunk that no queue holds is published again after this")
     time_limit: float = Field(1800.0, gt=0, description="seconds after which a chunk's process is killed")
-    soft_shutdown: float = Field(60.0, ge=0, description="seconds that a node waits for its images on SIGQUIT; on SIGTERM it finishes them")
+    soft_shutdown: float = Field(
+        60.0, ge=0, description="seconds a node waits for its images on SIGQUIT; on SIGTERM it finishes them"
+    )
     load_timeout: float = Field(600.0, gt=0, description="seconds that loading the engines may take")
 
 
