@@ -1,0 +1,50 @@
+"""The connection to Redis: bounded waits, and errors of ours that tell no password."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import redis
+
+from producer.embedded_redis import EmbeddedRedis
+from shared.connection import connect, longest_wait, now_ms, reachable
+from shared.errors import BrokerUnavailable
+
+
+@pytest.mark.integration
+def test_what_a_redis_refuses_is_unavailable_too(own_redis: EmbeddedRedis) -> None:
+    with redis.Redis.from_url(own_redis.url) as admin:
+        admin.config_set("requirepass", "correct")
+    wrong: Any
+    for url in (own_redis.url, own_redis.url.replace("redis://", "redis://:mistaken@")):
+        with (
+            connect(url) as wrong,
+            pytest.raises(BrokerUnavailable, match=r"^Redis: .*(?i:auth|password)") as caught,
+            reachable(),
+        ):
+            wrong.ping()
+        assert "mistaken" not in str(caught.value)
+    with connect(own_redis.url.replace("redis://", "redis://:correct@")) as client, reachable():
+        client.config_set("maxmemory", 1)
+        with pytest.raises(BrokerUnavailable, match="memory"), reachable():
+            client.set("name", "value")
+
+
+@pytest.mark.integration
+def test_time_is_in_milliseconds_by_redis_own_clock(redis_server: EmbeddedRedis) -> None:
+    with connect(redis_server.url) as client:
+        before, _ = client.time()
+        assert before * 1000 <= now_ms(client) <= (client.time()[0] + 1) * 1000
+
+
+def test_what_is_no_error_of_redis_passes() -> None:
+    with pytest.raises(KeyError), reachable():
+        raise KeyError("ours")
+
+
+def test_no_command_waits_for_ever() -> None:
+    client = connect("redis://127.0.0.1:1/0")
+    waits = client.connection_pool.connection_kwargs
+    assert 0 < waits["socket_connect_timeout"] <= waits["socket_timeout"] <= 30
+    assert 0 < longest_wait(client) < waits["socket_timeout"]

@@ -1,0 +1,110 @@
+"""Queues: their names, who reads which, and in which order."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.messages import PRIORITIES
+from shared.options import ENGINES, OPERATIONS
+from shared.queues import (
+    CANARY_TASK,
+    MANIFEST_TASK,
+    PriorityRoundRobin,
+    manifest_queue,
+    node_queue,
+    offered,
+    queue_name,
+    rank,
+    task_name,
+    worker_queues,
+)
+
+ALL = [
+    queue_name(operation, engine, priority)
+    for operation in OPERATIONS
+    for engine in ENGINES[operation]
+    for priority in PRIORITIES
+]
+
+
+def test_names_as_operators_see_them() -> None:
+    assert queue_name("stylize", "opencv") == queue_name("stylize", "opencv", "normal") == "imagemill.stylize.opencv"
+    assert queue_name("inpaint", "lama", "high") == manifest_queue("inpaint", "lama") == "imagemill.inpaint.lama.high"
+    assert queue_name("inpaint", "lama", "low") == "imagemill.inpaint.lama.low"
+    assert task_name("remove-background") == "imagemill.remove-background"
+    assert node_queue("gpu3@host") == "imagemill.node.gpu3@host"
+
+
+def test_each_operation_engine_and_priority_has_a_queue_and_each_task_a_name_of_its_own() -> None:
+    assert len(set(ALL)) == len(ALL)
+    names = [CANARY_TASK, MANIFEST_TASK, *map(task_name, OPERATIONS)]
+    assert len(set(names)) == len(names)
+    assert not set(names) & set(ALL)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_priority_is_in_the_name_whatever_engine_it_follows(operation: str) -> None:
+    for engine in (*ENGINES[operation], "high-res", "low-memory"):
+        ranks = [rank(queue_name(operation, engine, priority)) for priority in PRIORITIES]  # type: ignore[arg-type]
+        assert ranks == [0, 1, 2]
+
+
+def test_a_node_offers_only_the_engines_that_an_operation_has() -> None:
+    assert offered(("stylize", "inpaint"), ["opencv"]) == [("stylize", "opencv"), ("inpaint", "opencv")]
+    assert offered(OPERATIONS, ["none-such"]) == []
+    assert offered((), ["opencv"]) == []
+
+
+def test_a_node_reads_every_queue_that_is_published_to_highest_priority_first() -> None:
+    engines = sorted({engine for operation in OPERATIONS for engine in ENGINES[operation]})
+    found = worker_queues(OPERATIONS, engines)
+    assert set(found) == set(ALL)
+    assert all(manifest_queue(operation, engine) in found for operation, engine in offered(OPERATIONS, engines))
+    assert [rank(queue) for queue in found] == sorted(map(rank, found))
+
+
+# --- the order in which a node takes from its queues --------------------------------------------
+
+QUEUES = st.lists(st.sampled_from(ALL), unique=True)
+
+
+def take(cycle: PriorityRoundRobin, filled: set[str]) -> str | None:
+    """What a consumer does: ask the queues in order, take from the first that has something, tell which it was."""
+    for queue in cycle.consume(len(ALL)):
+        if queue in filled:
+            return cycle.rotate(queue)
+    return None
+
+
+@given(QUEUES, st.lists(st.sets(st.sampled_from(ALL))))
+def test_nothing_is_taken_while_something_more_urgent_waits(queues: list[str], situations: list[set[str]]) -> None:
+    cycle = PriorityRoundRobin(queues)
+    for filled in situations:
+        urgent = min(map(rank, filled & set(queues)), default=None)
+        taken = take(cycle, filled)
+        assert (None if taken is None else rank(taken)) == urgent
+
+
+@given(QUEUES, st.lists(st.sampled_from(ALL)), st.sets(st.sampled_from(ALL), min_size=1))
+def test_equals_take_turns(queues: list[str], before: list[str], filled: set[str]) -> None:
+    cycle = PriorityRoundRobin(queues)
+    for queue in before:
+        cycle.rotate(queue)
+    served = filled & set(queues)
+    equals = [queue for queue in served if rank(queue) == min(map(rank, served))]
+    turns = Counter(take(cycle, filled) for _ in range(3 * len(equals)))
+    assert turns == dict.fromkeys(equals, 3)
+
+
+@given(QUEUES, QUEUES)
+def test_a_change_of_queues_is_taken_over_and_none_is_named_twice(first: list[str], second: list[str]) -> None:
+    cycle = PriorityRoundRobin(first)
+    cycle.update(second)
+    assert sorted(cycle.consume(len(ALL))) == sorted(second)
+    assert cycle.consume(2) == cycle.consume(len(ALL))[:2]
+    assert cycle.rotate("not among them") == "not among them"
+    assert PriorityRoundRobin().consume(1) == []
