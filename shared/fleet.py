@@ -17,6 +17,7 @@ from shared.settings import Settings
 
 NODE_SECONDS = 20
 """A node that has not reported itself for this long is taken for dead."""
+FORGET_SECONDS = 3600
 RATE_SECONDS = 3600
 CANARY_SECONDS = 600
 
@@ -50,9 +51,12 @@ class Fleet:
 
     @reachable()
     def nodes(self) -> list[Node]:
-        """The nodes that are alive, by name."""
+        """The nodes that are alive, by name; those that have been silent for an hour are forgotten."""
         now = now_ms(self._redis) / 1000
         known = [Node.model_validate_json(raw) for raw in self._redis.hvals("imagemill:nodes")]
+        for node in known:
+            if now - node.seen > FORGET_SECONDS:
+                self._redis.hdel("imagemill:nodes", node.node)
         return sorted((node for node in known if now - node.seen < NODE_SECONDS), key=lambda node: node.node)
 
     @reachable()

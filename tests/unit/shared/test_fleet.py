@@ -54,6 +54,10 @@ def test_a_silent_node_is_taken_for_dead_by_redis_clock(fleet: Fleet, raw: Any) 
     assert abs(one.seen - seconds) < 60
     raw.hset("imagemill:nodes", "cpu@b", other.model_copy(update={"seen": other.seen - NODE_SECONDS}).model_dump_json())
     assert [found.node for found in fleet.nodes()] == ["cpu@a"]
+    assert raw.hexists("imagemill:nodes", "cpu@b")
+    raw.hset("imagemill:nodes", "cpu@b", other.model_copy(update={"seen": other.seen - 3601}).model_dump_json())
+    assert [found.node for found in fleet.nodes()] == ["cpu@a"]
+    assert not raw.hexists("imagemill:nodes", "cpu@b")
 
 
 def test_a_node_that_signs_off_is_gone_at_once(fleet: Fleet) -> None:
