@@ -245,7 +245,7 @@ def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: boo
         text += f", {show.counted(submission.invalid_count, 'row')} left out"
     show.say(out, text)
     if not submission.served:
-        queue = queue_name(spec.operation, spec.engine, spec.policy.priority)
+        queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
         show.say(out, f"warning: no worker listens to {queue}; start one with `imagemill worker`", "yellow")
     return submission
 

@@ -172,7 +172,7 @@ class Client:
         repeats another's source, mask, boxes and name shares its result. A list that breaks off
         (an error, Ctrl-C) leaves nothing behind.
         """
-        queue = queue_name(spec.operation, spec.engine, spec.policy.priority)
+        queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
         listening = [node for node in self._fleet.nodes() if queue in node.queues]
         job = new_job_id()
         self._ledger.open_job(job, spec)

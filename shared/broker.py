@@ -108,9 +108,9 @@ class Publisher:
                         MANIFEST_TASK if manifest else task_name(spec.operation),
                         kwargs=chunk.model_dump(),
                         kwargsrepr=_shown(chunk),
-                        queue=manifest_queue(spec.operation, spec.engine)
+                        queue=manifest_queue(spec.operation, spec.lane)
                         if manifest
-                        else queue_name(spec.operation, spec.engine, spec.policy.priority),
+                        else queue_name(spec.operation, spec.lane, spec.policy.priority),
                         producer=producer,
                     )
                     count += 1

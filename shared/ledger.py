@@ -97,8 +97,8 @@ class Ledger:
         fields = {
             "spec": spec.model_dump_json(),
             "state": "submitting",
-            "queue": queue_name(spec.operation, spec.engine, spec.policy.priority),
-            "manifest_queue": manifest_queue(spec.operation, spec.engine),
+            "queue": queue_name(spec.operation, spec.lane, spec.policy.priority),
+            "manifest_queue": manifest_queue(spec.operation, spec.lane),
             "created": now_ms(self._redis),
         }
         with self._redis.pipeline() as pipe:
@@ -189,6 +189,11 @@ class Ledger:
             pipe.hincrby(_key(job, "attempts"), str(index), 1)
             pipe.expire(_key(job, "attempts"), self._ttl)
             return int(pipe.execute()[0])
+
+    @reachable()
+    def forget_attempt(self, job: str, index: int) -> None:
+        """That try ended before it could do harm, as its worker was told to stop: it does not count."""
+        self._redis.hincrby(_key(job, "attempts"), str(index), -1)
 
     @reachable()
     def attempts(self, job: str, indexes: Sequence[int]) -> dict[int, int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter
 
-from shared.options import Boxes, Model, OpencvInpaint, OpencvRemoveBackground, OpencvStylize, Operation
+from shared.options import Boxes, Model, OpencvInpaint, OpencvRemoveBackground, OpencvStylize, Operation, RembgRemoveBackground
 from shared.urls import check_output_url, check_source_url
 
 Priority = Literal["high", "normal", "low"]
@@ -66,10 +66,16 @@ class _Job(Model):
     def engine(self) -> str:
         return self.options.engine  # type: ignore[attr-defined,no-any-return]  # every job below has options
 
+    @property
+    def lane(self) -> str:
+        """What a node must offer to take this job's chunks; see shared.queues."""
+        model: str | None = getattr(self.options, "model", None)  # type: ignore[attr-defined]
+        return f"{self.engine}.{model}" if model else self.engine
+
 
 class RemoveBackgroundJob(_Job):
     operation: Literal["remove-background"] = "remove-background"
-    options: OpencvRemoveBackground = OpencvRemoveBackground()
+    options: Annotated[OpencvRemoveBackground | RembgRemoveBackground, Field(discriminator="engine")] = OpencvRemoveBackground()
 
 
 class InpaintJob(_Job):

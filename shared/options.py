@@ -64,6 +64,10 @@ def _split_boxes(value: Any) -> Any:
     return [part for part in value.split(";") if part.strip()] if isinstance(value, str) else value
 
 
+def _original(value: Any) -> Any:
+    return None if value == "original" else value
+
+
 Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split_boxes)]
 """Boxes as a list, or as one text with `;` between them."""
 
@@ -80,6 +84,55 @@ class OpencvRemoveBackground(Model):
     border: float = Field(0.04, gt=0, le=0.25, description="share of each side that is taken as background to learn from")
     feather: float = Field(1.5, ge=0, le=20, description="softness of the edge in pixels of the result")
     background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
+
+
+RembgModel = Literal[
+    "u2net",
+    "u2netp",
+    "u2net_human_seg",
+    "silueta",
+    "isnet-general-use",
+    "isnet-anime",
+    "birefnet-general",
+    "birefnet-general-lite",
+]
+"""rembg's models that may be used commercially; names as rembg has them."""
+
+
+class RembgRemoveBackground(Model):
+    """rembg's models on onnxruntime."""
+
+    engine: Literal["rembg"] = "rembg"
+    model: RembgModel = Field("u2net", description="which model finds the subject")
+    exact: bool = Field(False, description="rembg's very pixels, slower: its own scaling and compositing")
+    long_edge: Annotated[LongEdge | None, BeforeValidator(_original)] = Field(
+        1600, description="longest edge of the cut-out in pixels; 'original' keeps the source's size"
+    )
+    alpha_matting: bool = Field(False, description="find the edge's transparency by closed-form matting: hair and fur, slowly")
+    matting_pixels: int = Field(2_000_000, ge=10_000, le=16_000_000, description="pixels of an image that may be matted")
+    matting_seconds: float = Field(20.0, gt=0, le=600, description="seconds that matting one image may take")
+    clean_rim: bool = Field(True, description="take the old background's colour out of the edge")
+    background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
+    background_image: str | None = Field(None, description="address of an image to put behind the subject, scaled to cover")
+    crop: bool = Field(False, description="crop to the subject")
+    margin: float = Field(0.05, ge=0, le=1, description="room around the cropped subject, as a share of its longer side")
+    canvas: int | None = Field(
+        None, ge=16, le=16_384, description="side of a square to centre the cropped subject on, in pixels"
+    )
+    shadow: bool = Field(False, description="keep the subject's shadow on the ground")
+    mask_only: bool = Field(False, description="give the mask as a grey image instead of the cut-out")
+
+    @model_validator(mode="after")
+    def _that_go_together(self) -> RembgRemoveBackground:
+        if self.background is not None and self.background_image is not None:
+            raise ValueError("background and background_image exclude each other")
+        if self.canvas is not None and not self.crop:
+            raise ValueError("canvas needs crop=true")
+        if self.mask_only and (self.background or self.background_image or self.shadow):
+            raise ValueError("mask_only goes without background, background_image and shadow")
+        if self.exact and (self.shadow or (self.long_edge is not None and "long_edge" in self.model_fields_set)):
+            raise ValueError("exact works at the source's size: without long_edge and shadow")
+        return self
 
 
 class OpencvInpaint(Model):
@@ -121,10 +174,10 @@ class OpencvStylize(Model):
         return self
 
 
-Options = OpencvRemoveBackground | OpencvInpaint | OpencvStylize
+Options = OpencvRemoveBackground | RembgRemoveBackground | OpencvInpaint | OpencvStylize
 
 ENGINES: dict[Operation, dict[str, type[Options]]] = {
-    "remove-background": {"opencv": OpencvRemoveBackground},
+    "remove-background": {"opencv": OpencvRemoveBackground, "rembg": RembgRemoveBackground},
     "inpaint": {"opencv": OpencvInpaint},
     "stylize": {"opencv": OpencvStylize},
 }

@@ -11,15 +11,18 @@ MANIFEST_TASK = "imagemill.manifest"
 CANARY_TASK = "imagemill.canary"
 
 
-def queue_name(operation: Operation, engine: str, priority: Priority = "normal") -> str:
-    """`imagemill.{operation}.{engine}`, with the priority behind it where it isn't normal."""
-    base = f"imagemill.{operation}.{engine}"
+def queue_name(operation: Operation, lane: str, priority: Priority = "normal") -> str:
+    """`imagemill.{operation}.{lane}`, with the priority behind it where it isn't normal.
+
+    A lane is an engine, with its model behind a dot where it has a choice of them: `opencv`, `rembg.u2net`.
+    """
+    base = f"imagemill.{operation}.{lane}"
     return base if priority == "normal" else f"{base}.{priority}"
 
 
-def manifest_queue(operation: Operation, engine: str) -> str:
+def manifest_queue(operation: Operation, lane: str) -> str:
     """A manifest goes first: no ended job waits behind the chunks of others."""
-    return queue_name(operation, engine, "high")
+    return queue_name(operation, lane, "high")
 
 
 def task_name(operation: Operation) -> str:
@@ -27,15 +30,20 @@ def task_name(operation: Operation) -> str:
     return f"imagemill.{operation}"
 
 
-def offered(operations: Iterable[Operation], engines: Sequence[str]) -> list[tuple[Operation, str]]:
-    """The (operation, engine) pairs there are among these."""
-    return [(operation, engine) for operation in operations for engine in engines if engine in ENGINES[operation]]
+def engine_of(lane: str) -> str:
+    """`rembg` of `rembg.u2net`."""
+    return lane.partition(".")[0]
 
 
-def worker_queues(operations: Iterable[Operation], engines: Sequence[str]) -> list[str]:
+def offered(operations: Iterable[Operation], lanes: Sequence[str]) -> list[tuple[Operation, str]]:
+    """The (operation, lane) pairs there are among these."""
+    return [(operation, lane) for operation in operations for lane in lanes if engine_of(lane) in ENGINES[operation]]
+
+
+def worker_queues(operations: Iterable[Operation], lanes: Sequence[str]) -> list[str]:
     """The queues of a node, highest priority first."""
-    pairs = offered(operations, engines)
-    return [queue_name(operation, engine, priority) for priority in PRIORITIES for operation, engine in pairs]
+    pairs = offered(operations, lanes)
+    return [queue_name(operation, lane, priority) for priority in PRIORITIES for operation, lane in pairs]
 
 
 def node_queue(node: str) -> str:

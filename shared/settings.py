@@ -9,7 +9,7 @@ import json
 from ipaddress import IPv4Network, IPv6Network
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
@@ -74,6 +74,24 @@ class FileSettings(Group):
     )
 
 
+class WeightsSettings(Group):
+    """The models' files."""
+
+    folder: Path = Field(
+        Path("~/.cache/imagemill/weights"), description="where `imagemill models pull` puts them, and nodes read them"
+    )
+    mirror: str | None = Field(None, description="address of a server that has the files under their own hosts' paths")
+
+
+class OnnxSettings(Group):
+    """How models run on onnxruntime."""
+
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        "auto", description="what models run on: auto is cuda on a GPU's node, else cpu"
+    )
+    gpu_mem_limit: int | None = Field(None, gt=0, description="bytes of GPU memory that a session may take; empty is no limit")
+
+
 class WorkerSettings(Group):
     """One worker node."""
 
@@ -112,6 +130,8 @@ class Settings(BaseSettings):
     s3: S3Settings = S3Settings()
     fetch: FetchSettings = FetchSettings()
     files: FileSettings = FileSettings()
+    weights: WeightsSettings = WeightsSettings()
+    onnx: OnnxSettings = OnnxSettings()
     worker: WorkerSettings = WorkerSettings()
 
     @field_validator("redis_url")

@@ -18,11 +18,12 @@ from shared.fleet import Fleet
 from shared.ledger import Lease, Ledger
 from shared.messages import MANIFEST, Chunk, Item, Job
 from shared.options import ENGINES
-from shared.queues import offered, queue_name
+from shared.queues import engine_of, offered, queue_name
 from shared.settings import Settings
 from worker.device import Device
 from worker.fetch import Fetcher
 from worker.flow import Flow
+from worker.lanes import lanes
 from worker.lease import LeaseKeeper
 from worker.manifest import write_manifest
 from worker.operations.base import Inputs, Operation, Picture
@@ -46,7 +47,8 @@ class Child:
         self._s3: Any = None
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
         self.operations: dict[tuple[str, str], Operation] = {}
-        for name, engine in offered(settings.worker.operations, settings.worker.engines):
+        pairs = [(name, engine_of(lane)) for name, lane in offered(settings.worker.operations, lanes(settings))]
+        for name, engine in dict.fromkeys(pairs):
             start = time.perf_counter()
             operation = create(name, engine)
             operation.load(device)
@@ -92,7 +94,7 @@ class Child:
         told = dict(action="chunk", job=chunk.job, chunk=chunk.number, done=flow.done, failed=flow.failed, seconds=seconds)
         log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
         if keeper.reason is None and not lease.lost and seconds > 0:
-            queue = queue_name(spec.operation, spec.engine)
+            queue = queue_name(spec.operation, spec.lane)
             self.fleet.report_rate(queue, self.node, (flow.done + flow.failed) / seconds)
         outcome = self._close(lease, spec, keeper.reason, len(items) - flow.done - flow.failed, tell)
         return f"{flow.done} done, {flow.failed} failed" if outcome == "done" else outcome

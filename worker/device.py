@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
+from typing import Literal
+
+from shared.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -12,11 +16,27 @@ class Device:
     """What one child works on. `threads` is its share of the cores, at least 1.
 
     `gpu` is the physical index that the operator gave; inside the process the pinned GPU is
-    always `cuda:0`.
+    always `cuda:0`. `weights` is the folder of the models' files; `provider` (cpu, cuda or tensorrt)
+    is what onnxruntime shall run on, and `memory_limit` the bytes that it may take on a GPU.
     """
 
     gpu: int | None = None
     threads: int = 1
+    weights: Path = Path()
+    provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
+    memory_limit: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, children: int) -> Device:
+        """The device of each of a node's `children`."""
+        gpu, wanted = settings.worker.gpu, settings.onnx.provider
+        return cls(
+            gpu=gpu,
+            threads=share_of_cores(children),
+            weights=settings.weights.folder.expanduser(),
+            provider=("cpu" if gpu is None else "cuda") if wanted == "auto" else wanted,
+            memory_limit=settings.onnx.gpu_mem_limit,
+        )
 
     @property
     def name(self) -> str:

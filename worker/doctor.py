@@ -23,6 +23,7 @@ from shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable
 from shared.fleet import Fleet
 from shared.queues import CANARY_TASK, node_queue, offered, worker_queues
 from shared.settings import Settings, load_settings
+from worker.lanes import lanes
 from worker.operations.registry import create
 from worker.supervisor import find_gpus
 
@@ -92,7 +93,7 @@ def check_workers(settings: Settings) -> Iterator[Finding]:
         state: Literal["ok", "warning"] = "ok" if node.ready else "warning"
         yield Finding("workers", state, f"{node.node}: {node.children} children, {'ready' if node.ready else 'loading'}")
     heard = {queue for node in nodes for queue in node.queues}
-    silent = [queue for queue in worker_queues(settings.worker.operations, settings.worker.engines) if queue not in heard]
+    silent = [queue for queue in worker_queues(settings.worker.operations, lanes(settings)) if queue not in heard]
     if silent:
         mend = "start a node: imagemill worker --cpu, --gpu N or --gpus all"
         yield Finding("workers", "warning", f"no node listens to {len(silent)} of the queues ({silent[0]}, ...)", mend)

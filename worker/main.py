@@ -18,7 +18,8 @@ from shared.ledger import Ledger
 from shared.queues import node_queue, worker_queues
 from shared.settings import Settings
 from worker import logs
-from worker.device import Device, pin, share_of_cores
+from worker.device import Device, pin
+from worker.lanes import lanes
 from worker.node import Children, Housekeeping, Loaded, Parent
 from worker.tasks import not_loaded, register
 
@@ -30,7 +31,7 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.queues = worker_queues(settings.worker.operations, settings.worker.engines)
+        self.queues = worker_queues(settings.worker.operations, lanes(settings))
         self.app: Celery = make_app(settings)
         self.app.conf.task_queues = queues(self.queues)
         self._child: Any = None
@@ -51,7 +52,7 @@ class Worker:
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU
         self.name = sender.hostname
-        self.device = Device(self.settings.worker.gpu, share_of_cores(sender.concurrency))
+        self.device = Device.of(self.settings, sender.concurrency)
         self.children = Children(sender.concurrency)
         (own,) = queues([node_queue(self.name)])
         self.app.amqp.queues.select_add(own)

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 ENGINES: dict[tuple[str, str], str] = {
     ("remove-background", "opencv"): "worker.operations.remove_background.opencv:GrabCut",
+    ("remove-background", "rembg"): "worker.operations.remove_background.rembg:Rembg",
     ("inpaint", "opencv"): "worker.operations.inpaint.opencv:Inpaint",
     ("stylize", "opencv"): "worker.operations.stylize.opencv:Stylize",
 }
 """(operation, engine) to `module:Class`."""
 
-EXTRAS = {"opencv": "worker"}
+EXTRAS = {"opencv": "worker", "rembg": "rembg"}
 """The extra that installs what an engine imports."""
 
 
