@@ -191,6 +191,11 @@ class Ledger:
             return int(pipe.execute()[0])
 
     @reachable()
+    def forget_attempt(self, job: str, index: int) -> None:
+        """That try ended before it could do harm, as its worker was told to stop: it does not count."""
+        self._redis.hincrby(_key(job, "attempts"), str(index), -1)
+
+    @reachable()
     def attempts(self, job: str, indexes: Sequence[int]) -> dict[int, int]:
         """How often each image was tried alone."""
         counts = self._redis.hmget(_key(job, "attempts"), [str(index) for index in indexes]) if indexes else []

@@ -86,8 +86,8 @@ def run_batch(operation: Operation, samples: Sequence[Sample]) -> list[Any | Ima
     except Exception as error:
         log.exception("batch failed", extra={"action": "run", "samples": len(samples)})
         failure, parts = InternalError(f"{operation.spec.name} failed: {sentence(error)}"), len(samples)
-    # Out of the except block: its frames no longer hold the batch's arrays.
-    gc.collect()
+    if isinstance(failure, OutOfMemory):
+        gc.collect()  # out of the except block: its frames no longer hold the batch's arrays
     if len(samples) == 1:
         return [failure.with_traceback(None)]
     step = -(-len(samples) // parts)

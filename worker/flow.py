@@ -173,7 +173,10 @@ class Flow:
                 self._record_failure(Passage(item), WorkerLost(reason))
             else:
                 self.ledger.count_attempt(self.job, item.index)
+                before = self.done + self.failed
                 self.run([item])
+                if self.done + self.failed == before:
+                    self.ledger.forget_attempt(self.job, item.index)  # stopped on its way to the device
         log.info("ran alone", extra={"action": "isolate", "job": self.job, "images": len(items), "lost": lost})
 
     # --- the stages -------------------------------------------------------------------------
