@@ -203,7 +203,7 @@ def test_a_wrong_setting_is_exit_2_and_named(imagemill: Invoke, monkeypatch: pyt
     monkeypatch.setenv("IMAGEMILL_EXPIRE_DAYS", "soon")
     result = imagemill("jobs")
     assert result.exit_code == 2
-    assert "expire_days" in result.stderr
+    assert "IMAGEMILL_EXPIRE_DAYS" in result.stderr
 
 
 def test_other_exceptions_are_not_swallowed(imagemill: Invoke) -> None:
