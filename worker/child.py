@@ -17,8 +17,8 @@ from shared.errors import ImageError, StorageUnavailable
 from shared.fleet import Fleet
 from shared.ledger import Lease, Ledger
 from shared.messages import MANIFEST, Chunk, Item, Job
-from shared.options import ENGINES
-from shared.queues import engine_of, offered, queue_name
+from shared.options import ENGINES, Options
+from shared.queues import offered, queue_name
 from shared.settings import Settings
 from worker.device import Device
 from worker.fetch import Fetcher
@@ -47,12 +47,14 @@ class Child:
         self._s3: Any = None
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
         self.operations: dict[tuple[str, str], Operation] = {}
-        pairs = [(name, engine_of(lane)) for name, lane in offered(settings.worker.operations, lanes(settings))]
-        for name, engine in dict.fromkeys(pairs):
+        for name, lane in offered(settings.worker.operations, lanes(settings)):
+            engine, _, model = lane.partition(".")
+            if (name, engine) in self.operations:
+                continue  # the engine's first model is loaded; it loads another one when a chunk asks for it
             start = time.perf_counter()
             operation = create(name, engine)
             operation.load(device)
-            warm_up(operation)
+            warm_up(operation, ENGINES[name][engine].model_validate({"model": model} if model else {}))
             self.operations[name, engine] = operation
             log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})
 
@@ -147,12 +149,11 @@ class Child:
         return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
 
 
-def warm_up(operation: Operation) -> None:
+def warm_up(operation: Operation, options: Options) -> None:
     """Run one made-up image through an engine, so that the first real one meets no surprise."""
     grey = np.full((64, 64, 3), 128, np.uint8)
     grey[16:48, 16:48] = (200, 60, 40)
     item = Item(index=0, source="https://warm.up/image.png", boxes=("24,24,8,8",))
-    options = ENGINES[operation.spec.name][operation.spec.engine]()
     work = operation.prepare(Picture(grey, full_size=(64, 64)), Inputs(item, options))
     operation.finish(work, operation.run(work.samples))
 
