@@ -16,6 +16,7 @@ OWN_PACKAGES = ("producer", "shared", "worker")
 # Said here, so that `imagemill --help` need not import what a producer may not have.
 SHORT_HELP = {
     "worker": "Run a worker node: one per GPU, or one for the CPU.",
+    "models": "List, pull, verify and quantise the models' files.",
     "doctor": "Say what is wrong with Redis, S3, disk and GPU, and how to mend it.",
 }
 

@@ -12,12 +12,10 @@ from pydantic.fields import FieldInfo
 
 from shared.errors import InvalidOption
 from shared.messages import JOB_SPEC, Job, Output, Policy
-from shared.options import ENGINES, Model, parse_options, validation_sentence
+from shared.options import ADDRESSES, ENGINES, Model, parse_options, validation_sentence
 from shared.urls import check_source_url, shown
 
 M = TypeVar("M", bound=Model)
-ADDRESSES = ("mask", "reference")
-"""Options whose value is the address of an image."""
 
 
 def job_spec(operation: str, engine: str, options: dict[str, str], output: dict[str, object], policy: dict[str, object]) -> Job:

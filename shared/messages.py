@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter
 
 from shared.options import Boxes, Model, OpencvInpaint, OpencvRemoveBackground, OpencvStylize, Operation, RembgRemoveBackground
 from shared.urls import check_output_url, check_source_url
@@ -55,6 +55,7 @@ class Policy(Model):
 
     priority: Priority = "normal"
     attempts: int = Field(3, ge=1, le=10, description="how often an image is tried before it is recorded as failed")
+    reuse: bool = Field(True, description="copy the result that the same image has had before, instead of computing it anew")
 
 
 class _Job(Model):
@@ -73,9 +74,17 @@ class _Job(Model):
         return f"{self.engine}.{model}" if model else self.engine
 
 
+def _engine(options: Any) -> str | None:
+    """Options that don't name their engine are of `opencv`."""
+    return options.get("engine", "opencv") if isinstance(options, dict) else getattr(options, "engine", None)
+
+
 class RemoveBackgroundJob(_Job):
     operation: Literal["remove-background"] = "remove-background"
-    options: Annotated[OpencvRemoveBackground | RembgRemoveBackground, Field(discriminator="engine")] = OpencvRemoveBackground()
+    options: Annotated[
+        Annotated[OpencvRemoveBackground, Tag("opencv")] | Annotated[RembgRemoveBackground, Tag("rembg")],
+        Discriminator(_engine),
+    ] = OpencvRemoveBackground()
 
 
 class InpaintJob(_Job):

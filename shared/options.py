@@ -19,6 +19,10 @@ Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 LongEdge = Annotated[int, Field(ge=16, le=65_535)]
 
 
+ADDRESSES = ("mask", "reference", "background_image")
+"""Options whose value is the address of an image."""
+
+
 class Model(BaseModel):
     """Frozen; unknown fields are refused."""
 
@@ -109,18 +113,35 @@ class RembgRemoveBackground(Model):
         1600, description="longest edge of the cut-out in pixels; 'original' keeps the source's size"
     )
     alpha_matting: bool = Field(False, description="find the edge's transparency by closed-form matting: hair and fur, slowly")
-    matting_pixels: int = Field(2_000_000, ge=10_000, le=16_000_000, description="pixels of an image that may be matted")
-    matting_seconds: float = Field(20.0, gt=0, le=600, description="seconds that matting one image may take")
+    matting_pixels: int = Field(
+        2_560_000,
+        ge=10_000,
+        le=16_000_000,
+        description="pixels that an image to be matted may have, a quarter of them at an unsure edge (2 kB of memory each)",
+    )
+    matting_seconds: float = Field(
+        20.0, gt=0, le=600, description="seconds that matting one image may take, before it gets the plain edge"
+    )
     clean_rim: bool = Field(True, description="take the old background's colour out of the edge")
     background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
     background_image: str | None = Field(None, description="address of an image to put behind the subject, scaled to cover")
-    crop: bool = Field(False, description="crop to the subject")
-    margin: float = Field(0.05, ge=0, le=1, description="room around the cropped subject, as a share of its longer side")
-    canvas: int | None = Field(
-        None, ge=16, le=16_384, description="side of a square to centre the cropped subject on, in pixels"
+    crop: bool = Field(False, description="crop to the subject, and to its shadow if that is kept")
+    margin: float = Field(
+        0.05,
+        ge=0,
+        le=0.5,
+        description="room on each side of the cropped subject, as a share of its longer side (0.06 fills 89 %)",
     )
-    shadow: bool = Field(False, description="keep the subject's shadow on the ground")
-    mask_only: bool = Field(False, description="give the mask as a grey image instead of the cut-out")
+    canvas: int | None = Field(
+        None,
+        ge=16,
+        le=16_384,
+        description="side in pixels of a square that the cropped subject and its margin are scaled to fill",
+    )
+    shadow: bool = Field(
+        False, description="keep the subject's shadow on the ground, where the backdrop is plain enough to tell"
+    )
+    mask_only: bool = Field(False, description="give the mask as a grey image (white is the subject) instead of the cut-out")
 
     @model_validator(mode="after")
     def _that_go_together(self) -> RembgRemoveBackground:

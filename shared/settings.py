@@ -90,6 +90,7 @@ class OnnxSettings(Group):
         "auto", description="what models run on: auto is cuda on a GPU's node, else cpu"
     )
     gpu_mem_limit: int | None = Field(None, gt=0, description="bytes of GPU memory that a session may take; empty is no limit")
+    int8: bool = Field(False, description="models in 8 bits, where `imagemill models quantize` has made them")
 
 
 class WorkerSettings(Group):
@@ -101,6 +102,7 @@ class WorkerSettings(Group):
     max_pixels: int = Field(64_000_000, gt=0, description="pixels of one image; more are refused before decoding")
     look_ahead: int = Field(128_000_000, gt=0, description="decoded pixels held at a time, per child")
     store_threads: int = Field(4, ge=1, le=64, description="images finished, encoded and uploaded at a time, per child")
+    reuse: bool = Field(True, description="remember results, and copy them where the same image is asked for again")
     lease_seconds: float = Field(20.0, ge=2, description="a chunk whose worker is silent this long is given to another")
     missing_seconds: float = Field(30.0, gt=0, description="a waiting chunk that no queue holds is published again after this")
     time_limit: float = Field(1800.0, gt=0, description="seconds after which a chunk's process is killed")

@@ -78,7 +78,8 @@ def environment_for(redis_url: str, folder: Path, **more: str) -> dict[str, str]
         IMAGEMILL_FILES__READ_ROOTS=json.dumps([str(folder)]),
         IMAGEMILL_WORKER__LEASE_SECONDS="3",
         IMAGEMILL_WORKER__MISSING_SECONDS="1",
-        **more,
+        # Tests share a Redis and photos: each has its own results, but those of tests/integration/test_cache.py.
+        **({"IMAGEMILL_WORKER__REUSE": "false"} | more),
     )
 
 

@@ -25,6 +25,9 @@ class Invert:
     def work_edge(self, options: Any) -> int | None:
         return None
 
+    def fingerprint(self, options: Any) -> str:
+        return type(self).__name__
+
     def prepare(self, picture: Picture, inputs: Inputs) -> Work:
         return Work([Sample(picture.pixels, inputs.options)], state=picture)
 

@@ -20,6 +20,7 @@ from shared.messages import MANIFEST, Chunk, Item, Job
 from shared.options import ENGINES, Options
 from shared.queues import offered, queue_name
 from shared.settings import Settings
+from worker.cache import Cache
 from worker.device import Device
 from worker.fetch import Fetcher
 from worker.flow import Flow
@@ -44,6 +45,7 @@ class Child:
     ) -> None:
         self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
         self.ledger, self.fleet = Ledger.of(settings), Fleet.of(settings)
+        self.cache = Cache.of(settings)
         self._s3: Any = None
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
         self.operations: dict[tuple[str, str], Operation] = {}
@@ -93,9 +95,10 @@ class Child:
             else:
                 flow.run(items)
         seconds = _since(start)
-        told = dict(action="chunk", job=chunk.job, chunk=chunk.number, done=flow.done, failed=flow.failed, seconds=seconds)
+        counts = dict(done=flow.done, failed=flow.failed, reused=flow.reused)
+        told = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds, **counts)
         log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
-        if keeper.reason is None and not lease.lost and seconds > 0:
+        if keeper.reason is None and not lease.lost and not flow.reused and seconds > 0:  # the rate of computing
             queue = queue_name(spec.operation, spec.lane)
             self.fleet.report_rate(queue, self.node, (flow.done + flow.failed) / seconds)
         outcome = self._close(lease, spec, keeper.reason, len(items) - flow.done - flow.failed, tell)
@@ -112,6 +115,7 @@ class Child:
             settings=self.settings,
             node=self.node,
             stop=stop,
+            cache=self.cache,
         )
 
     def _open_items(self, lease: Lease) -> list[Item]:

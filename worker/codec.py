@@ -27,7 +27,8 @@ __all__ = ["Encoded", "Header", "choose_format", "decode", "decode_mask", "encod
 
 _WEBP_METHOD = 2  # of 0..6: half the time of 4 for a few per cent more bytes; 0 and 1 need 1.2 to 2 times the bytes
 _WEBP_SIDE, _JPEG_SIDE = 16_383, 65_500
-_EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
+"""Of the formats that are written."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def encode(picture: Picture, *, format: str, quality: int) -> Encoded:  # noqa: 
                 raise OperationFailed(f"there is no output format {format!r} (valid: jpeg, png, webp)")
         except (ValueError, OSError) as error:
             raise OperationFailed(f"the picture can't be written as {format} ({sentence(error)})") from error
-    return Encoded(data, format, _EXTENSIONS[format], f"image/{format}")
+    return Encoded(data, format, EXTENSIONS[format], f"image/{format}")
 
 
 def _webp(pixels: Pixels, quality: int, icc: bytes | None) -> bytes:

@@ -17,7 +17,8 @@ class Device:
 
     `gpu` is the physical index that the operator gave; inside the process the pinned GPU is
     always `cuda:0`. `weights` is the folder of the models' files; `provider` (cpu, cuda or tensorrt)
-    is what onnxruntime shall run on, and `memory_limit` the bytes that it may take on a GPU.
+    is what onnxruntime shall run on, and `memory_limit` the bytes that it may take on a GPU; `int8` asks
+    for models in 8 bits where they are (worker.weights.model_file).
     """
 
     gpu: int | None = None
@@ -25,6 +26,7 @@ class Device:
     weights: Path = Path()
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     memory_limit: int | None = None
+    int8: bool = False
 
     @classmethod
     def of(cls, settings: Settings, children: int) -> Device:
@@ -36,6 +38,7 @@ class Device:
             weights=settings.weights.folder.expanduser(),
             provider=("cpu" if gpu is None else "cuda") if wanted == "auto" else wanted,
             memory_limit=settings.onnx.gpu_mem_limit,
+            int8=settings.onnx.int8,
         )
 
     @property

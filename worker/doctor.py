@@ -23,9 +23,10 @@ from shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable
 from shared.fleet import Fleet
 from shared.queues import CANARY_TASK, node_queue, offered, worker_queues
 from shared.settings import Settings, load_settings
-from worker.lanes import lanes
+from worker.lanes import lanes, missing, models_of, shortcomings
 from worker.operations.registry import create
 from worker.supervisor import find_gpus
+from worker.weights import model_file, path_of, variant
 
 LEAST_DISK = 2 * 2**30
 """Bytes that the temporary folder should have free: a manifest, and uploads on their way."""
@@ -133,8 +134,28 @@ def check_engines(settings: Settings) -> Iterator[Finding]:
         except ImagemillError as error:
             yield Finding("models", "failed", error.message)
         else:
-            needs = "needs no weights" if engine == "opencv" else "installed"
+            needs = "installed" if models_of(engine) else "needs no weights"
             yield Finding("models", "ok", f"{operation} ({engine}): {needs}")
+
+
+def check_models(settings: Settings) -> Iterator[Finding]:
+    """Are the models' files here that the engines need?"""
+    for found, mend in shortcomings(settings):
+        yield Finding("models", "failed", found, mend)
+    absent = missing(settings)
+    for engine in settings.worker.engines:
+        here = [weights for weights in models_of(engine) if weights.name not in absent.get(engine, [])]
+        if not here:
+            continue
+        yield Finding("models", "ok", f"{engine}: {', '.join(weights.name for weights in here)}")
+        if engine in absent:
+            names = ", ".join(absent[engine])
+            yield Finding("models", "ok", f"{engine}: not here, so not listened for: {names}", "imagemill models pull NAME")
+        for weights in here if settings.onnx.int8 else []:
+            original = path_of(weights, settings.weights)
+            if model_file(original.parents[1], engine, weights.name, int8=True) != variant(original, "int8"):
+                mend = f"imagemill models quantize {weights.name} --images FOLDER, or leave out IMAGEMILL_ONNX__INT8"
+                yield Finding("models", "warning", f"{weights.name} is not here in 8 bits, and runs in 32", mend)
 
 
 def check_gpu(_settings: Settings) -> Iterator[Finding]:
@@ -174,5 +195,6 @@ CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
     check_s3,
     check_disk,
     check_engines,
+    check_models,
     check_gpu,
 )

@@ -36,15 +36,16 @@ def read_file(url: str, roots: Iterable[Path], max_bytes: int) -> bytes:
     try:
         path = path_of(url)
         _check(path.resolve(), url, roots)  # first, so that nobody learns what exists elsewhere
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             _check(_opened_path(file.fileno(), path), url, roots)
             return _read(file, url, max_bytes)
     except (OSError, ValueError, RuntimeError) as error:
         raise _meaning(error, url) from error
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # else opening a named pipe would wait for its writer
+def open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait for a named pipe's writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _read(file: BinaryIO, url: str, max_bytes: int) -> bytes:

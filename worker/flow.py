@@ -2,6 +2,8 @@
 
     fetch -> decode -> prepare  (threads)  ->  batch -> run  (this thread)  ->  finish -> encode -> store -> record  (threads)
 
+An image that was asked for before, in any job, takes a shorter way: fetch -> reuse -> record.
+
 While batch k is on the device, batch k+1 is being fetched and prepared and batch k-1 encoded and
 stored. How far the front may run ahead is counted in decoded pixels, so memory stays flat whatever
 arrives. Every image ends in exactly one record; a bad one fails alone.
@@ -26,6 +28,7 @@ from shared.settings import Settings
 from shared.urls import shown
 from worker import codec
 from worker.batching import Batcher, run_batch
+from worker.cache import CACHED, Cache, Remembered
 from worker.fetch import Fetcher
 from worker.operations.base import Inputs, Operation, Picture, Work
 from worker.references import References
@@ -46,6 +49,7 @@ class Passage:
     outputs: list[Any] = field(default_factory=list)
     missing: int = 0
     error: ImageError | None = None
+    cache_key: str | None = None  # None: its result is not to be remembered
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -97,7 +101,7 @@ class Flow:
     """Takes the images of one job's chunk through the line. Made per chunk; what is costly is passed in.
 
     `stop` ends it early: images that have not reached the device stay unrecorded. `done` and `failed` say
-    how far it is.
+    how far it is; `reused` is how many of the done were copied from earlier results, which `cache` remembers.
     """
 
     def __init__(
@@ -112,14 +116,16 @@ class Flow:
         settings: Settings,
         node: str,
         stop: Event,
+        cache: Cache | None = None,
     ) -> None:
         self.job, self.spec, self.operation, self.node = job, spec, operation, node
         self.ledger, self.fetcher, self.store, self.settings = ledger, fetcher, store, settings
+        self.cache = cache
         self.references = References(fetcher, max_pixels=settings.worker.max_pixels, attempts=spec.policy.attempts)
         self.budget = PixelBudget(settings.worker.look_ahead)
         self.stop = stop
         self.earlier: dict[int, int] = {}  # index -> attempts that ended with the process
-        self.done = self.failed = 0
+        self.done = self.failed = self.reused = 0
         self._fatal: Exception | None = None
         self._counting = Lock()
 
@@ -182,13 +188,15 @@ class Flow:
     # --- the stages -------------------------------------------------------------------------
 
     def _front(self, passage: Passage, ready: SimpleQueue[Passage]) -> None:
-        """fetch -> decode -> prepare, in a thread; always puts the passage on."""
+        """fetch -> (reuse, or) decode -> prepare, in a thread; always puts the passage on."""
         if not self.stop.is_set():
             with self._failing(passage):
                 self.store.check()
                 data = self._fetch(passage)
-                picture = self._decode(passage, data)
-                self._prepare(passage, picture)
+                header = self._probe(passage, data)
+                if not self._reuse(passage, data):
+                    picture = self._decode(passage, data, header)
+                    self._prepare(passage, picture)
             if passage.error is not None and self._cut_short(passage.error):
                 passage.error = None  # as if never begun: another worker tries it as often as the policy says
         ready.put(passage)
@@ -207,6 +215,8 @@ class Flow:
                     batcher.add(passage, passage.work.samples)
             if passage.error is not None:
                 self._record_failure(passage, passage.error)
+            elif "output" in passage.facts:
+                self._record_done(passage)  # reused
             elif passage.work is None:
                 self._leave(passage)  # stopped before it was begun
 
@@ -237,7 +247,7 @@ class Flow:
         if passage.error is not None:
             self._record_failure(passage, passage.error)
         else:
-            self._record(passage, ItemResult(index=passage.item.index, state="done", **self._facts(passage)))
+            self._record_done(passage)
 
     def _fetch(self, passage: Passage) -> bytes:
         with passage.stage("fetch"):
@@ -246,9 +256,28 @@ class Flow:
         passage.facts["source_bytes"] = len(fetched.data)
         return fetched.data
 
-    def _decode(self, passage: Passage, data: bytes) -> Picture:
+    def _probe(self, passage: Passage, data: bytes) -> codec.Header:
         header = codec.probe(data, max_pixels=self.settings.worker.max_pixels)
         passage.facts.update(source_format=header.format, source_size=header.size)
+        return header
+
+    def _reuse(self, passage: Passage, data: bytes) -> bool:
+        """Copy the result that the same image had before; False where there is none, so that it must be computed."""
+        if self.cache is None:
+            return False
+        passage.cache_key = self.cache.key(data, passage.item, self.spec, self.operation)
+        known = self.cache.get(passage.cache_key) if self.spec.policy.reuse else None
+        if known is None:
+            return False
+        with passage.stage("store"):
+            copy = known.copied(self.store, self._output_key(passage, known.format))
+        if copy is None:
+            return False
+        self.cache.put(passage.cache_key, copy)  # of all copies the newest stays longest
+        passage.facts.update(output=copy.output, output_bytes=copy.bytes, output_size=copy.size, notes=(*copy.notes, CACHED))
+        return True
+
+    def _decode(self, passage: Passage, data: bytes, header: codec.Header) -> Picture:
         pixels = header.size[0] * header.size[1]
         with passage.stage("wait"):
             self.budget.acquire(pixels)
@@ -283,9 +312,15 @@ class Flow:
         return encoded
 
     def _store(self, passage: Passage, encoded: codec.Encoded) -> None:
-        key = render_key(self.spec.output.key, job=self.job, item=passage.item, extension=encoded.extension)
         with passage.stage("store"):
-            passage.facts["output"] = self.store.put(key, encoded.data, encoded.content_type)
+            output = self.store.put(self._output_key(passage, encoded.format), encoded.data, encoded.content_type)
+        passage.facts["output"] = output
+        if self.cache is not None and passage.work is not None:
+            size, notes = passage.facts["output_size"], tuple(passage.work.notes)
+            self.cache.put(passage.cache_key, Remembered.of(encoded, output=output, size=size, notes=notes))
+
+    def _output_key(self, passage: Passage, form: str) -> str:
+        return render_key(self.spec.output.key, job=self.job, item=passage.item, extension=codec.EXTENSIONS[form])
 
     # --- masks, errors and records ----------------------------------------------------------
 
@@ -321,6 +356,9 @@ class Flow:
             log.exception("image failed", extra={"action": "flow", "job": self.job, "item": passage.item.id})
             passage.error = InternalError(f"{type(error).__name__}: {sentence(error)}")
 
+    def _record_done(self, passage: Passage) -> None:
+        self._record(passage, ItemResult(index=passage.item.index, state="done", **self._facts(passage)))
+
     def _record_failure(self, passage: Passage, error: ImageError) -> None:
         passage.error = error
         passage.tries = max(passage.tries, error.tries)
@@ -338,8 +376,8 @@ class Flow:
         attempts = self.earlier.get(passage.item.index, 0) + (
             0 if isinstance(passage.error, WorkerLost) else max(1, passage.tries)
         )
-        notes = tuple(passage.work.notes) if passage.work else ()
-        return {**passage.facts, "attempts": attempts, "seconds": passage.seconds, "notes": notes, "node": self.node}
+        notes = {"notes": tuple(passage.work.notes)} if passage.work else {}
+        return {**passage.facts, **notes, "attempts": attempts, "seconds": passage.seconds, "node": self.node}
 
     def _record(self, passage: Passage, result: ItemResult) -> None:
         try:
@@ -352,6 +390,7 @@ class Flow:
             with self._counting:
                 self.done += first and result.state == "done"
                 self.failed += first and result.state == "failed"
+                self.reused += first and CACHED in result.notes
         finally:
             self._leave(passage)
 

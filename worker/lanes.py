@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
+from shared.options import ENGINES, nearest
+from shared.queues import worker_queues
 from shared.settings import Settings
-from worker.weights import WEIGHTS, path_of
+from worker.weights import WEIGHTS, Weights, path_of
 
 
 def lanes(settings: Settings) -> list[str]:
     """The lanes (see shared.queues) of the engines in `settings` that can work here."""
     found = []
     for engine in settings.worker.engines:
-        models = [weights for weights in WEIGHTS if weights.engine == engine]
+        models = models_of(engine)
         if not models:
             found.append(engine)
         found += [f"{engine}.{weights.name}" for weights in models if path_of(weights, settings.weights).is_file()]
     return found
 
 
+def models_of(engine: str) -> list[Weights]:
+    """The models that an engine's options can select; none for an engine that runs no models."""
+    return [weights for weights in WEIGHTS if weights.engine == engine and weights.commercial]
+
+
+def missing(settings: Settings) -> dict[str, list[str]]:
+    """Per engine in `settings` the models whose files are not here; engines that lack none are left out."""
+    names = {
+        engine: [weights.name for weights in models_of(engine) if not path_of(weights, settings.weights).is_file()]
+        for engine in settings.worker.engines
+    }
+    return {engine: absent for engine, absent in names.items() if absent}
+
+
 def without_models(settings: Settings) -> list[str]:
     """The engines in `settings` that run models and have none here: the node does not listen to their queues."""
-    offered = lanes(settings)
-    return [engine for engine in settings.worker.engines if not any(lane.partition(".")[0] == engine for lane in offered)]
+    return [engine for engine, absent in missing(settings).items() if len(absent) == len(models_of(engine))]
+
+
+def shortcomings(settings: Settings) -> list[tuple[str, str]]:
+    """The engines in `settings` that are not offered at all: for each of them why, and how to mend it."""
+    said = []
+    known = {engine for engines in ENGINES.values() for engine in engines}
+    for engine in settings.worker.engines:
+        if engine not in known:
+            said.append((f"there is no engine {engine!r}{nearest(engine, sorted(known))}", "set IMAGEMILL_WORKER__ENGINES"))
+        elif engine in without_models(settings):
+            folder, first = settings.weights.folder.expanduser() / engine, models_of(engine)[0].name
+            said.append((f"no model of the engine {engine} is in {folder}", f"imagemill models pull {first}"))
+        elif not any(engine in ENGINES[operation] for operation in settings.worker.operations):
+            wanted = ", ".join(settings.worker.operations)
+            said.append((f"the engine {engine} does none of the operations {wanted}", "set IMAGEMILL_WORKER__OPERATIONS"))
+    return said
+
+
+def nothing_to_do(settings: Settings) -> str | None:
+    """Why a node with these settings would listen to no queue; None where it listens to one."""
+    if worker_queues(settings.worker.operations, lanes(settings)):
+        return None
+    return "; ".join(["this node has nothing to listen to", *(f"{why}: {mend}" for why, mend in shortcomings(settings))])

@@ -12,14 +12,14 @@ from celery import Celery, signals
 from celery.utils.nodenames import host_format
 
 from shared.broker import Publisher, make_app, queues
-from shared.errors import sentence
+from shared.errors import ConfigurationError, sentence
 from shared.fleet import Fleet
 from shared.ledger import Ledger
 from shared.queues import node_queue, worker_queues
 from shared.settings import Settings
 from worker import logs
 from worker.device import Device, pin
-from worker.lanes import lanes
+from worker.lanes import lanes, missing, nothing_to_do, shortcomings
 from worker.node import Children, Housekeeping, Loaded, Parent
 from worker.tasks import not_loaded, register
 
@@ -49,6 +49,7 @@ class Worker:
 
     def _prepare_parent(self, sender: Any, **_: Any) -> None:
         """In the parent, before the pool forks: what children share, and the node's own queue."""
+        self._tell_of_models()
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU
         self.name = sender.hostname
@@ -66,6 +67,18 @@ class Worker:
             publisher=Publisher(self.app),
             settings=self.settings.worker,
         )
+
+    def _tell_of_models(self) -> None:
+        """Say which queues this node does not listen to, and leave if there is none that it does."""
+        idle = nothing_to_do(self.settings)
+        if idle:  # without a queue Celery would listen to one of its own
+            log.error("nothing to listen to; the node exits", extra={"action": "start", "reason": idle})
+            raise SystemExit(ConfigurationError.exit_code)
+        for reason, mend in shortcomings(self.settings):
+            log.warning("engine not offered", extra={"action": "start", "reason": reason, "mend": mend})
+        for engine, models in missing(self.settings).items():
+            told = dict(action="start", engine=engine, models=models, mend="imagemill models pull NAME")
+            log.info("not listening for models that are missing", extra=told)
 
     def _load_child(self, **_: Any) -> None:
         """In a child, before its first task. Celery swallows what is raised here, so the process exits instead."""
@@ -90,7 +103,10 @@ class Worker:
         self.app.imagemill_parent.leave()
 
     def run(self, *, name: str, concurrency: int) -> int:
-        """Run the node until it is told to stop; its exit status."""
+        """Run the node until it is told to stop; its exit status. Raises ConfigurationError where it has nothing to do."""
+        idle = nothing_to_do(self.settings)
+        if idle:
+            raise ConfigurationError(idle)
         node = self.app.Worker(
             pool_cls="prefork",
             concurrency=concurrency,

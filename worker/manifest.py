@@ -14,7 +14,10 @@ from shared.ledger import Ledger
 from shared.messages import Job, Row
 from worker.store import Store
 
-PACKAGES = ("imagemill", "numpy", "opencv-python-headless", "pillow", "simplejpeg", "onnxruntime", "torch", "diffusers")
+PACKAGES = (
+    *("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg"),
+    *("onnxruntime", "torch", "diffusers"),
+)
 
 
 def write_manifest(job: str, spec: Job, ledger: Ledger, store: Store) -> str:

@@ -12,21 +12,24 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, BinaryIO, Protocol
 from urllib.parse import urlsplit
 
-from shared.errors import StorageRefused, StorageUnavailable, sentence
+from shared.errors import NotFound, StorageRefused, StorageUnavailable, sentence
 from shared.messages import KEY_FIELD, Item
-from shared.s3 import IMAGE_EXTENSIONS, S3Client, ensure_bucket, split, storing
+from shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_bucket, split, storing
 from shared.settings import FileSettings, S3Settings
 from shared.urls import check_output_url, safe_name
-from worker.files import is_below, path_of
+from worker.files import is_below, open_at_once, path_of
 
 # What an operator can mend by changing folder or rights; everything else may pass, such as a full disk.
 REFUSALS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
 }
+
+BLOCK = 1 << 20
+CHANGED = {"PreconditionFailed", "412"}
 
 
 class Store(Protocol):
@@ -43,6 +46,13 @@ class Store(Protocol):
 
     def put_file(self, key: str, path: Path, content_type: str) -> str:
         """The same for the contents of a file, which need not fit into memory (at most 5 GB on S3)."""
+
+    def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
+        """Write what lies at `source`, an address that `put` returned, in this job or another, below this output's address.
+
+        Raises NotFound unless bytes of that MD5 (in hex) lie there, in a place that this store reaches; else as `put`.
+        After an error the key may hold what it held before, nothing or other bytes, until `put` replaces them.
+        """
 
 
 def open_store(url: str, *, s3: Callable[[], S3Client], files: FileSettings, s3_settings: S3Settings) -> Store:
@@ -119,9 +129,42 @@ class S3Store:
             file.seek(0)
             return self._put(key, file, digest, content_type)
 
-    def _put(self, key: str, body: bytes | IO[bytes], digest: bytes, content_type: str) -> str:
+    def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
+        """See Store. The server copies, within one bucket or from another that the worker's keys may read.
+
+        Where it encrypts with KMS, an ETag is no MD5, and nothing is ever found to be the same.
+        """
+        from botocore.exceptions import ClientError
+
+        if urlsplit(source).scheme != "s3":
+            raise NotFound(f"{source} is not in S3")
+        bucket, source_key = split(source)
+        full_key, url = self._place(key)
+        with storing(url):
+            try:
+                copied = self._client.copy_object(
+                    Bucket=self._bucket,
+                    Key=full_key,
+                    CopySource={"Bucket": bucket, "Key": source_key},
+                    CopySourceIfMatch=f'"{md5}"',
+                    MetadataDirective="REPLACE",  # also what lets a result be copied onto itself
+                    ContentType=content_type,
+                )
+            except ClientError as error:
+                if error.response["Error"]["Code"] in MISSING | CHANGED:
+                    raise NotFound(f"{source} is gone or has changed") from error
+                raise
+        if copied["CopyObjectResult"]["ETag"].strip('"') != md5:  # it changed between the server's check and its copy
+            raise NotFound(f"{source} has changed")
+        return url
+
+    def _place(self, key: str) -> tuple[str, str]:
+        """The whole key, and its address."""
         full_key = f"{self._prefix}/{key}" if self._prefix else key
-        url = f"s3://{self._bucket}/{full_key}"
+        return full_key, f"s3://{self._bucket}/{full_key}"
+
+    def _put(self, key: str, body: bytes | IO[bytes], digest: bytes, content_type: str) -> str:
+        full_key, url = self._place(key)
         md5 = base64.b64encode(digest).decode()
 
         with storing(url):
@@ -150,9 +193,26 @@ class FolderStore:
 
         def copy(file: IO[bytes]) -> None:
             with path.open("rb") as source:
-                shutil.copyfileobj(source, file, 1 << 20)
+                shutil.copyfileobj(source, file, BLOCK)
 
         return self._write(key, copy)
+
+    def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:  # noqa: ARG002
+        """See Store. Both files lie below the write roots."""
+        with self._open(source) as file:
+            return self._write(key, lambda target: _copy_checked(file, target, md5, source))
+
+    def _open(self, source: str) -> BinaryIO:
+        """A result of an earlier job. Raises NotFound."""
+        try:
+            if urlsplit(source).scheme != "file":
+                raise NotFound(f"{source} is not in a folder")
+            path = path_of(source).resolve(strict=True)
+            if not is_below(path, self._roots):
+                raise NotFound(f"{source} is not below a folder that IMAGEMILL_FILES__WRITE_ROOTS allows")
+            return open(path, "rb", opener=open_at_once)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise NotFound(f"{source} can't be read: {sentence(error)}") from error
 
     def _write(self, key: str, fill: Callable[[IO[bytes]], object]) -> str:
         target = self._folder / key
@@ -189,6 +249,15 @@ def _replace(target: Path, fill: Callable[[IO[bytes]], object]) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _copy_checked(source: BinaryIO, target: IO[bytes], md5: str, name: str) -> None:
+    digest = hashlib.md5(usedforsecurity=False)
+    while block := source.read(BLOCK):
+        digest.update(block)
+        target.write(block)
+    if digest.hexdigest() != md5:
+        raise NotFound(f"{name} has changed")
 
 
 @contextmanager

@@ -59,6 +59,11 @@ class Sample:
     options: Any
 
 
+LASTING_NOTES = frozenset({"empty_cutout", "empty_mask", "enlarged", "matting_too_large", "no_shadow_found"})
+"""Notes that the same image gets each time. A result with any other may be owed to haste, such as a deadline that was
+missed, and is not remembered (worker.cache)."""
+
+
 @dataclass
 class Work:
     """One image between `prepare` and `finish`: 1..n samples, and what `finish` needs to know."""
@@ -96,6 +101,13 @@ class Operation(Protocol):
 
     def work_edge(self, options: Options) -> int | None:
         """Longest edge in pixels that `prepare` makes use of; None when it wants the full size."""
+
+    def fingerprint(self, options: Options) -> str:
+        """What decides the result besides the source and the options: versions of the engine's libraries, the weights'
+        digest, and a revision of its own code, to be raised when the same image gives other pixels than before.
+
+        Asked for every image, in threads. Raises OSError or an ImagemillError if it can't be told.
+        """
 
     def prepare(self, picture: Picture, inputs: Inputs) -> Work:
         """CPU: sizes, masks, tiles. Raises an ImageError."""

@@ -17,6 +17,11 @@ def set_up(device: Device) -> None:
     cv2.ocl.setUseOpenCL(False)
 
 
+def fingerprint(revision: int) -> str:
+    """What decides an OpenCV engine's results besides image and options; `revision` is of its own code."""
+    return f"opencv {cv2.__version__}, revision {revision}"
+
+
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
     """Turn what OpenCV and numpy raise into our errors; also a decorator. `doing` completes `failed at ...`.

@@ -122,6 +122,13 @@ def test_submit_is_silent_about_workers_when_there_is_one(imagemill: Invoke, url
         fleet.close()
 
 
+@pytest.mark.parametrize(("flags", "reuse"), [([], True), (["--fresh"], False)], ids=["remembered", "fresh"])
+def test_submit_fresh_asks_for_no_remembered_results(imagemill: Invoke, ledger: Ledger, flags: list[str], reuse: bool) -> None:
+    job = imagemill(*STYLIZE, *flags, stdin=GOOD).stdout.strip()
+    policy = ledger.spec(job).policy
+    assert (policy.reuse, policy.attempts) == (reuse, 3)
+
+
 def test_submit_json(imagemill: Invoke) -> None:
     result = imagemill(*STYLIZE, "--json", "--skip-invalid", stdin=GOOD + "ftp://example.com/c.jpg\n")
     told = json.loads(result.stdout)

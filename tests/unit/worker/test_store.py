@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import threading
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from shared.errors import StorageRefused, StorageUnavailable
+from shared.errors import NotFound, StorageRefused, StorageUnavailable
 from shared.messages import Item, check_key
 from shared.settings import FileSettings, S3Settings
 from worker.store import FolderStore, open_store, render_key
@@ -261,6 +262,68 @@ def test_what_an_operator_must_mend_is_not_tried_again(store: FolderStore, root:
     with pytest.raises(StorageRefused, match="can't be written"):
         store.put(key, b"image", "image/png")
     assert files(root) == {"a.png": b"image"}
+
+
+# --- copies within the roots ------------------------------------------------------------------
+
+
+def md5(data: bytes) -> str:
+    return hashlib.md5(data).hexdigest()  # noqa: S324
+
+
+def test_a_result_is_copied_from_any_folder_below_the_roots(root: Path) -> None:
+    data = os.urandom(3 << 20)
+    source = open_folder((root / "one").as_uri(), root).put("x/ü ?#.png", data, "image/png")
+    other = open_folder((root / "two").as_uri(), root)
+    assert other.copy(source, "y/b.png", "image/png", md5=md5(data)) == (root / "two" / "y" / "b.png").as_uri()
+    assert files(root) == {"one/x/ü ?#.png": data, "two/y/b.png": data}
+    (root / "one" / "x" / "ü ?#.png").write_bytes(b"changed in place")
+    assert (root / "two" / "y" / "b.png").read_bytes() == data  # no link
+
+
+def test_a_result_can_be_copied_onto_itself(store: FolderStore, root: Path) -> None:
+    source = store.put("a.png", b"image", "image/png")
+    assert store.copy(source, "a.png", "image/png", md5=md5(b"image")) == source
+    assert files(root) == {"a.png": b"image"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{root}/none.png",
+        "{root}/none/a.png",
+        "{root}/changed.png",
+        "{root}",
+        "{root}/pipe",
+        "{root}/circle",
+        "{root}/%00",
+        "{root}/link",
+        "{root}/../theirs.png",
+        "{root}/%2e%2e/theirs.png",
+        "s3://results/a.png",
+        "https://a.example/a.png",
+        "",
+    ],
+)
+def test_what_is_gone_changed_or_elsewhere_is_not_copied(store: FolderStore, root: Path, source: str) -> None:
+    (root.parent / "theirs.png").write_bytes(b"image")
+    (root / "link").symlink_to(root.parent / "theirs.png")
+    (root / "circle").symlink_to("circle")
+    (root / "changed.png").write_bytes(b"imagE")
+    os.mkfifo(root / "pipe")
+    store.put("b.png", b"before", "image/png")
+    before = sorted(root.iterdir())
+    with pytest.raises(NotFound):
+        store.copy(source.format(root=root.as_uri()), "b.png", "image/png", md5=md5(b"image"))
+    assert sorted(root.iterdir()) == before  # no part of it either
+    assert (root / "b.png").read_bytes() == b"before"
+
+
+def test_no_copy_leaves_the_roots(store: FolderStore, root: Path, outside: Path) -> None:
+    (root / "link").symlink_to(outside)
+    source = store.put("a.png", b"image", "image/png")
+    with pytest.raises(StorageRefused, match="WRITE_ROOTS"):
+        store.copy(source, "link/a.png", "image/png", md5=md5(b"image"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

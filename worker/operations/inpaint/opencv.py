@@ -13,11 +13,13 @@ import numpy as np
 from shared.options import OpencvInpaint, Options
 from worker.device import Device
 from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
-from worker.operations.cv import set_up, translated
+from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.inpaint.mask import Region, build_mask, feather_weights, regions
 from worker.scale import resize
 
 EMPTY = "empty_mask"
+REVISION = 1
+"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 NOWHERE = Region(slice(0, 1), slice(0, 1))  # every work has a sample, this one has nothing to fill
 STRIP = 256  # rows mixed at a time; floats take four times the bytes of the picture
 EFFORT = 1e9
@@ -57,6 +59,9 @@ class Inpaint:
 
     def work_edge(self, options: Options) -> int | None:  # noqa: ARG002  # what lies outside the mask is kept as it is
         return None
+
+    def fingerprint(self, options: Options) -> str:  # noqa: ARG002  # the same for all
+        return fingerprint(REVISION)
 
     @translated("finding what to fill")
     def prepare(self, picture: Picture, inputs: Inputs) -> Work:

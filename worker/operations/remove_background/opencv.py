@@ -12,13 +12,15 @@ import numpy as np
 from shared.options import OpencvRemoveBackground, Options
 from worker.device import Device
 from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
-from worker.operations.cv import set_up, translated
+from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.remove_background.matte import cut_out, soft_alpha
 from worker.operations.remove_background.seeds import Map, content_box, saliency
 from worker.scale import fit, resize
 
 SMALLEST = 8  # pixels; below this nothing can be told from the border
 EMPTY = "empty_cutout"
+REVISION = 1
+"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class GrabCut:
 
     def work_edge(self, options: Options) -> int | None:
         return options.long_edge if isinstance(options, OpencvRemoveBackground) else None
+
+    def fingerprint(self, options: Options) -> str:  # noqa: ARG002  # the same for all
+        return fingerprint(REVISION)
 
     @translated("scaling the image")
     def prepare(self, picture: Picture, inputs: Inputs) -> Work:

@@ -19,9 +19,11 @@ from shared.options import OpencvStylize, Options
 from shared.urls import shown
 from worker.device import Device
 from worker.operations.base import Inputs, Picture, Pixels, Sample, Spec, Work
-from worker.operations.cv import set_up, translated
+from worker.operations.cv import fingerprint, set_up, translated
 from worker.scale import fit, resize
 
+REVISION = 1
+"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 REMEMBERED = 16  # references; a few jobs run at a time in one process
 STEEPEST = 8.0  # a nearly flat image's noise is not stretched further than this
 STRIP = 256  # rows; Lab in floats takes 16 times the bytes of the picture
@@ -69,6 +71,9 @@ class Stylize:
 
     def work_edge(self, options: Options) -> int | None:
         return options.long_edge if isinstance(options, OpencvStylize) else None
+
+    def fingerprint(self, options: Options) -> str:  # noqa: ARG002  # the same for all
+        return fingerprint(REVISION)
 
     @translated("scaling the image")
     def prepare(self, picture: Picture, inputs: Inputs) -> Work:

@@ -18,6 +18,8 @@ from worker.operations.base import Grey, Inputs, Operation, Picture, Pixels, Sam
 from worker.scale import fit
 
 REFERENCE = "https://images.example/reference.png"
+OPAQUE = ("background", "background_image", "mask_only")
+"""Options with which nothing is transparent in what else would have alpha."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ def check_picture(operation: Operation, options: Options, name: str, pixels: Pix
     assert made.ndim == 3, name
     assert made.shape[2] in (3, 4), name
     assert made.flags.c_contiguous, name
-    assert (made.shape[1], made.shape[0]) == fit((pixels.shape[1], pixels.shape[0]), getattr(options, "long_edge", None)), name
-    if operation.spec.makes_alpha and getattr(options, "background", None) is None:
+    assert (made.shape[1], made.shape[0]) == fit((pixels.shape[1], pixels.shape[0]), edge), name
+    if operation.spec.makes_alpha and not any(getattr(options, one, None) for one in OPAQUE):
         assert made.shape[2] == 4, name
     elif not operation.spec.makes_alpha:
         assert made.shape[2] == pixels.shape[2], f"{name}: alpha is kept"

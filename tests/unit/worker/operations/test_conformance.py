@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from shared.options import parse_options
+from tests.models import weights_folder
 from tests.unit.worker.operations import conformance
 from worker.device import Device
 from worker.operations import registry
@@ -15,6 +16,15 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("remove-background", "opencv"): [
         {"long_edge": 32, "feather": 0},
         {"long_edge": "none", "background": "#ff8000", "work_edge": 64},
+    ],
+    ("remove-background", "rembg"): [
+        {"long_edge": 32, "clean_rim": False},
+        {"long_edge": "original", "background": "#ff8000"},
+        {"background_image": conformance.REFERENCE},
+        {"alpha_matting": True, "shadow": True},
+        {"mask_only": True},
+        {"exact": True},
+        {"exact": True, "background": "#ff8000"},
     ],
     ("inpaint", "opencv"): [
         {"method": "navier-stokes", "mask_dilate": 2, "mask_feather": 3},
@@ -34,8 +44,11 @@ CASES = [(*pair, given) for pair in registry.ENGINES for given in ({}, *MORE.get
 
 
 @pytest.mark.parametrize(("operation", "engine", "given"), CASES, ids=lambda value: str(value))
-def test_operation_keeps_the_contract(operation: str, engine: str, given: dict[str, Any]) -> None:
+def test_operation_keeps_the_contract(
+    operation: str, engine: str, given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    weights = weights_folder(tmp_path_factory.getbasetemp() / "weights", *(["u2net"] if engine == "rembg" else []))
     made = registry.create(operation, engine)
-    made.load(Device(threads=1))
+    made.load(Device(threads=1, weights=weights))
     assert (made.spec.name, made.spec.engine) == (operation, engine)
     conformance.check(made, parse_options(operation, engine, given))

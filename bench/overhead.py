@@ -1,0 +1,156 @@
+"""CPU time that an image costs around its model, and a put to S3: ours beside the same as tutorials have it.
+
+    python -m bench.overhead [ROUNDS]
+
+The model is a null model: it takes and gives what U^2-Net does, and gives every image the same soft ellipse in about
+no time. Both workers are really there, with Celery and Redis; counted are the CPU seconds of all of their processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from bench.servers import Servers, photos
+
+OURS, TUTORIAL, PUTS = 48, 6, 60
+"""Images, images and uploads per round."""
+OBJECT = 150_000
+"""Bytes of an upload."""
+
+Figure = dict[str, Any]
+
+
+def run(rounds: int = 5) -> list[Figure]:
+    """Measure `rounds` times; per figure its name, the median, goal, unit, whether the goal holds, and how many rounds."""
+    with tempfile.TemporaryDirectory() as folder, Servers(photos(), put_delay=0.0) as servers:
+        return [*_images(Path(folder), servers, rounds), *_puts(servers, rounds)]
+
+
+def _figure(name: str, values: list[float], goal: float | None, unit: str) -> Figure:
+    value = median(values)
+    return {
+        "name": name,
+        "value": float(f"{value:.4g}"),
+        "goal": goal,
+        "unit": unit,
+        "holds": None if goal is None else value >= goal,
+        "rounds": len(values),
+    }
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _images(folder: Path, servers: Servers, rounds: int) -> list[Figure]:
+    from bench.nodes import OurNode, TutorialNode, environment
+    from producer.embedded_redis import EmbeddedRedis
+
+    model = null_model(folder / "weights" / "rembg" / "u2net.onnx")
+    found: dict[str, list[float]] = {"ours": [], "tutorial": [], "scaled": []}
+    with EmbeddedRedis(folder / "redis") as redis:
+        settings = environment(redis.url, servers, folder / "weights")
+        url = redis.url.removesuffix("/0") + "/1"
+        with OurNode(settings, folder) as ours, TutorialNode(url, servers, model, folder) as tutorial:
+            sides: dict[str, tuple[Any, int, Callable[[list[str]], float]]] = {
+                "ours": (ours, OURS, ours.seconds),
+                "tutorial": (tutorial, TUTORIAL, tutorial.seconds),
+                "scaled": (tutorial, TUTORIAL, lambda addresses: tutorial.seconds(addresses, scaled_decode=True)),
+            }
+            for number in range(rounds + 1):
+                for side, (node, images, work) in sides.items():
+                    before = node.cpu()
+                    work(servers.fresh(images if number else 4, delay=0.0))
+                    if number:  # before, sessions and caches are made
+                        found[side].append(1000 * (node.cpu() - before) / images)
+    name = "CPU per image with a null model"
+    times = {
+        side: [theirs / mine for theirs, mine in zip(found[side], found["ours"], strict=True)]
+        for side in ("tutorial", "scaled")
+    }
+    return [
+        _figure(f"{name}: a tutorial's worker takes so many times ours", times["tutorial"], 7.0, "x"),
+        _figure(f"{name}: a tutorial's that decodes at a smaller size", times["scaled"], None, "x"),
+        _figure(f"{name}: ours", found["ours"], None, "ms"),
+    ]
+
+
+def null_model(path: Path) -> Path:
+    """U^2-Net's input and outputs, [batch, 3, 320, 320] and [batch, 1, 320, 320], with nothing but an ellipse in between."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    down, across = np.mgrid[-1:1:320j, -1:1:320j]
+    ellipse = np.clip((1 - np.hypot(across / 0.7, down / 0.9)) * 40, 0, 1).astype(np.float32)[None, None]
+    constants = {"ellipse": ellipse, "none": np.zeros(1, np.float32), "first": np.array([0]), "axes": np.array([1])}
+    constants["next"] = np.array([1])
+    nodes = [
+        helper.make_node("Slice", ["input.1", "first", "next", "axes"], ["red"]),  # so that the batch is in the shape
+        helper.make_node("Mul", ["red", "none"], ["zero"]),
+        helper.make_node("Add", ["zero", "ellipse"], ["1959"]),
+        *(helper.make_node("Identity", ["1959"], [str(name)]) for name in range(1960, 1966)),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "null",
+        [helper.make_tensor_value_info("input.1", TensorProto.FLOAT, ["batch", 3, 320, 320])],
+        [helper.make_tensor_value_info(str(name), TensorProto.FLOAT, ["batch", 1, 320, 320]) for name in range(1959, 1966)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    path.parent.mkdir(parents=True)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+# --- uploads ----------------------------------------------------------------------------------------------------------
+
+
+def _puts(servers: Servers, rounds: int) -> list[Figure]:
+    """One thread; its process's CPU time."""
+    import boto3
+
+    from bench.nodes import KEYS
+    from shared.s3 import make_client
+    from shared.settings import S3Settings
+    from worker.store import S3Store
+
+    os.environ.update(KEYS)
+    settings, body = S3Settings(endpoint_url=servers.s3), np.random.default_rng(0).bytes(OBJECT)
+    store = S3Store("s3://results/cut", make_client(settings), settings)
+
+    def ours() -> None:
+        store.put("image.png", body, "image/png")
+
+    def new_client() -> None:
+        client = boto3.client("s3", endpoint_url=servers.s3, region_name="us-east-1")
+        client.put_object(Bucket="results", Key="image.png", Body=body, ContentType="image/png")
+
+    sides: list[tuple[Callable[[], None], int]] = [(ours, PUTS), (new_client, PUTS // 6)]
+    found: list[list[float]] = [[], []]
+    for number in range(rounds + 1):
+        for (put, times), spent in zip(sides, found, strict=True):
+            start = time.process_time()
+            for _ in range(times):
+                put()
+            if number:
+                spent.append(1000 * (time.process_time() - start) / times)
+    ratios = [theirs / mine for mine, theirs in zip(*found, strict=True)]
+    name = "S3 put of 150 kB, CPU"
+    return [
+        _figure(f"{name}: a new client per call takes so many times ours", ratios, 8.0, "x"),
+        _figure(f"{name}: ours", found[0], None, "ms"),
+    ]
+
+
+if __name__ == "__main__":
+    for figure in run(*(int(argument) for argument in sys.argv[1:2])):
+        print(json.dumps(figure))

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.errors import ConfigurationError
+from shared.settings import Settings
+from worker.doctor import check_models
+from worker.lanes import lanes, missing, nothing_to_do, shortcomings, without_models
+from worker.main import Worker
+from worker.weights import put_on_record, variant
+
+
+def settings(folder: Path, *engines: str, here: tuple[str, ...] = (), int8: bool = False, **worker: Any) -> Settings:
+    """Settings of a node with these engines; the models in `here` have (empty) files."""
+    for name in here:
+        (folder / "rembg").mkdir(exist_ok=True)
+        (folder / "rembg" / f"{name}.onnx").touch()
+    groups: dict[str, Any] = dict(weights={"folder": folder}, worker={"engines": engines, **worker}, onnx={"int8": int8})
+    return Settings(_env_file=None, **groups)  # type: ignore[call-arg]
+
+
+def test_an_engine_without_models_is_one_lane_and_others_have_one_per_model_that_is_here(tmp_path: Path) -> None:
+    known = settings(tmp_path, "opencv", "rembg", here=("u2netp", "silueta"))
+    assert lanes(known) == ["opencv", "rembg.u2netp", "rembg.silueta"]
+    assert "u2net" in missing(known)["rembg"]
+    assert not {"u2netp", "silueta", "bria-rmbg"} & set(missing(known)["rembg"])
+    assert without_models(known) == []
+
+
+def test_a_model_that_no_option_can_select_is_no_lane(tmp_path: Path) -> None:
+    assert lanes(settings(tmp_path, "rembg", here=("bria-rmbg",))) == []
+
+
+def test_an_engine_that_has_no_model_here_is_told_with_the_command_that_helps(tmp_path: Path) -> None:
+    known = settings(tmp_path, "opencv", "rembg")
+    assert without_models(known) == ["rembg"]
+    ((why, mend),) = shortcomings(known)
+    assert str(tmp_path) in why
+    assert mend == "imagemill models pull u2net"
+    assert nothing_to_do(known) is None  # opencv is there
+
+
+@pytest.mark.parametrize(
+    ("engines", "worker", "told"),
+    [
+        (["rembg"], {}, "imagemill models pull u2net"),
+        (["rmbg"], {}, "did you mean 'rembg'"),
+        (["rembg"], {"operations": ["inpaint"]}, "no model of the engine rembg"),
+        ([], {}, "nothing to listen to"),
+    ],
+)
+def test_a_node_with_nothing_to_listen_to_does_not_start(
+    tmp_path: Path, engines: list[str], worker: dict[str, Any], told: str
+) -> None:
+    node = Worker(settings(tmp_path, *engines, **worker))
+    with pytest.raises(ConfigurationError, match=told):
+        node.run(name="cpu", concurrency=1)
+    with pytest.raises(SystemExit) as exit_:  # started by Celery's own command
+        node._prepare_parent(sender=None)
+    assert exit_.value.code == 2
+
+
+def test_an_engine_that_does_none_of_the_operations_is_told(tmp_path: Path) -> None:
+    known = settings(tmp_path, "rembg", here=("u2net",), operations=["inpaint"])
+    assert "does none of the operations inpaint" in str(nothing_to_do(known))
+
+
+def test_a_node_says_at_its_start_what_it_does_not_listen_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "worker.main")
+    Worker(settings(tmp_path, "opencv", "rembg"))._tell_of_models()
+    Worker(settings(tmp_path, "rembg", here=("u2net",)))._tell_of_models()
+    no_model, none_here, some_here = caplog.records
+    assert (no_model.levelname, vars(no_model)["mend"]) == ("WARNING", "imagemill models pull u2net")
+    assert "u2net" in vars(none_here)["models"]
+    assert "u2net" not in vars(some_here)["models"]
+    assert "silueta" in vars(some_here)["models"]
+
+
+def test_the_doctor_speaks_of_models_only_where_an_engine_needs_them(tmp_path: Path) -> None:
+    assert list(check_models(settings(tmp_path, "opencv"))) == []
+    (finding,) = check_models(settings(tmp_path, "opencv", "rembg"))
+    assert (finding.state, finding.mend) == ("failed", "imagemill models pull u2net")
+    here, absent = check_models(settings(tmp_path, "rembg", here=("u2net",)))
+    assert (here.state, here.found) == ("ok", "rembg: u2net")
+    assert "silueta" in absent.found
+    assert absent.mend == "imagemill models pull NAME"
+
+
+def test_the_doctor_warns_where_8_bits_are_asked_for_and_not_here(tmp_path: Path) -> None:
+    known = settings(tmp_path, "rembg", here=("u2net",), int8=True)
+    assert [finding.found for finding in check_models(known) if finding.state == "warning"] == [
+        "u2net is not here in 8 bits, and runs in 32"
+    ]
+    original = tmp_path / "rembg" / "u2net.onnx"
+    variant(original, "int8").touch()
+    put_on_record(original, "int8", accepted=True, told={})
+    assert [finding for finding in check_models(known) if finding.state == "warning"] == []

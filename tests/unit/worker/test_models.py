@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from producer.commands import SHORT_HELP, Commands
+from tests.models import birefnet_like_onnx, u2net_onnx
+from tests.services import ImageServer, redirect
+from tests.workers import ROOT
+from worker import models as module
+from worker.weights import WEIGHTS, Weights, variant
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def published(tmp_path: Path, images: ImageServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Weights]:
+    """Three models of rembg's release on a server with its layout, the mirror of an empty folder; by name."""
+    made = {
+        "u2net": u2net_onnx(tmp_path / "published" / "u2net.onnx", size=32),
+        "birefnet-general": birefnet_like_onnx(tmp_path / "published" / "birefnet.onnx", size=64),
+        "bria-rmbg": u2net_onnx(tmp_path / "published" / "bria.onnx", size=32, seed=1),
+    }
+    rows = []
+    for row in (row for row in WEIGHTS if row.name in made):
+        data = made[row.name].read_bytes()
+        path = row.url.removeprefix("https://github.com")
+        images.routes |= {path: redirect(f"/assets/{row.name}"), f"/assets/{row.name}": data}
+        kind = row.checksum.partition(":")[0]
+        checksum = f"{kind}:{hashlib.new(kind, data, usedforsecurity=False).hexdigest()}"
+        rows.append(Weights(**{**vars(row), "checksum": checksum, "about_bytes": len(data)}))
+    monkeypatch.setattr(module, "WEIGHTS", tuple(rows))
+    monkeypatch.setenv("IMAGEMILL_WEIGHTS__FOLDER", str(tmp_path / "weights"))
+    monkeypatch.setenv("IMAGEMILL_WEIGHTS__MIRROR", images.url(""))
+    return {row.name: row for row in rows}
+
+
+@pytest.fixture
+def run() -> Run:
+    """`imagemill models ...`, with the exit codes that `imagemill` gives."""
+    group = Commands("imagemill")
+    group.add_command(module.models)
+    return lambda *words: CliRunner().invoke(group, ["models", *words])
+
+
+def listed(run: Run) -> dict[str, dict[str, object]]:
+    return {row["name"]: row for row in map(json.loads, run("list", "--json").stdout.splitlines())}
+
+
+def test_the_command_is_installed_and_has_its_line_of_help() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["imagemill.commands"]
+    assert isinstance(EntryPoint("models", scripts["models"], "imagemill.commands").load(), click.Group)
+    assert set(SHORT_HELP) == set(scripts)
+
+
+def test_what_is_pulled_is_listed_and_verified(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    assert {row["state"] for row in listed(run).values()} == {"missing"}
+    assert "no model is in" in run("verify").stdout
+    done = run("pull", "u2net")
+    assert done.exit_code == 0, done.output
+    assert f"u2net: pulled, its checksum is right: {tmp_path}/weights/rembg/u2net.onnx" in done.stdout
+    rows = listed(run)
+    assert (rows["u2net"]["state"], rows["u2net"]["bytes"]) == ("there", published["u2net"].about_bytes)
+    assert rows["bria-rmbg"]["state"] == "missing"
+    assert "u2net: right (md5:" in run("verify").stdout
+    assert "is there already" in run("pull", "u2net").stdout
+
+
+def test_the_table_shows_every_model_with_state_and_licence(run: Run, published: dict[str, Weights]) -> None:
+    run("pull", "u2net")
+    shown = run("list").stdout
+    for name, words in {"u2net": ["there", "Apache-2.0"], "bria-rmbg": ["missing", "non-commercial"]}.items():
+        (line,) = [line for line in shown.splitlines() if line.split()[:1] == [name]]
+        assert all(word in line for word in words), line
+
+
+def test_an_engine_s_models_come_without_those_that_may_not_be_used_commercially(
+    run: Run, published: dict[str, Weights]
+) -> None:
+    assert run("pull", "--engine", "rembg", "--accept-licence").exit_code == 0
+    assert {name for name, row in listed(run).items() if row["state"] == "there"} == {"u2net", "birefnet-general"}
+
+
+def test_a_non_commercial_model_is_pulled_by_name_with_its_licence_accepted(run: Run, published: dict[str, Weights]) -> None:
+    refused = run("pull", "bria-rmbg")
+    assert (refused.exit_code, "--accept-licence" in refused.stderr) == (2, True)
+    assert listed(run)["bria-rmbg"]["state"] == "missing"
+    assert run("pull", "bria-rmbg", "--accept-licence").exit_code == 0
+    assert listed(run)["bria-rmbg"]["state"] == "there"
+
+
+def test_a_fixed_batch_axis_is_set_free_and_said_once(run: Run, published: dict[str, Weights]) -> None:
+    first = run("pull", "birefnet-general", "u2net")
+    assert first.stdout.count("batch axis was fixed at 1; made a file with a free one") == 1
+    assert listed(run)["birefnet-general"]["also"] == ["dynamic"]
+    assert listed(run)["u2net"]["also"] == []
+    assert "batch axis" not in run("pull", "birefnet-general").stdout
+    assert "birefnet-general.dynamic.onnx: right" in run("verify").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["u2nett"], "there is no model 'u2nett'; did you mean 'u2net'?"),
+        ([], "say which"),
+        (["--engine", "opencv"], "'opencv' is not"),
+    ],
+)
+def test_a_pull_of_nothing_that_exists_is_wrong_usage(
+    run: Run, published: dict[str, Weights], words: list[str], told: str
+) -> None:
+    done = run("pull", *words)
+    assert (done.exit_code, told in done.stderr) == (2, True), done.output
+
+
+def test_a_file_that_is_not_the_published_one_is_refused(run: Run, published: dict[str, Weights], images: ImageServer) -> None:
+    images.routes["/assets/u2net"] = b"something else"
+    done = run("pull", "u2net")
+    assert done.exit_code == 2
+    assert "is not the file that was asked for and was removed" in done.stderr
+    assert listed(run)["u2net"]["state"] == "missing"
+
+
+def test_verify_names_what_is_wrong_and_how_to_mend_it(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    run("pull", "u2net", "birefnet-general")
+    original = tmp_path / "weights" / "rembg" / "u2net.onnx"
+    original.write_bytes(original.read_bytes()[:-1])
+    assert listed(run)["u2net"]["state"] == "unchecked"
+    done = run("verify")
+    assert done.exit_code == 1
+    assert f"{original} is not the published file" in done.stderr
+    assert done.stderr.rstrip().endswith("imagemill models pull u2net")
+    assert "birefnet-general: right" in done.stdout
+    assert listed(run)["u2net"]["state"] == "damaged"
+    assert run("pull", "u2net").exit_code == 0
+    assert run("verify").exit_code == 0
+
+
+def test_verify_looks_at_what_was_made_of_a_model_too(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    run("pull", "birefnet-general")
+    original = tmp_path / "weights" / "rembg" / "birefnet-general.onnx"
+    made = variant(original, "dynamic")
+    right = made.read_bytes()
+    made.write_bytes(right[:-1])
+    done = run("verify", "birefnet-general")
+    assert (done.exit_code, "has changed since it was made" in done.stderr) == (1, True)
+    made.write_bytes(right)
+    assert run("verify").exit_code == 0
+    original.write_bytes(b"other")
+    assert "was made of another birefnet-general.onnx" in run("verify").stderr
+
+
+def test_verify_of_a_named_model_that_is_missing_fails(run: Run, published: dict[str, Weights]) -> None:
+    done = run("verify", "u2net")
+    assert (done.exit_code, "u2net is missing: imagemill models pull u2net" in done.stderr) == (1, True)
+
+
+def test_without_onnx_a_pull_still_ends_well(run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    done = run("pull", "birefnet-general")
+    assert (done.exit_code, "pip install 'imagemill[rembg]'" in done.stderr) == (0, True)
+    assert listed(run)["birefnet-general"]["state"] == "there"

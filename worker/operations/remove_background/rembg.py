@@ -1,0 +1,223 @@
+"""remove-background by rembg's models: their files, input and output are rembg's, the way in between is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnxruntime
+import PIL
+from PIL import Image
+
+from shared.errors import BadReference, ConfigurationError, ImageError, MissingExtra, OperationFailed
+from shared.options import Options, RembgRemoveBackground
+from shared.urls import shown
+from worker.device import Device
+from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.cv import set_up, translated
+from worker.operations.remove_background.compose import compose
+from worker.operations.remove_background.families import FAMILIES, in_bytes
+from worker.operations.remove_background.matting import TOO_LARGE
+from worker.operations.remove_background.opencv import EMPTY
+from worker.operations.remove_background.session import LARGEST_BATCH, Session
+from worker.scale import fit, resize
+from worker.weights import WEIGHTS, digest, model_file
+
+REVISION = 1
+"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
+STRIP = 512  # rows that Pillow cuts out at a time
+
+
+@dataclass(frozen=True)
+class Plan:
+    picture: Picture  # at the result's size
+    background: Pixels | None
+
+
+class Rembg:
+    """One model is open at a time: it is swapped when a chunk asks for another one.
+
+    A GPU that is fast enough to wait for `prepare` would have it replaced here, by a decoder and a `Family.tensor` that
+    work on the GPU; nothing else depends on where the tensor was made.
+    """
+
+    spec = Spec("remove-background", "rembg", makes_alpha=True, max_batch=LARGEST_BATCH)
+
+    def __init__(self) -> None:
+        self._device = Device()
+        self._session: Session | None = None
+        self._opened = Path()
+        self._proven = False  # a model has been opened, so that the set-up is right
+
+    def load(self, device: Device) -> None:
+        """Look which models are there. One is opened at the first `run`, and ConfigurationError raised if it can't be."""
+        set_up(device)
+        self._device = device
+        if device.provider == "cpu":  # nothing is gained by batches there, see session.py
+            self.spec = replace(self.spec, max_batch=1)
+        if not any(_original(device, weights.name).is_file() for weights in WEIGHTS if weights.engine == self.spec.engine):
+            raise ConfigurationError(
+                f"there is no model of rembg's in {device.weights}: `imagemill models pull u2net` fetches one"
+            )
+
+    def work_edge(self, options: Options) -> int | None:
+        return options.long_edge if isinstance(options, RembgRemoveBackground) and not options.exact else None
+
+    def fingerprint(self, options: Options) -> str:
+        assert isinstance(options, RembgRemoveBackground)  # noqa: S101  # for mypy
+        path = self._path(options)
+        parts = [f"{options.model} {digest(path)}", f"onnxruntime {onnxruntime.__version__}", f"opencv {cv2.__version__}"]
+        parts += [f"pillow {PIL.__version__}", f"revision {REVISION}"]
+        if options.alpha_matting:
+            parts += [_version("pymatting"), _version("rembg") if options.exact else ""]
+        return ", ".join(filter(None, parts))
+
+    @translated("scaling the image")
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        options: RembgRemoveBackground = inputs.options
+        pixels = resize(picture.pixels, fit(picture.size, self.work_edge(options)))
+        tensor = FAMILIES[options.model].tensor(pixels, as_rembg=options.exact)
+        background = _background(options.background_image, inputs.read) if options.background_image else None
+        return Work([Sample(tensor, options)], state=Plan(replace(picture, pixels=pixels), background))
+
+    def group_key(self, sample: Sample) -> Hashable:
+        return sample.options.model, sample.options.exact
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        options: RembgRemoveBackground = samples[0].options  # of all of them, as for their model
+        session = self._open(options)
+        tensors = [sample.data for sample in samples]
+        if options.exact:  # a GPU may round otherwise in company
+            return [output for tensor in tensors for output in session.run([tensor])]
+        return list(session.run(tensors))
+
+    @translated("cutting out the subject")
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        plan: Plan = work.state
+        options: RembgRemoveBackground = work.samples[0].options
+        matte = in_bytes(FAMILIES[options.model].matte(outputs[0]))
+        pixels = plan.picture.pixels
+        if options.exact:
+            made = as_rembg(pixels, matte, options, plan.background, work.notes)
+        else:
+            made = compose(pixels, _at(matte, plan.picture.size), options, plan.background, work.notes)
+        return replace(plan.picture, pixels=made)
+
+    def _open(self, options: RembgRemoveBackground) -> Session:
+        try:
+            path = self._path(options)
+            if self._session is None or path != self._opened:
+                self._session = None  # before the next one is loaded: two need not fit
+                self._session, self._opened = Session(path, options.model, self._device), path
+        except ConfigurationError as error:
+            if not self._proven:
+                raise  # at the node's start: it can't work like this
+            raise OperationFailed(error.message) from error
+        self._proven = True
+        return self._session
+
+    def _path(self, options: RembgRemoveBackground) -> Path:
+        """The file of a model; rembg's own for `exact`. Raises ConfigurationError."""
+        device, original = self._device, _original(self._device, options.model)
+        if not original.is_file():
+            pull = f"`imagemill models pull {options.model}` fetches it"
+            raise ConfigurationError(f"the model {options.model} is not in {device.weights}: {pull}")
+        return original if options.exact else model_file(device.weights, self.spec.engine, options.model, int8=device.int8)
+
+
+def as_rembg(
+    pixels: Pixels, matte: Grey, options: RembgRemoveBackground, background: Pixels | None, notes: list[str]
+) -> Pixels:
+    """What `rembg.remove` makes of RGB or RGBA [h, w] and a matte [size, size] in bytes, to the last bit.
+
+    RGBA, with colours darkened where alpha is partial; RGB before a colour. The rim is not cleaned. Cropping and pictures
+    as background, which rembg doesn't have, come after.
+    """
+    size = (pixels.shape[1], pixels.shape[0])
+    mask = _by_lanczos(matte, size)
+    after = options.model_copy(update=dict(clean_rim=False, alpha_matting=False))
+    if options.mask_only:
+        return compose(np.ascontiguousarray(pixels[..., :3]), mask, after, None, notes)
+    if options.alpha_matting and mask.size <= options.matting_pixels:
+        cut = _matted(pixels, mask)
+    else:
+        if options.alpha_matting:
+            notes.append(TOO_LARGE)
+        cut = _cut(pixels, mask)
+    if options.crop or background is not None:
+        rgb, alpha = np.ascontiguousarray(cut[..., :3]), np.ascontiguousarray(cut[..., 3])
+        return compose(rgb, alpha, after, background, notes)
+    if not mask.any():
+        notes.append(EMPTY)
+    if options.background is not None:
+        ground = Image.new("RGBA", size, options.background)
+        return np.ascontiguousarray(np.asarray(Image.alpha_composite(ground, Image.fromarray(cut)))[..., :3])
+    return cut
+
+
+def _at(matte: Grey, size: tuple[int, int]) -> Grey:
+    """A matte at `size`. Bicubic is 0.3 of 255 off what rembg has and 30 times as fast; but only where it gets larger."""
+    return _by_lanczos(matte, size) if min(size) < max(matte.shape) else resize(matte, size)
+
+
+def _by_lanczos(matte: Grey, size: tuple[int, int]) -> Grey:
+    return np.asarray(Image.fromarray(matte).resize(size, Image.Resampling.LANCZOS))
+
+
+def _cut(pixels: Pixels, mask: Grey) -> Pixels:
+    """The picture laid over transparent black, in strips: each pixel is made for itself."""
+    made = np.empty((*mask.shape, 4), np.uint8)
+    for top in range(0, len(mask), STRIP):
+        rows = slice(top, top + STRIP)
+        strip = Image.new("RGBA", mask[rows].shape[::-1], 0)
+        strip.paste(Image.fromarray(pixels[rows]), None, Image.fromarray(mask[rows]))
+        made[rows] = strip
+    return made
+
+
+def _matted(pixels: Pixels, mask: Grey) -> Pixels:
+    try:
+        from rembg import remove  # 0.7 s and 200 MB, which only this needs
+    except ImportError as error:
+        raise MissingExtra(f"alpha matting as rembg does it needs {error.name}: pip install 'imagemill[rembg]'") from error
+    return np.array(remove(Image.fromarray(pixels), alpha_matting=True, session=_Found(Image.fromarray(mask))))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A session for rembg that has found its mask already."""
+
+    mask: Image.Image
+
+    def predict(self, *_: Any, **__: Any) -> list[Image.Image]:
+        return [self.mask]
+
+
+def _background(url: str, read: Callable[[str], Picture] | None) -> Pixels:
+    """The job's background. Raises BadReference, or the error itself where trying again can help."""
+    if read is None:
+        raise BadReference(f"the background {shown(url)} can't be read here")
+    try:
+        return read(url).pixels
+    except ImageError as error:
+        if error.retryable:
+            raise
+        raise BadReference(f"the background {shown(url)} can't be used: {error.message}") from error
+
+
+def _original(device: Device, model: str) -> Path:
+    return device.weights / "rembg" / f"{model}.onnx"
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return f"{package} {metadata.version(package)}"
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,164 @@
+"""A model on onnxruntime: opened so that memory goes back after each run, and never on another device than was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
+from worker.device import Device
+
+Tensor = NDArray[np.float32]
+
+NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+LARGEST_BATCH = 8
+"""Images that go to a GPU at a time; TensorRT builds its engine for one up to so many."""
+
+NO_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory", "out of memory", "alloc_failed", "outofmemory")
+"""How onnxruntime, CUDA and cuDNN say in lower case that memory is short."""
+
+
+class Session:
+    """One model, opened. `batches` says whether its batch axis is free; images go one by one where it isn't.
+
+    Raises ConfigurationError where the file is damaged or no such model, and where the session would
+    run on another device than the one asked for.
+    """
+
+    def __init__(self, path: Path, name: str, device: Device) -> None:
+        self.name = name
+        _check_there(device)
+        again = f"`imagemill models verify` checks it, `imagemill models pull {name}` fetches it"
+        try:
+            self._session = _opened(path, device, providers(device, path, _TensorRT.profile(path, device)))
+        except Exception as error:
+            if _is_short(error):
+                raise OutOfMemory(f"the model {name} does not fit into memory: {sentence(error)}") from error
+            raise ConfigurationError(f"the model {name} can't be opened from {path} ({sentence(error)}): {again}") from error
+        wanted, got = NAMES[device.provider], self._session.get_providers()
+        if got[0] != wanted:
+            raise ConfigurationError(
+                f"the model {name} was to run on {device.provider}, but onnxruntime could not start {wanted} and would use "
+                f"{got[0]}: driver, CUDA and cuDNN must be those that onnxruntime {onnxruntime.__version__} was built for"
+            )
+        self._session.disable_fallback()  # it would go on with the CPU when a run fails
+        self._input, output = self._session.get_inputs()[0], self._session.get_outputs()[0]
+        self._outputs = [output.name]  # the first is the fused map, the others are intermediate ones
+        if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
+            raise ConfigurationError(f"{path} is no model that makes a mask of an image: {again}")
+        self.batches = not isinstance(self._input.shape[0], int)
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each image's first output [1, size, size] for tensors [3, size, size]. Raises OutOfMemory and OperationFailed."""
+        if not tensors:
+            return []
+        with self._translated():
+            if self.batches and len(tensors) > 1:
+                return list(self._run(np.stack(tensors)))
+            return [self._run(tensor[None])[0] for tensor in tensors]
+
+    def _run(self, batch: Tensor) -> Tensor:
+        (output,) = self._session.run(self._outputs, {self._input.name: batch}, _run_options(self._session))
+        return np.asarray(output, np.float32)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except MemoryError as error:
+            raise OutOfMemory(f"there was not enough memory for the model {self.name}: {sentence(error)}") from error
+        except Exception as error:
+            if _is_short(error):
+                raise OutOfMemory(f"there was not enough memory for the model {self.name}: {sentence(error)}") from error
+            if type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError):
+                raise OperationFailed(f"the model {self.name} failed: {sentence(error)}") from error
+            raise  # the chunk's time is up, for one
+
+
+def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    """What a session is to run on, best first, with options; `shapes` are TensorRT's, see `_TensorRT.profile`."""
+    cpu: tuple[str, dict[str, Any]] = (NAMES["cpu"], {})
+    if device.provider == "cpu":
+        return [cpu]
+    cuda = {
+        "device_id": 0,  # the process is pinned to one GPU
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",  # batches come in all sizes; trying all algorithms takes seconds for each
+    }
+    tensorrt = {
+        "device_id": 0,
+        "trt_engine_cache_enable": True,  # building an engine takes minutes
+        "trt_engine_cache_path": str(path.parent / "tensorrt"),
+        **shapes,
+    }
+    if device.memory_limit is not None:
+        cuda["gpu_mem_limit"] = device.memory_limit
+        tensorrt["trt_max_workspace_size"] = device.memory_limit
+    chain = [(NAMES["cuda"], cuda), cpu]  # what TensorRT can't do goes to CUDA, shapes and the like to the CPU
+    return [(NAMES["tensorrt"], tensorrt), *chain] if device.provider == "tensorrt" else chain
+
+
+def _opened(path: Path, device: Device, chain: list[tuple[str, dict[str, Any]]]) -> Any:
+    # U2Net at 320 pixels (44.0 M parameters), one image at a time on 2 cores, all modes interleaved, medians of 12 runs;
+    # MB beside the process' own after 12 runs, CPU seconds per image:
+    #     arena on 639-709 MB, 0.706 s;   shrunk after each run 604 MB, 0.769 s;   arena off 426-450 MB, 0.754 s
+    # Off holds least and costs no more than shrinking. In batches of 4: 1291, 559 and 913 MB, and nothing is gained in
+    # time, so on the CPU images go one at a time. On a GPU cudaMalloc is too slow for that: there it is shrunk.
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = device.threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False  # it holds one plan of the largest memory per shape
+    options.enable_cpu_mem_arena = False
+    # Threads that spin between two steps of the model keep decoding and encoding off the cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    # Without fallback: what fails with the providers asked for is not tried again on the CPU.
+    return onnxruntime.InferenceSession(str(path), options, providers=chain, enable_fallback=0)
+
+
+def _run_options(session: Any) -> Any:
+    """Options of one run: memory on a GPU that is not in use goes back after it."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 3
+    if session.get_providers()[0] != NAMES["cpu"]:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
+    return options
+
+
+def _check_there(device: Device) -> None:
+    """Raises ConfigurationError where the onnxruntime that is installed can't use what was asked for at all."""
+    wanted = NAMES[device.provider]
+    if wanted not in onnxruntime.get_available_providers():
+        raise ConfigurationError(
+            f"models were to run on {device.provider}, but the onnxruntime that is installed has no {wanted}: "
+            "pip uninstall onnxruntime && pip install 'imagemill[rembg-gpu]'"
+        )
+
+
+class _TensorRT:
+    """TensorRT builds an engine for a range of shapes, which must be said before the model is opened."""
+
+    @staticmethod
+    def profile(path: Path, device: Device) -> dict[str, str]:
+        """The range of batches; empty for other providers and where the batch axis is fixed."""
+        if device.provider != "tensorrt":
+            return {}
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        source = onnxruntime.InferenceSession(str(path), options, providers=[NAMES["cpu"]]).get_inputs()[0]
+        if isinstance(source.shape[0], int):
+            return {}
+        rest = "x".join(str(side) for side in source.shape[1:])
+        ranges = {"min": 1, "opt": LARGEST_BATCH, "max": LARGEST_BATCH}
+        return {f"trt_profile_{kind}_shapes": f"{source.name}:{count}x{rest}" for kind, count in ranges.items()}
+
+
+def _is_short(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY)
