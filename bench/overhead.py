@@ -22,7 +22,7 @@ import numpy as np
 
 from bench.servers import Servers, photos
 
-OURS, TUTORIAL, PUTS = 48, 6, 60
+OURS, TUTORIAL, PUTS = 32, 6, 60
 """Images, images and uploads per round."""
 OBJECT = 150_000
 """Bytes of an upload."""
@@ -130,12 +130,15 @@ def _puts(servers: Servers, rounds: int) -> list[Figure]:
     def ours() -> None:
         store.put("image.png", body, "image/png")
 
-    def new_client() -> None:
-        client = boto3.client("s3", endpoint_url=servers.s3, region_name="us-east-1")
+    def new_client(maker: Any = boto3) -> None:
+        client = maker.client("s3", endpoint_url=servers.s3, region_name="us-east-1")
         client.put_object(Bucket="results", Key="image.png", Body=body, ContentType="image/png")
 
-    sides: list[tuple[Callable[[], None], int]] = [(ours, PUTS), (new_client, PUTS // 6)]
-    found: list[list[float]] = [[], []]
+    def new_session() -> None:
+        new_client(boto3.Session())
+
+    sides: list[tuple[Callable[[], None], int]] = [(ours, PUTS), (new_client, PUTS // 6), (new_session, 3)]
+    found: list[list[float]] = [[] for _ in sides]
     for number in range(rounds + 1):
         for (put, times), spent in zip(sides, found, strict=True):
             start = time.process_time()
@@ -143,10 +146,11 @@ def _puts(servers: Servers, rounds: int) -> list[Figure]:
                 put()
             if number:
                 spent.append(1000 * (time.process_time() - start) / times)
-    ratios = [theirs / mine for mine, theirs in zip(*found, strict=True)]
+    client_ratios, session_ratios = ([one / mine for one, mine in zip(side, found[0], strict=True)] for side in found[1:])
     name = "S3 put of 150 kB, CPU"
     return [
-        _figure(f"{name}: a new client per call takes so many times ours", ratios, 8.0, "x"),
+        _figure(f"{name}: a new client per call takes so many times ours", client_ratios, 8.0, "x"),
+        _figure(f"{name}: a new session and client per call", session_ratios, None, "x"),
         _figure(f"{name}: ours", found[0], None, "ms"),
     ]
 

@@ -26,7 +26,7 @@ SEEN = 12  # alpha above which a pixel belongs to the subject when it is cropped
 STRIP = 1 << 20  # pixels done at a time
 
 SHADOW_EDGE = 320  # longest edge at which a shadow is looked for, in pixels
-NEAR = 0.5  # the backdrop is learnt from this far around the subject, in its longer sides
+NEAR = 1.0  # how far around the subject the backdrop is learnt and a shadow kept, in its longer sides
 GAP = 2  # small pixels around the matte that may be the subject's
 FAINT = 0.02  # a shadow is at least this much darker than the backdrop (and three times its noise), as a share
 DARKEST = 0.85  # darker is no shadow but a thing
@@ -237,7 +237,7 @@ def _shadow(pixels: Pixels, alpha: Grey) -> Map | None:
     """How dense the subject's shadow is, 0..1, at a small size [h, w]; None where there is none that can be told.
 
     A backdrop is fitted to what surrounds the subject. A shadow is what is darker than that, about alike in red, green and
-    blue, and hangs together with the subject's lower half. Below the subject's edge it goes on as beside it.
+    blue, and hangs together with the subject's lower half. Under the subject's edge it goes on as beside it.
     """
     size = fit((alpha.shape[1], alpha.shape[0]), SHADOW_EDGE)
     small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
@@ -248,10 +248,9 @@ def _shadow(pixels: Pixels, alpha: Grey) -> Map | None:
         return None
     subject = cv2.dilate((matte > 4).view(np.uint8), np.ones((2 * GAP + 1, 2 * GAP + 1), np.uint8)).view(np.bool_)
     left, top, right, bottom = box
-    reach = round(NEAR * max(right - left, bottom - top))
-    ground = np.zeros_like(subject)
-    ground[max(0, top - reach) : bottom + reach, max(0, left - reach) : right + reach] = True
-    ground &= ~subject
+    reach = NEAR * max(right - left, bottom - top)
+    around = np.outer(_fading(len(matte), top, bottom, reach), _fading(matte.shape[1], left, right, reach))
+    ground = (around > 0) & ~subject
     if small.shape[2] == 4:
         ground &= small[..., 3] > 250
     fitted = _fitted(rgb, ground)
@@ -265,10 +264,18 @@ def _shadow(pixels: Pixels, alpha: Grey) -> Map | None:
     own = _standing_on(like, subject, (top + bottom) // 2)
     if own is None:
         return None
-    soft = cv2.GaussianBlur(np.where(ground & own, np.maximum(dark, 0), 0).astype(np.float32), (0, 0), 1)
-    weight = cv2.GaussianBlur((~subject).astype(np.float32), (0, 0), 1.0 + GAP)
-    beside = cv2.GaussianBlur(np.where(subject, 0, soft), (0, 0), 1.0 + GAP) / np.maximum(weight, 1e-3)
-    return np.asarray(np.clip(np.where(subject, beside, soft), 0, DARKEST), np.float32)
+    found = np.where(ground & own, np.maximum(dark, 0) * around, 0).astype(np.float32)
+    _, nearest = cv2.distanceTransformWithLabels(subject.view(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    values = np.zeros(int(nearest.max()) + 1, np.float32)
+    values[nearest[~subject]] = found[~subject]
+    return np.asarray(np.clip(cv2.GaussianBlur(values[nearest], (0, 0), 1), 0, DARKEST), np.float32)
+
+
+def _fading(length: int, first: int, last: int, reach: float) -> Map:
+    """1 from `first` to `last` and near it, 0 from `reach` away: nothing ends abruptly but at the picture's edge."""
+    at = np.arange(length)
+    away = np.maximum(first - at, at - last + 1) / max(reach, 1)
+    return np.clip((1 - away) * 4, 0, 1).astype(np.float32)
 
 
 def _fitted(rgb: Map, ground: NDArray[np.bool_]) -> tuple[Map, float] | None:

@@ -50,10 +50,10 @@ class Family:
         Stretched so that it takes up the whole range; all 0 where the output is flat. Raises OperationFailed where
         it holds what is no number.
         """
-        found = output.reshape(output.shape[-2:]).astype(np.float32, copy=False)
+        found: Map = output.reshape(output.shape[-2:]).astype(np.float32, copy=False)
         if self.logits:
             with np.errstate(over="ignore"):  # exp(-x) is infinite, the sigmoid 0
-                found = 1 / (1 + np.exp(-found))
+                found = np.asarray(1 / (1 + np.exp(-found)), np.float32)
         low, high = found.min(), found.max()
         if not np.isfinite(high - low):
             raise OperationFailed("the model's output is not finite")

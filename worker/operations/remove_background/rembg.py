@@ -183,7 +183,7 @@ def _cut(pixels: Pixels, mask: Grey) -> Pixels:
 
 def _matted(pixels: Pixels, mask: Grey) -> Pixels:
     try:
-        from rembg import remove  # 0.7 s and 200 MB, which only this needs
+        from rembg import remove  # type: ignore[import-untyped]  # a second and 200 MB, which only this needs
     except ImportError as error:
         raise MissingExtra(f"alpha matting as rembg does it needs {error.name}: pip install 'imagemill[rembg]'") from error
     return np.array(remove(Image.fromarray(pixels), alpha_matting=True, session=_Found(Image.fromarray(mask))))

@@ -1,0 +1,96 @@
+"""Whether memory stays flat: 3,000 images of mixed sizes through the rembg engine, in threads as the line does it."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.models import u2net_onnx
+
+GOAL = 1.05
+IMAGES, FIRST = 3000, 300
+
+PROGRAM = """
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import numpy as np
+from shared.messages import Item
+from shared.options import parse_options
+from worker.device import Device, share_of_cores
+from worker.operations import registry
+from worker.operations.base import Inputs, Picture
+
+images, first = int(sys.argv[2]), int(sys.argv[3])
+operation = registry.create("remove-background", "rembg")
+operation.load(Device(threads=share_of_cores(1), weights=Path(sys.argv[1])))
+inputs = Inputs(Item(index=0, source="https://bench.example/one.png"), parse_options("remove-background", "rembg", {}))
+random = np.random.default_rng(0)
+# Mostly small ones, so that it takes minutes and not an hour, and some of several megapixels.
+edges = np.exp(random.uniform(np.log(64), np.log(1000), (images, 2))).astype(int)
+edges[:: 50] *= 3
+
+def prepared(number):
+    height, width = edges[number]
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[:] = np.random.default_rng(number).integers(40, 90, (height, width, 1), np.uint8)
+    pixels[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] += 120
+    return operation.prepare(Picture(pixels), inputs)
+
+def finished(work, outputs):
+    return operation.finish(work, outputs).pixels.nbytes
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+taken = {}
+with ThreadPoolExecutor(4) as front, ThreadPoolExecutor(4) as back:
+    ahead, behind = deque(), deque()
+    for number in range(images + 8):
+        if number < images:
+            ahead.append(front.submit(prepared, number))
+        if number >= 8:
+            work = ahead.popleft().result()
+            behind.append(back.submit(finished, work, operation.run(work.samples)))
+            if len(behind) > 8:
+                behind.popleft().result()
+            del work
+        done = number - 7
+        # What is on its way at one moment is not the same as at another: the median of a few.
+        for mark in (first, images):
+            if mark - 20 < done <= mark:
+                taken.setdefault(mark, []).append(held())
+print(*(sorted(taken[mark])[len(taken[mark]) // 2] for mark in (first, images)))
+"""
+
+
+def measure(weights: Path, images: int, first: int) -> tuple[float, float]:
+    """MB that a process holds after `first` images and after all of them."""
+    command = [sys.executable, "-c", PROGRAM, str(weights), str(images), str(first)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    early, late = map(float, done.stdout.split())
+    return early, late
+
+
+def run(rounds: int = 1) -> list[dict[str, Any]]:
+    """The figures, for a table of benchmarks."""
+    with tempfile.TemporaryDirectory() as folder:
+        u2net_onnx(Path(folder) / "rembg" / "u2net.onnx")
+        pairs = [measure(Path(folder), IMAGES, FIRST) for _ in range(rounds)]
+    ratio = statistics.median(late / early for early, late in pairs)
+    late = statistics.median(late for _, late in pairs)
+    name = f"memory of a rembg node after {IMAGES} images"
+    return [
+        {"name": f"{name} / after {FIRST}", "value": ratio, "goal": GOAL, "unit": "", "holds": ratio <= GOAL, "rounds": rounds},
+        {"name": name, "value": late, "goal": None, "unit": "MB", "holds": None, "rounds": rounds},
+    ]
+
+
+if __name__ == "__main__":
+    for figure in run():
+        print(f"{figure['name']}: {figure['value']:.3f} {figure['unit']}".rstrip())
