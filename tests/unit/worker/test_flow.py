@@ -443,7 +443,9 @@ def test_a_stop_finishes_what_is_on_the_device_and_leaves_the_rest_without_a_rec
         assert operation.inside.wait(60)
         bench.stop.set()
         operation.open.set()
-    assert bench.codes() == ["done"] + ["pending"] * 11
+    assert (
+        sorted(bench.codes()) == ["done"] + ["pending"] * 11
+    )  # two threads fetch: either of the first two may have come first
     assert sum(bench.images.hits.values()) <= 3, "nothing more is fetched"
 
 
