@@ -72,7 +72,7 @@ def chunk_size(images: int | None, rates: list[float], nodes: int) -> int:
     A job of `images`, if that is known, is cut so that each of the `nodes` that could work on it gets a share.
     """
     known = sorted(rate for rate in rates if rate > 0 and math.isfinite(rate))
-    size = min(LARGEST, max(SMALLEST, round(CHUNK_SECONDS * known[len(known) // 2]))) if known else UNKNOWN
+    size = max(SMALLEST, round(min(LARGEST, CHUNK_SECONDS * known[len(known) // 2]))) if known else UNKNOWN
     if images is None or nodes < 1:
         return size
     return max(1, min(size, math.ceil(images / nodes)))

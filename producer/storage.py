@@ -18,6 +18,8 @@ def expire(settings: S3Settings, url: str, days: int) -> None:
     if not url.startswith("s3://"):
         raise InvalidOption("--expire-days needs an --output of s3://bucket/prefix")
     bucket, prefix = split(url)
+    if not prefix:
+        raise InvalidOption("--expire-days needs a prefix: in s3://bucket alone, everything would expire")
     client = make_client(settings)
     try:
         ensure_bucket(client, bucket, settings.create_bucket, settings.region)

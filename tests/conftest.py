@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,6 +20,10 @@ from shared.errors import MissingExtra
 from shared.settings import Settings
 from tests.services import ImageServer, S3Server, ServiceMissing
 from tests.workers import clean_environment
+
+# The same examples in every run, so that a newcomer's run passes if ours did; HYPOTHESIS_PROFILE=default looks for new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def missing(reason: str) -> NoReturn:

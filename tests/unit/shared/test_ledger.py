@@ -433,6 +433,9 @@ def test_retry_forgets_how_often_an_image_was_tried_and_its_worker_lost(ledger: 
     take(ledger, job)
     assert take(ledger, job, delivery=2).lost == 1
     assert [ledger.count_attempt(job, 0) for _ in range(3)] == [1, 2, 3]
+    ledger.forget_attempt(job, 0)
+    assert ledger.attempts(job, [0, 1]) == {0: 2, 1: 0}
+    ledger.count_attempt(job, 0)
     assert ledger.attempts(job, [0, 1]) == {0: 3, 1: 0}
     ledger.record(job, failed(0))
     ledger.complete(Lease(job, 0, "t/2", 1, []))
@@ -539,6 +542,7 @@ CALLS: dict[str, Callable[[Ledger], Any]] = {
     "complete": lambda ledger: ledger.complete(LEASE, manifest="s3://results/m"),
     "release": lambda ledger: ledger.release(LEASE),
     "count_attempt": lambda ledger: ledger.count_attempt("job-lost", 0),
+    "forget_attempt": lambda ledger: ledger.forget_attempt("job-lost", 0),
     "attempts": lambda ledger: ledger.attempts("job-lost", [0]),
     "reap": lambda ledger: ledger.reap("cpu@a"),
     "spec": lambda ledger: ledger.spec("job-lost"),

@@ -1,0 +1,95 @@
+"""`imagemill worker --gpus all`: one node per GPU, each restarted alone; the opencv engines need no real GPU for that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from producer.embedded_redis import EmbeddedRedis
+from shared.fleet import Fleet
+from tests.conftest import environment_for
+from tests.workers import ROOT, wait_until
+
+pytestmark = pytest.mark.integration
+
+SMI = '#!/bin/sh\necho "GPU 0: NVIDIA H200 (UUID: GPU-1)"\necho "GPU 1: NVIDIA H200 (UUID: GPU-2)"\n'
+
+
+@pytest.fixture
+def environment(own_redis: EmbeddedRedis, tmp_path: Path) -> dict[str, str]:
+    """With a stand-in `nvidia-smi` that lists two GPUs."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "nvidia-smi"
+    script.write_text(SMI)
+    script.chmod(0o755)
+    settings = environment_for(own_redis.url, tmp_path, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    settings.pop("CUDA_VISIBLE_DEVICES", None)
+    return settings
+
+
+@pytest.fixture
+def fleet(own_redis: EmbeddedRedis) -> Iterator[Fleet]:
+    fleet = Fleet(own_redis.url)
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def supervisor(environment: dict[str, str], tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "producer.cli", "worker", "--gpus", "all", "--operations", "stylize"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    yield process
+    for one in family(process.pid):
+        one.kill()
+    process.wait()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all below it."""
+    try:
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ready(fleet: Fleet) -> dict[str, int]:
+    """Device and parent's process id of each node that takes tasks."""
+    return {node.device: node.pid for node in fleet.nodes() if node.ready}
+
+
+def test_one_node_per_gpu_each_brought_back_alone_and_all_ended_together(
+    supervisor: subprocess.Popen[bytes], fleet: Fleet, tmp_path: Path
+) -> None:
+    wait_until(lambda: len(ready(fleet)) == 2, f"both nodes are ready; log: {tmp_path / 'log'}")
+    first = ready(fleet)
+    assert first.keys() == {"gpu0", "gpu1"}
+    assert {node.node.partition("@")[0] for node in fleet.nodes()} == {"gpu0", "gpu1"}
+    assert {node.children for node in fleet.nodes()} == {1}
+    assert {queue.split(".")[1] for node in fleet.nodes() for queue in node.queues} == {"stylize"}
+    for device, pid in first.items():
+        assert f"--gpu {device[-1]} --operations stylize" in " ".join(psutil.Process(pid).cmdline())
+
+    children = family(first["gpu0"])[1:]
+    os.kill(first["gpu0"], signal.SIGKILL)
+    psutil.wait_procs(children, 30)
+    assert not any(child.is_running() for child in children), "a child outlived its parent"
+    wait_until(lambda: ready(fleet).get("gpu0", first["gpu0"]) != first["gpu0"], "the killed node is back")
+    again = ready(fleet)
+    assert again["gpu1"] == first["gpu1"], "its neighbour was left alone"
+
+    everyone = family(supervisor.pid)
+    assert len(everyone) == 5
+    supervisor.terminate()
+    assert supervisor.wait(60) == 0
+    psutil.wait_procs(everyone, 10)
+    assert not any(one.is_running() for one in everyone)
+    assert fleet.nodes() == [], "the nodes signed off"

@@ -1,0 +1,262 @@
+"""The report: what became of a job, on a page that stands alone and trusts nobody's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from producer.report import MOST_FAILURES, JobPage, allowed, duration, render, size
+from shared.messages import JOB_SPEC, Item, ItemResult, Job, JobStatus, Row, row
+
+A = "https://shop.example/"
+EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;"
+
+
+class Page(HTMLParser):
+    """A page as a browser reads it: its tags with their attributes, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] != "style":
+            self.words.append(data)
+
+    def all(self, tag: str, attribute: str) -> list[str | None]:
+        return [attributes.get(attribute) for name, attributes in self.tags if name == tag]
+
+    @property
+    def pictures(self) -> list[str | None]:
+        return self.all("img", "src")
+
+
+def spec(operation: str = "stylize", **options: Any) -> Job:
+    return JOB_SPEC.validate_python({"operation": operation, "output": {"url": "s3://results/x"}, "options": options})
+
+
+def status(rows: Iterable[Row], **changes: Any) -> JobStatus:
+    rows = list(rows)
+    counts = {state: sum(row.state == state for row in rows) for state in ("done", "failed")}
+    fields = {
+        "job": "260730-1f0c9a3e", "operation": "stylize", "engine": "opencv", "state": "done", "total": len(rows), **counts,
+        "duplicates": sum(row.duplicate_of is not None for row in rows), "priority": "normal", "output": "s3://results/x",
+        "created": 0.0, "ended": 8.0, "seconds": 8.0,
+    }  # fmt: skip
+    return JobStatus.model_validate(fields | changes)
+
+
+def done(index: int, source: str | None = None, **facts: Any) -> Row:
+    item = Item(index=index, source=source or f"{A}{index}.jpg")
+    output = facts.pop("output", f"s3://results/x/{index}.png")
+    return row(item, ItemResult(index=index, state="done", output=output, **facts), ended=True)
+
+
+def failed(index: int, code: str = "not_found", message: str = "there is no such image", **facts: Any) -> Row:
+    result = ItemResult(index=index, state="failed", code=code, message=message, **facts)
+    return row(Item(index=index, source=f"{A}{index}.jpg"), result, ended=True)
+
+
+def again(first: Row, index: int) -> Row:
+    """A later row with the same address."""
+    return first.model_copy(update={"index": index, "duplicate_of": first.index})
+
+
+def page(rows: Iterable[Row], *, job: Job | None = None, changes: dict[str, Any] | None = None, **options: Any) -> Page:
+    rows = list(rows)
+    options = {"picture": lambda url: url.replace("s3://", "https://s3.example/"), **options}
+    return Page(render([JobPage(status(rows, **(changes or {})), job or spec(), iter(rows))], **options))
+
+
+# --- what it says ---
+
+
+def test_before_and_after_failures_and_figures() -> None:
+    facts = dict(source_size=(640, 480), source_bytes=48_000, output_size=(320, 240), output_bytes=3_100_000)
+    rows = [
+        done(0, **facts, seconds={"fetch": 0.2, "run": 0.04}, notes=("kept small",)),
+        failed(1, attempts=3, seconds={"fetch": 0.4}),
+        done(2, seconds={"fetch": 0.6, "run": 0.02}),
+    ]
+    shown = page([*rows, again(rows[0], 3), again(rows[0], 4)])
+    for text in (
+        "Images 5", "Done 4", "Failed 1", "Duplicates 2", "Time 8.0 s", "Images/s 0.50", "done, 1 failed",
+        "fetch 400 ms", "run 30 ms", "640 × 480, 48 kB → 320 × 240, 3.1 MB", "kept small",
+        "stands for 2 more rows with the same address", "not_found 1 image", "there is no such image 3",
+        "Before and after 2 images", "0.jpg 000000",
+    ):  # fmt: skip
+        assert text in shown.text, text
+    assert "To do" not in shown.text
+    assert shown.pictures == [
+        f"{A}0.jpg", "https://s3.example/results/x/0.png", f"{A}2.jpg", "https://s3.example/results/x/2.png",
+    ]  # fmt: skip
+    assert shown.all("img", "alt")[:2] == [f"before: {A}0.jpg", f"after: {A}0.jpg"]
+
+
+@pytest.mark.parametrize(("state", "tile"), [("running", "To do 3"), ("cancelled", "Not started 3")])
+def test_what_is_not_done_is_counted_with_its_duplicates(state: str, tile: str) -> None:
+    items = [Item(index=0, source=A), Item(index=1, source=A, duplicate_of=0), Item(index=2, source=f"{A}x")]
+    rows = [row(item, None, ended=state == "cancelled") for item in items]
+    shown = page([*rows, done(3)], changes={"state": state})
+    assert tile in shown.text
+    assert state in shown.text
+
+
+def test_failures_are_grouped_the_most_frequent_first() -> None:
+    rows = [failed(0, "timeout", retryable=True), *(failed(n) for n in (1, 2)), again(failed(2), 3)]
+    text = page(rows).text
+    assert text.index("not_found 3 images") < text.index("timeout 1 image, trying again can help")
+    assert "Failures 4 of 4" in text
+    assert "Before and after" not in text
+
+
+def test_a_long_list_of_failures_is_cut_and_says_so() -> None:
+    rows = [failed(n) for n in range(MOST_FAILURES + 7)] + [failed(9999, "timeout")]
+    shown = page(rows)
+    assert len([tag for tag, attributes in shown.tags if tag == "td" and attributes.get("class") == "reason"]) == MOST_FAILURES
+    assert f"not_found {MOST_FAILURES + 7} images" in shown.text
+    assert "timeout 1 image not listed" in shown.text
+    assert "imagemill results 260730-1f0c9a3e --failed has all" in shown.text
+
+
+@pytest.mark.parametrize(
+    ("most", "pictures", "text"), [(2, 4, "2 images, 3 more not shown"), (5, 10, "5 images"), (0, 0, "Images 5")]
+)
+def test_at_most_so_many_images_are_shown(most: int, pictures: int, text: str) -> None:
+    shown = page([done(n) for n in range(5)], most=most)
+    assert len(shown.pictures) == pictures
+    assert text in shown.text
+
+
+def test_options_that_differ_from_the_default_come_first() -> None:
+    job = spec("inpaint", mask=f"{A}mask.png?Signature=secret", boxes="1,2,3,4", radius=7)
+    shown = page([done(0)], job=job)
+    options = shown.text[shown.text.index("Options") :]
+    assert options.index("radius=7.0") < options.index("method=telea")
+    assert f"mask={A}mask.png?…" in options
+    assert "boxes=1, 2, 3, 4" in options
+    assert "secret" not in shown.text
+    assert len([1 for tag, attributes in shown.tags if tag == "li" and attributes.get("class") == "changed"]) == 3
+
+
+def test_several_jobs_share_a_page_with_an_overview() -> None:
+    first, second = [done(0), failed(1)], [done(0)]
+    pages = [
+        JobPage(status(first), spec(), first),
+        JobPage(status(second, operation="inpaint", job="another-job"), spec("inpaint"), second),
+    ]
+    shown = Page(render(pages, picture=lambda _: None, title="Two & more"))
+    assert "Two & more" in shown.text
+    assert "2 jobs, 3 images: 2 done, 1 failed" in shown.text
+    links = [href for href in shown.all("a", "href") if href]
+    assert links == ["#job-1", "#job-2"]
+    assert shown.all("section", "id") == ["job-1", "job-2"]
+
+
+def test_an_empty_job_has_a_page_too() -> None:
+    assert "Images 0" in page([], changes={"seconds": 0.0}).text
+
+
+# --- whom it trusts ---
+
+
+def test_nobodys_text_becomes_markup() -> None:
+    rows = [
+        done(0, f"{A}{EVIL}.jpg", notes=(EVIL,), output=f"s3://results/{EVIL}"),
+        failed(1, EVIL, EVIL),
+        failed(2).model_copy(update={"source": EVIL, "item": EVIL}),
+    ]
+    shown = page(rows, picture=lambda _: A + EVIL.replace(" ", ""), title=EVIL, changes={"output": f"s3://x/{EVIL}"})
+    assert not [tag for tag, _ in shown.tags if tag == "script"]
+    assert not [name for _, attributes in shown.tags for name in attributes if name.startswith("on")]
+    assert shown.pictures == [A + EVIL.replace(" ", "")] * 2
+    assert shown.text.count(EVIL) >= 4, "it is shown as it is"
+
+
+BAD = [
+    "javascript:alert(1)", "JaVaScRiPt:alert(1)", " javascript:alert(1)", "java\nscript:alert(1)", "java\tscript:alert(1)",
+    "\x01javascript:alert(1)", "data:image/svg+xml,<svg onload=alert(1)>", "data:text/html;base64,PHNjcmlwdD4=", "vbscript:x",
+    "blob:https://a/b", "ftp://a/b.png", "s3://results/x.png", "//evil.example/a.png", "\\\\evil.example\\a.png", "http://[::1/",
+    "view-source:x", "a:b", "1a:b", "", None,
+]  # fmt: skip
+GOOD = [
+    "http://a/b.png",
+    "HTTPS://a/b?c=d:e#f",
+    "file:///srv/out/a.png",
+    "results/a%20b.png",
+    "../a.png",
+    "./a:b.png",
+    "/a.png",
+]
+
+
+@pytest.mark.parametrize("address", BAD)
+def test_addresses_that_could_run_or_reach_what_they_should_not_are_left_out(address: str | None) -> None:
+    assert allowed(address) is None
+    shown = page([done(0)], picture=lambda _: address)
+    assert shown.pictures == []
+    assert [href for href in shown.all("a", "href") if href] == []
+    assert shown.text.count("no picture") == 2
+
+
+@pytest.mark.parametrize("address", GOOD)
+def test_addresses_of_images_get_in_as_they_are(address: str) -> None:
+    assert page([done(0)], picture=lambda _: address).pictures == [address, address]
+
+
+def test_the_page_stands_alone() -> None:
+    html = render([JobPage(status([done(0)]), spec(), [done(0)])], picture=lambda _: "a.png")
+    shown = Page(html)
+    loading = {"script", "link", "iframe", "object", "embed", "base", "form", "video", "audio", "source"}
+    assert not loading & {tag for tag, _ in shown.tags}
+    assert {name for tag, attributes in shown.tags for name in attributes if name in ("src", "srcset")} == {"src"}
+    assert [tag for tag, attributes in shown.tags if "src" in attributes] == ["img", "img"]
+    assert "url(" not in html
+    assert "@import" not in html
+    policy = dict(zip(shown.all("meta", "http-equiv"), shown.all("meta", "content"), strict=True))["Content-Security-Policy"]
+    assert "default-src 'none'" in (policy or "")
+
+
+def test_rows_are_read_once_and_links_asked_only_for_what_is_shown() -> None:
+    asked: list[str] = []
+
+    def picture(url: str) -> str:
+        asked.append(url)
+        return "a.png"
+
+    def rows() -> Iterator[Row]:
+        yield from (done(n) for n in range(4))
+
+    render([JobPage(status(rows()), spec(), rows())], picture=picture, most=1)
+    assert asked == [f"{A}0.jpg", "s3://results/x/0.png"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (0.44, "0.4 s"),
+        (12.3, "12 s"),
+        (60, "1 min 0 s"),
+        (185, "3 min 5 s"),
+        (3599.6, "1 h 0 min"),
+        (7800, "2 h 10 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (48_000, "48 kB"), (3_140_000, "3.1 MB")])
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text

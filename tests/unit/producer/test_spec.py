@@ -1,0 +1,130 @@
+"""From what is typed at `imagemill submit` to a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from producer.spec import job_spec, local_address, option_values, options_help
+from shared.errors import InvalidOption
+from shared.options import ENGINES, Box
+
+OUT: dict[str, Any] = {"url": "s3://results/x"}
+
+
+def test_what_is_not_given_takes_its_default() -> None:
+    nothing = {"format": None, "quality": None, "icc": None, "key": None}
+    job = job_spec("stylize", "opencv", {}, {**OUT, **nothing}, {"priority": None, "attempts": None})
+    assert job == job_spec("stylize", "opencv", {}, OUT, {})
+    assert (job.operation, job.engine, job.output.format, job.output.quality) == ("stylize", "opencv", "same", 90)
+    assert (job.policy.priority, job.policy.attempts) == ("normal", 3)
+
+
+def test_what_is_given_is_kept() -> None:
+    output = {**OUT, "format": "webp", "quality": 70, "icc": "keep", "key": "{item}"}
+    options = {"mask_dilate": "3", "method": "navier-stokes", "boxes": "1,2,3,4;0.1,0.1,0.5,0.5", "mask": "none"}
+    job = job_spec("inpaint", "opencv", options, output, {"priority": "high", "attempts": 5})
+    assert job.output.model_dump() == output
+    assert job.policy.model_dump() == {"priority": "high", "attempts": 5}
+    told = job.options.model_dump(include={"mask_dilate", "method", "mask"})
+    assert told == {"mask_dilate": 3, "method": "navier-stokes", "mask": None}
+    assert job.options.boxes == (  # type: ignore[union-attr]
+        Box(x=1, y=2, width=3, height=4), Box(x=0.1, y=0.1, width=0.5, height=0.5, unit="fraction"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"operation": "stylise"}, "there is no operation 'stylise'; did you mean 'stylize'?"),
+        ({"engine": "open-cv"}, "stylize has no engine 'open-cv'; did you mean 'opencv'?"),
+        ({"options": {"strenght": "1"}}, "has no option 'strenght'; did you mean 'strength'?"),
+        ({"options": {"engine": "other"}}, "has no option 'engine'"),
+        ({"options": {"strength": "2"}}, "strength: input should be less than or equal to 1, not '2'"),
+        ({"options": {"style": "colour-transfer"}}, "style=colour-transfer and reference=ADDRESS go together"),
+        ({"output": {"url": "https://results/x"}}, "output: url: an address starts with s3://, file://"),
+        ({"output": {**OUT, "quality": 0}}, "output: quality: "),
+        ({"output": {**OUT, "key": "{name}"}}, "output: key: a key needs {index} or {item}"),
+        ({"policy": {"attempts": 11}}, "policy: attempts: input should be less than or equal to 10, not 11"),
+    ],
+)
+def test_what_is_wrong_is_told_in_a_sentence_with_the_nearest_that_is_right(changes: dict[str, Any], sentence: str) -> None:
+    asked: dict[str, Any] = {"operation": "stylize", "engine": "opencv", "options": {}, "output": OUT, "policy": {}}
+    with pytest.raises(InvalidOption) as caught:
+        job_spec(**(asked | changes))
+    assert sentence in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+# --- --set and --mask ---
+
+
+def test_settings_are_named_with_dashes_or_underscores_and_the_last_counts() -> None:
+    given = ["mask-dilate=3", " radius =5", "radius=7", "method=a=b", "colour="]
+    assert option_values(given, None) == {"mask_dilate": "3", "radius": "7", "method": "a=b", "colour": ""}
+
+
+@pytest.mark.parametrize("setting", ["radius", "=5", " = 5", ""])
+def test_a_setting_without_a_name_or_a_value_is_refused(setting: str) -> None:
+    with pytest.raises(InvalidOption, match="--set takes KEY=VALUE, not"):
+        option_values([setting], None)
+
+
+def test_paths_of_pictures_become_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = option_values(["reference=a b.png", "style=colour-transfer"], "masks/m.png")
+    assert values == {
+        "reference": f"{tmp_path.as_uri()}/a%20b.png", "mask": f"{tmp_path.as_uri()}/masks/m.png", "style": "colour-transfer",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("address", ["https://example.com/m.png?a=b", "s3://bucket/m.png", "file:///srv/m.png", "none", "None"])
+def test_addresses_of_pictures_stay_as_they_are(address: str) -> None:
+    assert option_values([], address) == {"mask": address}
+    assert option_values([f"mask={address}"], None) == {"mask": address}
+
+
+def test_the_mask_flag_comes_before_the_setting() -> None:
+    assert option_values(["mask=https://a/1.png"], "https://a/2.png") == {"mask": "https://a/2.png"}
+
+
+@pytest.mark.parametrize("address", ["ftp://example.com/m.png", "https:///m.png", "https://user:hunter2@example.com/m.png", ""])
+def test_what_is_no_address_of_a_picture_is_refused(address: str) -> None:
+    with pytest.raises(InvalidOption, match=r"^mask: ") as caught:
+        option_values([], address)
+    assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("s3://b/p", "s3://b/p"),
+        ("file:///srv/x", "file:///srv/x"),
+        ("nonsense://x", "nonsense://x"),
+        ("", ""),
+        ("/srv/a b", "file:///srv/a%20b"),
+        ("/srv/x/../y", "file:///srv/y"),
+        ("~user", "file:///here/~user"),
+        ("out/ü#1?", "file:///here/out/%C3%BC%231%3F"),
+    ],
+)
+def test_a_path_becomes_an_address(text: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local_address(text) == address.replace("/here", str(tmp_path))
+
+
+def test_a_link_on_the_way_stays(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("elsewhere")
+    assert local_address(f"{tmp_path}/link/a") == f"{tmp_path.as_uri()}/link/a"
+
+
+def test_the_help_has_every_option_of_every_engine() -> None:
+    text = options_help()
+    for operation, engines in ENGINES.items():
+        for engine, model in engines.items():
+            assert f"{operation} ({engine})" in text
+            assert all(
+                f"  {name}: {field.description}" in text for name, field in model.model_fields.items() if name != "engine"
+            )
