@@ -27,7 +27,7 @@ def test_what_is_given_is_kept() -> None:
     options = {"mask_dilate": "3", "method": "navier-stokes", "boxes": "1,2,3,4;0.1,0.1,0.5,0.5", "mask": "none"}
     job = job_spec("inpaint", "opencv", options, output, {"priority": "high", "attempts": 5})
     assert job.output.model_dump() == output
-    assert job.policy.model_dump() == {"priority": "high", "attempts": 5}
+    assert job.policy.model_dump() == {"priority": "high", "attempts": 5, "reuse": True}
     told = job.options.model_dump(include={"mask_dilate", "method", "mask"})
     assert told == {"mask_dilate": 3, "method": "navier-stokes", "mask": None}
     assert job.options.boxes == (  # type: ignore[union-attr]
