@@ -1,4 +1,7 @@
-"""Whether memory stays flat: 3,000 images of mixed sizes through the rembg engine, in threads as the line does it."""
+"""Whether memory stays flat: 3,000 images of mixed sizes through the rembg engine, in chunks and threads as a child does it.
+
+What a process holds is read between chunks, when no image is on its way.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,31 @@ from typing import Any
 from tests.models import u2net_onnx
 
 GOAL = 1.05
-IMAGES, FIRST = 3000, 300
+IMAGES, FIRST, CHUNK = 3000, 300, 100
 
 PROGRAM = """
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from worker.device import Device, give_back, pin, share_of_cores
+
+weights, images, first, chunk = Path(sys.argv[1]), *map(int, sys.argv[2:])
+device = Device(threads=share_of_cores(1), weights=weights)
+pin(device)
+
 import numpy as np
 from shared.messages import Item
 from shared.options import parse_options
-from worker.device import Device, share_of_cores
 from worker.operations import registry
 from worker.operations.base import Inputs, Picture
 
-images, first = int(sys.argv[2]), int(sys.argv[3])
 operation = registry.create("remove-background", "rembg")
-operation.load(Device(threads=share_of_cores(1), weights=Path(sys.argv[1])))
+operation.load(device)
 inputs = Inputs(Item(index=0, source="https://bench.example/one.png"), parse_options("remove-background", "rembg", {}))
-random = np.random.default_rng(0)
 # Mostly small ones, so that it takes minutes and not an hour, and some of several megapixels.
-edges = np.exp(random.uniform(np.log(64), np.log(1000), (images, 2))).astype(int)
-edges[:: 50] *= 3
+edges = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(800), (images, 2))).astype(int)
+edges[::50] *= 4
 
 def prepared(number):
     height, width = edges[number]
@@ -45,33 +51,29 @@ def prepared(number):
 def finished(work, outputs):
     return operation.finish(work, outputs).pixels.nbytes
 
-def held():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
-
-taken = {}
-with ThreadPoolExecutor(4) as front, ThreadPoolExecutor(4) as back:
-    ahead, behind = deque(), deque()
-    for number in range(images + 8):
-        if number < images:
-            ahead.append(front.submit(prepared, number))
-        if number >= 8:
-            work = ahead.popleft().result()
-            behind.append(back.submit(finished, work, operation.run(work.samples)))
+def line(numbers):
+    with ThreadPoolExecutor(4) as front, ThreadPoolExecutor(4) as back:
+        ahead, behind = deque(), deque()
+        for at in range(len(numbers) + 8):
+            if at < len(numbers):
+                ahead.append(front.submit(prepared, numbers[at]))
+            if at >= 8:
+                work = ahead.popleft().result()
+                behind.append(back.submit(finished, work, operation.run(work.samples)))
             if len(behind) > 8:
                 behind.popleft().result()
-            del work
-        done = number - 7
-        # What is on its way at one moment is not the same as at another: the median of a few.
-        for mark in (first, images):
-            if mark - 20 < done <= mark:
-                taken.setdefault(mark, []).append(held())
-print(*(sorted(taken[mark])[len(taken[mark]) // 2] for mark in (first, images)))
+
+for start in range(0, images, chunk):
+    line(range(start, min(start + chunk, images)))
+    give_back()
+    if start + chunk in (first, images):
+        print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6)
 """
 
 
 def measure(weights: Path, images: int, first: int) -> tuple[float, float]:
     """MB that a process holds after `first` images and after all of them."""
-    command = [sys.executable, "-c", PROGRAM, str(weights), str(images), str(first)]
+    command = [sys.executable, "-c", PROGRAM, str(weights), str(images), str(first), str(CHUNK)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     early, late = map(float, done.stdout.split())
     return early, late

@@ -178,14 +178,16 @@ class Net:
             self.weights[place].CopyFrom(numpy_helper.from_array(np.asarray(value, np.float32), name))
 
 
-def u2net_onnx(path: Path, *, width: int = 4, size: int = 320, dynamic: bool = True, seed: int = 0) -> Path:
+def u2net_onnx(
+    path: Path, *, width: int = 4, size: int = 320, dynamic: bool = True, seed: int = 0, spread: float = SPREAD
+) -> Path:
     """U^2-Net: input [batch, 3, size, size] float32; seven outputs [batch, 1, size, size] in 0..1, the fused map first.
 
     `width` 64 is the published network; `size` is a multiple of 32. Without `dynamic` the batch axis is 1, but
-    nothing in the graph depends on that.
+    nothing in the graph depends on that. The larger `spread`, the narrower the rims between subject and ground.
     """
     assert size % 32 == 0, "the sixth level halves five times"
-    net = Net(width, seed)
+    net = Net(width, seed, spread=spread)
     net.channels["input.1"] = 3
     maps = [net.node("Sigmoid", [logits], 1) for logits in net.u2net("input.1")]
     assert width != FULL_WIDTH or round(net.parameters / 1e6, 1) == FULL_PARAMETERS, net.parameters

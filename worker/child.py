@@ -21,7 +21,7 @@ from shared.options import ENGINES, Options
 from shared.queues import offered, queue_name
 from shared.settings import Settings
 from worker.cache import Cache
-from worker.device import Device
+from worker.device import Device, give_back
 from worker.fetch import Fetcher
 from worker.flow import Flow
 from worker.lanes import lanes
@@ -94,6 +94,7 @@ class Child:
                 flow.run_alone(items, lease.lost)
             else:
                 flow.run(items)
+        give_back()
         seconds = _since(start)
         counts = dict(done=flow.done, failed=flow.failed, reused=flow.reused)
         told = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds, **counts)

@@ -9,10 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import onnxruntime
-import PIL
 from PIL import Image
 
 from shared.errors import BadReference, ConfigurationError, ImageError, MissingExtra, OperationFailed
@@ -72,8 +70,7 @@ class Rembg:
     def fingerprint(self, options: Options) -> str:
         assert isinstance(options, RembgRemoveBackground)  # noqa: S101  # for mypy
         path = self._path(options)
-        parts = [f"{options.model} {digest(path)}", f"onnxruntime {onnxruntime.__version__}", f"opencv {cv2.__version__}"]
-        parts += [f"pillow {PIL.__version__}", f"revision {REVISION}"]
+        parts = [f"{options.model} {digest(path)}", f"onnxruntime {onnxruntime.__version__}", f"revision {REVISION}"]
         if options.alpha_matting:
             parts += [_version("pymatting"), _version("rembg") if options.exact else ""]
         return ", ".join(filter(None, parts))

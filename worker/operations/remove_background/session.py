@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,18 +13,16 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
-from worker.device import Device
+from worker.device import Device, give_back
 
 Tensor = NDArray[np.float32]
-
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
 
 NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 LARGEST_BATCH = 8
 """Images that go to a GPU at a time; TensorRT builds its engine for one up to so many."""
 
 GIVE_BACK = 1.0
-"""Seconds after which what malloc holds of freed memory is given back again."""
+"""Seconds after which memory that was freed is given back to the system again."""
 
 NO_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory", "out of memory", "alloc_failed", "outofmemory")
 """How onnxruntime, CUDA and cuDNN say in lower case that memory is short."""
@@ -80,9 +77,8 @@ class Session:
         return np.asarray(output, np.float32)
 
     def _give_back(self) -> None:
-        """What was freed, to the system. glibc alone keeps it between small pieces that are still in use."""
-        if time.monotonic() - self._given_back > GIVE_BACK and _malloc_trim is not None:
-            _malloc_trim(0)
+        if time.monotonic() - self._given_back > GIVE_BACK:
+            give_back()
             self._given_back = time.monotonic()
 
     @contextmanager

@@ -18,13 +18,11 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"long_edge": "none", "background": "#ff8000", "work_edge": 64},
     ],
     ("remove-background", "rembg"): [
-        {"long_edge": 32, "clean_rim": False},
-        {"long_edge": "original", "background": "#ff8000"},
-        {"background_image": conformance.REFERENCE},
+        {"long_edge": 32, "clean_rim": False, "background": "#ff8000"},
+        {"long_edge": "original", "background_image": conformance.REFERENCE},
         {"alpha_matting": True, "shadow": True},
         {"mask_only": True},
         {"exact": True},
-        {"exact": True, "background": "#ff8000"},
     ],
     ("inpaint", "opencv"): [
         {"method": "navier-stokes", "mask_dilate": 2, "mask_feather": 3},

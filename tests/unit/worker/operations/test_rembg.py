@@ -344,11 +344,11 @@ def test_memory_is_as_high_after_many_images_of_mixed_sizes_as_after_a_few(weigh
     program = """
 from worker.operations.remove_background import session
 session.GIVE_BACK = 0  # small models are quick: a second would be many images
-sizes = [(random.integers(40, 400), random.integers(40, 400)) for _ in range(20)]
+sizes = [(random.integers(40, 400), random.integers(40, 400)) for _ in range(15)]
 for height, width in sizes:
     cut(height, width)
 few = held()
-for height, width in sizes * 5:
+for height, width in sizes * 4:
     cut(height, width)
 print(held() / few)
 """
