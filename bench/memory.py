@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from worker.device import Device, give_back, pin, share_of_cores
 
-weights, images, first, chunk = Path(sys.argv[1]), *map(int, sys.argv[2:])
+weights, images, chunk = Path(sys.argv[1]), *map(int, sys.argv[2:])
 device = Device(threads=share_of_cores(1), weights=weights)
 pin(device)
 
@@ -66,17 +66,16 @@ def line(numbers):
 for start in range(0, images, chunk):
     line(range(start, min(start + chunk, images)))
     give_back()
-    if start + chunk in (first, images):
-        print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6)
+    print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6)
 """
 
 
 def measure(weights: Path, images: int, first: int) -> tuple[float, float]:
-    """MB that a process holds after `first` images and after all of them."""
-    command = [sys.executable, "-c", PROGRAM, str(weights), str(images), str(first), str(CHUNK)]
+    """MB that a process holds after `first` images and after all of them: medians of as many chunks, up to there."""
+    command = [sys.executable, "-c", PROGRAM, str(weights), str(images), str(CHUNK)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    early, late = map(float, done.stdout.split())
-    return early, late
+    held, some = [float(line) for line in done.stdout.split()], first // CHUNK
+    return statistics.median(held[:some]), statistics.median(held[-some:])
 
 
 def run(rounds: int = 1) -> list[dict[str, Any]]:

@@ -162,7 +162,9 @@ def _mask(alpha: Grey, frame: Frame) -> Pixels:
 def _cut(front: Pixels, matte: Grey, inside: Pixels) -> None:
     """Into `inside`, which is 0, the colours (and alpha, if it has it) of what can be seen."""
     for rows in _rows(matte.shape[::-1]):
-        some = np.dstack([front[rows][..., :3], matte[rows]]) if inside.shape[2] == 4 else front[rows][..., :3]
+        some = front[rows][..., :3]
+        if inside.shape[2] == 4:
+            some = np.asarray(cv2.merge([*cv2.split(some), matte[rows]]), np.uint8)  # numpy's dstack takes five times as long
         cv2.copyTo(some, matte[rows], inside[rows])
 
 

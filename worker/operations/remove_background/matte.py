@@ -111,7 +111,7 @@ def tiles(size: tuple[int, int]) -> Iterator[Tile]:
 
 
 def _partial(alpha: Map | Grey) -> NDArray[np.bool_]:
-    low, high = (1, 254) if alpha.dtype == np.uint8 else (0.5 / 255, 254.5 / 255)
+    low, high = (3, 252) if alpha.dtype == np.uint8 else (2.5 / 255, 252.5 / 255)  # beyond, it can't be seen
     return np.asarray((alpha >= low) & (alpha <= high))
 
 
