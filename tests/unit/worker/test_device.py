@@ -58,7 +58,7 @@ def test_a_child_of_the_cpu_sees_no_gpu(mask: str | None, monkeypatch: pytest.Mo
     assert {os.environ[name] for name in THREADS} == {"2"}
 
 
-@pytest.mark.parametrize(("operator", "kept"), [(None, "2"), ("8", "8")])
+@pytest.mark.parametrize(("operator", "kept"), [(None, "1"), ("8", "8")])
 def test_the_operators_own_number_of_arenas_stays(operator: str | None, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if operator is not None:
         monkeypatch.setenv("MALLOC_ARENA_MAX", operator)

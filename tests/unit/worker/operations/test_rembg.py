@@ -327,7 +327,7 @@ cut(64, 64)
 def in_a_process(weights: Path, program: str) -> list[str]:
     """What a fresh process prints that has cut out one small image and then runs `program`."""
     command = [sys.executable, "-c", PROGRAM + program, str(weights)]
-    environment = clean_environment(MALLOC_ARENA_MAX="2")
+    environment = clean_environment(MALLOC_ARENA_MAX="1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
