@@ -63,22 +63,25 @@ def run(out: Path, *, images: Path | None, count: int | None, keep: bool, consol
     Everything it started has ended when it returns, also after Ctrl-C (then 130), TERM or an error.
     """
     with ExitStack() as stack:
-        stack.enter_context(_interruptible())
+        interrupts = stack.enter_context(Interrupts())
         folder = stack.enter_context(_own_folder(out))
         try:
-            return _run(stack, folder, images, count, keep, console)
+            return _run(stack, interrupts, folder, images, count, keep, console)
         except KeyboardInterrupt:
             show.say(console, "stopping what the demo started")
             return 130
 
 
-def _run(stack: ExitStack, folder: Path, images: Path | None, count: int | None, keep: bool, console: Console) -> int:
+def _run(
+    stack: ExitStack, interrupts: Interrupts, folder: Path, images: Path | None, count: int | None, keep: bool, console: Console
+) -> int:
     show.say(console, "starting a Redis, a worker with two children and a server of photos on this machine")
-    redis = stack.enter_context(EmbeddedRedis(folder / "redis"))
-    environment = {"IMAGEMILL_REDIS_URL": redis.url, "IMAGEMILL_FILES__WRITE_ROOTS": json.dumps([str(folder)])}
-    site = stack.enter_context(Site(gather(folder, images, count)))
-    environment["IMAGEMILL_FETCH__ALLOW_HOSTS"] = json.dumps([site.host])
-    worker = stack.enter_context(WorkerProcess(folder, environment))
+    with interrupts.held():
+        redis = stack.enter_context(EmbeddedRedis(folder / "redis"))
+        environment = {"IMAGEMILL_REDIS_URL": redis.url, "IMAGEMILL_FILES__WRITE_ROOTS": json.dumps([str(folder)])}
+        site = stack.enter_context(Site(gather(folder, images, count)))
+        environment["IMAGEMILL_FETCH__ALLOW_HOSTS"] = json.dumps([site.host])
+        worker = stack.enter_context(WorkerProcess(folder, environment))
     # Built without reading the environment: the user's own Redis has no part in the demo.
     client = stack.enter_context(Client(Settings.model_construct(redis_url=SecretStr(redis.url))))
     worker.wait_until_ready(client, console)
@@ -95,23 +98,44 @@ def _run(stack: ExitStack, folder: Path, images: Path | None, count: int | None,
     return code
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """The first Ctrl-C or TERM raises; those that follow while things are being stopped are ignored."""
+class Interrupts:
+    """Inside, the first Ctrl-C or TERM raises; those that follow while things are being stopped are ignored."""
 
-    def stop(number: int, _: FrameType | None) -> NoReturn:
-        for which in (signal.SIGINT, signal.SIGTERM):
+    def __init__(self) -> None:
+        self._holding = False
+        self._held: int | None = None
+
+    def __enter__(self) -> Interrupts:
+        self._before = {which: signal.signal(which, self._handle) for which in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What comes meanwhile raises at the end: a process that was started and not yet noted down would stay behind."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._held is not None:
+            self._raise(self._held)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._holding:
+            self._held = number
+        else:
+            self._raise(number)
+
+    def _raise(self, number: int) -> NoReturn:
+        for which in self._before:
             signal.signal(which, signal.SIG_IGN)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
-
-    before = {which: signal.signal(which, stop) for which in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
 
 
 @contextmanager
