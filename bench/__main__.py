@@ -1,6 +1,6 @@
 """The benchmarks, as one table; exit status 1 where a goal is missed.
 
-    python -m bench [--only enqueue|codec|overhead|feeding|cutout]... [--rounds N] [--images FOLDER]
+    python -m bench [--only NAME]... [--rounds N] [--images FOLDER]
 
 `cutout` needs a folder of photos with reference mattes (bench/cutout.py says how they are named), from `--images` or
 the environment variable IMAGEMILL_BENCH_IMAGES. The figures also go to bench/results.json.
@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-BENCHES = ("enqueue", "codec", "overhead", "feeding", "cutout")
+BENCHES = ("enqueue", "codec", "coldstart", "overhead", "memory", "feeding", "cutout")
 RESULTS = Path(__file__).parent / "results.json"
 VARIABLE = "IMAGEMILL_BENCH_IMAGES"
 
