@@ -248,7 +248,9 @@ def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: boo
     show.say(out, text)
     if not submission.served:
         queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
-        show.say(out, f"warning: no worker listens to {queue}; start one with `imagemill worker`", "yellow")
+        model = spec.lane.partition(".")[2]
+        needs = f" where `imagemill models pull {model}` has been run" if model else ""
+        show.say(out, f"warning: no worker listens to {queue}; start one with `imagemill worker`{needs}", "yellow")
     return submission
 
 

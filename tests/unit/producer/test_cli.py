@@ -111,6 +111,13 @@ def test_submit_prints_the_job_alone_and_says_that_nobody_listens(imagemill: Inv
     assert "no worker listens to imagemill.stylize.opencv.high; start one with `imagemill worker`" in result.stderr
 
 
+def test_submit_says_which_model_a_worker_needs(imagemill: Invoke) -> None:
+    asked = ("--operation", "remove-background", "--engine", "rembg", "--set", "model=silueta", "--output", "s3://results/x")
+    told = imagemill("submit", "-", *asked, stdin=GOOD).stderr
+    assert "no worker listens to imagemill.remove-background.rembg.silueta" in told
+    assert "`imagemill models pull silueta`" in told
+
+
 def test_submit_is_silent_about_workers_when_there_is_one(imagemill: Invoke, url: str) -> None:
     node = Node(node="cpu@x", host="x", pid=1, device="cpu", queues=(queue_name("stylize", "opencv"),), children=1, ready=True)
     fleet = Fleet(url)
