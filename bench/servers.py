@@ -105,6 +105,7 @@ class _Http(asyncio.Protocol):
             self._transport.writelines(parts)
 
     def respond(self, method: str, path: str) -> None:
+        """Answer a request that has arrived whole; each server has its own."""
         raise NotImplementedError
 
 

@@ -30,8 +30,9 @@ from tests.fakes import Invert
 from tests.services import Handler, ImageServer, answers, failing, html, reply
 from tests.workers import wait_until
 from worker.fetch import Fetcher
-from worker.flow import Flow, PixelBudget
+from worker.flow import Flow
 from worker.operations.base import Inputs, Picture, Sample, Spec, Work
+from worker.passage import PixelBudget
 from worker.store import open_store
 
 FETCH: dict[str, Any] = {"allow_networks": ["127.0.0.0/8"], "total_timeout": 20}
