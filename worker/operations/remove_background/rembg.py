@@ -27,7 +27,7 @@ from worker.operations.remove_background.session import LARGEST_BATCH, Session
 from worker.scale import fit, resize
 from worker.weights import WEIGHTS, digest, model_file
 
-REVISION = 1
+REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 STRIP = 512  # rows that Pillow cuts out at a time
 
