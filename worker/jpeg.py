@@ -134,9 +134,9 @@ def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> tuple
     if scans > MAX_SCANS:
         raise NotAnImage(f"the JPEG file has {scans:,} scans; more than {MAX_SCANS} are refused")
     reason = ""
-    for source in (data, _plain(data)):  # the second try is without metadata that libjpeg may complain of
+    for metadata in (True, False):  # libjpeg may complain of it
         try:
-            return _decode(source, size, target, strict=True)
+            return _decode(data if metadata else _plain(data), size, target, strict=True)
         except (ValueError, KeyError) as error:  # KeyError: simplejpeg knows fewer subsamplings than TurboJPEG
             reason = sentence(error)
             if "extraneous bytes before marker 0xd9" in reason:
