@@ -135,8 +135,9 @@ def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> tuple
         raise NotAnImage(f"the JPEG file has {scans:,} scans; more than {MAX_SCANS} are refused")
     reason = ""
     for metadata in (True, False):  # libjpeg may complain of it
+        source = data if metadata else _plain(data)
         try:
-            return _decode(data if metadata else _plain(data), size, target, strict=True)
+            return _decode(source, size, target, strict=True)
         except (ValueError, KeyError) as error:  # KeyError: simplejpeg knows fewer subsamplings than TurboJPEG
             reason = sentence(error)
             if "extraneous bytes before marker 0xd9" in reason:
