@@ -24,8 +24,16 @@ LARGEST_BATCH = 8
 SMALL = 512
 """Side in pixels of a model's input up to which on CPUs each image has a core to itself. Larger ones take gigabytes each."""
 
-NO_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory", "out of memory", "alloc_failed", "outofmemory")
-"""How onnxruntime, CUDA and cuDNN say in lower case that memory is short."""
+NO_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate memory",
+    "out of memory",
+    "alloc_failed",
+    "outofmemory",
+    "can't start new thread",
+)
+"""How onnxruntime, CUDA, cuDNN and Python (of a thread's stack) say in lower case that memory is short."""
 
 
 class Session:
