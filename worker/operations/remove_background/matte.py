@@ -95,7 +95,7 @@ def foreground_colours(rgb: Pixels, alpha: Map | Grey, *, rough: bool = False, o
             np.asarray(cv2.remap(colours, *places, cv2.INTER_LINEAR, borderMode=REPLICATE), np.float32)
             for colours in (front, back)
         )
-        found = _explained(_unit(picture[y, x][..., :3]), _share(matte[y, x])[..., None], near, beyond, rough)
+        found = _explained(_unit(picture[y, x][..., :3]), _share(matte[y, x]), near, beyond, rough)
         target[y, x, :3] = np.rint(found * 255)
     return result
 
@@ -112,7 +112,7 @@ def _near_colours(picture: Pixels, matte: Map | Grey, rough: bool) -> tuple[Map,
     wide, near = max(1, FAR // part), max(1, round(NEAR / part))
     front, back = _weighted(seen, share, wide), _weighted(seen, 1 - share, wide)
     # Where alpha is near 0 the first pass knows the background better than the subject, and the other way round.
-    front = _explained(seen, share[..., None], front, back, rough)
+    front = _explained(seen, share, front, back, rough)
     return _weighted(front, share, near), _weighted(back, 1 - share, near)
 
 
@@ -153,7 +153,8 @@ def _share(alpha: NDArray[np.generic]) -> Map:
 
 
 def _explained(picture: Map, share: Map, front: Map, back: Map, rough: bool) -> Map:
-    """The subject's colours [h, w, 3] that explain `picture`, given the means of subject and background nearby."""
+    """The subject's colours [h, w, 3] that explain `picture`, by alpha [h, w] and the mean colours near each pixel."""
+    share = np.asarray(cv2.merge([share] * 3), np.float32)  # numpy is slow at one alpha for three colours
     rest = picture - share * front - (1 - share) * back
     if rough:  # what of the rest lies between the two is an error of alpha; left in the colour it would be a halo
         away = back - front
