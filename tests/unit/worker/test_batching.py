@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from shared.errors import ImageError, InternalError, OperationFailed, OutOfMemory
 from tests.fakes import Invert
+from worker.batch_size import BatchSizes
 from worker.batching import Batcher, Slot, run_batch
 from worker.operations.base import Sample
 
@@ -33,6 +34,9 @@ class Doubling(Invert):
     def __init__(self, capacity: int = 100, faults: dict[int, BaseException] | None = None) -> None:
         self.capacity, self.faults = capacity, faults or {}
         self.calls: list[list[int]] = []
+
+    def group_key(self, sample: Sample) -> Hashable:
+        return "numbers"
 
     def run(self, samples: Sequence[Sample]) -> list[Any]:
         numbers = [sample.data for sample in samples]
@@ -62,7 +66,7 @@ def test_every_sample_comes_out_once_with_its_own_kind_and_the_group_that_waited
     steps: list[list[str] | None], limit: int
 ) -> None:
     """A list adds an owner with these samples, None takes a batch; at the end all is taken."""
-    batcher: Batcher[int] = Batcher(Grouped(), limit)
+    batcher: Batcher[int] = Batcher(Grouped(), BatchSizes(), limit)
     came: list[tuple[int, int, str]] = []
     out: list[tuple[int, int, str]] = []
     waiting: list[str] = []  # groups by how long they have waited for their turn
@@ -92,7 +96,7 @@ def test_every_sample_comes_out_once_with_its_own_kind_and_the_group_that_waited
 
 
 def test_an_image_whose_samples_belong_nowhere_leaves_nothing_behind() -> None:
-    batcher: Batcher[int] = Batcher(Grouped(), 4)
+    batcher: Batcher[int] = Batcher(Grouped(), BatchSizes(), 4)
     with pytest.raises(ValueError, match="belongs nowhere"):
         batcher.add(0, [Sample(("a", 0), None), Sample(("?", 0), None)])
     assert not batcher
@@ -103,7 +107,7 @@ def test_an_image_whose_samples_belong_nowhere_leaves_nothing_behind() -> None:
 
 def test_a_batch_that_fits_runs_once() -> None:
     operation = Doubling()
-    assert run_batch(operation, samples(4)) == [0, 2, 4, 6]
+    assert run_batch(operation, samples(4), BatchSizes()) == [0, 2, 4, 6]
     assert operation.calls == [[0, 1, 2, 3]]
 
 
@@ -111,27 +115,27 @@ def test_a_batch_that_fits_runs_once() -> None:
     ("count", "capacity", "calls"),
     [
         (8, 4, [8, 4, 4]),
-        (8, 3, [8, 4, 2, 2, 4, 2, 2]),
+        (8, 3, [8, 4, 2, 2, 2, 2]),
         (7, 4, [7, 4, 3]),
-        (5, 2, [5, 3, 2, 1, 2]),
+        (5, 2, [5, 3, 2, 2, 1]),
         (3, 1, [3, 2, 1, 1, 1]),
     ],
 )
 def test_a_batch_too_large_for_memory_is_halved_until_it_fits(count: int, capacity: int, calls: list[int]) -> None:
     operation = Doubling(capacity)
-    assert run_batch(operation, samples(count)) == [2 * number for number in range(count)]
+    assert run_batch(operation, samples(count), BatchSizes()) == [2 * number for number in range(count)]
     assert [len(call) for call in operation.calls] == calls
 
 
 @pytest.mark.parametrize("shortage", [MemoryError("malloc"), OutOfMemory("the device is full")], ids=lambda e: type(e).__name__)
 def test_an_image_that_does_not_fit_alone_fails_alone(shortage: BaseException) -> None:
     operation = Doubling(faults={5: shortage})
-    outputs = run_batch(operation, samples(8))
+    outputs = run_batch(operation, samples(8), BatchSizes())
     error = outputs.pop(5)
     assert isinstance(error, OutOfMemory)
     assert "stylize ran out of memory" in error.message
     assert outputs == [0, 2, 4, 6, 8, 12, 14]
-    assert [len(call) for call in operation.calls] == [8, 4, 4, 2, 1, 1, 2]
+    assert [len(call) for call in operation.calls] == [8, 4, 4, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ def test_an_image_that_does_not_fit_alone_fails_alone(shortage: BaseException) -
 )
 def test_any_other_error_isolates_its_image_at_once(fault: BaseException, kind: type[ImageError]) -> None:
     operation = Doubling(faults={1: fault})
-    outputs = run_batch(operation, samples(4))
+    outputs = run_batch(operation, samples(4), BatchSizes())
     error = outputs.pop(1)
     assert type(error) is kind
     assert str(fault) in error.message
@@ -154,17 +158,18 @@ def test_any_other_error_isolates_its_image_at_once(fault: BaseException, kind: 
 @given(st.integers(1, 12), st.integers(1, 12), st.dictionaries(st.integers(0, 11), st.booleans()))
 def test_only_the_bad_ones_fail_whatever_is_wrong_with_them(count: int, capacity: int, bad: dict[int, bool]) -> None:
     faults = {n: MemoryError() if memory else OperationFailed("no") for n, memory in bad.items()}
-    outputs = run_batch(Doubling(capacity, dict(faults)), samples(count))
+    outputs = run_batch(Doubling(capacity, dict(faults)), samples(count), BatchSizes())
     expected = {n: OutOfMemory if memory else OperationFailed for n, memory in bad.items()}
     assert [type(one) if isinstance(one, ImageError) else one for one in outputs] == [
         expected.get(n, 2 * n) for n in range(count)
     ]
 
 
-class Forgetful(Invert):
+class Forgetful(Doubling):
     """Loses the last output of every batch of more than `enough`."""
 
     def __init__(self, enough: int) -> None:
+        super().__init__()
         self.enough = enough
 
     def run(self, samples: Sequence[Sample]) -> list[Any]:
@@ -173,8 +178,8 @@ class Forgetful(Invert):
 
 
 def test_outputs_that_could_belong_to_any_image_are_given_to_none() -> None:
-    assert run_batch(Forgetful(1), samples(3)) == [0, 2, 4], "alone there is no doubt"
-    for error in run_batch(Forgetful(0), samples(3)):
+    assert run_batch(Forgetful(1), samples(3), BatchSizes()) == [0, 2, 4], "alone there is no doubt"
+    for error in run_batch(Forgetful(0), samples(3), BatchSizes()):
         assert isinstance(error, InternalError)
         assert error.message == "stylize returned 0 outputs for 1 samples"
 
@@ -182,5 +187,5 @@ def test_outputs_that_could_belong_to_any_image_are_given_to_none() -> None:
 def test_a_chunk_whose_time_is_up_is_no_images_fault() -> None:
     operation = Doubling(faults={1: SoftTimeLimitExceeded()})
     with pytest.raises(SoftTimeLimitExceeded):
-        run_batch(operation, samples(3))
+        run_batch(operation, samples(3), BatchSizes())
     assert len(operation.calls) == 1

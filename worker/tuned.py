@@ -1,0 +1,63 @@
+"""What `imagemill tune` has found out, in a file per device beside the weights; nodes begin with it.
+
+{"version": 1, "device": "NVIDIA H200", "engines": {"stylize/diffusion": {KIND: {"peaks": {SIZE: BYTES}, ...}}}}
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from shared.options import validation_sentence
+from worker.batch_size import Known
+from worker.operations.base import Spec
+from worker.weights import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+KINDS: TypeAdapter[dict[str, Known]] = TypeAdapter(dict[str, Known])
+
+
+def path_of(folder: Path, device: str) -> Path:
+    """The file of a device, by its maker's name, below the weights' folder."""
+    return folder / "tuned" / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-') or 'device'}.json"
+
+
+def read(folder: Path, device: str, spec: Spec) -> dict[str, Known]:
+    """What is known of an engine's kinds of samples; nothing where the device was not tuned, or by another version."""
+    path = path_of(folder, device)
+    content = read_json(path)
+    if content.get("version") != VERSION:
+        return {}
+    try:
+        return KINDS.validate_python(_engines(content).get(_engine(spec), {}))
+    except ValidationError as error:
+        told = dict(action="load", path=str(path), reason=validation_sentence(error))
+        log.warning("what was tuned can't be read", extra=told)
+        return {}
+
+
+def write(folder: Path, device: str, spec: Spec, found: dict[str, Known]) -> Path:
+    """Add what was found to the device's file, in place of what was known of the same kinds. Raises OSError."""
+    path = path_of(folder, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = read_json(path)
+    engines = _engines(content) if content.get("version") == VERSION else {}
+    kept = engines.get(_engine(spec), {})
+    engines[_engine(spec)] = {**(kept if isinstance(kept, dict) else {}), **KINDS.dump_python(found, mode="json")}
+    write_json(path, {"version": VERSION, "device": device, "engines": engines})
+    return path
+
+
+def _engines(content: dict[str, Any]) -> dict[str, Any]:
+    found = content.get("engines")
+    return found if isinstance(found, dict) else {}
+
+
+def _engine(spec: Spec) -> str:
+    return f"{spec.name}/{spec.engine}"
