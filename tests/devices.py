@@ -33,7 +33,7 @@ SHORT: dict[str, Callable[[], Exception]] = {
     "torch's cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "onnxruntime's arena": lambda: RuntimeException(MADE_BY_ARENA),
     "onnxruntime's CUDA": lambda: Fail(
-        "[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0 ; hostname=a ; expr=cudaMalloc((void**)&p, size);"
+        "[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0 ; hostname=a ; expr=cudaMalloc(&p, size);"
     ),
     "Python": MemoryError,
 }
@@ -58,7 +58,7 @@ DEAD: dict[str, Callable[[], Exception]] = {
 HARMLESS: dict[str, Callable[[], Exception]] = {
     "argument": lambda: torch.AcceleratorError("CUDA error: invalid argument"),
     "shape": lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
-    "half": lambda: RuntimeError('"addmm_impl_cpu_" not implemented for \'Half\''),
+    "half": lambda: RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'"),
     "a stranger's words": lambda: ValueError("out of memory of illegal memory access: device-side assert"),
 }
 """Faults of one batch, after which the next one may go well."""
@@ -73,7 +73,9 @@ class FakeGpu:
     name = "Fake GPU 1000"
     grows = True
 
-    def __init__(self, total: int, *, held: int = 0, error: Callable[[], Exception] = SHORT["torch"], blind: bool = False) -> None:
+    def __init__(
+        self, total: int, *, held: int = 0, error: Callable[[], Exception] = SHORT["torch"], blind: bool = False
+    ) -> None:
         self.total, self.held, self.error, self.blind = total, held, error, blind
         self.lost = False
         self._taken = 0

@@ -72,14 +72,14 @@ class Batcher(Generic[Owner]):
                 self._groups[key] = _Group(kind_of(self._operation, sample))
             self._groups[key].slots.append(Slot(owner, place, sample, now))
 
-    def patience(self, *, coming: bool, hurry: bool = False) -> float | None:
+    def patience(self, *, coming: bool) -> float | None:
         """How many seconds to wait for more samples before `take`; None while there is nothing to take.
 
-        `coming` says whether more will come, and `hurry` that they can't before some have left.
+        `coming` says whether more can come; without that nobody waits.
         """
         if not self._groups:
             return None if coming else 0.0
-        if not coming or hurry or self._wait == 0 or any(self._full(group) for group in self._groups.values()):
+        if not coming or self._wait == 0 or any(self._full(group) for group in self._groups.values()):
             return 0.0
         oldest = min(group.slots[0].came for group in self._groups.values())
         return max(0.0, oldest + self._wait - time.monotonic())

@@ -149,7 +149,7 @@ class Flow:
         came = 0
         while True:
             try:
-                passage = ready.get(timeout=batcher.patience(coming=came < coming, hurry=self.budget.full))
+                passage = ready.get(timeout=batcher.patience(coming=came < coming))
             except Empty:
                 return came
             came += 1

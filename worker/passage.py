@@ -50,24 +50,16 @@ class PixelBudget:
         self._total = total
         self._used = 0
         self._closed = False
-        self._waiting = False
         self._turn = Lock()  # one waits at a time, so that small images can't overtake a large one for ever
         self._changed = Condition()
 
     def acquire(self, pixels: int) -> None:
         """Wait until there is room."""
         with self._turn, self._changed:
-            self._waiting = True
             self._changed.wait_for(lambda: self._closed or self._used == 0 or self._used + pixels <= self._total)
-            self._waiting = False
             if self._closed:
                 raise InternalError("the line was stopped")
             self._used += pixels
-
-    @property
-    def full(self) -> bool:
-        """Whether somebody waits for room."""
-        return self._waiting
 
     def release(self, pixels: int) -> None:
         """Make room again."""

@@ -20,6 +20,8 @@ from worker.weights import read_json, write_json
 log = logging.getLogger(__name__)
 
 VERSION = 1
+PASSING = {"relief", "patience", "waited"}
+"""What is true of a process only."""
 KINDS: TypeAdapter[dict[str, Known]] = TypeAdapter(dict[str, Known])
 
 
@@ -44,12 +46,11 @@ def read(folder: Path, device: str, spec: Spec) -> dict[str, Known]:
 
 def write(folder: Path, device: str, spec: Spec, found: dict[str, Known]) -> Path:
     """Add what was found to the device's file, in place of what was known of the same kinds. Raises OSError."""
-    path = path_of(folder, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = read_json(path)
+    path, content = path_of(folder, device), read_json(path_of(folder, device))
     engines = _engines(content) if content.get("version") == VERSION else {}
-    kept = engines.get(_engine(spec), {})
-    engines[_engine(spec)] = {**(kept if isinstance(kept, dict) else {}), **KINDS.dump_python(found, mode="json")}
+    known = {**read(folder, device, spec), **found}
+    engines[_engine(spec)] = KINDS.dump_python(known, mode="json", exclude={"__all__": PASSING})
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"version": VERSION, "device": device, "engines": engines})
     return path
 
