@@ -36,6 +36,7 @@ SHORT: dict[str, Callable[[], Exception]] = {
         "[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0 ; hostname=a ; expr=cudaMalloc(&p, size);"
     ),
     "Python": MemoryError,
+    "a thread's stack": lambda: RuntimeError("can't start new thread"),
 }
 """What says that memory ran out, as the libraries raise it."""
 

@@ -17,8 +17,9 @@ SHORT = (
     "out of memory",
     "alloc_failed",
     "outofmemory",
+    "can't start new thread",
 )
-"""How torch, onnxruntime, CUDA and its libraries say in lower case that memory is short."""
+"""How torch, onnxruntime, CUDA's libraries and Python (of a thread's stack) say in lower case that memory is short."""
 
 STICKY = (
     "illegal memory access",
