@@ -55,7 +55,8 @@ class Known:
         if slope <= 0:
             slope = most / high
         base = max(0.0, most - slope * high)
-        return int((SHARE * free - base) / slope + 1e-6) if slope > 0 else 2 * high
+        # Where no memory was seen to be taken, each takes a byte at least.
+        return int((SHARE * free - base) / (slope or 1) + 1e-6)
 
     def ceiling(self, free: int) -> int | None:
         """The most that may be tried after something failed: half way to what failed, then what fits, and now and then,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import psutil
 
 from shared.errors import DeviceLost, sentence
-from worker.device import Device, visible_gpus
+from worker.device import Device, give_back, visible_gpus
 from worker.operations.base import Spec
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,8 @@ class HostMemory:
 
     @contextmanager
     def peak(self) -> Iterator[Peak]:
-        """Of the whole process: other threads' memory is in it."""
+        """Of the whole process: other threads' memory is in it, and what malloc kept from before is not."""
+        give_back()
         found, before = Peak(), psutil.Process().memory_info().rss
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM, the highest that RSS has been

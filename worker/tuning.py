@@ -17,8 +17,10 @@ from worker.batching import attempt
 from worker.memory import give_up_caches
 from worker.operations.base import Inputs, Operation, Picture, Sample
 
-LEAST_RUNS = 2
-"""Runs that are timed, after one that is not: it may compile, or choose algorithms."""
+UNTIMED = 2
+"""Runs that come first: they may load a model, compile, or choose algorithms. Memory is measured in both."""
+TIMED = 2
+"""Runs that are timed at the least."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Tuning:
 
     def __init__(self, operation: Operation, options: Options, sizes: BatchSizes, size: tuple[int, int]) -> None:
         self.operation, self.sizes = operation, sizes
+        self._plain = sizes if sizes.memory.grows else BatchSizes(sizes.memory)  # a node measures on GPUs only
         self._options, self._size = options, size
         self._samples: list[Sample] = []
         self.kind = kind_of(operation, self._sample())
@@ -60,9 +63,10 @@ class Tuning:
             self._samples.append(self._sample())
         spent: list[float] = []
         start = time.perf_counter()
-        while len(spent) <= LEAST_RUNS or time.perf_counter() - start < seconds:
+        while len(spent) < UNTIMED + TIMED or time.perf_counter() - start < seconds:
+            sizes = self.sizes if len(spent) < UNTIMED else self._plain
             before = time.perf_counter()
-            made = attempt(self.operation, self._samples[:batch], self.sizes, self.kind)
+            made = attempt(self.operation, self._samples[:batch], sizes, self.kind)
             spent.append(time.perf_counter() - before)
             if isinstance(made, OutOfMemory):
                 give_up_caches()
@@ -71,7 +75,7 @@ class Tuning:
             if isinstance(made, ImageError):
                 raise made
             del made
-        return Try(batch, batch / median(spent[1:]), self.sizes.known(self.kind).peaks.get(batch))
+        return Try(batch, batch / median(spent[UNTIMED:]), self.sizes.known(self.kind).peaks.get(batch))
 
     def _sample(self) -> Sample:
         width, height = self._size

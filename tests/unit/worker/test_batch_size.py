@@ -125,6 +125,10 @@ def test_on_a_cpu_what_was_tuned_keeps_batches_within_what_is_free(monkeypatch: 
     assert BatchSizes(memory, {KIND: Known(peaks={1: 200}, fits=1)}).limit(KIND, 16) == 4
 
 
+def test_what_was_seen_to_take_nothing_limits_nothing() -> None:
+    assert BatchSizes(HostMemory(), {KIND: Known(peaks={1: 0, 4: 0}, fits=4)}).limit(KIND, 16) == 16
+
+
 def test_a_kind_is_what_the_sample_says_or_else_its_group() -> None:
     operation = Hungry(FakeGpu(1), 1)
     assert kind_of(operation, Sample(1, None)) == KIND
