@@ -48,15 +48,17 @@ class Known:
     patience: int = PATIENCE
     waited: int = 0
 
-    def expected(self, free: int) -> int:
-        """How many samples take no more than their share of `free`, by a line through the smallest and largest size."""
+    def expected(self, free: int) -> int | None:
+        """How many samples take no more than their share of `free`, by a line through the smallest and largest size.
+
+        None where no memory was seen to be taken.
+        """
         (low, least), (high, most) = min(self.peaks.items()), max(self.peaks.items())
         slope = (most - least) / (high - low) if high > low else most / high
         if slope <= 0:
             slope = most / high
         base = max(0.0, most - slope * high)
-        # Where no memory was seen to be taken, each takes a byte at least.
-        return int((SHARE * free - base) / (slope or 1) + 1e-6)
+        return int((SHARE * free - base) / slope + 1e-6) if slope > 0 else None
 
     def ceiling(self, free: int) -> int | None:
         """The most that may be tried after something failed: half way to what failed, then what fits, and now and then,
@@ -97,8 +99,9 @@ class BatchSizes:
         size, ceiling = most, known.ceiling(free)
         if ceiling is not None:
             size = min(size, ceiling)
-        if known.peaks:
-            size = min(size, known.expected(free))
+        expected = known.expected(free) if known.peaks else None
+        if expected is not None:
+            size = min(size, expected)
         if known.fits and (self.memory.grows or ceiling is not None):
             size = min(size, 2 * known.fits)  # a line through few points is not trusted further
         return max(1, size)
