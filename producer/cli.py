@@ -63,6 +63,7 @@ def main(ctx: click.Context) -> None:
 @click.option("--key", metavar="TEMPLATE", help="Names of the results; default {job}/{index:06d}-{name}.")
 @click.option("--priority", type=click.Choice(PRIORITIES), help="Default normal.")
 @click.option("--attempts", type=int, help="Tries per image before it is recorded as failed; default 3.")
+@click.option("--batch", type=click.Choice(["quality", "throughput"]), help="Small batches, or large ones (default).")
 @click.option("--fresh", is_flag=True, help="Compute each image anew, though its result is remembered from before.")
 @click.option("--skip-invalid", is_flag=True, help="Leave rows out that can't be used, instead of refusing the list.")
 @click.option("--expire-days", type=int, metavar="N", help="Have S3 delete what lies below --output after N days.")
@@ -83,6 +84,7 @@ def submit(
     key: str | None,
     priority: str | None,
     attempts: int | None,
+    batch: str | None,
     fresh: bool,
     skip_invalid: bool,
     expire_days: int | None,
@@ -91,7 +93,8 @@ def submit(
 ) -> None:
     """Queue images: a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or single addresses."""
     target: dict[str, object] = {"url": local_address(output), "format": form, "quality": quality, "icc": icc, "key": key}
-    policy: dict[str, object] = {"priority": priority, "attempts": attempts, "reuse": False if fresh else None}
+    reuse = False if fresh else None
+    policy: dict[str, object] = {"priority": priority, "attempts": attempts, "batch": batch, "reuse": reuse}
     spec = job_spec(operation, engine, option_values(settings, mask), target, policy)
     out = show.make_console(stderr=True)
     configured = load_settings()

@@ -17,6 +17,7 @@ OWN_PACKAGES = ("producer", "shared", "worker")
 SHORT_HELP = {
     "worker": "Run a worker node: one per GPU, or one for the CPU.",
     "models": "List, pull, verify and quantise the models' files.",
+    "tune": "Find out how many images fit on a device at a time, and how fast they are.",
     "doctor": "Say what is wrong with Redis, S3, disk and GPU, and how to mend it.",
 }
 

@@ -9,6 +9,7 @@
     ├── ConfigurationError           exit 2: how this process is set up is wrong
     ├── ServiceUnavailable           exit 3: something that we depend on does not answer
     │   └── BrokerUnavailable
+    ├── DeviceLost                   the process ends: its GPU answers it with errors only
     └── ImageError                   one image fails, its neighbours do not
         ├── UnsupportedUrl  ForbiddenAddress  AccessDenied  NotFound  TooLarge  TooManyRedirects
         ├── Timeout  Unreachable  ServerError  HttpError          (fetch)
@@ -96,6 +97,13 @@ class BrokerUnavailable(ServiceUnavailable):
     """Redis does not answer, refuses the password or is full."""
 
     code = "broker_unavailable"
+
+
+class DeviceLost(ImagemillError):
+    """The device is of no more use to this process, which must end; another one may work on it."""
+
+    code = "device_lost"
+    retryable = True
 
 
 class ImageError(ImagemillError):

@@ -4,6 +4,7 @@ Keys, all below `imagemill:`:
 
     nodes            hash  node -> its last report
     rates            hash  queue|node -> images per second
+    memory           hash  node -> highest share of its GPU's memory that was in use, and how often it was above 90 %
     canary:{token}   list  one entry when the canary task has run
 """
 
@@ -70,6 +71,18 @@ class Fleet:
         """Images per second of the nodes that have worked on a queue lately."""
         known = self._redis.hgetall("imagemill:rates")
         return [float(rate) for field, rate in known.items() if field.decode().split("|")[0] == queue]
+
+    @reachable()
+    def report_memory(self, node: str, share: float, flagged: int) -> None:
+        """How full a node's GPU was at most, and how many batches took it above 90 %, since its engine was loaded."""
+        self._redis.hset("imagemill:memory", node, f"{share:.3f} {flagged}")
+        self._redis.expire("imagemill:memory", RATE_SECONDS)
+
+    @reachable()
+    def memory(self) -> dict[str, tuple[float, int]]:
+        """Per node that has worked lately what it reported: share and count."""
+        told = {node.decode(): raw.split() for node, raw in self._redis.hgetall("imagemill:memory").items()}
+        return {node: (float(share), int(flagged)) for node, (share, flagged) in told.items()}
 
     @reachable()
     def answer_canary(self, token: str) -> None:

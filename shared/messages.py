@@ -55,6 +55,7 @@ class Policy(Model):
 
     priority: Priority = "normal"
     attempts: int = Field(3, ge=1, le=10, description="how often an image is tried before it is recorded as failed")
+    batch: Literal["quality", "throughput"] = Field("throughput", description="small batches, or as large as memory allows")
     reuse: bool = Field(True, description="copy the result that the same image has had before, instead of computing it anew")
 
 

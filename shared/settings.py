@@ -101,6 +101,7 @@ class WorkerSettings(Group):
     engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines this node loads; JSON list")
     max_pixels: int = Field(64_000_000, gt=0, description="pixels of one image; more are refused before decoding")
     look_ahead: int = Field(128_000_000, gt=0, description="decoded pixels held at a time, per child")
+    batch_wait: float = Field(0.05, ge=0, le=60, description="seconds that images wait for company on a GPU")
     store_threads: int = Field(4, ge=1, le=64, description="images finished, encoded and uploaded at a time, per child")
     reuse: bool = Field(True, description="remember results, and copy them where the same image is asked for again")
     lease_seconds: float = Field(20.0, ge=2, description="a chunk whose worker is silent this long is given to another")

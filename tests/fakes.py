@@ -80,6 +80,18 @@ class Deadly(Invert):
         return super().run(samples)
 
 
+class Poisons(Invert):
+    """A white image leaves the GPU in error, as torch says it: nothing works in this process any more."""
+
+    poisoned = False
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        self.poisoned |= any(sample.data.size > 3 and sample.data.min() == 255 for sample in samples)
+        if self.poisoned:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().run(samples)
+
+
 class Gated(Invert):
     """Tells, by a file each, that an image is being worked on, and waits for the file `open` in the same folder."""
 

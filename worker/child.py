@@ -20,6 +20,8 @@ from shared.messages import MANIFEST, Chunk, Item, Job
 from shared.options import ENGINES, Options
 from shared.queues import offered, queue_name
 from shared.settings import Settings
+from worker import tuned
+from worker.batch_size import BatchSizes
 from worker.cache import Cache
 from worker.device import Device, give_back
 from worker.fetch import Fetcher
@@ -27,6 +29,7 @@ from worker.flow import Flow
 from worker.lanes import lanes
 from worker.lease import LeaseKeeper
 from worker.manifest import write_manifest
+from worker.memory import memory_of
 from worker.operations.base import Inputs, Operation, Picture
 from worker.operations.registry import create
 from worker.store import Store, open_store
@@ -49,6 +52,7 @@ class Child:
         self._s3: Any = None
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
         self.operations: dict[tuple[str, str], Operation] = {}
+        self.sizes: dict[tuple[str, str], BatchSizes] = {}
         for name, lane in offered(settings.worker.operations, lanes(settings)):
             engine, _, model = lane.partition(".")
             if (name, engine) in self.operations:
@@ -57,7 +61,9 @@ class Child:
             operation = create(name, engine)
             operation.load(device)
             warm_up(operation, ENGINES[name][engine].model_validate({"model": model} if model else {}))
+            memory = memory_of(device, operation.spec)
             self.operations[name, engine] = operation
+            self.sizes[name, engine] = BatchSizes(memory, tuned.read(device.weights, memory.name, operation.spec))
             log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})
 
     def s3(self) -> Any:
@@ -98,6 +104,9 @@ class Child:
         seconds = _since(start)
         counts = dict(done=flow.done, failed=flow.failed, reused=flow.reused)
         told = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds, **counts)
+        if flow.sizes.memory.grows:
+            told |= dict(memory=round(flow.sizes.top, 3), memory_flagged=flow.sizes.flagged)
+            self.fleet.report_memory(self.node, flow.sizes.top, flow.sizes.flagged)
         log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
         if keeper.reason is None and not lease.lost and not flow.reused and seconds > 0:  # the rate of computing
             queue = queue_name(spec.operation, spec.lane)
@@ -116,6 +125,7 @@ class Child:
             settings=self.settings,
             node=self.node,
             stop=stop,
+            sizes=self.sizes[spec.operation, spec.engine],
             cache=self.cache,
         )
 

@@ -26,7 +26,8 @@ from shared.messages import Item, ItemResult, Job
 from shared.settings import Settings
 from shared.urls import shown
 from worker import codec
-from worker.batching import Batcher, run_batch
+from worker.batch_size import BatchSizes
+from worker.batching import Batcher, cap, run_batch
 from worker.cache import CACHED, Cache, Remembered
 from worker.fetch import Fetcher
 from worker.operations.base import Inputs, Operation, Picture
@@ -56,11 +57,12 @@ class Flow:
         settings: Settings,
         node: str,
         stop: Event,
+        sizes: BatchSizes | None = None,
         cache: Cache | None = None,
     ) -> None:
         self.job, self.spec, self.operation, self.node = job, spec, operation, node
         self.ledger, self.fetcher, self.store, self.settings = ledger, fetcher, store, settings
-        self.cache = cache
+        self.sizes, self.cache = sizes or BatchSizes(), cache
         self.references = References(fetcher, max_pixels=settings.worker.max_pixels, attempts=spec.policy.attempts)
         self.budget = PixelBudget(settings.worker.look_ahead)
         self.stop = stop
@@ -72,11 +74,12 @@ class Flow:
     def run(self, items: Sequence[Item]) -> None:
         """Take `items` through the line.
 
-        Raises when the ledger can't be reached, and when the chunk's time is up or this process is told to exit;
-        what has no record then is delivered again.
+        Raises when the ledger can't be reached, when the device is lost, and when the chunk's time is up or this process
+        is told to exit; what has no record then is delivered again.
         """
         ready: SimpleQueue[Passage] = SimpleQueue()
-        batcher: Batcher[Passage] = Batcher(self.operation, self.operation.spec.max_batch)
+        most = cap(self.spec.policy, self.operation.spec)
+        batcher: Batcher[Passage] = Batcher(self.operation, self.sizes, most, self.settings.worker.batch_wait)
         threads = min(self.settings.fetch.threads, len(items) or 1)
         with (
             ThreadPoolExecutor(self.settings.worker.store_threads, "store") as back,
@@ -87,7 +90,7 @@ class Flow:
             coming = len(items)
             try:
                 while coming or batcher:
-                    coming -= self._collect(ready, batcher, wait=not batcher)
+                    coming -= self._collect(ready, batcher, coming)
                     if self.stop.is_set():
                         for passage in batcher.drain():
                             self._leave(passage)
@@ -141,12 +144,12 @@ class Flow:
                 passage.error = None  # as if never begun: another worker tries it as often as the policy says
         ready.put(passage)
 
-    def _collect(self, ready: SimpleQueue[Passage], batcher: Batcher[Passage], *, wait: bool) -> int:
-        """Batch what has been prepared; how many passages came in."""
+    def _collect(self, ready: SimpleQueue[Passage], batcher: Batcher[Passage], coming: int) -> int:
+        """Batch what has been prepared, for as long as the batcher waits; how many of the `coming` passages came in."""
         came = 0
         while True:
             try:
-                passage = ready.get(block=wait and came == 0)
+                passage = ready.get(timeout=batcher.patience(coming=came < coming))
             except Empty:
                 return came
             came += 1
@@ -164,7 +167,7 @@ class Flow:
         """run: one batch on the device; yields the passages that have all of their outputs now."""
         batch = batcher.take()
         start = time.perf_counter()
-        outputs = run_batch(self.operation, [slot.sample for slot in batch])
+        outputs = run_batch(self.operation, [slot.sample for slot in batch], self.sizes)
         share = (time.perf_counter() - start) / len(batch)
         for slot, output in zip(batch, outputs, strict=True):
             passage = slot.owner

@@ -10,10 +10,11 @@ from celery import Celery, Task
 from kombu.exceptions import OperationalError
 from pydantic import ValidationError
 
-from shared.errors import ConfigurationError, JobNotFound, ServiceUnavailable, sentence
+from shared.errors import ConfigurationError, DeviceLost, JobNotFound, ServiceUnavailable, sentence
 from shared.messages import Chunk
 from shared.options import OPERATIONS, validation_sentence
 from shared.queues import CANARY_TASK, MANIFEST_TASK, task_name
+from worker.device import end_process
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,11 @@ def register(app: Celery, child: Callable[[], Any]) -> None:
             told = dict(action="chunk", job=chunk.job, chunk=chunk.number, reason=error.message)
             log.warning("chunk put off", extra=told)
             return "put off"
+        except DeviceLost as error:
+            # Whatever it did next would fail as well. As for any child that dies, its chunk is delivered again.
+            told = dict(action="device", job=chunk.job, chunk=chunk.number, reason=error.message)
+            log.critical("the device is lost; this process ends", extra=told)
+            end_process()
 
     def canary(_task: Task, token: str) -> str:
         child().fleet.answer_canary(token)

@@ -114,8 +114,9 @@ def test_a_message_that_redis_lost(
         check_complete(client, job, 6, tmp_path)
 
 
-def test_an_image_that_kills_its_process_is_found_and_its_neighbours_are_done(
-    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
+@pytest.mark.parametrize("fake", ["Deadly", "Poisons"])
+def test_an_image_that_kills_its_process_or_its_gpu_is_found_and_its_neighbours_are_done(
+    fake: str, environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
     white = io.BytesIO()
     Image.new("RGB", (40, 40), "white").save(white, "PNG")
@@ -124,7 +125,7 @@ def test_an_image_that_kills_its_process_is_found_and_its_neighbours_are_done(
     for n in range(7):
         images.routes[f"/{n}.png"] = photo(n)
         sources.append(images.url(f"/{n}.png"))
-    with WorkerProcess(environment, tmp_path, fake="Deadly") as node:
+    with WorkerProcess(environment, tmp_path, fake=fake) as node:
         node.wait_ready()
         rows = [SourceRow(f"row {n}", {"source": source}) for n, source in enumerate(sources)]
         job = client.submit(rows, spec(tmp_path)).job
@@ -133,6 +134,7 @@ def test_an_image_that_kills_its_process_is_found_and_its_neighbours_are_done(
     deadly, *others = client.results(job)
     assert (deadly.code, deadly.attempts) == ("worker_lost", 3)
     assert [row.state for row in others] == ["done"] * 7
+    assert node.log.read_text().count("the device is lost; this process ends") == (3 if fake == "Poisons" else 0)
 
 
 def test_a_stopping_node_gives_the_rest_back(

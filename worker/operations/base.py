@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,21 +42,30 @@ class Picture:
 
 @dataclass(frozen=True)
 class Spec:
-    """What an operation can and needs, as data; the flow reads it and has no branches per operation."""
+    """What an operation can and needs, as data; the flow reads it and has no branches per operation.
+
+    `max_batch` is the most samples that `run` takes at a time, and `runtime` what it runs on: that is asked for memory.
+    """
 
     name: OperationName
     engine: str
     needs_mask: bool = False
     makes_alpha: bool = False
     max_batch: int = 1
+    runtime: Literal["cpu", "onnxruntime", "torch"] = "cpu"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One input of the device step, with the job's options; `data` is the operation's own."""
+    """One input of the device step, with the job's options; `data` is the operation's own.
+
+    `footprint` is what decides the memory that it takes on the device, such as `768x512 float16`; empty where that is
+    what decides its group.
+    """
 
     data: Any
     options: Any
+    footprint: str = ""
 
 
 LASTING_NOTES = frozenset({"empty_cutout", "empty_mask", "enlarged", "matting_too_large", "no_shadow_found"})
@@ -120,3 +129,14 @@ class Operation(Protocol):
 
     def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
         """CPU: blend tiles, apply alpha, restore size; the result, uint8 RGB or RGBA."""
+
+
+@runtime_checkable
+class Relievable(Operation, Protocol):
+    """An operation that can do with less memory, more slowly, where not even one sample fits."""
+
+    def relieve(self, level: int) -> bool:
+        """Take the first `level` measures that save memory, and no others, from the next `run` on; 0 is as loaded.
+
+        False, and nothing is changed, where there are not so many.
+        """

@@ -81,6 +81,14 @@ def test_rates_are_of_one_queue_and_each_nodes_latest(fleet: Fleet, raw: Any) ->
     assert RATE_SECONDS - 60 < raw.ttl("imagemill:rates") <= RATE_SECONDS
 
 
+def test_how_full_a_gpu_was_is_told_by_its_node(fleet: Fleet, raw: Any) -> None:
+    fleet.report_memory("gpu0@a", 0.5, 0)
+    fleet.report_memory("gpu0@a", 0.931, 12)
+    fleet.report_memory("gpu1@a", 0.25, 0)
+    assert fleet.memory() == {"gpu0@a": (0.931, 12), "gpu1@a": (0.25, 0)}
+    assert RATE_SECONDS - 60 < raw.ttl("imagemill:memory") <= RATE_SECONDS
+
+
 def test_a_canary_is_heard_by_whoever_waits_for_it_and_only_by_them(fleet: Fleet, raw: Any) -> None:
     answer = threading.Timer(0.05, fleet.answer_canary, args=["mine"])
     answer.start()
@@ -98,6 +106,8 @@ CALLS: dict[str, Callable[[Fleet], Any]] = {
     "nodes": lambda fleet: fleet.nodes(),
     "report_rate": lambda fleet: fleet.report_rate(QUEUE, "cpu@a", 1.0),
     "rates": lambda fleet: fleet.rates(QUEUE),
+    "report_memory": lambda fleet: fleet.report_memory("gpu0@a", 0.5, 0),
+    "memory": lambda fleet: fleet.memory(),
     "answer_canary": lambda fleet: fleet.answer_canary("mine"),
     "await_canary": lambda fleet: fleet.await_canary("mine", 0.05),
 }

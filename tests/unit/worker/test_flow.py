@@ -21,14 +21,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from producer.embedded_redis import EmbeddedRedis
-from shared.errors import BrokerUnavailable, OperationFailed, OutOfMemory
+from shared.errors import BrokerUnavailable, DeviceLost, OperationFailed, OutOfMemory
 from shared.ledger import Ledger
 from shared.messages import JOB_SPEC, Item, Row
 from shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
 from tests.conftest import photo
+from tests.devices import DEAD, FakeGpu
 from tests.fakes import Invert
 from tests.services import Handler, ImageServer, answers, failing, html, reply
 from tests.workers import wait_until
+from worker.batch_size import BatchSizes, Known
 from worker.fetch import Fetcher
 from worker.flow import Flow
 from worker.operations.base import Inputs, Picture, Sample, Spec, Work
@@ -73,6 +75,9 @@ class Bench:
         threads: int = 16,
         look_ahead: int = 10**8,
         node: str = "here",
+        sizes: BatchSizes | None = None,
+        wait: float = 0.0,
+        batch: str = "throughput",
         **options: Any,
     ) -> Flow:
         """A flow for the job, which is made at the first call."""
@@ -80,7 +85,7 @@ class Bench:
             "operation": kind,
             "output": {"url": self.folder.as_uri(), "format": form, "key": "{index}"},
             "options": options,
-            "policy": {"attempts": attempts},
+            "policy": {"attempts": attempts, "batch": batch},
         }
         spec = JOB_SPEC.validate_python(fields)
         if not self.fetchers:
@@ -91,7 +96,7 @@ class Bench:
         settings = Settings(
             _env_file=None,  # type: ignore[call-arg]
             fetch=FetchSettings.model_validate(FETCH | {"threads": threads}),
-            worker=WorkerSettings(look_ahead=look_ahead),
+            worker=WorkerSettings(look_ahead=look_ahead, batch_wait=wait),
         )
         self.fetchers.append(Fetcher(settings.fetch, files, no_s3))
         return Flow(
@@ -104,6 +109,7 @@ class Bench:
             settings=settings,
             node=node,
             stop=self.stop,
+            sizes=sizes,
         )
 
     def rows(self) -> list[Row]:
@@ -318,6 +324,64 @@ def test_an_image_whose_tile_fails_is_recorded_once(bench: Bench) -> None:
     bench.flow(Blemish(), items).run(items)
     assert bench.codes() == ["done", "operation_failed", "done", "done"]
     assert sorted(bench.entries()) == [0, 1, 2, 3]
+
+
+# --- batches ---
+
+
+class Sized(Invert):
+    """Notes how large its batches are, and takes 800 bytes for each image."""
+
+    spec = Spec("stylize", "opencv", max_batch=8)
+
+    def __init__(self, room: int) -> None:
+        """On a GPU on which so many images fit, which is known."""
+        self.gpu = FakeGpu(1000 * room)
+        self.known = BatchSizes(self.gpu, {repr((72, 96, 3)): Known({1: 800}, fits=room)})
+        self.sizes: list[int] = []
+        self.ran = threading.Event()
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        self.gpu.take(800 * len(samples))
+        self.sizes.append(len(samples))
+        self.ran.set()
+        return super().run(samples)
+
+
+@pytest.mark.parametrize(
+    ("room", "batch", "expected"), [(8, "throughput", [8, 4]), (3, "throughput", [3] * 4), (8, "quality", [4] * 3)]
+)
+def test_on_a_gpu_a_batch_is_as_large_as_fits_and_as_the_policy_allows(
+    room: int, batch: str, expected: list[int], bench: Bench
+) -> None:
+    items, operation = bench.photos(12), Sized(room)
+    bench.flow(operation, items, sizes=operation.known, wait=60, batch=batch, threads=3).run(items)
+    assert operation.sizes == expected
+    assert bench.codes() == ["done"] * 12
+
+
+def test_no_image_waits_for_long_because_another_is_slow(bench: Bench) -> None:
+    items, operation = bench.photos(4), Sized(room=8)
+
+    def slow(handler: Handler) -> None:
+        assert operation.ran.wait(60), "the others wait for this one"
+        reply(handler, 200, photo(3))
+
+    bench.images.routes["/3.png"] = slow
+    bench.flow(operation, items, sizes=operation.known, wait=0.1).run(items)
+    assert sum(operation.sizes) == 4
+    assert bench.codes() == ["done"] * 4
+
+
+def test_a_lost_device_ends_it_and_fails_no_image(bench: Bench) -> None:
+    class Poisoned(Invert):
+        def run(self, samples: Sequence[Sample]) -> list[Any]:
+            raise DEAD["illegal access"]()
+
+    items = bench.photos(6)
+    with pytest.raises(DeviceLost):
+        bench.flow(Poisoned(), items).run(items)
+    assert bench.codes() == ["pending"] * 6
 
 
 # --- all stages at once, in bounded memory ---

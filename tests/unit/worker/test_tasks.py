@@ -15,11 +15,12 @@ from kombu.exceptions import OperationalError
 
 from producer.embedded_redis import EmbeddedRedis
 from shared.broker import make_app, queues
-from shared.errors import BrokerUnavailable, JobNotFound
+from shared.errors import BrokerUnavailable, DeviceLost, JobNotFound
 from shared.messages import Chunk
 from shared.queues import CANARY_TASK, MANIFEST_TASK
 from shared.settings import Settings
 from tests.workers import wait_until
+from worker import tasks
 from worker.tasks import not_loaded, register
 
 GOOD = {"version": 1, "job": "260730-1f0c9a3e", "number": 3, "images": 32}
@@ -115,6 +116,21 @@ def test_what_the_ledger_settles_is_no_failure_of_the_task(error: Exception, ans
         raise error
 
     assert deliver(app_for(lambda: Child(fail)), GOOD) == answer
+
+
+def test_a_process_whose_device_is_lost_ends(
+    told: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[bool] = []
+
+    def fail() -> str:
+        raise DeviceLost("illegal memory access")
+
+    monkeypatch.setattr(tasks, "end_process", lambda: ended.append(True))
+    deliver(app_for(lambda: Child(fail)), GOOD)
+    assert ended == [True]
+    (said,) = caplog.records
+    assert (said.levelname, said.reason) == ("CRITICAL", "illegal memory access")  # type: ignore[attr-defined]
 
 
 def test_the_canary_is_answered_by_the_loaded_child() -> None:

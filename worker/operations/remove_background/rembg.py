@@ -46,7 +46,7 @@ class Rembg:
     work on the GPU; nothing else depends on where the tensor was made.
     """
 
-    spec = Spec("remove-background", "rembg", makes_alpha=True, max_batch=LARGEST_BATCH)
+    spec = Spec("remove-background", "rembg", makes_alpha=True, max_batch=LARGEST_BATCH, runtime="onnxruntime")
 
     def __init__(self) -> None:
         self._device = Device()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
 from worker.device import Device, give_back
+from worker.faults import is_short_of_memory
 
 Tensor = NDArray[np.float32]
 
@@ -23,17 +24,6 @@ LARGEST_BATCH = 8
 
 SMALL = 512
 """Side in pixels of a model's input up to which on CPUs each image has a core to itself. Larger ones take gigabytes each."""
-
-NO_MEMORY = (
-    "bad_alloc",
-    "bad allocation",
-    "failed to allocate memory",
-    "out of memory",
-    "alloc_failed",
-    "outofmemory",
-    "can't start new thread",
-)
-"""How onnxruntime, CUDA, cuDNN and Python (of a thread's stack) say in lower case that memory is short."""
 
 
 class Session:
@@ -54,7 +44,7 @@ class Session:
         try:
             self._session = _opened(path, device, self.lanes, providers(device, path, _TensorRT.profile(path, device)))
         except Exception as error:
-            if _is_short(error):
+            if is_short_of_memory(error):
                 raise OutOfMemory(f"the model {name} does not fit into memory: {sentence(error)}") from error
             raise ConfigurationError(f"the model {name} can't be opened from {path} ({sentence(error)}): {again}") from error
         wanted, got = NAMES[device.provider], self._session.get_providers()
@@ -93,10 +83,8 @@ class Session:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except MemoryError as error:
-            raise OutOfMemory(f"there was not enough memory for the model {self.name}: {sentence(error)}") from error
         except Exception as error:
-            if _is_short(error):
+            if is_short_of_memory(error):
                 raise OutOfMemory(f"there was not enough memory for the model {self.name}: {sentence(error)}") from error
             if type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError):
                 raise OperationFailed(f"the model {self.name} failed: {sentence(error)}") from error
@@ -181,8 +169,3 @@ class _TensorRT:
         rest = "x".join(str(side) for side in source.shape[1:])
         ranges = {"min": 1, "opt": LARGEST_BATCH, "max": LARGEST_BATCH}
         return {f"trt_profile_{kind}_shapes": f"{source.name}:{count}x{rest}" for kind, count in ranges.items()}
-
-
-def _is_short(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY)

@@ -20,6 +20,7 @@ from shared.options import parse_options
 from tests.models import u2net_onnx, weights_folder
 from tests.unit.worker.operations.conformance import REFERENCE, scene
 from tests.workers import ROOT, clean_environment
+from worker.batch_size import BatchSizes
 from worker.batching import Batcher
 from worker.device import Device
 from worker.operations.base import Inputs, Picture, Pixels, Sample, Work
@@ -156,7 +157,7 @@ def test_a_batch_gives_each_image_what_it_gets_alone(dynamic: bool, tmp_path: Pa
 
 def test_images_for_two_models_never_share_a_batch(weights: Path) -> None:
     operation = loaded(weights)
-    batcher: Batcher[int] = Batcher(operation, 8)
+    batcher: Batcher[int] = Batcher(operation, BatchSizes(), 8)
     wanted = [{"model": model, "exact": exact} for model in MODELS for exact in (True, False)] * 2
     for place, given in enumerate(wanted):
         batcher.add(place, [Sample(None, parse_options("remove-background", "rembg", given))])
@@ -296,6 +297,7 @@ from pathlib import Path
 import numpy as np
 from shared.messages import Item
 from shared.options import parse_options
+from worker.batch_size import BatchSizes
 from worker.batching import run_batch
 from worker.device import Device
 from worker.operations import registry
@@ -386,7 +388,7 @@ def counted(samples):
 operation.run = counted
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, resource.RLIM_INFINITY))
-outputs = run_batch(operation, [sample for work in works for sample in work.samples])
+outputs = run_batch(operation, [sample for work in works for sample in work.samples], BatchSizes())
 print(sum(isinstance(output, np.ndarray) for output in outputs), max(sizes), min(sizes))
 """
     done, largest, smallest = in_a_process(tmp_path, program)
