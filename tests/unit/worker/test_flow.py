@@ -613,3 +613,73 @@ def test_a_bad_mask_of_the_job_is_asked_for_once(bench: Bench) -> None:
     bench.flow(Masked(), items, kind="inpaint", mask=bench.images.url("/none.png")).run(items)
     assert bench.codes() == ["bad_mask"] * 5
     assert bench.images.hits["/none.png"] == 1
+
+
+# --- images that stay as they are ---
+
+
+class Nothing(Invert):
+    """Finds nothing to do, and says so."""
+
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        return Work([], untouched=True, notes=["empty_mask"])
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        raise AssertionError("nothing was to be done")
+
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        raise AssertionError("nothing was done")
+
+
+def turned(number: int) -> bytes:
+    """A JPEG that is to be shown on its side."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.open(io.BytesIO(photo(number))).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "form", "same"),
+    [
+        (photo(1), "same", True),
+        (photo(1), "png", True),
+        (photo(1, kind="JPEG"), "same", True),
+        (photo(1, kind="JPEG"), "jpeg", True),
+        (photo(1, kind="WEBP"), "same", True),
+        (photo(1, kind="JPEG"), "png", False),
+        (photo(1), "jpeg", False),
+        (photo(1, kind="BMP"), "same", False),
+        (turned(1), "same", False),
+    ],
+    ids=["png", "png as png", "jpeg", "jpeg as jpeg", "webp", "jpeg as png", "png as jpeg", "bmp", "turned jpeg"],
+)
+def test_an_untouched_image_keeps_its_own_bytes_where_the_format_allows(
+    data: bytes, form: str, same: bool, bench: Bench
+) -> None:
+    bench.images.routes |= {"/a": data, "/b.png": photo(2)}
+    items = bench.items(["/a"])
+    flow = bench.flow(Nothing(), items, form=form)
+    flow.run(items)
+    (row,) = bench.rows()
+    result = row.result
+    assert (bench.codes(), flow.done) == (["done"], 1)
+    assert result is not None
+    assert result.notes == ("empty_mask",)
+    assert result.output_size == ((72, 96) if data == turned(1) else (96, 72))
+    stored = Path(unquote(urlsplit(row.output or "").path)).read_bytes()
+    assert result.output_bytes == len(stored)
+    assert (stored == data) == same
+    with Image.open(io.BytesIO(stored)) as image:
+        assert image.size == result.output_size
+    assert "encode" not in result.seconds or not same
+
+
+def test_samples_of_an_untouched_image_are_a_fault(bench: Bench) -> None:
+    class Both(Nothing):
+        def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+            return Work([Sample(picture.pixels, None)], untouched=True)
+
+    items = bench.photos(1)
+    bench.flow(Both(), items).run(items)
+    assert bench.codes() == ["internal_error"]
