@@ -19,16 +19,13 @@ from worker.device import Device
 from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.inpaint.mask import Region, build_mask, fade, mix, remarks, shrunk, zone_of
-from worker.operations.inpaint.session import Session
+from worker.operations.inpaint.session import LARGEST_BATCH, Session
 from worker.operations.inpaint.tiles import Tile, owners, plan, weights
 from worker.scale import resize
 from worker.weights import digest, model_file
 
 REVISION = 1
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
-
-LARGEST_BATCH = 8
-"""Tiles that go to a GPU at a time. Nothing is gained by more than one on a CPU, which is busy with one."""
 
 WHOLE = 4_000_000
 """Pixels that `strategy=whole` takes: about 3 GB of memory."""
@@ -76,7 +73,7 @@ class Lama:
         """Look whether the model is there. It is opened at the first `run`, and ConfigurationError raised if it can't be."""
         set_up(device)
         self._device = device
-        if device.gpu is None:
+        if device.gpu is None:  # nothing is gained by batches there, see session.py
             self.spec = replace(self.spec, max_batch=1)
         self._path(LamaInpaint())
 
@@ -85,7 +82,9 @@ class Lama:
 
     def fingerprint(self, options: Options) -> str:
         assert isinstance(options, LamaInpaint)  # noqa: S101  # for mypy
-        return f"{options.model} {digest(self._path(options))}, torch {torch.__version__}, {fingerprint(REVISION)}"
+        dtype = "fp32" if self._device.gpu is None else self._device.dtype
+        parts = (f"{options.model} {digest(self._path(options))}", f"torch {torch.__version__} {dtype}", fingerprint(REVISION))
+        return ", ".join(parts)
 
     @translated("finding what to fill")
     def prepare(self, picture: Picture, inputs: Inputs) -> Work:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from shared.errors import BadMask, ConfigurationError, OperationFailed, OutOfMemory
+from shared.errors import BadMask, ConfigurationError, OperationFailed
 from shared.messages import Item
 from shared.options import parse_options
+from tests.fills import Continues
 from tests.unit.worker.operations.conformance import run_all
 from worker.batching import run_batch
 from worker.device import Device
@@ -20,41 +20,6 @@ from worker.operations.base import Grey, Inputs, Picture, Pixels, Work
 from worker.operations.inpaint import lama
 from worker.operations.inpaint.lama import Crop, Lama, enlarged, shown
 from worker.operations.inpaint.mask import EMPTY, LARGE, Region
-
-Size = tuple[int, int]
-
-
-class Continues:
-    """A Session that fits a plane to what is known of each picture, channel by channel; notes what it was given."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[Size]] = []
-        self.holes: list[Grey] = []
-        self.full: list[int] = []  # batches larger than this are too much
-
-    def run(self, pictures: Sequence[Pixels], holes: Sequence[Grey]) -> list[Pixels]:
-        sizes = [(hole.shape[0], hole.shape[1]) for hole in holes]
-        self.batches.append(sizes)
-        self.holes += holes
-        assert len(set(sizes)) == 1, "all of a batch are of one size"
-        assert all(side % 8 == 0 and side >= 16 for side in sizes[0])
-        assert [picture.shape for picture in pictures] == [(*size, 3) for size in sizes]
-        assert all(array.dtype == np.uint8 for array in (*pictures, *holes))
-        assert set(np.unique(np.concatenate([hole.ravel() for hole in holes]))) <= {0, 255}
-        if self.full and len(pictures) > self.full[0]:
-            raise OutOfMemory("too many")
-        return [plane(picture, hole) for picture, hole in zip(pictures, holes, strict=True)]
-
-
-def plane(picture: Pixels, hole: Grey) -> Pixels:
-    height, width = hole.shape
-    y, x = np.mgrid[:height, :width].astype(np.float64)
-    terms = np.stack([np.ones_like(x), x / width, y / height], axis=2)
-    known = hole == 0
-    if not known.any():
-        return np.full_like(picture, 128)
-    fit, *_ = np.linalg.lstsq(terms[known], picture[known].astype(np.float64), rcond=None)
-    return np.clip(np.rint(terms @ fit), 0, 255).astype(np.uint8)
 
 
 @pytest.fixture
@@ -166,7 +131,7 @@ def test_the_guide_is_made_once_even_where_a_batch_has_to_be_halved(operation: L
     pixels = damaged(slope(1300, 1500), mask)
     alone, _ = inpaint(operation, pixels, mask, tile=512)
     session.batches.clear()
-    session.full = [2]
+    session.most = 2
     work = prepared(operation, pixels, mask, tile=512)
     guide = work.samples[0].data.guide.crop.tile.size
     alike = [sample for sample in work.samples if operation.group_key(sample) == operation.group_key(work.samples[0])]
