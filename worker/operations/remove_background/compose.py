@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from shared.options import RembgRemoveBackground
 from worker.operations.base import Grey, Pixels
-from worker.operations.remove_background.matte import Map, enlarged_part, foreground_colours
+from worker.operations.remove_background.matte import Map, foreground_colours
 from worker.operations.remove_background.matting import matted
 from worker.operations.remove_background.opencv import EMPTY
-from worker.scale import fit, resize
+from worker.scale import enlarged_part, fit, resize
 
 NO_SHADOW = "no_shadow_found"
 ENLARGED = "enlarged"

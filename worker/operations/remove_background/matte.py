@@ -5,6 +5,7 @@ Common to all engines that find a mask or matte at a smaller size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import cv2
@@ -16,13 +17,13 @@ from worker.operations.base import Grey, Pixels
 Map = NDArray[np.float32]
 """float32, [height, width] or [height, width, 3], 0..1."""
 
-Tile = tuple[slice, slice]
-"""Rows and columns."""
-
 REACH = 3  # pixels of the mask around its edge in which the picture's own edge is looked for
 SMOOTH = 1e-3  # variance of colours (0..1) below which the guided filter smooths
 FAR, NEAR = 90, 6  # radii of the two passes, as in the paper
-STRIP = 128  # rows done at a time, or side of a square where columns are parted too
+SMALL = 640  # longest edge in pixels at which colours are averaged
+STRIP = 128  # rows done at a time
+MOST = 30_000  # pixels looked up at a time; OpenCV takes up to 32,767
+REPLICATE = cv2.BORDER_REPLICATE
 
 
 def soft_alpha(rgb: Pixels, small: Pixels, mask: Map, feather: float) -> Map:
@@ -36,14 +37,14 @@ def soft_alpha(rgb: Pixels, small: Pixels, mask: Map, feather: float) -> Map:
     slope, offset = _guided(small.astype(np.float32) / np.float32(255), mask)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * REACH + 1, 2 * REACH + 1))
     # Borders are repeated: the picture's own edge is no edge of the subject.
-    inner = _enlarged(np.asarray(cv2.erode(mask, kernel, borderType=cv2.BORDER_REPLICATE), np.float32), size)
-    outer = _enlarged(np.asarray(cv2.dilate(mask, kernel, borderType=cv2.BORDER_REPLICATE), np.float32), size)
+    inner = _enlarged(np.asarray(cv2.erode(mask, kernel, borderType=REPLICATE), np.float32), size)
+    outer = _enlarged(np.asarray(cv2.dilate(mask, kernel, borderType=REPLICATE), np.float32), size)
     alpha = _enlarged(offset, size)
     for channel in range(3):  # one at a time: a full-size float picture of three channels is never held
         alpha += _enlarged(slope[..., channel], size) * rgb[..., channel] / np.float32(255)
     alpha = np.clip((alpha - 0.15) / 0.7, inner, outer)
     if feather > 0:
-        alpha = cv2.GaussianBlur(alpha, (0, 0), feather / 2, borderType=cv2.BORDER_REPLICATE)
+        alpha = cv2.GaussianBlur(alpha, (0, 0), feather / 2, borderType=REPLICATE)
     return np.asarray(np.clip(alpha, 0, 1), np.float32)
 
 
@@ -70,44 +71,59 @@ def _guided(guide: Map, mask: Map) -> tuple[Map, Map]:
 def foreground_colours(rgb: Pixels, alpha: Map | Grey, *, rough: bool = False, out: Pixels | None = None) -> Pixels:
     """The subject's own colours where alpha is partial, else `rgb` as it is: so that no halo remains.
 
-    Blur fusion in two passes: Forte and Pitié, Approximate Fast Foreground Colour Estimation, ICIP 2021; the first,
-    wide one at a size where its radius is small, and all of it only around the rim. `rough` says that alpha is a
-    mask with softened edges: then colours between subject and background are laid to alpha, not to the subject.
+    Blur fusion in two passes: Forte and Pitié, Approximate Fast Foreground Colour Estimation, ICIP 2021. What is
+    averaged has no detail, so both passes are made at a small size, around the rim only; the picture's own detail comes
+    in afterwards, rim pixel by rim pixel. `rough` says that alpha is a mask with softened edges: then colours between
+    subject and background are laid to alpha, not to the subject.
     `alpha` [h, w] is float32 0..1 or uint8 0..255; of `rgb` [h, w, 3 or 4] the first three channels count.
     With `out` [h, w, 3 or 4], which must not be `rgb`, the rim's colours are written there and nothing else is;
     what is held besides then is a few dozen MB whatever the size.
     """
+    result = rgb.copy() if out is None else out
     box = _rim_box(alpha)
     if box is None:
-        return rgb if out is None else out
+        return result
     left, top, right, bottom = box
     rows, columns = slice(max(0, top - FAR), bottom + FAR), slice(max(0, left - FAR), right + FAR)
-    picture, matte = rgb[rows, columns], alpha[rows, columns]
-    size = (matte.shape[1], matte.shape[0])
-    part = max(1, round(max(size) / 400))
-    small_size = (max(1, size[0] // part), max(1, size[1] // part))
-    small = _unit(cv2.resize(picture, small_size, interpolation=cv2.INTER_AREA)[..., :3])
-    small_matte = _share(cv2.resize(matte, small_size, interpolation=cv2.INTER_AREA))
-    wide = _fused(small, small, small, small_matte, max(1, FAR // part), rough)
-    result = rgb.copy() if out is None else out
-    target = result[rows, columns]
-    for inner in tiles(size):  # the second pass takes a hundred bytes per pixel
-        edge = _partial(matte[inner])
-        if not edge.any():
-            continue
-        outer = (_wider(inner[0], size[1]), _wider(inner[1], size[0]))
-        front, back = (enlarged_part(colours, size, outer) for colours in wide)
-        found, _ = _fused(_unit(picture[outer][..., :3]), front, back, _share(matte[outer]), NEAR, rough)
-        found = found[inner[0].start - outer[0].start :, inner[1].start - outer[1].start :][: edge.shape[0], : edge.shape[1]]
-        np.copyto(target[inner][..., :3], np.rint(found * 255).astype(np.uint8), where=edge[..., None])
+    picture, matte, target = rgb[rows, columns], alpha[rows, columns], result[rows, columns]
+    front, back = _near_colours(picture, matte, rough)
+    down, across = (have / want for have, want in zip(front.shape[:2], matte.shape, strict=True))
+    for y, x in _rim_pixels(matte):
+        # Centres on centres.
+        places = ((x + 0.5) * across - 0.5).astype(np.float32), ((y + 0.5) * down - 0.5).astype(np.float32)
+        near, beyond = (
+            np.asarray(cv2.remap(colours, *places, cv2.INTER_LINEAR, borderMode=REPLICATE), np.float32)
+            for colours in (front, back)
+        )
+        found = _explained(_unit(picture[y, x][..., :3]), _share(matte[y, x])[..., None], near, beyond, rough)
+        target[y, x, :3] = np.rint(found * 255)
     return result
 
 
-def tiles(size: tuple[int, int]) -> Iterator[Tile]:
-    """All of a picture of `size` (width, height) in squares of `STRIP`, row by row."""
-    for top in range(0, size[1], STRIP):
-        for left in range(0, size[0], STRIP):
-            yield slice(top, min(top + STRIP, size[1])), slice(left, min(left + STRIP, size[0]))
+def _near_colours(picture: Pixels, matte: Map | Grey, rough: bool) -> tuple[Map, Map]:
+    """The mean colours [h, w, 3] of subject and background near each pixel, at a small size."""
+    halvings = max(0, math.ceil(math.log2(max(matte.shape) / SMALL)))
+    part = 2**halvings
+    for step in [2] * halvings if halvings < 3 else [part]:  # halving is quick, but a half of a huge picture is huge
+        size = max(1, matte.shape[1] // step), max(1, matte.shape[0] // step)
+        picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
+        matte = cv2.resize(matte, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]  # its type stays
+    seen, share = _unit(picture[..., :3]), _share(matte)
+    wide, near = max(1, FAR // part), max(1, round(NEAR / part))
+    front, back = _weighted(seen, share, wide), _weighted(seen, 1 - share, wide)
+    # Where alpha is near 0 the first pass knows the background better than the subject, and the other way round.
+    front = _explained(seen, share[..., None], front, back, rough)
+    return _weighted(front, share, near), _weighted(back, 1 - share, near)
+
+
+def _rim_pixels(matte: Map | Grey) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Rows and columns [n, 1] of all that is partial, some at a time."""
+    for top in range(0, len(matte), STRIP):
+        strip = _partial(matte[top : top + STRIP])
+        y, x = np.divmod(np.flatnonzero(strip), strip.shape[1])
+        for start in range(0, len(y), MOST):
+            some = slice(start, start + MOST)
+            yield y[some, None] + top, x[some, None]
 
 
 def _partial(alpha: Map | Grey) -> NDArray[np.bool_]:
@@ -128,10 +144,6 @@ def _rim_box(alpha: Map | Grey) -> tuple[int, int, int, int] | None:
     return -left, -top, right, bottom
 
 
-def _wider(inner: slice, length: int) -> slice:
-    return slice(max(0, inner.start - NEAR), min(length, inner.stop + NEAR))
-
-
 def _unit(pixels: NDArray[np.generic]) -> Map:
     return np.asarray(pixels, np.float32) / np.float32(255)
 
@@ -140,45 +152,14 @@ def _share(alpha: NDArray[np.generic]) -> Map:
     return _unit(alpha) if alpha.dtype == np.uint8 else np.asarray(alpha, np.float32)
 
 
-def enlarged_part(small: Map, size: tuple[int, int], part: Tile) -> Map:
-    """`part` (rows and columns) of `small` [h, w] or [h, w, c] enlarged to `size`, linearly, without holding all of it."""
-    rows, down = _weights(len(small), size[1], part[0])
-    columns, across = _weights(small.shape[1], size[0], part[1])
-    some = np.swapaxes(small[rows, columns], 0, 1)
-    lines = np.swapaxes(_product(across, some), 0, 1)
-    return _product(down, lines)
-
-
-def _product(weights: Map, lines: Map) -> Map:
-    flat = np.ascontiguousarray(lines).reshape(len(lines), -1)
-    # numpy's product would wake a thread per core for each tile.
-    product = cv2.gemm(weights, flat, 1, None, 0)  # type: ignore[call-overload]
-    return np.asarray(product, np.float32).reshape(len(weights), *lines.shape[1:])
-
-
-def _weights(small: int, length: int, part: slice) -> tuple[slice, Map]:
-    """Which of `small` samples `part` of `length` needs, and how much of each: [part, needed]."""
-    at = np.clip((np.arange(part.start, part.stop) + 0.5) * small / length - 0.5, 0, small - 1)  # centres on centres
-    above = at.astype(int)
-    first, last = int(above[0]), min(int(above[-1]) + 1, small - 1)
-    result = np.zeros((len(at), last - first + 1), np.float32)
-    each = np.arange(len(at))
-    result[each, np.minimum(above + 1, small - 1) - first] = at - above
-    result[each, above - first] += (1 - (at - above)).astype(np.float32)
-    return slice(first, last + 1), result
-
-
-def _fused(picture: Map, front: Map, back: Map, alpha: Map, radius: int, rough: bool) -> tuple[Map, Map]:
-    """Foreground and background that explain `picture`, from the means of `front` and `back` nearby."""
-    share = np.asarray(cv2.merge([alpha] * 3), np.float32)  # numpy is slow at one alpha for three colours
-    mean_front = _weighted(front, share, radius)
-    mean_back = _weighted(back, 1 - share, radius)
-    rest = picture - share * mean_front - (1 - share) * mean_back
+def _explained(picture: Map, share: Map, front: Map, back: Map, rough: bool) -> Map:
+    """The subject's colours [h, w, 3] that explain `picture`, given the means of subject and background nearby."""
+    rest = picture - share * front - (1 - share) * back
     if rough:  # what of the rest lies between the two is an error of alpha; left in the colour it would be a halo
-        away = mean_back - mean_front
+        away = back - front
         along = (rest * away).sum(axis=2, keepdims=True) / ((away**2).sum(axis=2, keepdims=True) + 1e-5)
         rest -= np.clip(along, -1, 1) * (1 - _sure(share)) * away
-    return np.clip(mean_front + share * rest, 0, 1), mean_back
+    return np.asarray(np.clip(front + share * rest, 0, 1), np.float32)
 
 
 def _sure(share: Map) -> Map:
@@ -188,7 +169,9 @@ def _sure(share: Map) -> Map:
 
 def _weighted(colours: Map, share: Map, radius: int) -> Map:
     weight = _sure(share) + np.float32(1e-4) * share  # where all is faint, the faint counts
-    return _mean(colours * weight, radius) / (_mean(weight, radius) + np.float32(1e-12))
+    mean = _mean(cv2.merge([*(colour * weight for colour in cv2.split(colours)), weight]), radius)  # type: ignore[arg-type]
+    *weighted, sums = cv2.split(mean)
+    return np.asarray(cv2.merge([one / (sums + np.float32(1e-12)) for one in weighted]), np.float32)
 
 
 def cut_out(pixels: Pixels, alpha: Map, background: str | None, *, rough: bool = False) -> Pixels:

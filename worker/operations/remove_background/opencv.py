@@ -19,7 +19,7 @@ from worker.scale import fit, resize
 
 SMALLEST = 8  # pixels; below this nothing can be told from the border
 EMPTY = "empty_cutout"
-REVISION = 1
+REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 
 

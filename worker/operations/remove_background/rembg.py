@@ -27,7 +27,7 @@ from worker.operations.remove_background.session import LARGEST_BATCH, Session
 from worker.scale import fit, resize
 from worker.weights import WEIGHTS, digest, model_file
 
-REVISION = 1
+REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 STRIP = 512  # rows that Pillow cuts out at a time
 
@@ -57,8 +57,8 @@ class Rembg:
         """Look which models are there. One is opened at the first `run`, and ConfigurationError raised if it can't be."""
         set_up(device)
         self._device = device
-        if device.provider == "cpu":  # nothing is gained by batches there, see session.py
-            self.spec = replace(self.spec, max_batch=1)
+        if device.provider == "cpu":  # an image per core, see session.py
+            self.spec = replace(self.spec, max_batch=device.threads)
         if not any(_original(device, weights.name).is_file() for weights in WEIGHTS if weights.engine == self.spec.engine):
             raise ConfigurationError(
                 f"there is no model of rembg's in {device.weights}: `imagemill models pull u2net` fetches one"
@@ -88,11 +88,7 @@ class Rembg:
 
     def run(self, samples: Sequence[Sample]) -> list[Any]:
         options: RembgRemoveBackground = samples[0].options  # of all of them, as for their model
-        session = self._open(options)
-        tensors = [sample.data for sample in samples]
-        if options.exact:  # a GPU may round otherwise in company
-            return [output for tensor in tensors for output in session.run([tensor])]
-        return list(session.run(tensors))
+        return list(self._open(options).run([sample.data for sample in samples], together=not options.exact))
 
     @translated("cutting out the subject")
     def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
@@ -111,7 +107,8 @@ class Rembg:
             path = self._path(options)
             if self._session is None or path != self._opened:
                 self._session = None  # before the next one is loaded: two need not fit
-                self._session, self._opened = Session(path, options.model, self._device), path
+                size = FAMILIES[options.model].size
+                self._session, self._opened = Session(path, options.model, self._device, size), path
         except ConfigurationError as error:
             if not self._proven:
                 raise  # at the node's start: it can't work like this

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,38 @@ NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensor
 LARGEST_BATCH = 8
 """Images that go to a GPU at a time; TensorRT builds its engine for one up to so many."""
 
-GIVE_BACK = 1.0
-"""Seconds after which memory that was freed is given back to the system again."""
+SMALL = 512
+"""Side in pixels of a model's input up to which on CPUs each image has a core to itself. Larger ones take gigabytes each."""
 
-NO_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory", "out of memory", "alloc_failed", "outofmemory")
-"""How onnxruntime, CUDA and cuDNN say in lower case that memory is short."""
+NO_MEMORY = (
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate memory",
+    "out of memory",
+    "alloc_failed",
+    "outofmemory",
+    "can't start new thread",
+)
+"""How onnxruntime, CUDA, cuDNN and Python (of a thread's stack) say in lower case that memory is short."""
 
 
 class Session:
-    """One model, opened. `batches` says whether its batch axis is free; images go one by one where it isn't.
+    """One model, opened; `size` is the side of its input in pixels.
+
+    On a GPU images share batches where the model's batch axis is free. On CPUs `lanes` of them run at a time, each for
+    itself.
 
     Raises ConfigurationError where the file is damaged or no such model, and where the session would
     run on another device than the one asked for.
     """
 
-    def __init__(self, path: Path, name: str, device: Device) -> None:
+    def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
         self.name = name
+        self.lanes = device.threads if device.provider == "cpu" and size <= SMALL else 1
         _check_there(device)
         again = f"`imagemill models verify` checks it, `imagemill models pull {name}` fetches it"
         try:
-            self._session = _opened(path, device, providers(device, path, _TensorRT.profile(path, device)))
+            self._session = _opened(path, device, self.lanes, providers(device, path, _TensorRT.profile(path, device)))
         except Exception as error:
             if _is_short(error):
                 raise OutOfMemory(f"the model {name} does not fit into memory: {sentence(error)}") from error
@@ -56,30 +68,26 @@ class Session:
         self._outputs = [output.name]  # the first is the fused map, the others are intermediate ones
         if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
             raise ConfigurationError(f"{path} is no model that makes a mask of an image: {again}")
-        self.batches = not isinstance(self._input.shape[0], int)
-        self._given_back = 0.0
-        self._give_back()  # opening takes as much again as the model
+        self.batches = device.provider != "cpu" and not isinstance(self._input.shape[0], int)
+        self._lanes = ThreadPoolExecutor(self.lanes, "lane")
+        give_back()  # opening takes as much again as the model
 
-    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each image's first output [1, size, size] for tensors [3, size, size]. Raises OutOfMemory and OperationFailed."""
+    def run(self, tensors: Sequence[Tensor], *, together: bool = True) -> list[Tensor]:
+        """Each image's first output [1, size, size] for tensors [3, size, size], float32.
+
+        Not `together`, none of them shares a batch: a GPU may round otherwise in company. Raises OutOfMemory and
+        OperationFailed.
+        """
         if not tensors:
             return []
         with self._translated():
-            if self.batches and len(tensors) > 1:
-                made = list(self._run(np.stack(tensors)))
-            else:
-                made = [self._run(tensor[None])[0] for tensor in tensors]
-        self._give_back()
-        return made
+            if together and self.batches:
+                return list(self._run(np.stack(tensors)))
+            return [batch[0] for batch in self._lanes.map(self._run, [tensor[None] for tensor in tensors])]
 
     def _run(self, batch: Tensor) -> Tensor:
         (output,) = self._session.run(self._outputs, {self._input.name: batch}, _run_options(self._session))
         return np.asarray(output, np.float32)
-
-    def _give_back(self) -> None:
-        if time.monotonic() - self._given_back > GIVE_BACK:
-            give_back()
-            self._given_back = time.monotonic()
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -118,16 +126,16 @@ def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[
     return [(NAMES["tensorrt"], tensorrt), *chain] if device.provider == "tensorrt" else chain
 
 
-def _opened(path: Path, device: Device, chain: list[tuple[str, dict[str, Any]]]) -> Any:
-    # U2Net at 320 pixels (44.0 M parameters), one image at a time on 2 cores, all modes interleaved, medians of 12 runs;
-    # MB beside the process' own after 12 runs, CPU seconds per image:
-    #     arena on 639-709 MB, 0.706 s;   shrunk after each run 604 MB, 0.769 s;   arena off 426-450 MB, 0.754 s
-    # Off holds least and costs no more than shrinking; with malloc_trim (0.2 to 20 ms, at most once a second) the whole
-    # process is at 237 MB instead of 374-412, and no slower. In batches of 4: 1291, 559 and 913 MB, and nothing is
-    # gained in time, so on the CPU images go one at a time. On a GPU cudaMalloc is too slow for each tensor: there
-    # the arena is on, and shrunk.
+def _opened(path: Path, device: Device, lanes: int, chain: list[tuple[str, dict[str, Any]]]) -> Any:
+    # U2Net at 320 pixels (44.0 M parameters) on 2 cores, all modes interleaved; CPU seconds per image, and the MB that are
+    # held while images run and after malloc_trim, which follows each chunk:
+    #     one image on two threads: arena on 0.63, 253, 253;   arena off 0.60, 210, 1
+    #     two images on one thread each: arena on 0.52, 490, 490;   arena off 0.53, 508, 1
+    # Two threads wait for each other after each of the model's steps, so an image per core takes less. Without the arena
+    # all memory goes back; shrinking it after each run takes 10 % longer. In batches of 4 nothing is gained on CPUs. On a
+    # GPU cudaMalloc is too slow for each tensor: there the arena is on, and shrunk.
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = device.threads
+    options.intra_op_num_threads = device.threads - lanes + 1  # each lane's own thread works too
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # it holds one plan of the largest memory per shape
     options.enable_cpu_mem_arena = False

@@ -173,9 +173,9 @@ def test_a_chunk_that_asks_for_another_model_gets_it_and_the_first_one_is_droppe
     alive: WeakSet[Any] = WeakSet()
 
     class Watched(engine.Session):
-        def __init__(self, path: Path, name: str, device: Device) -> None:
+        def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
             assert not alive, "two models are open"
-            super().__init__(path, name, device)
+            super().__init__(path, name, device, size)
             alive.add(self)
             opened.append(name)
 
@@ -279,8 +279,11 @@ def test_the_fingerprint_tells_models_their_files_and_how_they_are_run_apart(tmp
         prints({"model": "silueta"})
 
 
-def test_on_the_cpu_images_come_one_at_a_time_and_on_a_gpu_in_batches(weights: Path) -> None:
-    assert loaded(weights).spec.max_batch == 1
+def test_on_cpus_as_many_images_come_as_there_are_cores_and_on_a_gpu_batches(weights: Path) -> None:
+    for cores in (1, 3):
+        on_cpus = Rembg()
+        on_cpus.load(Device(threads=cores, weights=weights))
+        assert on_cpus.spec.max_batch == cores
     on_gpu = Rembg()
     on_gpu.load(Device(provider="cuda", weights=weights))
     assert on_gpu.spec.max_batch > 1
@@ -342,14 +345,15 @@ def test_from_import_to_image_the_engine_loads_none_of_the_heavy_libraries(weigh
 
 def test_memory_is_as_high_after_many_images_of_mixed_sizes_as_after_a_few(weights: Path) -> None:
     program = """
-from worker.operations.remove_background import session
-session.GIVE_BACK = 0  # small models are quick: a second would be many images
+from worker.device import give_back  # as after each chunk
 sizes = [(random.integers(40, 400), random.integers(40, 400)) for _ in range(15)]
 for height, width in sizes:
     cut(height, width)
+give_back()
 few = held()
 for height, width in sizes * 4:
     cut(height, width)
+give_back()
 print(held() / few)
 """
     (ratio,) = in_a_process(weights, program)
@@ -370,6 +374,9 @@ print((peak() - before) / 30)
 def test_batches_that_do_not_fit_into_memory_are_halved(tmp_path: Path) -> None:
     u2net_onnx(tmp_path / "rembg" / "u2net.onnx", width=16)
     program = """
+operation = registry.create("remove-background", "rembg")
+operation.load(Device(threads=16, weights=Path(sys.argv[1])))
+cut(64, 64)
 works = [prepared(64, 64 + extra) for extra in range(16)]
 sizes = []
 run = operation.run
@@ -378,7 +385,7 @@ def counted(samples):
     return run(samples)
 operation.run = counted
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, resource.RLIM_INFINITY))
 outputs = run_batch(operation, [sample for work in works for sample in work.samples])
 print(sum(isinstance(output, np.ndarray) for output in outputs), max(sizes), min(sizes))
 """
