@@ -181,8 +181,8 @@ class LamaInpaint(_Inpaint):
     model: Literal["lama"] = Field("lama", description="which model fills")
     strategy: Literal["auto", "tile", "resize", "whole"] = Field(
         "auto",
-        description="'auto': tiles at full size, guided by a reduced pass where the hole is large; 'tile': never guided; "
-        "'resize': each hole at once, reduced to fit a tile; 'whole': the whole image at once, up to 4 megapixels",
+        description="'auto': tiles, guided by a reduced pass where a hole is large; 'tile': never guided; "
+        "'resize': each hole at once, reduced to fit a tile; 'whole': all at once, up to 4 megapixels",
     )
     tile: int = Field(
         1024, ge=512, le=1024, multiple_of=64, description="longest side of a tile in pixels; less takes less memory"

@@ -141,7 +141,7 @@ class Flow:
                     if work.untouched:
                         self._keep(passage, data, picture)
             if passage.error is not None and self._cut_short(passage.error):
-                passage.error = None  # as if never begun: another worker tries it as often as the policy says
+                passage.error = passage.work = None  # as if never begun: another worker tries it as often as the policy says
         ready.put(passage)
 
     def _collect(self, ready: SimpleQueue[Passage], batcher: Batcher[Passage], *, wait: bool) -> int:

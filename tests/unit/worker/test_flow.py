@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from producer.embedded_redis import EmbeddedRedis
-from shared.errors import BrokerUnavailable, OperationFailed, OutOfMemory
+from shared.errors import BrokerUnavailable, OperationFailed, OutOfMemory, StorageUnavailable
 from shared.ledger import Ledger
 from shared.messages import JOB_SPEC, Item, Row
 from shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
@@ -673,6 +673,20 @@ def test_an_untouched_image_keeps_its_own_bytes_where_the_format_allows(
     with Image.open(io.BytesIO(stored)) as image:
         assert image.size == result.output_size
     assert "encode" not in result.seconds or not same
+
+
+@pytest.mark.timeout(60)
+def test_a_stop_while_an_untouched_image_is_stored_leaves_it_and_holds_up_nobody(bench: Bench) -> None:
+    items = bench.photos(3)
+    flow = bench.flow(Nothing(), items, form="same", threads=2, look_ahead=SIZE)
+
+    def refuse(*_: Any) -> NoReturn:
+        bench.stop.set()
+        raise StorageUnavailable("try later")
+
+    flow.store.put = refuse  # type: ignore[method-assign]
+    flow.run(items)
+    assert bench.codes() == ["pending"] * 3
 
 
 def test_samples_of_an_untouched_image_are_a_fault(bench: Bench) -> None:

@@ -20,7 +20,7 @@ from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, 
 from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.inpaint.mask import Region, build_mask, fade, mix, remarks, shrunk, zone_of
 from worker.operations.inpaint.session import LARGEST_BATCH, Session
-from worker.operations.inpaint.tiles import Tile, owners, plan, weights
+from worker.operations.inpaint.tiles import Tile, extent, owners, plan, weights
 from worker.scale import resize
 from worker.weights import digest, model_file
 
@@ -28,7 +28,7 @@ REVISION = 1
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 
 WHOLE = 4_000_000
-"""Pixels that `strategy=whole` takes: about 3 GB of memory."""
+"""Pixels that `strategy=whole` takes: up to 3 GB of memory on a GPU."""
 
 STRIP = 128  # rows blended at a time; floats take four times the bytes of the picture
 
@@ -118,7 +118,8 @@ class Lama:
             group = list(alike)
             for guide, fill in zip(group, _run(session, [guide.crop for guide in group]), strict=True):
                 guide.fill = fill
-        return _run(session, [sample.data for sample in samples])
+        made = _run(session, [sample.data for sample in samples])
+        return [_needed(sample.data, output) for sample, output in zip(samples, made, strict=True)]
 
     @translated("putting the fill into the image")
     def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
@@ -210,7 +211,7 @@ def _paste(strip: Region, plan: Plan, tiles: Sequence[Tile], outputs: Sequence[P
     total = np.zeros(fill.shape[:2], np.float32)
     for place, where, weight in parts:
         tile, output, at = tiles[place], outputs[place], inside(where, strip)
-        made = enlarged(output, tile.area, where) if tile.reduced else output[inside(where, tile.area)]
+        made = enlarged(output, tile.area, where) if tile.reduced else output[inside(where, extent(tile, overlap))]
         fill[at] += made * weight[..., None]
         total[at] += weight
     fill /= np.maximum(total, np.float32(1e-6))[..., None]
@@ -220,6 +221,13 @@ def _paste(strip: Region, plan: Plan, tiles: Sequence[Tile], outputs: Sequence[P
 def _run(session: Session, crops: Sequence[Crop]) -> list[Pixels]:
     pictures, holes = zip(*(shown(crop) for crop in crops), strict=True)
     return session.run(pictures, holes)
+
+
+def _needed(crop: Crop, output: Pixels) -> Pixels:
+    """The part of a tile's output that `finish` makes use of, which is all that is kept until then."""
+    if crop.tile.reduced:
+        return output
+    return output[inside(extent(crop.tile, crop.overlap), crop.tile.area)].copy()
 
 
 def _guides_size(guide: Guide) -> tuple[int, int]:

@@ -28,8 +28,8 @@ STEP = 64
 """Sides of tiles are multiples of it, rounded down: a tile never has more pixels than its part with CONTEXT all around."""
 
 LEAST = CONTEXT - STEP // 2  # pixels of context that are left then; more than half an overlap
-NEAR = 64
-"""Holes less than twice as many pixels apart are planned together, since their surroundings are largely the same."""
+NEAR = CONTEXT
+"""Holes less than twice as many pixels apart are planned together, since what tiles would show around them overlaps."""
 
 THICK = 4
 """A hole that is thicker than the longest tile's side divided by this is guided where it doesn't fit into one tile."""
@@ -123,19 +123,32 @@ def weights(
     They are 1 in its core, fall to 0 over half of `overlap` around it, and are 0 outside its region; to be divided by
     their sum. So at the border of two cores each counts half, and over `overlap` pixels one passes into the other.
     """
-    reach = overlap // 2
     for place, tile in enumerate(tiles):
-        rows, columns = (
-            slice(max(core.start - reach, area.start, want.start), min(core.stop + reach, area.stop, want.stop))
-            for core, area, want in (
-                (tile.core.rows, tile.area.rows, part.rows),
-                (tile.core.columns, tile.area.columns, part.columns),
+        where = _common(extent(tile, overlap), part)
+        if where is not None:
+            ramps = (
+                _ramp(tile.core.rows, where.rows, overlap // 2),
+                _ramp(tile.core.columns, where.columns, overlap // 2),
             )
-        )
-        if rows.start < rows.stop and columns.start < columns.stop:
-            where = Region(rows, columns)
-            ramps = (_ramp(tile.core.rows, rows, reach), _ramp(tile.core.columns, columns, reach))
             yield place, where, np.outer(*ramps) * (owners(numbers, where) == tile.number)
+
+
+def extent(tile: Tile, overlap: int) -> Region:
+    """What a tile fills, or helps to fill."""
+    reach = overlap // 2
+    rows, columns = (
+        slice(max(core.start - reach, area.start), min(core.stop + reach, area.stop))
+        for core, area in ((tile.core.rows, tile.area.rows), (tile.core.columns, tile.area.columns))
+    )
+    return Region(rows, columns)
+
+
+def _common(one: Region, other: Region) -> Region | None:
+    rows, columns = (
+        slice(max(first.start, second.start), min(first.stop, second.stop))
+        for first, second in ((one.rows, other.rows), (one.columns, other.columns))
+    )
+    return Region(rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
 
 
 def owners(numbers: NDArray[np.int32], where: Region) -> NDArray[np.int32]:

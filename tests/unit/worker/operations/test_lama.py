@@ -154,6 +154,13 @@ def test_tiles_and_guides_of_different_images_share_batches(operation: Lama, ses
     assert operation.group_key(small[0].samples[0]) == operation.group_key(small[1].samples[0])
 
 
+def test_of_a_tile_no_more_is_kept_than_is_used(operation: Lama) -> None:
+    work = prepared(operation, slope(700, 900), boxes=["300,300,20,10"])
+    (output,) = run_all(operation, work.samples)
+    assert output.shape == (10 + 64, 20 + 64, 3)
+    assert output.base is None, "it holds no larger array"
+
+
 def test_odd_sizes_are_padded_and_cropped_back(operation: Lama, session: Continues) -> None:
     for height, width in ((1, 9), (37, 53), (100, 17)):
         truth = slope(height, width)
