@@ -191,9 +191,10 @@ class LamaInpaint(_Inpaint):
 
     @model_validator(mode="after")
     def _tiles_where_there_are_some(self) -> LamaInpaint:
-        idle = {"resize": {"overlap"}, "whole": {"tile", "overlap"}}.get(self.strategy, set()) & self.model_fields_set
+        fields = {"resize": ("overlap",), "whole": ("overlap", "tile")}.get(self.strategy, ())
+        idle = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
         if idle:
-            raise ValueError(f"strategy={self.strategy} makes no use of {' and '.join(sorted(idle))}")
+            raise ValueError(f"strategy={self.strategy} makes no use of {' and '.join(idle)}")
         return self
 
 

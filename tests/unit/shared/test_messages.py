@@ -44,9 +44,14 @@ def test_there_is_a_job_for_every_operation() -> None:
     assert tuple(job.operation for job in JOBS) == OPERATIONS
 
 
-@pytest.mark.parametrize("engine", [OpencvInpaint, LamaInpaint])
-def test_a_job_with_boxes_is_the_same_after_json(engine: type[OpencvInpaint | LamaInpaint]) -> None:
-    job = InpaintJob(output=OUT, options=engine.model_validate({"boxes": "1,2,3,4;0.1,0.1,0.5,0.5"}))
+@pytest.mark.parametrize(
+    "options",
+    [OpencvInpaint(), LamaInpaint(), LamaInpaint(strategy="resize", tile=512), LamaInpaint(strategy="whole")],
+    ids=["opencv", "lama", "resize", "whole"],
+)
+def test_a_job_with_boxes_is_the_same_after_json(options: OpencvInpaint | LamaInpaint) -> None:
+    boxes = {"boxes": "1,2,3,4;0.1,0.1,0.5,0.5"}
+    job = InpaintJob(output=OUT, options=type(options).model_validate(options.model_dump() | boxes))
     assert JOB_SPEC.validate_json(job.model_dump_json()) == job
 
 
