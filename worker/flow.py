@@ -227,7 +227,10 @@ class Flow:
         passage.pixels = pixels
         with passage.stage("decode"):
             edge = self.operation.work_edge(self.spec.options)
-            return codec.decode(data, header, edge=edge, icc=self.spec.output.icc)
+            picture = codec.decode(data, header, edge=edge, icc=self.spec.output.icc)
+        passage.pixels = picture.size[0] * picture.size[1]  # what is held from now on
+        self.budget.release(pixels - passage.pixels)
+        return picture
 
     def _prepare(self, passage: Passage, picture: Picture) -> Work:
         mask = self._mask(passage.item) if self.operation.spec.needs_mask else None

@@ -29,6 +29,7 @@ from worker.weights import WEIGHTS, digest, model_file
 
 REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
+PER_CORE = 4
 STRIP = 512  # rows that Pillow cuts out at a time
 
 
@@ -57,8 +58,10 @@ class Rembg:
         """Look which models are there. One is opened at the first `run`, and ConfigurationError raised if it can't be."""
         set_up(device)
         self._device = device
-        if device.provider == "cpu":  # an image per core, see session.py
-            self.spec = replace(self.spec, max_batch=device.threads)
+        if (
+            device.provider == "cpu"
+        ):  # an image per core, see session.py; a few for each, or they would often wait for the slowest
+            self.spec = replace(self.spec, max_batch=PER_CORE * device.threads)
         if not any(_original(device, weights.name).is_file() for weights in WEIGHTS if weights.engine == self.spec.engine):
             raise ConfigurationError(
                 f"there is no model of rembg's in {device.weights}: `imagemill models pull u2net` fetches one"

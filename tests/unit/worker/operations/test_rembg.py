@@ -279,11 +279,11 @@ def test_the_fingerprint_tells_models_their_files_and_how_they_are_run_apart(tmp
         prints({"model": "silueta"})
 
 
-def test_on_cpus_as_many_images_come_as_there_are_cores_and_on_a_gpu_batches(weights: Path) -> None:
+def test_on_cpus_each_core_has_as_many_images_and_on_a_gpu_there_are_batches(weights: Path) -> None:
     for cores in (1, 3):
         on_cpus = Rembg()
         on_cpus.load(Device(threads=cores, weights=weights))
-        assert on_cpus.spec.max_batch == cores
+        assert on_cpus.spec.max_batch % cores == 0
     on_gpu = Rembg()
     on_gpu.load(Device(provider="cuda", weights=weights))
     assert on_gpu.spec.max_batch > 1
