@@ -19,7 +19,7 @@ ENGINES: dict[tuple[str, str], str] = {
 }
 """(operation, engine) to `module:Class`."""
 
-EXTRAS = {"opencv": "worker", "rembg": "rembg"}
+EXTRAS = {"opencv": "worker", "rembg": "rembg", "lama": "lama"}
 """The extra that installs what an engine imports."""
 
 
