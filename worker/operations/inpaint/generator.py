@@ -91,8 +91,10 @@ class Generator(nn.Module):
 
     def _in_bands(self, run: Callable[[Tensor], Tensor], x: Tensor, before: int, after: int) -> Tensor:
         """`run(x)`, where a row of `x` is `before` rows of the picture and one of the result `after` rows."""
+        if self.band is None:
+            return run(x)
         height, width = x.shape[-2] * before, x.shape[-1] * before
-        rows = height if self.band is None else max(1, self.band // width // self.scale) * self.scale
+        rows = max(1, self.band // width // self.scale) * self.scale
         if rows >= height:
             return run(x)
         made = []
