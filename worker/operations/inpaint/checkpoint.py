@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from shared.errors import ConfigurationError, sentence
 from worker.operations.inpaint.generator import PREFIX, Generator
+from worker.operations.inpaint.pickled import LARGEST as LARGEST_PICKLE
 from worker.operations.inpaint.pickled import Kept, Made, Name, Unreadable
 from worker.operations.inpaint.pickled import read as read_pickle
 
@@ -85,7 +87,8 @@ def convert(source: Path, target: Path) -> int:
         part.chmod(0o644)  # a worker may run as another user
         part.replace(target)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise ConfigurationError(f"{target} can't be written: {sentence(error)}") from error
     return sum(tensor.numel() for tensor in weights.values())
 
@@ -138,7 +141,7 @@ def _of_archive(file: IO[bytes]) -> dict[str, Tensor]:
 def _of_torch(archive: zipfile.ZipFile, folder: str) -> dict[str, Tensor]:
     if f"{folder}byteorder" in archive.namelist() and _member(archive, f"{folder}byteorder", 16) != b"little":
         raise Unreadable("its numbers are in an order of bytes that is not read")
-    tensors = dict(_tensors(read_pickle(_member(archive, f"{folder}data.pkl", LARGEST))))
+    tensors = dict(_tensors(read_pickle(_member(archive, f"{folder}data.pkl", LARGEST_PICKLE))))
     chosen = {name: tensors[key] for name, key in _generator(tensors).items()}
     for name, one in chosen.items():
         if not one.fits():

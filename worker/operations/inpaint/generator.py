@@ -114,7 +114,7 @@ class Layer(nn.Module):
         super().__init__()
         self.ffc = Fast(_below(weights, "ffc."), stride)
         self.bn_l = _norm(weights, "bn_l")
-        self.bn_g = _norm(weights, "bn_g")
+        self.bn_g = _norm(weights, "bn_g") if self.ffc.to_wide else nn.Identity()
 
     def forward(self, x: Parts) -> Parts:
         return [torch.relu_(norm(part)) for norm, part in zip((self.bn_l, self.bn_g), self.ffc(x), strict=False)]
@@ -222,9 +222,7 @@ def _upward(weight: Tensor) -> nn.ConvTranspose2d:
 
 
 def _norm(weights: Weights, name: str) -> nn.Module:
-    """The batch norm of this name; nothing where there is none."""
-    weight = weights.get(f"{name}.weight")
-    return nn.Identity() if weight is None else nn.BatchNorm2d(len(weight))
+    return nn.BatchNorm2d(len(weights[f"{name}.weight"]))
 
 
 def _padded(x: Tensor, side: int) -> Tensor:

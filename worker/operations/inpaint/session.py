@@ -41,7 +41,7 @@ class Session:
         with _translated("opening"):
             try:
                 made = Generator(read(path), BAND if on_cpu else None).fold()
-            except ValueError as error:
+            except (ConfigurationError, ValueError) as error:
                 again = "`imagemill models verify` checks it, `imagemill models pull lama` fetches it"
                 raise ConfigurationError(f"the model lama can't be opened from {path} ({sentence(error)}): {again}") from error
             # As oneDNN and cuDNN have it, so that they need not turn their inputs and outputs around.
