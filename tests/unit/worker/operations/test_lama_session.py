@@ -60,7 +60,7 @@ def test_it_paints_what_the_generator_does(small: Path) -> None:
         assert np.abs(one - wanted).max() <= 0.51
 
 
-def test_the_published_size_of_picture_is_painted_in_bands(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_picture_is_painted_in_bands(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources, holes = pictures(1, 96, 64)
     whole = Session(small, CPU).run(sources, holes)[0]
     monkeypatch.setattr(module, "BAND", 64 * 16)
