@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST_BATCH = 8
 """Pictures that go to a GPU at a time."""
 BAND = 512 * 512
-"""Pixels that the generator's ends take at a time on a CPU: 1024 x 1024 need 300 MB instead of 730, and 3 % more time."""
+"""Pixels that the generator's ends take at a time on a CPU: 1024 x 1024 take 300 MB instead of 730."""
 NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "not enough memory", "alloc_failed")
 """How torch, oneDNN, cuDNN and cuFFT say in lower case that memory is short."""
 
@@ -58,7 +58,7 @@ class Session:
         """
         if not pictures:
             return []
-        # 512 x 512 on 2 cores, in turns, medians of 5: 1.14 s one at a time, 1.16 s each in pairs, at twice the memory.
+        # On a CPU one at a time: a single picture keeps all cores busy, and two of them take twice the memory.
         size = len(pictures) if self.batches else 1
         made: list[Pixels] = []
         with _translated("running"), torch.inference_mode():
