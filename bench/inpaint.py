@@ -177,7 +177,7 @@ def _around(hole: Grey) -> float:
 
 
 class _Nothing:
-    def run(self, pictures: list[Pixels], holes: list[Grey]) -> list[Pixels]:  # noqa: ARG002
+    def run(self, pictures: list[Pixels], holes: list[Grey]) -> list[Pixels]:
         return list(pictures)
 
 

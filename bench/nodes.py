@@ -16,7 +16,7 @@ from bench.servers import Servers
 from producer.client import CHUNK_SECONDS, Client
 from producer.sources import SourceRow
 from shared.fleet import Fleet
-from shared.messages import Output, RemoveBackgroundJob
+from shared.messages import Job, Output, RemoveBackgroundJob
 from shared.options import RembgRemoveBackground
 from shared.queues import queue_name
 from shared.settings import load_settings
@@ -41,19 +41,21 @@ def environment(redis_url: str, servers: Servers, weights: Path, **more: str) ->
 
 
 class Jobs:
-    """Submits jobs on one Redis and says how long their images took."""
+    """Submits jobs on one Redis, each in so many `chunks`, and says how long their images took."""
 
-    def __init__(self, redis_url: str) -> None:
+    def __init__(self, redis_url: str, spec: Job = SPEC, chunks: int = 1) -> None:
         settings = load_settings(redis_url=redis_url)
+        self._spec, self._chunks = spec, chunks
         self.client, self._fleet, self._redis = Client(settings), Fleet(redis_url), redis.Redis.from_url(redis_url)
 
     def submit(self, addresses: list[str]) -> str:
-        """The job. Its list becomes one chunk: the rates that the producer cuts by are set so that it lasts 20 s."""
+        """The job. The rates that the producer cuts its list by are set so that a chunk lasts 20 s."""
         self._redis.delete("imagemill:rates")  # what the nodes have measured
-        self._fleet.report_rate(queue_name(SPEC.operation, SPEC.lane), "bench", len(addresses) / CHUNK_SECONDS)
+        rate = len(addresses) / self._chunks / CHUNK_SECONDS
+        self._fleet.report_rate(queue_name(self._spec.operation, self._spec.lane), "bench", rate)
         rows = (SourceRow(f"row {number}", {"source": address}) for number, address in enumerate(addresses))
-        submission = self.client.submit(rows, SPEC)
-        assert submission.chunks == 1, submission
+        submission = self.client.submit(rows, self._spec)
+        assert submission.chunks == self._chunks, submission
         return submission.job
 
     def await_images(self, job: str) -> dict[str, float]:
@@ -74,11 +76,11 @@ class Jobs:
 
 
 class OurNode:
-    """`imagemill worker --cpu --concurrency 1`."""
+    """`imagemill worker --cpu --concurrency 1`, or with more children, each of which gets a chunk of every job."""
 
-    def __init__(self, environment: dict[str, str], folder: Path) -> None:
-        self._worker = WorkerProcess(environment, folder, name=f"ours-{folder.name}")
-        self.jobs = Jobs(environment["IMAGEMILL_REDIS_URL"])
+    def __init__(self, environment: dict[str, str], folder: Path, spec: Job = SPEC, children: int = 1) -> None:
+        self._worker = WorkerProcess(environment, folder, name=f"ours-{folder.name}", concurrency=children)
+        self.jobs = Jobs(environment["IMAGEMILL_REDIS_URL"], spec, children)
         self.stages: dict[str, float] = {}
 
     def __enter__(self) -> OurNode:

@@ -18,11 +18,13 @@ from rich.console import Console
 
 from producer import show
 from producer.commands import INTERRUPTED, Commands, installed_version
+from producer.presets import presets
 from producer.sources import read_sources
 from producer.spec import job_spec, local_address, option_values, options_help
 from shared.errors import InvalidSource, UsageError
 from shared.messages import PRIORITIES, Job, JobStatus, Row
 from shared.options import OPERATIONS
+from shared.presets import Presets
 from shared.queues import queue_name
 from shared.settings import Settings, load_settings
 
@@ -52,8 +54,9 @@ def main(ctx: click.Context) -> None:
 
 @main.command(epilog=options_help())
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
-@click.option("--operation", required=True, help=f"What to do: {', '.join(OPERATIONS)}.")
-@click.option("--engine", default="opencv", show_default=True, help="What does it.")
+@click.option("--operation", help=f"What to do: {', '.join(OPERATIONS)}; else as the preset says.")
+@click.option("--engine", help="What does it; default opencv, or as the preset says.")
+@click.option("--preset", metavar="NAME", help="A look by its name; `imagemill presets list` lists them.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the operation; see below.")
 @click.option("--mask", metavar="ADDRESS", help="One mask for the whole job (inpaint).")
 @click.option("--output", required=True, metavar="ADDRESS", help="s3://bucket/prefix, file:///folder or a folder's path.")
@@ -73,8 +76,9 @@ def main(ctx: click.Context) -> None:
 def submit(
     connect: Connect,
     sources: Sequence[str],
-    operation: str,
-    engine: str,
+    operation: str | None,
+    engine: str | None,
+    preset: str | None,
     settings: Sequence[str],
     mask: str | None,
     output: str,
@@ -95,9 +99,10 @@ def submit(
     target: dict[str, object] = {"url": local_address(output), "format": form, "quality": quality, "icc": icc, "key": key}
     reuse = False if fresh else None
     policy: dict[str, object] = {"priority": priority, "attempts": attempts, "batch": batch, "reuse": reuse}
-    spec = job_spec(operation, engine, option_values(settings, mask), target, policy)
-    out = show.make_console(stderr=True)
     configured = load_settings()
+    look = Presets(configured.presets).get(preset) if preset is not None else None
+    spec = job_spec(operation, engine, option_values(settings, mask), target, policy, look)
+    out = show.make_console(stderr=True)
     with connect(configured) as client:
         if expire_days is not None:
             from producer.storage import expire
@@ -228,6 +233,9 @@ def demo(images: Path | None, out: Path, count: int | None, keep: bool) -> None:
     from producer.demo import run
 
     sys.exit(run(out, images=images, count=count, keep=keep, console=show.make_console(stderr=True)))
+
+
+main.add_command(presets)
 
 
 def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: bool, out: Console) -> Submission:

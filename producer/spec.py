@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from shared.errors import InvalidOption
+from shared.errors import InvalidOption, UsageError
 from shared.messages import JOB_SPEC, Job, Output, Policy
-from shared.options import ADDRESSES, ENGINES, Model, parse_options, validation_sentence
+from shared.options import ADDRESSES, ENGINES, OPERATIONS, Model, parse_options, validation_sentence
+from shared.presets import Preset
 from shared.urls import check_source_url, shown
 
 M = TypeVar("M", bound=Model)
 
 
-def job_spec(operation: str, engine: str, options: dict[str, str], output: dict[str, object], policy: dict[str, object]) -> Job:
-    """The spec of a job; what is None in `output` and `policy` was not given and takes its default.
+def job_spec(
+    operation: str | None,
+    engine: str | None,
+    options: dict[str, str],
+    output: dict[str, object],
+    policy: dict[str, object],
+    preset: Preset | None = None,
+) -> Job:
+    """The spec of a job; what is None in `output` and `policy` was not given and takes the preset's value, or its default.
 
-    Raises InvalidOption with what is wrong, and with the nearest valid name.
+    Without a preset an operation is needed, and the engine is opencv where none is named. Nothing of the preset is left
+    to be looked up later. Raises InvalidOption with what is wrong, and with the nearest valid name.
     """
+    operation, engine = _work(operation, engine, preset)
+    if preset is not None:
+        options = {**_addresses({**preset.options}), **options}
+        output, policy = _over(preset.output, output), _over(preset.policy, policy)
     given = parse_options(operation, engine, options)
     fields = {"options": given, "output": _made(Output, "output", output), "policy": _made(Policy, "policy", policy)}
     return JOB_SPEC.validate_python({"operation": operation, **fields})
+
+
+def _work(operation: str | None, engine: str | None, preset: Preset | None) -> tuple[str, str]:
+    """Operation and engine, as named or as the preset has them."""
+    if preset is None:
+        if operation is None:
+            raise UsageError(f"say what to do: --operation {', '.join(OPERATIONS)}, or --preset NAME")
+        return operation, engine or "opencv"
+    for name, given, wanted in (("operation", operation, preset.operation), ("engine", engine, preset.engine)):
+        if given is not None and given != wanted:
+            raise InvalidOption(f"the preset {preset.name} is for the {name} {wanted}, not {given!r}")
+    return preset.operation, preset.engine
+
+
+def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` without what is None, laid over `base`; mappings inside too."""
+    made = dict(base)
+    for name, value in given.items():
+        if isinstance(value, Mapping) and isinstance(made.get(name), Mapping):
+            made[name] = _over(made[name], value)
+        elif value is not None:
+            made[name] = value
+    return made
 
 
 def option_values(settings: Iterable[str], mask: str | None) -> dict[str, str]:
@@ -38,9 +74,15 @@ def option_values(settings: Iterable[str], mask: str | None) -> dict[str, str]:
         values[name.strip().replace("-", "_")] = value
     if mask is not None:
         values["mask"] = mask
+    return _addresses(values)
+
+
+def _addresses(values: dict[str, Any]) -> dict[str, Any]:
+    """Options with addresses checked, and paths as addresses."""
     for name in ADDRESSES:
-        if values.get(name, "none").lower() != "none":
-            values[name] = _source(name, values[name])
+        value = values.get(name)
+        if isinstance(value, str) and value.lower() != "none":
+            values[name] = _source(name, value)
     return values
 
 

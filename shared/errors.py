@@ -3,6 +3,7 @@
     ImagemillError
     ├── UsageError                   exit 2: what was asked for is wrong
     │   ├── InvalidOption
+    │   ├── InvalidPreset
     │   ├── InvalidSource
     │   ├── JobNotFound
     │   └── MissingExtra
@@ -15,6 +16,7 @@
         ├── Timeout  Unreachable  ServerError  HttpError          (fetch)
         ├── EmptyFile  NotAnImage  Truncated  TooManyPixels       (codec)
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
+        ├── UnsafeContent
         ├── StorageUnavailable  StorageRefused                    (store)
         └── WorkerLost  InternalError                             (flow)
 
@@ -51,6 +53,12 @@ class InvalidOption(UsageError):
     """An option that does not exist, or a value outside its range."""
 
     code = "invalid_option"
+
+
+class InvalidPreset(UsageError):
+    """A preset that can't be read or used; the message begins with its file and line."""
+
+    code = "invalid_preset"
 
 
 class InvalidSource(UsageError):
@@ -217,6 +225,12 @@ class OperationFailed(ImageError):
     """The operation can't be done on this image."""
 
     code = "operation_failed"
+
+
+class UnsafeContent(ImageError):
+    """The safety checker that the operator has turned on refused the result."""
+
+    code = "unsafe_content"
 
 
 class OutOfMemory(ImageError):

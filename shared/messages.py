@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter
 
 from shared.options import (
     Boxes,
+    DiffusionStylize,
     LamaInpaint,
     Model,
     OpencvInpaint,
@@ -107,7 +108,10 @@ class InpaintJob(_Job):
 
 class StylizeJob(_Job):
     operation: Literal["stylize"] = "stylize"
-    options: OpencvStylize = OpencvStylize()
+    options: Annotated[
+        Annotated[OpencvStylize, Tag("opencv")] | Annotated[DiffusionStylize, Tag("diffusion")],
+        Discriminator(_engine),
+    ] = OpencvStylize()
 
 
 Job = RemoveBackgroundJob | InpaintJob | StylizeJob

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.errors import ConfigurationError
@@ -33,6 +33,15 @@ def _from_json(value: object) -> object:
 
 
 LIST = BeforeValidator(_from_json)
+
+
+def _in_64s(size: str) -> str:
+    if any(int(side) % 64 or int(side) == 0 for side in size.split("x")):
+        raise ValueError("the sides of a compiled model's size are multiples of 64")
+    return size
+
+
+WarmSize = Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$"), AfterValidator(_in_64s)]
 
 
 class Group(BaseModel):
@@ -103,6 +112,17 @@ class TorchSettings(Group):
     compile: bool = Field(False, description="compile models for each shape that they meet, which takes a minute for each")
 
 
+class DiffusionSettings(Group):
+    """How Stable Diffusion runs."""
+
+    compile: bool = Field(False, description="compile the model at the node's start: minutes once, then a third faster")
+    warm_up: Annotated[tuple[WarmSize, ...], LIST] = Field(
+        ("512x512",), description="sizes, WIDTHxHEIGHT, that a compiled model is made ready for at the node's start; JSON list"
+    )
+    loras: int = Field(8, ge=1, le=64, description="LoRAs kept in memory; the least recently used is dropped beyond that")
+    safety_checker: bool = Field(False, description="refuse results that the model's safety checker takes for unsafe")
+
+
 class WorkerSettings(Group):
     """One worker node."""
 
@@ -140,12 +160,14 @@ class Settings(BaseSettings):
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="the Redis that holds queue and ledger")
     expire_days: float = Field(7.0, gt=0, description="days that Redis remembers a job")
     log_json: bool = Field(False, description="logs as JSON lines")
+    presets: Path | None = Field(None, description="a file of presets beside those that ship")
     s3: S3Settings = S3Settings()
     fetch: FetchSettings = FetchSettings()
     files: FileSettings = FileSettings()
     weights: WeightsSettings = WeightsSettings()
     onnx: OnnxSettings = OnnxSettings()
     torch: TorchSettings = TorchSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
     worker: WorkerSettings = WorkerSettings()
 
     @field_validator("redis_url")

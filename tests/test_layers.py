@@ -77,6 +77,19 @@ def test_a_command_starts_without_what_only_some_commands_need() -> None:
     assert loaded_by("import producer.client", *heavy) == set()
 
 
+@pytest.mark.parametrize(
+    ("operation", "engine", "others"),
+    [
+        ("stylize", "diffusion", ("onnxruntime", "rembg", "torchvision")),
+        ("remove-background", "rembg", ("torch", "diffusers", "transformers")),
+        ("stylize", "opencv", ("torch", "diffusers", "onnxruntime", "rembg")),
+    ],
+)
+def test_an_engine_loads_no_other_engine_s_libraries(operation: str, engine: str, others: tuple[str, ...]) -> None:
+    creating = f"from worker.operations.registry import create\ncreate({operation!r}, {engine!r})"
+    assert loaded_by(f"import worker.child\n{creating}", *others) == set()
+
+
 def test_a_program_that_submits_loads_no_pixels() -> None:
     submitting = "from producer.client import Client\nimport shared.broker, shared.s3\nfrom producer import sources, storage"
     assert loaded_by(submitting, *HEAVY) == set()

@@ -13,7 +13,15 @@ from shared.settings import Settings
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| `([A-Z0-9_]+)` \| (.+?) \|", README, re.MULTILINE))
-IN_WORDS = {"S3__ENDPOINT_URL", "S3__PUBLIC_URL", "WORKER__GPU", "WORKER__OPERATIONS", "WEIGHTS__MIRROR", "ONNX__GPU_MEM_LIMIT"}
+IN_WORDS = {
+    "S3__ENDPOINT_URL",
+    "S3__PUBLIC_URL",
+    "WORKER__GPU",
+    "WORKER__OPERATIONS",
+    "WEIGHTS__MIRROR",
+    "ONNX__GPU_MEM_LIMIT",
+    "PRESETS",
+}
 
 
 def settings(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, object]]:

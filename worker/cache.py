@@ -27,6 +27,7 @@ from shared.connection import connect
 from shared.errors import ImageError, ImagemillError, sentence
 from shared.messages import Item, Job
 from shared.options import ADDRESSES
+from shared.seeds import item_seed
 from shared.settings import Settings
 from worker.codec import EXTENSIONS, Encoded
 from worker.manifest import versions
@@ -109,6 +110,7 @@ class Cache:
             "operation": spec.operation,
             "options": options,
             "boxes": [box.model_dump() for box in item.boxes],
+            "seed": item_seed(spec.options, item.index, item.source),
             "output": spec.output.model_dump(include={"format", "quality", "icc"}),
             "engine": engine,
             "around": [REVISION, *(versions().get(name) for name in AROUND)],

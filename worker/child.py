@@ -13,7 +13,7 @@ import numpy as np
 
 from shared import s3
 from shared.broker import Publisher
-from shared.errors import ImageError, StorageUnavailable
+from shared.errors import ImageError, ImagemillError, StorageUnavailable, sentence
 from shared.fleet import Fleet
 from shared.ledger import Lease, Ledger
 from shared.messages import MANIFEST, Chunk, Item, Job
@@ -60,7 +60,8 @@ class Child:
             start = time.perf_counter()
             operation = create(name, engine)
             operation.load(device)
-            warm_up(operation, ENGINES[name][engine].model_validate({"model": model} if model else {}))
+            given = {**operation.spec.warm_up, **({"model": model} if model else {})}
+            warm_up(operation, ENGINES[name][engine].model_validate(given))
             memory = memory_of(device, operation.spec)
             self.operations[name, engine] = operation
             self.sizes[name, engine] = BatchSizes(memory, tuned.read(device.weights, memory.name, operation.spec))
@@ -149,7 +150,7 @@ class Child:
     def _manifest(self, lease: Lease, spec: Job) -> str:
         written = None
         try:
-            written = write_manifest(lease.job, spec, self.ledger, self._store(spec))
+            written = write_manifest(lease.job, spec, self.ledger, self._store(spec), self._fingerprint(spec))
         except StorageUnavailable as error:
             log.warning("manifest not written", extra={"action": "manifest", "job": lease.job, "reason": error.message})
             if lease.lost < MANIFEST_TRIES:
@@ -159,6 +160,14 @@ class Child:
         self.ledger.complete(lease, manifest=written)
         log.info("job over", extra={"action": "manifest", "job": lease.job, "manifest": written})
         return "done"
+
+    def _fingerprint(self, spec: Job) -> str | None:
+        """What decides this job's results on this node; None where it can't be told any more."""
+        try:
+            return self.operations[spec.operation, spec.engine].fingerprint(spec.options)
+        except (ImagemillError, OSError) as error:
+            log.warning("fingerprint not told", extra={"action": "manifest", "reason": sentence(error)})
+            return None
 
     def _store(self, spec: Job) -> Store:
         return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from shared.settings import Settings
+from shared.settings import DiffusionSettings, Settings
 
 ARENA_MAX, MMAP_THRESHOLD, TRIM_THRESHOLD = -8, -3, -1  # of malloc.h
 KEPT = 1 << 25
@@ -26,6 +26,7 @@ class Device:
     always `cuda:0`. `weights` is the folder of the models' files; `provider` (cpu, cuda or tensorrt)
     is what onnxruntime shall run on, and `memory_limit` the bytes that it may take on a GPU; `int8` asks
     for models in 8 bits where they are (worker.weights.model_file). `dtype` and `compile` are for models on torch.
+    `diffusion` is how Stable Diffusion runs.
     """
 
     gpu: int | None = None
@@ -36,6 +37,7 @@ class Device:
     int8: bool = False
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
 
     @classmethod
     def of(cls, settings: Settings, children: int) -> Device:
@@ -50,6 +52,7 @@ class Device:
             int8=settings.onnx.int8,
             dtype=settings.torch.dtype,
             compile=settings.torch.compile,
+            diffusion=settings.diffusion,
         )
 
     @property
@@ -92,6 +95,8 @@ def pin(device: Device) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpu(device.gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(device.threads)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # workers load from disk and never download
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it there is no deterministic matrix product
     # numpy's and OpenCV's: its threads spin for milliseconds after each product, which doubled the CPU time of an image.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # glibc keeps an arena per thread, and of all but the first the end is never given back: with two, 3,000 images took a

@@ -26,7 +26,7 @@ from shared.settings import Settings, load_settings
 from worker.lanes import lanes, missing, models_of, shortcomings
 from worker.operations.registry import create
 from worker.supervisor import find_gpus
-from worker.weights import CONVERTED, model_file, path_of, variant
+from worker.weights import CONVERTED, WEIGHTS, model_file, path_of, variant
 
 LEAST_DISK = 2 * 2**30
 """Bytes that the temporary folder should have free: a manifest, and uploads on their way."""
@@ -144,14 +144,15 @@ def check_models(settings: Settings) -> Iterator[Finding]:
         yield Finding("models", "failed", found, mend)
     absent = missing(settings)
     for engine in settings.worker.engines:
-        here = [weights for weights in models_of(engine) if weights.name not in absent.get(engine, [])]
+        here = [model for model in models_of(engine) if model not in absent.get(engine, [])]
         if not here:
             continue
-        yield Finding("models", "ok", f"{engine}: {', '.join(weights.name for weights in here)}")
+        yield Finding("models", "ok", f"{engine}: {', '.join(here)}")
         if engine in absent:
             names = ", ".join(absent[engine])
             yield Finding("models", "ok", f"{engine}: not here, so not listened for: {names}", "imagemill models pull NAME")
-        for weights in here if settings.onnx.int8 and engine not in CONVERTED else []:
+        in_8_bits = settings.onnx.int8 and engine not in CONVERTED
+        for weights in (weights for weights in WEIGHTS if in_8_bits and weights.name in here):
             original = path_of(weights, settings.weights)
             if model_file(original.parents[1], engine, weights.name, int8=True) != variant(original, "int8"):
                 mend = f"imagemill models quantize {weights.name} --images FOLDER, or leave out IMAGEMILL_ONNX__INT8"

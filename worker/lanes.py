@@ -5,7 +5,8 @@ from __future__ import annotations
 from shared.options import ENGINES, nearest
 from shared.queues import worker_queues
 from shared.settings import Settings
-from worker.weights import WEIGHTS, Weights, needed
+from worker.repositories import MODELS, is_here
+from worker.weights import WEIGHTS, needed
 
 
 def lanes(settings: Settings) -> list[str]:
@@ -15,19 +16,28 @@ def lanes(settings: Settings) -> list[str]:
         models = models_of(engine)
         if not models:
             found.append(engine)
-        found += [f"{engine}.{weights.name}" for weights in models if needed(weights, settings.weights).is_file()]
+        found += [f"{engine}.{model}" for model in models if _is_here(engine, model, settings)]
     return found
 
 
-def models_of(engine: str) -> list[Weights]:
+def models_of(engine: str) -> list[str]:
     """The models that an engine's options can select; none for an engine that runs no models."""
-    return [weights for weights in WEIGHTS if weights.engine == engine and weights.commercial]
+    if engine == "diffusion":
+        return list(MODELS)
+    return [weights.name for weights in WEIGHTS if weights.engine == engine and weights.commercial]
+
+
+def _is_here(engine: str, model: str, settings: Settings) -> bool:
+    if engine == "diffusion":
+        return is_here(settings.weights.folder.expanduser(), model)
+    (weights,) = (weights for weights in WEIGHTS if (weights.engine, weights.name) == (engine, model))
+    return needed(weights, settings.weights).is_file()
 
 
 def missing(settings: Settings) -> dict[str, list[str]]:
     """Per engine in `settings` the models whose files are not here; engines that lack none are left out."""
     names = {
-        engine: [weights.name for weights in models_of(engine) if not needed(weights, settings.weights).is_file()]
+        engine: [model for model in models_of(engine) if not _is_here(engine, model, settings)]
         for engine in settings.worker.engines
     }
     return {engine: absent for engine, absent in names.items() if absent}
@@ -46,7 +56,7 @@ def shortcomings(settings: Settings) -> list[tuple[str, str]]:
         if engine not in known:
             said.append((f"there is no engine {engine!r}{nearest(engine, sorted(known))}", "set IMAGEMILL_WORKER__ENGINES"))
         elif engine in without_models(settings):
-            folder, first = settings.weights.folder.expanduser() / engine, models_of(engine)[0].name
+            folder, first = settings.weights.folder.expanduser() / engine, models_of(engine)[0]
             said.append((f"no model of the engine {engine} is in {folder}", f"imagemill models pull {first}"))
         elif not any(engine in ENGINES[operation] for operation in settings.worker.operations):
             wanted = ", ".join(settings.worker.operations)

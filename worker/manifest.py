@@ -12,32 +12,39 @@ from typing import Any
 
 from shared.ledger import Ledger
 from shared.messages import Job, Row
+from shared.seeds import item_seed
 from worker.store import Store
 
 PACKAGES = (
     *("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg"),
-    *("onnxruntime", "torch", "diffusers"),
+    *("onnxruntime", "torch", "diffusers", "transformers", "peft"),
 )
 
 
-def write_manifest(job: str, spec: Job, ledger: Ledger, store: Store) -> str:
-    """Write `{job}/manifest.jsonl` and return its address. Raises an ImageError of the store."""
+def write_manifest(job: str, spec: Job, ledger: Ledger, store: Store, fingerprint: str | None = None) -> str:
+    """Write `{job}/manifest.jsonl` and return its address. Raises an ImageError of the store.
+
+    `fingerprint` is this node's engine's: its libraries and its weights' digests.
+    """
     store.check()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "manifest.jsonl"
         with path.open("w", encoding="utf-8") as file:
             for row in ledger.rows(job):
-                file.write(json.dumps(manifest_line(job, spec, row), ensure_ascii=False) + "\n")
+                file.write(json.dumps(manifest_line(job, spec, row, fingerprint), ensure_ascii=False) + "\n")
         return store.put_file(f"{job}/manifest.jsonl", path, "application/x-ndjson")
 
 
-def manifest_line(job: str, spec: Job, row: Row) -> dict[str, Any]:
+def manifest_line(job: str, spec: Job, row: Row, fingerprint: str | None = None) -> dict[str, Any]:
     """An image with all that is known of how its result came about."""
     line = row.model_dump(exclude_none=True)
     if row.result is not None:
         told = {"source_format", "source_bytes", "source_size", "output_bytes", "output_size", "seconds", "notes", "node"}
         line |= row.result.model_dump(include=told, exclude_none=True)
     line |= {"job": job, "operation": spec.operation, "options": spec.options.model_dump(mode="json"), "versions": versions()}
+    # A duplicate has the result, and so the seed, of the row that it repeats.
+    seed = item_seed(spec.options, row.index if row.duplicate_of is None else row.duplicate_of, row.source)
+    line |= {name: value for name, value in (("seed", seed), ("fingerprint", fingerprint)) if value is not None}
     return line
 
 

@@ -19,6 +19,8 @@ from shared.errors import MissingExtra, UsageError
 from shared.options import nearest
 from shared.settings import Settings, load_settings
 from worker import pull as pulling
+from worker import repositories
+from worker.repositories import MODELS, RECORD, REPOSITORIES, Repository, folder_of
 from worker.weights import (
     CONVERTED,
     KINDS,
@@ -30,11 +32,12 @@ from worker.weights import (
     needed,
     path_of,
     put_on_record,
+    read_json,
     state,
     variant,
 )
 
-ENGINES = sorted({weights.engine for weights in WEIGHTS})
+ENGINES = sorted({weights.engine for weights in WEIGHTS} | {one.engine for one in REPOSITORIES})
 STYLES = {"there": "green", "unconverted": "yellow", "unchecked": "yellow", "damaged": "red", "missing": "dim"}
 
 
@@ -52,7 +55,7 @@ def list_models(as_json: bool) -> None:
     One that is `unconverted` is not what nodes load: `imagemill models pull` makes that of it.
     """
     settings = load_settings()
-    rows = [_row(weights, settings) for weights in WEIGHTS]
+    rows = [_row(weights, settings) for weights in WEIGHTS] + [_folder_row(one, settings) for one in REPOSITORIES]
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))
@@ -67,7 +70,7 @@ def list_models(as_json: bool) -> None:
             ", ".join(row["also"]),
             "" if size is None else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB",
             row["licence"],
-            f"{row['source']} {row['revision']}",
+            f"{row['source']} {row['revision'][:12]}",
         )
     console = Console(emoji=False, highlight=False)
     (console if console.is_terminal else Console(emoji=False, highlight=False, width=200)).print(table)
@@ -81,6 +84,13 @@ def _row(weights: Weights, settings: Settings) -> dict[str, Any]:
     return {**asdict(weights), "state": state(weights, settings.weights), "path": str(path), "bytes": size, "also": also}
 
 
+def _folder_row(one: Repository, settings: Settings) -> dict[str, Any]:
+    weights = settings.weights.folder.expanduser()
+    folder, found = folder_of(weights, one), repositories.state(weights, one)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if found != "missing" else None
+    return {**asdict(one), "state": found, "path": str(folder), "bytes": size, "also": [], "commercial": True}
+
+
 @models.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--engine", type=click.Choice(ENGINES), help="All models of an engine that may be used commercially.")
@@ -92,19 +102,22 @@ def _row(weights: Weights, settings: Settings) -> dict[str, Any]:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Instead of downloading the one model named, convert a file of it: best.ckpt, big-lama.zip, TorchScript, safetensors.",
 )
-def pull(names: tuple[str, ...], engine: str | None, accept_licence: bool, own: Path | None) -> None:
+@click.option("--revision", metavar="REV", help="Another commit, tag or branch than the pinned one (of a model from the hub).")
+def pull(names: tuple[str, ...], engine: str | None, accept_licence: bool, own: Path | None, revision: str | None) -> None:
     """Download models, checked against their checksums; what is here already stays as it is.
 
     Goes on where it was interrupted. Workers never download: run this on each host, or once for a folder that they share.
     """
     settings = load_settings()
-    chosen = _named(names)
+    chosen, folders = _named(names), _folders(names)
     if own is not None:
         if engine or len(chosen) != 1 or chosen[0].engine not in CONVERTED:
             able = ", ".join(weights.name for weights in WEIGHTS if weights.engine in CONVERTED)
             raise UsageError(f"--from FILE goes with one model that is converted ({able}), and without --engine")
         _convert(chosen[0], own, settings)
         return
+    if revision is not None and (chosen or len(folders) != 1):
+        raise UsageError("--revision is for one model from the hub at a time: " + ", ".join(one.name for one in REPOSITORIES))
     for weights in chosen:
         if not weights.commercial and not accept_licence:
             raise UsageError(
@@ -112,10 +125,24 @@ def pull(names: tuple[str, ...], engine: str | None, accept_licence: bool, own: 
                 "read its licence, and say --accept-licence if you may use it"
             )
     chosen += [one for one in WEIGHTS if one.engine == engine and one.commercial and one not in chosen]
-    if not chosen:
+    folders += [one for one in REPOSITORIES if one.engine == engine and one not in folders]
+    if not chosen and not folders:
         raise UsageError(f"say which: NAME..., or --engine {' or '.join(ENGINES)} (`imagemill models list` lists them)")
     for weights in chosen:
         _pull_one(weights, settings)
+    for one in folders:
+        _pull_folder(one, settings, revision)
+
+
+def _pull_folder(one: Repository, settings: Settings, revision: str | None) -> None:
+    try:
+        from worker import hub
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"this needs {error.name}, which is not installed: pip install 'imagemill[diffusion]'") from error
+    outcome = hub.pull(one, settings.weights, revision)
+    folder = folder_of(settings.weights.folder.expanduser(), one)
+    commit = read_json(folder / RECORD)["commit"]
+    click.echo(f"{one.name}: {'is there already' if outcome == 'there' else 'pulled'}, commit {commit}, checked: {folder}")
 
 
 def _pull_one(weights: Weights, settings: Settings) -> None:
@@ -177,10 +204,18 @@ EXTRA = "pip install 'imagemill[rembg]', then pull again"
 def verify(names: tuple[str, ...]) -> None:
     """Compute the checksums of the models that are here again, and of what was made of them."""
     settings = load_settings()
-    chosen = _named(names) or [one for one in WEIGHTS if state(one, settings.weights) != "missing"]
-    if not chosen:
-        click.echo(f"no model is in {settings.weights.folder.expanduser()}")
+    folder, chosen, folders = settings.weights.folder.expanduser(), _named(names), _folders(names)
+    if not names:
+        chosen = [one for one in WEIGHTS if state(one, settings.weights) != "missing"]
+        folders = [one for one in REPOSITORIES if folder_of(folder, one).is_dir()]
+    if not chosen and not folders:
+        click.echo(f"no model is in {folder}")
     wrong = [fault for weights in chosen for fault in _faults(weights, settings)]
+    for one in folders:
+        faults = list(repositories.faults(folder, one))
+        wrong += [f"{fault}: imagemill models pull {one.name}" for fault in faults]
+        if not faults:
+            click.echo(f"{one.name}: right (commit {read_json(folder_of(folder, one) / RECORD)['commit']})")
     for fault in wrong:
         click.secho(fault, fg="red", err=True)
     sys.exit(1 if wrong else 0)
@@ -237,6 +272,9 @@ def quantize(name: str, images: Path, accept: float, as_json: bool) -> None:
 
     Nodes use it where IMAGEMILL_ONNX__INT8=true. Exits 1 where it is refused.
     """
+    if name not in {weights.name for weights in WEIGHTS}:
+        _named((name,))
+        raise UsageError(f"{name} can't be made in 8 bits: only the files of rembg can")
     (weights,) = _named((name,))
     if weights.engine in CONVERTED:
         raise UsageError(f"{name} can't be made in 8 bits: that is for models on onnxruntime")
@@ -281,12 +319,19 @@ def _quantizer() -> Callable[..., Any]:
 
 
 def _named(names: Iterable[str]) -> list[Weights]:
-    """The rows of these names, each once. Raises UsageError with the nearest name for one that there isn't."""
+    """The files of these names, each once. Raises UsageError with the nearest name for one that there isn't."""
     table = {weights.name: weights for weights in WEIGHTS}
+    known = [*table, *MODELS, *(one.name for one in REPOSITORIES)]
     for name in names:
-        if name not in table:
-            raise UsageError(f"there is no model {name!r}{nearest(name, list(table))}")
-    return [table[name] for name in dict.fromkeys(names)]
+        if name not in known:
+            raise UsageError(f"there is no model {name!r}{nearest(name, known)}")
+    return [table[name] for name in dict.fromkeys(names) if name in table]
+
+
+def _folders(names: Iterable[str]) -> list[Repository]:
+    """The repositories of these names, or that models of these names are made of, each once."""
+    wanted = {part for name in names for part in MODELS.get(name, (name,))}
+    return [one for one in REPOSITORIES if one.name in wanted]
 
 
 def _progress(*columns: Any) -> Progress:

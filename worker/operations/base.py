@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -55,6 +55,7 @@ class Spec:
     makes_alpha: bool = False
     max_batch: int = 1
     runtime: Literal["cpu", "onnxruntime", "torch"] = "cpu"
+    warm_up: Mapping[str, Any] = field(default_factory=dict)  # options of the made-up image that a child begins with
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Sample:
     footprint: str = ""
 
 
-LASTING_NOTES = frozenset({"empty_cutout", "empty_mask", "enlarged", "large_mask", "matting_too_large", "no_shadow_found"})
+LASTING_NOTES = frozenset(
+    {"empty_cutout", "empty_mask", "enlarged", "large_mask", "matting_too_large", "no_shadow_found", "prompt_cut"}
+)
 """Notes that the same image gets each time. A result with any other may be owed to haste, such as a deadline that was
 missed, and is not remembered (worker.cache)."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
-from shared.errors import ConfigurationError, MissingExtra
+from shared.errors import ConfigurationError, MissingExtra, sentence
 from shared.options import nearest
 
 if TYPE_CHECKING:
@@ -17,18 +18,19 @@ ENGINES: dict[tuple[str, str], str] = {
     ("inpaint", "opencv"): "worker.operations.inpaint.opencv:Inpaint",
     ("inpaint", "lama"): "worker.operations.inpaint.lama:Lama",
     ("stylize", "opencv"): "worker.operations.stylize.opencv:Stylize",
+    ("stylize", "diffusion"): "worker.operations.stylize.diffusion:Diffusion",
 }
 """(operation, engine) to `module:Class`."""
 
-EXTRAS = {"opencv": "worker", "rembg": "rembg", "lama": "lama"}
+EXTRAS = {"opencv": "worker", "rembg": "rembg", "lama": "lama", "diffusion": "diffusion"}
 """The extra that installs what an engine imports."""
 
 
 def create(operation: str, engine: str) -> Operation:
     """A new operation, not yet loaded.
 
-    Raises ConfigurationError where there is no such operation or engine, and MissingExtra with the
-    install command where the engine's libraries are not installed.
+    Raises ConfigurationError where there is no such operation or engine, or its libraries don't fit each other, and
+    MissingExtra with the install command where they are not installed.
     """
     try:
         place = ENGINES[operation, engine]
@@ -43,4 +45,13 @@ def create(operation: str, engine: str) -> Operation:
             raise  # a fault of ours, not a missing library
         command = f"pip install 'imagemill[{EXTRAS[engine]}]'"
         raise MissingExtra(f"{operation}/{engine} needs {error.name}, which is not installed: {command}") from error
+    except (ImportError, RuntimeError) as error:  # libraries that don't fit each other
+        raise ConfigurationError(f"{operation}/{engine} can't be loaded: {sentence(error)}{_hint()}") from error
     return made
+
+
+def _hint() -> str:
+    """What is most often behind a library of a neural engine that can't be imported."""
+    if importlib.util.find_spec("torchvision") is None:
+        return ""
+    return "; torchvision is installed, which nothing here needs and which must fit torch: pip uninstall torchvision"

@@ -101,6 +101,9 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("remove-background", {"engine": "rembg"}),
     ("remove-background", {"engine": "rembg", "model": "u2netp"}),
     ("remove-background", {"engine": "rembg", "clean_rim": False}),
+    ("stylize", {"engine": "diffusion"}),
+    ("stylize", {"engine": "diffusion", "seed": 1}),
+    ("stylize", {"engine": "diffusion", "loras": "a:0.5"}),
 ]
 WANTED = st.builds(
     Wanted,
@@ -143,6 +146,18 @@ def test_a_change_of_one_thing_alone_changes_the_key(wanted: Wanted, data: st.Da
 )
 def test_what_does_not_decide_the_bytes_does_not_change_the_key(item: dict[str, Any], others: dict[str, Any]) -> None:
     assert key(Wanted(), item, **others) == key(Wanted()) is not None
+
+
+def test_where_place_or_address_decide_the_noise_they_decide_the_key() -> None:
+    def keys(policy: str) -> tuple[str | None, ...]:
+        wanted = Wanted(options=("stylize", {"engine": "diffusion", "seed_policy": policy}))
+        items = ({}, {"index": 7}, {"source": "https://b.example/2.jpg"})
+        return tuple(key(wanted, item) for item in items)
+
+    fixed, per_item, url = (keys(policy) for policy in ("fixed", "per-item", "url"))
+    assert len(set(fixed)) == 1
+    assert per_item[0] == per_item[2] != per_item[1]
+    assert url[0] == url[1] != url[2]
 
 
 def test_values_that_mean_the_same_give_the_same_key() -> None:

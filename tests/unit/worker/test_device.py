@@ -14,7 +14,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever `pin` sets is as it was afterwards."""
-    for name in ("CUDA_VISIBLE_DEVICES", *THREADS, "MALLOC_ARENA_MAX"):
+    for name in ("CUDA_VISIBLE_DEVICES", *THREADS, "MALLOC_ARENA_MAX", "HF_HUB_OFFLINE", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, "before")
         monkeypatch.delenv(name)
 
@@ -46,6 +46,7 @@ def test_a_child_of_a_gpu_sees_that_gpu_and_keeps_to_its_threads(monkeypatch: py
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     pin(Device(gpu=1, threads=3))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    assert os.environ["HF_HUB_OFFLINE"] == "1", "a worker fetches no weights"
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == ("3", "1", "3")
 
 

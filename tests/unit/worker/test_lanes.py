@@ -12,6 +12,7 @@ from shared.settings import Settings
 from worker.doctor import check_models
 from worker.lanes import lanes, missing, nothing_to_do, shortcomings, without_models
 from worker.main import Worker
+from worker.repositories import MODELS, folder_of, repository
 from worker.weights import put_on_record, variant
 
 
@@ -31,6 +32,22 @@ def test_an_engine_without_models_is_one_lane_and_others_have_one_per_model_that
     assert "u2net" in missing(known)["rembg"]
     assert not {"u2netp", "silueta", "bria-rmbg"} & set(missing(known)["rembg"])
     assert without_models(known) == []
+
+
+def test_a_model_of_several_folders_is_a_lane_where_all_of_them_are_here(tmp_path: Path) -> None:
+    known = settings(tmp_path, "diffusion")
+    assert lanes(known) == []
+    ((_, mend),) = shortcomings(known)
+    assert mend == "imagemill models pull sd15-canny"
+    base, controlnet = (folder_of(tmp_path, repository(name)) for name in MODELS["sd15-canny"])
+    for folder in (base / "unet", base / "vae", base / "text_encoder"):
+        folder.mkdir(parents=True)
+        (folder / "model.fp16.safetensors").touch()
+    assert lanes(known) == [], "the ControlNet is missing"
+    controlnet.mkdir()
+    (controlnet / "diffusion_pytorch_model.fp16.safetensors").touch()
+    assert lanes(known) == ["diffusion.sd15-canny"]
+    assert missing(known) == {}
 
 
 def test_a_model_that_no_option_can_select_is_no_lane(tmp_path: Path) -> None:

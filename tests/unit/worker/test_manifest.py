@@ -16,7 +16,7 @@ from producer.embedded_redis import EmbeddedRedis
 from shared.errors import StorageRefused
 from shared.ledger import Lease, Ledger
 from shared.messages import MANIFEST, Item, ItemResult, Output, StylizeJob
-from shared.options import OpencvStylize
+from shared.options import DiffusionStylize, OpencvStylize
 from shared.settings import FileSettings
 from worker.manifest import write_manifest
 from worker.store import FolderStore
@@ -125,6 +125,18 @@ def test_a_line_tells_how_its_result_came_about(ledger: Ledger, spec: StylizeJob
         name: version(name) for name in ("imagemill", "numpy", "opencv-python-headless")
     }
     assert "code" not in line
+
+
+def test_a_line_tells_the_seed_where_there_is_one_and_the_engine_s_weights(ledger: Ledger, tmp_path: Path) -> None:
+    options = DiffusionStylize(seed=7, seed_policy="per-item")
+    spec = StylizeJob(output=Output(url=tmp_path.as_uri()), options=options)
+    begin(ledger, spec, DONE, FAILED)
+    write_manifest(JOB, spec, ledger, store_in(tmp_path), "sd15-canny 0123")
+    lines = [json.loads(line) for line in (tmp_path / JOB / "manifest.jsonl").read_text().splitlines()]
+    firsts = [ITEMS[0].index if item.duplicate_of is not None else item.index for item in ITEMS]
+    assert [line["seed"] for line in lines] == [7 + index for index in firsts], "a duplicate has its original's"
+    assert {line["fingerprint"] for line in lines} == {"sd15-canny 0123"}
+    assert {"torch", "diffusers"} <= lines[0]["versions"].keys()
 
 
 def test_a_failure_keeps_its_code_and_its_sentence(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -16,10 +16,12 @@ from safetensors.torch import load_file
 
 from producer.commands import SHORT_HELP, Commands
 from tests.generators import lama_checkpoint, lama_file, lama_script, lama_weights
+from tests.hub import COMMIT, Hub
 from tests.models import birefnet_like_onnx, u2net_onnx
 from tests.services import ImageServer, redirect
 from tests.workers import ROOT
 from worker import models as module
+from worker.repositories import repository
 from worker.weights import WEIGHTS, Weights, variant
 
 Run = Callable[..., Result]
@@ -279,3 +281,49 @@ def test_without_torch_lama_is_pulled_and_told_how_to_convert_it(
 def test_lama_is_not_for_8_bits(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
     done = run("quantize", "lama", "--images", str(tmp_path))
     assert (done.exit_code, "can't be made in 8 bits" in done.stderr) == (2, True), done.output
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The repository of the LCM LoRA on a stand-in for the hub, the mirror of an empty folder."""
+    with Hub(
+        repository("lcm-lora-sdv1-5").source, {"pytorch_lora_weights.safetensors": b"an adapter", "a.bin": b"no"}
+    ) as server:
+        monkeypatch.setenv("IMAGEMILL_WEIGHTS__FOLDER", str(tmp_path / "weights"))
+        monkeypatch.setenv("IMAGEMILL_WEIGHTS__MIRROR", server.url)
+        yield server
+
+
+def test_a_model_of_the_hub_is_pulled_listed_and_verified(run: Run, hub: Hub, tmp_path: Path) -> None:
+    name = "lcm-lora-sdv1-5"
+    refused = run("pull", name)
+    assert refused.exit_code == 2, "the stand-in does not have the pinned commit"
+    assert "the hub has no latent-consistency/lcm-lora-sdv1-5 at cf2fced5" in refused.stderr
+    done = run("pull", name, "--revision", "main")
+    assert f"{name}: pulled, commit {COMMIT}, checked: {tmp_path}/weights/diffusion/{name}" in done.stdout, done.output
+    row = listed(run)[name]
+    assert (row["state"], row["licence"]) == ("there", "OpenRAIL++")
+    assert f"{name}: right (commit {COMMIT})" in run("verify").stdout
+    (tmp_path / "weights" / "diffusion" / name / "pytorch_lora_weights.safetensors").write_bytes(b"an adaptor")
+    wrong = run("verify")
+    assert wrong.exit_code == 1
+    assert "is not the file that was pulled: its SHA-256 is" in wrong.stderr
+    assert f"imagemill models pull {name}" in wrong.stderr
+
+
+def test_a_model_that_is_made_of_two_repositories_is_one_name(run: Run, hub: Hub) -> None:
+    done = run("pull", "sd15-canny")
+    assert done.exit_code == 2
+    assert "the hub has no stable-diffusion-v1-5/stable-diffusion-v1-5 at 451f4fe1" in done.stderr
+    assert run("pull", "sd15-cannyy").stderr.count("did you mean 'sd15-canny'") == 1
+
+
+@pytest.mark.parametrize("words", [["u2net"], ["sd15-canny"], []])
+def test_a_revision_is_for_one_repository(run: Run, words: list[str]) -> None:
+    done = run("pull", *words, "--revision", "main")
+    assert (done.exit_code, "--revision is for one" in done.stderr) == (2, True)
+
+
+def test_a_model_of_the_hub_has_no_8_bits(run: Run, tmp_path: Path) -> None:
+    done = run("quantize", "sd15", "--images", str(tmp_path))
+    assert (done.exit_code, "can't be made in 8 bits" in done.stderr) == (2, True)

@@ -9,6 +9,7 @@ import pytest
 from shared.options import parse_options
 from tests.generators import lama_file
 from tests.models import weights_folder
+from tests.pipelines import pipeline_folder
 from tests.unit.worker.operations import conformance
 from worker.device import Device
 from worker.operations import registry
@@ -35,6 +36,10 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"strategy": "resize", "tile": 512},
         {"strategy": "whole"},
     ],
+    ("stylize", "diffusion"): [
+        {"mode": "text-to-image", "scheduler": "euler", "cfg": 1},
+        {"scheduler": "ddim", "seed_policy": "per-item", "reference": conformance.REFERENCE, "long_edge": 128},
+    ],
     ("stylize", "opencv"): [
         {"style": "pencil-sketch", "strength": 0.5, "long_edge": 40},
         {"style": "pencil-sketch", "colour": True, "sigma_s": 0, "sigma_r": 0, "shade": 0},
@@ -45,7 +50,10 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
 }
 """Beside the defaults, which every engine is checked with."""
 
-CASES = [(*pair, given) for pair in registry.ENGINES for given in ({}, *MORE.get(pair, []))]
+SMALL: dict[tuple[str, str], dict[str, Any]] = {("stylize", "diffusion"): {"size": 64, "steps": 1}}
+"""Defaults that would take minutes, made small."""
+
+CASES = [(*pair, SMALL.get(pair, {}) | given) for pair in registry.ENGINES for given in ({}, *MORE.get(pair, []))]
 
 
 @pytest.mark.parametrize(("operation", "engine", "given"), CASES, ids=lambda value: str(value))
@@ -55,6 +63,8 @@ def test_operation_keeps_the_contract(
     weights = weights_folder(tmp_path_factory.getbasetemp() / "weights", *(["u2net"] if engine == "rembg" else []))
     if engine == "lama":
         lama_file(weights / "lama" / "lama.safetensors")
+    if engine == "diffusion":
+        pipeline_folder(weights)
     made = registry.create(operation, engine)
     made.load(Device(threads=1, weights=weights))
     assert (made.spec.name, made.spec.engine) == (operation, engine)

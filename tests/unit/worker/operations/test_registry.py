@@ -46,6 +46,17 @@ def test_a_missing_library_is_answered_with_the_install_command(monkeypatch: pyt
         registry.create("inpaint", "opencv")
 
 
+def test_libraries_that_do_not_fit_each_other_are_told_with_the_usual_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: str) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(registry.importlib, "import_module", refuse)
+    for installed, told in ((None, "nms does not exist$"), (object(), "pip uninstall torchvision$")):
+        monkeypatch.setattr(registry.importlib.util, "find_spec", lambda _, found=installed: found)
+        with pytest.raises(ConfigurationError, match=told):
+            registry.create("stylize", "diffusion")
+
+
 def test_a_fault_of_our_own_is_not_taken_for_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.ENGINES, ("inpaint", "opencv"), "worker.operations.nowhere:Nothing")
     with pytest.raises(ModuleNotFoundError, match="nowhere"):

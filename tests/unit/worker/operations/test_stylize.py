@@ -15,8 +15,9 @@ from shared.messages import Item
 from shared.options import parse_options
 from worker.device import Device
 from worker.operations.base import Inputs, Picture, Pixels
-from worker.operations.stylize import opencv
-from worker.operations.stylize.opencv import Stylize, colours_of, transferred
+from worker.operations.stylize import opencv, palette
+from worker.operations.stylize.opencv import Stylize
+from worker.operations.stylize.palette import colours_of, transferred
 
 ADDRESS = "https://images.example/reference.png"
 STYLES: list[dict[str, Any]] = [
@@ -227,7 +228,7 @@ def test_a_reference_is_measured_once_while_it_stays_the_same_picture(monkeypatc
         measured.append(pixels)
         return colours_of(pixels)
 
-    monkeypatch.setattr(opencv, "colours_of", measure)
+    monkeypatch.setattr(palette, "colours_of", measure)
     operation, pixels, target, other = Stylize(), photo(30, 30), reference(), Picture(photo(30, 30, seed=9))
 
     def made(picture: Picture) -> bytes:
@@ -242,11 +243,11 @@ def test_a_reference_is_measured_once_while_it_stays_the_same_picture(monkeypatc
 
 def test_references_are_forgotten_and_never_kept_alive() -> None:
     operation = Stylize()
-    for number in range(opencv.REMEMBERED + 5):
+    for number in range(palette.REMEMBERED + 5):
         stylize(photo(8, 8), operation=operation, style="colour-transfer", reference=f"https://images.example/{number}.png")
     gc.collect()
-    assert len(operation._references) == opencv.REMEMBERED
-    assert all(known[0]() is None for known in operation._references.values())
+    assert len(operation._palettes._known) == palette.REMEMBERED
+    assert all(known[0]() is None for known in operation._palettes._known.values())
 
 
 @pytest.mark.parametrize(

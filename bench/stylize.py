@@ -1,0 +1,177 @@
+"""How well the line feeds Stable Diffusion: a whole node beside bare diffusers loops on the same cores, small pipeline.
+
+    python -m bench.stylize [ROUNDS]
+
+The pipeline is tests/pipelines.py's: the real parts at a fraction of their width, 512 x 512, 25 steps with guidance, so
+that an image takes seconds on a core. Photos are 12-megapixel JPEGs, results 512 pixels long; the source waits 100 ms per
+GET, the store 50 ms per PUT. On each side every core has a process with one thread, as the engine works on CPUs: on the
+bare side a loop around diffusers' own pipeline, whose tensors and embeddings are there already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.feeding import Figure, _Process, _say
+from bench.nodes import OurNode, cpu_of, environment
+from bench.servers import Servers, photos
+from shared.messages import Output, StylizeJob
+from shared.options import DiffusionStylize
+
+IMAGES_PER_CORE = 2
+LOOK: dict[str, Any] = {"prompt": "a product on white", "negative_prompt": "blurry", "steps": 25, "strength": 0.5, "cfg": 7.5}
+SPEC = StylizeJob(
+    output=Output(url="s3://results/look", format="jpeg"), options=DiffusionStylize.model_validate({**LOOK, "long_edge": 512})
+)
+
+
+def run(rounds: int = 3) -> list[Figure]:
+    """Measure `rounds` times; per figure its name, the median, goal, unit, whether the goal holds, and how many rounds."""
+    from producer.embedded_redis import EmbeddedRedis
+    from tests.pipelines import pipeline_folder
+
+    cores = len(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        weights = pipeline_folder(folder / "weights")
+        servers = stack.enter_context(Servers(photos(), put_delay=0.05))
+        redis = stack.enter_context(EmbeddedRedis(folder / "redis"))
+        settings = {
+            **environment(redis.url, servers, weights),
+            "IMAGEMILL_WORKER__ENGINES": '["diffusion"]',
+            "IMAGEMILL_WORKER__OPERATIONS": '["stylize"]',
+        }
+        loops = [stack.enter_context(_Bare(str(weights), settings, folder / f"bare{core}")) for core in range(cores)]
+        node = stack.enter_context(OurNode(settings, folder, SPEC, cores))
+        images = IMAGES_PER_CORE * cores
+
+        def ours() -> tuple[float, float]:
+            before, seconds = node.cpu(), node.seconds(servers.fresh(images, delay=0.1))
+            return images / seconds, (node.cpu() - before) / images
+
+        def bare() -> tuple[float, float]:
+            before, start = sum(loop.cpu() for loop in loops), time.perf_counter()
+            for loop in loops:
+                loop.tell(images=IMAGES_PER_CORE)
+            for loop in loops:
+                loop.hear()
+            seconds = time.perf_counter() - start
+            return images / seconds, (sum(loop.cpu() for loop in loops) - before) / images
+
+        found = [_round({"bare": bare, "ours": ours}, number) for number in range(rounds)]
+        step = [loops[0].ask(steps=4) for _ in range(rounds)]
+    ratio = median(one["ours"][0] / one["bare"][0] for one in found)
+    cpu = median(one["bare"][1] / one["ours"][1] for one in found)
+    return [
+        _figure("whole path, times bare diffusers loops", ratio, rounds, goal=0.95),
+        _figure("CPU of a bare loop, times the whole path's (bears other work on the machine)", cpu, rounds),
+        _figure("device step, times a bare call of the pipeline", median(one["ratio"] for one in step), rounds),
+        *(_figure(name, median(one[name][0] for one in found), rounds, unit="images/s") for name in ("ours", "bare")),
+    ]
+
+
+def _round(sides: dict[str, Callable[[], tuple[float, float]]], number: int) -> dict[str, tuple[float, float]]:
+    """Images per second and CPU seconds per image of each side."""
+    order = list(sides) if number % 2 == 0 else list(sides)[::-1]
+    return {name: sides[name]() for name in order}
+
+
+def _figure(name: str, value: float, rounds: int, *, goal: float | None = None, unit: str = "x") -> Figure:
+    holds = None if goal is None else value >= goal
+    return {
+        "name": f"stylize: {name}",
+        "value": float(f"{value:.4g}"),
+        "goal": goal,
+        "unit": unit,
+        "holds": holds,
+        "rounds": rounds,
+    }
+
+
+class _Bare(_Process):
+    """This module as another process."""
+
+    def __init__(self, weights: str, environment: dict[str, str], folder: Path) -> None:
+        folder.mkdir()
+        super().__init__(["bare", weights], environment, folder)
+        self._command = [sys.executable, "-m", "bench.stylize", "bare", weights]
+
+    def cpu(self) -> float:
+        """CPU seconds so far."""
+        return cpu_of(self._process.pid)
+
+
+def _run_bare(weights: Path) -> None:
+    import diffusers
+    import torch
+
+    from tests.unit.worker.operations.conformance import scene
+    from worker.device import Device
+    from worker.operations.stylize.diffusion import edges_of
+    from worker.operations.stylize.pipeline import Canvas, Pipeline
+    from worker.repositories import MODELS, folder_of, repository
+
+    torch.set_num_threads(1)
+    base, control = (folder_of(weights, repository(name)) for name in MODELS["sd15-canny"])
+    pipe = diffusers.StableDiffusionControlNetImg2ImgPipeline.from_pretrained(
+        base, controlnet=diffusers.ControlNetModel.from_pretrained(control), safety_checker=None
+    )
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pixels = scene(512, 512)
+    edges = edges_of(pixels, 100, 200)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    control_image = torch.from_numpy(edges)[None, None].expand(-1, 3, -1, -1) / 255
+    prompt, negative = pipe.encode_prompt(LOOK["prompt"], "cpu", 1, True, LOOK["negative_prompt"])
+    options = SPEC.options
+    assert isinstance(options, DiffusionStylize)
+
+    def call(schedule: int) -> Any:
+        return pipe(
+            image=image,
+            control_image=control_image,
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative,
+            strength=LOOK["strength"],
+            num_inference_steps=schedule,
+            guidance_scale=LOOK["cfg"],
+            generator=torch.Generator().manual_seed(42),
+            output_type="pt",
+        )
+
+    engine, canvas = Pipeline("sd15-canny", Device(weights=weights)), Canvas(pixels, edges, 42)
+    _say(ready=True)
+    for line in sys.stdin:
+        told = json.loads(line)
+        if "images" in told:
+            for _ in range(told["images"]):
+                call(options.timesteps)
+            _say(done=True)
+        else:  # the engine's device step beside a bare call, in turn
+            few = options.model_copy(update={"steps": told["steps"]})
+            spent: dict[str, list[float]] = {"ours": [], "bare": []}
+            for turn in range(10):
+                name, start = ("ours", "bare")[turn % 2], time.process_time()
+                if name == "ours":
+                    engine.run([canvas], few)
+                else:
+                    call(few.timesteps)
+                spent[name].append(time.process_time() - start)
+            _say(ratio=median(spent["bare"][1:]) / median(spent["ours"][1:]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bare"]:
+        _run_bare(Path(sys.argv[2]))
+    else:
+        for one in run(*(int(argument) for argument in sys.argv[1:2])):
+            print(json.dumps(one))

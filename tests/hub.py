@@ -1,0 +1,102 @@
+"""A stand-in for the hub: one repository with files at one commit, as the hub's API and its addresses of files have them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE = (".safetensors", ".bin", ".ckpt")
+"""What a repository keeps in LFS, so that its SHA-256 is known."""
+
+
+class Hub:
+    """From entering to leaving. `files` may be changed meanwhile; what is in `lies` is served in place of a file."""
+
+    def __init__(self, source: str, files: Mapping[str, bytes]) -> None:
+        self.source, self.files, self.lies = source, dict(files), dict[str, bytes]()
+        self.asked: list[str] = []
+
+    def __enter__(self) -> Hub:
+        hub = self
+
+        class Request(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.answer(self, body=True)
+
+            def do_HEAD(self) -> None:
+                hub.answer(self, body=False)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Request)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
+        """One request, logged in `asked`."""
+        path = unquote(urlsplit(request.path).path)
+        self.asked.append(f"{request.command} {path}")
+        revisions = ("main", COMMIT)
+        for revision in revisions:
+            if path == f"/api/models/{self.source}/revision/{revision}":
+                return self._send(request, json.dumps(self._info()).encode(), {"Content-Type": "application/json"}, body)
+            if path == f"/api/models/{self.source}/tree/{revision}":
+                return self._send(request, json.dumps(self._tree()).encode(), {"Content-Type": "application/json"}, body)
+            name = path.removeprefix(f"/{self.source}/resolve/{revision}/")
+            if name in self.files:
+                data = self.lies.get(name, self.files[name])
+                headers = {"ETag": f'"{self._etag(name)}"', "X-Repo-Commit": COMMIT, "Content-Type": "application/octet-stream"}
+                return self._send(request, data, headers, body)
+        self._send(request, b"{}", {"X-Error-Code": "RevisionNotFound"}, body, status=404)
+        return None
+
+    def _send(
+        self, request: BaseHTTPRequestHandler, data: bytes, headers: Mapping[str, str], body: bool, status: int = 200
+    ) -> None:
+        request.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if body:
+            request.wfile.write(data)
+
+    def _etag(self, name: str) -> str:
+        data = self.files[name]
+        if name.endswith(LARGE):
+            return hashlib.sha256(data).hexdigest()
+        return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
+
+    def _info(self) -> dict[str, Any]:
+        siblings = []
+        for name, data in self.files.items():
+            told: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": self._etag(name)}
+            if name.endswith(LARGE):
+                told["lfs"] = {"sha256": self._etag(name), "size": len(data), "pointerSize": 130}
+            siblings.append(told)
+        return {"id": self.source, "modelId": self.source, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+
+    def _tree(self) -> list[dict[str, Any]]:
+        made = []
+        for name, data in self.files.items():
+            told: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": self._etag(name)}
+            if name.endswith(LARGE):
+                told["lfs"] = {"oid": self._etag(name), "size": len(data), "pointerSize": 130}
+            made.append(told)
+        return made

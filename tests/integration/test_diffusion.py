@@ -1,0 +1,91 @@
+"""Stable Diffusion's small pipeline on a real worker: from a preset to results that are the same in every job."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from PIL import Image
+
+from producer.embedded_redis import EmbeddedRedis
+from tests.conftest import environment_for, photo
+from tests.pipelines import lora_file, pipeline_folder
+from tests.services import ImageServer
+from tests.workers import ROOT, WorkerProcess
+
+pytestmark = pytest.mark.integration
+
+QUICK = ("--set", "size=64", "--set", "steps=2")
+
+
+@pytest.fixture(scope="module")
+def environment(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    weights = pipeline_folder(tmp_path_factory.mktemp("diffusion") / "weights")
+    lora_file(weights / "diffusion" / "loras" / "lcm-lora-sdv1-5.safetensors", weights)
+    return environment_for(
+        redis_server.url,
+        tmp_path_factory.getbasetemp(),
+        IMAGEMILL_WEIGHTS__FOLDER=str(weights),
+        IMAGEMILL_WORKER__ENGINES='["diffusion"]',
+    )
+
+
+@pytest.fixture(scope="module")
+def worker(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    with WorkerProcess(environment, tmp_path_factory.mktemp("worker"), concurrency=2, name="diffusion") as node:
+        yield node.wait_ready()
+
+
+def submitted(environment: dict[str, str], folder: Path, sources: list[str], *words: str) -> list[dict[str, Any]]:
+    """The results of a job that is waited for, in the list's order."""
+    (folder / "list.txt").write_text("\n".join(sources))
+    command = [sys.executable, "-m", "producer.cli"]
+    given = ["submit", str(folder / "list.txt"), *words, *QUICK, "--output", str(folder / "out"), "--wait", "--json"]
+    done = subprocess.run([*command, *given], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout, done.stderr
+    listed = [*command, "results", json.loads(done.stdout)["job"]]
+    rows = subprocess.run(listed, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    return [json.loads(row) for row in rows.splitlines()]
+
+
+def data(row: dict[str, Any]) -> bytes:
+    assert row["state"] == "done", row
+    return Path(unquote(row["output"].removeprefix("file://"))).read_bytes()
+
+
+def test_a_preset_gives_each_image_the_same_pixels_in_every_job(
+    worker: WorkerProcess, environment: dict[str, str], images: ImageServer, tmp_path: Path
+) -> None:
+    images.routes |= {f"/{number}.png": photo(number) for number in range(5)}
+    sources = [images.url(f"/{number}.png") for number in range(5)]
+    together = submitted(environment, tmp_path, sources, "--preset", "turbo")
+    backwards = submitted(environment, tmp_path, sources[::-1], "--preset", "turbo")
+    alone = submitted(environment, tmp_path, sources[2:3], "--preset", "turbo")
+    assert [data(row) for row in together] == [data(row) for row in backwards[::-1]]
+    assert data(alone[0]) == data(together[2])
+    assert len({data(row) for row in together}) == 5
+    assert {Image.open(io.BytesIO(data(row))).size for row in together} == {(96, 72)}
+    manifest = next((tmp_path / "out").rglob("manifest.jsonl")).read_text().splitlines()
+    line = json.loads(manifest[0])
+    assert (line["seed"], line["options"]["scheduler"]) == (42, "lcm")
+    assert "lcm-lora-sdv1-5 " in line["fingerprint"]
+    assert "sd15-canny " in line["fingerprint"]
+
+
+def test_a_style_that_is_not_there_fails_with_what_to_do(
+    worker: WorkerProcess, environment: dict[str, str], images: ImageServer, tmp_path: Path
+) -> None:
+    images.routes["/a.png"] = photo(1)
+    source = [images.url("/a.png")]
+    (row,) = submitted(environment, tmp_path, source, "--preset", "anime", "--set", "loras=my-style:0.8")
+    assert row["code"] == "operation_failed"
+    assert "the LoRA my-style is not on this node" in row["message"]
+    (row,) = submitted(environment, tmp_path, source, "--preset", "anime")
+    assert row["state"] == "done"

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from producer.cli import main
+from producer.spec import job_spec
+from shared.errors import InvalidOption, UsageError
+from shared.messages import JOB_SPEC
+from shared.options import DiffusionStylize
+from shared.presets import Presets
+
+OUTPUT: dict[str, object] = {"url": "s3://results/shop", "format": None}
+OWN = """\
+shop:
+  extends: product-clean
+  options: {strength: 0.3, reference: colours.png}
+  output: {format: png, quality: 80}
+  policy: {priority: low}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN)
+    monkeypatch.setenv("IMAGEMILL_PRESETS", str(path))
+    return path
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(main, ["presets", *words])
+
+
+def test_presets_are_listed_with_what_they_are_for(own: Path) -> None:
+    rows = [json.loads(line) for line in run("list", "--json").stdout.splitlines()]
+    assert [row["name"] for row in rows] == [*Presets().names(), "shop"]
+    assert rows[-1]["file"] == str(own)
+    assert {row["engine"] for row in rows} == {"diffusion"}
+    shown = run("list").stdout
+    assert all(row["name"] in shown for row in rows)
+
+
+def test_a_preset_is_shown_whole_as_one_could_write_it(own: Path) -> None:
+    shown = yaml.safe_load(run("show", "shop").stdout)
+    assert shown["shop"]["options"]["strength"] == 0.3
+    assert shown["shop"]["options"]["seed_policy"] == "fixed"
+    assert shown["shop"] == {
+        key: value for key, value in json.loads(run("show", "shop", "--json").stdout).items() if key != "name"
+    }
+    assert run("show", "shopp").exit_code == 2
+
+
+def test_check_names_what_is_wrong_and_exits_with_2(own: Path, tmp_path: Path) -> None:
+    fine = run("check")
+    assert (fine.exit_code, fine.stdout) == (0, "6 presets: all can be used\n")
+    other = tmp_path / "other.yaml"
+    other.write_text("a:\n  extends: turbo\n  options: {steps: 0}\nb:\n  extends: nothing\n")
+    done = run("check", str(other))
+    assert done.exit_code == 2
+    assert [line.partition(": ")[0] for line in done.stderr.splitlines()] == [f"{other}:3", f"{other}:5"]
+    other.write_text("a: [")
+    done = run("check", str(other))
+    assert done.exit_code == 2
+    assert "error (invalid_preset): " in done.stderr
+
+
+def test_a_job_holds_all_of_its_preset(own: Path) -> None:
+    preset = Presets(own).get("shop")
+    spec = job_spec(None, None, {}, dict(OUTPUT), {"priority": None}, preset)
+    assert isinstance(spec.options, DiffusionStylize)
+    assert spec.lane == "diffusion.sd15-canny"
+    assert (spec.options.strength, spec.options.prompt) == (0.3, preset.options["prompt"])
+    assert (spec.output.format, spec.output.quality, spec.policy.priority) == ("png", 80, "low")
+    assert (spec.options.reference or "").startswith("file:///"), "a path becomes an address, as with --set"
+    own.unlink()
+    assert JOB_SPEC.validate_json(JOB_SPEC.dump_json(spec)) == spec
+
+
+def test_what_is_said_at_the_command_line_wins_over_the_preset(own: Path) -> None:
+    preset = Presets(own).get("shop")
+    given = {"strength": "0.6", "reference": "none", "loras": "red:0.5"}
+    spec = job_spec("stylize", "diffusion", given, {**OUTPUT, "format": "webp"}, {"priority": "high"}, preset)
+    options: Any = spec.options
+    assert (options.strength, options.reference, options.loras[0].weight) == (0.6, None, 0.5)
+    assert (spec.output.format, spec.output.quality, spec.policy.priority) == ("webp", 80, "high")
+
+
+def test_another_operation_or_engine_than_the_presets_is_refused(own: Path) -> None:
+    preset = Presets(own).get("shop")
+    for operation, engine in (("inpaint", None), (None, "opencv")):
+        with pytest.raises(InvalidOption, match="the preset shop is for the"):
+            job_spec(operation, engine, {}, dict(OUTPUT), {}, preset)
+
+
+def test_without_a_preset_an_operation_is_needed_and_opencv_does_it() -> None:
+    with pytest.raises(UsageError, match="--operation"):
+        job_spec(None, None, {}, dict(OUTPUT), {})
+    assert job_spec("stylize", None, {}, dict(OUTPUT), {}).engine == "opencv"
+
+
+def test_a_preset_that_there_is_not_stops_submit_before_anything_is_queued() -> None:
+    done = CliRunner().invoke(main, ["submit", "a.txt", "--preset", "turboo", "--output", "s3://results/x"])
+    assert done.exit_code == 2
+    assert "did you mean 'turbo'?" in done.stderr

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import re
+import tempfile
+import tomllib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import InvalidPreset, UsageError
+from shared.options import DiffusionStylize, parse_options
+from shared.presets import LARGEST_FILE, SHIPPED, Preset, Presets, read
+from tests.workers import ROOT
+
+OWN = """\
+dark:
+  extends: product-clean
+  description: before a black ground
+  options:
+    prompt: black background
+    loras:
+      my-style: 0.8
+  output: {format: png}
+  policy:
+    priority: low
+
+darker:
+  extends: dark
+  options: {steps: 40, crop: 1x1, loras: [{name: other}]}
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.yaml"
+    path.write_text(OWN)
+    return path
+
+
+def options(preset: Preset) -> DiffusionStylize:
+    made = parse_options(preset.operation, preset.engine, preset.options)
+    assert isinstance(made, DiffusionStylize)
+    return made
+
+
+def wrong(path: Path, text: str) -> str:
+    """What is said of a file: of all of it, or of the first preset that is wrong."""
+    path.write_text(text)
+    try:
+        return next(Presets(path).faults()).message
+    except InvalidPreset as error:
+        return error.message
+
+
+def test_five_looks_ship_and_all_can_be_used() -> None:
+    shipped = Presets()
+    assert shipped.names() == ["product-clean", "anime", "realistic", "sketch", "turbo"]
+    assert list(shipped.faults()) == []
+    made = {name: options(shipped.get(name)) for name in shipped.names()}
+    assert len({one.prompt for one in made.values()}) == 4, "turbo is product-clean, quick"
+    assert all(shipped.get(name).description for name in made)
+
+
+def test_turbo_takes_four_steps_without_guidance() -> None:
+    turbo = options(Presets().get("turbo"))
+    assert (turbo.steps, turbo.cfg, turbo.scheduler) == (4, 1.0, "lcm")
+    assert [lora.name for lora in turbo.loras] == ["lcm-lora-sdv1-5"]
+
+
+def test_the_file_is_shipped_with_the_package() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert SHIPPED.name in data["shared"]
+
+
+def test_what_a_preset_says_wins_over_what_it_extends_name_by_name(own: Path) -> None:
+    known = Presets(own)
+    base, dark, darker = (known.get(name) for name in ("product-clean", "dark", "darker"))
+    assert dark.options["prompt"] == "black background"
+    assert dark.options["negative_prompt"] == base.options["negative_prompt"]
+    assert (dark.output, dark.policy) == ({"format": "png"}, {"batch": "quality", "priority": "low"})
+    assert darker.options["steps"] == 40
+    assert darker.options["prompt"] == "black background"
+    assert [lora.name for lora in options(darker).loras] == ["other"], "a list or mapping among the options is one value"
+    assert (darker.output, darker.policy, darker.description) == (dark.output, dark.policy, dark.description)
+    assert (dark.file, base.file) == (own, SHIPPED)
+
+
+def test_ones_own_preset_takes_the_place_of_a_shipped_one_and_may_extend_it(own: Path) -> None:
+    own.write_text("product-clean:\n  extends: product-clean\n  options: {steps: 9}\nquick:\n  extends: product-clean\n")
+    known = Presets(own)
+    for name in ("product-clean", "quick"):
+        assert known.get(name).options["steps"] == 9
+        assert known.get(name).options["prompt"] == Presets().get("product-clean").options["prompt"]
+    assert known.get("turbo").options["steps"] == 4
+    assert known.names()[:1] == ["product-clean"]
+    assert list(known.faults()) == []
+
+
+def test_all_that_is_resolved_can_be_written_down_and_read_again(own: Path, tmp_path: Path) -> None:
+    import yaml
+
+    whole = Presets(own).get("darker").resolved()
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump({"again": whole}))
+    assert Presets(path).get("again").resolved() == whole
+    assert set(whole["options"]) == set(DiffusionStylize.model_fields) - {"engine"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("a:\n  extends: turbo\n  options:\n    stepss: 9\n", 4, "options has no 'stepss'; did you mean 'steps'?"),
+        ("a:\n  extends: turbo\n  options:\n    cfg: 2\n    steps: 999\n", 5, "less than or equal to 150, not 999"),
+        ("a:\n  extends: turbo\n  options:\n    canny_low: 300\n", 4, "canny_low may not be above canny_high"),
+        ("a:\n  extends: turbo\n  options:\n    loras:\n      x: 9\n", 5, "loras.0.weight"),
+        ("a:\n  extends: turbo\n  policy:\n    prioritty: low\n", 4, "did you mean 'priority'?"),
+        ("a:\n  extends: turbo\n  output:\n    format: gif\n", 4, "'same', 'png', 'webp' or 'jpeg'"),
+        ("a:\n  extends: turbo\n  output:\n    url: s3://secret/bucket\n", 4, "output has no 'url'"),
+        ("a:\n  extends: turbo\n  options: {engine: opencv}\n", 3, "options has no 'engine'"),
+        ("a:\n  extends: turbox\n", 2, "did you mean 'turbo'?"),
+        ("a:\n  extends: b\nb:\n  extends: a\n", 4, "in a circle"),
+        ("a:\n  extends: a\n", 2, "in a circle"),
+        ("a:\n  engine: diffusion\n", 2, "names no operation"),
+        ("a:\n  operation: stylise\n  engine: opencv\n", 2, "did you mean 'stylize'?"),
+        ("a:\n  operation: stylize\n  engine: opencvv\n", 3, "did you mean 'opencv'?"),
+        ("a:\n  extends: turbo\n  description: [x]\n", 3, "description is text"),
+        ("a:\n  extends: turbo\n  extends: anime\n", 3, "stands twice"),
+        ("a:\n  extends: turbo\na:\n  extends: anime\n", 3, "stands twice"),
+        ("a:\n  prompt: x\n", 2, "a preset has no 'prompt'"),
+        ("a: {}\n", 1, "says nothing"),
+        ("A b:\n  extends: turbo\n", 2, "small letters"),
+        ("a:\n  - extends\n", 2, "maps names to values"),
+        ("- a\n", 1, "maps names to values"),
+        ("a:\n  ? [x]\n  : y\n", 2, "a key of the preset a is text"),
+        ("a: [\n", 2, ""),
+        ("a:\n\tb: c\n", 2, ""),
+        ("a: &x {extends: turbo}\nb: *x\n", 2, "anchors are not used"),
+        ("a:\n  extends: turbo\n  options: {prompt: !!python/name:os.system x}\n", 3, "tags are not used"),
+        ("a:\n  extends: turbo\n  options: {prompt: !!python/object/apply:os.system [ls]}\n", 3, "tags are not used"),
+        ("a: " + "[" * 50 + "\n", 1, "levels deep"),
+        ("a: " + "{x: " * 50 + "\n", 1, "levels deep"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_with_file_and_line(text: str, line: int, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    message = wrong(path, text)
+    assert message.startswith(f"{path}:{line}: "), message
+    assert said in message
+
+
+@pytest.mark.parametrize("data", [b"a: \xff\xfe", b"a: \x00", b"a: " + b"x" * LARGEST_FILE])
+def test_what_is_no_text_or_too_much_of_it_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(data)
+    with pytest.raises(InvalidPreset, match=re.escape(str(path))):
+        Presets(path)
+
+
+def test_a_file_that_is_not_there_is_refused_and_an_empty_one_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InvalidPreset, match=r"none\.yaml: can't be read"):
+        Presets(tmp_path / "none.yaml")
+    (tmp_path / "empty.yaml").touch()
+    assert Presets(tmp_path / "empty.yaml").names() == Presets().names()
+
+
+def test_a_preset_that_there_is_not_is_a_wrong_use_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'anime'"):
+        Presets().get("animee")
+
+
+def test_a_fault_in_one_preset_leaves_the_others_usable(own: Path) -> None:
+    own.write_text(OWN + "broken:\n  extends: dark\n  options: {steps: 0}\n")
+    known = Presets(own)
+    assert known.get("dark").options["prompt"] == "black background"
+    (fault,) = known.faults()
+    assert fault.message.startswith(f"{own}:17: ")
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("1:1", "1:1"), ("off", "off"), ("yes", "yes"), ("2026-11-25", "2026-11-25"), ("0o17", "0o17"), ("1_000", "1_000"),
+        ("true", True), ("null", None), ("~", None), ("", None), ("7", 7), ("-7", -7), ("0.5", 0.5), (".5", 0.5), ("1e3", 1e3),
+        ("'7'", "7"), ('"true"', "true"), ("[1, x]", [1, "x"]), ("{a: 1}", {"a": 1}), (">\n    two\n    lines\n", "two lines"),
+    ],
+)  # fmt: skip
+def test_values_are_what_they_look_like(written: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"a:\n  options:\n   prompt: {written}\n")
+    assert read(path)["a"]["options", "prompt"].value == value
+
+
+@given(st.text(max_size=200))
+def test_no_text_does_anything_but_name_presets_or_be_refused(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "any.yaml")
+        path.write_bytes(text.encode(errors="surrogatepass"))
+        with suppress(InvalidPreset):
+            assert all(found for found in read(path).values())

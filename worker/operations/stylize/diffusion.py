@@ -1,0 +1,176 @@
+"""stylize by Stable Diffusion 1.5, with a ControlNet that keeps each image's edges where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from shared.errors import ConfigurationError, OperationFailed
+from shared.options import DiffusionStylize, Options
+from shared.seeds import item_seed
+from worker.device import Device
+from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.cv import set_up, translated
+from worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
+from worker.operations.stylize.loras import Stamp, find, stamp
+from worker.operations.stylize.palette import Colours, Palettes, transferred
+from worker.operations.stylize.pipeline import LARGEST_BATCH, Canvas, Made, Pipeline
+from worker.operations.stylize.prompts import CUT
+from worker.repositories import MODELS, digest_of, folder_of, is_here, repository
+from worker.scale import fit, resize
+from worker.weights import digest
+
+REVISION = 1
+"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
+
+MULTIPLE, COMPILED_MULTIPLE = 8, 64
+"""What the model's sides are multiples of: what the VAE needs, and few enough shapes to compile for each."""
+
+HIDDEN = 255  # level of grey that the model sees where a picture is transparent
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `finish` needs: the picture as it came, cropped, the result's size and the reference's colours."""
+
+    picture: Picture
+    size: Size
+    palette: Colours | None
+
+
+class Diffusion:
+    """One model is loaded at a time, when a chunk first asks for it; all styles run on it."""
+
+    spec = Spec("stylize", "diffusion", max_batch=LARGEST_BATCH, runtime="torch", warm_up={"steps": 1})
+
+    def __init__(self) -> None:
+        self._device = Device()
+        self._pipeline: Pipeline | None = None
+        self._opened = ""
+        self._proven = False  # a model has been loaded, so that the set-up is right
+        self._palettes = Palettes()
+        self._folders: dict[str, str] = {}
+        self._adapters: dict[Stamp, str] = {}
+
+    def load(self, device: Device) -> None:
+        """Look which models are there. One is loaded at the first `run`, and ConfigurationError raised if it can't be."""
+        set_up(device)
+        self._device = device
+        if device.gpu is None:  # images run one by one there, see pipeline.py
+            self.spec = replace(self.spec, max_batch=1)
+        if not any(is_here(device.weights, model) for model in MODELS):
+            raise ConfigurationError(_missing(device, next(iter(MODELS))))
+
+    def work_edge(self, options: Options) -> int | None:
+        """The result's size, as long as the model wants to see no more than that."""
+        assert isinstance(options, DiffusionStylize)  # noqa: S101  # for mypy
+        if options.long_edge is None or options.crop is not None:
+            return None
+        return max(options.long_edge, 2 * options.size)  # the longer side of a bucket of 4 to 1
+
+    def fingerprint(self, options: Options) -> str:
+        assert isinstance(options, DiffusionStylize)  # noqa: S101  # for mypy
+        weights, how = self._device.weights, self._device.diffusion
+        parts = [f"{options.model} {self._folder(options.model)}"]
+        parts += [f"{lora.name} {self._adapter(find(weights, lora.name))}" for lora in options.loras]
+        parts += [
+            f"diffusers {diffusers.__version__}",
+            f"transformers {transformers.__version__}",
+            f"torch {torch.__version__}",
+        ]
+        parts += ["fp32" if self._device.gpu is None else "fp16"]
+        parts += [name for name in ("compile", "safety_checker") if getattr(how, name)]
+        return ", ".join([*parts, f"revision {REVISION}"])
+
+    @translated("preparing the image")
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        options: DiffusionStylize = inputs.options
+        if options.crop is not None:
+            width, height = map(int, options.crop.split("x"))
+            picture = replace(picture, pixels=cropped(picture.pixels, (width, height)))
+        room = bucket(picture.size, options.size, COMPILED_MULTIPLE if self._device.diffusion.compile else MULTIPLE)
+        small = resize(picture.pixels, inside(picture.size, room))
+        pixels = laid_in(_opaque(small), room)
+        seed = item_seed(options, inputs.item.index, inputs.item.source)
+        assert seed is not None  # noqa: S101  # these options have one
+        palette = self._palettes.of(options.reference, inputs.read) if options.reference else None
+        canvas = Canvas(pixels, edges_of(pixels, options.canny_low, options.canny_high), seed)
+        footprint = f"{room[0]}x{room[1]}{' guided' if options.cfg > 1 else ''}"
+        return Work([Sample(canvas, options, footprint)], state=Plan(picture, fit(picture.size, options.long_edge), palette))
+
+    def group_key(self, sample: Sample) -> Hashable:
+        return sample.options, sample.data.edges.shape
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        options: DiffusionStylize = samples[0].options  # of all of them, as for their size
+        return list(self._open(options.model).run([sample.data for sample in samples], options))
+
+    def relieve(self, level: int) -> bool:
+        """Take the first `level` measures that save memory, and no others; False where there are not so many."""
+        return self._pipeline is not None and self._pipeline.relieve(level)
+
+    @translated("bringing the image to its size")
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        plan: Plan = work.state
+        made: Made = outputs[0]
+        if made.prompt_cut:
+            work.notes.append(CUT)
+        rgb = resize(taken_out(made.pixels, plan.picture.size), plan.size)
+        if plan.palette is not None:
+            rgb = transferred(rgb, plan.palette)
+        source = plan.picture.pixels
+        if source.shape[2] == 4:
+            rgb = np.dstack([rgb, resize(np.ascontiguousarray(source[..., 3]), plan.size)])
+        return replace(plan.picture, pixels=rgb)
+
+    def _open(self, model: str) -> Pipeline:
+        try:
+            if self._pipeline is None or model != self._opened:
+                if not is_here(self._device.weights, model):
+                    raise ConfigurationError(_missing(self._device, model))
+                self._pipeline = None  # before the next one is loaded: two need not fit
+                self._pipeline, self._opened = Pipeline(model, self._device), model
+        except ConfigurationError as error:
+            if not self._proven:
+                raise  # at the node's start: it can't work like this
+            raise OperationFailed(error.message) from error
+        self._proven = True
+        return self._pipeline
+
+    def _folder(self, model: str) -> str:
+        """A model's digest, looked up once: what is loaded stays, whatever happens to its files."""
+        if model not in self._folders:
+            folders = [folder_of(self._device.weights, repository(name)) for name in MODELS[model]]
+            self._folders[model] = " ".join(map(digest_of, folders))
+        return self._folders[model]
+
+    def _adapter(self, path: Path) -> str:
+        now = stamp(path)
+        if now not in self._adapters:
+            self._adapters[now] = digest(path)[:16]
+        return self._adapters[now]
+
+
+def edges_of(rgb: Pixels, low: int, high: int) -> Grey:
+    """Edges 0 or 255 [h, w] of RGB [h, w, 3]: Canny, A Computational Approach to Edge Detection, IEEE TPAMI 8(6), 1986."""
+    return np.asarray(cv2.Canny(rgb, low, high), np.uint8)
+
+
+def _opaque(pixels: Pixels) -> Pixels:
+    """RGB from RGB or RGBA."""
+    if pixels.shape[2] == 3:
+        return pixels
+    alpha = pixels[..., 3:].astype(np.uint16)
+    return np.asarray((pixels[..., :3] * alpha + HIDDEN * (255 - alpha) + 127) // 255, np.uint8)
+
+
+def _missing(device: Device, model: str) -> str:
+    return f"the model {model} is not in {device.weights}: `imagemill models pull {model}` fetches it"

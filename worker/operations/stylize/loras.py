@@ -1,0 +1,90 @@
+"""Styles as adapters of one model: loaded when an image asks for them, the least recently used dropped beyond a limit."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from shared.errors import OperationFailed, sentence
+from shared.options import Lora
+from worker.repositories import lora_file
+
+Stamp = tuple[str, int, int]
+"""Path, size and time of the last change: whether a file is still the one that was loaded."""
+
+
+class Loras:
+    """The adapters of `pipe`, at most `limit` of them loaded unless one style has more. For one thread.
+
+    Each loaded adapter slows `set_adapters` down, and takes memory; a dropped one is loaded again in a moment.
+    """
+
+    def __init__(self, pipe: Any, weights: Path, limit: int, changed: Callable[[], None]) -> None:
+        self._pipe, self._weights, self._limit, self._changed = pipe, weights, limit, changed
+        self._loaded: OrderedDict[str, Stamp] = OrderedDict()
+        self._active: tuple[Lora, ...] = ()
+
+    @property
+    def loaded(self) -> list[str]:
+        """Names of the adapters in memory, least recently used first."""
+        return list(self._loaded)
+
+    def use(self, style: Sequence[Lora]) -> None:
+        """Have exactly these adapters count. Raises OperationFailed where one is missing or doesn't fit the model."""
+        stamps = {lora.name: stamp(find(self._weights, lora.name)) for lora in style}
+        stale = [name for name, now in stamps.items() if self._loaded.get(name, now) != now]
+        if tuple(style) == self._active and not stale:
+            return
+        self._active = ()  # what is active is not known while it is being changed
+        self._drop(stale)
+        if stale:
+            self._changed()
+        missing = [name for name in stamps if name not in self._loaded]
+        idle = [name for name in self._loaded if name not in stamps]
+        self._drop(idle[: max(0, len(self._loaded) + len(missing) - self._limit)])
+        for name in missing:
+            self._load(name, stamps[name])
+        if style:
+            self._pipe.enable_lora()
+            self._pipe.set_adapters([lora.name for lora in style], [lora.weight for lora in style])
+        elif self._loaded:
+            self._pipe.disable_lora()
+        for name in stamps:
+            self._loaded.move_to_end(name)
+        self._active = tuple(style)
+
+    def _load(self, name: str, now: Stamp) -> None:
+        path = Path(now[0])
+        try:
+            self._pipe.load_lora_weights(
+                str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True, use_safetensors=True
+            )
+        except Exception as error:  # whatever is in that file
+            self._drop([name])
+            raise OperationFailed(f"the LoRA {name} can't be used from {path}: {sentence(error)}") from error
+        self._loaded[name] = now
+
+    def _drop(self, names: Sequence[str]) -> None:
+        there = {name for known in self._pipe.get_list_adapters().values() for name in known}
+        for name in names:
+            self._loaded.pop(name, None)
+        if there.intersection(names):
+            self._pipe.delete_adapters(sorted(there.intersection(names)))
+
+
+def find(weights: Path, name: str) -> Path:
+    """An adapter's file. Raises OperationFailed with where it should be."""
+    path = lora_file(weights, name)
+    if not path.is_file():
+        raise OperationFailed(
+            f"the LoRA {name} is not on this node: put it at {path}, or `imagemill models pull {name}` if it is listed there"
+        )
+    return path
+
+
+def stamp(path: Path) -> Stamp:
+    """What tells a file from what it was before."""
+    status = path.stat()
+    return str(path), status.st_size, status.st_mtime_ns

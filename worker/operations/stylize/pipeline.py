@@ -1,0 +1,254 @@
+"""Stable Diffusion with a ControlNet, loaded once: every style, scheduler and size runs on the same parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetPipeline,
+    UniPCMultistepScheduler,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+from shared.errors import ConfigurationError, ImageError, OperationFailed, OutOfMemory, UnsafeContent, sentence
+from shared.options import DiffusionStylize
+from worker.device import Device
+from worker.operations.base import Grey, Pixels
+from worker.operations.stylize.loras import Loras
+from worker.operations.stylize.prompts import Prompts
+from worker.repositories import MODELS, folder_of, repository
+
+LARGEST_BATCH = 16
+TILED_ABOVE = 1024 * 1024
+"""Pixels beyond which the VAE works in tiles: it needs several times the memory of the UNet there."""
+
+RELIEFS = ("VAE in slices and tiles", "attention in slices")
+
+SCHEDULERS = {"unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "lcm": LCMScheduler}
+CHECKER = "sd15-safety-checker"
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """One image for the device: RGB uint8 [h, w, 3] and its edges [h, w] 0 or 255, of a bucket's size; the noise's seed."""
+
+    pixels: Pixels
+    edges: Grey
+    seed: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of a canvas: RGB uint8 [h, w, 3], and whether its prompt was longer than the model reads."""
+
+    pixels: Pixels
+    prompt_cut: bool
+
+
+class Pipeline:
+    """One model. For one thread.
+
+    Raises ConfigurationError where its files are missing, damaged or of another kind, and where the device isn't there.
+    """
+
+    def __init__(self, model: str, device: Device) -> None:
+        self._device = _torch_device(device)
+        self._on_cpu = device.gpu is None
+        self._text = self._load(model, device)
+        self._text.set_progress_bar_config(disable=True)
+        self._image = StableDiffusionControlNetImg2ImgPipeline(**self._text.components, requires_safety_checker=False)
+        self._image.set_progress_bar_config(disable=True)
+        self._schedulers = {name: kind.from_config(self._text.scheduler.config) for name, kind in SCHEDULERS.items()}
+        self.prompts = Prompts(self._text)
+        self.loras = Loras(self._text, device.weights, device.diffusion.loras, self.prompts.forget)
+        self._relieved = 0
+        if device.diffusion.compile:
+            for part in (self._text.unet, self._text.controlnet, self._text.vae.decoder):
+                part.compile(dynamic=False)
+            for size in device.diffusion.warm_up:
+                self._warm_up(*map(int, size.split("x")))
+
+    def run(self, canvases: Sequence[Canvas], options: DiffusionStylize) -> list[Made | ImageError]:
+        """Each canvas' image in the style of the options, or the error of that image alone. All are of one size.
+
+        On the CPU, and where `deterministic`, one at a time: what a kernel rounds hangs on how much it gets at once. Raises
+        OutOfMemory and OperationFailed.
+        """
+        alone = self._on_cpu or options.deterministic
+        with _translated(), _repeatable(on_cpu=self._on_cpu, deterministic=options.deterministic), torch.no_grad():
+            self.loras.use(options.loras)
+            batches = parts(len(canvases), 1 if alone else LARGEST_BATCH)
+            return [made for some in batches for made in self._run(canvases[some], options)]
+
+    def relieve(self, level: int) -> bool:
+        """Take the first `level` of these measures and no others: the VAE in slices and tiles, attention in slices.
+
+        They save memory at the cost of time. False, and nothing is changed, where there are not so many.
+        """
+        if level > len(RELIEFS):
+            return False
+        vae, self._relieved = self._text.vae, level
+        (vae.enable_slicing if level > 0 else vae.disable_slicing)()
+        (self._text.enable_attention_slicing if level > 1 else self._text.disable_attention_slicing)()
+        return True
+
+    def _run(self, canvases: Sequence[Canvas], options: DiffusionStylize) -> list[Made | ImageError]:
+        height, width = canvases[0].edges.shape
+        tiled = self._relieved > 0 or height * width > TILED_ABOVE
+        (self._text.vae.enable_tiling if tiled else self._text.vae.disable_tiling)()
+        meaning = self.prompts.of(options)
+        pipe = self._text if options.mode == "text-to-image" else self._image
+        pipe.scheduler = self._schedulers[options.scheduler]
+        edges = self._on_device([canvas.edges[..., None] for canvas in canvases]).expand(-1, 3, -1, -1)
+        if pipe is self._text:
+            given: dict[str, Any] = {"image": edges}
+        else:
+            pixels = self._on_device([canvas.pixels for canvas in canvases])
+            given = {"image": pixels, "control_image": edges, "strength": options.strength}
+        made = pipe(
+            **given,
+            prompt_embeds=_repeated(meaning.prompt, len(canvases)),
+            negative_prompt_embeds=_repeated(meaning.negative, len(canvases)),
+            num_inference_steps=options.timesteps,
+            guidance_scale=options.cfg,
+            controlnet_conditioning_scale=options.control_scale,
+            # A generator's state is used up by one image. On the CPU they give the same noise everywhere.
+            generator=[torch.Generator().manual_seed(canvas.seed) for canvas in canvases],
+            output_type="pt",
+        )
+        finite = torch.isfinite(made.images).flatten(1).all(1).tolist()
+        images = (made.images.nan_to_num() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        refused = made.nsfw_content_detected or [False] * len(canvases)
+        return [
+            _judged(image, finite=fine, refused=bad, cut=meaning.cut)
+            for image, fine, bad in zip(images, finite, refused, strict=True)
+        ]
+
+    def _warm_up(self, width: int, height: int) -> None:
+        """Meet every shape of one size before an image waits for it: with and without guidance, in batches of all sizes."""
+        canvas = Canvas(np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8), seed=0)
+        for cfg in (2.0, 1.0):
+            for power in range(1 if self._on_cpu else LARGEST_BATCH.bit_length()):
+                self.run([canvas] * 2**power, DiffusionStylize(steps=1, cfg=cfg))
+
+    def _on_device(self, pictures: Sequence[Pixels]) -> torch.Tensor:
+        """[images, channels, h, w], 0 to 1, from uint8 [h, w, channels]: bytes are what goes over to the GPU."""
+        stacked = torch.from_numpy(np.stack(pictures)).to(self._device)
+        return stacked.permute(0, 3, 1, 2).to(torch.float32) / 255
+
+    def _load(self, model: str, device: Device) -> Any:
+        base, controlnet = (folder_of(device.weights, repository(name)) for name in MODELS[model])
+        checker = folder_of(device.weights, repository(CHECKER)) if device.diffusion.safety_checker else None
+        dtype = torch.float32 if device.gpu is None else torch.float16
+        for library in (diffusers, transformers):  # what they tell goes to a log, and what matters of it into notes
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        names = " ".join([model, *([CHECKER] if checker else [])])
+        try:
+            parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+            if checker:
+                parts = _checker(checker, dtype)
+            pipe = StableDiffusionControlNetPipeline.from_pretrained(
+                base,
+                controlnet=ControlNetModel.from_pretrained(controlnet, **_from_disk(controlnet, dtype)),
+                requires_safety_checker=checker is not None,
+                **parts,
+                **_from_disk(base, dtype),
+            ).to(self._device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            again = f"`imagemill models verify` checks it, `imagemill models pull {names}` fetches it"
+            raise ConfigurationError(f"the model {model} can't be loaded from {base} ({sentence(error)}): {again}") from error
+        if device.gpu is not None:
+            for part in (pipe.unet, pipe.controlnet, pipe.vae):
+                part.to(memory_format=torch.channels_last)
+        return pipe
+
+
+def parts(count: int, largest: int) -> Iterator[slice]:
+    """`count` images in batches of powers of two, largest first: few shapes, which a compiled model wants."""
+    start = 0
+    while start < count:
+        size = min(largest, 1 << (count - start).bit_length() - 1)
+        yield slice(start, start + size)
+        start += size
+
+
+def _from_disk(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """How everything is loaded: safetensors that are there, in half precision if they were pulled so, and nothing fetched."""
+    half = any(folder.rglob("*.fp16.safetensors"))
+    return dict(dtype=dtype, variant="fp16" if half else None, use_safetensors=True, local_files_only=True)
+
+
+def _checker(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    how = _from_disk(folder, dtype)
+    return {
+        "safety_checker": StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker", **how),
+        "feature_extractor": transformers.CLIPImageProcessor.from_pretrained(
+            folder / "feature_extractor", local_files_only=True
+        ),
+    }
+
+
+def _repeated(embedding: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    return None if embedding is None else embedding.repeat(count, 1, 1)
+
+
+def _judged(image: Pixels, *, finite: bool, refused: bool, cut: bool) -> Made | ImageError:
+    if not finite:
+        return OperationFailed("the model's output is not finite: a LoRA's weight or cfg may be too high")
+    if refused:
+        return UnsafeContent("the safety checker refused what the model made of this image")
+    return Made(image, cut)
+
+
+def _torch_device(device: Device) -> torch.device:
+    """Never another device than was asked for. Raises ConfigurationError."""
+    if device.gpu is None:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"the model was to run on GPU {device.gpu}, but torch {torch.__version__} finds none: "
+            "driver and CUDA must be those that torch was built for"
+        )
+    return torch.device("cuda", 0)  # the process is pinned to one
+
+
+@contextmanager
+def _repeatable(*, on_cpu: bool, deterministic: bool) -> Iterator[None]:
+    """One thread on the CPU, as how sums are split over threads changes their last bits; algorithms as asked for."""
+    threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    if on_cpu:
+        torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(before or deterministic)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(f"there was not enough memory for the model: {sentence(error)}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # how torch says it on the CPU
+            raise OutOfMemory(f"there was not enough memory for the model: {sentence(error)}") from error
+        raise
