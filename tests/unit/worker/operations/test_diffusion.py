@@ -20,6 +20,7 @@ from shared.options import parse_options
 from shared.settings import DiffusionSettings
 from tests.pipelines import lora_file, pipeline_folder
 from tests.unit.worker.operations.conformance import REFERENCE, scene
+from worker.batch_size import BatchSizes
 from worker.batching import run_batch
 from worker.device import Device
 from worker.operations.base import Inputs, Picture, Pixels, Work
@@ -70,7 +71,7 @@ def prepared(operation: Diffusion, pixels: Pixels = PHOTO, *, index: int = 0, so
 
 def styled(operation: Diffusion, pixels: Pixels = PHOTO, **given: Any) -> Pixels:
     work = prepared(operation, pixels, **given)
-    (output,) = run_batch(operation, work.samples)
+    (output,) = run_batch(operation, work.samples, BatchSizes())
     if isinstance(output, Exception):
         raise output
     return operation.finish(work, [output]).pixels
