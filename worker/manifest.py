@@ -36,7 +36,7 @@ def manifest_line(job: str, spec: Job, row: Row) -> dict[str, Any]:
     line = row.model_dump(exclude_none=True)
     if row.result is not None:
         told = {"source_format", "source_bytes", "source_size", "output_bytes", "output_size", "seconds", "notes", "node"}
-        line |= row.result.model_dump(include=told, exclude_none=True)
+        line |= row.result.model_dump(include={*told, "quality"}, exclude_none=True)
     line |= {"job": job, "operation": spec.operation, "options": spec.options.model_dump(mode="json"), "versions": versions()}
     return line
 

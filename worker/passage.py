@@ -12,6 +12,7 @@ from typing import Any
 from shared.errors import ImageError, InternalError
 from shared.messages import Item
 from worker.operations.base import Picture, Work
+from worker.quality import Checked
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Passage:
     work: Work | None = None
     outputs: list[Any] = field(default_factory=list)
     missing: int = 0
+    checked: Checked | None = None  # the best result so far
     error: ImageError | None = None
     cache_key: str | None = None  # None: its result is not to be remembered
     facts: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ import numpy as np
 
 from shared.options import OpencvInpaint, Options
 from worker.device import Device
-from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.inpaint.mask import Region, build_mask, feather_weights, regions
 from worker.scale import resize
@@ -76,7 +76,8 @@ class Inpaint:
         rgb = picture.pixels[..., :3]
         crops = [Crop(rgb[one.rows, one.columns], part, shrink) for one, part in zip(places, holes, strict=True)]
         samples = [Sample(crop, options) for crop in crops]
-        return Work(samples, state=Plan(picture, places), notes=[] if hole.any() else [EMPTY])
+        evidence = Evidence(comparable=False, hole=hole)  # the source has there what was to go
+        return Work(samples, state=Plan(picture, places), notes=[] if hole.any() else [EMPTY], evidence=evidence)
 
     def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
         return self.spec.name

@@ -1,0 +1,133 @@
+"""Is a result good enough? It is measured, judged by the job's limits, and where the job wants it mended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import cv2
+import numpy as np
+
+from shared.messages import Job
+from shared.quality import Look, Measures, beyond
+from worker import measures as by
+from worker.measures import EDGE, Pair
+from worker.operations.base import REPAIRED_CAST, REPAIRED_SHARPNESS, Evidence, Picture, Pixels, Spec, Work
+from worker.operations.cv import translated
+
+REVISION = 1
+"""Raise it when a repair gives other pixels than before: what is remembered is then forgotten."""
+
+AMOUNT = 1.5  # of its own detail that the unsharp mask adds to a picture
+STRIP = 256  # rows repaired at a time; floats take four times the bytes of the picture
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A result with what was measured of it; `beyond` tells what is wrong with it, and how much (shared.quality)."""
+
+    picture: Picture
+    notes: tuple[str, ...]
+    measures: Measures | None = None
+    beyond: dict[str, float] = field(default_factory=dict)
+
+    def better_than(self, other: Checked) -> bool:
+        """Whether less is wrong with it, in all."""
+        return sum(self.beyond.values()) < sum(other.beyond.values())
+
+
+@translated("checking the result")
+def check(picture: Picture, source: Picture, work: Work, operation: Spec, spec: Job) -> Checked:
+    """The result, measured and judged, and repaired where the job's policy says so and that makes it better.
+
+    Neither `picture` nor `source` is changed.
+    """
+    quality, notes = spec.policy.quality, tuple(work.notes)
+    if quality.mode == "off":
+        return Checked(picture, notes)
+    given = source.pixels if work.evidence.comparable else None  # which `finish` may have written into
+    pair = Pair.of(picture.pixels, given, work.evidence.alpha)
+    found = measured(picture.pixels, pair, work.evidence, operation)
+    checked = Checked(picture, notes, found, beyond(found, quality, spec.operation))
+    if quality.mode == "flag" or work.evidence.hole is not None:  # all that is not filled stays bit for bit
+        return checked
+    for flag, (note, repair) in REPAIRS.items():
+        if flag in checked.beyond:
+            pixels = repair(checked.picture.pixels, pair)
+            other = Pair.of(pixels, given, work.evidence.alpha)
+            found = measured(pixels, other, work.evidence, operation)
+            mended = replace(picture, pixels=pixels)
+            tried = Checked(mended, (*checked.notes, note), found, beyond(found, quality, spec.operation))
+            if tried.better_than(checked):
+                checked, pair = tried, other
+    return checked
+
+
+def measured(result: Pixels, pair: Pair, evidence: Evidence, operation: Spec) -> Measures:
+    """All that can be said of a result; `pair` is of it and its source."""
+    found = {"entropy": by.entropy(pair.grey, pair.solid)}
+    looks: dict[str, Look | None] = {}
+    if evidence.hole is not None:
+        inside, around = by.rings(evidence.hole, pair.size)
+        found["sharpness"] = by.sharpness(pair.grey, inside)
+        found["kept"] = by.kept(found["sharpness"], by.sharpness(pair.grey, around))
+        found["step"] = by.border_step(result, evidence.hole)
+    else:
+        found["sharpness"] = by.sharpness(pair.grey, pair.solid)
+    if evidence.comparable:
+        found["kept"] = by.kept(found["sharpness"], by.sharpness(pair.source_grey, pair.solid))
+        found["cast"] = by.cast(pair)
+    alpha = pair.alpha if evidence.alpha is None else evidence.alpha
+    if operation.makes_alpha and alpha is not None:
+        found["opaque"], found["half"] = by.shares(alpha)
+    if operation.restyles:
+        asked = by.edges(pair.source_grey) if evidence.edges is None else by.edge_map(evidence.edges, pair.size)
+        found["edges"] = by.agreement(by.edges(pair.grey), asked)
+        made, given, solid = pair.labs
+        looks = {"look": by.look(made, solid), "before": by.look(given, solid)}
+    return Measures.model_validate({**{name: _short(value) for name, value in found.items()}, **looks})
+
+
+def sharpened(pixels: Pixels, pair: Pair) -> Pixels:  # noqa: ARG001  # all repairs are called alike
+    """By an unsharp mask as fine as what is measured; of RGBA what can be seen of the surroundings counts."""
+    sigma = max(1.0, max(pixels.shape[:2]) / EDGE)
+    margin = math.ceil(3 * sigma)
+    made = pixels.copy()
+    for top in range(0, len(pixels), STRIP):
+        first = max(0, top - margin)
+        part = pixels[first : top + STRIP + margin].astype(np.float32)
+        rgb, weight = part[..., :3], part[..., 3:] if part.shape[2] == 4 else np.ones((*part.shape[:2], 1), np.float32)
+        share = np.maximum(cv2.GaussianBlur(weight, (0, 0), sigma), 1e-3)[..., None]
+        blurred = cv2.GaussianBlur(rgb * weight, (0, 0), sigma) / share
+        sharp = np.clip(rgb + AMOUNT * (rgb - blurred), 0, 255)
+        rows = slice(top - first, top - first + STRIP)
+        np.copyto(made[top : top + STRIP, :, :3], np.rint(sharp[rows]).astype(np.uint8), where=weight[rows] > 0)
+    return made
+
+
+def without_cast(pixels: Pixels, pair: Pair) -> Pixels:
+    """With a and b in CIELAB moved back by as much as those of what was grey have moved; brightness stays."""
+    found = by.shift(pair)
+    if found is None:
+        return pixels
+    _, (da, db) = found
+    made = pixels.copy()
+    for top in range(0, len(pixels), STRIP):
+        strip = made[top : top + STRIP, :, :3]
+        colours = by.lab(strip) - np.array([0, da, db], np.float32)
+        np.copyto(strip, np.rint(np.clip(cv2.cvtColor(colours, cv2.COLOR_LAB2RGB), 0, 1) * 255).astype(np.uint8))
+    return made
+
+
+Repair = Callable[[Pixels, Pair], Pixels]
+REPAIRS: dict[str, tuple[str, Repair]] = {
+    "cast": (REPAIRED_CAST, without_cast),
+    "blurred": (REPAIRED_SHARPNESS, sharpened),
+}
+"""What a result is flagged as, the note of its repair, and the repair."""
+
+
+def _short(value: float | None) -> float | None:
+    """To three digits: it stands in Redis for each image."""
+    return None if value is None else float(f"{round(value, 3):.3g}")
