@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-BENCHES = ("enqueue", "codec", "coldstart", "overhead", "batching", "memory", "feeding", "cutout")
+BENCHES = ("enqueue", "codec", "coldstart", "overhead", "batching", "memory", "feeding", "quality", "cutout")
 RESULTS = Path(__file__).parent / "results.json"
 VARIABLE = "IMAGEMILL_BENCH_IMAGES"
 

@@ -6,8 +6,8 @@ anew by the limits of the job that asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -82,17 +82,26 @@ LIMITS: dict[Operation, dict[str, float]] = {
 }
 """Limits that hold where a job sets none: so lenient that a flag is worth a look."""
 
-RULES: dict[str, tuple[str, str]] = {
-    "least_sharpness": ("kept", "blurred"),
-    "most_cast": ("cast", "cast"),
-    "least_entropy": ("entropy", "blank"),
-    "least_edges": ("edges", "unlike"),
-    "most_step": ("step", "seam"),
-    "least_opaque": ("opaque", "empty"),
-    "most_opaque": ("opaque", "uncut"),
-    "most_faint": ("faint", "faint"),
+
+class Rule(NamedTuple):
+    """What a limit limits, what a result beyond it is flagged as, and that in words."""
+
+    measure: str
+    flag: str
+    words: str
+
+
+RULES: dict[str, Rule] = {
+    "least_sharpness": Rule("kept", "blurred", "less sharp than its source"),
+    "most_cast": Rule("cast", "cast", "greys have taken on a colour"),
+    "least_entropy": Rule("entropy", "blank", "nearly all of one brightness"),
+    "least_edges": Rule("edges", "unlike", "edges are not where they should be"),
+    "most_step": Rule("step", "seam", "a seam around what was filled"),
+    "least_opaque": Rule("opaque", "empty", "next to nothing is left"),
+    "most_opaque": Rule("opaque", "uncut", "next to nothing was cut away"),
+    "most_faint": Rule("faint", "faint", "most of the subject is half transparent"),
 }
-"""Limit to what it limits, and what to call a result that lies beyond it."""
+"""By the name of the limit."""
 
 
 def flagged(beyond: Mapping[str, float]) -> tuple[str, ...]:
@@ -100,18 +109,23 @@ def flagged(beyond: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(FLAG + name for name in beyond)
 
 
+def flags_of(notes: Iterable[str]) -> tuple[str, ...]:
+    """What a result with these notes is flagged as."""
+    return tuple(note.removeprefix(FLAG) for note in notes if note.startswith(FLAG))
+
+
 def beyond(measures: Measures | None, quality: Quality, operation: Operation) -> dict[str, float]:
     """What to flag a result as, with how far beyond the limit it lies as a share of the limit; empty where all is well."""
     found: dict[str, float] = {}
     if measures is None or quality.mode == "off":
         return found
-    for name, (measure, flag) in RULES.items():
+    for name, rule in RULES.items():
         given: float | None = getattr(quality, name)
         limit = given if given is not None else LIMITS[operation].get(name)
-        value: float | None = getattr(measures, measure)
+        value: float | None = getattr(measures, rule.measure)
         if limit is None or value is None:
             continue
         over = limit - value if name.startswith("least") else value - limit
         if over > 0:
-            found[flag] = over / max(limit, 1e-3)
+            found[rule.flag] = over / max(limit, 1e-3)
     return found

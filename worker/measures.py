@@ -49,14 +49,13 @@ class Pair:
         size = fit((result.shape[1], result.shape[0]), EDGE)
         made = small(result, size)
         given = made if source is None else small(source, size)
-        seen = made[..., 3] if made.shape[2] == 4 else None
+        (rgb, seen), (before, given_alpha) = _parted(made), _parted(given)
         if seen is None and source is not None and alpha is not None:
             seen = small(alpha, size)
         solid = np.full(size[::-1], 255, np.uint8)
-        for one in (seen, given[..., 3] if given.shape[2] == 4 else None):
+        for one in (seen, given_alpha):
             if one is not None:
-                solid[one < SOLID] = 0
-        rgb, before = (np.ascontiguousarray(pixels[..., :3]) for pixels in (made, given))
+                solid &= np.asarray(cv2.threshold(one, SOLID - 1, 255, cv2.THRESH_BINARY)[1], np.uint8)
         return cls(rgb, before, solid, seen)
 
     @property
@@ -80,12 +79,18 @@ class Pair:
         return lab(self.rgb[::2, ::2]), lab(self.source[::2, ::2]), np.ascontiguousarray(self.solid[::2, ::2])
 
 
+def _parted(pixels: Pixels) -> tuple[Pixels, Grey | None]:
+    """RGB, and alpha if there is one."""
+    if pixels.shape[2] == 3:
+        return pixels, None
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), np.uint8), np.asarray(cv2.extractChannel(pixels, 3), np.uint8)
+
+
 def small(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """`pixels` at `size`, each from up to 16 of its block: averaging all of a large picture takes ten times as long."""
-    twice = (2 * size[0], 2 * size[1])
-    if pixels.shape[1] > twice[0] and pixels.shape[0] > twice[1]:
-        wide = cv2.resize(pixels, twice, interpolation=cv2.INTER_LINEAR)
-        return np.asarray(cv2.resize(wide, size, interpolation=cv2.INTER_AREA), np.uint8)
+    """`pixels` at `size`, each from four of its block: averaging all of a large picture takes twenty times as long.
+
+    What that adds of fine grain, it adds to result and source alike.
+    """
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
@@ -189,14 +194,11 @@ def border_step(pixels: Pixels, hole: Grey) -> float | None:
     1 is a border that can't be told; a level of noise is added to both. `hole` [h, w] is of the result's size. None without
     a border that has three pixels outside. At full size, at up to `POINTS` places: a seam is fine.
     """
-    left, top, width, height = cv2.boundingRect(hole)
-    if not width:
+    contours, _ = cv2.findContours(hole, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    if not contours:
         return None
-    part = (hole[top : top + height, left : left + width] > 0).view(np.uint8)
-    inner = cv2.erode(part, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)), borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    y, x = np.nonzero(part - inner)
-    step = max(1, math.ceil(len(y) / POINTS))
-    y, x = y[::step] + top, x[::step] + left
+    border = np.concatenate(contours)[:, 0]
+    x, y = border[:: math.ceil(len(border) / POINTS)].T
     across, outside, count = 0.0, 0.0, 0
     for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0)):
         reach = [(y + n * down, x + n * right) for n in range(4)]

@@ -265,7 +265,7 @@ def test_a_record_tells_what_it_took(bench: Bench) -> None:
     assert result is not None
     assert (result.attempts, result.source_format, result.source_bytes) == (2, "png", len(photo(1)))
     assert result.source_size == result.output_size == (96, 72)
-    assert {"fetch", "wait", "decode", "prepare", "run", "finish", "encode", "store"} == result.seconds.keys()
+    assert {"fetch", "wait", "decode", "prepare", "run", "finish", "check", "encode", "store"} == result.seconds.keys()
 
 
 def route(stage: str) -> Any:
