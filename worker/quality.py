@@ -19,7 +19,8 @@ from worker.operations.cv import translated
 REVISION = 1
 """Raise it when a repair gives other pixels than before: what is remembered is then forgotten."""
 
-AMOUNT = 1.5  # of its own detail that the unsharp mask adds to a picture
+LIKE = 0.9  # of the source's sharpness that sharpening aims at
+MOST = 2.5  # of its own detail that is added to a picture; more makes halos, not detail
 STRIP = 256  # rows repaired at a time; floats take four times the bytes of the picture
 
 
@@ -89,9 +90,9 @@ def measured(result: Pixels, pair: Pair, evidence: Evidence, operation: Spec) ->
     return Measures.model_validate({**{name: _short(value) for name, value in found.items()}, **looks})
 
 
-def sharpened(pixels: Pixels, pair: Pair) -> Pixels:  # noqa: ARG001  # all repairs are called alike
-    """By an unsharp mask as fine as what is measured; of RGBA what can be seen of the surroundings counts."""
-    sigma = max(1.0, max(pixels.shape[:2]) / EDGE)
+def sharpened(pixels: Pixels, pair: Pair) -> Pixels:
+    """By an unsharp mask, as strong as it takes to be about as sharp as the source; only what can be seen counts."""
+    amount, sigma = lacking(pair), max(1.0, max(pixels.shape[:2]) / EDGE)
     margin = math.ceil(3 * sigma)
     made = pixels.copy()
     for top in range(0, len(pixels), STRIP):
@@ -100,10 +101,26 @@ def sharpened(pixels: Pixels, pair: Pair) -> Pixels:  # noqa: ARG001  # all repa
         rgb, weight = part[..., :3], part[..., 3:] if part.shape[2] == 4 else np.ones((*part.shape[:2], 1), np.float32)
         share = np.maximum(cv2.GaussianBlur(weight, (0, 0), sigma), 1e-3)[..., None]
         blurred = cv2.GaussianBlur(rgb * weight, (0, 0), sigma) / share
-        sharp = np.clip(rgb + AMOUNT * (rgb - blurred), 0, 255)
+        sharp = np.clip(rgb + amount * (rgb - blurred), 0, 255)
         rows = slice(top - first, top - first + STRIP)
         np.copyto(made[top : top + STRIP, :, :3], np.rint(sharp[rows]).astype(np.uint8), where=weight[rows] > 0)
     return made
+
+
+def lacking(pair: Pair) -> float:
+    """How much of its own detail (what a blur of one pixel takes away) a result lacks, 0 to `MOST`.
+
+    With `amount` of it more, the Laplacian's variance is quadratic in `amount`: solved for `LIKE` times the source's.
+    """
+    grey, seen = pair.grey.astype(np.float32), pair.solid > 0
+    detail = grey - cv2.GaussianBlur(grey, (0, 0), 1)
+    own, more = (cv2.Laplacian(plane, cv2.CV_32F)[seen] for plane in (grey, detail))
+    wanted = by.sharpness(pair.source_grey, pair.solid)
+    if wanted is None or float(more.var()) < 1e-6:
+        return 0.0
+    (has, both), (_, adds) = np.cov(own, more)
+    root = both**2 + adds * max(0.0, LIKE * wanted - has)
+    return float(np.clip((math.sqrt(root) - both) / adds, 0, MOST))
 
 
 def without_cast(pixels: Pixels, pair: Pair) -> Pixels:
