@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from shared.messages import Item
+from shared.messages import JOB_SPEC, Item
 from shared.options import ENGINES, Options
-from worker.operations.base import Grey, Inputs, Operation, Picture, Pixels, Sample, Spec
+from worker import quality
+from worker.operations.base import Grey, Inputs, Operation, Picture, Pixels, Sample, Spec, Work
 from worker.scale import fit
 
 REFERENCE = "https://images.example/reference.png"
@@ -78,6 +79,7 @@ def take_through(operation: Operation, pixels: Pixels, options: Options) -> Resu
     )
     picture = operation.finish(work, run_all(operation, work.samples))
     assert picture.format == "jpeg", "the source's format is carried through"
+    check_evidence(operation, picture, Picture(pixels), work, options)
     return Result(picture.pixels, tuple(work.notes))
 
 
@@ -133,6 +135,18 @@ def check_picture(operation: Operation, options: Options, name: str, pixels: Pix
     again = take_through(operation, pixels, options)
     assert again.pixels.tobytes() == made.tobytes(), f"{name}: the same in, the same out"
     assert again.notes == result.notes, name
+
+
+def check_evidence(operation: Operation, result: Picture, source: Picture, work: Work, options: Options) -> None:
+    """The result can be measured by what the work tells of it: every cut-out has its shares, every hole its size."""
+    fields = {"operation": operation.spec.name, "options": options, "output": {"url": "s3://results/x"}}
+    found = quality.check(result, source, work, operation.spec, JOB_SPEC.validate_python(fields))
+    assert found.picture.pixels is result.pixels
+    assert found.measures is not None
+    assert (found.measures.opaque is not None) == operation.spec.makes_alpha
+    hole = work.evidence.hole
+    assert hole is None or hole.shape == result.pixels.shape[:2]
+    assert hole is None or not work.evidence.comparable
 
 
 def check_batches(operation: Operation, options: Options) -> None:
