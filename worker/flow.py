@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
 from typing import Any
@@ -34,7 +33,7 @@ from worker.batch_size import BatchSizes
 from worker.batching import Batcher, cap, run_batch
 from worker.cache import CACHED, Cache, Remembered
 from worker.fetch import Fetcher
-from worker.operations.base import REPAIRED_SEED, Inputs, Operation, Picture, Work
+from worker.operations.base import Inputs, Operation, Picture
 from worker.passage import Passage, PixelBudget
 from worker.quality import check
 from worker.references import References
@@ -265,14 +264,8 @@ class Flow:
         mask = self._mask(passage.item) if self.operation.spec.needs_mask else None
         inputs = Inputs(passage.item, self.spec.options, mask, self.references.picture)
         with passage.stage("prepare"):
-            work = self.operation.prepare(picture, inputs)
+            passage.begin(self.operation.prepare(picture, inputs))
         passage.picture = picture
-        self._begin(passage, work)
-
-    def _begin(self, passage: Passage, work: Work) -> None:
-        passage.work = work
-        passage.missing = len(work.samples)
-        passage.outputs = [None] * passage.missing
         if passage.missing == 0:
             raise InternalError(f"{self.operation.spec.name} made no samples of this image")
 
@@ -287,10 +280,7 @@ class Flow:
         assert passage.picture is not None  # noqa: S101
         with passage.stage("check"):
             checked = check(picture, passage.picture, passage.work, self.operation.spec, self.spec)
-        if passage.checked is None:
-            passage.checked = checked
-        elif checked.better_than(passage.checked):
-            passage.checked = replace(checked, notes=(*checked.notes, REPAIRED_SEED))
+        passage.keep(checked)
 
     def _may_return(self, passage: Passage) -> bool:
         """Whether the check may send it back to the device: once, with work that has another seed."""
@@ -304,8 +294,7 @@ class Flow:
         if self.stop.is_set() or not (passage.checked and passage.checked.beyond):
             return False
         with passage.stage("prepare"):
-            work = passage.work.again()
-        self._begin(passage, work)
+            passage.begin(passage.work.again())
         return True
 
     def _encode(self, passage: Passage, picture: Picture) -> codec.Encoded:
@@ -382,13 +371,7 @@ class Flow:
         attempts = self.earlier.get(passage.item.index, 0) + (
             0 if isinstance(passage.error, WorkerLost) else max(1, passage.tries)
         )
-        told: dict[str, Any] = {}
-        if passage.checked is not None:
-            checked = passage.checked
-            told = {"notes": (*checked.notes, *flagged(checked.beyond)), "quality": checked.measures}
-        elif passage.work is not None:
-            told = {"notes": tuple(passage.work.notes)}
-        return {**passage.facts, **told, "attempts": attempts, "seconds": passage.seconds, "node": self.node}
+        return {**passage.facts, **passage.found, "attempts": attempts, "seconds": passage.seconds, "node": self.node}
 
     def _record(self, passage: Passage, result: ItemResult) -> None:
         try:

@@ -51,8 +51,8 @@ def check(picture: Picture, source: Picture, work: Work, operation: Spec, spec: 
     pair = Pair.of(picture.pixels, given, work.evidence.alpha)
     found = measured(picture.pixels, pair, work.evidence, operation)
     checked = Checked(picture, notes, found, beyond(found, quality, spec.operation))
-    if quality.mode == "flag" or work.evidence.hole is not None:  # all that is not filled stays bit for bit
-        return checked
+    if quality.mode == "flag" or work.evidence.hole is not None or work.evidence.alpha is not None:
+        return checked  # around a hole all stays bit for bit, and so does a background that was asked for
     for flag, (note, repair) in REPAIRS.items():
         if flag in checked.beyond:
             pixels = repair(checked.picture.pixels, pair)

@@ -175,6 +175,16 @@ def test_what_is_not_in_the_hole_is_never_touched() -> None:
     assert found.picture.pixels is smeared
 
 
+def test_a_background_that_was_asked_for_is_never_touched() -> None:
+    pixels = greyish()
+    alpha = all_of(pixels)
+    alpha[:, 160:] = 0
+    tint = np.where(alpha[..., None] > 0, tinted(pixels, 0, 20), np.uint8(255))
+    found = checked(tint, pixels, "remove-background", Evidence(alpha=alpha), mode="repair")
+    assert set(found.beyond) == {"cast"}
+    assert found.picture.pixels is tint
+
+
 def test_sharpening_a_cut_out_gives_it_no_halo() -> None:
     source = greyish(300, 300)
     alpha = np.zeros((300, 300), np.uint8)
