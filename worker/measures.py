@@ -25,6 +25,7 @@ SOLID, FAINT = 250, 5  # alpha from which a pixel is opaque, and above which it 
 GREY, DARK = 10.0, 10.0  # chroma up to which, and L from which a pixel of the source tells a cast
 FLAT = 2.0  # variance of a Laplacian that rounding alone makes
 RING = 12  # pixels around a hole that are its surroundings
+FEW_EDGES = 0.005  # share of pixels; of fewer, in a picture of sky, it is chance which are found again
 NEAR = 2  # pixels by which two edges may miss each other
 CANNY = 100, 200  # thresholds, ControlNet's own
 POINTS = 4096  # places at which a border is looked at
@@ -165,7 +166,7 @@ def agreement(found: Grey, asked: Grey) -> float | None:
     Martin, Fowlkes, Malik, IEEE TPAMI 26(5), 2004, with each edge pixel matched for itself.
     """
     counts = cv2.countNonZero(found), cv2.countNonZero(asked)
-    if counts[1] < FEWEST:
+    if counts[1] < FEW_EDGES * asked.size:
         return None
     square = np.ones((2 * NEAR + 1, 2 * NEAR + 1), np.uint8)
     precision = cv2.countNonZero(cv2.bitwise_and(found, cv2.dilate(asked, square))) / max(counts[0], 1)
