@@ -22,7 +22,7 @@ GRAIN = 10.0
 COLOURS = ("lightness", "green-red", "blue-yellow", "contrast", "green-red-range", "blue-yellow-range")
 """What `Measures.look` holds."""
 
-LEAST_SPREAD = dict(zip(COLOURS, (1.0, 1.0, 1.0, 2.0, 2.0, 2.0), strict=True)) | {"sharpness": 0.2, "edges": 0.1}
+LEAST_SPREAD = dict(zip(COLOURS, (1.0, 1.0, 1.0, 2.0, 2.0, 2.0), strict=True)) | {"sharpness": 0.2, "edges": 0.15}
 """Smaller deviations nobody sees, however alike a job's images are: in CIELAB, of a logarithm, of a share."""
 
 
