@@ -19,7 +19,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-BENCHES = ("enqueue", "codec", "coldstart", "overhead", "batching", "memory", "feeding", "quality", "cutout")
+BENCHES = (
+    "enqueue",
+    "codec",
+    "coldstart",
+    "overhead",
+    "batching",
+    "memory",
+    "feeding",
+    "inpaint",
+    "quality",
+    "cutout",
+)
 RESULTS = Path(__file__).parent / "results.json"
 VARIABLE = "IMAGEMILL_BENCH_IMAGES"
 

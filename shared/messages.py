@@ -8,7 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter
 
-from shared.options import Boxes, Model, OpencvInpaint, OpencvRemoveBackground, OpencvStylize, Operation, RembgRemoveBackground
+from shared.options import (
+    Boxes,
+    LamaInpaint,
+    Model,
+    OpencvInpaint,
+    OpencvRemoveBackground,
+    OpencvStylize,
+    Operation,
+    RembgRemoveBackground,
+)
 from shared.quality import Measures, Quality
 from shared.urls import check_output_url, check_source_url
 
@@ -92,7 +101,10 @@ class RemoveBackgroundJob(_Job):
 
 class InpaintJob(_Job):
     operation: Literal["inpaint"] = "inpaint"
-    options: OpencvInpaint = OpencvInpaint()
+    options: Annotated[
+        Annotated[OpencvInpaint, Tag("opencv")] | Annotated[LamaInpaint, Tag("lama")],
+        Discriminator(_engine),
+    ] = OpencvInpaint()
 
 
 class StylizeJob(_Job):

@@ -93,6 +93,16 @@ class OnnxSettings(Group):
     int8: bool = Field(False, description="models in 8 bits, where `imagemill models quantize` has made them")
 
 
+class TorchSettings(Group):
+    """How models run on torch."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="what models calculate in on a GPU: auto is bf16 where the GPU has it, else fp16; on a CPU it is fp32",
+    )
+    compile: bool = Field(False, description="compile models for each shape that they meet, which takes a minute for each")
+
+
 class WorkerSettings(Group):
     """One worker node."""
 
@@ -135,6 +145,7 @@ class Settings(BaseSettings):
     files: FileSettings = FileSettings()
     weights: WeightsSettings = WeightsSettings()
     onnx: OnnxSettings = OnnxSettings()
+    torch: TorchSettings = TorchSettings()
     worker: WorkerSettings = WorkerSettings()
 
     @field_validator("redis_url")

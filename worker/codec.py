@@ -40,6 +40,11 @@ class Encoded:
     extension: str
     content_type: str
 
+    @classmethod
+    def of(cls, data: bytes, format: str) -> Encoded:  # noqa: A002
+        """A file of one of the formats that are written."""
+        return cls(data, format, EXTENSIONS[format], f"image/{format}")
+
 
 @contextmanager
 def _memory_checked() -> Iterator[None]:
@@ -76,8 +81,17 @@ def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal
             pixels = np.ascontiguousarray(resize(pixels, target))
         kept = header.icc if icc == "keep" and profiles.space(header.icc) == "RGB" and mode != "CMYK" else None
         colours = profiles.as_rgb(pixels, mode) if kept else profiles.to_srgb(pixels, mode, header.icc)
+        same = colours is pixels or (mode == "L" and header.icc is None)
+        as_stored = same and header.orientation == 1 and target == header.stored_size and _one_frame(data, header.format)
         colours = np.ascontiguousarray(upright(resize(colours, target), header.orientation))
-        return Picture(colours, format=header.format, icc=kept, full_size=header.size)
+        return Picture(colours, format=header.format, icc=kept, full_size=header.size, as_stored=as_stored)
+
+
+def _one_frame(data: bytes, format: str) -> bool:  # noqa: A002
+    """Whether a file of a format that we write too is no animation."""
+    if format == "png":
+        return all(kind != b"acTL" for kind, _, _ in png.chunks(data))
+    return format == "jpeg" or (format == "webp" and (data[12:16] != b"VP8X" or not data[20] & 2))
 
 
 def _by_pillow(data: bytes, header: Header) -> tuple[NDArray[np.uint8], str]:
@@ -177,7 +191,7 @@ def encode(picture: Picture, *, format: str, quality: int) -> Encoded:  # noqa: 
                 raise OperationFailed(f"there is no output format {format!r} (valid: jpeg, png, webp)")
         except (ValueError, OSError) as error:
             raise OperationFailed(f"the picture can't be written as {format} ({sentence(error)})") from error
-    return Encoded(data, format, EXTENSIONS[format], f"image/{format}")
+    return Encoded.of(data, format)
 
 
 def _webp(pixels: Pixels, quality: int, icc: bytes | None) -> bytes:

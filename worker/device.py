@@ -25,7 +25,7 @@ class Device:
     `gpu` is the physical index that the operator gave; inside the process the pinned GPU is
     always `cuda:0`. `weights` is the folder of the models' files; `provider` (cpu, cuda or tensorrt)
     is what onnxruntime shall run on, and `memory_limit` the bytes that it may take on a GPU; `int8` asks
-    for models in 8 bits where they are (worker.weights.model_file).
+    for models in 8 bits where they are (worker.weights.model_file). `dtype` and `compile` are for models on torch.
     """
 
     gpu: int | None = None
@@ -34,6 +34,8 @@ class Device:
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     memory_limit: int | None = None
     int8: bool = False
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
 
     @classmethod
     def of(cls, settings: Settings, children: int) -> Device:
@@ -46,6 +48,8 @@ class Device:
             provider=("cpu" if gpu is None else "cuda") if wanted == "auto" else wanted,
             memory_limit=settings.onnx.gpu_mem_limit,
             int8=settings.onnx.int8,
+            dtype=settings.torch.dtype,
+            compile=settings.torch.compile,
         )
 
     @property

@@ -26,7 +26,7 @@ from shared.settings import Settings, load_settings
 from worker.lanes import lanes, missing, models_of, shortcomings
 from worker.operations.registry import create
 from worker.supervisor import find_gpus
-from worker.weights import model_file, path_of, variant
+from worker.weights import CONVERTED, model_file, path_of, variant
 
 LEAST_DISK = 2 * 2**30
 """Bytes that the temporary folder should have free: a manifest, and uploads on their way."""
@@ -151,7 +151,7 @@ def check_models(settings: Settings) -> Iterator[Finding]:
         if engine in absent:
             names = ", ".join(absent[engine])
             yield Finding("models", "ok", f"{engine}: not here, so not listened for: {names}", "imagemill models pull NAME")
-        for weights in here if settings.onnx.int8 else []:
+        for weights in here if settings.onnx.int8 and engine not in CONVERTED else []:
             original = path_of(weights, settings.weights)
             if model_file(original.parents[1], engine, weights.name, int8=True) != variant(original, "int8"):
                 mend = f"imagemill models quantize {weights.name} --images FOLDER, or leave out IMAGEMILL_ONNX__INT8"

@@ -3,8 +3,9 @@
     fetch -> decode -> prepare  (threads)  ->  batch -> run  (this thread)
     ->  finish -> check -> encode -> store -> record  (threads)
 
-An image that was asked for before, in any job, takes a shorter way: fetch -> reuse -> record. One that the check finds bad
-may go back to the device once, with another seed.
+Two shorter ways: an image that was asked for before, in any job, goes fetch -> reuse -> record; one that the
+operation has nothing to do on, fetch -> decode -> prepare -> keep -> record. One that the check finds bad may go back to the
+device once, with another seed.
 
 While batch k is on the device, batch k+1 is being fetched and prepared and batch k-1 encoded and
 stored. How far the front may run ahead is counted in decoded pixels, so memory stays flat whatever
@@ -25,7 +26,7 @@ from typing import Any
 from shared.errors import BadMask, ImageError, InternalError, OutOfMemory, WorkerLost, sentence
 from shared.ledger import Ledger
 from shared.messages import Item, ItemResult, Job
-from shared.quality import beyond, flagged
+from shared.quality import Measures, beyond, flagged
 from shared.settings import Settings
 from shared.urls import shown
 from worker import codec
@@ -33,9 +34,9 @@ from worker.batch_size import BatchSizes
 from worker.batching import Batcher, cap, run_batch
 from worker.cache import CACHED, Cache, Remembered
 from worker.fetch import Fetcher
-from worker.operations.base import Inputs, Operation, Picture
+from worker.operations.base import Inputs, Operation, Picture, Work
 from worker.passage import Passage, PixelBudget
-from worker.quality import check
+from worker.quality import Checked, check
 from worker.references import References
 from worker.store import Store, render_key
 
@@ -137,7 +138,7 @@ class Flow:
     # --- the stages -------------------------------------------------------------------------
 
     def _front(self, passage: Passage, ready: SimpleQueue[Passage | None]) -> None:
-        """fetch -> (reuse, or) decode -> prepare, in a thread; always puts the passage on."""
+        """fetch -> (reuse, or) decode -> prepare (-> keep), in a thread; always puts the passage on."""
         if not self.stop.is_set():
             with self._failing(passage):
                 self.store.check()
@@ -145,9 +146,11 @@ class Flow:
                 header = self._probe(passage, data)
                 if not self._reuse(passage, data):
                     picture = self._decode(passage, data, header)
-                    self._prepare(passage, picture)
+                    work = self._prepare(passage, picture)
+                    if work.untouched:
+                        self._keep(passage, data, picture, work.notes)
             if passage.error is not None and self._cut_short(passage.error):
-                passage.error = None  # as if never begun: another worker tries it as often as the policy says
+                passage.error = passage.work = None  # as if never begun: another worker tries it as often as the policy says
         ready.put(passage)
 
     def _collect(self, ready: SimpleQueue[Passage | None], batcher: Batcher[Passage], coming: int) -> int:
@@ -170,7 +173,7 @@ class Flow:
             if passage.error is not None:
                 self._record_failure(passage, passage.error)
             elif "output" in passage.facts:
-                self._record_done(passage)  # reused
+                self._record_done(passage)  # reused or kept
             elif passage.work is None:
                 self._leave(passage)  # stopped before it was begun
 
@@ -260,14 +263,26 @@ class Flow:
         self.budget.release(pixels - passage.pixels)
         return picture
 
-    def _prepare(self, passage: Passage, picture: Picture) -> None:
+    def _prepare(self, passage: Passage, picture: Picture) -> Work:
         mask = self._mask(passage.item) if self.operation.spec.needs_mask else None
         inputs = Inputs(passage.item, self.spec.options, mask, self.references.picture)
         with passage.stage("prepare"):
-            passage.begin(self.operation.prepare(picture, inputs))
+            work = self.operation.prepare(picture, inputs)
+        passage.begin(work)
         passage.picture = picture
-        if passage.missing == 0:
-            raise InternalError(f"{self.operation.spec.name} made no samples of this image")
+        if (passage.missing == 0) != work.untouched:
+            raise InternalError(f"{self.operation.spec.name} made {passage.missing} samples of this image")
+        return work
+
+    def _keep(self, passage: Passage, data: bytes, picture: Picture, notes: Sequence[str]) -> None:
+        """Store an untouched image: the source's own file where that is what the job asks for, else encoded anew."""
+        passage.checked = Checked(picture, tuple(notes), Measures())
+        if picture.as_stored and self._format(passage, picture) == picture.format:
+            encoded = codec.Encoded.of(data, picture.format)
+            passage.facts.update(output_bytes=len(data), output_size=picture.size)
+        else:
+            encoded = self._encode(passage, picture)
+        self._store(passage, encoded)
 
     def _finish(self, passage: Passage) -> Picture:
         assert passage.work is not None  # noqa: S101  # `_front` has put it there
@@ -298,11 +313,8 @@ class Flow:
         return True
 
     def _encode(self, passage: Passage, picture: Picture) -> codec.Encoded:
-        wanted = self.spec.output
-        has_alpha = picture.pixels.shape[2] == 4
-        chosen = codec.choose_format(passage.facts["source_format"], wanted.format, has_alpha)
         with passage.stage("encode"):
-            encoded = codec.encode(picture, format=chosen, quality=wanted.quality)
+            encoded = codec.encode(picture, format=self._format(passage, picture), quality=self.spec.output.quality)
         passage.facts.update(output_bytes=len(encoded.data), output_size=picture.size)
         return encoded
 
@@ -313,6 +325,9 @@ class Flow:
         if self.cache is not None and passage.checked is not None:
             size, notes, found = passage.facts["output_size"], passage.checked.notes, passage.checked.measures
             self.cache.put(passage.cache_key, Remembered.of(encoded, output=output, size=size, notes=notes, measures=found))
+
+    def _format(self, passage: Passage, picture: Picture) -> str:
+        return codec.choose_format(passage.facts["source_format"], self.spec.output.format, picture.pixels.shape[2] == 4)
 
     def _output_key(self, passage: Passage, form: str) -> str:
         return render_key(self.spec.output.key, job=self.job, item=passage.item, extension=codec.EXTENSIONS[form])

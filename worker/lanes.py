@@ -5,7 +5,7 @@ from __future__ import annotations
 from shared.options import ENGINES, nearest
 from shared.queues import worker_queues
 from shared.settings import Settings
-from worker.weights import WEIGHTS, Weights, path_of
+from worker.weights import WEIGHTS, Weights, needed
 
 
 def lanes(settings: Settings) -> list[str]:
@@ -15,7 +15,7 @@ def lanes(settings: Settings) -> list[str]:
         models = models_of(engine)
         if not models:
             found.append(engine)
-        found += [f"{engine}.{weights.name}" for weights in models if path_of(weights, settings.weights).is_file()]
+        found += [f"{engine}.{weights.name}" for weights in models if needed(weights, settings.weights).is_file()]
     return found
 
 
@@ -27,7 +27,7 @@ def models_of(engine: str) -> list[Weights]:
 def missing(settings: Settings) -> dict[str, list[str]]:
     """Per engine in `settings` the models whose files are not here; engines that lack none are left out."""
     names = {
-        engine: [weights.name for weights in models_of(engine) if not path_of(weights, settings.weights).is_file()]
+        engine: [weights.name for weights in models_of(engine) if not needed(weights, settings.weights).is_file()]
         for engine in settings.worker.engines
     }
     return {engine: absent for engine, absent in names.items() if absent}

@@ -19,11 +19,23 @@ from shared.errors import MissingExtra, UsageError
 from shared.options import nearest
 from shared.settings import Settings, load_settings
 from worker import pull as pulling
-from worker.weights import WEIGHTS, Kind, Weights, check, is_current, made_of, path_of, state, variant
+from worker.weights import (
+    CONVERTED,
+    KINDS,
+    WEIGHTS,
+    Weights,
+    check,
+    is_current,
+    made_of,
+    needed,
+    path_of,
+    put_on_record,
+    state,
+    variant,
+)
 
 ENGINES = sorted({weights.engine for weights in WEIGHTS})
-KINDS: tuple[Kind, ...] = ("dynamic", "int8")
-STYLES = {"there": "green", "unchecked": "yellow", "damaged": "red", "missing": "dim"}
+STYLES = {"there": "green", "unconverted": "yellow", "unchecked": "yellow", "damaged": "red", "missing": "dim"}
 
 
 @click.group()
@@ -37,6 +49,7 @@ def list_models(as_json: bool) -> None:
     """List all models that imagemill knows of, and which are here.
 
     A file that is `unchecked` was put here by something else than `imagemill models pull`; `imagemill models verify` checks it.
+    One that is `unconverted` is not what nodes load: `imagemill models pull` makes that of it.
     """
     settings = load_settings()
     rows = [_row(weights, settings) for weights in WEIGHTS]
@@ -62,23 +75,36 @@ def list_models(as_json: bool) -> None:
 
 
 def _row(weights: Weights, settings: Settings) -> dict[str, Any]:
-    path, found = path_of(weights, settings.weights), state(weights, settings.weights)
-    there = found != "missing"
-    also = [kind for kind in KINDS if there and is_current(path, kind)]
-    return {**asdict(weights), "state": found, "path": str(path), "bytes": path.stat().st_size if there else None, "also": also}
+    original, path = path_of(weights, settings.weights), needed(weights, settings.weights)
+    also = [kind for kind in KINDS if original.is_file() and is_current(original, kind)]
+    size = path.stat().st_size if path.is_file() else None
+    return {**asdict(weights), "state": state(weights, settings.weights), "path": str(path), "bytes": size, "also": also}
 
 
 @models.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--engine", type=click.Choice(ENGINES), help="All models of an engine that may be used commercially.")
 @click.option("--accept-licence", is_flag=True, help="I have read the licence of the non-commercial models that I name.")
-def pull(names: tuple[str, ...], engine: str | None, accept_licence: bool) -> None:
+@click.option(
+    "--from",
+    "own",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Instead of downloading the one model named, convert a file of it: best.ckpt, big-lama.zip, TorchScript, safetensors.",
+)
+def pull(names: tuple[str, ...], engine: str | None, accept_licence: bool, own: Path | None) -> None:
     """Download models, checked against their checksums; what is here already stays as it is.
 
     Goes on where it was interrupted. Workers never download: run this on each host, or once for a folder that they share.
     """
     settings = load_settings()
     chosen = _named(names)
+    if own is not None:
+        if engine or len(chosen) != 1 or chosen[0].engine not in CONVERTED:
+            able = ", ".join(weights.name for weights in WEIGHTS if weights.engine in CONVERTED)
+            raise UsageError(f"--from FILE goes with one model that is converted ({able}), and without --engine")
+        _convert(chosen[0], own, settings)
+        return
     for weights in chosen:
         if not weights.commercial and not accept_licence:
             raise UsageError(
@@ -103,8 +129,27 @@ def _pull_one(weights: Weights, settings: Settings) -> None:
         )
     path = path_of(weights, settings.weights)
     click.echo(f"{weights.name}: {'is there already' if outcome == 'there' else 'pulled'}, its checksum is right: {path}")
-    if path.suffix == ".onnx":
+    if weights.engine not in CONVERTED:
         _free_batch_axis(weights, path)
+    elif not is_current(path, "safetensors"):
+        _convert(weights, path, settings)
+
+
+def _convert(weights: Weights, source: Path, settings: Settings) -> None:
+    """Make of a file, which may hold code, the one with numbers alone that nodes load. Raises MissingExtra."""
+    try:
+        from worker.operations.inpaint.checkpoint import convert
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("worker", "shared"):
+            raise  # a fault of ours, not a missing library
+        command = f"pip install 'imagemill[{weights.engine}]', then pull again"
+        raise MissingExtra(f"{weights.name} can't be converted: {error.name} is not installed: {command}") from error
+    original, target = path_of(weights, settings.weights), needed(weights, settings.weights)
+    numbers = convert(source, target)
+    if original.is_file() and not source.samefile(original):
+        original.unlink(missing_ok=True)  # nodes load another model now
+    put_on_record(original, "safetensors", accepted=True, told={"source": source.name})
+    click.echo(f"{weights.name}: converted {source.name} ({numbers / 1e6:.1f} million numbers): {target}")
 
 
 def _free_batch_axis(weights: Weights, path: Path) -> None:
@@ -132,7 +177,7 @@ EXTRA = "pip install 'imagemill[rembg]', then pull again"
 def verify(names: tuple[str, ...]) -> None:
     """Compute the checksums of the models that are here again, and of what was made of them."""
     settings = load_settings()
-    chosen = _named(names) or [one for one in WEIGHTS if path_of(one, settings.weights).is_file()]
+    chosen = _named(names) or [one for one in WEIGHTS if state(one, settings.weights) != "missing"]
     if not chosen:
         click.echo(f"no model is in {settings.weights.folder.expanduser()}")
     wrong = [fault for weights in chosen for fault in _faults(weights, settings)]
@@ -144,19 +189,26 @@ def verify(names: tuple[str, ...]) -> None:
 def _faults(weights: Weights, settings: Settings) -> Iterable[str]:
     """What is wrong with a model's files, in sentences; says which are right."""
     path, mend = path_of(weights, settings.weights), f"imagemill models pull {weights.name}"
-    if not path.is_file():
+    if state(weights, settings.weights) == "missing":
         yield f"{weights.name} is missing: {mend}"
         return
-    found = check(path, weights.checksum)
-    if found.checksum != weights.checksum:
-        yield f"{path} is not the published file: its checksum is {found.checksum}, not {weights.checksum}: {mend}"
-    else:
-        click.echo(f"{weights.name}: right ({found.checksum}, sha256:{found.sha256})")
+    original = None
+    if path.is_file():
+        found = check(path, weights.checksum)
+        original = found.sha256
+        if found.checksum != weights.checksum:
+            yield f"{path} is not the published file: its checksum is {found.checksum}, not {weights.checksum}: {mend}"
+        else:
+            click.echo(f"{weights.name}: right ({found.checksum}, sha256:{found.sha256})")
     for kind in KINDS:
         file, made = variant(path, kind), made_of(path, kind)
         if not file.is_file():
             continue
-        if made.get("original") != found.sha256:
+        if not made and original is None:
+            click.echo(
+                f"{file.name}: put here by somebody (sha256:{check(file, 'sha256:').sha256}); nothing to compare it with"
+            )
+        elif made.get("original") != original:
             yield f"{file} was made of another {path.name}, and is not used: remove it"
         elif check(file, "sha256:").sha256 != made.get("sha256"):
             yield f"{file} has changed since it was made: remove it, and make it again"
@@ -186,6 +238,8 @@ def quantize(name: str, images: Path, accept: float, as_json: bool) -> None:
     Nodes use it where IMAGEMILL_ONNX__INT8=true. Exits 1 where it is refused.
     """
     (weights,) = _named((name,))
+    if weights.engine in CONVERTED:
+        raise UsageError(f"{name} can't be made in 8 bits: that is for models on onnxruntime")
     settings = load_settings()
     make = _quantizer()
     with _progress() as progress:

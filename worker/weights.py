@@ -14,12 +14,18 @@ from typing import Any, Literal
 from shared.settings import WeightsSettings
 
 REMBG = "https://github.com/danielgatis/rembg/releases/download"
+SANSTER = "https://github.com/Sanster/models/releases/download"
 BLOCK = 1 << 20
 MB = 1_000_000
 
-Kind = Literal["dynamic", "int8"]
-"""What is made of a model here: its batch axis set free (worker.batch_axis), or its weights in 8 bits (worker.quantize)."""
-State = Literal["missing", "there", "unchecked", "damaged"]
+Kind = Literal["dynamic", "int8", "safetensors"]
+"""What is made of a model here: its batch axis set free (worker.batch_axis), its weights in 8 bits (worker.quantize), or in
+a format that holds nothing but numbers (worker.operations.inpaint.checkpoint)."""
+KINDS: tuple[Kind, ...] = ("dynamic", "int8", "safetensors")
+State = Literal["missing", "there", "unconverted", "unchecked", "damaged"]
+
+CONVERTED = ("lama",)
+"""Engines whose models are published in a format that may hold code: nodes load the safetensors file made of it, alone."""
 
 
 @dataclass(frozen=True)
@@ -76,26 +82,48 @@ WEIGHTS: tuple[Weights, ...] = (
         file="bria-rmbg-2.0.onnx",
         commercial=False,
     ),
+    Weights(
+        "lama",
+        "lama",
+        "big-lama.pt",
+        "Sanster/models",
+        "add_big_lama",
+        f"{SANSTER}/add_big_lama/big-lama.pt",
+        "md5:e3aa4aaa15225a33ec84f9f4bc47e500",
+        "Apache-2.0",
+        205 * MB,
+    ),
 )
 
 
 def path_of(weights: Weights, settings: WeightsSettings) -> Path:
-    """Where a model's file lies, or would: `{folder}/{engine}/{name}.onnx`."""
+    """Where a model's file lies, or would, as it is published: `{folder}/{engine}/{name}.onnx`."""
     return settings.folder.expanduser() / weights.engine / f"{weights.name}{Path(weights.file).suffix}"
+
+
+def needed(weights: Weights, settings: WeightsSettings) -> Path:
+    """The file without which no node can run a model: its own, or where it is converted the one made of it."""
+    path = path_of(weights, settings)
+    return variant(path, "safetensors") if weights.engine in CONVERTED else path
 
 
 def model_file(folder: Path, engine: str, name: str, *, int8: bool = False) -> Path:
     """The file that a node loads for a model: in 8 bits if wanted and there, else with a free batch axis, else as it came.
 
-    `folder` is the weights' folder. A file that was made of another original than the one there is passed over.
+    `folder` is the weights' folder. A file that was made of another original than the one there is passed over. Of engines
+    that are `CONVERTED` it is what was made of the original, whether that is there or not.
     """
+    if engine in CONVERTED:
+        return folder / engine / f"{name}.safetensors"
     original = folder / engine / f"{name}.onnx"
     kinds: tuple[Kind, ...] = ("int8", "dynamic") if int8 else ("dynamic",)
     return next((variant(original, kind) for kind in kinds if is_current(original, kind)), original)
 
 
 def variant(original: Path, kind: Kind) -> Path:
-    """Where lies what is made of a model: `u2net.int8.onnx`."""
+    """Where lies what is made of a model: `u2net.int8.onnx`, `lama.safetensors`."""
+    if kind == "safetensors":
+        return original.with_suffix(".safetensors")
     return original.with_suffix(f".{kind}{original.suffix}")
 
 
@@ -113,13 +141,13 @@ def made_of(original: Path, kind: Kind) -> dict[str, Any]:
 def put_on_record(original: Path, kind: Kind, *, accepted: bool, told: dict[str, Any]) -> None:
     """Remember what came of making a file, with its digest and the original's, and `told`, what was measured."""
     file = variant(original, kind)
-    sums = {"original": digest(original), "sha256": digest(file) if accepted else None}
+    sums = {"original": digest(original) if original.is_file() else None, "sha256": digest(file) if accepted else None}
     write_json(_record(original, kind), {"accepted": accepted, **sums, **told})
 
 
 def forget_variants(original: Path) -> None:
     """Remove what was made of a model."""
-    for kind in ("dynamic", "int8"):
+    for kind in KINDS:
         file = variant(original, kind)
         for path in (file, _sidecar(file), _record(original, kind)):
             path.unlink(missing_ok=True)
@@ -193,11 +221,17 @@ def remember(path: Path, found: Known) -> None:
 
 
 def state(weights: Weights, settings: WeightsSettings) -> State:
-    """What is known of a model's file without reading it: `unchecked` is one that neither pull nor verify has seen."""
+    """What is known of a model's file without reading it.
+
+    `unchecked` is one that neither pull nor verify has seen, `unconverted` one that is there but not what nodes load.
+    """
+    loadable = needed(weights, settings).is_file()
     try:
         found = known(path_of(weights, settings))
     except OSError:
-        return "missing"
+        return "unchecked" if loadable else "missing"  # of somebody's own, converted
+    if not loadable:
+        return "unconverted"
     if found is None or found.checksum.partition(":")[0] != weights.checksum.partition(":")[0]:
         return "unchecked"
     return "there" if found.checksum == weights.checksum else "damaged"

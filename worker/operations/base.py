@@ -26,13 +26,15 @@ class Picture:
     """A decoded image. `icc` is the profile its pixels are in (None is sRGB), `format` what it came as.
 
     `full_size` is the (width, height) that the source has, upright; larger than `pixels` where the
-    decoder was told that a smaller picture is enough.
+    decoder was told that a smaller picture is enough. `as_stored` says that the file shows just this:
+    it was neither turned nor scaled nor were its colours converted, and it has no further frames.
     """
 
     pixels: Pixels
     format: str = "png"
     icc: bytes | None = None
     full_size: tuple[int, int] = (0, 0)
+    as_stored: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,7 +75,7 @@ REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED = "repaired_cast", "repaired_sh
 """Notes of what the check mended (worker.quality): a tint, a blur, or all of it by another seed."""
 
 LASTING_NOTES = frozenset(
-    {"empty_cutout", "empty_mask", "enlarged", "matting_too_large", "no_shadow_found"}
+    {"empty_cutout", "empty_mask", "enlarged", "large_mask", "matting_too_large", "no_shadow_found"}
     | {REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED}
 )
 """Notes that the same image gets each time. A result with any other may be owed to haste, such as a deadline that was
@@ -102,11 +104,14 @@ class Work:
 
     `finish` may add to `notes` and set `evidence`. `again`, where there is chance in the result, makes the work of another
     try: the same image with the next seed.
+
+    An image that is `untouched`, since there is nothing to do, has no samples and goes neither to `run` nor to `finish`.
     """
 
     samples: list[Sample]
     state: Any = None
     notes: list[str] = field(default_factory=list)
+    untouched: bool = False
     evidence: Evidence = Evidence()
     again: Callable[[], Work] | None = None
 
@@ -157,7 +162,10 @@ class Operation(Protocol):
         """The device step: one output per sample, in order (the caller checks the count)."""
 
     def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        """CPU: blend tiles, apply alpha, restore size; the result, uint8 RGB or RGBA."""
+        """CPU: blend tiles, apply alpha, restore size; the result, uint8 RGB or RGBA.
+
+        It may write into the picture that `prepare` had, and return that: nobody else looks at it any more.
+        """
 
 
 @runtime_checkable

@@ -15,11 +15,12 @@ ENGINES: dict[tuple[str, str], str] = {
     ("remove-background", "opencv"): "worker.operations.remove_background.opencv:GrabCut",
     ("remove-background", "rembg"): "worker.operations.remove_background.rembg:Rembg",
     ("inpaint", "opencv"): "worker.operations.inpaint.opencv:Inpaint",
+    ("inpaint", "lama"): "worker.operations.inpaint.lama:Lama",
     ("stylize", "opencv"): "worker.operations.stylize.opencv:Stylize",
 }
 """(operation, engine) to `module:Class`."""
 
-EXTRAS = {"opencv": "worker", "rembg": "rembg"}
+EXTRAS = {"opencv": "worker", "rembg": "rembg", "lama": "lama"}
 """The extra that installs what an engine imports."""
 
 

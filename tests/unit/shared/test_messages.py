@@ -27,7 +27,7 @@ from shared.messages import (
     compact,
     row,
 )
-from shared.options import OPERATIONS, OpencvInpaint
+from shared.options import OPERATIONS, LamaInpaint, OpencvInpaint, parse_options
 
 A = "https://example.com/a.jpg"
 OUT = Output(url="s3://results/x")
@@ -44,9 +44,30 @@ def test_there_is_a_job_for_every_operation() -> None:
     assert tuple(job.operation for job in JOBS) == OPERATIONS
 
 
-def test_a_job_with_boxes_is_the_same_after_json() -> None:
-    job = InpaintJob(output=OUT, options=OpencvInpaint.model_validate({"boxes": "1,2,3,4;0.1,0.1,0.5,0.5"}))
+@pytest.mark.parametrize(
+    "options",
+    [OpencvInpaint(), LamaInpaint(), LamaInpaint(strategy="resize", tile=512), LamaInpaint(strategy="whole")],
+    ids=["opencv", "lama", "resize", "whole"],
+)
+def test_a_job_with_boxes_is_the_same_after_json(options: OpencvInpaint | LamaInpaint) -> None:
+    boxes = {"boxes": "1,2,3,4;0.1,0.1,0.5,0.5"}
+    job = InpaintJob(output=OUT, options=type(options).model_validate(options.model_dump() | boxes))
     assert JOB_SPEC.validate_json(job.model_dump_json()) == job
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"exact": True}, {"exact": True, "long_edge": "original"}, {"crop": True, "canvas": 800}, {"mask_only": True}],
+    ids=str,
+)
+def test_a_job_of_rembgs_is_the_same_after_json(given: dict[str, Any]) -> None:
+    job = RemoveBackgroundJob(output=OUT, options=parse_options("remove-background", "rembg", given))
+    assert JOB_SPEC.validate_json(job.model_dump_json()) == job
+
+
+def test_a_job_of_a_model_goes_where_that_model_is() -> None:
+    job = InpaintJob.model_validate({"output": OUT, "options": {"engine": "lama", "boxes": "1,2,3,4"}})
+    assert (job.engine, job.lane) == ("lama", "lama.lama")
 
 
 @pytest.mark.parametrize(

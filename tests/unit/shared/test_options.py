@@ -15,6 +15,7 @@ from shared.options import (
     OPERATIONS,
     Box,
     Boxes,
+    LamaInpaint,
     OpencvInpaint,
     OpencvRemoveBackground,
     OpencvStylize,
@@ -33,7 +34,7 @@ def test_every_operation_has_an_engine_whose_defaults_are_valid(operation: str) 
         assert options.engine == engine
 
 
-@pytest.mark.parametrize("model", [OpencvRemoveBackground, OpencvInpaint, OpencvStylize])
+@pytest.mark.parametrize("model", [OpencvRemoveBackground, OpencvInpaint, LamaInpaint, OpencvStylize])
 def test_every_option_is_described(model: type[Any]) -> None:
     undescribed = [
         name for name, field in model.model_fields.items() if name not in ("engine", "boxes") and not field.description
@@ -63,6 +64,12 @@ def test_text_values_are_read_as_the_command_line_gives_them() -> None:
         ("inpaint", "opencv", {"method": "best"}, "method: input should be 'telea' or 'navier-stokes', not 'best'"),
         ("inpaint", "opencv", {"boxes": "1,2,3"}, "a box has four numbers, x, y, width and height, not 3"),
         ("inpaint", "opencv", {"boxes": "1,2,3,4;a,b,c,d"}, "a box is x,y,width,height in numbers, not 'a,b,c,d'"),
+        ("inpaint", "lama", {"tile": "520"}, "tile: input should be a multiple of 64, not '520'"),
+        ("inpaint", "lama", {"tile": "2048"}, "tile: input should be less than or equal to 1024, not '2048'"),
+        ("inpaint", "lama", {"strategy": "resize", "overlap": 100}, "strategy=resize makes no use of overlap"),
+        ("inpaint", "lama", {"strategy": "whole", "tile": 512, "overlap": 70}, "whole makes no use of overlap and tile"),
+        ("inpaint", "lama", {"method": "telea"}, "has no option 'method'"),
+        ("inpaint", "lama", {"model": "mat"}, "model: input should be 'lama', not 'mat'"),
         ("remove-background", "opencv", {"background": "red"}, "background: "),
         ("remove-background", "opencv", {"long_edge": "15"}, "greater than or equal to 16"),
         ("stylize", "opencv", {"style": "colour-transfer"}, "go together"),
@@ -134,3 +141,10 @@ def test_boxes_survive_json(given: list[tuple[int, int, int, int]]) -> None:
 def test_nearest_says_what_is_valid_where_nothing_is_near() -> None:
     assert nearest("xyz", ["mask", "boxes"]) == " (valid: boxes, mask)"
     assert nearest("maks", ["mask", "boxes"]) == "; did you mean 'mask'? (valid: boxes, mask)"
+
+
+def test_what_is_to_be_filled_is_told_every_engine_alike() -> None:
+    given = {"mask": "https://a.example/mask.png", "boxes": "1,2,3,4", "mask_threshold": 9, "mask_dilate": 3, "mask_feather": 2}
+    told = [parse_options("inpaint", engine, given) for engine in ENGINES["inpaint"]]
+    assert len({str(options.model_dump(include=set(given))) for options in told}) == 1
+    assert parse_options("inpaint", "lama", {"strategy": "resize", "tile": "512"}) == LamaInpaint(strategy="resize", tile=512)

@@ -457,3 +457,38 @@ def test_a_mask_is_held_to_the_limit_and_to_its_format() -> None:
         decode_mask(MASKS["grey"]()[:-20], max_pixels=10_000)
     with pytest.raises(NotAnImage):
         decode_mask(b"<html>", max_pixels=10_000)
+
+
+# --- whether a file shows just what was decoded ---
+
+GREY = Image.fromarray(scene()).convert("L")
+TURNED = Image.Exif()
+TURNED[0x0112] = 3
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "as_stored"),
+    [
+        (save("png", scene()), {}, True),
+        (save("png", scene(channels=4)), {}, True),
+        (save("jpeg", scene()), {}, True),
+        (save("webp", scene(channels=4)), {}, True),
+        (save("jpeg", GREY), {}, True),
+        (save("jpeg", scene(), icc_profile=SRGB), {}, True),
+        (save("jpeg", scene(), icc_profile=SWAPPED), {"icc": "keep"}, True),
+        (save("jpeg", scene(), icc_profile=SWAPPED), {}, False),
+        (save("jpeg", scene(), exif=TURNED), {}, False),
+        (save("jpeg", scene()), {"edge": 32}, False),
+        (save("jpeg", Image.fromarray(scene()).convert("CMYK")), {}, False),
+        (save("png", scene(), **FRAMES), {}, False),
+        (save("webp", scene(), **FRAMES), {}, False),
+        (save("gif", scene()), {}, False),
+        (save("bmp", scene()), {}, False),
+    ],
+    ids=[
+        "png", "rgba png", "jpeg", "rgba webp", "grey jpeg", "srgb", "kept profile", "converted", "turned", "scaled", "cmyk",
+        "animated png", "animated webp", "gif", "bmp",
+    ],
+)  # fmt: skip
+def test_a_picture_knows_whether_its_file_shows_just_this(data: bytes, options: dict[str, Any], as_stored: bool) -> None:
+    assert picture(data, **options).as_stored == as_stored

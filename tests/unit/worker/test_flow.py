@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from producer.embedded_redis import EmbeddedRedis
-from shared.errors import BrokerUnavailable, DeviceLost, OperationFailed, OutOfMemory
+from shared.errors import BrokerUnavailable, DeviceLost, OperationFailed, OutOfMemory, StorageUnavailable
 from shared.ledger import Ledger
 from shared.messages import JOB_SPEC, Item, Row
 from shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
@@ -795,3 +795,87 @@ def test_a_bad_mask_of_the_job_is_asked_for_once(bench: Bench) -> None:
     bench.flow(Masked(), items, kind="inpaint", mask=bench.images.url("/none.png")).run(items)
     assert bench.codes() == ["bad_mask"] * 5
     assert bench.images.hits["/none.png"] == 1
+
+
+# --- images that stay as they are ---
+
+
+class Nothing(Invert):
+    """Finds nothing to do, and says so."""
+
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        return Work([], untouched=True, notes=["empty_mask"])
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        raise AssertionError("nothing was to be done")
+
+    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        raise AssertionError("nothing was done")
+
+
+def turned(number: int) -> bytes:
+    """A JPEG that is to be shown on its side."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.open(io.BytesIO(photo(number))).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "form", "same"),
+    [
+        (photo(1), "same", True),
+        (photo(1), "png", True),
+        (photo(1, kind="JPEG"), "same", True),
+        (photo(1, kind="JPEG"), "jpeg", True),
+        (photo(1, kind="WEBP"), "same", True),
+        (photo(1, kind="JPEG"), "png", False),
+        (photo(1), "jpeg", False),
+        (photo(1, kind="BMP"), "same", False),
+        (turned(1), "same", False),
+    ],
+    ids=["png", "png as png", "jpeg", "jpeg as jpeg", "webp", "jpeg as png", "png as jpeg", "bmp", "turned jpeg"],
+)
+def test_an_untouched_image_keeps_its_own_bytes_where_the_format_allows(
+    data: bytes, form: str, same: bool, bench: Bench
+) -> None:
+    bench.images.routes |= {"/a": data, "/b.png": photo(2)}
+    items = bench.items(["/a"])
+    flow = bench.flow(Nothing(), items, form=form)
+    flow.run(items)
+    (row,) = bench.rows()
+    result = row.result
+    assert (bench.codes(), flow.done) == (["done"], 1)
+    assert result is not None
+    assert result.notes == ("empty_mask",)
+    assert result.output_size == ((72, 96) if data == turned(1) else (96, 72))
+    stored = Path(unquote(urlsplit(row.output or "").path)).read_bytes()
+    assert result.output_bytes == len(stored)
+    assert (stored == data) == same
+    with Image.open(io.BytesIO(stored)) as image:
+        assert image.size == result.output_size
+    assert "encode" not in result.seconds or not same
+
+
+@pytest.mark.timeout(60)
+def test_a_stop_while_an_untouched_image_is_stored_leaves_it_and_holds_up_nobody(bench: Bench) -> None:
+    items = bench.photos(3)
+    flow = bench.flow(Nothing(), items, form="same", threads=2, look_ahead=SIZE)
+
+    def refuse(*_: Any) -> NoReturn:
+        bench.stop.set()
+        raise StorageUnavailable("try later")
+
+    flow.store.put = refuse  # type: ignore[method-assign]
+    flow.run(items)
+    assert bench.codes() == ["pending"] * 3
+
+
+def test_samples_of_an_untouched_image_are_a_fault(bench: Bench) -> None:
+    class Both(Nothing):
+        def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+            return Work([Sample(picture.pixels, None)], untouched=True)
+
+    items = bench.photos(1)
+    bench.flow(Both(), items).run(items)
+    assert bench.codes() == ["internal_error"]

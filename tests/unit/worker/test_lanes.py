@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from shared.errors import ConfigurationError
+from shared.options import ENGINES
 from shared.settings import Settings
 from worker.doctor import check_models
 from worker.lanes import lanes, missing, nothing_to_do, shortcomings, without_models
@@ -15,10 +16,11 @@ from worker.weights import put_on_record, variant
 
 
 def settings(folder: Path, *engines: str, here: tuple[str, ...] = (), int8: bool = False, **worker: Any) -> Settings:
-    """Settings of a node with these engines; the models in `here` have (empty) files."""
+    """Settings of a node with these engines; the models in `here` have (empty) files, rembg's but for those with a suffix."""
     for name in here:
-        (folder / "rembg").mkdir(exist_ok=True)
-        (folder / "rembg" / f"{name}.onnx").touch()
+        path = folder / "lama" / name if "." in name else folder / "rembg" / f"{name}.onnx"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
     groups: dict[str, Any] = dict(weights={"folder": folder}, worker={"engines": engines, **worker}, onnx={"int8": int8})
     return Settings(_env_file=None, **groups)  # type: ignore[call-arg]
 
@@ -99,3 +101,24 @@ def test_the_doctor_warns_where_8_bits_are_asked_for_and_not_here(tmp_path: Path
     variant(original, "int8").touch()
     put_on_record(original, "int8", accepted=True, told={})
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
+
+
+@pytest.fixture
+def fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is an engine lama, whatever its options are."""
+    monkeypatch.setitem(ENGINES["inpaint"], "lama", ENGINES["inpaint"]["opencv"])
+
+
+def test_a_node_listens_for_lama_where_its_converted_file_is(tmp_path: Path, fills: None) -> None:
+    known = settings(tmp_path, "lama", here=("lama.pt",))
+    assert lanes(known) == []
+    assert missing(known) == {"lama": ["lama"]}
+    assert shortcomings(known) == [(f"no model of the engine lama is in {tmp_path / 'lama'}", "imagemill models pull lama")]
+    assert "imagemill models pull lama" in str(nothing_to_do(known))
+    (finding,) = check_models(known)
+    assert (finding.state, finding.mend) == ("failed", "imagemill models pull lama")
+    known = settings(tmp_path, "lama", here=("lama.safetensors",), int8=True)
+    assert lanes(known) == ["lama.lama"]
+    assert Worker(known).queues == [f"imagemill.inpaint.lama.lama{priority}" for priority in (".high", "", ".low")]
+    (finding,) = check_models(known)
+    assert (finding.state, finding.found) == ("ok", "lama: lama")

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from producer.commands import SHORT_HELP, Commands
+from tests.generators import lama_checkpoint, lama_file, lama_script, lama_weights
 from tests.models import birefnet_like_onnx, u2net_onnx
 from tests.services import ImageServer, redirect
 from tests.workers import ROOT
@@ -24,11 +27,12 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def published(tmp_path: Path, images: ImageServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Weights]:
-    """Three models of rembg's release on a server with its layout, the mirror of an empty folder; by name."""
+    """Three models of rembg's release and LaMa on a server with its layout, the mirror of an empty folder; by name."""
     made = {
         "u2net": u2net_onnx(tmp_path / "published" / "u2net.onnx", size=32),
         "birefnet-general": birefnet_like_onnx(tmp_path / "published" / "birefnet.onnx", size=64),
         "bria-rmbg": u2net_onnx(tmp_path / "published" / "bria.onnx", size=32, seed=1),
+        "lama": lama_script(tmp_path / "published" / "big-lama.pt"),
     }
     rows = []
     for row in (row for row in WEIGHTS if row.name in made):
@@ -169,3 +173,109 @@ def test_without_onnx_a_pull_still_ends_well(run: Run, published: dict[str, Weig
     done = run("pull", "birefnet-general")
     assert (done.exit_code, "pip install 'imagemill[rembg]'" in done.stderr) == (0, True)
     assert listed(run)["birefnet-general"]["state"] == "there"
+
+
+# --- LaMa, which is converted -----------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> set[str]:
+    """The visible files that the models' commands have left, but for what is remembered of them."""
+    return {path.name for path in (folder / "weights" / "lama").iterdir() if not path.name.startswith(".")} - {
+        f"{name}.sums.json" for name in ("lama.pt", "lama.safetensors")
+    }
+
+
+def test_lama_is_pulled_and_converted_once(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    done = run("pull", "lama")
+    loaded = tmp_path / "weights" / "lama" / "lama.safetensors"
+    assert done.exit_code == 0, done.output
+    assert f"lama: pulled, its checksum is right: {tmp_path}/weights/lama/lama.pt" in done.stdout
+    assert f"million numbers): {loaded}" in done.stdout
+    assert load_file(loaded).keys() == lama_weights().keys()
+    assert files(tmp_path) == {"lama.pt", "lama.safetensors", "lama.safetensors.made.json"}
+    row = listed(run)["lama"]
+    assert (row["state"], row["path"], row["bytes"]) == ("there", str(loaded), loaded.stat().st_size)
+    again = run("pull", "--engine", "lama")
+    assert "is there already" in again.stdout
+    assert "converted" not in again.stdout
+    verified = run("verify")
+    assert verified.exit_code == 0
+    assert "lama: right (md5:" in verified.stdout
+    assert "lama.safetensors: right (sha256:" in verified.stdout
+
+
+def test_lama_is_converted_again_where_that_file_is_missing_or_of_another(
+    run: Run, published: dict[str, Weights], images: ImageServer, tmp_path: Path
+) -> None:
+    run("pull", "lama")
+    loaded = tmp_path / "weights" / "lama" / "lama.safetensors"
+    loaded.unlink()
+    assert listed(run)["lama"]["state"] == "unconverted"
+    images.routes.clear()
+    assert "lama: converted lama.pt" in run("pull", "lama").stdout
+    assert listed(run)["lama"]["state"] == "there"
+    loaded.write_bytes(loaded.read_bytes()[:-1])
+    done = run("verify", "lama")
+    assert (done.exit_code, "has changed since it was made" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("write", [lama_checkpoint, lama_script, lama_file])
+def test_lama_can_be_had_from_a_file_of_ones_own(
+    write: Callable[..., Path], run: Run, published: dict[str, Weights], images: ImageServer, tmp_path: Path
+) -> None:
+    run("pull", "lama")
+    images.routes.clear()
+    own = write(tmp_path / "own" / "best.ckpt", seed=7)
+    done = run("pull", "lama", "--from", str(own))
+    assert (done.exit_code, "lama: converted best.ckpt" in done.stdout) == (0, True), done.output
+    made = load_file(tmp_path / "weights" / "lama" / "lama.safetensors")
+    assert all(torch.equal(made[name], tensor) for name, tensor in lama_weights(seed=7).items())
+    assert own.is_file()
+    assert files(tmp_path) == {"lama.safetensors", "lama.safetensors.made.json"}
+    assert listed(run)["lama"]["state"] == "unchecked"
+    verified = run("verify")
+    assert (verified.exit_code, "lama.safetensors: right" in verified.stdout) == (0, True), verified.output
+
+
+def test_a_safetensors_file_that_somebody_put_there_is_used_as_it_is(
+    run: Run, published: dict[str, Weights], tmp_path: Path
+) -> None:
+    path = lama_file(tmp_path / "weights" / "lama" / "lama.safetensors")
+    assert listed(run)["lama"]["state"] == "unchecked"
+    verified = run("verify")
+    assert (verified.exit_code, "put here by somebody" in verified.stdout) == (0, True), verified.output
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("words", [["u2net"], ["lama", "u2net"], [], ["lama", "--engine", "lama"]])
+def test_only_lama_can_be_had_from_a_file(words: list[str], run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    own = lama_file(tmp_path / "own.safetensors")
+    done = run("pull", *words, "--from", str(own))
+    assert (done.exit_code, "goes with one model that is converted (lama)" in done.stderr) == (2, True), done.output
+
+
+def test_a_file_of_something_else_takes_nothing_away(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    run("pull", "lama")
+    (tmp_path / "own").write_bytes(b"something else")
+    done = run("pull", "lama", "--from", str(tmp_path / "own"))
+    assert (done.exit_code, "no file of LaMa's weights" in done.stderr) == (2, True), done.output
+    assert run("verify", "lama").exit_code == 0
+    assert listed(run)["lama"]["state"] == "there"
+
+
+def test_without_torch_lama_is_pulled_and_told_how_to_convert_it(
+    run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.delitem(sys.modules, "worker.operations.inpaint.checkpoint", raising=False)
+        patched.setitem(sys.modules, "torch", None)
+        done = run("pull", "lama")
+    assert (done.exit_code, "torch is not installed: pip install 'imagemill[lama]'" in done.stderr) == (2, True), done.output
+    assert listed(run)["lama"]["state"] == "unconverted"
+    assert run("pull", "lama").exit_code == 0
+    assert listed(run)["lama"]["state"] == "there"
+
+
+def test_lama_is_not_for_8_bits(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    done = run("quantize", "lama", "--images", str(tmp_path))
+    assert (done.exit_code, "can't be made in 8 bits" in done.stderr) == (2, True), done.output

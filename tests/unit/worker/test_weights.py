@@ -13,6 +13,7 @@ from shared.options import RembgModel
 from shared.settings import WeightsSettings
 from worker import weights as module
 from worker.weights import (
+    CONVERTED,
     WEIGHTS,
     check,
     digest,
@@ -21,6 +22,7 @@ from worker.weights import (
     known,
     made_of,
     model_file,
+    needed,
     path_of,
     put_on_record,
     state,
@@ -54,7 +56,7 @@ def test_every_row_is_pinned_checked_and_from_a_safe_place(weights: module.Weigh
     assert parts.scheme == "https"
     assert f"/{weights.revision}/" in parts.path
     assert parts.path.endswith(f"/{weights.file}")
-    assert Path(weights.file).suffix in (".onnx", ".safetensors")  # formats that hold numbers and no code
+    assert Path(weights.file).suffix == ".onnx" or weights.engine in CONVERTED  # no node loads a format that holds code
     assert weights.licence
 
 
@@ -132,3 +134,21 @@ def test_forgetting_leaves_nothing_but_the_original(original: Path) -> None:
     make(original, "int8")
     forget_variants(original)
     assert {path.name for path in original.parent.iterdir()} == {"u2net.onnx", "u2net.onnx.sums.json"}
+
+
+def test_of_a_model_that_is_converted_nodes_load_what_was_made_of_it_and_nothing_else(tmp_path: Path) -> None:
+    settings, (lama,) = WeightsSettings(folder=tmp_path), [weights for weights in WEIGHTS if weights.engine == "lama"]
+    original, loaded = path_of(lama, settings), tmp_path / "lama" / "lama.safetensors"
+    assert needed(lama, settings) == variant(original, "safetensors") == loaded
+    assert model_file(tmp_path, "lama", "lama") == model_file(tmp_path, "lama", "lama", int8=True) == loaded
+    assert needed(U2NET, settings) == path_of(U2NET, settings)
+    assert state(lama, settings) == "missing"
+    original.parent.mkdir()
+    original.write_bytes(b"published")
+    assert state(lama, settings) == "unconverted"
+    loaded.write_bytes(b"converted")
+    assert state(lama, settings) == "unchecked"
+    check(original, lama.checksum)
+    assert state(lama, settings) == "damaged"
+    original.unlink()
+    assert state(lama, settings) == "unchecked", "somebody's own"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -14,13 +14,11 @@ from shared.options import OpencvInpaint, Options
 from worker.device import Device
 from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import fingerprint, set_up, translated
-from worker.operations.inpaint.mask import Region, build_mask, feather_weights, regions
+from worker.operations.inpaint.mask import Region, build_mask, fade, mix, regions, remarks, shrunk, zone_of
 from worker.scale import resize
 
-EMPTY = "empty_mask"
-REVISION = 1
+REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
-NOWHERE = Region(slice(0, 1), slice(0, 1))  # every work has a sample, this one has nothing to fill
 STRIP = 256  # rows mixed at a time; floats take four times the bytes of the picture
 EFFORT = 1e9
 """Pixels filled times pixels looked at for each, per image: about 15 s on one core. Beyond it the fill gets coarser."""
@@ -29,13 +27,13 @@ METHODS = {"telea": cv2.INPAINT_TELEA, "navier-stokes": cv2.INPAINT_NS}
 
 @dataclass(frozen=True)
 class Crop:
-    """One region of an image and the hole in it; views, so that waiting costs no memory.
+    """One region of an image and the fill's share in it; views, so that waiting costs no memory.
 
     `shrink` is how many times smaller the fill is made: 1 but for enormous holes.
     """
 
     rgb: Pixels
-    hole: Grey
+    shares: Grey
     shrink: float
 
 
@@ -67,17 +65,21 @@ class Inpaint:
     def prepare(self, picture: Picture, inputs: Inputs) -> Work:
         options: OpencvInpaint = inputs.options
         hole = build_mask(picture.size, inputs)
+        notes = remarks(hole)
+        if not hole.any():
+            return Work([], untouched=True, notes=notes)
+        shares = fade(hole, options.mask_feather)
         # Beyond the fade, the filters look `radius` further and need a pixel for differences.
-        places = regions(hole, options.mask_feather + options.radius + 3) if hole.any() else [NOWHERE]
-        holes = [hole[one.rows, one.columns] for one in places]
-        area = sum(np.count_nonzero(_zone(one, options.mask_feather)) for one in holes)
+        places = regions(shares, options.radius + 3)
+        parts = [shares[one.rows, one.columns] for one in places]
+        area = sum(np.count_nonzero(zone_of(part)) for part in parts)
         # Pixels shrink with the square of the size, and so does what each looks at.
         shrink = max(1.0, (area * math.pi * options.radius**2 / EFFORT) ** 0.25)
         rgb = picture.pixels[..., :3]
-        crops = [Crop(rgb[one.rows, one.columns], part, shrink) for one, part in zip(places, holes, strict=True)]
+        crops = [Crop(rgb[one.rows, one.columns], part, shrink) for one, part in zip(places, parts, strict=True)]
         samples = [Sample(crop, options) for crop in crops]
         evidence = Evidence(comparable=False, hole=hole)  # the source has there what was to go
-        return Work(samples, state=Plan(picture, places), notes=[] if hole.any() else [EMPTY], evidence=evidence)
+        return Work(samples, state=Plan(picture, places), notes=notes, evidence=evidence)
 
     def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
         return self.spec.name
@@ -89,41 +91,24 @@ class Inpaint:
     @translated("putting the fill into the image")
     def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
         plan: Plan = work.state
-        if plan.places == [NOWHERE]:
-            return plan.picture
-        pixels = plan.picture.pixels.copy()
         for place, filled, sample in zip(plan.places, outputs, work.samples, strict=True):
-            weights = feather_weights(sample.data.hole, sample.options.mask_feather)[..., None]
+            target = plan.picture.pixels[place.rows, place.columns, :3]
             for top in range(0, len(filled), STRIP):
-                weight = weights[top : top + STRIP]
-                target = pixels[place.rows, place.columns, :3][top : top + STRIP]
-                mixed = np.rint(target + (filled[top : top + STRIP] - target.astype(np.float32)) * weight).astype(np.uint8)
-                np.copyto(target, mixed, where=weight > 0)  # the rest stays bit for bit
-        return replace(plan.picture, pixels=pixels)
+                rows = slice(top, top + STRIP)
+                mix(target[rows], filled[rows], sample.data.shares[rows])
+        return plan.picture
 
 
 def fill(crop: Crop, options: OpencvInpaint) -> Pixels:
     """The region [h, w, 3] with its hole, and the fade around it, filled."""
-    zone = _zone(crop.hole, options.mask_feather)
+    zone = zone_of(crop.shares)
     size = (zone.shape[1], zone.shape[0])
     small = (max(1, round(size[0] / crop.shrink)), max(1, round(size[1] / crop.shrink)))
     if small == size:
         return _filled(crop.rgb, zone, options.radius, options.method)
     rgb = resize(np.ascontiguousarray(crop.rgb), small)
-    # Each pixel that a part of the hole was averaged into is filled; if that is all of them, those with the most of it.
-    share = cv2.resize(zone.astype(np.float32), small, interpolation=cv2.INTER_AREA)
-    least = 1e-3 if share.min() < 1e-3 else share.min() + 1e-3
-    coarse = _filled(rgb, (share >= least).astype(np.uint8), max(1.0, options.radius / crop.shrink), options.method)
+    coarse = _filled(rgb, shrunk(zone, small), max(1.0, options.radius / crop.shrink), options.method)
     return np.asarray(cv2.resize(coarse, size, interpolation=cv2.INTER_LINEAR), np.uint8)
-
-
-def _zone(hole: Grey, feather: int) -> Grey:
-    """1 in the hole and in the fade around it, 0 elsewhere."""
-    if feather:
-        zone = (feather_weights(hole, feather) > 0).astype(np.uint8)
-        if not zone.all():  # a fade as wide as the image leaves nothing to fill from
-            return zone
-    return (hole > 0).astype(np.uint8)
 
 
 def _filled(rgb: Pixels, zone: Grey, radius: float, method: str) -> Pixels:

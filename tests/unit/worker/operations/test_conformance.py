@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from shared.options import parse_options
+from tests.generators import lama_file
 from tests.models import weights_folder
 from tests.unit.worker.operations import conformance
 from worker.device import Device
@@ -28,6 +29,12 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"method": "navier-stokes", "mask_dilate": 2, "mask_feather": 3},
         {"mask_feather": 200, "radius": 15},
     ],
+    ("inpaint", "lama"): [
+        {"mask_dilate": 2, "mask_feather": 3, "overlap": 128},
+        {"strategy": "tile", "tile": 512, "mask_feather": 200},
+        {"strategy": "resize", "tile": 512},
+        {"strategy": "whole"},
+    ],
     ("stylize", "opencv"): [
         {"style": "pencil-sketch", "strength": 0.5, "long_edge": 40},
         {"style": "pencil-sketch", "colour": True, "sigma_s": 0, "sigma_r": 0, "shade": 0},
@@ -46,6 +53,8 @@ def test_operation_keeps_the_contract(
     operation: str, engine: str, given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     weights = weights_folder(tmp_path_factory.getbasetemp() / "weights", *(["u2net"] if engine == "rembg" else []))
+    if engine == "lama":
+        lama_file(weights / "lama" / "lama.safetensors")
     made = registry.create(operation, engine)
     made.load(Device(threads=1, weights=weights))
     assert (made.spec.name, made.spec.engine) == (operation, engine)

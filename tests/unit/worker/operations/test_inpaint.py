@@ -14,8 +14,8 @@ from shared.options import parse_options
 from worker.device import Device
 from worker.operations.base import Grey, Inputs, Picture, Pixels
 from worker.operations.inpaint import opencv
-from worker.operations.inpaint.mask import Region, build_mask, distance_to, feather_weights, regions
-from worker.operations.inpaint.opencv import EMPTY, Inpaint
+from worker.operations.inpaint.mask import EMPTY, LARGE, Region, build_mask, distance_to, fade, regions, shrunk, zone_of
+from worker.operations.inpaint.opencv import Inpaint
 
 
 def inputs(mask: Grey | None = None, boxes: Any = (), **options: Any) -> Inputs:
@@ -26,8 +26,9 @@ def inputs(mask: Grey | None = None, boxes: Any = (), **options: Any) -> Inputs:
 def inpaint(pixels: Pixels, mask: Grey | None = None, boxes: Any = (), **options: Any) -> tuple[Pixels, list[str]]:
     operation = Inpaint()
     operation.load(Device(threads=1))
-    work = operation.prepare(Picture(pixels), inputs(mask, boxes, **options))
-    return operation.finish(work, operation.run(work.samples)).pixels, work.notes
+    picture = Picture(pixels.copy())  # `finish` writes into it
+    work = operation.prepare(picture, inputs(mask, boxes, **options))
+    return (picture if work.untouched else operation.finish(work, operation.run(work.samples))).pixels, work.notes
 
 
 def slope(height: int, width: int, channels: int = 3) -> Pixels:
@@ -137,21 +138,19 @@ def test_outside_the_hole_and_its_fade_every_bit_stays(
         with pytest.raises(BadMask, match="whole image"):
             inpaint(pixels, mask, **options)
         return
-    before = pixels.copy()
     made, notes = inpaint(pixels, mask, **options)
     kept = nearest(hole) > options["mask_feather"] + 1e-4
-    assert not notes
-    assert np.array_equal(made[kept], before[kept])
-    assert np.array_equal(pixels, before), "the input is left alone"
+    assert notes == ([LARGE] if hole.mean() > 0.3 else [])
+    assert np.array_equal(made[kept], pixels[kept])
     if channels == 4:
-        assert np.array_equal(made[..., 3], before[..., 3])
+        assert np.array_equal(made[..., 3], pixels[..., 3])
 
 
 def test_the_fill_fades_out_over_the_feather() -> None:
     pixels, mask = noisy(60, 60), square(60, 60, slice(20, 40), slice(15, 34))
-    weight = feather_weights(build_mask((60, 60), inputs(mask)), 5)
+    weight = fade(build_mask((60, 60), inputs(mask)), 5) / 255
     assert (weight[mask > 0] == 1).all()
-    assert np.allclose(weight[30, 34:41], [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0])
+    assert np.allclose(weight[30, 34:41], [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0], atol=0.5 / 255)
     change = abs(inpaint(pixels, mask, mask_feather=5)[0].astype(int) - pixels).mean(axis=2)
     rings = [change[(weight > low) & (weight <= low + 0.25)].mean() for low in (0.75, 0.5, 0.25, 0)]
     assert rings == sorted(rings, reverse=True)
@@ -272,13 +271,41 @@ def test_regions_cover_every_hole_with_its_margin_and_never_meet(holes: list[tup
 
 
 def test_specks_without_end_become_one_region(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each merger reaches the next speck: one more round for each of them."""
     hole = np.zeros((400, 400), np.uint8)
-    at = 4
-    for step in range(12):
-        hole[at, at] = 255
-        at += 12 + 10 * (step % 2)
-    monkeypatch.setattr("worker.operations.inpaint.mask.ROUNDS", 1)
-    (only,) = regions(hole, 5)
-    places = np.argwhere(hole)
-    assert only == Region(slice(0, int(places[-1, 0]) + 6), slice(0, int(places[-1, 1]) + 6))
+    hole[4::40, 4::50] = 255
+    assert len(regions(hole, 5)) == 80
+    monkeypatch.setattr("worker.operations.inpaint.mask.ROUNDS", 0)
+    assert regions(hole, 5) == [Region(slice(0, 370), slice(0, 360))]
+
+
+@pytest.mark.parametrize("reach", [1, 7, 60])
+def test_maps_made_in_blocks_are_those_of_the_whole(reach: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(reach)
+    marks = (rng.random((150, 170)) < 0.002).astype(np.uint8) * 255
+    marks[:, 80:] = 0
+    whole = build_mask((170, 150), inputs(marks, mask_dilate=reach)), fade(marks, reach)
+    monkeypatch.setattr("worker.operations.inpaint.mask.BLOCK", 16)
+    assert np.array_equal(build_mask((170, 150), inputs(marks, mask_dilate=reach)), whole[0])
+    assert np.array_equal(fade(marks, reach), whole[1])
+    assert np.array_equal(whole[1] > 0, nearest(marks > 0) <= reach + 1e-4), "the fade is as wide as was asked for"
+    assert np.array_equal(whole[1] == 255, marks == 255)
+
+
+def test_a_zone_is_all_that_is_not_kept_but_never_everything() -> None:
+    shares = np.array([[0, 1, 128, 255]], np.uint8)
+    assert zone_of(shares).tolist() == [[0, 255, 255, 255]]
+    assert zone_of(shares[:, 1:]).tolist() == [[0, 0, 255]]
+
+
+def test_each_pixel_that_a_speck_was_averaged_into_is_in_the_shrunk_zone() -> None:
+    zone = square(160, 320, slice(33, 34), slice(100, 101))
+    assert np.array_equal(shrunk(zone, (20, 10)), square(10, 20, slice(2, 3), slice(6, 7)))
+    mostly = square(160, 320, slice(0, 160), slice(0, 319))
+    mostly[:, ::2] = 0
+    mostly[:, 160:] = 255
+    assert np.array_equal(shrunk(mostly, (2, 1)), [[0, 255]])
+
+
+@pytest.mark.parametrize(("rows", "notes"), [(29, []), (31, [LARGE])])
+def test_a_mask_over_thirty_per_cent_is_done_and_flagged(rows: int, notes: list[str]) -> None:
+    assert inpaint(slope(100, 40), square(100, 40, slice(0, rows), slice(0, 40)))[1] == notes

@@ -1,0 +1,112 @@
+"""How fills look: source, mask, result, another tool's result where there is one, and the rim four times enlarged.
+
+    python -m bench.inpaint_look FOLDER [--engine opencv] [--set key=value]... [--sheet FILE.png]
+
+FOLDER holds `NAME.jpg` (or .png, .webp) with `NAME.mask.png` or `NAME.OTHER.jpg`, another tool's result; without a
+mask, what the other tool has changed is filled. The sheet has one row per image. `lama` takes the model that
+`imagemill models pull lama` has put where nodes look for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from bench.cutout import read
+from shared.messages import Item
+from shared.options import Options, parse_options
+from shared.settings import load_settings
+from worker.device import Device
+from worker.operations import registry
+from worker.operations.base import Grey, Inputs, Operation, Picture, Pixels
+from worker.scale import fit, resize
+
+TILE = 480
+TIMES = 4
+CHANGED = 24  # levels of 255 by which another tool's pixel differs where it has filled; JPEG alone makes less
+MAGENTA = (255, 0, 255)
+
+Example = tuple[str, Pixels, Grey, Pixels | None]
+
+
+def examples(folder: Path) -> list[Example]:
+    """Name, picture, mask and the other tool's result."""
+    kinds = (".jpg", ".jpeg", ".png", ".webp")
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in kinds or "." in path.stem:
+            continue
+        masks = sorted(folder.glob(f"{path.stem}.mask.*"))
+        others = [other for other in sorted(folder.glob(f"{path.stem}.*.*")) if other not in masks]
+        picture = read(path)[..., :3]
+        other = read(others[0])[..., :3] if others else None
+        if masks:
+            found.append((path.stem, picture, np.ascontiguousarray(read(masks[0])[..., 0]), other))
+        elif other is not None and other.shape == picture.shape:
+            changed = (cv2.absdiff(picture, other).max(axis=2) > CHANGED).astype(np.uint8) * 255
+            changed = cv2.morphologyEx(changed, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
+            found.append((path.stem, picture, np.asarray(cv2.dilate(changed, np.ones((7, 7), np.uint8)), np.uint8), other))
+    return found
+
+
+def filled(operation: Operation, picture: Pixels, mask: Grey, options: Options) -> Pixels:
+    item = Item(index=0, source="https://bench.example/one.png")
+    work = operation.prepare(Picture(picture.copy()), Inputs(item, options, mask))
+    outputs = [output for sample in work.samples for output in operation.run([sample])]
+    return operation.finish(work, outputs).pixels
+
+
+def row(example: Example, result: Pixels) -> Pixels:
+    """One image's tiles, side by side."""
+    _, picture, mask, other = example
+    hole = resize(mask, (picture.shape[1], picture.shape[0])) > 127
+    marked = picture // 2
+    marked[hole] = MAGENTA
+    spot = seam(hole.astype(np.uint8))
+    shown = [_tile(picture), _tile(marked), _tile(result)]
+    shown.append(_tile(other) if other is not None else np.full((TILE, TILE, 3), 64, np.uint8))
+    shown += [_tile(np.repeat(np.repeat(one[spot], TIMES, axis=0), TIMES, axis=1)) for one in (marked, result)]
+    return np.hstack(shown)
+
+
+def seam(hole: Grey) -> tuple[slice, slice]:
+    """Where most of the rim is, in a square that fills a tile when it is enlarged."""
+    side = TILE // TIMES
+    rim = cv2.morphologyEx(hole, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)).astype(np.float32)
+    most = cv2.boxFilter(rim, -1, (side, side), normalize=False, borderType=cv2.BORDER_CONSTANT)
+    middle = np.unravel_index(int(most.argmax()), most.shape)
+    top, left = (max(0, min(int(at) - side // 2, extent - side)) for at, extent in zip(middle, hole.shape, strict=True))
+    return slice(top, top + side), slice(left, left + side)
+
+
+def _tile(pixels: Pixels) -> Pixels:
+    scaled = resize(pixels, fit((pixels.shape[1], pixels.shape[0]), TILE))
+    tile = np.full((TILE, TILE, 3), 64, np.uint8)
+    tile[: scaled.shape[0], : scaled.shape[1]] = scaled
+    return tile
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", type=Path, metavar="FOLDER")
+    parser.add_argument("--engine", default="opencv")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="options")
+    parser.add_argument("--sheet", type=Path, default=Path("inpaint.png"))
+    given = parser.parse_args()
+    options = parse_options("inpaint", given.engine, dict(one.split("=", 1) for one in given.options))
+    operation = registry.create("inpaint", given.engine)
+    operation.load(Device.of(load_settings(), 1))
+    found = examples(given.images)
+    if not found:
+        raise SystemExit(f"there are no images with a mask (NAME.jpg and NAME.mask.png) in {given.images}")
+    sheet = np.vstack([row(one, filled(operation, one[1], one[2], options)) for one in found])
+    Image.fromarray(sheet).save(given.sheet)
+    print(f"{', '.join(name for name, *_ in found)}: {given.sheet}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""A stand-in for LaMa's network, whose fills are known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shared.errors import OutOfMemory
+from worker.operations.base import Grey, Pixels
+
+Size = tuple[int, int]
+
+
+class Continues:
+    """A Session that continues gradients: it fits a plane to what is known of each picture, channel by channel.
+
+    It checks what it is given, and notes the sizes of each batch. Batches larger than `most` are too much for it.
+    """
+
+    def __init__(self, most: int = 1000) -> None:
+        self.most = most
+        self.batches: list[list[Size]] = []
+
+    def run(self, pictures: Sequence[Pixels], holes: Sequence[Grey]) -> list[Pixels]:
+        sizes = [(hole.shape[0], hole.shape[1]) for hole in holes]
+        self.batches.append(sizes)
+        assert len(set(sizes)) == 1, "all of a batch are of one size"
+        assert all(side % 8 == 0 and side >= 16 for side in sizes[0])
+        assert [picture.shape for picture in pictures] == [(*size, 3) for size in sizes]
+        assert all(array.dtype == np.uint8 for array in (*pictures, *holes))
+        assert all(((hole == 0) | (hole == 255)).all() for hole in holes)
+        if len(pictures) > self.most:
+            raise OutOfMemory("too many")
+        return [plane(picture, hole) for picture, hole in zip(pictures, holes, strict=True)]
+
+
+def plane(picture: Pixels, hole: Grey) -> Pixels:
+    """The plane through what is known, least squares, in each channel; grey where nothing is known."""
+    height, width = hole.shape
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    terms = np.stack([np.ones_like(x), x / width, y / height], axis=2)
+    known = hole == 0
+    if not known.any():
+        return np.full_like(picture, 128)
+    fit, *_ = np.linalg.lstsq(terms[known], picture[known].astype(np.float64), rcond=None)
+    return np.asarray(np.clip(np.rint(terms @ fit), 0, 255), np.uint8)
