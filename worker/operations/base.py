@@ -164,7 +164,8 @@ class Operation(Protocol):
     def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
         """CPU: blend tiles, apply alpha, restore size; the result, uint8 RGB or RGBA.
 
-        It may write into the picture that `prepare` had, and return that: nobody else looks at it any more.
+        It may write into the picture that `prepare` had, and return that, where the evidence is not `comparable`: else
+        the check looks at it once more.
         """
 
 

@@ -73,8 +73,8 @@ def inputs(operation: Operation, pixels: Pixels, options: Options) -> Inputs:
 
 
 def prepared(operation: Operation, pixels: Pixels, options: Options) -> Work:
-    """`prepare` with a copy of `pixels`, since `finish` may write into it."""
-    picture = Picture(pixels.copy(), "jpeg", full_size=(pixels.shape[1], pixels.shape[0]))
+    """`prepare` with a picture that is the operation's: `finish` may write into it."""
+    picture = Picture(pixels, "jpeg", full_size=(pixels.shape[1], pixels.shape[0]))
     work = operation.prepare(picture, inputs(operation, pixels, options))
     assert work.untouched == (not work.samples), "nothing is run on an untouched image, and something on all others"
     if work.untouched:
@@ -88,9 +88,12 @@ def finished(operation: Operation, work: Work, outputs: Sequence[Any]) -> Pictur
 
 def take_through(operation: Operation, pixels: Pixels, options: Options) -> Result:
     """One image through all three steps, in batches no larger than the spec's."""
-    work = prepared(operation, pixels, options)
+    given = pixels.copy()
+    work = prepared(operation, given, options)
     outputs = run_all(operation, work.samples)
+    assert np.array_equal(given, pixels), "only `finish` may write into its input"
     picture = finished(operation, work, outputs)
+    assert np.array_equal(given, pixels) or not work.evidence.comparable, "what is compared with its source leaves it alone"
     assert picture.format == "jpeg", "the source's format is carried through"
     check_evidence(operation, picture, Picture(pixels), work, options)
     return Result(picture.pixels, tuple(work.notes))
@@ -164,7 +167,7 @@ def check_batches(operation: Operation, options: Options) -> None:
     """A result does not depend on what else is in the batch, nor on the order."""
     alone = {name: take_through(operation, pixels, options).pixels for name, pixels in PICTURES.items()}
     for names in (list(PICTURES), list(PICTURES)[::-1]):
-        works = [prepared(operation, PICTURES[name], options) for name in names]
+        works = [prepared(operation, PICTURES[name].copy(), options) for name in names]
         outputs = iter(run_all(operation, [sample for work in works for sample in work.samples]))
         for name, work in zip(names, works, strict=True):
             made = finished(operation, work, [next(outputs) for _ in work.samples]).pixels
@@ -176,7 +179,7 @@ def check_threads(operation: Operation, options: Options) -> None:
     pictures = list(PICTURES.values()) * 2
     expected = [take_through(operation, pixels, options).pixels.tobytes() for pixels in pictures]
     with ThreadPoolExecutor(4) as pool:
-        works = list(pool.map(lambda pixels: prepared(operation, pixels, options), pictures))
+        works = list(pool.map(lambda pixels: prepared(operation, pixels.copy(), options), pictures))
         outputs = [run_all(operation, work.samples) for work in works]
         made = list(pool.map(lambda pair: finished(operation, *pair).pixels.tobytes(), zip(works, outputs, strict=True)))
     assert made == expected, "threads disturb one another"
