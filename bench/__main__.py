@@ -19,7 +19,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-BENCHES = ("enqueue", "codec", "coldstart", "overhead", "batching", "memory", "feeding", "inpaint", "stylize", "cutout")
+BENCHES = (
+    "enqueue",
+    "codec",
+    "coldstart",
+    "overhead",
+    "batching",
+    "memory",
+    "feeding",
+    "inpaint",
+    "stylize",
+    "quality",
+    "cutout",
+)
 RESULTS = Path(__file__).parent / "results.json"
 VARIABLE = "IMAGEMILL_BENCH_IMAGES"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -18,13 +18,15 @@ from rich.console import Console
 
 from producer import show
 from producer.commands import INTERRUPTED, Commands, installed_version
+from producer.drift import Outlier, outliers
 from producer.presets import presets
 from producer.sources import read_sources
-from producer.spec import job_spec, local_address, option_values, options_help
+from producer.spec import job_spec, local_address, option_values, options_help, quality_values
 from shared.errors import InvalidSource, UsageError
 from shared.messages import PRIORITIES, Job, JobStatus, Row
 from shared.options import OPERATIONS
 from shared.presets import Presets
+from shared.quality import flags_of
 from shared.queues import queue_name
 from shared.settings import Settings, load_settings
 
@@ -68,6 +70,8 @@ def main(ctx: click.Context) -> None:
 @click.option("--attempts", type=int, help="Tries per image before it is recorded as failed; default 3.")
 @click.option("--batch", type=click.Choice(["quality", "throughput"]), help="Small batches, or large ones (default).")
 @click.option("--fresh", is_flag=True, help="Compute each image anew, though its result is remembered from before.")
+@click.option("--check", type=click.Choice(["off", "flag", "repair"]), help="Of results: measured and flagged; default flag.")
+@click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE", help="A limit of the check; see below.")
 @click.option("--skip-invalid", is_flag=True, help="Leave rows out that can't be used, instead of refusing the list.")
 @click.option("--expire-days", type=int, metavar="N", help="Have S3 delete what lies below --output after N days.")
 @click.option("--wait", is_flag=True, help="Show progress until all images are done.")
@@ -90,6 +94,8 @@ def submit(
     attempts: int | None,
     batch: str | None,
     fresh: bool,
+    check: str | None,
+    limits: Sequence[str],
     skip_invalid: bool,
     expire_days: int | None,
     wait: bool,
@@ -99,6 +105,7 @@ def submit(
     target: dict[str, object] = {"url": local_address(output), "format": form, "quality": quality, "icc": icc, "key": key}
     reuse = False if fresh else None
     policy: dict[str, object] = {"priority": priority, "attempts": attempts, "batch": batch, "reuse": reuse}
+    policy["quality"] = quality_values(check, limits)
     configured = load_settings()
     look = Presets(configured.presets).get(preset) if preset is not None else None
     spec = job_spec(operation, engine, option_values(settings, mask), target, policy, look)
@@ -160,13 +167,21 @@ def watch(connect: Connect, job: str) -> None:
 @click.argument("job")
 @click.option("--format", "form", type=click.Choice(["jsonl", "csv"]), default="jsonl", show_default=True)
 @click.option("--failed", is_flag=True, help="Only what failed.")
+@click.option("--flagged", is_flag=True, help="Only what the check flagged or what looks unlike the others, and as what.")
 @click.option("--presign", type=int, metavar="SECONDS", help="Add links to results in S3 that anyone can open so long.")
 @click.pass_obj
-def results(connect: Connect, job: str, form: Literal["jsonl", "csv"], failed: bool, presign: int | None) -> None:
+def results(
+    connect: Connect, job: str, form: Literal["jsonl", "csv"], failed: bool, flagged: bool, presign: int | None
+) -> None:
     """Print what became of each image, one per line."""
+    if failed and flagged:
+        raise UsageError("--failed and --flagged exclude each other: what failed has no result to flag")
     with connect(load_settings()) as client:
-        rows = (row for row in client.results(job) if row.state == "failed" or not failed)
-        _write(_lines(rows, client, presign), (*COLUMNS, "link") if presign is not None else COLUMNS, form)
+        lines = _lines((row for row in client.results(job) if row.state == "failed" or not failed), client, presign)
+        if flagged:
+            lines = _flagged(client.results(job), outliers(client.results(job)), client, presign)
+        more = [name for name, wanted in (("flags", flagged), ("link", presign is not None)) if wanted]
+        _write(lines, (*COLUMNS, *more), form)
 
 
 @main.command()
@@ -211,7 +226,8 @@ def report(connect: Connect, job: str, out: Path | None, most: int) -> None:
     configured = load_settings()
     path = out or Path(f"{job}.html")
     with connect(configured) as client:
-        page = JobPage(client.status(job), client.spec(job), client.results(job))
+        drift = outliers(client.results(job))
+        page = JobPage(client.status(job), client.spec(job), client.results(job), drift)
         text = render([page], picture=picture_links(configured.s3, _complain), most=most, title=f"imagemill {job}")
     try:
         path.write_text(text, encoding="utf-8")
@@ -297,6 +313,19 @@ def _lines(rows: Iterable[Row], client: Client, presign: int | None) -> Iterator
         yield line
 
 
+def _flagged(
+    rows: Iterable[Row], drift: Mapping[int, Outlier], client: Client, presign: int | None
+) -> Iterator[dict[str, Any]]:
+    """Lines of what is flagged, with `flags`: `blurred`, `drift:lightness`, ..."""
+    for row in rows:
+        flags = [*flags_of(row.result.notes if row.result else ())]
+        if row.index in drift:
+            flags.append(f"drift:{drift[row.index].measure}")
+        if flags:
+            (line,) = _lines([row], client, presign)
+            yield {**line, "flags": flags}
+
+
 def _write(lines: Iterable[dict[str, Any]], columns: Sequence[str], form: Literal["jsonl", "csv"]) -> None:
     if form == "jsonl":
         for line in lines:
@@ -304,7 +333,8 @@ def _write(lines: Iterable[dict[str, Any]], columns: Sequence[str], form: Litera
         return
     writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    for line in lines:
+        writer.writerow(line | ({"flags": " ".join(line["flags"])} if "flags" in line else {}))
 
 
 if __name__ == "__main__":

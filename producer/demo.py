@@ -26,6 +26,7 @@ from rich.table import Column, Table
 from producer import show
 from producer.client import Client
 from producer.demo_site import Site, gather
+from producer.drift import outliers
 from producer.embedded_redis import EmbeddedRedis
 from producer.report import JobPage, Picture, render
 from producer.sources import read_sources
@@ -90,7 +91,7 @@ def _run(
     for each in runs:
         each.rows = list(client.results(each.job))
     page = folder / "report.html"
-    pages = [JobPage(each.status, each.spec, each.rows) for each in runs]
+    pages = [JobPage(each.status, each.spec, each.rows, outliers(each.rows)) for each in runs]
     page.write_text(render(pages, picture=_relative(folder, site), title="imagemill demo"), encoding="utf-8")
     code = _summarize(runs, site, page, console)
     if keep:

@@ -1,21 +1,26 @@
-"""A job, or several, as one HTML page that stands alone: before and after, failures, figures."""
+"""A job, or several, as one HTML page that stands alone: before and after, failures, what to look at, figures."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from producer.drift import Outlier
 from shared.messages import ItemResult, Job, JobStatus, Row
+from shared.quality import FLAG, RULES, flags_of
 from shared.urls import shown
 
-STAGES = ("fetch", "wait", "decode", "prepare", "run", "finish", "encode", "store")
+STAGES = ("fetch", "wait", "decode", "prepare", "run", "finish", "check", "encode", "store")
 MOST_FAILURES = 500
 """Failures listed per job; `imagemill results JOB --failed` has them all."""
+
+MOST_FLAGGED = 100
+"""Flagged images, and outliers, shown per job; `imagemill results JOB --flagged` has them all."""
 
 Picture = Callable[[str], str | None]
 """Maps the address of an image to what an `<img src>` may use: a presigned link, a relative path; None if nothing can."""
@@ -23,11 +28,12 @@ Picture = Callable[[str], str | None]
 
 @dataclass(frozen=True)
 class JobPage:
-    """One job of a page. `rows` is read once, in one pass."""
+    """One job of a page. `rows` is read once, in one pass; `drift` tells by index which look unlike the others."""
 
     status: JobStatus
     spec: Job
     rows: Iterable[Row]
+    drift: Mapping[int, Outlier] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,6 +44,7 @@ class Pair:
     before: str | None
     after: str | None
     duplicates: int = 0
+    remark: str | None = None
 
 
 @dataclass
@@ -51,6 +58,20 @@ class Failures:
 
 
 @dataclass
+class Notable:
+    """Images that are worth a look: how many, and the first of them."""
+
+    count: int = 0
+    pairs: list[Pair] = field(default_factory=list)
+
+    def add(self, row: Row, picture: Picture, remark: str | None = None) -> None:
+        """One more."""
+        self.count += 1
+        if len(self.pairs) < MOST_FLAGGED:
+            self.pairs.append(Pair(row, _image(row.source, picture), _image(row.output, picture), remark=remark))
+
+
+@dataclass
 class _Section:
     """What the template shows of one job."""
 
@@ -58,6 +79,8 @@ class _Section:
     spec: Job
     stages: list[tuple[str, float, float]] = field(default_factory=list)  # name, mean in ms, share of the longest in %
     failures: list[Failures] = field(default_factory=list)
+    flagged: Notable = field(default_factory=Notable)
+    drifted: Notable = field(default_factory=Notable)
     pairs: list[Pair] = field(default_factory=list)
     unshown: int = 0
     unfinished: int = 0
@@ -88,7 +111,7 @@ def render(jobs: Sequence[JobPage], *, picture: Picture, most: int = 200, title:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(duration=duration, size=size, shown=shown)
+    environment.filters.update(duration=duration, size=size, shown=shown, worded=worded)
     sections = [_section(job, picture, most) for job in jobs]
     return environment.get_template("report.html.j2").render(title=title, jobs=sections, most_failures=MOST_FAILURES)
 
@@ -117,6 +140,10 @@ def _section(job: JobPage, picture: Picture, most: int) -> _Section:
                 group.rows.append(row)
                 listed += 1
         elif row.state == "done":
+            if row.result is not None and flags_of(row.result.notes):
+                section.flagged.add(row, picture)
+            if row.index in job.drift:
+                section.drifted.add(row, picture, str(job.drift[row.index]))
             if len(pairs) < most:
                 pairs[row.index] = Pair(row, _image(row.source, picture), _image(row.output, picture))
             else:
@@ -177,6 +204,12 @@ def _option(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "none" if value is None else f"{value}"
+
+
+def worded(note: str) -> str:
+    """A flag as `flag:blurred` in words, any other note as it is."""
+    words = {f"{FLAG}{rule.flag}": f"{rule.flag}: {rule.words}" for rule in RULES.values()}
+    return words.get(note, note)
 
 
 def duration(seconds: float) -> str:

@@ -12,8 +12,9 @@ from pydantic.fields import FieldInfo
 
 from shared.errors import InvalidOption, UsageError
 from shared.messages import JOB_SPEC, Job, Output, Policy
-from shared.options import ADDRESSES, ENGINES, OPERATIONS, Model, parse_options, validation_sentence
+from shared.options import ADDRESSES, ENGINES, OPERATIONS, Model, nearest, parse_options, validation_sentence
 from shared.presets import Preset
+from shared.quality import RULES, Quality
 from shared.urls import check_source_url, shown
 
 M = TypeVar("M", bound=Model)
@@ -86,6 +87,20 @@ def _addresses(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def quality_values(mode: str | None, limits: Iterable[str]) -> dict[str, str] | None:
+    """The policy's `quality` that `--check` and `--limit NAME=VALUE` give; None if there are none."""
+    values = {} if mode is None else {"mode": mode}
+    for limit in limits:
+        name, mark, value = (part.strip() for part in limit.partition("="))
+        if not mark:
+            raise InvalidOption(f"--limit takes NAME=VALUE, not {limit!r}")
+        name = name.replace("-", "_")
+        if name not in RULES:
+            raise InvalidOption(f"the check has no limit {name!r}{nearest(name, list(RULES))}")
+        values[name] = value
+    return values or None
+
+
 def local_address(text: str) -> str:
     """An address as it is; a path as `file:///absolute/path`."""
     if "://" in text or not text:
@@ -101,6 +116,8 @@ def options_help() -> str:
             fields = [(name, field) for name, field in model.model_fields.items() if name != "engine"]
             lines = [f"  {name}: {field.description}{_values(field)}" for name, field in fields]
             parts.append("\n".join(["\b", f"{operation} ({engine})", *lines]))
+    limits = [f"  {name}: {Quality.model_fields[name].description}" for name in RULES]
+    parts.append("\n".join(["\b", "--limit takes these, of which results have what their operation has:", *limits]))
     return "\n\n".join(parts)
 
 

@@ -19,6 +19,7 @@ from shared.options import (
     Operation,
     RembgRemoveBackground,
 )
+from shared.quality import Measures, Quality
 from shared.urls import check_output_url, check_source_url
 
 Priority = Literal["high", "normal", "low"]
@@ -67,6 +68,7 @@ class Policy(Model):
     attempts: int = Field(3, ge=1, le=10, description="how often an image is tried before it is recorded as failed")
     batch: Literal["quality", "throughput"] = Field("throughput", description="small batches, or as large as memory allows")
     reuse: bool = Field(True, description="copy the result that the same image has had before, instead of computing it anew")
+    quality: Quality = Quality()
 
 
 class _Job(Model):
@@ -167,6 +169,7 @@ class ItemResult(Model):
     output_size: tuple[int, int] | None = None
     seconds: dict[str, float] = Field(default_factory=dict, description="per stage")
     notes: tuple[str, ...] = Field((), description="what the submitter should know though all went well")
+    quality: Measures | None = None
     node: str | None = None
 
 

@@ -27,11 +27,13 @@ from shared.connection import connect
 from shared.errors import ImageError, ImagemillError, sentence
 from shared.messages import Item, Job
 from shared.options import ADDRESSES
+from shared.quality import Measures
 from shared.seeds import item_seed
 from shared.settings import Settings
 from worker.codec import EXTENSIONS, Encoded
 from worker.manifest import versions
 from worker.operations.base import LASTING_NOTES, Operation
+from worker.quality import REVISION as REPAIRS
 from worker.store import Store
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,10 @@ QUIET = 600.0  # seconds between complaints
 
 @dataclass(frozen=True)
 class Remembered:
-    """A result in a store: its address, MD5 in hex, format (png, jpeg or webp), bytes, (width, height) and notes."""
+    """A result in a store: its address, MD5 in hex, format (png, jpeg or webp), bytes, (width, height) and notes.
+
+    `measures` is None where it was not checked. What it is flagged as is not remembered: that is for each job to judge.
+    """
 
     output: str
     md5: str
@@ -59,12 +64,15 @@ class Remembered:
     bytes: int
     size: tuple[int, int]
     notes: tuple[str, ...] = ()
+    measures: Measures | None = None
 
     @classmethod
-    def of(cls, encoded: Encoded, *, output: str, size: tuple[int, int], notes: tuple[str, ...]) -> Remembered:
+    def of(
+        cls, encoded: Encoded, *, output: str, size: tuple[int, int], notes: tuple[str, ...], measures: Measures | None
+    ) -> Remembered:
         """A file that was just stored at `output`."""
         md5 = hashlib.md5(encoded.data, usedforsecurity=False).hexdigest()
-        return cls(output, md5, encoded.format, len(encoded.data), size, notes)
+        return cls(output, md5, encoded.format, len(encoded.data), size, notes, measures)
 
     def copied(self, store: Store, key: str) -> Remembered | None:
         """The same result under a key of `store`; None if it is gone or can't be copied, whatever the reason."""
@@ -97,7 +105,7 @@ class Cache:
 
     def key(self, data: bytes, item: Item, spec: Job, operation: Operation) -> str | None:
         """What stands for the result of this image file: equal keys, equal bytes. None if it can't be remembered."""
-        options = spec.options.model_dump(mode="json")
+        options, wanted = spec.options.model_dump(mode="json"), spec.policy.quality
         if item.mask is not None or any(options.get(name) is not None for name in ADDRESSES):
             return None
         try:
@@ -113,6 +121,7 @@ class Cache:
             "seed": item_seed(spec.options, item.index, item.source),
             "output": spec.output.model_dump(include={"format", "quality", "icc"}),
             "engine": engine,
+            "repair": [REPAIRS, wanted.model_dump()] if wanted.mode == "repair" else None,
             "around": [REVISION, *(versions().get(name) for name in AROUND)],
             "store": urlsplit(spec.output.url).scheme,  # copies are made within one, so each remembers its own
         }
@@ -154,7 +163,8 @@ def _name(key: str) -> str:
 
 def _packed(result: Remembered) -> bytes:
     md5 = base64.b64encode(bytes.fromhex(result.md5)).decode().rstrip("=")
-    fields = [result.output, md5, result.format, result.bytes, *result.size, *result.notes]
+    measures = result.measures.model_dump(exclude_defaults=True) if result.measures is not None else None
+    fields = [result.output, md5, result.format, result.bytes, *result.size, measures, *result.notes]
     return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -162,9 +172,11 @@ def _unpacked(raw: bytes) -> Remembered | None:
     """None for what another version may have left there."""
     try:
         fields: list[Any] = json.loads(raw)
-        output, md5, form, size, width, height, *notes = fields
+        output, md5, form, size, width, height, measures, *notes = fields
         digest = base64.b64decode(md5 + "==").hex()
-        found = Remembered(str(output), digest, str(form), int(size), (int(width), int(height)), tuple(map(str, notes)))
+        known = Measures.model_validate(measures) if measures is not None else None
+        sides = int(width), int(height)
+        found = Remembered(str(output), digest, str(form), int(size), sides, tuple(map(str, notes)), known)
     except (ValueError, TypeError):
         return None
     return found if found.format in EXTENSIONS else None

@@ -1,9 +1,11 @@
 """The line that the images of one chunk go through, all stages at once:
 
-    fetch -> decode -> prepare  (threads)  ->  batch -> run  (this thread)  ->  finish -> encode -> store -> record  (threads)
+    fetch -> decode -> prepare  (threads)  ->  batch -> run  (this thread)
+    ->  finish -> check -> encode -> store -> record  (threads)
 
 Two shorter ways: an image that was asked for before, in any job, goes fetch -> reuse -> record; one that the
-operation has nothing to do on, fetch -> decode -> prepare -> keep -> record.
+operation has nothing to do on, fetch -> decode -> prepare -> keep -> record. One that the check finds bad may go back to the
+device once, with another seed.
 
 While batch k is on the device, batch k+1 is being fetched and prepared and batch k-1 encoded and
 stored. How far the front may run ahead is counted in decoded pixels, so memory stays flat whatever
@@ -24,6 +26,7 @@ from typing import Any
 from shared.errors import BadMask, ImageError, InternalError, OutOfMemory, WorkerLost, sentence
 from shared.ledger import Ledger
 from shared.messages import Item, ItemResult, Job
+from shared.quality import Measures, beyond, flagged
 from shared.settings import Settings
 from shared.urls import shown
 from worker import codec
@@ -33,6 +36,7 @@ from worker.cache import CACHED, Cache, Remembered
 from worker.fetch import Fetcher
 from worker.operations.base import Inputs, Operation, Picture, Work
 from worker.passage import Passage, PixelBudget
+from worker.quality import Checked, check
 from worker.references import References
 from worker.store import Store, render_key
 
@@ -78,7 +82,7 @@ class Flow:
         Raises when the ledger can't be reached, when the device is lost, and when the chunk's time is up or this process
         is told to exit; what has no record then is delivered again.
         """
-        ready: SimpleQueue[Passage] = SimpleQueue()
+        ready: SimpleQueue[Passage | None] = SimpleQueue()
         most = cap(self.spec.policy, self.operation.spec)
         batcher: Batcher[Passage] = Batcher(self.operation, self.sizes, most, self.settings.worker.batch_wait)
         threads = min(self.settings.fetch.threads, len(items) or 1)
@@ -97,7 +101,9 @@ class Flow:
                             self._leave(passage)
                     elif batcher:
                         for passage in self._device(batcher):
-                            back.submit(self._back, passage)
+                            returns = self._may_return(passage)
+                            coming += returns
+                            back.submit(self._back, passage, ready if returns else None)
             except BaseException:
                 self.stop.set()
                 self.budget.close()
@@ -131,7 +137,7 @@ class Flow:
 
     # --- the stages -------------------------------------------------------------------------
 
-    def _front(self, passage: Passage, ready: SimpleQueue[Passage]) -> None:
+    def _front(self, passage: Passage, ready: SimpleQueue[Passage | None]) -> None:
         """fetch -> (reuse, or) decode -> prepare (-> keep), in a thread; always puts the passage on."""
         if not self.stop.is_set():
             with self._failing(passage):
@@ -142,13 +148,16 @@ class Flow:
                     picture = self._decode(passage, data, header)
                     work = self._prepare(passage, picture)
                     if work.untouched:
-                        self._keep(passage, data, picture)
+                        self._keep(passage, data, picture, work.notes)
             if passage.error is not None and self._cut_short(passage.error):
                 passage.error = passage.work = None  # as if never begun: another worker tries it as often as the policy says
         ready.put(passage)
 
-    def _collect(self, ready: SimpleQueue[Passage], batcher: Batcher[Passage], coming: int) -> int:
-        """Batch what has been prepared, for as long as the batcher waits; how many of the `coming` passages came in."""
+    def _collect(self, ready: SimpleQueue[Passage | None], batcher: Batcher[Passage], coming: int) -> int:
+        """Batch what has been prepared, for as long as the batcher waits; how many of the `coming` passages came in.
+
+        None stands for one that is over.
+        """
         came = 0
         while True:
             try:
@@ -156,6 +165,8 @@ class Flow:
             except Empty:
                 return came
             came += 1
+            if passage is None:
+                continue
             if passage.error is None and passage.work is not None:
                 with self._failing(passage):
                     batcher.add(passage, passage.work.samples)
@@ -183,12 +194,26 @@ class Flow:
             if passage.missing == 0:
                 yield passage
 
-    def _back(self, passage: Passage) -> None:
-        """finish -> encode -> store -> record, in a thread."""
-        if passage.error is None:
+    def _back(self, passage: Passage, ready: SimpleQueue[Passage | None] | None) -> None:
+        """finish -> check, then encode -> store -> record, or with `ready` perhaps back to the device; in a thread."""
+        again = False
+        try:
+            if passage.error is None:
+                with self._failing(passage):
+                    self._check(passage, self._finish(passage))
+                    again = ready is not None and self._begin_again(passage)
+            if not again:
+                self._out(passage)
+        finally:
+            if ready is not None:
+                ready.put(passage if again else None)
+
+    def _out(self, passage: Passage) -> None:
+        """encode -> store -> record."""
+        if passage.checked is not None:
+            passage.error = None  # a second try's, which was in vain then
             with self._failing(passage):
-                picture = self._finish(passage)
-                encoded = self._encode(passage, picture)
+                encoded = self._encode(passage, passage.checked.picture)
                 self._store(passage, encoded)
         if passage.error is not None:
             self._record_failure(passage, passage.error)
@@ -213,14 +238,17 @@ class Flow:
             return False
         passage.cache_key = self.cache.key(data, passage.item, self.spec, self.operation)
         known = self.cache.get(passage.cache_key) if self.spec.policy.reuse else None
-        if known is None:
+        quality = self.spec.policy.quality
+        if known is None or (known.measures is None and quality.mode != "off"):
             return False
         with passage.stage("store"):
             copy = known.copied(self.store, self._output_key(passage, known.format))
         if copy is None:
             return False
         self.cache.put(passage.cache_key, copy)  # of all copies the newest stays longest
-        passage.facts.update(output=copy.output, output_bytes=copy.bytes, output_size=copy.size, notes=(*copy.notes, CACHED))
+        flags = flagged(beyond(copy.measures, quality, self.spec.operation))
+        passage.facts.update(output=copy.output, output_bytes=copy.bytes, output_size=copy.size)
+        passage.facts.update(quality=copy.measures, notes=(*copy.notes, *flags, CACHED))
         return True
 
     def _decode(self, passage: Passage, data: bytes, header: codec.Header) -> Picture:
@@ -239,16 +267,16 @@ class Flow:
         mask = self._mask(passage.item) if self.operation.spec.needs_mask else None
         inputs = Inputs(passage.item, self.spec.options, mask, self.references.picture)
         with passage.stage("prepare"):
-            passage.work = work = self.operation.prepare(picture, inputs)
+            work = self.operation.prepare(picture, inputs)
+        passage.begin(work)
         passage.picture = picture
-        passage.missing = len(work.samples)
-        passage.outputs = [None] * passage.missing
         if (passage.missing == 0) != work.untouched:
             raise InternalError(f"{self.operation.spec.name} made {passage.missing} samples of this image")
         return work
 
-    def _keep(self, passage: Passage, data: bytes, picture: Picture) -> None:
+    def _keep(self, passage: Passage, data: bytes, picture: Picture, notes: Sequence[str]) -> None:
         """Store an untouched image: the source's own file where that is what the job asks for, else encoded anew."""
+        passage.checked = Checked(picture, tuple(notes), Measures())
         if picture.as_stored and self._format(passage, picture) == picture.format:
             encoded = codec.Encoded.of(data, picture.format)
             passage.facts.update(output_bytes=len(data), output_size=picture.size)
@@ -261,6 +289,29 @@ class Flow:
         with passage.stage("finish"):
             return self.operation.finish(passage.work, passage.outputs)
 
+    def _check(self, passage: Passage, picture: Picture) -> None:
+        """Measure and judge the result, and mend what can be mended here; of two tries the better one stays."""
+        assert passage.work is not None  # noqa: S101  # `_front` has put both there
+        assert passage.picture is not None  # noqa: S101
+        with passage.stage("check"):
+            checked = check(picture, passage.picture, passage.work, self.operation.spec, self.spec)
+        passage.keep(checked)
+
+    def _may_return(self, passage: Passage) -> bool:
+        """Whether the check may send it back to the device: once, with work that has another seed."""
+        again = passage.work is not None and passage.work.again is not None
+        return again and passage.checked is None and self.spec.policy.quality.mode == "repair"
+
+    def _begin_again(self, passage: Passage) -> bool:
+        """Put the work of another try in, if something is wrong with the first; False where it is to stay."""
+        assert passage.work is not None  # noqa: S101  # `_may_return` has looked
+        assert passage.work.again is not None  # noqa: S101
+        if self.stop.is_set() or not (passage.checked and passage.checked.beyond):
+            return False
+        with passage.stage("prepare"):
+            passage.begin(passage.work.again())
+        return True
+
     def _encode(self, passage: Passage, picture: Picture) -> codec.Encoded:
         with passage.stage("encode"):
             encoded = codec.encode(picture, format=self._format(passage, picture), quality=self.spec.output.quality)
@@ -271,9 +322,9 @@ class Flow:
         with passage.stage("store"):
             output = self.store.put(self._output_key(passage, encoded.format), encoded.data, encoded.content_type)
         passage.facts["output"] = output
-        if self.cache is not None and passage.work is not None:
-            size, notes = passage.facts["output_size"], tuple(passage.work.notes)
-            self.cache.put(passage.cache_key, Remembered.of(encoded, output=output, size=size, notes=notes))
+        if self.cache is not None and passage.checked is not None:
+            size, notes, found = passage.facts["output_size"], passage.checked.notes, passage.checked.measures
+            self.cache.put(passage.cache_key, Remembered.of(encoded, output=output, size=size, notes=notes, measures=found))
 
     def _format(self, passage: Passage, picture: Picture) -> str:
         return codec.choose_format(passage.facts["source_format"], self.spec.output.format, picture.pixels.shape[2] == 4)
@@ -335,8 +386,7 @@ class Flow:
         attempts = self.earlier.get(passage.item.index, 0) + (
             0 if isinstance(passage.error, WorkerLost) else max(1, passage.tries)
         )
-        notes = {"notes": tuple(passage.work.notes)} if passage.work else {}
-        return {**passage.facts, **notes, "attempts": attempts, "seconds": passage.seconds, "node": self.node}
+        return {**passage.facts, **passage.found, "attempts": attempts, "seconds": passage.seconds, "node": self.node}
 
     def _record(self, passage: Passage, result: ItemResult) -> None:
         try:
@@ -355,7 +405,7 @@ class Flow:
 
     def _leave(self, passage: Passage) -> None:
         """Let go of the pixels, then of their place in the budget."""
-        passage.picture = passage.work = None
+        passage.picture = passage.work = passage.checked = None
         passage.outputs = []
         self.budget.release(passage.pixels)
         passage.pixels = 0

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Condition, Lock
 from typing import Any
 
 from shared.errors import ImageError, InternalError
 from shared.messages import Item
-from worker.operations.base import Picture, Work
+from shared.quality import flagged
+from worker.operations.base import REPAIRED_SEED, Picture, Work
+from worker.quality import Checked
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Passage:
     work: Work | None = None
     outputs: list[Any] = field(default_factory=list)
     missing: int = 0
+    checked: Checked | None = None  # the best result so far
     error: ImageError | None = None
     cache_key: str | None = None  # None: its result is not to be remembered
     facts: dict[str, Any] = field(default_factory=dict)
@@ -38,6 +41,24 @@ class Passage:
             yield
         finally:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
+
+    def begin(self, work: Work) -> None:
+        """What is to be run now."""
+        self.work, self.missing, self.outputs = work, len(work.samples), [None] * len(work.samples)
+
+    def keep(self, checked: Checked) -> None:
+        """Keep a result, if it is better than the one of an earlier try."""
+        if self.checked is None:
+            self.checked = checked
+        elif checked.better_than(self.checked):
+            self.checked = replace(checked, notes=(*checked.notes, REPAIRED_SEED))
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What its record says of the result: notes and measures."""
+        if self.checked is not None:
+            return {"notes": (*self.checked.notes, *flagged(self.checked.beyond)), "quality": self.checked.measures}
+        return {"notes": tuple(self.work.notes)} if self.work is not None else {}
 
 
 class PixelBudget:

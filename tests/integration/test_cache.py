@@ -129,11 +129,13 @@ class Jobs:
         path: str = "/a.jpg",
         reuse: bool = True,
         key: str = "{job}/{index}",
+        quality: dict[str, Any] | None = None,
     ) -> ItemResult:
         """What became of the image, in a job of its own."""
         job = next(JOBS)
         output = {"url": place.urls[at], "format": "png", "key": key}
-        spec = JOB_SPEC.validate_python({"operation": "stylize", "output": output, "policy": {"reuse": reuse}})
+        policy = {"reuse": reuse, "quality": quality or {}}
+        spec = JOB_SPEC.validate_python({"operation": "stylize", "output": output, "policy": policy})
         items = [Item(index=0, source=self.images.url(path))]
         self.ledger.open_job(job, spec)
         self.ledger.add_chunks(job, [(0, items)])
@@ -265,6 +267,22 @@ def test_fresh_computes_and_is_remembered(jobs: Jobs, folder: Place) -> None:
     assert "cached" not in fresh.notes
     folder.delete(first)
     assert jobs.run(operation, folder).notes[-1] == "cached"
+
+
+def test_a_remembered_result_is_judged_by_the_limits_of_each_job(jobs: Jobs, folder: Place) -> None:
+    operation = Counted()
+    runs = [jobs.run(operation, folder, quality=limits) for limits in ({}, {"least_entropy": 8}, {"mode": "off"}, {})]
+    assert operation.runs == 1
+    assert [result.notes[1:] for result in runs] == [(), ("flag:blank", "cached"), ("cached",), ("cached",)]
+    assert runs[0].quality == runs[1].quality == runs[3].quality
+    assert runs[0].quality is not None
+
+
+def test_what_was_never_measured_is_computed_where_it_is_to_be_judged(jobs: Jobs, folder: Place) -> None:
+    operation = Counted()
+    for mode, runs in (("off", 1), ("off", 1), ("flag", 2), ("flag", 2), ("off", 2), ("repair", 3), ("repair", 3)):
+        jobs.run(operation, folder, quality={"mode": mode})
+        assert operation.runs == runs
 
 
 def test_folder_and_bucket_remember_each_their_own(jobs: Jobs, folder: Place, client: Any, tmp_path: Path) -> None:

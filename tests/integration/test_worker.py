@@ -95,6 +95,23 @@ def test_urls_in_images_out(operation: str, worker: WorkerProcess, client: Clien
     assert [opened(row).mode for row in rows] == ["RGBA" if cut else "RGB"] * 3
 
 
+def test_results_are_measured_flagged_and_mended(
+    worker: WorkerProcess, environment: dict[str, str], images: ImageServer, tmp_path: Path
+) -> None:
+    images.routes["/flagged.png"] = photo(1)
+    asked = [images.url("/flagged.png"), "--operation", "stylize", "--output", str(tmp_path), "--wait", "--json"]
+    told = []
+    for flags in ([], ["--limit", "least_sharpness=9"], ["--check", "repair", "--limit", "least_sharpness=9"]):
+        job = json.loads(cli(environment, "submit", *asked, *flags).stdout)["job"]
+        flagged = cli(environment, "results", job, "--flagged").stdout.splitlines()
+        told.append([json.loads(line)["flags"] for line in flagged])
+        (line,) = map(json.loads, (tmp_path / job / "manifest.jsonl").read_text().splitlines())
+        assert {"sharpness", "kept", "entropy", "look", "before"} <= line["quality"].keys()
+        assert ("flag:blurred" in line["notes"]) == bool(flagged)
+    assert told == [[], [["blurred"]], [["blurred"]]]
+    assert "repaired_sharpness" in line["notes"], "which is nearer to the limit"
+
+
 def test_from_url_to_s3_and_back(
     worker: WorkerProcess,
     redis_server: EmbeddedRedis,

@@ -53,6 +53,7 @@ class Spec:
     engine: str
     needs_mask: bool = False
     makes_alpha: bool = False
+    restyles: bool = False  # a job's results should look alike, and keep their sources' edges
     max_batch: int = 1
     runtime: Literal["cpu", "onnxruntime", "torch"] = "cpu"
     warm_up: Mapping[str, Any] = field(default_factory=dict)  # options of the made-up image that a child begins with
@@ -71,16 +72,39 @@ class Sample:
     footprint: str = ""
 
 
+REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED = "repaired_cast", "repaired_sharpness", "repaired_seed"
+"""Notes of what the check mended (worker.quality): a tint, a blur, or all of it by another seed."""
+
 LASTING_NOTES = frozenset(
     {"empty_cutout", "empty_mask", "enlarged", "large_mask", "matting_too_large", "no_shadow_found", "prompt_cut"}
+    | {REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED}
 )
 """Notes that the same image gets each time. A result with any other may be owed to haste, such as a deadline that was
 missed, and is not remembered (worker.cache)."""
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What the check of a result (worker.quality) can't see in it and its source.
+
+    `comparable` says whether each place of the result shows what that place of the source shows, whatever its size.
+    `hole` [height, width] of the result's size is above 0 where it was filled. `alpha` [height, width], of any size, is of
+    a cut-out that was given a background. `edges` [height, width], of any size, are those that the result was to have, 255
+    on 0; None where they are the source's.
+    """
+
+    comparable: bool = True
+    hole: Grey | None = None
+    alpha: Grey | None = None
+    edges: Grey | None = None
+
+
 @dataclass
 class Work:
     """One image between `prepare` and `finish`: 1..n samples, and what `finish` needs to know.
+
+    `finish` may add to `notes` and set `evidence`. `again`, where there is chance in the result, makes the work of another
+    try: the same image with the next seed.
 
     An image that is `untouched`, since there is nothing to do, has no samples and goes neither to `run` nor to `finish`.
     """
@@ -89,6 +113,8 @@ class Work:
     state: Any = None
     notes: list[str] = field(default_factory=list)
     untouched: bool = False
+    evidence: Evidence = Evidence()
+    again: Callable[[], Work] | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +165,8 @@ class Operation(Protocol):
     def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
         """CPU: blend tiles, apply alpha, restore size; the result, uint8 RGB or RGBA.
 
-        It may write into the picture that `prepare` had, and return that: nobody else looks at it any more.
+        It may write into the picture that `prepare` had, and return that, where the evidence is not `comparable`: else
+        the check looks at it once more.
         """
 
 

@@ -1,6 +1,7 @@
 """The command line against a real Redis; where images must be worked on, the ledger is written as a worker would."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -15,6 +16,7 @@ from shared.errors import MissingExtra
 from shared.fleet import Fleet
 from shared.ledger import Lease, Ledger
 from shared.messages import MANIFEST, Item, ItemResult, JobStatus, Node
+from shared.quality import Measures, Quality
 from shared.queues import queue_name
 from shared.settings import Settings
 from tests.conftest import missing
@@ -296,6 +298,41 @@ def test_results_as_csv_of_what_failed(imagemill: Invoke, ledger: Ledger) -> Non
     header, row = imagemill("results", job, "--format", "csv", "--failed").stdout.splitlines()
     assert header == "item,index,source,state,output,code,message,attempts,duplicate_of"
     assert row.split(",")[1:6] == ["3", "https://example.com/bad.jpg", "failed", "", "not_found"]
+
+
+def test_submit_takes_the_check_and_its_limits(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill, GOOD, "--check", "repair", "--limit", "most_cast=2")
+    assert ledger.spec(job).policy.quality == Quality(mode="repair", most_cast=2)
+    assert ledger.spec(submitted(imagemill)).policy.quality == Quality()
+    refused = imagemill(*STYLIZE, "--limit", "most_cats=2", stdin=GOOD)
+    assert refused.exit_code == 2
+    assert "did you mean 'most_cast'?" in refused.stderr
+
+
+STYLED = Measures(sharpness=500, kept=1, edges=0.8, look=(60, 0, 0, 20, 5, 5), before=(50, 0, 0, 20, 5, 5))
+
+
+def styled(item: Item) -> ItemResult:
+    """The third is flagged, the fifth is like no other."""
+    odd = STYLED.model_copy(update={"look": (60, 0, 40, 20, 5, 5)})
+    notes = ("enlarged", "flag:cast") if item.index == 2 else ()
+    output, measures = f"s3://results/out/{item.index}.png", odd if item.index == 4 else STYLED
+    return ItemResult(index=item.index, state="done", output=output, notes=notes, quality=measures)
+
+
+def test_results_that_are_flagged_or_unlike_the_others(
+    imagemill: Invoke, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "outcome", styled)
+    job = submitted(imagemill, "".join(f"https://example.com/{n}.jpg\n" for n in range(30)))
+    assert imagemill("results", job, "--flagged").stdout == ""
+    work(ledger, job)
+    rows = [json.loads(line) for line in imagemill("results", job, "--flagged").stdout.splitlines()]
+    assert [(row["index"], row["flags"]) for row in rows] == [(2, ["cast"]), (4, ["drift:blue-yellow"])]
+    header, *lines = imagemill("results", job, "--flagged", "--format", "csv").stdout.splitlines()
+    assert header.endswith(",duplicate_of,flags")
+    assert [line.rpartition(",")[2] for line in lines] == ["cast", "drift:blue-yellow"]
+    assert imagemill("results", job, "--flagged", "--failed").exit_code == 2
 
 
 def test_results_with_links(imagemill: Invoke, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from producer.report import MOST_FAILURES, JobPage, allowed, duration, render, size
-from shared.messages import JOB_SPEC, Item, ItemResult, Job, JobStatus, Row, row
+from producer.drift import Outlier
+from producer.report import MOST_FAILURES, MOST_FLAGGED, JobPage, allowed, duration, render, size
+from shared.messages import JOB_SPEC, Item, ItemResult, Job, JobStatus, Policy, Row, row
 
 A = "https://shop.example/"
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;"
@@ -165,6 +166,34 @@ def test_several_jobs_share_a_page_with_an_overview() -> None:
 
 def test_an_empty_job_has_a_page_too() -> None:
     assert "Images 0" in page([], changes={"seconds": 0.0}).text
+
+
+def test_what_is_flagged_and_what_is_unlike_the_others_is_shown_before_all_else() -> None:
+    rows = [done(n) for n in range(5)] + [done(5, notes=("enlarged", "flag:blurred", "flag:cast")), failed(6)]
+    drift = {3: Outlier("lightness", -7.2)}
+    pages = [JobPage(status(rows), spec(), rows, drift)]
+    shown = Page(render(pages, picture=lambda url: url.replace("s3://", "https://s3.example/"), most=0))
+    assert "Flagged 1 image, beyond a limit of the check" in shown.text
+    assert "5.jpg 000005 enlarged blurred: less sharp than its source cast: greys have taken on a colour" in shown.text
+    assert "Unlike the others 1 image" in shown.text
+    assert "3.jpg 000003 lightness 7 deviations below the others" in shown.text
+    assert shown.pictures == [
+        f"{A}5.jpg", "https://s3.example/results/x/5.png", f"{A}3.jpg", "https://s3.example/results/x/3.png",
+    ]  # fmt: skip
+    assert "Flagged" not in page([done(0)]).text
+
+
+def test_many_flagged_images_are_cut_and_counted() -> None:
+    rows = [done(n, notes=("flag:blank",)) for n in range(MOST_FLAGGED + 3)]
+    shown = page(rows, most=0)
+    assert len(shown.pictures) == 2 * MOST_FLAGGED
+    assert f"{MOST_FLAGGED + 3} images, beyond a limit of the check; the first {MOST_FLAGGED} are shown" in shown.text
+
+
+def test_the_check_stands_among_the_options() -> None:
+    policy = {"quality": {"mode": "repair", "most_cast": 2}}
+    job = spec().model_copy(update={"policy": Policy.model_validate(policy)})
+    assert "check=repair most_cast=2.0" in page([done(0)], job=job).text
 
 
 # --- whom it trusts ---

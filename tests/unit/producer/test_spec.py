@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from producer.spec import job_spec, local_address, option_values, options_help
+from producer.spec import job_spec, local_address, option_values, options_help, quality_values
 from shared.errors import InvalidOption
 from shared.options import ENGINES, Box
+from shared.quality import RULES, Quality
 
 OUT: dict[str, Any] = {"url": "s3://results/x"}
 
@@ -27,7 +28,9 @@ def test_what_is_given_is_kept() -> None:
     options = {"mask_dilate": "3", "method": "navier-stokes", "boxes": "1,2,3,4;0.1,0.1,0.5,0.5", "mask": "none"}
     job = job_spec("inpaint", "opencv", options, output, {"priority": "high", "attempts": 5})
     assert job.output.model_dump() == output
-    assert job.policy.model_dump() == {"priority": "high", "attempts": 5, "reuse": True}
+    assert job.policy.model_dump() == {
+        "priority": "high", "attempts": 5, "batch": "throughput", "reuse": True, "quality": Quality().model_dump(),
+    }  # fmt: skip
     told = job.options.model_dump(include={"mask_dilate", "method", "mask"})
     assert told == {"mask_dilate": 3, "method": "navier-stokes", "mask": None}
     assert job.options.boxes == (  # type: ignore[union-attr]
@@ -128,3 +131,35 @@ def test_the_help_has_every_option_of_every_engine() -> None:
             assert all(
                 f"  {name}: {field.description}" in text for name, field in model.model_fields.items() if name != "engine"
             )
+
+
+# --- the check ---
+
+
+def test_the_check_and_its_limits() -> None:
+    assert quality_values(None, []) is None
+    given = quality_values("repair", ["most-cast=2.5", " least_edges = 0.3 "])
+    job = job_spec("stylize", "opencv", {}, OUT, {"quality": given})
+    assert job.policy.quality == Quality(mode="repair", most_cast=2.5, least_edges=0.3)
+    assert job_spec("stylize", "opencv", {}, OUT, {"quality": None}).policy.quality == Quality()
+
+
+@pytest.mark.parametrize(
+    ("limit", "sentence"),
+    [
+        ("most_cats=1", "the check has no limit 'most_cats'; did you mean 'most_cast'?"),
+        ("mode=off", "the check has no limit 'mode'"),
+        ("most_cast", "--limit takes NAME=VALUE, not 'most_cast'"),
+        ("most_cast=red", "policy: quality.most_cast: input should be a valid number"),
+        ("least_edges=2", "policy: quality.least_edges: input should be less than or equal to 1, not '2'"),
+    ],
+)
+def test_a_wrong_limit_is_told(limit: str, sentence: str) -> None:
+    with pytest.raises(InvalidOption) as caught:
+        job_spec("stylize", "opencv", {}, OUT, {"quality": quality_values(None, [limit])})
+    assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_help_names_each_limit(name: str) -> None:
+    assert f"  {name}: flag:{RULES[name].flag}: " in options_help()

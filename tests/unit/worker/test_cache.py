@@ -18,6 +18,7 @@ from producer.embedded_redis import EmbeddedRedis
 from shared.errors import ConfigurationError
 from shared.messages import JOB_SPEC, Item, Job
 from shared.options import ADDRESSES, ENGINES, parse_options
+from shared.quality import Measures
 from shared.s3 import make_client
 from shared.settings import FileSettings, S3Settings, Settings
 from tests.fakes import Invert
@@ -141,8 +142,9 @@ def test_a_change_of_one_thing_alone_changes_the_key(wanted: Wanted, data: st.Da
         ({"index": 7, "name": "cover"}, {}),
         ({}, {"key": "{job}/{item}"}),
         ({}, {"policy": {"priority": "high", "attempts": 1, "reuse": False}}),
+        ({}, {"policy": {"quality": {"mode": "off", "most_cast": 1}}}),
     ],
-    ids=["address", "place and name", "key template", "policy"],
+    ids=["address", "place and name", "key template", "policy", "check without repair"],
 )
 def test_what_does_not_decide_the_bytes_does_not_change_the_key(item: dict[str, Any], others: dict[str, Any]) -> None:
     assert key(Wanted(), item, **others) == key(Wanted()) is not None
@@ -158,6 +160,15 @@ def test_where_place_or_address_decide_the_noise_they_decide_the_key() -> None:
     assert len(set(fixed)) == 1
     assert per_item[0] == per_item[2] != per_item[1]
     assert url[0] == url[1] != url[2]
+
+
+def test_a_repair_and_its_limits_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = [{}, {"mode": "repair"}, {"mode": "repair", "most_cast": 2}, {"mode": "repair", "most_cast": 3}]
+    keys = {key(Wanted(), policy={"quality": quality}) for quality in policies}
+    assert len(keys) == 4
+    monkeypatch.setattr(module, "REPAIRS", module.REPAIRS + 1)
+    assert key(Wanted(), policy={"quality": {"mode": "repair"}}) not in keys
+    assert key(Wanted()) in keys
 
 
 def test_values_that_mean_the_same_give_the_same_key() -> None:
@@ -294,6 +305,7 @@ REMEMBERED = st.builds(
     st.integers(1, 10**9),
     st.tuples(st.integers(1, 65_535), st.integers(1, 65_535)),
     st.lists(st.sampled_from(sorted(LASTING_NOTES)), max_size=2).map(tuple),
+    st.none() | st.builds(Measures, kept=st.floats(0, 9), look=st.none() | st.tuples(*[st.floats(-100, 100)] * 6)),
 )
 
 
@@ -308,8 +320,9 @@ def test_a_result_comes_back_as_it_was_and_the_latest_counts(cache: Cache, one: 
 
 def test_a_stored_file_is_remembered_by_its_md5(cache: Cache) -> None:
     encoded = Encoded(b"hello", "jpeg", "jpg", "image/jpeg")
-    result = Remembered.of(encoded, output="file:///out/1.jpg", size=(3, 2), notes=("empty_mask",))
-    assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, (3, 2), ("empty_mask",))
+    told: dict[str, Any] = dict(size=(3, 2), notes=("empty_mask",), measures=Measures(cast=0.4))
+    result = Remembered.of(encoded, output="file:///out/1.jpg", **told)
+    assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, **told)
 
 
 def test_it_is_forgotten_with_the_outputs_and_takes_little_room(redis_server: EmbeddedRedis, raw: Any) -> None:

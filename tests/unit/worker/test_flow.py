@@ -78,6 +78,7 @@ class Bench:
         sizes: BatchSizes | None = None,
         wait: float = 0.0,
         batch: str = "throughput",
+        quality: dict[str, Any] | None = None,
         **options: Any,
     ) -> Flow:
         """A flow for the job, which is made at the first call."""
@@ -85,7 +86,7 @@ class Bench:
             "operation": kind,
             "output": {"url": self.folder.as_uri(), "format": form, "key": "{index}"},
             "options": options,
-            "policy": {"attempts": attempts, "batch": batch},
+            "policy": {"attempts": attempts, "batch": batch, "quality": quality or {}},
         }
         spec = JOB_SPEC.validate_python(fields)
         if not self.fetchers:
@@ -265,7 +266,7 @@ def test_a_record_tells_what_it_took(bench: Bench) -> None:
     assert result is not None
     assert (result.attempts, result.source_format, result.source_bytes) == (2, "png", len(photo(1)))
     assert result.source_size == result.output_size == (96, 72)
-    assert {"fetch", "wait", "decode", "prepare", "run", "finish", "encode", "store"} == result.seconds.keys()
+    assert {"fetch", "wait", "decode", "prepare", "run", "finish", "check", "encode", "store"} == result.seconds.keys()
 
 
 def route(stage: str) -> Any:
@@ -496,6 +497,123 @@ def asks(thread: threading.Thread) -> bool:
     while frame is not None and frame.f_code is not PixelBudget.acquire.__code__:
         frame = frame.f_back
     return frame is not None
+
+
+# --- the check ---
+
+ALL_BLANK = {"least_entropy": 8}
+"""A limit beyond which every photo lies; those with more bits lie nearer to it."""
+
+
+class Lucky(Invert):
+    """Where there is chance in a result: `tries` says what each seed's try of an image gives, or raises."""
+
+    def __init__(self, *tries: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.tries = tries
+        self.seeds: list[int] = []
+
+    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        return self._with_seed(picture, 0)
+
+    def _with_seed(self, picture: Picture, seed: int) -> Work:
+        samples = [Sample((picture.pixels, seed), None)]
+        return Work(samples, state=picture, notes=[f"seed_{seed}"], again=lambda: self._with_seed(picture, seed + 1))
+
+    def group_key(self, sample: Sample) -> Hashable:
+        return sample.data[0].shape
+
+    def run(self, samples: Sequence[Sample]) -> list[Any]:
+        self.seeds += [seed for _, seed in (sample.data for sample in samples)]
+        return [self.tries[seed](pixels) for pixels, seed in (sample.data for sample in samples)]
+
+
+def same(pixels: np.ndarray) -> np.ndarray:
+    return pixels
+
+
+def blank(pixels: np.ndarray) -> np.ndarray:
+    return np.full_like(pixels, 9)
+
+
+def fails(pixels: np.ndarray) -> np.ndarray:
+    raise OperationFailed("no")
+
+
+def test_a_result_is_measured_and_flagged(bench: Bench) -> None:
+    items = bench.photos(3)
+    bench.flow(Lucky(blank), items).run(items)
+    for row in bench.rows():
+        assert row.result is not None
+        assert row.result.notes == ("seed_0", "flag:blank")
+        assert row.result.quality is not None
+        assert row.result.quality.entropy == 0
+
+
+def test_without_the_check_nothing_is_measured(bench: Bench) -> None:
+    items = bench.photos(1)
+    bench.flow(Lucky(blank), items, quality={"mode": "off"}).run(items)
+    (row,) = bench.rows()
+    assert row.result is not None
+    assert (row.result.quality, row.result.notes) == (None, ("seed_0",))
+
+
+@pytest.mark.parametrize(
+    ("tries", "notes"),
+    [
+        ((blank, same), ("seed_1", "repaired_seed")),
+        ((same, blank), ("seed_0",)),
+        ((blank, fails), ("seed_0",)),
+        ((blank, blank), ("seed_0",)),
+    ],
+    ids=["the second is better", "the first is better", "the second fails", "both alike"],
+)
+def test_a_bad_result_is_tried_once_more_and_the_better_one_stays(
+    tries: tuple[Callable[[np.ndarray], np.ndarray], ...], notes: tuple[str, ...], bench: Bench
+) -> None:
+    items = bench.photos(7)
+    operation = Lucky(*tries)
+    flow = bench.flow(operation, items, quality={"mode": "repair", **ALL_BLANK}, threads=2, look_ahead=2 * SIZE)
+    with running(flow, items):
+        pass
+    assert sorted(set(operation.seeds)) == [0, 1]
+    assert (flow.done, flow.failed) == (7, 0)
+    assert sorted(bench.entries()) == list(range(7))
+    better = tries[notes[0] == "seed_1"]
+    for row in bench.rows():
+        assert row.result is not None
+        assert row.result.notes == (*notes, "flag:blank")
+        assert np.array_equal(pixels(row), better(source(row.index)))
+
+
+@pytest.mark.parametrize("quality", [{"mode": "flag", **ALL_BLANK}, {"mode": "repair"}], ids=["only flagged", "good"])
+def test_what_is_only_flagged_or_good_is_not_tried_again(quality: dict[str, Any], bench: Bench) -> None:
+    items = bench.photos(3)
+    operation = Lucky(same, same)
+    bench.flow(operation, items, quality=quality).run(items)
+    assert operation.seeds == [0, 0, 0]
+    assert bench.codes() == ["done"] * 3
+
+
+def test_an_image_that_fails_is_not_tried_again(bench: Bench) -> None:
+    items = bench.photos(2)
+    operation = Lucky(fails, same)
+    with running(bench.flow(operation, items, quality={"mode": "repair"}), items):
+        pass
+    assert bench.codes() == ["operation_failed"] * 2
+
+
+def test_a_stop_keeps_the_first_try(bench: Bench) -> None:
+    class Stops(Lucky):
+        def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+            bench.stop.set()
+            return super().finish(work, outputs)
+
+    items = bench.photos(1)
+    operation = Stops(blank, same)
+    with running(bench.flow(operation, items, quality={"mode": "repair"}), items):
+        pass
+    assert operation.seeds == [0]
+    assert bench.codes() == ["done"]
 
 
 # --- when it ends early ---

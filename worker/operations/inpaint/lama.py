@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shared.errors import ConfigurationError, OperationFailed
 from shared.options import LamaInpaint, Options
 from worker.device import Device
-from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.inpaint.mask import Region, build_mask, fade, mix, remarks, shrunk, zone_of
 from worker.operations.inpaint.session import LARGEST_BATCH, Session
@@ -104,7 +104,9 @@ class Lama:
         common = (rgb, shares, made.numbers, options.overlap)
         guides = {number: Guide(Crop(tile, *common)) for number, tile in made.guides.items()}
         crops = [Crop(tile, *common, guides.get(tile.number)) for tile in made.tiles]
-        return Work([Sample(crop, options) for crop in crops], state=Plan(picture, shares, made.numbers), notes=notes)
+        samples = [Sample(crop, options) for crop in crops]
+        evidence = Evidence(comparable=False, hole=hole)  # the source has there what was to go
+        return Work(samples, state=Plan(picture, shares, made.numbers), notes=notes, evidence=evidence)
 
     def group_key(self, sample: Sample) -> Hashable:
         return sample.options.model, sample.data.tile.size

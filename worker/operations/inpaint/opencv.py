@@ -12,7 +12,7 @@ import numpy as np
 
 from shared.options import OpencvInpaint, Options
 from worker.device import Device
-from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.inpaint.mask import Region, build_mask, fade, mix, regions, remarks, shrunk, zone_of
 from worker.scale import resize
@@ -77,7 +77,9 @@ class Inpaint:
         shrink = max(1.0, (area * math.pi * options.radius**2 / EFFORT) ** 0.25)
         rgb = picture.pixels[..., :3]
         crops = [Crop(rgb[one.rows, one.columns], part, shrink) for one, part in zip(places, parts, strict=True)]
-        return Work([Sample(crop, options) for crop in crops], state=Plan(picture, places), notes=notes)
+        samples = [Sample(crop, options) for crop in crops]
+        evidence = Evidence(comparable=False, hole=hole)  # the source has there what was to go
+        return Work(samples, state=Plan(picture, places), notes=notes, evidence=evidence)
 
     def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
         return self.spec.name

@@ -11,7 +11,7 @@ import numpy as np
 
 from shared.options import OpencvRemoveBackground, Options
 from worker.device import Device
-from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.remove_background.matte import cut_out, soft_alpha
 from worker.operations.remove_background.seeds import Map, content_box, saliency
@@ -76,6 +76,8 @@ class GrabCut:
             work.notes.append(EMPTY)
         pixels = plan.picture.pixels
         alpha = soft_alpha(pixels[..., :3], plan.scene.rgb, mask.astype(np.float32), plan.options.feather)
+        if plan.options.background is not None:
+            work.evidence = Evidence(alpha=mask * np.uint8(255))
         return replace(plan.picture, pixels=cut_out(pixels, alpha, plan.options.background, rough=True))
 
 

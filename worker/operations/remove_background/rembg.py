@@ -17,7 +17,7 @@ from shared.errors import BadReference, ConfigurationError, ImageError, MissingE
 from shared.options import Options, RembgRemoveBackground
 from shared.urls import shown
 from worker.device import Device
-from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import set_up, translated
 from worker.operations.remove_background.compose import compose
 from worker.operations.remove_background.families import FAMILIES, in_bytes
@@ -103,6 +103,9 @@ class Rembg:
             made = as_rembg(pixels, matte, options, plan.background, work.notes)
         else:
             made = compose(pixels, _at(matte, plan.picture.size), options, plan.background, work.notes)
+        hidden = made.shape[2] == 3 or options.crop  # what was cut out can't be told from the result
+        moved = options.crop or options.mask_only
+        work.evidence = Evidence(comparable=not moved, alpha=matte if hidden else None)
         return replace(plan.picture, pixels=made)
 
     def _open(self, options: RembgRemoveBackground) -> Session:

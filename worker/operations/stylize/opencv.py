@@ -44,7 +44,7 @@ class Stylize:
     Large pictures go through the filters in tiles, so that memory stays flat; time grows with the pixels.
     """
 
-    spec = Spec("stylize", "opencv")
+    spec = Spec("stylize", "opencv", restyles=True)
 
     def __init__(self) -> None:
         self._palettes = Palettes()

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from shared.messages import Item
+from shared.messages import JOB_SPEC, Item
 from shared.options import ENGINES, Options
+from worker import quality
 from worker.operations.base import Grey, Inputs, Operation, Picture, Pixels, Sample, Spec, Work
 from worker.scale import fit
 
@@ -72,8 +73,8 @@ def inputs(operation: Operation, pixels: Pixels, options: Options) -> Inputs:
 
 
 def prepared(operation: Operation, pixels: Pixels, options: Options) -> Work:
-    """`prepare` with a copy of `pixels`, since `finish` may write into it."""
-    picture = Picture(pixels.copy(), "jpeg", full_size=(pixels.shape[1], pixels.shape[0]))
+    """`prepare` with a picture that is the operation's: `finish` may write into it."""
+    picture = Picture(pixels, "jpeg", full_size=(pixels.shape[1], pixels.shape[0]))
     work = operation.prepare(picture, inputs(operation, pixels, options))
     assert work.untouched == (not work.samples), "nothing is run on an untouched image, and something on all others"
     if work.untouched:
@@ -87,10 +88,14 @@ def finished(operation: Operation, work: Work, outputs: Sequence[Any]) -> Pictur
 
 def take_through(operation: Operation, pixels: Pixels, options: Options) -> Result:
     """One image through all three steps, in batches no larger than the spec's."""
-    work = prepared(operation, pixels, options)
+    given = pixels.copy()
+    work = prepared(operation, given, options)
     outputs = run_all(operation, work.samples)
+    assert np.array_equal(given, pixels), "only `finish` may write into its input"
     picture = finished(operation, work, outputs)
+    assert np.array_equal(given, pixels) or not work.evidence.comparable, "what is compared with its source leaves it alone"
     assert picture.format == "jpeg", "the source's format is carried through"
+    check_evidence(operation, picture, Picture(pixels), work, options)
     return Result(picture.pixels, tuple(work.notes))
 
 
@@ -146,11 +151,23 @@ def check_picture(operation: Operation, options: Options, name: str, pixels: Pix
     assert again.notes == result.notes, name
 
 
+def check_evidence(operation: Operation, result: Picture, source: Picture, work: Work, options: Options) -> None:
+    """The result can be measured by what the work tells of it: every cut-out has its shares, every hole its size."""
+    fields = {"operation": operation.spec.name, "options": options, "output": {"url": "s3://results/x"}}
+    found = quality.check(result, source, work, operation.spec, JOB_SPEC.validate_python(fields))
+    assert found.picture.pixels is result.pixels
+    assert found.measures is not None
+    assert (found.measures.opaque is not None) == operation.spec.makes_alpha
+    hole = work.evidence.hole
+    assert hole is None or hole.shape == result.pixels.shape[:2]
+    assert hole is None or not work.evidence.comparable
+
+
 def check_batches(operation: Operation, options: Options) -> None:
     """A result does not depend on what else is in the batch, nor on the order."""
     alone = {name: take_through(operation, pixels, options).pixels for name, pixels in PICTURES.items()}
     for names in (list(PICTURES), list(PICTURES)[::-1]):
-        works = [prepared(operation, PICTURES[name], options) for name in names]
+        works = [prepared(operation, PICTURES[name].copy(), options) for name in names]
         outputs = iter(run_all(operation, [sample for work in works for sample in work.samples]))
         for name, work in zip(names, works, strict=True):
             made = finished(operation, work, [next(outputs) for _ in work.samples]).pixels
@@ -162,7 +179,7 @@ def check_threads(operation: Operation, options: Options) -> None:
     pictures = list(PICTURES.values()) * 2
     expected = [take_through(operation, pixels, options).pixels.tobytes() for pixels in pictures]
     with ThreadPoolExecutor(4) as pool:
-        works = list(pool.map(lambda pixels: prepared(operation, pixels, options), pictures))
+        works = list(pool.map(lambda pixels: prepared(operation, pixels.copy(), options), pictures))
         outputs = [run_all(operation, work.samples) for work in works]
         made = list(pool.map(lambda pair: finished(operation, *pair).pixels.tobytes(), zip(works, outputs, strict=True)))
     assert made == expected, "threads disturb one another"

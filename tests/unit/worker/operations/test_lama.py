@@ -14,6 +14,7 @@ from shared.messages import Item
 from shared.options import parse_options
 from tests.fills import Continues
 from tests.unit.worker.operations.conformance import run_all
+from worker.batch_size import BatchSizes
 from worker.batching import run_batch
 from worker.device import Device
 from worker.operations.base import Grey, Inputs, Picture, Pixels, Work
@@ -135,10 +136,11 @@ def test_the_guide_is_made_once_even_where_a_batch_has_to_be_halved(operation: L
     work = prepared(operation, pixels, mask, tile=512)
     guide = work.samples[0].data.guide.crop.tile.size
     alike = [sample for sample in work.samples if operation.group_key(sample) == operation.group_key(work.samples[0])]
-    outputs = {id(sample): output for sample, output in zip(alike, run_batch(operation, alike), strict=True)}
+    sizes = BatchSizes()
+    outputs = {id(sample): output for sample, output in zip(alike, run_batch(operation, alike, sizes), strict=True)}
     assert [batch for batch in session.batches if batch[0] == guide] == [[guide]]
     others = [sample for sample in work.samples if id(sample) not in outputs]
-    outputs |= {id(sample): run_batch(operation, [sample])[0] for sample in others}
+    outputs |= {id(sample): run_batch(operation, [sample], sizes)[0] for sample in others}
     assert np.array_equal(operation.finish(work, [outputs[id(sample)] for sample in work.samples]).pixels, alone)
     assert [batch for batch in session.batches if batch[0] == guide] == [[guide]]
 

@@ -226,6 +226,24 @@ def test_where_nothing_is_found_the_cut_out_is_empty_and_says_so(exact: bool, we
     assert work.notes == ["empty_cutout"]
 
 
+@pytest.mark.parametrize(
+    ("given", "comparable", "matte"),
+    [
+        ({}, True, False),
+        ({"background": "#ff0000"}, True, True),
+        ({"crop": True}, False, True),
+        ({"mask_only": True}, False, True),
+    ],
+    ids=str,
+)
+def test_the_check_is_told_what_it_can_not_see(given: dict[str, Any], comparable: bool, matte: bool, weights: Path) -> None:
+    operation = loaded(weights)
+    work = prepared(operation, PICTURES["landscape"], **given)
+    operation.finish(work, operation.run(work.samples))
+    assert work.evidence.comparable == comparable
+    assert (work.evidence.alpha is not None) == matte
+
+
 def test_alpha_that_the_source_has_is_kept(weights: Path) -> None:
     pixels = PICTURES["with alpha"]
     made = cut(loaded(weights), pixels)
