@@ -15,9 +15,9 @@ import transformers
 
 from shared.errors import ConfigurationError, OperationFailed
 from shared.options import DiffusionStylize, Options
-from shared.seeds import item_seed
+from shared.seeds import item_seed, next_seed
 from worker.device import Device
-from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import set_up, translated
 from worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
 from worker.operations.stylize.loras import Stamp, find, stamp
@@ -49,7 +49,9 @@ class Plan:
 class Diffusion:
     """One model is loaded at a time, when a chunk first asks for it; all styles run on it."""
 
-    spec = Spec("stylize", "diffusion", max_batch=LARGEST_BATCH, runtime="torch", warm_up={"steps": 1})
+    spec = Spec(
+        "stylize", "diffusion", restyles=True, max_batch=LARGEST_BATCH, runtime="torch", warm_up={"steps": 1}
+    )
 
     def __init__(self) -> None:
         self._device = Device()
@@ -104,7 +106,9 @@ class Diffusion:
         palette = self._palettes.of(options.reference, inputs.read) if options.reference else None
         canvas = Canvas(pixels, edges_of(pixels, options.canny_low, options.canny_high), seed)
         footprint = f"{room[0]}x{room[1]}{' guided' if options.cfg > 1 else ''}"
-        return Work([Sample(canvas, options, footprint)], state=Plan(picture, fit(picture.size, options.long_edge), palette))
+        evidence = Evidence(comparable=options.crop is None, edges=taken_out(canvas.edges, picture.size))
+        plan = Plan(picture, fit(picture.size, options.long_edge), palette)
+        return _work(Sample(canvas, options, footprint), plan, evidence)
 
     def group_key(self, sample: Sample) -> Hashable:
         return sample.options, sample.data.edges.shape
@@ -157,6 +161,16 @@ class Diffusion:
         if now not in self._adapters:
             self._adapters[now] = digest(path)[:16]
         return self._adapters[now]
+
+
+def _work(sample: Sample, plan: Plan, evidence: Evidence) -> Work:
+    """One image's, whose other tries begin from other noise."""
+
+    def again() -> Work:
+        canvas: Canvas = sample.data
+        return _work(replace(sample, data=replace(canvas, seed=next_seed(canvas.seed))), plan, evidence)
+
+    return Work([sample], state=plan, evidence=evidence, again=again)
 
 
 def edges_of(rgb: Pixels, low: int, high: int) -> Grey:

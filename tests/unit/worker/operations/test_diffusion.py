@@ -25,7 +25,7 @@ from worker.batching import run_batch
 from worker.device import Device
 from worker.operations.base import Inputs, Picture, Pixels, Work
 from worker.operations.stylize import pipeline as module
-from worker.operations.stylize.buckets import bucket
+from worker.operations.stylize.buckets import bucket, inside
 from worker.operations.stylize.diffusion import Diffusion
 from worker.operations.stylize.palette import colours_of
 from worker.operations.stylize.pipeline import Canvas, parts
@@ -122,6 +122,35 @@ def test_the_noise_is_one_for_the_job_or_hangs_on_place_or_address(operation: Di
     one, two, one_again = seeds("url")
     assert one == one_again != two
     assert difference(styled(operation, seed=1), styled(operation, seed=2)) > 1
+
+
+def test_another_try_differs_in_its_seed_alone(operation: Diffusion) -> None:
+    work = prepared(operation, seed=2**32 - 1)
+    assert work.again is not None
+    other = work.again()
+    (one,), (two,) = work.samples, other.samples
+    assert (one.data.seed, two.data.seed) == (2**32 - 1, 0)
+    assert np.array_equal(one.data.pixels, two.data.pixels)
+    assert np.array_equal(one.data.edges, two.data.edges)
+    assert (two.options, two.footprint, operation.group_key(two)) == (one.options, one.footprint, operation.group_key(one))
+    assert (other.state, other.evidence) == (work.state, work.evidence)
+    made = operation.finish(other, operation.run(other.samples)).pixels
+    assert np.array_equal(made, styled(operation, seed=0))
+
+
+def test_results_are_measured_against_the_edges_that_were_asked_for(operation: Diffusion) -> None:
+    for shape, size in (((90, 120), (56, 72)), ((50, 400), (32, 128))):  # the picture's; the bucket's
+        work = prepared(operation, scene(*shape))
+        assert work.evidence.comparable
+        edges, whole = work.evidence.edges, work.samples[0].data.edges
+        assert edges is not None
+        assert whole.shape == size
+        assert edges.shape == inside((shape[1], shape[0]), size[::-1])[::-1] != size, "without what fills the bucket"
+        assert np.array_equal(edges, whole[: edges.shape[0], : edges.shape[1]])
+    cropped = prepared(operation, crop="1x1").evidence
+    assert not cropped.comparable, "no place shows what it shows in the source"
+    assert cropped.edges is not None
+    assert cropped.edges.shape == (64, 64)
 
 
 def test_deterministic_runs_one_at_a_time_with_deterministic_algorithms(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
