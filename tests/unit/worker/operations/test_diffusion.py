@@ -53,9 +53,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def loaded(weights: Path, *, threads: int = 1, compile: bool = False, **settings: Any) -> Diffusion:
+def loaded(weights: Path, *, threads: int = 1, compiled: bool = False, **settings: Any) -> Diffusion:
     made = Diffusion()
-    made.load(Device(threads=threads, weights=weights, compile=compile, diffusion=DiffusionSettings(**settings)))
+    made.load(Device(threads=threads, weights=weights, compile=compiled, diffusion=DiffusionSettings(**settings)))
     return made
 
 
@@ -294,7 +294,7 @@ def test_samples_share_a_batch_by_style_size_steps_and_scheduler_alone(operation
 
 
 def test_compiled_models_meet_few_sizes(weights: Path) -> None:
-    operation = loaded(weights, compile=True)
+    operation = loaded(weights, compiled=True)
     shape = prepared(operation, size=512).samples[0].data.edges.shape
     assert shape[::-1] == bucket((120, 90), 512, 64)
     assert all(side % 64 == 0 for side in shape)
@@ -311,7 +311,7 @@ def test_a_compiled_model_is_made_ready_for_each_size_at_the_start(weights: Path
         return run(self, canvases, options)
 
     monkeypatch.setattr(module.Pipeline, "_run", watched)
-    styled(loaded(weights, compile=True, warm_up=["64x128", "64x64"]))
+    styled(loaded(weights, compiled=True, warm_up=["64x128", "64x64"]))
     assert compiled == ["UNet2DConditionModel", "ControlNetModel", "Decoder"]
     assert shapes[:4] == [(1, (128, 64), True), (1, (128, 64), False), (1, (64, 64), True), (1, (64, 64), False)]
 
@@ -415,7 +415,7 @@ def test_a_gpu_that_torch_does_not_find_is_no_silent_cpu(weights: Path) -> None:
     operation = Diffusion()
     operation.load(Device(gpu=0, weights=weights))
     assert operation.spec.max_batch == 16
-    with pytest.raises(ConfigurationError, match="was to run on gpu0, but .* can't"):
+    with pytest.raises(ConfigurationError, match=r"was to run on gpu0, but .* can't"):
         operation.run(prepared(operation).samples)
 
 
@@ -487,7 +487,7 @@ def test_the_fingerprint_tells_weights_and_how_they_are_run_apart(weights: Path,
     told = [
         loaded(weights).fingerprint(options),
         loaded(other).fingerprint(options),
-        loaded(weights, compile=True).fingerprint(options),
+        loaded(weights, compiled=True).fingerprint(options),
         loaded(weights, safety_checker=True).fingerprint(options),
     ]
     assert len(set(told)) == 4
