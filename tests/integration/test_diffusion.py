@@ -111,6 +111,7 @@ def test_a_result_that_is_flagged_is_made_again_with_the_next_seed_and_the_bette
     assert set(first_is_better) == {True, False}, "else nothing is shown"
     for place, (line, row) in enumerate(zip(manifest(tmp_path), rows, strict=True)):
         assert "flag:unlike" in line["notes"]
+        assert {"edges", "look", "before"} <= line["quality"].keys(), "what the search for drift needs"
         assert ("repaired_seed" in line["notes"]) != first_is_better[place]
         assert line["seed"] == (42 if first_is_better[place] else 43)
         assert data(row) == tries[not first_is_better[place]][place][1]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from numpy.typing import NDArray
 
 from shared.errors import ConfigurationError, OperationFailed, OutOfMemory, UnsafeContent
@@ -328,6 +329,7 @@ def test_the_vae_works_in_tiles_above_a_size_and_when_memory_is_short(weights: P
     monkeypatch.undo()
     assert np.array_equal(styled(operation), plain)
     assert not pipe.vae.use_tiling
+    assert attention(pipe) == {AttnProcessor2_0}, "torch's own fused one"
     for level in (1, 2):
         assert operation.relieve(level)
         made = styled(operation)
@@ -335,8 +337,14 @@ def test_the_vae_works_in_tiles_above_a_size_and_when_memory_is_short(weights: P
         assert pipe.vae.use_slicing
         assert difference(made, plain) < 3
     assert not operation.relieve(3)
+    assert AttnProcessor2_0 not in attention(pipe)
     assert operation.relieve(0)
+    assert attention(pipe) == {AttnProcessor2_0}
     assert np.array_equal(styled(operation), plain)
+
+
+def attention(pipe: Any) -> set[type]:
+    return {type(processor) for part in (pipe.unet, pipe.controlnet) for processor in part.attn_processors.values()}
 
 
 # --- LoRAs --------------------------------------------------------------------------------------------------------------
