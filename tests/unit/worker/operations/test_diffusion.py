@@ -500,18 +500,19 @@ def test_the_fingerprint_tells_weights_and_how_they_are_run_apart(weights: Path,
     assert loaded(weights, threads=2).fingerprint(options) == told[0]
 
 
-def test_in_half_precision_of_either_kind_the_image_is_about_the_same(
-    operation: Diffusion, weights: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mode", ["image-to-image", "text-to-image"])
+def test_in_half_precision_the_image_is_about_the_same(
+    mode: str, operation: Diffusion, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Of 4 * 8 * 8 numbers; of a count that is no multiple of 16 torch draws the last ones otherwise in half precision.
+    pixels = scene(64, 64)
+    plain = styled(operation, pixels, mode=mode)
     assert {part.dtype for part in parts_of(operation)} == {torch.float32}, "on a CPU"
-    made: dict[torch.dtype, list[Pixels]] = {}
-    for dtype in (torch.float16, torch.bfloat16):  # of one seed both draw the same noise, and float32 another
+    for dtype in (torch.float16, torch.bfloat16):
         monkeypatch.setattr(module, "dtype_of", lambda _, dtype=dtype: dtype)
         half = loaded(weights)
-        made[dtype] = [styled(half, mode=mode) for mode in ("image-to-image", "text-to-image")]
+        assert difference(styled(half, pixels, mode=mode), plain) < 4
         assert {part.dtype for part in parts_of(half)} == {dtype}
-    for one, other in zip(*made.values(), strict=True):
-        assert difference(one, other) < 4
 
 
 def parts_of(operation: Diffusion) -> list[Any]:
