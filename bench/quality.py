@@ -47,16 +47,17 @@ LOOKS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 """A look, and two others that strays have."""
 BLUR = EDGE / 128  # pixels
+FIRST_SEED = 100  # those below 20 were used to find the limits
 TINTS = ((0, 0, -16), (0, -16, 0))  # in CIELAB: blue, green
 
 Figure = dict[str, Any]
 
 
-def run(rounds: int = 3) -> list[Figure]:
+def run(rounds: int = 5) -> list[Figure]:
     """Measure `rounds` times; per figure its name, value, goal, unit, whether the goal holds, and how many rounds."""
     cv2.setNumThreads(1)
     found, wrong = [], []
-    for seed in range(rounds):
+    for seed in range(FIRST_SEED, FIRST_SEED + rounds):
         for look in LOOKS:
             rows, planted = job(look, seed)
             named = set(outliers(rows))
@@ -65,6 +66,7 @@ def run(rounds: int = 3) -> list[Figure]:
     jobs = f"{rounds} x {len(LOOKS)} jobs of {IMAGES}"
     return [
         _figure(f"drift, {jobs}: planted outliers found, of {PLANTED} (least)", min(found), PLANTED, "", rounds, least=True),
+        _figure(f"drift, {jobs}: found in all, of {len(found) * PLANTED}", sum(found), None, "", rounds, least=True),
         _figure(f"drift, {jobs}: others named (most)", max(wrong), 0, "", rounds, least=False),
         *_costs(rounds),
     ]
@@ -151,7 +153,7 @@ def _beside(result: Pixels, source: Pixels, large: Pixels, rounds: int) -> Figur
         check(Picture(result), Picture(source), Work([]), made, spec)
         ratios.append((time.process_time() - middle) / (middle - start))
     name = "check of a cut-out / its decoding and encoding, CPU"
-    return _figure(name, median(ratios[1:]), 0.1, "", rounds, least=False)
+    return _figure(name, median(ratios[1:]), None, "", rounds, least=False)
 
 
 def _costs(rounds: int) -> list[Figure]:

@@ -88,6 +88,7 @@ class Child:
         start = time.perf_counter()
         stop = Event()
         flow = self._flow(spec, lease, stop)
+        records = flow.records
         items = self._open_items(lease)
         with LeaseKeeper(
             self.ledger,
@@ -95,7 +96,7 @@ class Child:
             lease_seconds=self.settings.worker.lease_seconds,
             stop=stop,
             stopping=self.stopping,
-            tell=lambda: tell(flow.done, flow.failed),
+            tell=lambda: tell(records.done, records.failed),
         ) as keeper:
             if lease.lost:
                 flow.run_alone(items, lease.lost)
@@ -103,17 +104,17 @@ class Child:
                 flow.run(items)
         give_back()
         seconds = _since(start)
-        counts = dict(done=flow.done, failed=flow.failed, reused=flow.reused)
+        counts = dict(done=records.done, failed=records.failed, reused=records.reused)
         told = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds, **counts)
         if flow.sizes.memory.grows:
             told |= dict(memory=round(flow.sizes.top, 3), memory_flagged=flow.sizes.flagged)
             self.fleet.report_memory(self.node, flow.sizes.top, flow.sizes.flagged)
         log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
-        if keeper.reason is None and not lease.lost and not flow.reused and seconds > 0:  # the rate of computing
+        if keeper.reason is None and not lease.lost and not records.reused and seconds > 0:  # the rate of computing
             queue = queue_name(spec.operation, spec.lane)
-            self.fleet.report_rate(queue, self.node, (flow.done + flow.failed) / seconds)
-        outcome = self._close(lease, spec, keeper.reason, len(items) - flow.done - flow.failed, tell)
-        return f"{flow.done} done, {flow.failed} failed" if outcome == "done" else outcome
+            self.fleet.report_rate(queue, self.node, records.over / seconds)
+        outcome = self._close(lease, spec, keeper.reason, len(items) - records.over, tell)
+        return f"{records.done} done, {records.failed} failed" if outcome == "done" else outcome
 
     def _flow(self, spec: Job, lease: Lease, stop: Event) -> Flow:
         return Flow(

@@ -162,6 +162,11 @@ def image_body(answer: Answer, label: str) -> bytes:
     return answer.body
 
 
+def cut_short(error: ImageError, stop: threading.Event, attempts: int) -> bool:
+    """Whether a download failed only because `stop` kept it from being tried again."""
+    return stop.is_set() and error.retryable and error.tries < attempts
+
+
 def pause(tries: int, asked: float = 0.0) -> float:
     """Seconds to wait after the `tries`-th failure: 0.5, 1, 2 ... at most 8, shortened at random by up to half
     so that many workers don't return together; at least what the server `asked` for, also at most 8."""

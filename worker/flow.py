@@ -20,23 +20,22 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from threading import Event, Lock
-from typing import Any
+from threading import Event
 
-from shared.errors import BadMask, ImageError, InternalError, OutOfMemory, WorkerLost, sentence
+from shared.errors import ImageError, InternalError, OutOfMemory, WorkerLost, sentence
 from shared.ledger import Ledger
-from shared.messages import Item, ItemResult, Job
+from shared.messages import Item, Job
 from shared.quality import Measures, beyond, flagged
 from shared.settings import Settings
-from shared.urls import shown
 from worker import codec
 from worker.batch_size import BatchSizes
 from worker.batching import Batcher, cap, run_batch
 from worker.cache import CACHED, Cache, Remembered
-from worker.fetch import Fetcher
+from worker.fetch import Fetcher, cut_short
 from worker.operations.base import Inputs, Operation, Picture, Work
 from worker.passage import Passage, PixelBudget
 from worker.quality import Checked, check
+from worker.records import Records
 from worker.references import References
 from worker.store import Store, render_key
 
@@ -46,8 +45,7 @@ log = logging.getLogger(__name__)
 class Flow:
     """Takes the images of one job's chunk through the line. Made per chunk; what is costly is passed in.
 
-    `stop` ends it early: images that have not reached the device stay unrecorded. `done` and `failed` say
-    how far it is; `reused` is how many of the done were copied from earlier results, which `cache` remembers.
+    `stop` ends it early: images that have not reached the device stay unrecorded. `records` says how far it is.
     """
 
     def __init__(
@@ -65,16 +63,13 @@ class Flow:
         sizes: BatchSizes | None = None,
         cache: Cache | None = None,
     ) -> None:
-        self.job, self.spec, self.operation, self.node = job, spec, operation, node
-        self.ledger, self.fetcher, self.store, self.settings = ledger, fetcher, store, settings
+        self.job, self.spec, self.operation, self.ledger = job, spec, operation, ledger
+        self.fetcher, self.store, self.settings, self.stop = fetcher, store, settings, stop
         self.sizes, self.cache = sizes or BatchSizes(), cache
-        self.references = References(fetcher, max_pixels=settings.worker.max_pixels, attempts=spec.policy.attempts)
+        attempts, max_pixels = spec.policy.attempts, settings.worker.max_pixels
+        self.references = References(fetcher, max_pixels=max_pixels, attempts=attempts, stop=stop)
         self.budget = PixelBudget(settings.worker.look_ahead)
-        self.stop = stop
-        self.earlier: dict[int, int] = {}  # index -> attempts that ended with the process
-        self.done = self.failed = self.reused = 0
-        self._fatal: Exception | None = None
-        self._counting = Lock()
+        self.records = Records(ledger, job, node)
 
     def run(self, items: Sequence[Item]) -> None:
         """Take `items` through the line.
@@ -108,8 +103,8 @@ class Flow:
                 self.stop.set()
                 self.budget.close()
                 raise
-        if self._fatal is not None:
-            raise self._fatal
+        if self.records.fatal is not None:
+            raise self.records.fatal
 
     def run_alone(self, items: Sequence[Item], lost: int) -> None:
         """Take `items` through the line one at a time, after `lost` processes died with their chunk.
@@ -122,16 +117,16 @@ class Flow:
         for item in sorted(items, key=lambda item: alone[item.index]):
             if self.stop.is_set():
                 return
-            self.earlier[item.index] = 1 + alone[item.index]
+            lives = self.records.earlier[item.index] = 1 + alone[item.index]
             # Tried alone at least once: in the batch it may have been a neighbour that killed the process.
-            if alone[item.index] and self.earlier[item.index] >= self.spec.policy.attempts:
-                reason = f"the worker process died {self.earlier[item.index]} times while it worked on this image"
-                self._record_failure(Passage(item), WorkerLost(reason))
+            if alone[item.index] and lives >= self.spec.policy.attempts:
+                reason = f"the worker process died {lives} times while it worked on this image"
+                self._record(Passage(item, error=WorkerLost(reason)))
             else:
                 self.ledger.count_attempt(self.job, item.index)
-                before = self.done + self.failed
+                before = self.records.over
                 self.run([item])
-                if self.done + self.failed == before:
+                if self.records.over == before:
                     self.ledger.forget_attempt(self.job, item.index)  # stopped on its way to the device
         log.info("ran alone", extra={"action": "isolate", "job": self.job, "images": len(items), "lost": lost})
 
@@ -149,7 +144,7 @@ class Flow:
                     work = self._prepare(passage, picture)
                     if work.untouched:
                         self._keep(passage, data, picture, work.notes)
-            if passage.error is not None and self._cut_short(passage.error):
+            if passage.error is not None and cut_short(passage.error, self.stop, self.spec.policy.attempts):
                 passage.error = passage.work = None  # as if never begun: another worker tries it as often as the policy says
         ready.put(passage)
 
@@ -170,10 +165,8 @@ class Flow:
             if passage.error is None and passage.work is not None:
                 with self._failing(passage):
                     batcher.add(passage, passage.work.samples)
-            if passage.error is not None:
-                self._record_failure(passage, passage.error)
-            elif "output" in passage.facts:
-                self._record_done(passage)  # reused or kept
+            if passage.error is not None or "output" in passage.facts:  # reused or kept
+                self._record(passage)
             elif passage.work is None:
                 self._leave(passage)  # stopped before it was begun
 
@@ -215,10 +208,7 @@ class Flow:
             with self._failing(passage):
                 encoded = self._encode(passage, passage.checked.picture)
                 self._store(passage, encoded)
-        if passage.error is not None:
-            self._record_failure(passage, passage.error)
-        else:
-            self._record_done(passage)
+        self._record(passage)
 
     def _fetch(self, passage: Passage) -> bytes:
         with passage.stage("fetch"):
@@ -264,7 +254,7 @@ class Flow:
         return picture
 
     def _prepare(self, passage: Passage, picture: Picture) -> Work:
-        mask = self._mask(passage.item) if self.operation.spec.needs_mask else None
+        mask = self.references.mask_of(passage.item, self.spec.options) if self.operation.spec.needs_mask else None
         inputs = Inputs(passage.item, self.spec.options, mask, self.references.picture)
         with passage.stage("prepare"):
             work = self.operation.prepare(picture, inputs)
@@ -332,26 +322,7 @@ class Flow:
     def _output_key(self, passage: Passage, form: str) -> str:
         return render_key(self.spec.output.key, job=self.job, item=passage.item, extension=codec.EXTENSIONS[form])
 
-    # --- masks, errors and records ----------------------------------------------------------
-
-    def _mask(self, item: Item) -> Any:
-        """The item's own mask, else the job's, else None. Any trouble with it is a BadMask."""
-        url = item.mask or getattr(self.spec.options, "mask", None)
-        if url is None:
-            return None
-        try:
-            if item.mask is None:
-                return self.references.mask(url)
-            data = self.fetcher.fetch(url, attempts=self.spec.policy.attempts, stop=self.stop).data
-            return codec.decode_mask(data, max_pixels=self.settings.worker.max_pixels)
-        except ImageError as error:
-            if self._cut_short(error):
-                raise
-            raise BadMask(f"the mask {shown(url)} can't be used: {error.message}") from error
-
-    def _cut_short(self, error: ImageError) -> bool:
-        """Whether a download failed only because `stop` kept it from being tried again."""
-        return self.stop.is_set() and error.retryable and error.tries < self.spec.policy.attempts
+    # --- errors and records -----------------------------------------------------------------
 
     @contextmanager
     def _failing(self, passage: Passage) -> Iterator[None]:
@@ -366,40 +337,14 @@ class Flow:
             log.exception("image failed", extra={"action": "flow", "job": self.job, "item": passage.item.id})
             passage.error = InternalError(f"{type(error).__name__}: {sentence(error)}")
 
-    def _record_done(self, passage: Passage) -> None:
-        self._record(passage, ItemResult(index=passage.item.index, state="done", **self._facts(passage)))
-
-    def _record_failure(self, passage: Passage, error: ImageError) -> None:
-        passage.error = error
-        passage.tries = max(passage.tries, error.tries)
-        failed = ItemResult(
-            index=passage.item.index,
-            state="failed",
-            code=error.code,
-            message=error.message,
-            retryable=error.retryable,
-            **self._facts(passage),
-        )
-        self._record(passage, failed)
-
-    def _facts(self, passage: Passage) -> dict[str, Any]:
-        attempts = self.earlier.get(passage.item.index, 0) + (
-            0 if isinstance(passage.error, WorkerLost) else max(1, passage.tries)
-        )
-        return {**passage.facts, **passage.found, "attempts": attempts, "seconds": passage.seconds, "node": self.node}
-
-    def _record(self, passage: Passage, result: ItemResult) -> None:
+    def _record(self, passage: Passage) -> None:
         try:
-            first = self.ledger.record(self.job, result)
-        except Exception as error:  # noqa: BLE001
-            # Without a record nothing else matters: `run` raises it, and the chunk is delivered again.
-            self._fatal = error
-            self.stop.set()
-        else:
-            with self._counting:
-                self.done += first and result.state == "done"
-                self.failed += first and result.state == "failed"
-                self.reused += first and CACHED in result.notes
+            if passage.error is not None:
+                self.records.record_failure(passage, passage.error)
+            else:
+                self.records.record_done(passage)
+            if self.records.fatal is not None:
+                self.stop.set()  # `run` raises it, and the chunk is delivered again
         finally:
             self._leave(passage)
 

@@ -1,14 +1,19 @@
-"""Pictures that a whole job uses (a mask, a colour reference): fetched and decoded once per chunk."""
+"""Pictures beside an image: those that a whole job uses (a mask, a colour reference), fetched and decoded once per chunk,
+and an image's own mask."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from threading import Lock
+from threading import Event, Lock
 from typing import TypeVar
 
+from shared.errors import BadMask, ImageError
+from shared.messages import Item
+from shared.options import Options
+from shared.urls import shown
 from worker import codec
-from worker.fetch import Fetcher
+from worker.fetch import Fetcher, cut_short
 from worker.operations.base import Grey, Picture
 
 T = TypeVar("T")
@@ -17,8 +22,8 @@ T = TypeVar("T")
 class References:
     """Thread-safe. An address that fails fails for each caller of this chunk, without being fetched again."""
 
-    def __init__(self, fetcher: Fetcher, *, max_pixels: int, attempts: int) -> None:
-        self._fetcher, self._max_pixels, self._attempts = fetcher, max_pixels, attempts
+    def __init__(self, fetcher: Fetcher, *, max_pixels: int, attempts: int, stop: Event | None = None) -> None:
+        self._fetcher, self._max_pixels, self._attempts, self._stop = fetcher, max_pixels, attempts, stop or Event()
         self._lock = Lock()
         self._pictures: dict[str, Future[Picture]] = {}
         self._masks: dict[str, Future[Grey]] = {}
@@ -29,7 +34,27 @@ class References:
 
     def mask(self, url: str) -> Grey:
         """The mask at `url`, uint8 [height, width]. Raises the ImageError of fetching or decoding it."""
-        return self._once(self._masks, url, lambda data: codec.decode_mask(data, max_pixels=self._max_pixels))
+        return self._once(self._masks, url, self._decode_mask)
+
+    def mask_of(self, item: Item, options: Options) -> Grey | None:
+        """The item's own mask, else the job's, else None.
+
+        Any trouble with it is a BadMask, but for a download that `stop` cut short.
+        """
+        url = item.mask or getattr(options, "mask", None)
+        if url is None:
+            return None
+        try:
+            if item.mask is None:
+                return self.mask(url)
+            return self._decode_mask(self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop).data)
+        except ImageError as error:
+            if cut_short(error, self._stop, self._attempts):
+                raise
+            raise BadMask(f"the mask {shown(url)} can't be used: {error.message}") from error
+
+    def _decode_mask(self, data: bytes) -> Grey:
+        return codec.decode_mask(data, max_pixels=self._max_pixels)
 
     def _decode(self, data: bytes) -> Picture:
         return codec.decode(data, codec.probe(data, max_pixels=self._max_pixels))

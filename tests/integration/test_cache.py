@@ -157,8 +157,8 @@ class Jobs:
         flow.run(items)
         fetcher.close()
         _, (result,) = self.ledger.follow(job)
-        assert (flow.done, flow.failed) == ((1, 0) if result.state == "done" else (0, 1))
-        assert flow.reused == ("cached" in result.notes)
+        assert (flow.records.done, flow.records.failed) == ((1, 0) if result.state == "done" else (0, 1))
+        assert flow.records.reused == ("cached" in result.notes)
         return result
 
     def output(self, *args: Any, **kwargs: Any) -> str:

@@ -252,7 +252,7 @@ def test_a_chunk_that_comes_twice_is_counted_once(bench: Bench) -> None:
     for node, counted in (("here", 4), ("there", 0)):
         flow = bench.flow(Invert(), items, node=node)
         flow.run(items)
-        assert (flow.done, flow.failed) == (counted, 0)
+        assert (flow.records.done, flow.records.failed) == (counted, 0)
     assert sorted(bench.entries()) == [0, 1, 2, 3]
     assert {row.result.node for row in bench.rows() if row.result} == {"here"}
 
@@ -307,7 +307,7 @@ def test_a_bad_image_fails_alone_with_the_code_of_what_went_wrong(
     flow = bench.flow(Faulty(stage, fault), items, form="webp")
     flow.run(items)
     assert bench.codes() == ["done", code, "done", "done", "done"]
-    assert (flow.done, flow.failed) == (4, 1)
+    assert (flow.records.done, flow.records.failed) == (4, 1)
     bad = bench.rows()[1]
     assert bad.message
     assert bad.attempts == 1
@@ -576,7 +576,7 @@ def test_a_bad_result_is_tried_once_more_and_the_better_one_stays(
     with running(flow, items):
         pass
     assert sorted(set(operation.seeds)) == [0, 1]
-    assert (flow.done, flow.failed) == (7, 0)
+    assert (flow.records.done, flow.records.failed) == (7, 0)
     assert sorted(bench.entries()) == list(range(7))
     better = tries[notes[0] == "seed_1"]
     for row in bench.rows():
@@ -665,7 +665,7 @@ def test_without_its_ledger_it_stops_and_raises(own_redis: EmbeddedRedis, images
     operation.open.set()
     thread.join(120)
     assert len(raised) == 1
-    assert (flow.done, flow.failed) == (0, 0)
+    assert (flow.records.done, flow.records.failed) == (0, 0)
     assert sum(images.hits.values()) < 30
     ledger.close()
     bench.fetchers[0].close()
@@ -709,7 +709,7 @@ def test_after_a_crash_images_go_one_by_one_the_least_tried_first_and_the_deadly
     flow.run_alone(items, lost=3)
     assert operation.order == [2, 4, 0, 3]
     assert bench.codes() == ["done", "worker_lost", "done", "done", "done"]
-    assert (flow.done, flow.failed) == (4, 1)
+    assert (flow.records.done, flow.records.failed) == (4, 1)
     lost = bench.rows()[1]
     assert (lost.attempts, bench.images.hits["/1.png"]) == (3, 0)
     assert "died 3 times" in (lost.message or "")
@@ -845,7 +845,7 @@ def test_an_untouched_image_keeps_its_own_bytes_where_the_format_allows(
     flow.run(items)
     (row,) = bench.rows()
     result = row.result
-    assert (bench.codes(), flow.done) == (["done"], 1)
+    assert (bench.codes(), flow.records.done) == (["done"], 1)
     assert result is not None
     assert result.notes == ("empty_mask",)
     assert result.output_size == ((72, 96) if data == turned(1) else (96, 72))
