@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import BaseModel
 
 from producer.drift import Outlier
 from shared.messages import ItemResult, Job, JobStatus, Row
@@ -21,6 +22,23 @@ MOST_FAILURES = 500
 
 MOST_FLAGGED = 100
 """Flagged images, and outliers, shown per job; `imagemill results JOB --flagged` has them all."""
+
+REMARKS = {
+    "cached": "copied from an earlier result of the same image",
+    "empty_cutout": "no subject was found",
+    "empty_mask": "the mask is empty: nothing was filled",
+    "enlarged": "the canvas asks for more pixels than there are",
+    "large_mask": "more than 30 % is masked",
+    "matting_failed": "alpha matting failed: the plain edge",
+    "matting_timed_out": "alpha matting took too long: the plain edge",
+    "matting_too_large": "too large for alpha matting: the plain edge",
+    "no_shadow_found": "no shadow was found",
+    "prompt_cut": "the prompt is longer than the model reads, and was cut",
+    "repaired_cast": "a tint was taken out",
+    "repaired_seed": "made again with the next seed",
+    "repaired_sharpness": "sharpened",
+}
+"""What workers note of a result, in words; flags have theirs in shared.quality."""
 
 Picture = Callable[[str], str | None]
 """Maps the address of an image to what an `<img src>` may use: a presigned link, a relative path; None if nothing can."""
@@ -92,9 +110,14 @@ class _Section:
     @property
     def options(self) -> list[tuple[str, str, bool]]:
         """Name, value as text, and whether it differs from the default; those that differ first."""
-        changed = self.spec.options.model_dump(mode="json", exclude_defaults=True)
-        every = self.spec.options.model_dump(mode="json", exclude={"engine"})
-        told = [(name, _option(value), name in changed) for name, value in every.items()]
+        output, policy = self.spec.output, self.spec.policy
+        told = [
+            *_told(self.spec.options, without={"engine"}),
+            *_told(output, without={"url", "key"}),
+            *_told(policy, without={"quality"}),
+            ("check", policy.quality.mode, policy.quality.mode != "flag"),
+            *((name, _option(value), True) for name, value in policy.quality if name != "mode" and value is not None),
+        ]
         return sorted(told, key=lambda option: not option[2])
 
 
@@ -193,12 +216,20 @@ def allowed(address: str | None) -> str | None:
     return address if scheme in ("http", "https", "file") or not has_scheme else None
 
 
+def _told(model: BaseModel, without: set[str]) -> list[tuple[str, str, bool]]:
+    """Name, value as text, and whether it differs from the default, of each field but those `without`."""
+    changed = model.model_dump(mode="json", exclude_defaults=True)
+    return [(name, _option(value), name in changed) for name, value in model.model_dump(mode="json", exclude=without).items()]
+
+
 def _option(value: object) -> str:
-    """An option's value as text: addresses without their query, boxes as they are given."""
+    """An option's value as text: addresses without their query, boxes and LoRAs as they are given."""
     if isinstance(value, str):
         return shown(value) if "://" in value else value
     if isinstance(value, list):
         return "; ".join(_option(part) for part in value) or "none"
+    if isinstance(value, dict) and "weight" in value:
+        return f"{value['name']}:{value['weight']:g}"
     if isinstance(value, dict):
         return ", ".join(f"{part:g}" for part in value.values() if isinstance(part, int | float))
     if isinstance(value, bool):
@@ -207,9 +238,10 @@ def _option(value: object) -> str:
 
 
 def worded(note: str) -> str:
-    """A flag as `flag:blurred` in words, any other note as it is."""
-    words = {f"{FLAG}{rule.flag}": f"{rule.flag}: {rule.words}" for rule in RULES.values()}
-    return words.get(note, note)
+    """A note or a flag, such as `flag:blurred`, with what it says in words; one that is not known as it is."""
+    words = REMARKS | {rule.flag: rule.words for rule in RULES.values()}
+    name = note.removeprefix(FLAG)
+    return f"{name}: {words[name]}" if name in words else note
 
 
 def duration(seconds: float) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from producer.drift import Outlier
-from producer.report import MOST_FAILURES, MOST_FLAGGED, JobPage, allowed, duration, render, size
+from producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, JobPage, allowed, duration, render, size, worded
 from shared.messages import JOB_SPEC, Item, ItemResult, Job, JobStatus, Policy, Row, row
+from worker.operations.base import LASTING_NOTES
 
 A = "https://shop.example/"
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;"
@@ -23,6 +24,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
+        self.items: list[str] = []  # texts of the list's
         self.feed(html)
         self.close()
         self.text = " ".join(" ".join(self.words).split())
@@ -33,6 +35,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.tags and self.tags[-1][0] != "style":
             self.words.append(data)
+            if self.tags[-1][0] == "li" and data.strip():
+                self.items.append(data)
 
     def all(self, tag: str, attribute: str) -> list[str | None]:
         return [attributes.get(attribute) for name, attributes in self.tags if name == tag]
@@ -77,6 +81,12 @@ def page(rows: Iterable[Row], *, job: Job | None = None, changes: dict[str, Any]
     rows = list(rows)
     options = {"picture": lambda url: url.replace("s3://", "https://s3.example/"), **options}
     return Page(render([JobPage(status(rows, **(changes or {})), job or spec(), iter(rows))], **options))
+
+
+def framed(shown: Page) -> list[str]:
+    """The options that stand out."""
+    changed = [attributes.get("class") == "changed" for tag, attributes in shown.tags if tag == "li"]
+    return [text for text, stands_out in zip(shown.items, changed, strict=True) if stands_out]
 
 
 # --- what it says ---
@@ -147,7 +157,7 @@ def test_options_that_differ_from_the_default_come_first() -> None:
     assert f"mask={A}mask.png?…" in options
     assert "boxes=1, 2, 3, 4" in options
     assert "secret" not in shown.text
-    assert len([1 for tag, attributes in shown.tags if tag == "li" and attributes.get("class") == "changed"]) == 3
+    assert len(framed(shown)) == 3
 
 
 def test_several_jobs_share_a_page_with_an_overview() -> None:
@@ -174,7 +184,9 @@ def test_what_is_flagged_and_what_is_unlike_the_others_is_shown_before_all_else(
     pages = [JobPage(status(rows), spec(), rows, drift)]
     shown = Page(render(pages, picture=lambda url: url.replace("s3://", "https://s3.example/"), most=0))
     assert "Flagged 1 image, beyond a limit of the check" in shown.text
-    assert "5.jpg 000005 enlarged blurred: less sharp than its source cast: greys have taken on a colour" in shown.text
+    assert "Flagged 1 Unlike others 1 Time" in shown.text
+    told = "enlarged: the canvas asks for more pixels than there are blurred: less sharp than its source cast: greys have"
+    assert f"5.jpg 000005 {told}" in shown.text
     assert "Unlike the others 1 image" in shown.text
     assert "3.jpg 000003 lightness 7 deviations below the others" in shown.text
     assert shown.pictures == [
@@ -193,7 +205,20 @@ def test_many_flagged_images_are_cut_and_counted() -> None:
 def test_the_check_stands_among_the_options() -> None:
     policy = {"quality": {"mode": "repair", "most_cast": 2}}
     job = spec().model_copy(update={"policy": Policy.model_validate(policy)})
-    assert "check=repair most_cast=2.0" in page([done(0)], job=job).text
+    assert framed(page([done(0)], job=job)) == ["check=repair", "most_cast=2.0"]
+
+
+def test_what_the_job_says_of_its_files_and_adapters_stands_among_the_options() -> None:
+    output = {"url": "s3://results/x", "format": "png", "icc": "keep"}
+    options = {"engine": "diffusion", "loras": "mine:0.5;other"}
+    shown = page([done(0)], job=JOB_SPEC.validate_python({"operation": "stylize", "output": output, "options": options}))
+    assert framed(shown) == ["loras=mine:0.5; other:1", "format=png", "icc=keep"]
+    assert "attempts=3" in shown.text
+
+
+@pytest.mark.parametrize("note", sorted(LASTING_NOTES | {"cached", "matting_failed", "matting_timed_out"}))
+def test_every_note_has_words(note: str) -> None:
+    assert worded(note) == f"{note}: {REMARKS[note]}"
 
 
 # --- whom it trusts ---
