@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import signals
 
 from shared.errors import ConfigurationError
 from shared.options import ENGINES
@@ -14,6 +16,17 @@ from worker.lanes import lanes, missing, nothing_to_do, shortcomings, without_mo
 from worker.main import Worker
 from worker.repositories import MODELS, folder_of, repository
 from worker.weights import put_on_record, variant
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens_afterwards() -> Iterator[None]:
+    """A Worker hears Celery's signals while it lives, which may be until long after its test."""
+    heard = (signals.setup_logging, signals.worker_init, signals.worker_process_init, signals.worker_shutting_down)
+    before = [list(signal.receivers or ()) for signal in heard]
+    yield
+    for signal, receivers in zip(heard, before, strict=True):
+        signal.receivers = receivers
+        signal.sender_receivers_cache.clear()
 
 
 def settings(folder: Path, *engines: str, here: tuple[str, ...] = (), int8: bool = False, **worker: Any) -> Settings:
