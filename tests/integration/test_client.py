@@ -185,7 +185,7 @@ def test_bad_rows_can_be_left_out_and_the_others_keep_their_places(client: Clien
 
 
 def test_all_bad_rows_are_counted_but_only_the_first_thousand_kept(client: Client) -> None:
-    with pytest.raises(InvalidSource, match="1,500 rows can.t be used") as caught:
+    with pytest.raises(InvalidSource, match="1,500 rows can't be used") as caught:
         client.submit((BadRow(f"list:{n}", "bad", "") for n in range(1500)), SPEC, skip_invalid=True)
     assert len(caught.value.rows) == 1000
 

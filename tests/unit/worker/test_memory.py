@@ -83,7 +83,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_a_torch_that_can_use_no_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigurationError, match="finds no GPU that it can use .*; try --cpu"):
+    with pytest.raises(ConfigurationError, match=r"finds no GPU that it can use .*; try --cpu"):
         memory_of(Device(gpu=0), TORCH)
 
 
