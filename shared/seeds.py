@@ -25,3 +25,8 @@ def item_seed(options: Options, index: int, source: str) -> int | None:
         case "url":
             address = urlsplit(source)._replace(query="", fragment="").geturl()
             return int.from_bytes(hashlib.sha256(f"{options.seed} {address}".encode()).digest()[:4], "big")
+
+
+def next_seed(seed: int) -> int:
+    """The seed of another try at the same image."""
+    return (seed + 1) % SEEDS

@@ -107,7 +107,7 @@ class TorchSettings(Group):
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="what models calculate in on a GPU: auto is bf16 where the GPU has it, else fp16; on a CPU it is fp32",
+        description="what models calculate in on a GPU: auto is fp16, for lama bf16 where the GPU has it; on a CPU it is fp32",
     )
     compile: bool = Field(False, description="compile models for each shape that they meet, which takes a minute for each")
 
@@ -115,7 +115,6 @@ class TorchSettings(Group):
 class DiffusionSettings(Group):
     """How Stable Diffusion runs."""
 
-    compile: bool = Field(False, description="compile the model at the node's start: minutes once, then a third faster")
     warm_up: Annotated[tuple[WarmSize, ...], LIST] = Field(
         ("512x512",), description="sizes, WIDTHxHEIGHT, that a compiled model is made ready for at the node's start; JSON list"
     )

@@ -30,6 +30,7 @@ SHORT: dict[str, Callable[[], Exception]] = {
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
         "140737488355328 bytes. Error code 12 (Cannot allocate memory)"
     ),
+    "torch elsewhere": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     "torch's cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "onnxruntime's arena": lambda: RuntimeException(MADE_BY_ARENA),
     "onnxruntime's CUDA": lambda: Fail(

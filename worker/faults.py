@@ -14,6 +14,7 @@ SHORT = (
     "bad allocation",
     "failed to allocate memory",
     "can't allocate memory",
+    "not enough memory",
     "out of memory",
     "alloc_failed",
     "outofmemory",

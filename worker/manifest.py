@@ -12,7 +12,8 @@ from typing import Any
 
 from shared.ledger import Ledger
 from shared.messages import Job, Row
-from shared.seeds import item_seed
+from shared.seeds import item_seed, next_seed
+from worker.operations.base import REPAIRED_SEED
 from worker.store import Store
 
 PACKAGES = (
@@ -44,6 +45,8 @@ def manifest_line(job: str, spec: Job, row: Row, fingerprint: str | None = None)
     line |= {"job": job, "operation": spec.operation, "options": spec.options.model_dump(mode="json"), "versions": versions()}
     # A duplicate has the result, and so the seed, of the row that it repeats.
     seed = item_seed(spec.options, row.index if row.duplicate_of is None else row.duplicate_of, row.source)
+    if seed is not None and row.result is not None and REPAIRED_SEED in row.result.notes:
+        seed = next_seed(seed)
     line |= {name: value for name, value in (("seed", seed), ("fingerprint", fingerprint)) if value is not None}
     return line
 

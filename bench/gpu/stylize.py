@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -74,10 +74,11 @@ class Bench:
         self.figures.append(told)
         print(json.dumps(told), flush=True)
 
-    def load(self, **how: Any) -> Pipeline:
+    def load(self, *, dtype: Literal["auto", "fp32"] = "auto", compiled: bool = False) -> Pipeline:
         """A pipeline of its own; what is in memory before it does not count as its."""
         self.others = torch.cuda.memory_allocated() if self.on_gpu else 0
-        return Pipeline("sd15-canny", replace(self.device, diffusion=DiffusionSettings(**how)))
+        how = DiffusionSettings(warm_up=())
+        return Pipeline("sd15-canny", replace(self.device, dtype=dtype, compile=compiled, diffusion=how))
 
     @contextmanager
     def within(self, what: str, seconds: float) -> Iterator[bool]:
@@ -159,7 +160,7 @@ def compiled(bench: Bench) -> None:
         if not bench.on_gpu:  # traced and not built: a C++ compiler takes minutes, and shows nothing of a GPU
             build = torch.nn.Module.compile
             patch.setattr(torch.nn.Module, "compile", lambda module, **how: build(module, backend="eager", **how))
-        pipeline = bench.load(compile=True, warm_up=())
+        pipeline = bench.load(compiled=True)
     for batch in sorted(bench.batches, reverse=True):
         with bench.within(f"fp16 compiled, batch {batch}", 110 if bench.on_gpu else 0) as there:
             if there:
@@ -167,10 +168,8 @@ def compiled(bench: Bench) -> None:
 
 
 def full_precision(bench: Bench) -> None:
-    """fp32 as people run it who leave everything as it is."""
-    pipeline = bench.load()
-    pipeline._text.to(dtype=torch.float32)
-    pipeline.prompts.forget()
+    """fp32 by the setting, and nothing else changed."""
+    pipeline = bench.load(dtype="fp32")
     for batch in bench.batches:
         with bench.within(f"fp32 eager, batch {batch}", 5 * batch if bench.on_gpu else 0) as there:
             if there:

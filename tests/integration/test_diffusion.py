@@ -55,6 +55,12 @@ def submitted(environment: dict[str, str], folder: Path, sources: list[str], *wo
     return [json.loads(row) for row in rows.splitlines()]
 
 
+def manifest(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the newest manifest."""
+    path = max((folder / "out").rglob("manifest.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def data(row: dict[str, Any]) -> bytes:
     assert row["state"] == "done", row
     return Path(unquote(row["output"].removeprefix("file://"))).read_bytes()
@@ -72,8 +78,7 @@ def test_a_preset_gives_each_image_the_same_pixels_in_every_job(
     assert data(alone[0]) == data(together[2])
     assert len({data(row) for row in together}) == 5
     assert {Image.open(io.BytesIO(data(row))).size for row in together} == {(96, 72)}
-    manifest = next((tmp_path / "out").rglob("manifest.jsonl")).read_text().splitlines()
-    line = json.loads(manifest[0])
+    line = manifest(tmp_path)[0]
     assert (line["seed"], line["options"]["scheduler"]) == (42, "lcm")
     assert "lcm-lora-sdv1-5 " in line["fingerprint"]
     assert "sd15-canny " in line["fingerprint"]
@@ -89,3 +94,24 @@ def test_a_style_that_is_not_there_fails_with_what_to_do(
     assert "the LoRA my-style is not on this node" in row["message"]
     (row,) = submitted(environment, tmp_path, source, "--preset", "anime")
     assert row["state"] == "done"
+
+
+def test_a_result_that_is_flagged_is_made_again_with_the_next_seed_and_the_better_one_stays(
+    worker: WorkerProcess, environment: dict[str, str], images: ImageServer, tmp_path: Path
+) -> None:
+    images.routes |= {f"/{number}.png": photo(number) for number in range(6)}
+    sources = [images.url(f"/{number}.png") for number in range(6)]
+    look = ["--operation", "stylize", "--engine", "diffusion", "--limit", "least_edges=1"]
+    tries = []
+    for seed in ("42", "43"):
+        rows = submitted(environment, tmp_path, sources, *look, "--set", f"seed={seed}")
+        tries.append([(line["quality"]["edges"], data(row)) for line, row in zip(manifest(tmp_path), rows, strict=True)])
+    rows = submitted(environment, tmp_path, sources, *look, "--check", "repair")
+    first_is_better = [one[0] >= two[0] for one, two in zip(*tries, strict=True)]
+    assert set(first_is_better) == {True, False}, "else nothing is shown"
+    for place, (line, row) in enumerate(zip(manifest(tmp_path), rows, strict=True)):
+        assert "flag:unlike" in line["notes"]
+        assert {"edges", "look", "before"} <= line["quality"].keys(), "what the search for drift needs"
+        assert ("repaired_seed" in line["notes"]) != first_is_better[place]
+        assert line["seed"] == (42 if first_is_better[place] else 43)
+        assert data(row) == tries[not first_is_better[place]][place][1]

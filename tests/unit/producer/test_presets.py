@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from producer.cli import main
-from producer.spec import job_spec
+from producer.spec import job_spec, quality_values
 from shared.errors import InvalidOption, UsageError
 from shared.messages import JOB_SPEC
 from shared.options import DiffusionStylize
@@ -50,6 +50,7 @@ def test_a_preset_is_shown_whole_as_one_could_write_it(own: Path) -> None:
     shown = yaml.safe_load(run("show", "shop").stdout)
     assert shown["shop"]["options"]["strength"] == 0.3
     assert shown["shop"]["options"]["seed_policy"] == "fixed"
+    assert shown["shop"]["policy"] == {"batch": "quality", "priority": "low", "quality": {"least_edges": 0.35}}
     assert shown["shop"] == {
         key: value for key, value in json.loads(run("show", "shop", "--json").stdout).items() if key != "name"
     }
@@ -89,6 +90,15 @@ def test_what_is_said_at_the_command_line_wins_over_the_preset(own: Path) -> Non
     options: Any = spec.options
     assert (options.strength, options.reference, options.loras[0].weight) == (0.6, None, 0.5)
     assert (spec.output.format, spec.output.quality, spec.policy.priority) == ("webp", 80, "high")
+
+
+def test_limits_at_the_command_line_are_laid_over_the_presets(own: Path) -> None:
+    preset = Presets(own).get("sketch")
+    plain = job_spec(None, None, {}, dict(OUTPUT), {"quality": None}, preset).policy.quality
+    assert (plain.mode, plain.most_cast, plain.least_entropy, plain.least_edges) == ("flag", 100, 0.2, None)
+    given = {"quality": quality_values("repair", ["least_edges=0.5", "most_cast=9"])}
+    over = job_spec(None, None, {}, dict(OUTPUT), given, preset).policy.quality
+    assert (over.mode, over.most_cast, over.least_entropy, over.least_edges) == ("repair", 9, 0.2, 0.5)
 
 
 def test_another_operation_or_engine_than_the_presets_is_refused(own: Path) -> None:

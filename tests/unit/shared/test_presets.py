@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import InvalidPreset, UsageError
+from shared.messages import Policy
 from shared.options import DiffusionStylize, parse_options
 from shared.presets import LARGEST_FILE, SHIPPED, Preset, Presets, read
+from shared.quality import Measures, beyond
 from tests.workers import ROOT
 
 OWN = """\
@@ -71,6 +73,20 @@ def test_turbo_takes_four_steps_without_guidance() -> None:
     assert [lora.name for lora in turbo.loras] == ["lcm-lora-sdv1-5"]
 
 
+def test_each_look_is_checked_by_limits_that_fit_it() -> None:
+    def flags(name: str, **measures: float) -> set[str]:
+        quality = Policy.model_validate(Presets().get(name).policy).quality
+        assert quality.mode == "flag"
+        return set(beyond(Measures(**measures), quality, "stylize"))
+
+    strict = [name for name in Presets().names() if flags(name, edges=0.3)]
+    assert strict == ["product-clean"]
+    assert [name for name in Presets().names() if flags(name, edges=0.22)] == ["product-clean", "realistic", "turbo"]
+    assert flags("sketch", edges=0.1) == {"unlike"}
+    assert flags("sketch", cast=99, entropy=0.3, kept=9) == set(), "grey on much white"
+    assert flags("sketch", entropy=0) == {"blank"}
+
+
 def test_the_file_is_shipped_with_the_package() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert SHIPPED.name in data["shared"]
@@ -81,12 +97,20 @@ def test_what_a_preset_says_wins_over_what_it_extends_name_by_name(own: Path) ->
     base, dark, darker = (known.get(name) for name in ("product-clean", "dark", "darker"))
     assert dark.options["prompt"] == "black background"
     assert dark.options["negative_prompt"] == base.options["negative_prompt"]
-    assert (dark.output, dark.policy) == ({"format": "png"}, {"batch": "quality", "priority": "low"})
+    policy = {**base.policy, "priority": "low"}
+    assert (dark.output, dark.policy) == ({"format": "png"}, policy)
     assert darker.options["steps"] == 40
     assert darker.options["prompt"] == "black background"
     assert [lora.name for lora in options(darker).loras] == ["other"], "a list or mapping among the options is one value"
     assert (darker.output, darker.policy, darker.description) == (dark.output, dark.policy, dark.description)
     assert (dark.file, base.file) == (own, SHIPPED)
+
+
+def test_limits_of_the_check_are_inherited_one_by_one(own: Path) -> None:
+    own.write_text("dark:\n  extends: sketch\n  policy: {quality: {mode: repair, least_entropy: 1}}\n")
+    quality = {"mode": "repair", "most_cast": 100, "least_entropy": 1}
+    assert Presets(own).get("dark").policy == {"quality": quality}
+    assert "least_edgess" in wrong(own, "dark:\n  extends: sketch\n  policy:\n    quality:\n      least_edgess: 1\n")
 
 
 def test_ones_own_preset_takes_the_place_of_a_shipped_one_and_may_extend_it(own: Path) -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.options import DiffusionStylize, OpencvStylize
-from shared.seeds import SEEDS, item_seed
+from shared.seeds import SEEDS, item_seed, next_seed
 
 SOURCE = "https://images.example/a.jpg"
 
@@ -32,6 +32,10 @@ def test_where_nothing_is_random_there_is_no_seed() -> None:
 
 def test_the_seed_of_an_address_is_the_same_in_every_release() -> None:
     assert seed("url", seed=42) == 3_649_458_495
+
+
+def test_the_next_seed_is_another_one_that_generators_take() -> None:
+    assert [next_seed(seed) for seed in (0, 7, SEEDS - 1)] == [1, 8, 0]
 
 
 @given(st.sampled_from(["fixed", "per-item", "url"]), st.integers(0, SEEDS - 1), st.integers(0, 10**9), st.text(max_size=30))

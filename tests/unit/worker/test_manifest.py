@@ -139,6 +139,12 @@ def test_a_line_tells_the_seed_where_there_is_one_and_the_engine_s_weights(ledge
     assert {"torch", "diffusers"} <= lines[0]["versions"].keys()
 
 
+def test_a_line_tells_the_seed_that_its_result_was_made_with(ledger: Ledger, tmp_path: Path) -> None:
+    spec = StylizeJob(output=Output(url=tmp_path.as_uri()), options=DiffusionStylize(seed=7))
+    begin(ledger, spec, DONE.model_copy(update={"notes": ("repaired_seed",)}), FAILED)
+    assert [written(ledger, spec, tmp_path)[index]["seed"] for index in (0, 1, 3)] == [8, 7, 8]
+
+
 def test_a_failure_keeps_its_code_and_its_sentence(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
     begin(ledger, spec, DONE, FAILED)
     line = written(ledger, spec, tmp_path)[1]

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
 from worker.device import Device, give_back
+from worker.faults import is_short_of_memory
 from worker.operations.base import Grey, Pixels
 from worker.operations.inpaint.checkpoint import read
 from worker.operations.inpaint.generator import Generator
+from worker.operations.pytorch import torch_device, torch_dtype
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGEST_BATCH = 8
 """Pictures that go to a GPU at a time."""
 BAND = 512 * 512
 """Pixels that the generator's ends take at a time on a CPU: 1024 x 1024 take 300 MB instead of 730."""
-NO_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "not enough memory", "alloc_failed")
-"""How torch, oneDNN, cuDNN and cuFFT say in lower case that memory is short."""
 
 
 class Session:
@@ -33,7 +32,7 @@ class Session:
     """
 
     def __init__(self, path: Path, device: Device) -> None:
-        self.device = _there(device)
+        self.device = torch_device(device, "lama")
         self.dtype = _dtype(device)
         on_cpu = device.gpu is None
         if on_cpu:
@@ -106,24 +105,9 @@ def _compiled(generator: Generator) -> Callable[[Tensor], Tensor]:
     return paint
 
 
-def _there(device: Device) -> torch.device:
-    """Raises ConfigurationError where a GPU was asked for and torch can't use it: never the CPU instead."""
-    if device.gpu is None:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        built = f"for CUDA {torch.version.cuda}, which the driver must fit" if torch.version.cuda else "without CUDA"
-        raise ConfigurationError(
-            f"the model lama was to run on {device.name}, but the torch that is installed can't: it is built {built}"
-        )
-    return torch.device("cuda", 0)  # the process is pinned to one GPU
-
-
 def _dtype(device: Device) -> torch.dtype:
-    if device.gpu is None:
-        return torch.float32
-    if device.dtype == "auto":
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-    return DTYPES[device.dtype]
+    has_bf16 = device.gpu is not None and torch.cuda.get_device_capability() >= (8, 0)
+    return torch_dtype(device, torch.bfloat16 if has_bf16 else torch.float16)
 
 
 @contextmanager
@@ -132,14 +116,9 @@ def _translated(doing: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
         traceback.clear_frames(error.__traceback__)  # they hold tensors for as long as somebody holds the error
-        if not _is_short(error):
+        if not is_short_of_memory(error):
             raise OperationFailed(f"{doing} the model lama failed: {sentence(error)}") from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         give_back()
         raise OutOfMemory(f"there was not enough memory for {doing} the model lama: {sentence(error)}") from error
-
-
-def _is_short(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in text for words in NO_MEMORY)

@@ -58,7 +58,7 @@ def laid_in(rgb: Pixels, room: Size) -> Pixels:
 
 
 def taken_out(made: Pixels, size: Size) -> Pixels:
-    """The part of a bucket's picture that a picture of `size` lay in, uint8 [h, w, 3]."""
+    """The part of a bucket's picture or edges, uint8 [h, w, ...], that a picture of `size` lay in."""
     width, height = inside(size, (made.shape[1], made.shape[0]))
     return np.ascontiguousarray(made[:height, :width])
 

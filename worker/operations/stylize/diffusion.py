@@ -15,14 +15,14 @@ import transformers
 
 from shared.errors import ConfigurationError, OperationFailed
 from shared.options import DiffusionStylize, Options
-from shared.seeds import item_seed
+from shared.seeds import item_seed, next_seed
 from worker.device import Device
-from worker.operations.base import Grey, Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import set_up, translated
 from worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
 from worker.operations.stylize.loras import Stamp, find, stamp
 from worker.operations.stylize.palette import Colours, Palettes, transferred
-from worker.operations.stylize.pipeline import LARGEST_BATCH, Canvas, Made, Pipeline
+from worker.operations.stylize.pipeline import LARGEST_BATCH, Canvas, Made, Pipeline, dtype_of
 from worker.operations.stylize.prompts import CUT
 from worker.repositories import MODELS, digest_of, folder_of, is_here, repository
 from worker.scale import fit, resize
@@ -49,7 +49,7 @@ class Plan:
 class Diffusion:
     """One model is loaded at a time, when a chunk first asks for it; all styles run on it."""
 
-    spec = Spec("stylize", "diffusion", max_batch=LARGEST_BATCH, runtime="torch", warm_up={"steps": 1})
+    spec = Spec("stylize", "diffusion", restyles=True, max_batch=LARGEST_BATCH, runtime="torch", warm_up={"steps": 1})
 
     def __init__(self) -> None:
         self._device = Device()
@@ -78,16 +78,15 @@ class Diffusion:
 
     def fingerprint(self, options: Options) -> str:
         assert isinstance(options, DiffusionStylize)  # noqa: S101  # for mypy
-        weights, how = self._device.weights, self._device.diffusion
+        weights = self._device.weights
         parts = [f"{options.model} {self._folder(options.model)}"]
         parts += [f"{lora.name} {self._adapter(find(weights, lora.name))}" for lora in options.loras]
         parts += [
             f"diffusers {diffusers.__version__}",
             f"transformers {transformers.__version__}",
-            f"torch {torch.__version__}",
+            f"{dtype_of(self._device)} {torch.__version__}",
         ]
-        parts += ["fp32" if self._device.gpu is None else "fp16"]
-        parts += [name for name in ("compile", "safety_checker") if getattr(how, name)]
+        parts += ["compiled"] * self._device.compile + ["safety_checker"] * self._device.diffusion.safety_checker
         return ", ".join([*parts, f"revision {REVISION}"])
 
     @translated("preparing the image")
@@ -96,15 +95,17 @@ class Diffusion:
         if options.crop is not None:
             width, height = map(int, options.crop.split("x"))
             picture = replace(picture, pixels=cropped(picture.pixels, (width, height)))
-        room = bucket(picture.size, options.size, COMPILED_MULTIPLE if self._device.diffusion.compile else MULTIPLE)
+        room = bucket(picture.size, options.size, COMPILED_MULTIPLE if self._device.compile else MULTIPLE)
         small = resize(picture.pixels, inside(picture.size, room))
         pixels = laid_in(_opaque(small), room)
         seed = item_seed(options, inputs.item.index, inputs.item.source)
         assert seed is not None  # noqa: S101  # these options have one
         palette = self._palettes.of(options.reference, inputs.read) if options.reference else None
         canvas = Canvas(pixels, edges_of(pixels, options.canny_low, options.canny_high), seed)
-        footprint = f"{room[0]}x{room[1]}{' guided' if options.cfg > 1 else ''}"
-        return Work([Sample(canvas, options, footprint)], state=Plan(picture, fit(picture.size, options.long_edge), palette))
+        footprint = f"{room[0]}x{room[1]} {dtype_of(self._device)}{' guided' if options.cfg > 1 else ''}"
+        evidence = Evidence(comparable=options.crop is None, edges=taken_out(canvas.edges, picture.size))
+        plan = Plan(picture, fit(picture.size, options.long_edge), palette)
+        return _work(Sample(canvas, options, footprint), plan, evidence)
 
     def group_key(self, sample: Sample) -> Hashable:
         return sample.options, sample.data.edges.shape
@@ -157,6 +158,16 @@ class Diffusion:
         if now not in self._adapters:
             self._adapters[now] = digest(path)[:16]
         return self._adapters[now]
+
+
+def _work(sample: Sample, plan: Plan, evidence: Evidence) -> Work:
+    """One image's, whose other tries begin from other noise."""
+
+    def again() -> Work:
+        canvas: Canvas = sample.data
+        return _work(replace(sample, data=replace(canvas, seed=next_seed(canvas.seed))), plan, evidence)
+
+    return Work([sample], state=plan, evidence=evidence, again=again)
 
 
 def edges_of(rgb: Pixels, low: int, high: int) -> Grey:

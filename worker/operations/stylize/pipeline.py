@@ -26,7 +26,9 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from shared.errors import ConfigurationError, ImageError, OperationFailed, OutOfMemory, UnsafeContent, sentence
 from shared.options import DiffusionStylize
 from worker.device import Device
+from worker.faults import is_short_of_memory
 from worker.operations.base import Grey, Pixels
+from worker.operations.pytorch import torch_device, torch_dtype
 from worker.operations.stylize.loras import Loras
 from worker.operations.stylize.prompts import Prompts
 from worker.repositories import MODELS, folder_of, repository
@@ -65,7 +67,7 @@ class Pipeline:
     """
 
     def __init__(self, model: str, device: Device) -> None:
-        self._device = _torch_device(device)
+        self._device = torch_device(device, model)
         self._on_cpu = device.gpu is None
         self._text = self._load(model, device)
         self._text.set_progress_bar_config(disable=True)
@@ -75,7 +77,7 @@ class Pipeline:
         self.prompts = Prompts(self._text)
         self.loras = Loras(self._text, device.weights, device.diffusion.loras, self.prompts.forget)
         self._relieved = 0
-        if device.diffusion.compile:
+        if device.compile:
             for part in (self._text.unet, self._text.controlnet, self._text.vae.decoder):
                 part.compile(dynamic=False)
             for size in device.diffusion.warm_up:
@@ -130,7 +132,7 @@ class Pipeline:
             output_type="pt",
         )
         finite = torch.isfinite(made.images).flatten(1).all(1).tolist()
-        images = (made.images.nan_to_num() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        images = (made.images.float().nan_to_num() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         refused = made.nsfw_content_detected or [False] * len(canvases)
         return [
             _judged(image, finite=fine, refused=bad, cut=meaning.cut)
@@ -152,7 +154,7 @@ class Pipeline:
     def _load(self, model: str, device: Device) -> Any:
         base, controlnet = (folder_of(device.weights, repository(name)) for name in MODELS[model])
         checker = folder_of(device.weights, repository(CHECKER)) if device.diffusion.safety_checker else None
-        dtype = torch.float32 if device.gpu is None else torch.float16
+        dtype = dtype_of(device)
         for library in (diffusers, transformers):  # what they tell goes to a log, and what matters of it into notes
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
@@ -168,15 +170,20 @@ class Pipeline:
                 **parts,
                 **_from_disk(base, dtype),
             ).to(self._device)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        except (MemoryError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            if is_short_of_memory(error):
+                raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
             again = f"`imagemill models verify` checks it, `imagemill models pull {names}` fetches it"
             raise ConfigurationError(f"the model {model} can't be loaded from {base} ({sentence(error)}): {again}") from error
         if device.gpu is not None:
             for part in (pipe.unet, pipe.controlnet, pipe.vae):
                 part.to(memory_format=torch.channels_last)
         return pipe
+
+
+def dtype_of(device: Device) -> torch.dtype:
+    """What the model calculates in: half precision on a GPU, where the settings don't say otherwise."""
+    return torch_dtype(device, torch.float16)
 
 
 def parts(count: int, largest: int) -> Iterator[slice]:
@@ -216,18 +223,6 @@ def _judged(image: Pixels, *, finite: bool, refused: bool, cut: bool) -> Made | 
     return Made(image, cut)
 
 
-def _torch_device(device: Device) -> torch.device:
-    """Never another device than was asked for. Raises ConfigurationError."""
-    if device.gpu is None:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigurationError(
-            f"the model was to run on GPU {device.gpu}, but torch {torch.__version__} finds none: "
-            "driver and CUDA must be those that torch was built for"
-        )
-    return torch.device("cuda", 0)  # the process is pinned to one
-
-
 @contextmanager
 def _repeatable(*, on_cpu: bool, deterministic: bool) -> Iterator[None]:
     """One thread on the CPU, as how sums are split over threads changes their last bits; algorithms as asked for."""
@@ -246,9 +241,7 @@ def _repeatable(*, on_cpu: bool, deterministic: bool) -> Iterator[None]:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise OutOfMemory(f"there was not enough memory for the model: {sentence(error)}") from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # how torch says it on the CPU
+    except (MemoryError, RuntimeError) as error:
+        if is_short_of_memory(error):
             raise OutOfMemory(f"there was not enough memory for the model: {sentence(error)}") from error
         raise

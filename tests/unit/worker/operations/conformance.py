@@ -79,6 +79,9 @@ def prepared(operation: Operation, pixels: Pixels, options: Options) -> Work:
     assert work.untouched == (not work.samples), "nothing is run on an untouched image, and something on all others"
     if work.untouched:
         work.state = picture  # which the flow has
+    if work.again is not None:
+        keys = [[operation.group_key(sample) for sample in one.samples] for one in (work, work.again())]
+        assert keys[0] == keys[1], "another try goes the same way"
     return work
 
 
