@@ -276,8 +276,10 @@ def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: boo
     if not submission.served:
         queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
         model = spec.lane.partition(".")[2]
-        needs = f" where `imagemill models pull {model}` has been run" if model else ""
-        show.say(out, f"warning: no worker listens to {queue}; start one with `imagemill worker`{needs}", "yellow")
+        start = "imagemill worker --cpu`"
+        if model:
+            start = f"IMAGEMILL_WORKER__ENGINES='[\"{spec.engine}\"]' imagemill worker` after `imagemill models pull {model}`"
+        show.say(out, f"warning: no worker listens to {queue}; start one with `{start}", "yellow")
     return submission
 
 

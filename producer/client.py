@@ -132,8 +132,8 @@ class _List:
             return InvalidSource("the list has no images")
         places = "; ".join(f"{row.place}: {row.reason}" for row in self.bad[:3])
         more = f"; and {self.bad_count - 3:,} more" if self.bad_count > 3 else ""
-        rows = "1 row is" if self.bad_count == 1 else f"{self.bad_count:,} rows are"
-        return InvalidSource(f"{rows} no image's address, and nothing was queued: {places}{more}", self.bad)
+        rows = "1 row" if self.bad_count == 1 else f"{self.bad_count:,} rows"
+        return InvalidSource(f"{rows} can't be used, and nothing was queued: {places}{more}", self.bad)
 
 
 class Client:

@@ -363,5 +363,6 @@ def validation_sentence(error: ValidationError) -> str:
         given = fault.get("input")
         given = shown(given) if isinstance(given, str) else given  # an address may carry a signature
         value = f", not {given!r}" if isinstance(given, str | int | float) and len(str(given)) <= 80 else ""
+        value = "" if reason.endswith(value) else value  # some reasons say it themselves
         said.append(f"{name + ': ' if name else ''}{reason[:1].lower()}{reason[1:]}{value}")
     return "; ".join(said)

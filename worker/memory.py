@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from shared.errors import DeviceLost, sentence
+from shared.errors import ConfigurationError, DeviceLost, sentence
 from worker.device import Device, give_back, visible_gpus
 from worker.operations.base import Spec
 
@@ -122,6 +122,9 @@ class TorchMemory:
     def __init__(self) -> None:
         import torch
 
+        if not torch.cuda.is_available():
+            built = f"it is built for CUDA {torch.version.cuda}" if torch.version.cuda else "it is built without CUDA"
+            raise ConfigurationError(f"the torch that is installed finds no GPU that it can use ({built}); try --cpu")
         self._cuda = torch.cuda
         with _answering():
             self.name = str(torch.cuda.get_device_name())

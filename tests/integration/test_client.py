@@ -168,7 +168,7 @@ def test_bad_rows_are_reported_with_their_places_before_anything_is_queued(clien
         client.submit(read_sources([str(path)], s3=client.s3), SPEC)
     assert [row.place for row in caught.value.rows] == [f"{path}:{n}" for n in (2, 3, 5, 6)]
     assert f"{path}:2: the line is not UTF-8" in caught.value.message
-    assert "4 rows are no image's address, and nothing was queued" in caught.value.message
+    assert "4 rows can't be used, and nothing was queued" in caught.value.message
     assert "and 1 more" in caught.value.message
     assert "hidden" not in caught.value.message
     assert raw.keys("*") == []
@@ -185,7 +185,7 @@ def test_bad_rows_can_be_left_out_and_the_others_keep_their_places(client: Clien
 
 
 def test_all_bad_rows_are_counted_but_only_the_first_thousand_kept(client: Client) -> None:
-    with pytest.raises(InvalidSource, match="1,500 rows are") as caught:
+    with pytest.raises(InvalidSource, match="1,500 rows can't be used") as caught:
         client.submit((BadRow(f"list:{n}", "bad", "") for n in range(1500)), SPEC, skip_invalid=True)
     assert len(caught.value.rows) == 1000
 

@@ -110,7 +110,7 @@ def test_submit_prints_the_job_alone_and_says_that_nobody_listens(imagemill: Inv
     job = result.stdout.removesuffix("\n")
     assert ledger.status(job).total == 3
     assert f"{job}: 3 images queued, 1 duplicate among them" in result.stderr
-    assert "no worker listens to imagemill.stylize.opencv.high; start one with `imagemill worker`" in result.stderr
+    assert "no worker listens to imagemill.stylize.opencv.high; start one with `imagemill worker --cpu`" in result.stderr
 
 
 def test_submit_says_which_model_a_worker_needs(imagemill: Invoke) -> None:
@@ -118,6 +118,7 @@ def test_submit_says_which_model_a_worker_needs(imagemill: Invoke) -> None:
     told = imagemill("submit", "-", *asked, stdin=GOOD).stderr
     assert "no worker listens to imagemill.remove-background.rembg.silueta" in told
     assert "`imagemill models pull silueta`" in told
+    assert "IMAGEMILL_WORKER__ENGINES='[\"rembg\"]' imagemill worker" in " ".join(told.split())
 
 
 def test_submit_is_silent_about_workers_when_there_is_one(imagemill: Invoke, url: str) -> None:
@@ -163,7 +164,7 @@ def test_bad_rows_are_listed_and_nothing_is_queued(imagemill: Invoke, ledger: Le
     assert "nonsense-19" in result.stderr
     assert "nonsense-20" not in result.stderr
     assert "and 5 more" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error (invalid_source): 25 rows are no image's address")
+    assert result.stderr.splitlines()[-1].startswith("error (invalid_source): 25 rows can't be used")
     assert "--skip-invalid" in result.stderr
     assert {status.job for status in ledger.jobs()} == before
 

@@ -83,6 +83,12 @@ def test_a_wrong_option_is_refused_in_a_sentence(operation: str, engine: str, gi
     assert "\n" not in caught.value.message
 
 
+def test_what_was_given_is_said_once() -> None:
+    with pytest.raises(InvalidOption) as caught:
+        parse_options("inpaint", "opencv", {"boxes": "a,b,c,d"})
+    assert caught.value.message.count("not 'a,b,c,d'") == 1
+
+
 def test_every_fault_is_named_at_once() -> None:
     with pytest.raises(InvalidOption) as caught:
         parse_options("inpaint", "opencv", {"radius": 0, "mask_dilate": 201})

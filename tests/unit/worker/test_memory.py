@@ -16,7 +16,7 @@ import pynvml
 import pytest
 import torch
 
-from shared.errors import DeviceLost
+from shared.errors import ConfigurationError, DeviceLost
 from tests.fakes import Invert
 from worker import memory as module
 from worker.device import Device
@@ -66,6 +66,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise state.error
         return value
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: ask("NVIDIA RTX"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: ask((state.free, state.total)))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: state.reserved)
@@ -78,6 +79,12 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
     return state
+
+
+def test_a_torch_that_can_use_no_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match=r"finds no GPU that it can use .*; try --cpu"):
+        memory_of(Device(gpu=0), TORCH)
 
 
 def test_what_torch_keeps_for_later_is_free_for_its_next_run(cuda: SimpleNamespace) -> None:
