@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 CACHED = "cached"
 """The note of a result that was copied."""
 
-REVISION = 2
+REVISION = 3
 """Raise it when decoding, scaling or encoding make other bytes of the same image."""
 
 AROUND = ("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg")

@@ -164,11 +164,11 @@ def choose_format(source_format: str, wanted: Literal["same", "png", "webp", "jp
     return "webp" if source_format == "webp" else "png"
 
 
-def encode(picture: Picture, *, format: str, quality: int) -> Encoded:  # noqa: A002
+def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -> Encoded:  # noqa: A002
     """`picture` as a file of `format` (png, webp or jpeg), its profile embedded where it has one.
 
     PNG is lossless. `quality`, 1 to 100, is of JPEG and of (always lossy) WebP. Colour under alpha
-    0 is cleared in PNG and WebP; JPEG has no alpha, so it shows the picture over white. Raises
+    0 is cleared in WebP, and in PNG if `clear`; JPEG has no alpha, so it shows the picture over white. Raises
     OperationFailed for sides that the format can't hold, and OutOfMemory.
     """
     limit = {"webp": _WEBP_SIDE, "jpeg": _JPEG_SIDE}.get(format)
@@ -181,7 +181,7 @@ def encode(picture: Picture, *, format: str, quality: int) -> Encoded:  # noqa: 
     with _memory_checked():
         try:
             if format == "png":
-                data = png.encode(pixels, picture.icc)
+                data = png.encode(pixels, picture.icc, clear=clear)
             elif format == "webp":
                 data = _webp(pixels, quality, picture.icc)
             elif format == "jpeg":

@@ -304,7 +304,11 @@ class Flow:
 
     def _encode(self, passage: Passage, picture: Picture) -> codec.Encoded:
         with passage.stage("encode"):
-            encoded = codec.encode(picture, format=self._format(passage, picture), quality=self.spec.output.quality)
+            chosen, clear = (
+                self._format(passage, picture),
+                self.operation.spec.makes_alpha,
+            )  # else hidden colour is the source's
+            encoded = codec.encode(picture, format=chosen, quality=self.spec.output.quality, clear=clear)
         passage.facts.update(output_bytes=len(encoded.data), output_size=picture.size)
         return encoded
 

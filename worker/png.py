@@ -119,8 +119,8 @@ def clear_hidden(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return cleared
 
 
-def encode(pixels: NDArray[np.uint8], icc: bytes | None = None) -> bytes:
-    """A PNG of `pixels` (RGB [h, w, 3] or RGBA [h, w, 4], uint8), colour under alpha 0 cleared.
+def encode(pixels: NDArray[np.uint8], icc: bytes | None = None, *, clear: bool = True) -> bytes:
+    """A PNG of `pixels` (RGB [h, w, 3] or RGBA [h, w, 4], uint8), colour under alpha 0 cleared if `clear`.
 
     Each row is stored as its difference to the row above: one subtraction per byte, where
     choosing the best filter per row costs most of an encoder's time.
@@ -137,7 +137,7 @@ def encode(pixels: NDArray[np.uint8], icc: bytes | None = None) -> bytes:
         out.append(_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
     above = np.zeros((1, row_bytes), np.uint8)
     for top in range(0, height, step):
-        stripe = clear_hidden(pixels[top : top + step]) if channels == 4 else pixels[top : top + step]
+        stripe = clear_hidden(pixels[top : top + step]) if clear and channels == 4 else pixels[top : top + step]
         rows = np.ascontiguousarray(stripe).reshape(len(stripe), row_bytes)
         filtered = np.empty((len(rows), 1 + row_bytes), np.uint8)
         filtered[:, 0] = _UP

@@ -237,3 +237,12 @@ def test_another_writers_text_and_filters_are_no_obstacle() -> None:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", pnginfo=text, optimize=True)
     assert (read(png.checked(file.getvalue())[0]) == pixels).all()
+
+
+def test_hidden_colour_stays_where_it_is_not_to_be_cleared() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), np.uint8)
+    pixels[::2, :, 3] = 0
+    with Image.open(io.BytesIO(png.encode(pixels, clear=False))) as image:
+        assert np.array_equal(np.array(image), pixels)
+    with Image.open(io.BytesIO(png.encode(pixels))) as image:
+        assert not np.array(image)[::2].any()
