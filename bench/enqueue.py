@@ -28,7 +28,7 @@ PLAIN_IMAGES = 3_000
 ADDRESS_LENGTH = 120
 
 
-def run(rounds: int = 3) -> list[dict[str, Any]]:
+def run(rounds: int = 5) -> list[dict[str, Any]]:
     """Measure `rounds` times; per figure its name, the median, goal, unit, whether the goal holds, and how many rounds."""
     with tempfile.TemporaryDirectory() as folder:
         addresses = Path(folder, "addresses.txt")
@@ -129,7 +129,7 @@ def _main(arguments: list[str]) -> None:
     elif arguments[:1] == ["plain"]:
         print(json.dumps(_apply_async(*arguments[1:])))
     else:
-        for figure in run(int(arguments[0]) if arguments else 3):
+        for figure in run(*(int(argument) for argument in arguments[:1])):
             print(json.dumps(figure))
 
 

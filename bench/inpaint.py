@@ -54,7 +54,7 @@ Figure = dict[str, Any]
 Cost = Callable[[int, int], float]
 
 
-def run(rounds: int = 2) -> list[Figure]:
+def run(rounds: int = 5) -> list[Figure]:
     """Measure `rounds` times; per figure its name, the median, goal, unit, whether the goal holds, and how many rounds."""
     with tempfile.TemporaryDirectory() as folder:
         weights = lama_file(Path(folder) / "weights" / "lama" / "lama.safetensors", **FULL).parents[1]

@@ -285,13 +285,18 @@ def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: boo
 
 def _follow(client: Client, job: str, out: Console) -> JobStatus:
     try:
-        last = show.follow(client.watch(job), out)
+        followed = show.follow(client.watch(job), out)
     except KeyboardInterrupt:
         show.say(out, f"the job goes on; follow it with `imagemill watch {job}`, stop it with `imagemill cancel {job}`")
         sys.exit(INTERRUPTED)
+    last = followed.status
     show.say(out, f"job {job} {show.outcome(last)}")
     if last.failed:
-        show.say(out, f"`imagemill results {job} --failed` tells why, `imagemill retry {job}` tries those again")
+        again = f", `imagemill retry {job}` tries those again" if followed.retryable else ""
+        show.say(out, f"`imagemill results {job} --failed` tells why{again}")
+    if followed.flagged:
+        count = show.counted(followed.flagged, "image")
+        show.say(out, f"the check flagged {count}: `imagemill results {job} --flagged` tells which, and as what")
     return last
 
 

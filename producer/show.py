@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.text import Text
 from producer.report import duration
 from producer.sources import BadRow
 from shared.messages import ENDED, ItemResult, JobState, JobStatus
+from shared.quality import flags_of
 
 MOST_BAD_ROWS = 20
 STYLES = {"done": "green", "cancelled": "yellow", "running": "cyan", "finishing": "cyan"}
@@ -122,18 +124,33 @@ def summary_table(jobs: Iterable[JobStatus]) -> Table:
     return table
 
 
-def follow(updates: Iterator[tuple[JobStatus, list[ItemResult]]], out: Console) -> JobStatus:
-    """Show a job's progress and its failures as they come, until `updates` ends; the last status."""
+@dataclass(frozen=True)
+class Followed:
+    """How a job went: its last status, how many images were flagged, and whether a failure is of a kind that may pass."""
+
+    status: JobStatus
+    flagged: int
+    retryable: bool
+
+
+def follow(updates: Iterator[tuple[JobStatus, list[ItemResult]]], out: Console) -> Followed:
+    """Show a job's progress and its failures as they come, until `updates` ends."""
     last: JobStatus | None = None
+    latest: dict[int, ItemResult] = {}  # of those that failed or are flagged; after a retry there may be several of one
     with Board(out) as board:
         for last, results in updates:
             board.show(last)
             for result in results:
                 if result.state == "failed":
                     board.tell(f"image {result.index}: {result.code}: {result.message}")
+                if result.state == "failed" or flags_of(result.notes):
+                    latest[result.index] = result
+                else:
+                    latest.pop(result.index, None)
     if last is None:
         raise RuntimeError("a watch gives at least one status")
-    return last
+    flagged = sum(result.state == "done" for result in latest.values())
+    return Followed(last, flagged, any(result.retryable for result in latest.values()))
 
 
 class Board:

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from shared.errors import InvalidOption, UsageError
+from shared.errors import InvalidOption
 from shared.messages import JOB_SPEC, Job, Output, Policy
-from shared.options import ADDRESSES, ENGINES, OPERATIONS, Model, nearest, parse_options, validation_sentence
-from shared.presets import Preset
+from shared.options import ADDRESSES, ENGINES, Model, nearest, parse_options, validation_sentence
+from shared.presets import Preset, work_of
 from shared.quality import RULES, Quality
 from shared.urls import check_source_url, shown
 
@@ -33,25 +33,13 @@ def job_spec(
     Without a preset an operation is needed, and the engine is opencv where none is named. Nothing of the preset is left
     to be looked up later. Raises InvalidOption with what is wrong, and with the nearest valid name.
     """
-    operation, engine = _work(operation, engine, preset)
+    operation, engine = work_of(operation, engine, preset)
     if preset is not None:
         options = {**_addresses({**preset.options}), **options}
         output, policy = _over(preset.output, output), _over(preset.policy, policy)
     given = parse_options(operation, engine, options)
     fields = {"options": given, "output": _made(Output, "output", output), "policy": _made(Policy, "policy", policy)}
     return JOB_SPEC.validate_python({"operation": operation, **fields})
-
-
-def _work(operation: str | None, engine: str | None, preset: Preset | None) -> tuple[str, str]:
-    """Operation and engine, as named or as the preset has them."""
-    if preset is None:
-        if operation is None:
-            raise UsageError(f"say what to do: --operation {', '.join(OPERATIONS)}, or --preset NAME")
-        return operation, engine or "opencv"
-    for name, given, wanted in (("operation", operation, preset.operation), ("engine", engine, preset.engine)):
-        if given is not None and given != wanted:
-            raise InvalidOption(f"the preset {preset.name} is for the {name} {wanted}, not {given!r}")
-    return preset.operation, preset.engine
 
 
 def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +86,8 @@ def quality_values(mode: str | None, limits: Iterable[str]) -> dict[str, str] | 
         if name not in RULES:
             raise InvalidOption(f"the check has no limit {name!r}{nearest(name, list(RULES))}")
         values[name] = value
+    if mode == "off" and len(values) > 1:
+        raise InvalidOption("--limit has no meaning with --check off: nothing is measured then")
     return values or None
 
 

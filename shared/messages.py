@@ -167,6 +167,7 @@ class ItemResult(Model):
     source_size: tuple[int, int] | None = None
     output_bytes: int = 0
     output_size: tuple[int, int] | None = None
+    batch: int = Field(1, description="most samples, of any images, that went through the model together with one of its own")
     seconds: dict[str, float] = Field(default_factory=dict, description="per stage")
     notes: tuple[str, ...] = Field((), description="what the submitter should know though all went well")
     quality: Measures | None = None

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from shared.errors import InvalidPreset, UsageError
+from shared.errors import InvalidOption, InvalidPreset, UsageError
 from shared.messages import Output, Policy
 from shared.options import ENGINES, OPERATIONS, Model, Operation, nearest, validation_sentence
 
@@ -81,6 +81,21 @@ class Preset:
             "output": {**self.output},
             "policy": {**self.policy},
         }
+
+
+def work_of(operation: str | None, engine: str | None, preset: Preset | None) -> tuple[str, str]:
+    """Operation and engine, as named or as the preset has them; opencv where nothing says which engine.
+
+    Raises UsageError where nothing says which operation, and InvalidOption where the preset is for another one.
+    """
+    if preset is None:
+        if operation is None:
+            raise UsageError(f"say what to do: --operation {', '.join(OPERATIONS)}, or --preset NAME")
+        return operation, engine or "opencv"
+    for name, given, wanted in (("operation", operation, preset.operation), ("engine", engine, preset.engine)):
+        if given is not None and given != wanted:
+            raise InvalidOption(f"the preset {preset.name} is for the {name} {wanted}, not {given!r}")
+    return preset.operation, preset.engine
 
 
 class Presets:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+from shared.errors import ConfigurationError
 from worker.device import Device
 from worker.operations.base import Inputs, Picture, Sample, Spec, Work
 
@@ -34,6 +35,9 @@ class Invert:
     def group_key(self, sample: Sample) -> Hashable:
         return sample.data.shape
 
+    def together(self, options: Any) -> bool:
+        return True
+
     def run(self, samples: Sequence[Sample]) -> list[Any]:
         return [255 - sample.data for sample in samples]
 
@@ -53,6 +57,20 @@ class BrokenLoad(Invert):
 
     def load(self, device: Device) -> None:
         raise RuntimeError("the weights are not there")
+
+
+class Unfit(Invert):
+    """Can't work on this machine, and says why."""
+
+    def load(self, device: Device) -> None:
+        raise ConfigurationError("there is no such GPU")
+
+
+class Nameless(Invert):
+    """Can't tell what decides its results, by a fault of its own."""
+
+    def fingerprint(self, options: Any) -> str:
+        raise NameError("name 'fingerprint' is not defined")
 
 
 class Tells(Invert):

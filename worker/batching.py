@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -120,30 +120,32 @@ class Batcher(Generic[Owner]):
 
 
 def run_batch(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes) -> list[Any | ImageError]:
-    """The device step on a batch: per sample its output, or the error of that sample alone.
+    """The device step on a batch: per sample its output, or the error of that sample alone; raises what `run_parts` does."""
+    return [output for part in run_parts(operation, samples, sizes) for output in part]
+
+
+def run_parts(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes) -> Iterator[list[Any | ImageError]]:
+    """The device step on a batch, part by part as they ran: per sample its output, or the error of that sample alone.
 
     When memory runs out the batch is halved, and `sizes` remembers; on any other error each sample is run alone, so that
     a bad image does not take its neighbours along. Raises SoftTimeLimitExceeded when the chunk's time is up, and
     DeviceLost when the device is of no more use to this process: neither is an image's fault.
     """
     kind = kind_of(operation, samples[0])
-    outputs: list[Any | ImageError] = []
-    step = len(samples)
-    while len(outputs) < len(samples):
-        part = samples[len(outputs) : len(outputs) + step]
+    over, step = 0, len(samples)
+    while over < len(samples):
+        part = samples[over : over + step]
         level = sizes.relief(kind) if len(part) == 1 else 0
         made = _relieved(operation, part, sizes, level) if level else attempt(operation, part, sizes, kind)
         if isinstance(made, OutOfMemory) and not level:
             give_up_caches()  # out of the except block: its frames no longer hold the batch's tensors
             sizes.failed(kind, len(part))
             made = made if len(part) > 1 else _relieved(operation, part, sizes, 1, made)
-        if isinstance(made, list):
-            outputs += made
-        elif len(part) == 1:
-            outputs.append(made)
+        if isinstance(made, list) or len(part) == 1:
+            over += len(part)
+            yield made if isinstance(made, list) else [made]
         else:
             step = -(-len(part) // 2) if isinstance(made, OutOfMemory) else 1
-    return outputs
 
 
 def attempt(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes, kind: str) -> list[Any] | ImageError:

@@ -38,9 +38,6 @@ from worker.store import Store
 
 log = logging.getLogger(__name__)
 
-CACHED = "cached"
-"""The note of a result that was copied."""
-
 REVISION = 3
 """Raise it when decoding, scaling or encoding make other bytes of the same image."""
 

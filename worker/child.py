@@ -149,15 +149,19 @@ class Child:
         return "done"
 
     def _manifest(self, lease: Lease, spec: Job) -> str:
-        written = None
+        written, told = None, {"action": "manifest", "job": lease.job}
         try:
             written = write_manifest(lease.job, spec, self.ledger, self._store(spec), self._fingerprint(spec))
         except StorageUnavailable as error:
-            log.warning("manifest not written", extra={"action": "manifest", "job": lease.job, "reason": error.message})
+            log.warning("manifest not written", extra={**told, "reason": error.message})
             if lease.lost < MANIFEST_TRIES:
                 return "held"  # its lease runs out and the reaper publishes it again
         except ImageError as error:
-            log.warning("manifest refused", extra={"action": "manifest", "job": lease.job, "reason": error.message})
+            log.warning("manifest refused", extra={**told, "reason": error.message})
+        except ImagemillError:
+            raise  # of the ledger, without which there is nothing to complete
+        except Exception:  # a fault of ours; a job may end without its manifest, but end it must
+            log.exception("manifest failed", extra=told)
         self.ledger.complete(lease, manifest=written)
         log.info("job over", extra={"action": "manifest", "job": lease.job, "manifest": written})
         return "done"

@@ -96,6 +96,7 @@ def pin(device: Device) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(device.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"  # workers load from disk and never download
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install torchvision, which must not be there
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it there is no deterministic matrix product
     # numpy's and OpenCV's: its threads spin for milliseconds after each product, which doubled the CPU time of an image.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"

@@ -29,10 +29,10 @@ from shared.quality import Measures, beyond, flagged
 from shared.settings import Settings
 from worker import codec
 from worker.batch_size import BatchSizes
-from worker.batching import Batcher, cap, run_batch
-from worker.cache import CACHED, Cache, Remembered
+from worker.batching import Batcher, cap, run_parts
+from worker.cache import Cache, Remembered
 from worker.fetch import Fetcher, cut_short
-from worker.operations.base import Inputs, Operation, Picture, Work
+from worker.operations.base import CACHED, Inputs, Operation, Picture, Work
 from worker.passage import Passage, PixelBudget
 from worker.quality import Checked, check
 from worker.records import Records
@@ -174,10 +174,13 @@ class Flow:
         """run: one batch on the device; yields the passages that have all of their outputs now."""
         batch = batcher.take()
         start = time.perf_counter()
-        outputs = run_batch(self.operation, [slot.sample for slot in batch], self.sizes)
+        parts = list(run_parts(self.operation, [slot.sample for slot in batch], self.sizes))
         share = (time.perf_counter() - start) / len(batch)
-        for slot, output in zip(batch, outputs, strict=True):
+        together = self.operation.together(self.spec.options)
+        outputs = [(output, len(part) if together else 1) for part in parts for output in part]
+        for slot, (output, company) in zip(batch, outputs, strict=True):
             passage = slot.owner
+            passage.facts["batch"] = max(company, passage.facts.get("batch", 1))
             passage.seconds["run"] = round(passage.seconds.get("run", 0.0) + share, 4)
             passage.missing -= 1
             if isinstance(output, ImageError):
@@ -304,11 +307,9 @@ class Flow:
 
     def _encode(self, passage: Passage, picture: Picture) -> codec.Encoded:
         with passage.stage("encode"):
-            chosen, clear = (
-                self._format(passage, picture),
-                self.operation.spec.makes_alpha,
-            )  # else hidden colour is the source's
-            encoded = codec.encode(picture, format=chosen, quality=self.spec.output.quality, clear=clear)
+            chosen, quality = self._format(passage, picture), self.spec.output.quality
+            # Hidden colour of what was cut out here is nobody's; else it is the source's, and kept.
+            encoded = codec.encode(picture, format=chosen, quality=quality, clear=self.operation.spec.makes_alpha)
         passage.facts.update(output_bytes=len(encoded.data), output_size=picture.size)
         return encoded
 

@@ -12,7 +12,7 @@ from celery import Celery, signals
 from celery.utils.nodenames import host_format
 
 from shared.broker import Publisher, make_app, queues
-from shared.errors import ConfigurationError, sentence
+from shared.errors import ConfigurationError, ImagemillError, sentence
 from shared.fleet import Fleet
 from shared.ledger import Ledger
 from shared.queues import node_queue, worker_queues
@@ -92,10 +92,12 @@ class Worker:
             )
             self.children.loaded(current_process().index)
         except BaseException as error:
-            failures = self.children.failed()
+            known = isinstance(error, ImagemillError)  # of which its sentence tells all
+            failures = self.children.failed(error.exit_code if isinstance(error, ImagemillError) else 1)
             wait = min(60.0, 2.0 ** (failures - 1))
-            told = dict(action="load", node=self.name, reason=f"{type(error).__name__}: {sentence(error)}", again_in=wait)
-            log.exception("engines could not be loaded", extra=told)
+            reason = sentence(error) if known else f"{type(error).__name__}: {sentence(error)}"
+            told = dict(action="load", node=self.name, reason=reason, again_in=wait)
+            log.error("engines could not be loaded", exc_info=not known, extra=told)
             time.sleep(wait)  # not in a tight loop: the pool replaces this process at once
             os._exit(1)
 

@@ -13,7 +13,7 @@ from typing import Any
 from shared.ledger import Ledger
 from shared.messages import Job, Row
 from shared.seeds import item_seed, next_seed
-from worker.operations.base import REPAIRED_SEED
+from worker.operations.base import CACHED, REPAIRED_SEED
 from worker.store import Store
 
 PACKAGES = (
@@ -48,6 +48,8 @@ def manifest_line(job: str, spec: Job, row: Row, fingerprint: str | None = None)
     if seed is not None and row.result is not None and REPAIRED_SEED in row.result.notes:
         seed = next_seed(seed)
     line |= {name: value for name, value in (("seed", seed), ("fingerprint", fingerprint)) if value is not None}
+    if row.result is not None and row.state == "done" and CACHED not in row.result.notes:  # a copy's is not known
+        line["batch"] = row.result.batch
     return line
 
 

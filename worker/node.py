@@ -35,7 +35,7 @@ class Children:
     def __init__(self, count: int) -> None:
         self.count = count
         self._pids = RawArray("i", count)
-        self._failures = Value("i", 0)
+        self._failures, self._status = Value("i", 0), Value("i", 1)
         self._stopping = Value("b", 0)
 
     def loaded(self, index: int) -> None:
@@ -44,15 +44,21 @@ class Children:
         with self._failures.get_lock():
             self._failures.value = 0
 
-    def failed(self) -> int:
-        """Said by a child: loading failed; how often in a row that makes it."""
+    def failed(self, status: int) -> int:
+        """Said by a child: loading failed, which is worth this exit status; how often in a row that makes it."""
         with self._failures.get_lock():
+            self._status.value = status
             self._failures.value += 1
             return int(self._failures.value)
 
     @property
     def failures(self) -> int:
         return int(self._failures.value)
+
+    @property
+    def status(self) -> int:
+        """The exit status of a node whose child failed."""
+        return int(self._status.value)
 
     def ready(self) -> int:
         """How many children are alive with their engines loaded."""
@@ -100,7 +106,7 @@ class Parent:
             worker_state.maybe_shutdown()
             if self.children.failures:
                 log.error("a child could not load its engines; the node exits", extra={"action": "load", "node": self.name})
-                raise SystemExit(1)
+                raise SystemExit(self.children.status)
             if time.monotonic() - start > timeout:
                 log.error(
                     "loading took too long; the node exits", extra={"action": "load", "node": self.name, "seconds": timeout}

@@ -134,8 +134,10 @@ class _Download:
                 if size > most:
                     most, left = size, list(pauses)
                 if not left:
+                    own = self.url == self.weights.url
                     kept = f"; {size / 1e6:.0f} MB are kept, the next pull goes on from there" if size else ""
-                    raise ServiceUnavailable(f"{shown(self.url)}: {error}{kept}") from error
+                    other = "; IMAGEMILL_WEIGHTS__MIRROR may name another server that has it" if own else ""
+                    raise ServiceUnavailable(f"{shown(self.url)}: {error}{kept}{other}") from error
                 time.sleep(left.pop(0))
         self._finish()
 

@@ -78,7 +78,8 @@ def measured(result: Pixels, pair: Pair, evidence: Evidence, operation: Spec) ->
         found["sharpness"] = by.sharpness(pair.grey, pair.solid)
     if evidence.comparable:
         found["kept"] = by.kept(found["sharpness"], by.sharpness(pair.source_grey, pair.solid))
-        found["cast"] = by.cast(pair)
+        if not evidence.recoloured:
+            found["cast"] = by.cast(pair)
     alpha = pair.alpha if evidence.alpha is None else evidence.alpha
     if operation.makes_alpha and alpha is not None:
         found["opaque"], found["half"] = by.shares(alpha)

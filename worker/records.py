@@ -8,7 +8,7 @@ from typing import Any
 from shared.errors import ImageError, WorkerLost
 from shared.ledger import Ledger
 from shared.messages import ItemResult
-from worker.cache import CACHED
+from worker.operations.base import CACHED
 from worker.passage import Passage
 
 

@@ -15,13 +15,15 @@ from rich.table import Table
 
 from shared.errors import UsageError
 from shared.options import OPERATIONS, Options, parse_options
+from shared.presets import Presets, work_of
 from shared.settings import Settings, load_settings
 from worker.device import Device, pin
 
 
 @click.command()
-@click.argument("operation", type=click.Choice(OPERATIONS))
-@click.option("--engine", required=True, help="What does it.")
+@click.argument("operation", type=click.Choice(OPERATIONS), required=False)
+@click.option("--engine", help="What does it; default opencv, or as the preset says.")
+@click.option("--preset", metavar="NAME", help="A look by its name, with its options.")
 @click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="An option of the operation, as for submit.")
 @click.option("--size", default="1024x1024", show_default=True, metavar="WxH", help="Of the images to come, in pixels.")
 @click.option("--gpu", metavar="N", type=click.IntRange(min=0), help="Try them on this GPU.")
@@ -30,8 +32,9 @@ from worker.device import Device, pin
 @click.option("--seconds", type=click.FloatRange(min=0), default=3.0, show_default=True, help="To time each batch for.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def tune(
-    operation: str,
-    engine: str,
+    operation: str | None,
+    engine: str | None,
+    preset: str | None,
     options: Sequence[str],
     size: str,
     gpu: int | None,
@@ -48,7 +51,12 @@ def tune(
         raise UsageError("say where to try: --gpu N or --cpu")
     settings = load_settings()
     settings = settings.model_copy(update={"worker": settings.worker.model_copy(update={"gpu": gpu})})
-    given = parse_options(operation, engine, dict(_pair(one) for one in options))
+    look = Presets(settings.presets).get(preset) if preset is not None else None
+    if look is None and operation is None:
+        raise UsageError(f"say what to try: {', '.join(OPERATIONS)}, or --preset NAME")
+    operation, engine = work_of(operation, engine, look)
+    said = {**look.options} if look is not None else {}
+    given = parse_options(operation, engine, {**said, **dict(_pair(one) for one in options)})
     found = _found(settings, operation, engine, given, _size(size), most, seconds)
     if as_json:
         click.echo(json.dumps(found))
@@ -82,12 +90,15 @@ def _found(
         path = tuned.write(folder, sizes.memory.name, made.spec, {tuning.kind: known})
     except OSError as error:
         raise UsageError(f"what was found can't be written below {folder}: {error.strerror}") from error
+    fitting = [one for one in tries if one.fits]
+    fastest = max(fitting, key=lambda one: one.images_per_second or 0.0, default=None)
     return {
         "operation": operation,
         "engine": engine,
         "device": sizes.memory.name,
         "kind": tuning.kind,
-        "batch": max((one.batch for one in tries if one.fits), default=0),
+        "batch": max((one.batch for one in fitting), default=0),
+        "fastest": fastest.batch if fastest else 0,
         "tries": [{**asdict(one), "fits": one.fits} for one in sorted(tries, key=lambda one: one.batch)],
         "path": str(path),
     }
@@ -104,7 +115,8 @@ def _show(found: dict[str, Any]) -> None:
             table.add_row(str(one["batch"]), "", "does not fit", style="red")
     Console(emoji=False, highlight=False).print(table)
     if found["batch"]:
-        click.echo(f"{found['operation']} ({found['engine']}) on {found['device']}: batches of up to {found['batch']}")
+        told = f"batches of up to {found['batch']} fit, of {found['fastest']} are the fastest"
+        click.echo(f"{found['operation']} ({found['engine']}) on {found['device']}: {told}")
     else:
         click.echo(f"{found['operation']} ({found['engine']}) on {found['device']}: not even one image fits")
     click.echo(f"remembered in {found['path']}")

@@ -14,14 +14,12 @@ import argparse
 import json
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from threading import Event
 from typing import Any, Literal
 
 import cv2
@@ -29,14 +27,13 @@ import numpy as np
 import pytest
 import torch
 
-from shared.messages import Item, ItemResult, Output, StylizeJob
+from bench.gpu.line import through_the_flow
+from shared.messages import Output, StylizeJob
 from shared.options import DiffusionStylize
-from shared.settings import DiffusionSettings, Settings
+from shared.settings import DiffusionSettings
 from tests.pipelines import FULL, SMALL, pipeline_folder
 from tests.unit.worker.operations.conformance import scene
-from worker.codec import Encoded
 from worker.device import Device
-from worker.flow import Flow
 from worker.operations.stylize.diffusion import Diffusion, edges_of
 from worker.operations.stylize.pipeline import Canvas, Pipeline
 
@@ -213,41 +210,17 @@ def end_to_end(bench: Bench, pipeline: Pipeline) -> None:
     operation = Diffusion()
     operation.load(bench.device)
     operation._pipeline, operation._opened, operation._proven = pipeline, "sd15-canny", True
-    ratios = []
+    done, file = cv2.imencode(".jpg", scene(1500, 1500), [cv2.IMWRITE_JPEG_QUALITY, 90])
+    assert done
+    spec, ratios = StylizeJob(output=Output(url="s3://bench/out"), options=bench.options), []
     for _ in range(2):
         start = time.perf_counter()
         for _ in range(images // largest):
             pipeline.run(bench.canvases(largest), bench.options)
         bare = images / (time.perf_counter() - start)
-        ratios.append(through_the_flow(operation, bench.options, images) / bare)
+        ratios.append(through_the_flow(operation, spec, [file.tobytes()], images) / bare)
         bench.tell("bare loop", bare, "images/s")
     bench.tell("end to end, times a bare loop", median(ratios), "x", 0.95)
-
-
-def through_the_flow(operation: Diffusion, options: DiffusionStylize, images: int) -> float:
-    """Images per second."""
-    done, file = cv2.imencode(".jpg", scene(1500, 1500), [cv2.IMWRITE_JPEG_QUALITY, 90])
-    assert done
-    ledger, spec = _Ledger(), StylizeJob(output=Output(url="s3://bench/out"), options=options)
-    flow = Flow(
-        "bench",
-        spec,
-        operation=operation,
-        ledger=ledger,  # type: ignore[arg-type]
-        fetcher=_Fetcher(file.tobytes()),  # type: ignore[arg-type]
-        store=_Store(),  # type: ignore[arg-type]
-        settings=Settings(_env_file=None),  # type: ignore[call-arg]
-        node="bench",
-        stop=Event(),
-    )
-    items = [Item(index=number, source=f"https://bench.example/{number}.jpg") for number in range(images)]
-    start = time.perf_counter()
-    flow.run(items)
-    seconds = time.perf_counter() - start
-    failed = [result for result in ledger.results if result.state == "failed"]
-    assert not failed, f"{len(failed)} images failed: {failed[0].message}"
-    assert len(ledger.results) == images
-    return images / seconds
 
 
 def tune(bench: Bench, pipeline: Pipeline) -> None:
@@ -289,47 +262,6 @@ def _fits(pipeline: Pipeline, canvases: list[Canvas], options: DiffusionStylize)
         fits = True
     torch.cuda.empty_cache()
     return fits
-
-
-# --- stand-ins --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Fetched:
-    data: bytes
-    tries: int = 1
-
-
-class _Fetcher:
-    """Each image after 100 ms, from memory."""
-
-    def __init__(self, file: bytes) -> None:
-        self._file = file
-
-    def fetch(self, *_: Any, **__: Any) -> _Fetched:
-        time.sleep(0.1)
-        return _Fetched(self._file)
-
-
-class _Store:
-    """Takes each result in 50 ms, and keeps none."""
-
-    def check(self) -> None: ...
-
-    def put(self, key: str, data: bytes | Encoded, content_type: str) -> str:
-        time.sleep(0.05)
-        return f"s3://bench/{key}"
-
-
-class _Ledger:
-    def __init__(self) -> None:
-        self.results: list[ItemResult] = []
-        self._lock = threading.Lock()
-
-    def record(self, job: str, result: ItemResult) -> bool:
-        with self._lock:
-            self.results.append(result)
-        return True
 
 
 def main() -> int:

@@ -194,6 +194,25 @@ def test_an_engine_that_does_not_load_takes_no_task(
     assert (status.state, status.done, status.failed) == ("queued", 0, 0)
 
 
+def test_an_engine_that_can_not_work_here_is_said_in_a_sentence_and_is_no_crash(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    with WorkerProcess(environment, tmp_path, fake="Unfit") as node:
+        assert node.process.wait(60) == 2
+        assert "reason=there is no such GPU" in node.tail()
+        assert "Traceback" not in node.log.read_text()
+
+
+def test_a_fault_at_the_end_costs_a_job_its_manifest_and_no_more(
+    environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
+) -> None:
+    with WorkerProcess({**environment, "IMAGEMILL_WORKER__REUSE": "false"}, tmp_path, fake="Nameless") as node:
+        node.wait_ready()
+        status = client.wait(submit(client, images, tmp_path, 3), timeout=60)
+    assert (status.state, status.done, status.manifest) == ("done", 3, None)
+    assert "manifest failed" in node.log.read_text()
+
+
 def test_the_parent_loads_neither_torch_nor_onnxruntime(environment: dict[str, str], tmp_path: Path) -> None:
     """Its children inherit by fork what it has: a CUDA context or a session there would break them."""
 

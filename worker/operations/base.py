@@ -75,6 +75,9 @@ class Sample:
 REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED = "repaired_cast", "repaired_sharpness", "repaired_seed"
 """Notes of what the check mended (worker.quality): a tint, a blur, or all of it by another seed."""
 
+CACHED = "cached"
+"""The note of a result that was copied from an earlier one."""
+
 LASTING_NOTES = frozenset(
     {"empty_cutout", "empty_mask", "enlarged", "large_mask", "matting_too_large", "no_shadow_found", "prompt_cut"}
     | {REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED}
@@ -87,13 +90,15 @@ missed, and is not remembered (worker.cache)."""
 class Evidence:
     """What the check of a result (worker.quality) can't see in it and its source.
 
-    `comparable` says whether each place of the result shows what that place of the source shows, whatever its size.
+    `comparable` says whether each place of the result shows what that place of the source shows, whatever its size, and
+    `recoloured` whether it was given other colours on purpose, so that a cast is none.
     `hole` [height, width] of the result's size is above 0 where it was filled. `alpha` [height, width], of any size, is of
     a cut-out that was given a background. `edges` [height, width], of any size, are those that the result was to have, 255
     on 0; None where they are the source's.
     """
 
     comparable: bool = True
+    recoloured: bool = False
     hole: Grey | None = None
     alpha: Grey | None = None
     edges: Grey | None = None
@@ -158,6 +163,12 @@ class Operation(Protocol):
 
     def group_key(self, sample: Sample) -> Hashable:
         """Samples with equal keys may share a batch."""
+
+    def together(self, options: Options) -> bool:
+        """Whether samples that `run` gets at a time go through the model in one pass, whose rounding may hang on their number.
+
+        Asked after a `run`.
+        """
 
     def run(self, samples: Sequence[Sample]) -> list[Any]:
         """The device step: one output per sample, in order (the caller checks the count)."""

@@ -241,6 +241,15 @@ def test_watch_shows_failures_and_ends_with_the_outcome(imagemill: Invoke) -> No
     assert "image 3: not_found: there is" in result.stderr
     assert "\x1b" not in result.stderr
     assert "done: 3 of 4 images done, 1 failed" in result.stderr
+    assert f"`imagemill results {job} --failed` tells why\n" in result.stderr, "no retry would find what is not there"
+
+
+def test_watch_ends_with_how_many_were_flagged(imagemill: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "outcome", styled)
+    job = submitted(imagemill, "".join(f"https://example.com/{n}.jpg\n" for n in range(5)))
+    result = imagemill("watch", job, client=Worked)
+    assert result.exit_code == 0
+    assert f"the check flagged 1 image: `imagemill results {job} --flagged` tells" in result.stderr
 
 
 @pytest.mark.parametrize("command", [["watch"], ["submit", "--wait"]])

@@ -33,8 +33,8 @@ def updates() -> Iterator[tuple[JobStatus, list[ItemResult]]]:
 
 def test_where_there_is_no_terminal_progress_is_a_line_per_tenth() -> None:
     out = io.StringIO()
-    last = show.follow(updates(), Console(file=out, width=200))
-    assert last.state == "done"
+    followed = show.follow(updates(), Console(file=out, width=200))
+    assert followed.status.state == "done"
     lines = out.getvalue().splitlines()
     assert len(lines) == 12  # ten tenths, the failure, all of them
     assert "stylize running: 10 of 100 images done" in lines[1]
@@ -44,6 +44,21 @@ def test_failures_are_shown_as_they_are_without_steering_the_terminal() -> None:
     out = io.StringIO()
     show.follow(updates(), Console(file=out, width=200))
     assert "image 7: truncated: [bold]half[/bold] \ufffd]0;x\ufffd" in out.getvalue()
+
+
+def test_of_an_image_that_was_retried_the_last_result_counts() -> None:
+    first = [
+        ItemResult(index=1, state="failed", code="timeout", retryable=True),
+        ItemResult(index=2, state="done", notes=("enlarged", "flag:blurred")),
+        ItemResult(index=3, state="done", notes=("flag:cast", "flag:blurred")),
+    ]
+    again = [ItemResult(index=1, state="done"), ItemResult(index=2, state="done")]
+    failed = ItemResult(index=4, state="failed", code="not_found")
+    out = Console(file=io.StringIO())
+    seen = show.follow(iter([(status(2, 1), first)]), out)
+    assert (seen.flagged, seen.retryable) == (2, True)
+    seen = show.follow(iter([(status(2, 1), first), (status(3, 1), [*again, failed])]), out)
+    assert (seen.flagged, seen.retryable) == (1, False)
 
 
 def test_on_a_terminal_there_is_a_bar() -> None:

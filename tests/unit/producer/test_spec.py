@@ -160,6 +160,11 @@ def test_a_wrong_limit_is_told(limit: str, sentence: str) -> None:
     assert sentence in caught.value.message
 
 
+def test_a_limit_of_a_check_that_is_off_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="--limit has no meaning with --check off"):
+        quality_values("off", ["most_cast=2"])
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_help_names_each_limit(name: str) -> None:
     assert f"  {name}: flag:{RULES[name].flag}: " in options_help()

@@ -20,7 +20,7 @@ from tests.devices import DEAD, HARMLESS, FakeGpu
 from tests.fakes import Invert
 from worker import batching
 from worker.batch_size import BatchSizes, Known
-from worker.batching import Batcher, Slot, cap, run_batch
+from worker.batching import Batcher, Slot, cap, run_batch, run_parts
 from worker.operations.base import Sample
 
 NAMES = st.sampled_from("abcd")
@@ -210,8 +210,10 @@ def test_a_batch_that_fits_runs_once() -> None:
 )
 def test_a_batch_too_large_for_memory_is_halved_until_it_fits(count: int, capacity: int, calls: list[int]) -> None:
     operation = Doubling(capacity)
-    assert run_batch(operation, samples(count), BatchSizes()) == [2 * number for number in range(count)]
+    parts = list(run_parts(operation, samples(count), BatchSizes()))
+    assert [output for part in parts for output in part] == [2 * number for number in range(count)]
     assert [len(call) for call in operation.calls] == calls
+    assert [len(part) for part in parts] == [size for size in calls if size <= capacity]
 
 
 @pytest.mark.parametrize("shortage", [MemoryError("malloc"), OutOfMemory("the device is full")], ids=lambda e: type(e).__name__)

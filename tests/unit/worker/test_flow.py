@@ -361,6 +361,18 @@ def test_on_a_gpu_a_batch_is_as_large_as_fits_and_as_the_policy_allows(
     assert bench.codes() == ["done"] * 12
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_record_tells_how_many_images_went_through_the_model_together(together: bool, bench: Bench) -> None:
+    """Half of the first batch, since that does not fit; one where the engine runs each for itself all the same."""
+    items, operation = bench.photos(6), Sized(room=4)
+    operation.together = lambda _: together  # type: ignore[method-assign]
+    operation.known = BatchSizes(operation.gpu, {repr((72, 96, 3)): Known({1: 500}, fits=8)})
+    bench.flow(operation, items, sizes=operation.known, wait=60, threads=3).run(items)
+    assert operation.sizes == [3, 3]
+    batches = [row.result.batch for row in bench.rows() if row.result]
+    assert batches == [3 if together else 1] * 6
+
+
 def test_no_image_waits_for_long_because_another_is_slow(bench: Bench) -> None:
     items, operation = bench.photos(4), Sized(room=8)
 

@@ -113,6 +113,7 @@ def test_a_line_tells_how_its_result_came_about(ledger: Ledger, spec: StylizeJob
         "output_size": [320, 240],
         "seconds": {"fetch": 0.25, "run": 0.5},
         "notes": ["the profile was damaged"],
+        "batch": 1,
         "node": "gpu0@a",
         "job": JOB,
         "operation": "stylize",
@@ -143,6 +144,12 @@ def test_a_line_tells_the_seed_that_its_result_was_made_with(ledger: Ledger, tmp
     spec = StylizeJob(output=Output(url=tmp_path.as_uri()), options=DiffusionStylize(seed=7))
     begin(ledger, spec, DONE.model_copy(update={"notes": ("repaired_seed",)}), FAILED)
     assert [written(ledger, spec, tmp_path)[index]["seed"] for index in (0, 1, 3)] == [8, 7, 8]
+
+
+def test_a_line_tells_the_size_of_its_batch_if_that_is_known(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+    copied = ItemResult(index=2, state="done", output="s3://results/x/2.png", notes=("cached",))
+    begin(ledger, spec, DONE.model_copy(update={"batch": 8}), FAILED, copied)
+    assert [line.get("batch") for line in written(ledger, spec, tmp_path)] == [8, None, None, 8]
 
 
 def test_a_failure_keeps_its_code_and_its_sentence(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:

@@ -129,6 +129,13 @@ def test_a_flaw_is_flagged_or_mended(spoil: Any, flag: str, note: str) -> None:
     assert distances[0] < distances[1], "nearer to the source than before"
 
 
+def test_colours_that_were_asked_for_are_no_cast() -> None:
+    pixels = greyish()
+    made = checked(tinted(pixels, 0, 7), pixels, "stylize", Evidence(recoloured=True), mode="repair", **LIMITS)
+    assert made.measures is not None
+    assert (made.measures.cast, made.beyond, made.notes) == (None, {}, ("enlarged",))
+
+
 def test_two_flaws_are_both_mended() -> None:
     pixels = greyish()
     mended = checked(tinted(blurred(pixels, 0.7), 5, 5), pixels, mode="repair", **LIMITS)

@@ -39,7 +39,7 @@ def test_it_prints_a_table_and_remembers(run: Run, tmp_path: Path) -> None:
     head, *rows = [line.split() for line in done.stdout.splitlines() if line.strip()]
     assert head == ["batch", "images/s", "peak", "memory"]
     assert [row[0] for row in rows if row[0].isdecimal()] == ["1", "2", "4"]
-    assert "inpaint (opencv) on cpu: batches of up to 4" in done.stdout
+    assert "inpaint (opencv) on cpu: batches of up to 4 fit" in done.stdout
     operation = create("inpaint", "opencv")
     operation.load(Device())
     (known,) = tuned.read(tmp_path, "cpu", operation.spec).values()
@@ -51,8 +51,9 @@ def test_json_is_for_programs(run: Run, tmp_path: Path) -> None:
     done = run("stylize", "--engine", "opencv", "--cpu", "--json", "--set", "style=detail", *QUICK)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert found.keys() == {"operation", "engine", "device", "kind", "batch", "tries", "path"}
+    assert found.keys() == {"operation", "engine", "device", "kind", "batch", "fastest", "tries", "path"}
     assert (found["operation"], found["engine"], found["device"], found["batch"]) == ("stylize", "opencv", "cpu", 1)
+    assert found["fastest"] == 1
     (only,) = found["tries"]
     assert only.keys() == {"batch", "images_per_second", "peak_bytes", "fits"}
     assert only["images_per_second"] > 0
@@ -62,6 +63,7 @@ def test_json_is_for_programs(run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("--cpu",), "say what to try: remove-background, inpaint"),
         (("stylize", "--engine", "opencv"), "say where to try"),
         (("stylize", "--engine", "opencv", "--cpu", "--gpu", "0"), "say where to try"),
         (("stylize", "--engine", "opencb", "--cpu"), "did you mean"),
@@ -82,6 +84,19 @@ def test_a_folder_that_can_not_be_written_is_named(run: Run, tmp_path: Path) -> 
     done = run("stylize", "--engine", "opencv", "--cpu", *QUICK)
     assert done.exit_code == 2
     assert str(tmp_path) in done.stderr
+
+
+def test_a_preset_names_the_operation_its_engine_and_its_options(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("sketch-small:\n  description: x\n  operation: stylize\n  engine: opencv\n  options: {long_edge: 32}\n")
+    monkeypatch.setenv("IMAGEMILL_PRESETS", str(own))
+    done = run("--preset", "sketch-small", "--cpu", "--json", *QUICK)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert (found["operation"], found["engine"]) == ("stylize", "opencv")
+    assert run("inpaint", "--preset", "sketch-small", "--cpu", *QUICK).exit_code == 2
 
 
 def test_options_are_those_of_a_job() -> None:

@@ -116,6 +116,9 @@ class Stored:
 def _of_safetensors(path: Path) -> dict[str, Tensor]:
     if path.stat().st_size > LARGEST:
         raise Unreadable("it is larger than any of LaMa's generators")
+    with path.open("rb") as file:
+        if file.read(9)[8:] != b"{":  # the length of a JSON object, then the object
+            raise Unreadable("it is neither a zip archive, as torch writes, nor a safetensors file")
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(key) for name, key in _generator(file.keys()).items()}
 

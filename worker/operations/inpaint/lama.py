@@ -19,7 +19,7 @@ from worker.device import Device
 from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.inpaint.mask import Region, build_mask, fade, mix, remarks, shrunk, zone_of
-from worker.operations.inpaint.session import LARGEST_BATCH, Session
+from worker.operations.inpaint.session import LARGEST_BATCH, Session, dtype_of
 from worker.operations.inpaint.tiles import Tile, extent, owners, plan, weights
 from worker.scale import resize
 from worker.weights import digest, model_file
@@ -82,9 +82,8 @@ class Lama:
 
     def fingerprint(self, options: Options) -> str:
         assert isinstance(options, LamaInpaint)  # noqa: S101  # for mypy
-        dtype = "fp32" if self._device.gpu is None else self._device.dtype
-        parts = (f"{options.model} {digest(self._path(options))}", f"torch {torch.__version__} {dtype}", fingerprint(REVISION))
-        return ", ".join(parts)
+        parts = [f"{options.model} {digest(self._path(options))}", f"{dtype_of(self._device)} {torch.__version__}"]
+        return ", ".join([*parts, *["compiled"] * self._device.compile, fingerprint(REVISION)])
 
     @translated("finding what to fill")
     def prepare(self, picture: Picture, inputs: Inputs) -> Work:
@@ -110,6 +109,9 @@ class Lama:
 
     def group_key(self, sample: Sample) -> Hashable:
         return sample.options.model, sample.data.tile.size
+
+    def together(self, options: Options) -> bool:  # noqa: ARG002  # the same for all
+        return self._session is not None and self._session.batches
 
     @translated("filling the holes")
     def run(self, samples: Sequence[Sample]) -> list[Any]:

@@ -84,6 +84,9 @@ class Inpaint:
     def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
         return self.spec.name
 
+    def together(self, options: Options) -> bool:  # noqa: ARG002  # samples run one by one
+        return False
+
     @translated("filling the holes")
     def run(self, samples: Sequence[Sample]) -> list[Any]:
         return [fill(sample.data, sample.options) for sample in samples]

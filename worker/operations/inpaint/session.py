@@ -33,7 +33,7 @@ class Session:
 
     def __init__(self, path: Path, device: Device) -> None:
         self.device = torch_device(device, "lama")
-        self.dtype = _dtype(device)
+        self.dtype = dtype_of(device)
         on_cpu = device.gpu is None
         if on_cpu:
             torch.set_num_threads(device.threads)
@@ -105,7 +105,8 @@ def _compiled(generator: Generator) -> Callable[[Tensor], Tensor]:
     return paint
 
 
-def _dtype(device: Device) -> torch.dtype:
+def dtype_of(device: Device) -> torch.dtype:
+    """What it calculates in, once the process is pinned to its device."""
     has_bf16 = device.gpu is not None and torch.cuda.get_device_capability() >= (8, 0)
     return torch_dtype(device, torch.bfloat16 if has_bf16 else torch.float16)
 

@@ -64,6 +64,9 @@ class GrabCut:
     def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
         return self.spec.name
 
+    def together(self, options: Options) -> bool:  # noqa: ARG002  # samples run one by one
+        return False
+
     @translated("cutting out the subject")
     def run(self, samples: Sequence[Sample]) -> list[Any]:
         return [find_subject(sample.data, sample.options) for sample in samples]

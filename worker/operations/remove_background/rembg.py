@@ -58,9 +58,8 @@ class Rembg:
         """Look which models are there. One is opened at the first `run`, and ConfigurationError raised if it can't be."""
         set_up(device)
         self._device = device
-        if (
-            device.provider == "cpu"
-        ):  # an image per core, see session.py; a few for each, or they would often wait for the slowest
+        if device.provider == "cpu":
+            # An image per core, see session.py; a few for each, or they would often wait for the slowest.
             self.spec = replace(self.spec, max_batch=PER_CORE * device.threads)
         if not any(_original(device, weights.name).is_file() for weights in WEIGHTS if weights.engine == self.spec.engine):
             raise ConfigurationError(
@@ -88,6 +87,10 @@ class Rembg:
 
     def group_key(self, sample: Sample) -> Hashable:
         return sample.options.model, sample.options.exact
+
+    def together(self, options: Options) -> bool:
+        assert isinstance(options, RembgRemoveBackground)  # noqa: S101  # for mypy
+        return self._session is not None and self._session.batches and not options.exact
 
     def run(self, samples: Sequence[Sample]) -> list[Any]:
         options: RembgRemoveBackground = samples[0].options  # of all of them, as for their model

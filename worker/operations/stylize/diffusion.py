@@ -103,12 +103,17 @@ class Diffusion:
         palette = self._palettes.of(options.reference, inputs.read) if options.reference else None
         canvas = Canvas(pixels, edges_of(pixels, options.canny_low, options.canny_high), seed)
         footprint = f"{room[0]}x{room[1]} {dtype_of(self._device)}{' guided' if options.cfg > 1 else ''}"
-        evidence = Evidence(comparable=options.crop is None, edges=taken_out(canvas.edges, picture.size))
+        edges = taken_out(canvas.edges, picture.size)
+        evidence = Evidence(comparable=options.crop is None, recoloured=palette is not None, edges=edges)
         plan = Plan(picture, fit(picture.size, options.long_edge), palette)
         return _work(Sample(canvas, options, footprint), plan, evidence)
 
     def group_key(self, sample: Sample) -> Hashable:
         return sample.options, sample.data.edges.shape
+
+    def together(self, options: Options) -> bool:
+        assert isinstance(options, DiffusionStylize)  # noqa: S101  # for mypy
+        return self._device.gpu is not None and not options.deterministic
 
     def run(self, samples: Sequence[Sample]) -> list[Any]:
         options: DiffusionStylize = samples[0].options  # of all of them, as for their size

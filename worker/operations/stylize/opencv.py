@@ -12,7 +12,7 @@ import numpy as np
 
 from shared.options import OpencvStylize, Options
 from worker.device import Device
-from worker.operations.base import Inputs, Picture, Pixels, Sample, Spec, Work
+from worker.operations.base import Evidence, Inputs, Picture, Pixels, Sample, Spec, Work
 from worker.operations.cv import fingerprint, set_up, translated
 from worker.operations.stylize.palette import Colours, Palettes, transferred
 from worker.scale import fit, resize
@@ -63,10 +63,14 @@ class Stylize:
         options: OpencvStylize = inputs.options
         pixels = resize(picture.pixels, fit(picture.size, options.long_edge))
         reference = self._palettes.of(options.reference, inputs.read) if options.reference else None
-        return Work([Sample(Canvas(pixels, reference), options)], state=Plan(replace(picture, pixels=pixels), options.strength))
+        plan, evidence = Plan(replace(picture, pixels=pixels), options.strength), Evidence(recoloured=reference is not None)
+        return Work([Sample(Canvas(pixels, reference), options)], state=plan, evidence=evidence)
 
     def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
         return self.spec.name
+
+    def together(self, options: Options) -> bool:  # noqa: ARG002  # samples run one by one
+        return False
 
     @translated("applying the style")
     def run(self, samples: Sequence[Sample]) -> list[Any]:

@@ -34,6 +34,9 @@ class Inverted:
     def group_key(self, sample: Sample) -> Hashable:
         return sample.data.shape
 
+    def together(self, options: Options) -> bool:
+        return False
+
     def run(self, samples: Sequence[Sample]) -> list[Any]:
         return [255 - sample.data for sample in samples]
 

@@ -8,6 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from shared.errors import BadMask, ConfigurationError, OperationFailed
 from shared.messages import Item
@@ -213,10 +214,16 @@ def test_on_a_cpu_tiles_go_one_at_a_time(operation: Lama, tmp_path: Path) -> Non
     assert operation.spec.max_batch == 1
 
 
-def test_the_fingerprint_changes_with_the_weights(operation: Lama, tmp_path: Path) -> None:
+def test_the_fingerprint_changes_with_the_weights_and_with_what_the_gpu_calculates_in(
+    operation: Lama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = parse_options("inpaint", "lama", {})
-    before = operation.fingerprint(options)
-    assert before == operation.fingerprint(options)
+    fingerprints = []
+    for dtype in (torch.float16, torch.bfloat16, torch.bfloat16):
+        monkeypatch.setattr(lama, "dtype_of", lambda _, dtype=dtype: dtype)
+        fingerprints.append(operation.fingerprint(options))
+    older, before, again = fingerprints
+    assert older != before == again
     (tmp_path / "lama" / "lama.ckpt").write_bytes(b"other weights, of another length")
     assert operation.fingerprint(options) != before
 

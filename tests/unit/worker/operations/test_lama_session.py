@@ -147,8 +147,8 @@ def test_what_a_gpu_calculates_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert module._dtype(Device(gpu=0, dtype=asked)) is dtype
-    assert module._dtype(Device(dtype=asked)) is torch.float32, "on a CPU"
+    assert module.dtype_of(Device(gpu=0, dtype=asked)) is dtype
+    assert module.dtype_of(Device(dtype=asked)) is torch.float32, "on a CPU"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -157,7 +157,7 @@ def test_pictures_share_a_batch_where_that_helps_in_each_type(
 ) -> None:
     sources, holes = pictures(3)
     wanted = Session(small, CPU).run(sources, holes)
-    monkeypatch.setattr(module, "_dtype", lambda _: dtype)
+    monkeypatch.setattr(module, "dtype_of", lambda _: dtype)
     session, sizes = Session(small, CPU), []
     session.batches = True  # as on a GPU
     paint = session._paint

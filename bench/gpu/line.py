@@ -1,0 +1,86 @@
+"""The flow with stand-ins in this process for network, store and ledger; decoding, preparing and encoding are real."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Event
+from typing import Any
+
+from shared.messages import Item, ItemResult, Job
+from shared.settings import Settings
+from worker.batch_size import BatchSizes
+from worker.codec import Encoded
+from worker.flow import Flow
+from worker.operations.base import Operation
+
+GET, PUT = 0.1, 0.05
+"""Seconds that each image and each result take."""
+
+
+def through_the_flow(
+    operation: Operation, spec: Job, files: Sequence[bytes], images: int, sizes: BatchSizes | None = None
+) -> float:
+    """Images per second, of so many `images` that are the `files` in turn. Asserts that each of them is done."""
+    ledger = _Ledger()
+    flow = Flow(
+        "bench",
+        spec,
+        operation=operation,
+        ledger=ledger,  # type: ignore[arg-type]
+        fetcher=_Fetcher(files),  # type: ignore[arg-type]
+        store=_Store(),  # type: ignore[arg-type]
+        settings=Settings(_env_file=None),  # type: ignore[call-arg]
+        node="bench",
+        stop=Event(),
+        sizes=sizes,
+    )
+    items = [Item(index=number, source=f"https://bench.example/{number}.jpg") for number in range(images)]
+    start = time.perf_counter()
+    flow.run(items)
+    seconds = time.perf_counter() - start
+    failed = [result for result in ledger.results if result.state == "failed"]
+    assert not failed, f"{len(failed)} images failed: {failed[0].message}"
+    assert len(ledger.results) == images
+    return images / seconds
+
+
+@dataclass
+class _Fetched:
+    data: bytes
+    tries: int = 1
+
+
+class _Fetcher:
+    """The files in turn, each after a while, from memory."""
+
+    def __init__(self, files: Sequence[bytes]) -> None:
+        self._files = files
+
+    def fetch(self, source: str, **_: Any) -> _Fetched:
+        time.sleep(GET)
+        number = int(source.rpartition("/")[2].removesuffix(".jpg"))
+        return _Fetched(self._files[number % len(self._files)])
+
+
+class _Store:
+    """Takes each result after a while, and keeps none."""
+
+    def check(self) -> None: ...
+
+    def put(self, key: str, data: bytes | Encoded, content_type: str) -> str:
+        time.sleep(PUT)
+        return f"s3://bench/{key}"
+
+
+class _Ledger:
+    def __init__(self) -> None:
+        self.results: list[ItemResult] = []
+        self._lock = threading.Lock()
+
+    def record(self, job: str, result: ItemResult) -> bool:
+        with self._lock:
+            self.results.append(result)
+        return True
