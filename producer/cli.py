@@ -133,10 +133,11 @@ def status(connect: Connect, job: str, as_json: bool) -> None:
     """Say how far a job is."""
     with connect(load_settings()) as client:
         found = client.status(job)
+        unserved = client.unserved([found])
     if as_json:
-        click.echo(found.model_dump_json())
+        click.echo(json.dumps(_told(found, unserved)))
     else:
-        show.make_console(stderr=False).print(show.status_table(found))
+        show.make_console(stderr=False).print(show.status_table(found, unserved))
 
 
 @main.command()
@@ -145,13 +146,36 @@ def status(connect: Connect, job: str, as_json: bool) -> None:
 def jobs(connect: Connect, as_json: bool) -> None:
     """List the latest jobs, newest first."""
     with connect(load_settings()) as client:
-        found = list(client.jobs())
+        found = client.jobs()
+        unserved = client.unserved(found)
     if as_json:
-        click.echo(json.dumps([job.model_dump(mode="json") for job in found]))
+        click.echo(json.dumps([_told(job, unserved) for job in found]))
     elif found:
-        show.make_console(stderr=False).print(show.jobs_table(found))
+        show.make_console(stderr=False).print(show.jobs_table(found, unserved))
     else:
         show.say(show.make_console(stderr=True), "there are no jobs yet")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A JSON list.")
+@click.pass_obj
+def fleet(connect: Connect, as_json: bool) -> None:
+    """List the worker nodes that are alive: what each offers, and what it lacks."""
+    with connect(load_settings()) as client:
+        nodes, memory = client.nodes(), client.memory()
+        unserved = client.unserved(client.jobs())
+    out = show.make_console(stderr=True)
+    if as_json:
+        click.echo(json.dumps([{**node.model_dump(mode="json"), "memory": memory.get(node.node)} for node in nodes]))
+    elif nodes:
+        show.make_console(stderr=False).print(show.fleet_table(nodes, memory))
+    else:
+        show.say(out, "no worker is running; `imagemill worker` starts one")
+    for node in nodes:
+        for reason in node.lacks:
+            show.say(out, f"{node.node}: {reason}", "yellow")
+    if unserved:
+        show.say(out, f"no worker can take {show.counted(len(unserved), 'job')}: {', '.join(sorted(unserved))}", "yellow")
 
 
 @main.command()
@@ -305,6 +329,10 @@ def _finish(last: JobStatus, as_json: bool) -> None:
     if as_json:
         click.echo(last.model_dump_json(include={"job", "state", "total", "done", "failed", "seconds"}))
     sys.exit(0 if last.state == "done" and not last.failed else 1)
+
+
+def _told(status: JobStatus, unserved: set[str]) -> dict[str, Any]:
+    return {**status.model_dump(mode="json"), "served": status.job not in unserved}
 
 
 def _complain(text: str) -> None:

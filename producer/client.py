@@ -264,6 +264,16 @@ class Client:
         """The worker nodes that are alive."""
         return self._fleet.nodes()
 
+    def memory(self) -> dict[str, tuple[float, int]]:
+        """Per GPU node that has worked lately: highest share of its memory in use, and batches that took it above 90 %."""
+        return self._fleet.memory()
+
+    def unserved(self, jobs: Iterable[JobStatus]) -> set[str]:
+        """Of these jobs those that are not over, and that no live node can take."""
+        offered = {queue for node in self.nodes() for queue in node.queues}
+        wanted = {job.job: queue_name(job.operation, job.lane, job.priority) for job in jobs if not job.over}
+        return {job for job, queue in wanted.items() if queue not in offered}
+
     def results(self, job: str) -> Iterator[Row]:
         """Every image of a job in the list's order, with what became of it so far; streamed."""
         return self._ledger.rows(job)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from producer.report import duration
 from producer.sources import BadRow
-from shared.messages import ENDED, ItemResult, JobState, JobStatus
+from shared.messages import ENDED, ItemResult, JobState, JobStatus, Node
 from shared.quality import flags_of
 
 MOST_BAD_ROWS = 20
@@ -64,8 +64,8 @@ def outcome(status: JobStatus) -> str:
     return text
 
 
-def jobs_table(jobs: Sequence[JobStatus]) -> Table:
-    """Jobs, one per row, as they are given."""
+def jobs_table(jobs: Sequence[JobStatus], unserved: Collection[str] = ()) -> Table:
+    """Jobs, one per row, as they are given; `unserved` are those that no worker can take."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("job", "operation", "engine", "state"):
         table.add_column(name, no_wrap=True)
@@ -76,7 +76,7 @@ def jobs_table(jobs: Sequence[JobStatus]) -> Table:
             job.job,
             job.operation,
             job.engine,
-            Text(job.state, style=_style(job.state)),
+            _state(job, unserved),
             f"{job.total:,}",
             f"{job.done:,}",
             Text(f"{job.failed:,}", style="red" if job.failed else ""),
@@ -86,16 +86,15 @@ def jobs_table(jobs: Sequence[JobStatus]) -> Table:
     return table
 
 
-def status_table(status: JobStatus) -> Table:
+def status_table(status: JobStatus, unserved: Collection[str] = ()) -> Table:
     """One job, one fact per row."""
     table = Table(box=None, show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    state = Text(status.state, style=_style(status.state))
     facts: list[tuple[str, str | Text]] = [
         ("job", status.job),
         ("operation", f"{status.operation} ({status.engine})"),
-        ("state", state),
+        ("state", _state(status, unserved)),
         (
             "images",
             f"{status.total:,}" + (f", {counted(status.duplicates, 'duplicate')} among them" if status.duplicates else ""),
@@ -108,6 +107,24 @@ def status_table(status: JobStatus) -> Table:
     ]
     for name, value in facts:
         table.add_row(name, value)
+    return table
+
+
+def fleet_table(nodes: Sequence[Node], memory: Mapping[str, tuple[float, int]]) -> Table:
+    """Worker nodes, one per row; `memory` has of GPU nodes the highest share in use, and how often it was above 90 %."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("node", no_wrap=True)
+    table.add_column("device", no_wrap=True)
+    table.add_column("children", justify="right")
+    table.add_column("state", no_wrap=True)
+    table.add_column("memory", no_wrap=True)
+    table.add_column("offers", overflow="fold")
+    for node in nodes:
+        offers = sorted({queue.removeprefix("imagemill.") for queue in node.queues if not queue.endswith((".high", ".low"))})
+        state = Text("ready", style="green") if node.ready else Text("loading", style="yellow")
+        share, high = memory.get(node.node, (None, 0))
+        held = "" if share is None else f"{share:.0%}" + (f", {high:,} above 90 %" if high else "")
+        table.add_row(plain(node.node), node.device, str(node.children), state, held, plain(", ".join(offers)))
     return table
 
 
@@ -212,5 +229,7 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f} images/s" if task.speed else "", style="dim")
 
 
-def _style(state: str) -> str:
-    return STYLES.get(state, "")
+def _state(job: JobStatus, unserved: Collection[str]) -> Text:
+    if job.job in unserved:
+        return Text(f"{job.state}, no worker for {job.lane}", style="yellow")
+    return Text(job.state, style=STYLES.get(job.state, ""))

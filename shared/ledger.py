@@ -244,6 +244,7 @@ class Ledger:
             job=job,
             operation=spec.operation,
             engine=spec.engine,
+            lane=spec.lane,
             state=state,
             total=int(fields.get("total", 0)),
             done=int(fields.get("done", 0)),

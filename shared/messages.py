@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
 from shared.options import (
     Boxes,
@@ -196,6 +196,7 @@ class JobStatus(Model):
     job: str
     operation: Operation
     engine: str
+    lane: str = Field(description="what a node must offer to work on it, see shared.queues")
     state: JobState
     total: int
     done: int
@@ -216,6 +217,8 @@ class JobStatus(Model):
 class Node(Model):
     """A worker node as it reports itself."""
 
+    model_config = ConfigDict(extra="ignore")  # while a fleet is renewed, newer nodes tell more
+
     node: str
     host: str
     pid: int
@@ -223,6 +226,7 @@ class Node(Model):
     queues: tuple[str, ...]
     children: int
     ready: bool
+    lacks: tuple[str, ...] = Field((), description="why it does not offer what it was set up for")
     seen: float = 0.0
 
 

@@ -62,6 +62,7 @@ class Worker:
             self.device,
             self.queues,
             self.children,
+            lacks=[f"{reason}: {mend}" for reason, mend in shortcomings(self.settings)],
             ledger=Ledger.of(self.settings),
             fleet=Fleet.of(self.settings),
             publisher=Publisher(self.app),

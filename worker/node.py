@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from multiprocessing import Value
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -90,12 +91,13 @@ class Parent:
         queues: list[str],
         children: Children,
         *,
+        lacks: Sequence[str] = (),
         ledger: Ledger,
         fleet: Fleet,
         publisher: Publisher,
         settings: WorkerSettings,
     ) -> None:
-        self.name, self.device, self.queues, self.children = name, device, queues, children
+        self.name, self.device, self.queues, self.children, self.lacks = name, device, queues, children, tuple(lacks)
         self.ledger, self.fleet, self.publisher, self.settings = ledger, fleet, publisher, settings
 
     def wait_for_children(self) -> None:
@@ -150,6 +152,7 @@ class Parent:
             queues=tuple(self.queues),
             children=self.children.count,
             ready=self.children.ready() == self.children.count,
+            lacks=self.lacks,
         )
 
 

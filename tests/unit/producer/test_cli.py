@@ -1,6 +1,7 @@
 """The command line against a real Redis; where images must be worked on, the ledger is written as a worker would."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,14 @@ def ledger(url: str) -> Iterator[Ledger]:
     ledger = Ledger(url)
     yield ledger
     ledger.close()
+
+
+@pytest.fixture
+def fleet(url: str) -> Iterator[Fleet]:
+    fleet = Fleet(url)
+    yield fleet
+    fleet.forget_node("cpu@x")
+    fleet.close()
 
 
 @pytest.fixture
@@ -121,15 +130,10 @@ def test_submit_says_which_model_a_worker_needs(imagemill: Invoke) -> None:
     assert "IMAGEMILL_WORKER__ENGINES='[\"rembg\"]' imagemill worker" in " ".join(told.split())
 
 
-def test_submit_is_silent_about_workers_when_there_is_one(imagemill: Invoke, url: str) -> None:
+def test_submit_is_silent_about_workers_when_there_is_one(imagemill: Invoke, fleet: Fleet) -> None:
     node = Node(node="cpu@x", host="x", pid=1, device="cpu", queues=(queue_name("stylize", "opencv"),), children=1, ready=True)
-    fleet = Fleet(url)
     fleet.report_node(node)
-    try:
-        assert "no worker" not in imagemill(*STYLIZE, stdin=GOOD).stderr
-    finally:
-        fleet.forget_node("cpu@x")
-        fleet.close()
+    assert "no worker" not in imagemill(*STYLIZE, stdin=GOOD).stderr
 
 
 @pytest.mark.parametrize(("flags", "reuse"), [([], True), (["--fresh"], False)], ids=["remembered", "fresh"])
@@ -259,6 +263,28 @@ def test_ctrl_c_says_that_the_job_goes_on(imagemill: Invoke, command: list[str])
     result = imagemill(*arguments, stdin=GOOD, client=Interrupted)
     assert result.exit_code == 130
     assert "the job goes on; follow it with `imagemill watch" in result.stderr
+
+
+def test_the_fleet_and_the_jobs_that_it_can_not_do(imagemill: Invoke, ledger: Ledger, fleet: Fleet) -> None:
+    assert "no worker is running" in imagemill("fleet").stderr
+    job = submitted(imagemill)
+    assert json.loads(imagemill("status", job, "--json").stdout)["served"] is False
+    assert "queued, no worker for opencv" in imagemill("jobs").stdout
+    lacks = ("no model of the engine rembg is in /models: imagemill models pull u2net",)
+    node = Node(node="cpu@x", host="x", pid=1, device="cpu", queues=(), children=2, ready=True, lacks=lacks)
+    fleet.report_node(node)
+    told = imagemill("fleet")
+    assert "cpu@x" in told.stdout
+    assert f"cpu@x: {lacks[0]}" in told.stderr
+    assert re.search(rf"no worker can take \d+ jobs?: .*{job}", told.stderr)
+    fleet.report_node(node.model_copy(update={"queues": (queue_name("stylize", "opencv"),), "lacks": ()}))
+    fleet.report_memory("cpu@x", 0.95, 3)
+    told = imagemill("fleet", "--json")
+    assert job not in told.stderr
+    (line,) = json.loads(told.stdout)
+    assert (line["node"], line["memory"]) == ("cpu@x", [0.95, 3])
+    work(ledger, job)
+    assert json.loads(imagemill("jobs", "--json").stdout)[0]["served"] is True
 
 
 def test_status_and_jobs(imagemill: Invoke, ledger: Ledger) -> None:
@@ -401,6 +427,6 @@ def test_report_writes_a_page(imagemill: Invoke, ledger: Ledger, tmp_path: Path)
 def test_version_and_help(imagemill: Invoke) -> None:
     assert imagemill("--version").stdout.startswith("imagemill, version ")
     listed = imagemill("--help").stdout
-    for name in ("demo", "submit", "status", "watch", "results", "retry", "cancel", "report", "jobs"):
+    for name in ("demo", "submit", "status", "watch", "results", "retry", "cancel", "report", "jobs", "fleet"):
         assert f"  {name} " in listed
     assert "mask_feather: pixels" in imagemill("submit", "--help").stdout

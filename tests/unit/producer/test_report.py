@@ -54,9 +54,9 @@ def status(rows: Iterable[Row], **changes: Any) -> JobStatus:
     rows = list(rows)
     counts = {state: sum(row.state == state for row in rows) for state in ("done", "failed")}
     fields = {
-        "job": "260730-1f0c9a3e", "operation": "stylize", "engine": "opencv", "state": "done", "total": len(rows), **counts,
-        "duplicates": sum(row.duplicate_of is not None for row in rows), "priority": "normal", "output": "s3://results/x",
-        "created": 0.0, "ended": 8.0, "seconds": 8.0,
+        "job": "260730-1f0c9a3e", "operation": "stylize", "engine": "opencv", "lane": "opencv", "state": "done",
+        "total": len(rows), **counts, "duplicates": sum(row.duplicate_of is not None for row in rows),
+        "priority": "normal", "output": "s3://results/x", "created": 0.0, "ended": 8.0, "seconds": 8.0,
     }  # fmt: skip
     return JobStatus.model_validate(fields | changes)
 

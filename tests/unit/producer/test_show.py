@@ -2,9 +2,10 @@ import io
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.table import Table
 
 from producer import show
-from shared.messages import ItemResult, JobState, JobStatus
+from shared.messages import ItemResult, JobState, JobStatus, Node
 
 
 def status(done: int, failed: int = 0, state: JobState = "running") -> JobStatus:
@@ -12,6 +13,7 @@ def status(done: int, failed: int = 0, state: JobState = "running") -> JobStatus
         job="260730-00000000",
         operation="stylize",
         engine="opencv",
+        lane="opencv",
         state=state,
         total=100,
         done=done,
@@ -71,3 +73,26 @@ def test_on_a_terminal_there_is_a_bar() -> None:
 def test_outcome() -> None:
     assert show.outcome(status(90, 10, "done")) == "done: 90 of 100 images done, 10 failed, in 5.0 s (18.00 images/s)"
     assert show.outcome(status(3)) == "running: 3 of 100 images done"
+
+
+def printed(table: Table) -> str:
+    out = io.StringIO()
+    Console(file=out, width=160).print(table)
+    return out.getvalue()
+
+
+def test_a_job_that_no_worker_can_take_is_marked() -> None:
+    job = status(3)
+    for table in (show.jobs_table, lambda jobs, *rest: show.status_table(jobs[0], *rest)):
+        assert "running, no worker for opencv" in printed(table([job], {job.job}))
+        assert "no worker" not in printed(table([job]))
+
+
+def test_a_fleet_is_a_row_per_node() -> None:
+    queues = tuple(f"imagemill.stylize.diffusion.sd15-canny{priority}" for priority in (".high", "", ".low"))
+    node = Node(node="gpu0@a", host="a", pid=1, device="gpu0", queues=queues, children=1, ready=False)
+    text = printed(show.fleet_table([node], {"gpu0@a": (0.934, 2)}))
+    assert "loading" in text
+    assert "93%, 2 above 90 %" in text
+    assert text.count("stylize.diffusion.sd15-canny") == 1
+    assert "%" not in printed(show.fleet_table([node.model_copy(update={"ready": True})], {}))

@@ -207,8 +207,8 @@ def test_a_row_with_a_result_as_programs_read_it() -> None:
 @pytest.mark.parametrize("state", ["submitting", "queued", "running", "finishing", "done", "cancelled"])
 def test_which_states_are_the_end(state: Any) -> None:
     status = JobStatus(
-        job="260730-1f0c9a3e", operation="stylize", engine="opencv", state=state, total=1, done=0, failed=0, duplicates=0,
-        priority="normal", output="s3://results", created=0.0, seconds=1.0,
+        job="260730-1f0c9a3e", operation="stylize", engine="opencv", lane="opencv", state=state, total=1, done=0, failed=0,
+        duplicates=0, priority="normal", output="s3://results", created=0.0, seconds=1.0,
     )  # fmt: skip
     assert status.over == (state in ENDED) == (state in ("done", "cancelled"))
 
