@@ -64,7 +64,7 @@ def main(ctx: click.Context) -> None:
 @click.option("--output", required=True, metavar="ADDRESS", help="s3://bucket/prefix, file:///folder or a folder's path.")
 @click.option("--format", "form", type=click.Choice(["same", "png", "webp", "jpeg"]), help="Of the results; default same.")
 @click.option("--quality", type=int, help="Of JPEG and lossy WebP, 1 to 100; default 90.")
-@click.option("--icc", type=click.Choice(["srgb", "keep"]), help="Colour profile of the results; default srgb.")
+@click.option("--icc", type=click.Choice(["srgb", "keep"]), help="Profile of the results; default srgb, of inpaint keep.")
 @click.option("--key", metavar="TEMPLATE", help="Names of the results; default {job}/{index:06d}-{name}.")
 @click.option("--priority", type=click.Choice(PRIORITIES), help="Default normal.")
 @click.option("--attempts", type=int, help="Tries per image before it is recorded as failed; default 3.")
@@ -205,7 +205,7 @@ def results(
         if flagged:
             lines = _flagged(client.results(job), outliers(client.results(job)), client, presign)
         more = [name for name, wanted in (("flags", flagged), ("link", presign is not None)) if wanted]
-        _write(lines, (*COLUMNS, *more), form)
+        _write(lines, (*COLUMNS, "notes", *more), form)
 
 
 @main.command()
@@ -342,6 +342,7 @@ def _complain(text: str) -> None:
 def _lines(rows: Iterable[Row], client: Client, presign: int | None) -> Iterator[dict[str, Any]]:
     for row in rows:
         line = row.model_dump(mode="json", include=set(COLUMNS))
+        line["notes"] = [*(row.result.notes if row.result else ())]
         if presign is not None:
             remote = row.output is not None and row.output.startswith("s3://")
             line["link"] = client.link(row, presign) if remote else None
@@ -369,7 +370,7 @@ def _write(lines: Iterable[dict[str, Any]], columns: Sequence[str], form: Litera
     writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
     writer.writeheader()
     for line in lines:
-        writer.writerow(line | ({"flags": " ".join(line["flags"])} if "flags" in line else {}))
+        writer.writerow({name: " ".join(value) if isinstance(value, list) else value for name, value in line.items()})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
@@ -51,13 +51,17 @@ def check_key(template: str) -> str:
     return template
 
 
+Profile = Literal["srgb", "keep"]
+"""Colours in sRGB, or in the source's own profile."""
+
+
 class Output(Model):
     """Where results go and as what."""
 
     url: Annotated[str, AfterValidator(check_output_url)]
     format: Literal["same", "png", "webp", "jpeg"] = "same"
     quality: int = Field(90, ge=1, le=100, description="of JPEG and lossy WebP")
-    icc: Literal["srgb", "keep"] = "srgb"
+    icc: Profile | None = Field(None, description="of the results; 'none': as is usual for the operation")
     key: Annotated[str, AfterValidator(check_key)] = "{job}/{index:06d}-{name}"
 
 
@@ -72,9 +76,16 @@ class Policy(Model):
 
 
 class _Job(Model):
+    usual_icc: ClassVar[Profile] = "srgb"
+
     version: Literal[1] = 1
     output: Output
     policy: Policy = Policy()
+
+    @property
+    def icc(self) -> Profile:
+        """The profile that results are in."""
+        return self.output.icc or self.usual_icc
 
     @property
     def engine(self) -> str:
@@ -101,6 +112,8 @@ class RemoveBackgroundJob(_Job):
 
 
 class InpaintJob(_Job):
+    usual_icc: ClassVar[Profile] = "keep"  # outside of what is filled, nothing may change
+
     operation: Literal["inpaint"] = "inpaint"
     options: Annotated[
         Annotated[OpencvInpaint, Tag("opencv")] | Annotated[LamaInpaint, Tag("lama")],

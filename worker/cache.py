@@ -116,7 +116,7 @@ class Cache:
             "options": options,
             "boxes": [box.model_dump() for box in item.boxes],
             "seed": item_seed(spec.options, item.index, item.source),
-            "output": spec.output.model_dump(include={"format", "quality", "icc"}),
+            "output": {**spec.output.model_dump(include={"format", "quality"}), "icc": spec.icc},
             "engine": engine,
             "repair": [REPAIRS, wanted.model_dump()] if wanted.mode == "repair" else None,
             "around": [REVISION, *(versions().get(name) for name in AROUND)],

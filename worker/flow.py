@@ -251,7 +251,7 @@ class Flow:
         passage.pixels = pixels
         with passage.stage("decode"):
             edge = self.operation.work_edge(self.spec.options)
-            picture = codec.decode(data, header, edge=edge, icc=self.spec.output.icc)
+            picture = codec.decode(data, header, edge=edge, icc=self.spec.icc)
         passage.pixels = picture.size[0] * picture.size[1]  # what is held from now on
         self.budget.release(pixels - passage.pixels)
         return picture

@@ -325,6 +325,7 @@ def test_results_as_jsonl(imagemill: Invoke, ledger: Ledger) -> None:
         "message": "there is \x1b[31mnothing",
         "attempts": 2,
         "duplicate_of": None,
+        "notes": [],
     }
 
 
@@ -332,7 +333,7 @@ def test_results_as_csv_of_what_failed(imagemill: Invoke, ledger: Ledger) -> Non
     job = submitted(imagemill)
     work(ledger, job)
     header, row = imagemill("results", job, "--format", "csv", "--failed").stdout.splitlines()
-    assert header == "item,index,source,state,output,code,message,attempts,duplicate_of"
+    assert header == "item,index,source,state,output,code,message,attempts,duplicate_of,notes"
     assert row.split(",")[1:6] == ["3", "https://example.com/bad.jpg", "failed", "", "not_found"]
 
 
@@ -364,10 +365,11 @@ def test_results_that_are_flagged_or_unlike_the_others(
     assert imagemill("results", job, "--flagged").stdout == ""
     work(ledger, job)
     rows = [json.loads(line) for line in imagemill("results", job, "--flagged").stdout.splitlines()]
+    assert [json.loads(line)["notes"] for line in imagemill("results", job).stdout.splitlines()][1:3] == [[], ["enlarged", "flag:cast"]]
     assert [(row["index"], row["flags"]) for row in rows] == [(2, ["cast"]), (4, ["drift:blue-yellow"])]
     header, *lines = imagemill("results", job, "--flagged", "--format", "csv").stdout.splitlines()
-    assert header.endswith(",duplicate_of,flags")
-    assert [line.rpartition(",")[2] for line in lines] == ["cast", "drift:blue-yellow"]
+    assert header.endswith(",duplicate_of,notes,flags")
+    assert [line.split(",")[-2:] for line in lines] == [["enlarged flag:cast", "cast"], ["", "drift:blue-yellow"]]
     assert imagemill("results", job, "--flagged", "--failed").exit_code == 2
 
 

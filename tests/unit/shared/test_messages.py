@@ -131,6 +131,15 @@ def test_key_templates_that_are_refused(template: str, reason: str) -> None:
         Output(url="s3://results", key=template)
 
 
+@pytest.mark.parametrize(("operation", "usual"), [("inpaint", "keep"), ("stylize", "srgb"), ("remove-background", "srgb")])
+def test_what_is_only_filled_keeps_its_profile_unless_asked_otherwise(operation: str, usual: str) -> None:
+    profiles = []
+    for output in ({}, {"icc": "srgb"}, {"icc": "keep"}):
+        job = JOB_SPEC.validate_python({"operation": operation, "output": {"url": "s3://results/x", **output}})
+        profiles.append(JOB_SPEC.validate_json(job.model_dump_json()).icc)
+    assert profiles == [usual, "srgb", "keep"]
+
+
 def test_an_item_id_is_the_same_in_every_job_and_of_each_place_its_own() -> None:
     ids = {Item(index=index, source=source).id for index in (0, 1) for source in (A, A + "x")}
     assert len(ids) == 4
