@@ -38,7 +38,7 @@ from worker.store import Store
 
 log = logging.getLogger(__name__)
 
-REVISION = 3
+REVISION = 4
 """Raise it when decoding, scaling or encoding make other bytes of the same image."""
 
 AROUND = ("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg")

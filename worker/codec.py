@@ -27,6 +27,7 @@ __all__ = ["Encoded", "Header", "choose_format", "decode", "decode_mask", "encod
 
 _WEBP_METHOD = 2  # of 0..6: half the time of 4 for a few per cent more bytes; 0 and 1 need 1.2 to 2 times the bytes
 _WEBP_SIDE, _JPEG_SIDE = 16_383, 65_500
+_STRIP = 256  # rows
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """Of the formats that are written."""
 
@@ -81,10 +82,11 @@ def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal
             pixels = np.ascontiguousarray(resize(pixels, target))
         kept = header.icc if icc == "keep" and profiles.space(header.icc) == "RGB" and mode != "CMYK" else None
         colours = profiles.as_rgb(pixels, mode) if kept else profiles.to_srgb(pixels, mode, header.icc)
-        same = colours is pixels or (mode == "L" and header.icc is None)
+        grey = mode == "L" and header.icc is None
+        same = grey or colours is pixels
         as_stored = same and header.orientation == 1 and target == header.stored_size and _one_frame(data, header.format)
         colours = np.ascontiguousarray(upright(resize(colours, target), header.orientation))
-        return Picture(colours, format=header.format, icc=kept, full_size=header.size, as_stored=as_stored)
+        return Picture(colours, format=header.format, icc=kept, full_size=header.size, as_stored=as_stored, grey=grey)
 
 
 def _one_frame(data: bytes, format: str) -> bool:  # noqa: A002
@@ -167,7 +169,8 @@ def choose_format(source_format: str, wanted: Literal["same", "png", "webp", "jp
 def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -> Encoded:  # noqa: A002
     """`picture` as a file of `format` (png, webp or jpeg), its profile embedded where it has one.
 
-    PNG is lossless. `quality`, 1 to 100, is of JPEG and of (always lossy) WebP. Colour under alpha
+    PNG is lossless. `quality`, 1 to 100, is of JPEG and of (always lossy) WebP. What came grey and has no colours now is
+    written grey in PNG and JPEG. Colour under alpha
     0 is cleared in WebP, and in PNG if `clear`; JPEG has no alpha, so it shows the picture over white. Raises
     OperationFailed for sides that the format can't hold, and OutOfMemory.
     """
@@ -177,8 +180,8 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
         raise OperationFailed(
             f"{name} holds at most {limit:,} pixels per side, this picture has {max(picture.size):,}; choose format png"
         )
-    pixels = picture.pixels
     with _memory_checked():
+        pixels = picture.pixels[:, :, :1] if picture.grey and format != "webp" and _colourless(picture) else picture.pixels
         try:
             if format == "png":
                 data = png.encode(pixels, picture.icc, clear=clear)
@@ -192,6 +195,12 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
         except (ValueError, OSError) as error:
             raise OperationFailed(f"the picture can't be written as {format} ({sentence(error)})") from error
     return Encoded.of(data, format)
+
+
+def _colourless(picture: Picture) -> bool:
+    """Whether it is opaque, and its three channels are one; looked at a strip at a time, since comparing takes memory."""
+    strips = (picture.pixels[top : top + _STRIP] for top in range(0, picture.size[1], _STRIP))
+    return picture.pixels.shape[2] == 3 and all((strip == strip[:, :, :1]).all() for strip in strips)
 
 
 def _webp(pixels: Pixels, quality: int, icc: bytes | None) -> bytes:

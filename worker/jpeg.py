@@ -161,13 +161,12 @@ def _by_pillow(data: bytes, size: tuple[int, int], reason: str) -> tuple[NDArray
 
 
 def encode(pixels: NDArray[np.uint8], quality: int, icc: bytes | None) -> bytes:
-    """A baseline JPEG of RGB `pixels` [h, w, 3], with the profile if there is one.
+    """A baseline JPEG of RGB `pixels` [h, w, 3] or grey ones [h, w, 1], with the profile if there is one.
 
     4:2:0 below quality 90; from there on colour keeps its full resolution (4:4:4).
     """
-    data: bytes = simplejpeg.encode_jpeg(
-        pixels, quality=quality, colorspace="RGB", colorsubsampling="444" if quality >= 90 else "420"
-    )
+    space, sampling = ("GRAY", "Gray") if pixels.shape[2] == 1 else ("RGB", "444" if quality >= 90 else "420")
+    data: bytes = simplejpeg.encode_jpeg(pixels, quality=quality, colorspace=space, colorsubsampling=sampling)
     if icc is None:
         return data
     parts = [icc[at : at + _PROFILE_PART] for at in range(0, len(icc), _PROFILE_PART)]

@@ -120,7 +120,7 @@ def clear_hidden(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def encode(pixels: NDArray[np.uint8], icc: bytes | None = None, *, clear: bool = True) -> bytes:
-    """A PNG of `pixels` (RGB [h, w, 3] or RGBA [h, w, 4], uint8), colour under alpha 0 cleared if `clear`.
+    """A PNG of `pixels` (grey [h, w, 1], RGB [h, w, 3] or RGBA [h, w, 4], uint8), colour under alpha 0 cleared if `clear`.
 
     Each row is stored as its difference to the row above: one subtraction per byte, where
     choosing the best filter per row costs most of an encoder's time.
@@ -131,7 +131,7 @@ def encode(pixels: NDArray[np.uint8], icc: bytes | None = None, *, clear: bool =
     deflate = isal_zlib.compressobj(2)  # as fast as level 1 on filtered photos, 1 % fewer bytes
     out = [
         SIGNATURE,
-        _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, {3: 2, 4: 6}[channels], 0, 0, 0)),
+        _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)),
     ]
     if icc is not None:
         out.append(_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))

@@ -73,6 +73,7 @@ def test_masks_in_holes_filled_all_else_as_it_was(
     images.routes |= {
         "/a.png": file(scene, "PNG", icc_profile=PROFILE),
         "/a.jpg": jpeg,
+        "/grey.png": file(scene[..., 0], "PNG"),
         "/line.png": file(line, "PNG"),
         "/none.png": file(np.zeros_like(line), "PNG"),
         "/most.png": file(np.where(np.arange(900) < 800, 255, line).astype(np.uint8), "PNG"),
@@ -84,6 +85,7 @@ def test_masks_in_holes_filled_all_else_as_it_was(
         {"source": "/a.jpg", "mask": "/most.png"},
         {"source": "/a.jpg", "mask": "/wide.png"},
         {"source": "/a.jpg", "boxes": "0.5,0.5,0.1,0.1"},
+        {"source": "/grey.png", "mask": "/line.png"},
     ]
     sources = [
         SourceRow(f"row {n}", {name: images.url(value) if value.startswith("/") else value for name, value in row.items()})
@@ -97,8 +99,8 @@ def test_masks_in_holes_filled_all_else_as_it_was(
     submission = client.submit(sources, JOB_SPEC.validate_python(fields))
     assert submission.served
     assert client.wait(submission.job, timeout=120).state == "done"
-    lined, empty, large, wide, boxed = client.results(submission.job)
-    assert [row.code for row in (lined, empty, large, wide, boxed)] == [None, None, None, "bad_mask", None]
+    lined, empty, large, wide, boxed, grey = client.results(submission.job)
+    assert [row.code for row in (lined, empty, large, wide, boxed, grey)] == [None, None, None, "bad_mask", None, None]
     assert [row.result.notes for row in (lined, empty, large, boxed) if row.result] == [
         (),
         ("empty_mask",),
@@ -116,6 +118,9 @@ def test_masks_in_holes_filled_all_else_as_it_was(
     assert np.array_equal(made[near == 0], scene[near == 0]), "bit for bit, under alpha 0 too"
     assert np.array_equal(made[..., 3], scene[..., 3])
     assert (made[line == 255] != scene[line == 255]).mean() > 0.5
+    with Image.open(io.BytesIO(stored(grey))) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "L", (900, 600))
+        assert np.array_equal(np.asarray(image)[near == 0], scene[near == 0, 0])
     for row in (large, boxed):
         with Image.open(io.BytesIO(stored(row))) as image:
             assert (image.format, image.size) == ("JPEG", (900, 600))

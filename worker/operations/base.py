@@ -27,7 +27,8 @@ class Picture:
 
     `full_size` is the (width, height) that the source has, upright; larger than `pixels` where the
     decoder was told that a smaller picture is enough. `as_stored` says that the file shows just this:
-    it was neither turned nor scaled nor were its colours converted, and it has no further frames.
+    it was neither turned nor scaled nor were its colours converted, and it has no further frames. `grey`
+    says that the file has no colours; what is made of it may have some.
     """
 
     pixels: Pixels
@@ -35,6 +36,7 @@ class Picture:
     icc: bytes | None = None
     full_size: tuple[int, int] = (0, 0)
     as_stored: bool = False
+    grey: bool = False
 
     @property
     def size(self) -> tuple[int, int]:

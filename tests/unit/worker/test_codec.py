@@ -385,6 +385,24 @@ def test_sides_that_a_format_cannot_hold_are_refused_with_advice(format: str, si
         assert encode(too_long, format="png", quality=50).data.startswith(png.SIGNATURE)
 
 
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+@pytest.mark.parametrize("source", ["png", "jpeg", "tiff"])
+def test_what_came_grey_is_written_grey_unless_it_has_colours_now(source: str, kind: str) -> None:
+    found = picture(save(source, Image.fromarray(scene(70, 600)).convert("L"), **LOSSLESS.get(source, {})))
+    assert found.grey
+    with Image.open(io.BytesIO(encode(found, format=kind, quality=100).data)) as image:
+        assert image.mode == "L"
+        assert np.abs(np.asarray(image).astype(int) - found.pixels[:, :, 0]).max() <= (0 if kind == "png" else 1)
+    assert Image.open(io.BytesIO(encode(found, format="webp", quality=90).data)).mode == "RGB"
+    coloured = found.pixels.copy()
+    coloured[-1, -1, 2] ^= 128
+    alpha = np.dstack([found.pixels, found.pixels[:, :, 0]])
+    for changed, mode in ((coloured, "RGB"), (alpha, "RGB" if kind == "jpeg" else "RGBA")):
+        made = encode(replace(found, pixels=changed), format=kind, quality=90).data
+        assert Image.open(io.BytesIO(made)).mode == mode
+    assert not picture(save(source, np.dstack([scene()[:, :, 0]] * 3))).grey, "colours that happen to be greys"
+
+
 def test_what_an_encoder_refuses_is_told() -> None:
     with pytest.raises(OperationFailed, match=r"there is no output format 'gif' \(valid: jpeg, png, webp\)"):
         encode(Picture(scene()), format="gif", quality=80)

@@ -24,11 +24,14 @@ from worker.operations.inpaint.tiles import Tile, extent, owners, plan, weights
 from worker.scale import resize
 from worker.weights import digest, model_file
 
-REVISION = 1
+REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 
 WHOLE = 4_000_000
 """Pixels that `strategy=whole` takes: up to 3 GB of memory on a GPU."""
+
+LUMA = np.float32([0.299, 0.587, 0.114])
+"""Rec. ITU-R BT.601-7, section 2.5.1: how bright red, green and blue are. The fill of a grey image gets no colours."""
 
 STRIP = 128  # rows blended at a time; floats take four times the bytes of the picture
 
@@ -219,6 +222,8 @@ def _paste(strip: Region, plan: Plan, tiles: Sequence[Tile], outputs: Sequence[P
         fill[at] += made * weight[..., None]
         total[at] += weight
     fill /= np.maximum(total, np.float32(1e-6))[..., None]
+    if plan.picture.grey:
+        fill[:] = fill @ LUMA[:, None]
     mix(plan.picture.pixels[strip.rows, strip.columns, :3], fill, plan.shares[strip.rows, strip.columns])
 
 

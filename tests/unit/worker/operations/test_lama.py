@@ -196,6 +196,21 @@ def test_an_empty_mask_is_untouched_and_a_large_one_flagged(operation: Lama, ses
         prepared(operation, slope(40, 50))
 
 
+@pytest.mark.parametrize("grey", [False, True])
+def test_the_fill_of_a_grey_image_has_no_colours(
+    operation: Lama, session: Continues, grey: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "run", lambda pictures, _: [np.full_like(one, (200, 100, 50)) for one in pictures])
+    pixels = np.full((60, 80, 3), 90, np.uint8)
+    options = parse_options("inpaint", "lama", {"boxes": ["20,20,10,10"], "mask_feather": 3})
+    inputs = Inputs(Item(index=0, source="https://images.example/one.jpg"), options)
+    work = operation.prepare(Picture(pixels, grey=grey), inputs)
+    made = operation.finish(work, run_all(operation, work.samples))
+    assert made.grey is grey
+    assert made.pixels[25, 25].tolist() == ([124] * 3 if grey else [200, 100, 50])
+    assert bool((made.pixels == made.pixels[..., :1]).all()) is grey
+
+
 def test_whole_is_for_images_that_fit(operation: Lama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lama, "WHOLE", 9_999)
     with pytest.raises(OperationFailed, match=r"up to 0.009999 megapixels, the image has 0.0: leave it at auto"):
