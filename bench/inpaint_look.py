@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from bench.cutout import read
+from producer.spec import option_values
+from shared.errors import ImagemillError
 from shared.messages import Item
 from shared.options import Options, parse_options
 from shared.settings import load_settings
@@ -97,9 +99,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="options")
     parser.add_argument("--sheet", type=Path, default=Path("inpaint.png"))
     given = parser.parse_args()
-    options = parse_options("inpaint", given.engine, dict(one.split("=", 1) for one in given.options))
-    operation = registry.create("inpaint", given.engine)
-    operation.load(Device.of(load_settings(), 1))
+    try:
+        options = parse_options("inpaint", given.engine, option_values(given.options, None))
+        operation = registry.create("inpaint", given.engine)
+        operation.load(Device.of(load_settings(), 1))
+    except ImagemillError as error:
+        raise SystemExit(error.message) from error
     found = examples(given.images)
     if not found:
         raise SystemExit(f"there are no images with a mask (NAME.jpg and NAME.mask.png) in {given.images}")
