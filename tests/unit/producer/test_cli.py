@@ -365,7 +365,8 @@ def test_results_that_are_flagged_or_unlike_the_others(
     assert imagemill("results", job, "--flagged").stdout == ""
     work(ledger, job)
     rows = [json.loads(line) for line in imagemill("results", job, "--flagged").stdout.splitlines()]
-    assert [json.loads(line)["notes"] for line in imagemill("results", job).stdout.splitlines()][1:3] == [[], ["enlarged", "flag:cast"]]
+    noted = [json.loads(line)["notes"] for line in imagemill("results", job).stdout.splitlines()]
+    assert noted[1:3] == [[], ["enlarged", "flag:cast"]]
     assert [(row["index"], row["flags"]) for row in rows] == [(2, ["cast"]), (4, ["drift:blue-yellow"])]
     header, *lines = imagemill("results", job, "--flagged", "--format", "csv").stdout.splitlines()
     assert header.endswith(",duplicate_of,notes,flags")

@@ -30,7 +30,7 @@ REVISION = 2
 WHOLE = 4_000_000
 """Pixels that `strategy=whole` takes: up to 3 GB of memory on a GPU."""
 
-LUMA = np.float32([0.299, 0.587, 0.114])
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """Rec. ITU-R BT.601-7, section 2.5.1: how bright red, green and blue are. The fill of a grey image gets no colours."""
 
 STRIP = 128  # rows blended at a time; floats take four times the bytes of the picture
