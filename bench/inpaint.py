@@ -2,7 +2,7 @@
 
     python -m bench.inpaint [ROUNDS]
 
-The network is LaMa's generator as published, 50.9 M parameters, with random weights: what is in a picture makes no
+The network is LaMa's generator as published, 51.0 M parameters, with random weights: what is in a picture makes no
 difference to its speed, only the picture's size does. So each way of cutting a 24-megapixel image up is timed by its
 sizes: the network is timed at the sizes of SIDES, by turns, and at others in between in proportion to the pixels.
 The pass on the whole image takes 18 GB and is extrapolated from the largest side. Planning and pasting are ours alone

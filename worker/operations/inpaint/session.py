@@ -22,7 +22,7 @@ from worker.operations.pytorch import torch_device, torch_dtype
 LARGEST_BATCH = 8
 """Pictures that go to a GPU at a time."""
 BAND = 512 * 512
-"""Pixels that the generator's ends take at a time on a CPU: 1024 x 1024 take 300 MB instead of 730."""
+"""Pixels that the generator's ends take at a time on a CPU: 1024 x 1024 take some 350 MB instead of 770."""
 
 
 class Session:
@@ -57,7 +57,7 @@ class Session:
         """
         if not pictures:
             return []
-        # On a CPU one at a time: a single picture keeps all cores busy, and of 512 x 512 it takes 190 MB, two 360 to 430.
+        # On a CPU one at a time: a single picture keeps all cores busy, and of 512 x 512 it takes some 200 MB, two some 400.
         size = len(pictures) if self.batches else 1
         made: list[Pixels] = []
         with _translated("running"), torch.inference_mode():
