@@ -113,7 +113,8 @@ class _Section:
         output, policy = self.spec.output, self.spec.policy
         told = [
             *_told(self.spec.options, without={"engine"}),
-            *_told(output, without={"url", "key"}),
+            *_told(output, without={"url", "key", "icc"}),
+            ("icc", self.spec.icc, output.icc is not None),
             *_told(policy, without={"quality"}),
             ("check", policy.quality.mode, policy.quality.mode != "flag"),
             *((name, _option(value), True) for name, value in policy.quality if name != "mode" and value is not None),

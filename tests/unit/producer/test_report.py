@@ -216,6 +216,14 @@ def test_what_the_job_says_of_its_files_and_adapters_stands_among_the_options() 
     assert "attempts=3" in shown.text
 
 
+@pytest.mark.parametrize(("operation", "icc"), [("inpaint", "icc=keep"), ("stylize", "icc=srgb")])
+def test_the_profile_that_results_are_in_is_told_where_nobody_asked_for_one(operation: str, icc: str) -> None:
+    job = JOB_SPEC.validate_python({"operation": operation, "output": {"url": "s3://results/x"}})
+    shown = page([done(0)], job=job)
+    assert icc in shown.text
+    assert framed(shown) == []
+
+
 @pytest.mark.parametrize("note", sorted(LASTING_NOTES | {"cached", "matting_failed", "matting_timed_out"}))
 def test_every_note_has_words(note: str) -> None:
     assert worded(note) == f"{note}: {REMARKS[note]}"
