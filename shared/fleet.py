@@ -74,7 +74,7 @@ class Fleet:
 
     @reachable()
     def report_memory(self, node: str, share: float, flagged: int) -> None:
-        """How full a node's GPU was at most, and how many batches took it above 90 %, since its engine was loaded."""
+        """How full a node's GPU was at most, and how many batches took it above 90 %, since its engines were loaded."""
         self._redis.hset("imagemill:memory", node, f"{share:.3f} {flagged}")
         self._redis.expire("imagemill:memory", RATE_SECONDS)
 

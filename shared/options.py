@@ -66,6 +66,7 @@ class Box(Model):
 
 
 def _split_boxes(value: Any) -> Any:
+    value = () if value is None else value
     return [part for part in value.split(";") if part.strip()] if isinstance(value, str) else value
 
 
@@ -74,7 +75,7 @@ def _original(value: Any) -> Any:
 
 
 Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split_boxes)]
-"""Boxes as a list, or as one text with `;` between them."""
+"""Boxes as a list, or as one text with `;` between them; None stands for no box."""
 
 
 class OpencvRemoveBackground(Model):
@@ -242,7 +243,9 @@ class Lora(Model):
 
 
 def _split_loras(value: Any) -> Any:
-    """From `name:0.8;other` or a mapping of names to weights."""
+    """From `name:0.8;other` or a mapping of names to weights; None stands for no adapter."""
+    if value is None:
+        return ()
     if isinstance(value, str):
         parts = [part.strip().partition(":") for part in value.split(";") if part.strip()]
         return [{"name": name.strip()} | ({"weight": weight.strip()} if mark else {}) for name, mark, weight in parts]

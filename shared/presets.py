@@ -26,7 +26,8 @@ from pydantic import ValidationError
 
 from shared.errors import InvalidOption, InvalidPreset, UsageError
 from shared.messages import Output, Policy
-from shared.options import ENGINES, OPERATIONS, Model, Operation, nearest, validation_sentence
+from shared.options import ADDRESSES, ENGINES, OPERATIONS, Model, Operation, nearest, validation_sentence
+from shared.urls import check_source_url, shown
 
 SHIPPED = Path(__file__).with_name("presets.yaml")
 LARGEST_FILE = 256 * 1024
@@ -142,6 +143,10 @@ class Presets:
             chain = " extends ".join([*(seen for seen, _ in on_the_way), base.value])
             raise base.wrong(f"presets extend each other in a circle: {chain}")
         inherited = self._with_what_it_extends(base.value, on_the_way)
+        for head in ("operation", "engine"):
+            own, theirs = said.get((head,)), inherited.get((head,))
+            if own and theirs and own.value != theirs.value:
+                raise own.wrong(f"extends {base.value}, which is for the {head} {theirs.value}, not {own.value!r}")
         return {**said, **{place: value for place, value in inherited.items() if place not in said}}
 
 
@@ -179,6 +184,8 @@ def _section(section: str, kind: type[Model], said: Mapping[Place, Value]) -> di
     for place, value in own.items():
         if place[1] not in names:
             raise value.wrong(f"{section} has no {place[1]!r}{nearest(place[1], names)}")
+        if section == "options" and place[1] in ADDRESSES:
+            _check_address(place[1], value)
     try:
         kind.model_validate({**given, **({"url": "file:///"} if section == "output" else {})})
     except ValidationError as error:
@@ -188,6 +195,15 @@ def _section(section: str, kind: type[Model], said: Mapping[Place, Value]) -> di
         last = max(own.values(), key=lambda value: (value.file != SHIPPED, value.line))
         raise (guilty or [last])[0].wrong(f"{section}: {validation_sentence(error)}") from error
     return given
+
+
+def _check_address(name: str, value: Value) -> None:
+    """Of an image; a path is looked at when the job is submitted, from the folder that is then the current one."""
+    if isinstance(value.value, str) and "://" in value.value:
+        try:
+            check_source_url(value.value)
+        except ValueError as error:
+            raise value.wrong(f"{name}: {error}, not {shown(value.value)!r}") from error
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -106,9 +106,11 @@ class Child:
         seconds = _since(start)
         counts = dict(done=records.done, failed=records.failed, reused=records.reused)
         told = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds, **counts)
-        if flow.sizes.memory.grows:
-            told |= dict(memory=round(flow.sizes.top, 3), memory_flagged=flow.sizes.flagged)
-            self.fleet.report_memory(self.node, flow.sizes.top, flow.sizes.flagged)
+        on_gpu = [sizes for sizes in self.sizes.values() if sizes.memory.grows]
+        if on_gpu:
+            top, flagged = max(sizes.top for sizes in on_gpu), sum(sizes.flagged for sizes in on_gpu)
+            told |= dict(memory=round(top, 3), memory_flagged=flagged)
+            self.fleet.report_memory(self.node, top, flagged)
         log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
         if keeper.reason is None and not lease.lost and not records.reused and seconds > 0:  # the rate of computing
             queue = queue_name(spec.operation, spec.lane)

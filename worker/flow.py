@@ -165,6 +165,9 @@ class Flow:
             if passage.error is None and passage.work is not None:
                 with self._failing(passage):
                     batcher.add(passage, passage.work.samples)
+                if passage.error is not None:
+                    self._out(passage)  # with the result of the try before, where there was one
+                    continue
             if passage.error is not None or "output" in passage.facts:  # reused or kept
                 self._record(passage)
             elif passage.work is None:

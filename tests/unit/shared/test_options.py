@@ -132,6 +132,12 @@ def test_boxes_that_are_refused(given: Any) -> None:
         Box.model_validate(given)
 
 
+@pytest.mark.parametrize("text", ["none", ""])
+def test_no_boxes_and_no_loras_can_be_asked_for(text: str) -> None:
+    assert parse_options("inpaint", "opencv", {"boxes": text}) == parse_options("inpaint", "opencv", {})
+    assert parse_options("stylize", "diffusion", {"loras": text}) == parse_options("stylize", "diffusion", {})
+
+
 def test_several_boxes_as_one_text_or_as_a_list() -> None:
     assert BOXES.validate_python("1,2,3,4; 5,6,7,8;") == BOXES.validate_python([[1, 2, 3, 4], [5, 6, 7, 8]])
     assert BOXES.validate_python("") == ()

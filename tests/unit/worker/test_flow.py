@@ -606,6 +606,25 @@ def test_what_is_only_flagged_or_good_is_not_tried_again(quality: dict[str, Any]
     assert bench.codes() == ["done"] * 3
 
 
+def test_a_second_try_that_cannot_be_batched_leaves_the_first(bench: Bench) -> None:
+    class Ungrouped(Lucky):
+        def group_key(self, sample: Sample) -> Hashable:
+            if sample.data[1]:
+                raise MemoryError
+            return super().group_key(sample)
+
+    items = bench.photos(3)
+    operation = Ungrouped(blank, same)
+    with running(bench.flow(operation, items, quality={"mode": "repair", **ALL_BLANK}), items):
+        pass
+    assert operation.seeds == [0, 0, 0]
+    for row in bench.rows():
+        assert row.result is not None
+        assert (row.state, row.result.notes) == ("done", ("seed_0", "flag:blank"))
+        assert np.array_equal(pixels(row), blank(source(row.index)))
+    assert sorted(bench.entries()) == [0, 1, 2]
+
+
 def test_an_image_that_fails_is_not_tried_again(bench: Bench) -> None:
     items = bench.photos(2)
     operation = Lucky(fails, same)

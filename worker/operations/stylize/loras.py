@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from billiard.exceptions import SoftTimeLimitExceeded
+
 from shared.errors import OperationFailed, sentence
 from shared.options import Lora
 from worker.repositories import lora_file
@@ -24,7 +26,7 @@ class Loras:
     def __init__(self, pipe: Any, weights: Path, limit: int, changed: Callable[[], None]) -> None:
         self._pipe, self._weights, self._limit, self._changed = pipe, weights, limit, changed
         self._loaded: OrderedDict[str, Stamp] = OrderedDict()
-        self._active: tuple[Lora, ...] = ()
+        self._active: tuple[Lora, ...] | None = ()
 
     @property
     def loaded(self) -> list[str]:
@@ -37,7 +39,7 @@ class Loras:
         stale = [name for name, now in stamps.items() if self._loaded.get(name, now) != now]
         if tuple(style) == self._active and not stale:
             return
-        self._active = ()  # what is active is not known while it is being changed
+        self._active = None  # what is active is not known while it is being changed
         self._drop(stale)
         if stale:
             self._changed()
@@ -63,6 +65,8 @@ class Loras:
             )
         except Exception as error:  # whatever is in that file
             self._drop([name])
+            if isinstance(error, SoftTimeLimitExceeded):
+                raise
             raise OperationFailed(f"the LoRA {name} can't be used from {path}: {sentence(error)}") from error
         self._loaded[name] = now
 

@@ -381,8 +381,8 @@ def test_a_lora_that_is_missing_or_does_not_fit_fails_its_images_alone(weights: 
     (folder / "diffusion" / "loras" / "bad.safetensors").write_bytes(b"\x80\x04pickle")
     with pytest.raises(OperationFailed, match="the LoRA bad can't be used"):
         styled(operation, loras="red;bad")
+    assert np.array_equal(styled(operation), plain), "the style before it does not stay on"
     assert np.array_equal(styled(operation, loras="red"), red)
-    assert np.array_equal(styled(operation), plain)
 
 
 def test_a_lora_whose_file_changes_is_loaded_anew_and_changes_the_fingerprint(weights: Path, tmp_path: Path) -> None:
