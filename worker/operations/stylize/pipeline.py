@@ -37,6 +37,10 @@ LARGEST_BATCH = 16
 TILED_ABOVE = 1024 * 1024
 """Pixels beyond which the VAE works in tiles: it needs several times the memory of the UNet there."""
 
+MOST_SHAPES = 128
+"""Shapes and styles that a part is compiled for: 17 buckets in batches of six sizes are 102. Torch's own limit is 8 for all
+parts together, beyond which it goes on without compiling and says so to nobody."""
+
 RELIEFS = ("VAE in slices and tiles", "attention in slices")
 
 SCHEDULERS = {"unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "lcm": LCMScheduler}
@@ -79,7 +83,7 @@ class Pipeline:
         self._relieved = 0
         if device.compile:
             for part in (self._text.unet, self._text.controlnet, self._text.vae.decoder):
-                part.compile(dynamic=False)
+                part.compile(dynamic=False, recompile_limit=MOST_SHAPES, isolate_recompiles=True)
             for size in device.diffusion.warm_up:
                 self._warm_up(*map(int, size.split("x")))
 

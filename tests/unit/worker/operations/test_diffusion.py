@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -315,6 +316,28 @@ def test_a_compiled_model_is_made_ready_for_each_size_at_the_start(weights: Path
     styled(loaded(weights, compiled=True, warm_up=["64x128", "64x64"]))
     assert compiled == ["UNet2DConditionModel", "ControlNetModel", "Decoder"]
     assert shapes[:4] == [(1, (128, 64), True), (1, (128, 64), False), (1, (64, 64), True), (1, (64, 64), False)]
+
+
+def test_a_compiled_model_is_compiled_for_each_shape_that_it_meets(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: Counter[str] = Counter()
+    build = torch.nn.Module.compile
+
+    def traced(part: torch.nn.Module, **how: Any) -> None:
+        def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            def run(*given: Any) -> Any:
+                compiled[type(part).__name__] += 1
+                return graph(*given)
+
+            return run
+
+        build(part, backend=backend, **how)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    with torch._dynamo.config.patch(recompile_limit=1):  # instead of meeting more than eight
+        device = Device(weights=weights, compile=True, diffusion=DiffusionSettings(warm_up=("64x64",)))
+        module.Pipeline("sd15-canny", device)
+    torch._dynamo.reset()
+    assert compiled == {"UNet2DConditionModel": 2, "ControlNetModel": 2, "Decoder": 2}, "with guidance and without"
 
 
 def test_the_vae_works_in_tiles_above_a_size_and_when_memory_is_short(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
