@@ -93,12 +93,12 @@ class Worker:
             )
             self.children.loaded(current_process().index)
         except BaseException as error:
-            known = isinstance(error, ImagemillError)  # of which its sentence tells all
-            failures = self.children.failed(error.exit_code if isinstance(error, ImagemillError) else 1)
+            known = error if isinstance(error, ImagemillError) else None  # whose message tells all
+            failures = self.children.failed(known.exit_code if known else 1)
             wait = min(60.0, 2.0 ** (failures - 1))
-            reason = sentence(error) if known else f"{type(error).__name__}: {sentence(error)}"
+            reason = known.message if known else f"{type(error).__name__}: {sentence(error)}"
             told = dict(action="load", node=self.name, reason=reason, again_in=wait)
-            log.error("engines could not be loaded", exc_info=not known, extra=told)
+            log.error("engines could not be loaded", exc_info=known is None, extra=told)
             time.sleep(wait)  # not in a tight loop: the pool replaces this process at once
             os._exit(1)
 

@@ -118,9 +118,9 @@ def is_here(weights: Path, model: str) -> bool:
 
 
 def _loadable(folder: Path, one: Repository) -> bool:
-    """Whether a folder that something else has put here has safetensors wherever the repository has some."""
-    wanted = {Path(pattern).parent for pattern in one.files if pattern.endswith(".safetensors")}
-    return all(any((folder / part).glob("*.safetensors")) for part in wanted)
+    """Whether a folder that something else has put here has safetensors and JSON wherever the repository has some."""
+    wanted = {(Path(pattern).parent, Path(pattern).suffix) for pattern in one.files if not pattern.endswith(".txt")}
+    return all(any((folder / part).glob(f"*{suffix}")) for part, suffix in wanted)
 
 
 def _has(path: Path, size: int) -> bool:

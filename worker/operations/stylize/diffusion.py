@@ -22,9 +22,9 @@ from worker.operations.cv import set_up, translated
 from worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
 from worker.operations.stylize.loras import Stamp, find, stamp
 from worker.operations.stylize.palette import Colours, Palettes, transferred
-from worker.operations.stylize.pipeline import LARGEST_BATCH, Canvas, Made, Pipeline, dtype_of
+from worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Made, Pipeline, dtype_of
 from worker.operations.stylize.prompts import CUT
-from worker.repositories import MODELS, digest_of, folder_of, is_here, repository
+from worker.repositories import MODELS, digest_of, folder_of, is_here, repository, state
 from worker.scale import fit, resize
 from worker.weights import digest
 
@@ -68,6 +68,8 @@ class Diffusion:
             self.spec = replace(self.spec, max_batch=1)
         if not any(is_here(device.weights, model) for model in MODELS):
             raise ConfigurationError(_missing(device, next(iter(MODELS))))
+        if device.diffusion.safety_checker and state(device.weights, repository(CHECKER)) == "missing":
+            raise ConfigurationError(_missing(device, CHECKER))
 
     def work_edge(self, options: Options) -> int | None:
         """The result's size, as long as the model wants to see no more than that."""

@@ -178,7 +178,7 @@ class Pipeline:
             if is_short_of_memory(error):
                 raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
             again = f"`imagemill models verify` checks it, `imagemill models pull {names}` fetches it"
-            raise ConfigurationError(f"the model {model} can't be loaded from {base} ({sentence(error)}): {again}") from error
+            raise ConfigurationError(f"the model {model} can't be loaded from {base.parent} ({sentence(error)}): {again}") from error
         if device.gpu is not None:
             for part in (pipe.unet, pipe.controlnet, pipe.vae):
                 part.to(memory_format=torch.channels_last)

@@ -427,6 +427,15 @@ def test_a_node_without_the_model_says_what_to_pull(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
+@pytest.mark.parametrize("part", ["tokenizer", "scheduler", "text_encoder", "model_index.json"])
+def test_a_part_of_the_model_that_is_missing_is_one_to_be_pulled(part: str, weights: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    path = folder_of(folder, repository("sd15")) / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ConfigurationError, match="imagemill models pull sd15-canny"):
+        loaded(folder)
+
+
 def test_a_damaged_model_stops_the_node_at_its_start(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
     next((folder_of(folder, repository("sd15")) / "unet").glob("*.safetensors")).write_bytes(b"<html>")
@@ -503,8 +512,8 @@ def test_the_safety_checker_refuses_an_image_and_its_weights_must_be_there(weigh
     assert len(outputs) == 1
     folder = shutil.copytree(weights, tmp_path / "weights")
     shutil.rmtree(folder_of(folder, repository("sd15-safety-checker")))
-    with pytest.raises(ConfigurationError, match="sd15-safety-checker"):
-        loaded(folder, safety_checker=True).run(prepared(operation).samples)
+    with pytest.raises(ConfigurationError, match="`imagemill models pull sd15-safety-checker` fetches it"):
+        loaded(folder, safety_checker=True)
 
 
 # --- what is told of it -------------------------------------------------------------------------------------------------
