@@ -88,4 +88,5 @@ class Tuning:
             mask[inside] = 255
         item = Item(index=0, source="https://tune/image.png")
         picture = Picture(pixels, full_size=self._size)
-        return self.operation.prepare(picture, Inputs(item, self._options, mask)).samples[0]
+        inputs = Inputs(item, self._options, mask, read=lambda _: picture)  # another reference takes no more memory
+        return self.operation.prepare(picture, inputs).samples[0]

@@ -11,6 +11,7 @@ from shared.options import OpencvStylize
 from tests.devices import SHORT, FakeGpu, Hungry
 from worker.batch_size import SHARE, BatchSizes
 from worker.memory import HostMemory
+from worker.operations.stylize.opencv import Stylize
 from worker.tuning import Tuning
 
 
@@ -50,6 +51,13 @@ def test_on_a_cpu_it_measures_as_well() -> None:
     tries = list(tuning(Hungry(FakeGpu(100), each=1), BatchSizes(HostMemory(), measures=True)).tries(4, seconds=0))
     assert [one.batch for one in tries] == [1, 2, 4]
     assert all(one.fits and one.peak_bytes is not None for one in tries)
+
+
+def test_a_reference_need_not_be_there() -> None:
+    options = OpencvStylize(style="colour-transfer", reference="s3://colours/one.png")
+    sizes = BatchSizes(HostMemory(), measures=True)
+    (only,) = Tuning(Stylize(), options, sizes, (20, 10)).tries(1, seconds=0)
+    assert only.fits
 
 
 def test_any_other_failure_is_no_finding() -> None:
