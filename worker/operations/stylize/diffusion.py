@@ -104,7 +104,8 @@ class Diffusion:
         assert seed is not None  # noqa: S101  # these options have one
         palette = self._palettes.of(options.reference, inputs.read) if options.reference else None
         canvas = Canvas(pixels, edges_of(pixels, options.canny_low, options.canny_high), seed)
-        footprint = f"{room[0]}x{room[1]} {dtype_of(self._device)}{' guided' if options.cfg > 1 else ''}"
+        footprint = f"{room[0]}x{room[1]} {dtype_of(self._device)}"
+        footprint += " guided" * (options.cfg > 1) + " alone" * options.deterministic  # a batch takes no more than one then
         edges = taken_out(canvas.edges, picture.size)
         evidence = Evidence(comparable=options.crop is None, recoloured=palette is not None, edges=edges)
         plan = Plan(picture, fit(picture.size, options.long_edge), palette)

@@ -72,7 +72,7 @@ class Pipeline:
 
     def __init__(self, model: str, device: Device) -> None:
         self._device = torch_device(device, model)
-        self._on_cpu = device.gpu is None
+        self._on_cpu, self._compiled = device.gpu is None, device.compile
         self._text = self._load(model, device)
         self._text.set_progress_bar_config(disable=True)
         self._image = StableDiffusionControlNetImg2ImgPipeline(**self._text.components, requires_safety_checker=False)
@@ -96,7 +96,9 @@ class Pipeline:
         alone = self._on_cpu or options.deterministic
         with _translated(), _repeatable(on_cpu=self._on_cpu, deterministic=options.deterministic), torch.no_grad():
             self.loras.use(options.loras)
-            batches = parts(len(canvases), 1 if alone else LARGEST_BATCH)
+            # Of what is not compiled all goes at once: what a batch of this size takes is learned from it.
+            largest = 1 if alone else LARGEST_BATCH
+            batches = parts(len(canvases), largest) if alone or self._compiled else [slice(None)]
             return [made for some in batches for made in self._run(canvases[some], options)]
 
     def relieve(self, level: int) -> bool:
@@ -178,7 +180,9 @@ class Pipeline:
             if is_short_of_memory(error):
                 raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
             again = f"`imagemill models verify` checks it, `imagemill models pull {names}` fetches it"
-            raise ConfigurationError(f"the model {model} can't be loaded from {base.parent} ({sentence(error)}): {again}") from error
+            raise ConfigurationError(
+                f"the model {model} can't be loaded from {base.parent} ({sentence(error)}): {again}"
+            ) from error
         if device.gpu is not None:
             for part in (pipe.unet, pipe.controlnet, pipe.vae):
                 part.to(memory_format=torch.channels_last)

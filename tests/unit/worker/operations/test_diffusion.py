@@ -23,7 +23,7 @@ from shared.settings import DiffusionSettings
 from tests.devices import SHORT
 from tests.pipelines import lora_file, pipeline_folder
 from tests.unit.worker.operations.conformance import REFERENCE, scene
-from worker.batch_size import BatchSizes
+from worker.batch_size import BatchSizes, kind_of
 from worker.batching import run_batch
 from worker.device import Device
 from worker.operations.base import Inputs, Picture, Pixels, Work
@@ -156,7 +156,9 @@ def test_results_are_measured_against_the_edges_that_were_asked_for(operation: D
     assert cropped.edges.shape == (64, 64)
 
 
-def test_deterministic_runs_one_at_a_time_with_deterministic_algorithms(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_run_at_once_and_where_deterministic_one_at_a_time_with_such_algorithms(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     operation = loaded(weights)
     styled(operation)
     pipeline = operation._pipeline
@@ -173,7 +175,18 @@ def test_deterministic_runs_one_at_a_time_with_deterministic_algorithms(weights:
     for deterministic in (True, False):
         samples = prepared(operation, deterministic=deterministic).samples * 3
         assert len(operation.run(samples)) == 3
-    assert seen == [(1, True)] * 3 + [(2, False), (1, False)]
+    assert seen == [(1, True)] * 3 + [(3, False)]
+    monkeypatch.setattr(pipeline, "_compiled", True)
+    operation.run(samples)
+    assert seen[4:] == [(2, False), (1, False)], "of the few sizes that are compiled"
+
+
+def test_what_one_at_a_time_takes_is_not_taken_for_a_batchs_memory(operation: Diffusion) -> None:
+    given = ({}, {"deterministic": True}, {"cfg": 1}, {"size": 128})
+    samples = [sample for one in given for sample in prepared(operation, **one).samples]
+    assert len({kind_of(operation, sample) for sample in samples}) == 4
+    (styles,) = prepared(operation, loras="red", prompt="blue", steps=3).samples
+    assert kind_of(operation, styles) == kind_of(operation, samples[0])
 
 
 def test_on_a_device_that_runs_batches_an_image_differs_little_in_company(
