@@ -85,19 +85,14 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
 
 
 def check_workers(settings: Settings) -> Iterator[Finding]:
-    """Is every queue listened to, and is there room in the GPUs' memory?"""
+    """Is every queue listened to?"""
     try:
-        fleet = Fleet.of(settings)
-        nodes, memory = fleet.nodes(), fleet.memory()
+        nodes = Fleet.of(settings).nodes()
     except ServiceUnavailable:
         return  # said by check_redis
     for node in nodes:
         state: Literal["ok", "warning"] = "ok" if node.ready else "warning"
         yield Finding("workers", state, f"{node.node}: {node.children} children, {'ready' if node.ready else 'loading'}")
-        share, flagged = memory.get(node.node, (0.0, 0))
-        if flagged:
-            found = f"{node.node}: up to {share * 100:.0f} % of its GPU's memory was in use, above 90 % in {flagged} runs"
-            yield Finding("workers", "warning", found, "see what else is on that GPU; submit --batch quality takes less")
     heard = {queue for node in nodes for queue in node.queues}
     silent = [queue for queue in worker_queues(settings.worker.operations, lanes(settings)) if queue not in heard]
     if silent:

@@ -136,16 +136,6 @@ def test_nobody_would_work_on_a_job_yet(
     assert said in finding["found"]
 
 
-def test_a_gpu_whose_memory_is_nearly_full_is_a_warning(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
-    fleet = Fleet(own_redis.url)
-    fleet.report_node(node())
-    fleet.report_memory("cpu@here", 0.934, 12)
-    fleet.close()
-    finding = findings(doctor(own_redis.url, "--json"))["workers"]
-    assert (finding["state"], finding["mend"] != "") == ("warning", True)
-    assert finding["found"] == "cpu@here: up to 93 % of its GPU's memory was in use, above 90 % in 12 runs"
-
-
 def test_s3_is_gone(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
     result = doctor(own_redis.url, "--json")
     assert result.exit_code == 3
