@@ -27,6 +27,7 @@ from shared.errors import ConfigurationError, ImageError, OperationFailed, OutOf
 from shared.options import DiffusionStylize
 from worker.device import Device
 from worker.faults import is_short_of_memory
+from worker.memory import give_up_caches
 from worker.operations.base import Grey, Pixels
 from worker.operations.pytorch import torch_device, torch_dtype
 from worker.operations.stylize.loras import Loras
@@ -146,11 +147,27 @@ class Pipeline:
         ]
 
     def _warm_up(self, width: int, height: int) -> None:
-        """Meet every shape of one size before an image waits for it: with and without guidance, in batches of all sizes."""
+        """Meet every shape of one size before an image waits for it: with and without guidance, in batches of all sizes.
+
+        Those that don't fit into memory are left out, as long as one image does.
+        """
         canvas = Canvas(np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8), seed=0)
         for cfg in (2.0, 1.0):
             for power in range(1 if self._on_cpu else LARGEST_BATCH.bit_length()):
-                self.run([canvas] * 2**power, DiffusionStylize(steps=1, cfg=cfg))
+                if not self._fit([canvas] * 2**power, DiffusionStylize(steps=1, cfg=cfg)):
+                    break
+
+    def _fit(self, canvases: Sequence[Canvas], options: DiffusionStylize) -> bool:
+        """Run them; False where several don't fit into memory. Raises OutOfMemory where one does not."""
+        try:
+            self.run(canvases, options)
+        except OutOfMemory:
+            if len(canvases) == 1:
+                raise
+        else:
+            return True
+        give_up_caches()
+        return False
 
     def _on_device(self, pictures: Sequence[Pixels]) -> torch.Tensor:
         """[images, channels, h, w], 0 to 1, from uint8 [h, w, channels]: bytes are what goes over to the GPU."""

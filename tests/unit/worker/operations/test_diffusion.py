@@ -331,6 +331,27 @@ def test_a_compiled_model_is_made_ready_for_each_size_at_the_start(weights: Path
     assert shapes[:4] == [(1, (128, 64), True), (1, (128, 64), False), (1, (64, 64), True), (1, (64, 64), False)]
 
 
+def test_a_compiled_model_is_made_ready_for_as_many_images_as_fit(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    ran: list[tuple[int, float]] = []
+    room = 4
+
+    def short(_: module.Pipeline, canvases: list[Canvas], options: Any) -> Any:
+        ran.append((len(canvases), options.cfg))
+        if len(canvases) * options.cfg > room:
+            raise SHORT["torch"]()
+        return []
+
+    monkeypatch.setattr(module.Pipeline, "_run", short)
+    monkeypatch.setattr(module, "torch_device", lambda *_: torch.device("cpu"))
+    device = Device(gpu=0, weights=weights, dtype="fp32", compile=True, diffusion=DiffusionSettings(warm_up=("64x64",)))
+    module.Pipeline("sd15-canny", device)
+    assert ran == [(1, 2), (2, 2), (4, 2), (1, 1), (2, 1), (4, 1), (8, 1)]
+    room = 0
+    with pytest.raises(OutOfMemory):
+        module.Pipeline("sd15-canny", device)
+
+
 def test_a_compiled_model_is_compiled_for_each_shape_that_it_meets(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: Counter[str] = Counter()
     build = torch.nn.Module.compile
