@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from billiard.exceptions import SoftTimeLimitExceeded
 from diffusers.models.attention_processor import AttnProcessor2_0
 from numpy.typing import NDArray
 
@@ -440,6 +441,19 @@ def test_a_lora_that_is_missing_or_does_not_fit_fails_its_images_alone(weights: 
         styled(operation, loras="red;bad")
     assert np.array_equal(styled(operation), plain), "the style before it does not stay on"
     assert np.array_equal(styled(operation, loras="red"), red)
+
+
+def test_when_the_chunks_time_is_up_no_lora_is_blamed(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any, **__: Any) -> Any:
+        raise SoftTimeLimitExceeded
+
+    operation = loaded(weights)
+    styled(operation)
+    with monkeypatch.context() as patched:
+        patched.setattr(operation._pipeline._text, "load_lora_weights", late)  # type: ignore[union-attr]
+        with pytest.raises(SoftTimeLimitExceeded):
+            styled(operation, loras="red")
+    assert np.array_equal(styled(operation, loras="red"), styled(loaded(weights), loras="red"))
 
 
 def test_a_lora_whose_file_changes_is_loaded_anew_and_changes_the_fingerprint(weights: Path, tmp_path: Path) -> None:
