@@ -53,12 +53,16 @@ def test_a_model_of_several_folders_is_a_lane_where_all_of_them_are_here(tmp_pat
     ((_, mend),) = shortcomings(known)
     assert mend == "imagemill models pull sd15-canny"
     base, controlnet = (folder_of(tmp_path, repository(name)) for name in MODELS["sd15-canny"])
-    for folder in (base / "unet", base / "vae", base / "text_encoder"):
-        folder.mkdir(parents=True)
-        (folder / "model.fp16.safetensors").touch()
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "."):
+        (base / part).mkdir(parents=True, exist_ok=True)
+        (base / part / "config.json").touch()
+    assert lanes(known) == [], "weights are missing"
+    for part in ("unet", "vae", "text_encoder"):
+        (base / part / "model.fp16.safetensors").touch()
     assert lanes(known) == [], "the ControlNet is missing"
     controlnet.mkdir()
-    (controlnet / "diffusion_pytorch_model.fp16.safetensors").touch()
+    for name in ("config.json", "diffusion_pytorch_model.fp16.safetensors"):
+        (controlnet / name).touch()
     assert lanes(known) == ["diffusion.sd15-canny"]
     assert missing(known) == {}
 
