@@ -28,7 +28,7 @@ from worker.repositories import MODELS, digest_of, folder_of, is_here, repositor
 from worker.scale import fit, resize
 from worker.weights import digest
 
-REVISION = 1
+REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 
 MULTIPLE, COMPILED_MULTIPLE = 8, 64
