@@ -100,3 +100,17 @@ def photo(seed: int, width: int = 96, height: int = 72, kind: str = "PNG") -> by
     file = io.BytesIO()
     Image.fromarray(noise).save(file, kind)
     return file.getvalue()
+
+
+@pytest.fixture
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `worker.logs.set_up` changes, as it was."""
+    manager = logging.Logger.manager
+    levels = {name: logger.level for name, logger in manager.loggerDict.items() if isinstance(logger, logging.Logger)}
+    root = logging.getLogger()
+    level = root.level
+    monkeypatch.setattr(root, "handlers", [])  # pytest's own, which `set_up` would close
+    yield
+    root.setLevel(level)
+    for name in manager.loggerDict:
+        logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))

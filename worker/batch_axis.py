@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from shared.errors import sentence
 from worker.weights import digest, made_of, put_on_record, variant
 
-Outcome = Literal["free", "made", "refused"]
-"""The original's axis is free; a file with a free one was made; none could be made that gives the same."""
+Outcome = Literal["free", "made", "refused", "killed"]
+"""The original's axis is free; a file with a free one was made; none could be made that gives the same; the trial was ended."""
 
 TOLERANCE = 1e-3
 """How far an output may be off, as a share of its span from smallest to largest: a quarter of one of 255 greys."""
@@ -38,8 +38,9 @@ SIDE = 320
 def free(original: Path) -> Outcome:
     """Make `{name}.dynamic.onnx` beside a model where that is needed and possible, and put on record what came of it.
 
-    What is on record is not tried again. The trial takes the memory of two images, so it runs in a
-    process of its own that the kernel ends first. Raises ModuleNotFoundError where onnx or onnxruntime is not installed.
+    What is on record is not tried again. The trial takes the memory of two images, so it runs in a process of its own
+    that the kernel ends first; then nothing is put on record. Raises ModuleNotFoundError where onnx or onnxruntime is
+    not installed.
     """
     import onnx  # noqa: F401  # said here rather than in the other process
     import onnxruntime  # noqa: F401
@@ -52,7 +53,8 @@ def free(original: Path) -> Outcome:
         try:
             outcome, told = pool.submit(make, original, variant(original, "dynamic")).result()
         except BrokenProcessPool:
-            outcome, told = "refused", "the trial's process was killed, perhaps for its memory"
+            _part(variant(original, "dynamic")).unlink(missing_ok=True)
+            return "killed"
     put_on_record(original, "dynamic", accepted=outcome == "made", told={"outcome": outcome, "told": told})
     return outcome
 
@@ -61,7 +63,7 @@ def make(original: Path, target: Path) -> tuple[Outcome, str]:
     """Write the model with a free batch axis to `target`, if it is fixed and this can be done; and a sentence about it."""
     import onnx
 
-    part = target.with_name(f"{target.name}.part")
+    part = _part(target)
     try:
         model = onnx.load(original)
         if not any(_length(value, 0) == 1 for value in _inputs(model)):
@@ -78,6 +80,10 @@ def make(original: Path, target: Path) -> tuple[Outcome, str]:
     finally:
         part.unlink(missing_ok=True)
     return "made", f"the same within {TOLERANCE:g} of each output's span, for one image and for two"
+
+
+def _part(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part")
 
 
 def difference(original: Path, changed: Path) -> str | None:

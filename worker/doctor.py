@@ -23,10 +23,11 @@ from shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable
 from shared.fleet import Fleet
 from shared.queues import CANARY_TASK, node_queue, offered, worker_queues
 from shared.settings import Settings, load_settings
+from worker.device import Device
 from worker.lanes import lanes, missing, models_of, shortcomings
 from worker.operations.registry import create
 from worker.supervisor import find_gpus
-from worker.weights import CONVERTED, WEIGHTS, model_file, path_of, variant
+from worker.weights import CONVERTED, WEIGHTS, model_file, path_of, state, variant
 
 LEAST_DISK = 2 * 2**30
 """Bytes that the temporary folder should have free: a manifest, and uploads on their way."""
@@ -127,10 +128,13 @@ def check_disk(_settings: Settings) -> Iterator[Finding]:
 
 
 def check_engines(settings: Settings) -> Iterator[Finding]:
-    """Can every engine that this host should offer be imported?"""
+    """Can every engine that this host should offer be imported, and use what it is to run on?"""
     for operation, engine in offered(settings.worker.operations, settings.worker.engines):
         try:
-            create(operation, engine)
+            if create(operation, engine).spec.runtime == "onnxruntime":
+                from worker.operations.remove_background.session import check_there  # importable now
+
+                check_there(Device.of(settings, 1))
         except ImagemillError as error:
             yield Finding("models", "failed", error.message)
         else:
@@ -151,6 +155,10 @@ def check_models(settings: Settings) -> Iterator[Finding]:
         if engine in absent:
             names = ", ".join(absent[engine])
             yield Finding("models", "ok", f"{engine}: not here, so not listened for: {names}", "imagemill models pull NAME")
+        for weights in (weights for weights in WEIGHTS if weights.name in here):
+            if state(weights, settings.weights) == "damaged":
+                mend = f"imagemill models pull {weights.name}"
+                yield Finding("models", "warning", f"{weights.name} is not the published file", mend)
         in_8_bits = settings.onnx.int8 and engine not in CONVERTED
         for weights in (weights for weights in WEIGHTS if in_8_bits and weights.name in here):
             original = path_of(weights, settings.weights)

@@ -49,6 +49,7 @@ class Worker:
 
     def _prepare_parent(self, sender: Any, **_: Any) -> None:
         """In the parent, before the pool forks: what children share, and the node's own queue."""
+        self._set_up_logs()  # Celery asks for that only after this signal
         self._tell_of_models()
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU

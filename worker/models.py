@@ -194,9 +194,14 @@ def _free_batch_axis(weights: Weights, path: Path) -> None:
         click.echo(f"{weights.name}: its batch axis was fixed at 1; made a file with a free one ({record['told']})")
     elif record != before and outcome == "refused":
         click.echo(f"{weights.name}: its batch axis stays fixed at 1, images run one by one ({record['told']})")
+    elif outcome == "killed":
+        click.echo(
+            f"{weights.name}: not known whether it takes batches: the trial was killed, perhaps for its memory ({AGAIN})"
+        )
 
 
 EXTRA = "pip install 'imagemill[rembg]', then pull again"
+AGAIN = "pull again to repeat it"
 
 
 @models.command()

@@ -194,11 +194,11 @@ def digest(path: Path) -> str:
 
 def known(path: Path) -> Known | None:
     """What is remembered of a file as it is now; None where nothing is. Raises OSError where there is no file."""
-    status, found = path.stat(), read_json(_sidecar(path))
-    with suppress(TypeError):  # something else is in that file
-        remembered = Known(**found)
-        if (remembered.size, remembered.mtime_ns) == (status.st_size, status.st_mtime_ns):
-            return remembered
+    status, remembered = path.stat(), _unwritten.get(path)
+    with suppress(TypeError):  # nothing, or something else, is in that file
+        remembered = Known(**read_json(_sidecar(path)))
+    if remembered is not None and (remembered.size, remembered.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        return remembered
     return None
 
 
@@ -215,9 +215,15 @@ def check(path: Path, like: str) -> Known:
 
 
 def remember(path: Path, found: Known) -> None:
-    """Write a file's sums beside it; where that can't be written they are computed again next time."""
-    with suppress(OSError):
+    """Write a file's sums beside it; where that can't be written they are remembered by this process."""
+    try:
         write_json(_sidecar(path), asdict(found))
+    except OSError:
+        _unwritten[path] = found
+
+
+_unwritten: dict[Path, Known] = {}
+"""Sums of files in folders that are read-only: a node asks for them at each image."""
 
 
 def state(weights: Weights, settings: WeightsSettings) -> State:

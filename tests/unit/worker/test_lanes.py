@@ -10,12 +10,12 @@ from celery import signals
 
 from shared.errors import ConfigurationError
 from shared.options import ENGINES
-from shared.settings import Settings
-from worker.doctor import check_models
+from shared.settings import OnnxSettings, Settings
+from worker.doctor import check_engines, check_models
 from worker.lanes import lanes, missing, nothing_to_do, shortcomings, without_models
 from worker.main import Worker
 from worker.repositories import MODELS, folder_of, repository
-from worker.weights import put_on_record, variant
+from worker.weights import check, put_on_record, variant
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,7 @@ def test_an_engine_that_has_no_model_here_is_told_with_the_command_that_helps(tm
     assert nothing_to_do(known) is None  # opencv is there
 
 
+@pytest.mark.usefixtures("logging_as_before")
 @pytest.mark.parametrize(
     ("engines", "worker", "told"),
     [
@@ -90,7 +91,7 @@ def test_an_engine_that_has_no_model_here_is_told_with_the_command_that_helps(tm
     ],
 )
 def test_a_node_with_nothing_to_listen_to_does_not_start(
-    tmp_path: Path, engines: list[str], worker: dict[str, Any], told: str
+    tmp_path: Path, engines: list[str], worker: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     node = Worker(settings(tmp_path, *engines, **worker))
     with pytest.raises(ConfigurationError, match=told):
@@ -98,6 +99,7 @@ def test_a_node_with_nothing_to_listen_to_does_not_start(
     with pytest.raises(SystemExit) as exit_:  # started by Celery's own command
         node._prepare_parent(sender=None)
     assert exit_.value.code == 2
+    assert "the node exits action=start reason=this node has nothing to listen to" in capsys.readouterr().err
 
 
 def test_an_engine_that_does_none_of_the_operations_is_told(tmp_path: Path) -> None:
@@ -135,6 +137,21 @@ def test_the_doctor_warns_where_8_bits_are_asked_for_and_not_here(tmp_path: Path
     variant(original, "int8").touch()
     put_on_record(original, "int8", accepted=True, told={})
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
+
+
+def test_the_doctor_warns_of_a_file_that_verify_found_to_be_another(tmp_path: Path) -> None:
+    known = settings(tmp_path, "rembg", here=("u2net",))
+    assert [finding for finding in check_models(known) if finding.state == "warning"] == []
+    check(tmp_path / "rembg" / "u2net.onnx", "md5:")
+    (warned,) = (finding for finding in check_models(known) if finding.state == "warning")
+    assert (warned.found, warned.mend) == ("u2net is not the published file", "imagemill models pull u2net")
+
+
+def test_the_doctor_says_where_models_can_not_run_on_what_they_are_to_run_on(tmp_path: Path) -> None:
+    known = settings(tmp_path, "rembg", here=("u2net",)).model_copy(update={"onnx": OnnxSettings(provider="tensorrt")})
+    (finding,) = check_engines(known)
+    assert finding.state == "failed"
+    assert "has no TensorrtExecutionProvider" in finding.found
 
 
 @pytest.fixture

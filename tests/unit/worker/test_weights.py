@@ -87,13 +87,18 @@ def test_a_damaged_note_about_a_digest_is_not_believed(original: Path, content: 
     assert digest(original) == hashlib.sha256(b"weights").hexdigest()
 
 
-def test_a_digest_can_be_had_where_nothing_can_be_written(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_written_a_process_computes_a_digest_once(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, content: object) -> None:
         raise OSError("read-only file system")
 
     monkeypatch.setattr(module, "write_json", refuse)
     assert digest(original) == hashlib.sha256(b"weights").hexdigest()
-    assert known(original) is None
+    assert not list(original.parent.glob("*.json"))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "blocks", lambda _: pytest.fail("read again"))
+        assert digest(original) == hashlib.sha256(b"weights").hexdigest()
+    original.write_bytes(b"another file")
+    assert digest(original) == hashlib.sha256(b"another file").hexdigest()
 
 
 def test_what_is_known_of_a_file_shows_in_its_state(tmp_path: Path, original: Path) -> None:

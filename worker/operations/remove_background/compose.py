@@ -183,11 +183,17 @@ def _covering(picture: Pixels, size: tuple[int, int]) -> Pixels:
     scale = max(size[0] / width, size[1] / height)
     across, down = (max(1, min(have, round(want / scale))) for have, want in zip((width, height), size, strict=True))
     left, top = (width - across) // 2, (height - down) // 2
-    scaled = resize(picture[top : top + down, left : left + across], size)
-    if scaled.shape[2] == 3:
-        return scaled
-    share = scaled[..., 3:].astype(np.float32) / 255
-    return np.rint(255 + (scaled[..., :3] - np.float32(255)) * share).astype(np.uint8)
+    return resize(_over_white(picture[top : top + down, left : left + across]), size)
+
+
+def _over_white(picture: Pixels) -> Pixels:
+    if picture.shape[2] == 3:
+        return picture
+    result = np.empty((*picture.shape[:2], 3), np.uint8)
+    for rows in _rows(picture.shape[1::-1]):
+        share = picture[rows][..., 3:].astype(np.float32) / 255
+        result[rows] = np.rint(255 + (picture[rows][..., :3] - np.float32(255)) * share)
+    return result
 
 
 def _fill_around(result: Pixels, under: Pixels, frame: Frame) -> None:

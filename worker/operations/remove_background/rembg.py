@@ -51,7 +51,7 @@ class Rembg:
     def __init__(self) -> None:
         self._device = Device()
         self._session: Session | None = None
-        self._opened = Path()
+        self._opened: tuple[Path, str] | None = None  # its file and digest
         self._proven = False  # a model has been opened, so that the set-up is right
 
     def load(self, device: Device) -> None:
@@ -114,10 +114,11 @@ class Rembg:
     def _open(self, options: RembgRemoveBackground) -> Session:
         try:
             path = self._path(options)
-            if self._session is None or path != self._opened:
+            wanted = path, digest(path)  # a file that was pulled or quantised anew has another fingerprint, too
+            if self._session is None or wanted != self._opened:
                 self._session = None  # before the next one is loaded: two need not fit
                 size = FAMILIES[options.model].size
-                self._session, self._opened = Session(path, options.model, self._device, size), path
+                self._session, self._opened = Session(path, options.model, self._device, size), wanted
         except ConfigurationError as error:
             if not self._proven:
                 raise  # at the node's start: it can't work like this

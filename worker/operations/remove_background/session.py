@@ -39,7 +39,7 @@ class Session:
     def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
         self.name = name
         self.lanes = device.threads if device.provider == "cpu" and size <= SMALL else 1
-        _check_there(device)
+        check_there(device)
         again = f"`imagemill models verify` checks it, `imagemill models pull {name}` fetches it"
         try:
             self._session = _opened(path, device, self.lanes, providers(device, path, _TensorRT.profile(path, device)))
@@ -143,8 +143,8 @@ def _run_options(session: Any) -> Any:
     return options
 
 
-def _check_there(device: Device) -> None:
-    """Raises ConfigurationError where the onnxruntime that is installed can't use what was asked for at all."""
+def check_there(device: Device) -> None:
+    """Raise ConfigurationError where the onnxruntime that is installed can't use what was asked for at all."""
     wanted = NAMES[device.provider]
     if wanted not in onnxruntime.get_available_providers():
         raise ConfigurationError(

@@ -117,6 +117,19 @@ def test_where_a_background_image_is_transparent_it_is_white() -> None:
     assert (result[0, 0] == 153).all()
 
 
+def test_a_background_image_with_alpha_is_laid_over_white_before_it_is_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaled: list[int] = []
+    real = module.resize
+
+    def resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+        scaled.append(pixels.shape[2])
+        return real(pixels, size)
+
+    monkeypatch.setattr(module, "resize", resize)
+    module._covering(np.full((20, 30, 4), 200, np.uint8), SIZE)
+    assert scaled == [3], "alpha makes floats of all that it is scaled to, 4 GB at 100 megapixels"
+
+
 @pytest.mark.parametrize("margin", [0, 0.05, 0.25])
 @pytest.mark.parametrize("background", [None, "#ffffff"])
 @pytest.mark.parametrize("tall", [False, True])

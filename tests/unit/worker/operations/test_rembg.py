@@ -191,6 +191,17 @@ def test_a_chunk_that_asks_for_another_model_gets_it_and_the_first_one_is_droppe
     assert opened == ["u2net", "isnet-anime", "u2net"]
 
 
+def test_a_file_that_changes_while_it_is_open_is_opened_anew(tmp_path: Path) -> None:
+    """Its fingerprint changes with it, and what the old file makes would be remembered as the new one's."""
+    path = u2net_onnx(tmp_path / "rembg" / "u2net.onnx")
+    operation, pixels = loaded(tmp_path), PICTURES["landscape"]
+    before = cut(operation, pixels)
+    u2net_onnx(tmp_path / "new.onnx", seed=1).replace(path)
+    after = cut(operation, pixels)
+    assert not np.array_equal(after, before)
+    assert np.array_equal(after, cut(loaded(tmp_path), pixels))
+
+
 def test_a_folder_without_models_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="imagemill models pull u2net"):
         loaded(tmp_path)
