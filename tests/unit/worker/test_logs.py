@@ -10,7 +10,6 @@ import pytest
 
 from worker import logs
 
-
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 

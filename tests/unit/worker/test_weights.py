@@ -19,7 +19,6 @@ from worker.weights import (
     digest,
     forget_variants,
     is_current,
-    known,
     made_of,
     model_file,
     needed,
