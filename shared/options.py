@@ -137,7 +137,7 @@ class RembgRemoveBackground(Model):
     canvas: int | None = Field(
         None,
         ge=16,
-        le=16_384,
+        le=8_000,
         description="side in pixels of a square that the cropped subject and its margin are scaled to fill",
     )
     shadow: bool = Field(

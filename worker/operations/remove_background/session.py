@@ -29,7 +29,7 @@ SMALL = 512
 class Session:
     """One model, opened; `size` is the side of its input in pixels.
 
-    On a GPU images share batches where the model's batch axis is free. On CPUs `lanes` of them run at a time, each for
+    On a GPU images share batches where the model's batch axis is free. On CPUs `abreast` of them run at a time, each for
     itself.
 
     Raises ConfigurationError where the file is damaged or no such model, and where the session would
@@ -38,11 +38,11 @@ class Session:
 
     def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
         self.name = name
-        self.lanes = device.threads if device.provider == "cpu" and size <= SMALL else 1
+        self.abreast = device.threads if device.provider == "cpu" and size <= SMALL else 1
         check_there(device)
         again = f"`imagemill models verify` checks it, `imagemill models pull {name}` fetches it"
         try:
-            self._session = _opened(path, device, self.lanes, providers(device, path, _TensorRT.profile(path, device)))
+            self._session = _opened(path, device, self.abreast, providers(device, path, _profile(path, device)))
         except Exception as error:
             if is_short_of_memory(error):
                 raise OutOfMemory(f"the model {name} does not fit into memory: {sentence(error)}") from error
@@ -59,7 +59,7 @@ class Session:
         if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
             raise ConfigurationError(f"{path} is no model that makes a mask of an image: {again}")
         self.batches = device.provider != "cpu" and not isinstance(self._input.shape[0], int)
-        self._lanes = ThreadPoolExecutor(self.lanes, "lane")
+        self._threads = ThreadPoolExecutor(self.abreast, "model")
         give_back()  # opening takes as much again as the model
 
     def run(self, tensors: Sequence[Tensor], *, together: bool = True) -> list[Tensor]:
@@ -73,7 +73,7 @@ class Session:
         with self._translated():
             if together and self.batches:
                 return list(self._run(np.stack(tensors)))
-            return [batch[0] for batch in self._lanes.map(self._run, [tensor[None] for tensor in tensors])]
+            return [batch[0] for batch in self._threads.map(self._run, [tensor[None] for tensor in tensors])]
 
     def _run(self, batch: Tensor) -> Tensor:
         (output,) = self._session.run(self._outputs, {self._input.name: batch}, _run_options(self._session))
@@ -92,7 +92,7 @@ class Session:
 
 
 def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
-    """What a session is to run on, best first, with options; `shapes` are TensorRT's, see `_TensorRT.profile`."""
+    """What a session is to run on, best first, with options; `shapes` are TensorRT's, see `_profile`."""
     cpu: tuple[str, dict[str, Any]] = (NAMES["cpu"], {})
     if device.provider == "cpu":
         return [cpu]
@@ -114,7 +114,7 @@ def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[
     return [(NAMES["tensorrt"], tensorrt), *chain] if device.provider == "tensorrt" else chain
 
 
-def _opened(path: Path, device: Device, lanes: int, chain: list[tuple[str, dict[str, Any]]]) -> Any:
+def _opened(path: Path, device: Device, abreast: int, chain: list[tuple[str, dict[str, Any]]]) -> Any:
     # U2Net at 320 pixels (44.0 M parameters) on 2 cores, all modes interleaved; CPU seconds per image, and the MB that are
     # held while images run and after malloc_trim, which follows each chunk:
     #     one image on two threads: arena on 0.63, 253, 253;   arena off 0.60, 210, 1
@@ -123,13 +123,15 @@ def _opened(path: Path, device: Device, lanes: int, chain: list[tuple[str, dict[
     # all memory goes back; shrinking it after each run takes 10 % longer. In batches of 4 nothing is gained on CPUs. On a
     # GPU cudaMalloc is too slow for each tensor: there the arena is on, and shrunk.
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = device.threads - lanes + 1  # each lane's own thread works too
+    options.intra_op_num_threads = device.threads - abreast + 1  # the thread that runs an image works too
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # it holds one plan of the largest memory per shape
     options.enable_cpu_mem_arena = False
     # Threads that spin between two steps of the model keep decoding and encoding off the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
+    if device.provider != "cpu":
+        onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them lie where the loader does not look
     # Without fallback: what fails with the providers asked for is not tried again on the CPU.
     return onnxruntime.InferenceSession(str(path), options, providers=chain, enable_fallback=0)
 
@@ -153,19 +155,15 @@ def check_there(device: Device) -> None:
         )
 
 
-class _TensorRT:
-    """TensorRT builds an engine for a range of shapes, which must be said before the model is opened."""
-
-    @staticmethod
-    def profile(path: Path, device: Device) -> dict[str, str]:
-        """The range of batches; empty for other providers and where the batch axis is fixed."""
-        if device.provider != "tensorrt":
-            return {}
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        source = onnxruntime.InferenceSession(str(path), options, providers=[NAMES["cpu"]]).get_inputs()[0]
-        if isinstance(source.shape[0], int):
-            return {}
-        rest = "x".join(str(side) for side in source.shape[1:])
-        ranges = {"min": 1, "opt": LARGEST_BATCH, "max": LARGEST_BATCH}
-        return {f"trt_profile_{kind}_shapes": f"{source.name}:{count}x{rest}" for kind, count in ranges.items()}
+def _profile(path: Path, device: Device) -> dict[str, str]:
+    """The range of batches that TensorRT builds an engine for; empty for other providers and where the batch axis is fixed."""
+    if device.provider != "tensorrt":
+        return {}
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = onnxruntime.InferenceSession(str(path), options, providers=[NAMES["cpu"]]).get_inputs()[0]
+    if isinstance(source.shape[0], int):
+        return {}
+    rest = "x".join(str(side) for side in source.shape[1:])
+    ranges = {"min": 1, "opt": LARGEST_BATCH, "max": LARGEST_BATCH}
+    return {f"trt_profile_{kind}_shapes": f"{source.name}:{count}x{rest}" for kind, count in ranges.items()}

@@ -92,6 +92,17 @@ def test_on_a_gpu_images_share_a_batch_where_its_axis_is_free(small: Path, sizes
     assert sizes == [3, 1, 1]
 
 
+def test_before_a_session_on_a_gpu_the_libraries_that_pip_installed_are_loaded(
+    small: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime's CUDA library has no path to them, and would not be loaded."""
+    steps: list[str] = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: steps.append("libraries"))
+    monkeypatch.setattr(OnGpu, "get_providers", lambda _: steps.append("session") or ["CUDAExecutionProvider"])
+    Session(small, "u2net", GPU, 64)
+    assert steps[:2] == ["libraries", "session"]
+
+
 def test_on_a_gpu_images_go_one_by_one_where_the_axis_is_fixed(fixed: Path, sizes: list[int], small: Path) -> None:
     session = Session(fixed, "u2net", GPU, 64)
     made = session.run(tensors(3))
