@@ -122,7 +122,10 @@ class RembgRemoveBackground(Model):
         description="pixels that an image to be matted may have, a quarter of them at an unsure edge (2 kB of memory each)",
     )
     matting_seconds: float = Field(
-        20.0, gt=0, le=600, description="seconds that matting one image may take, before it gets the plain edge"
+        20.0,
+        gt=0,
+        le=600,
+        description="seconds that matting one image may take, before it gets the plain edge; exact has no such limit",
     )
     clean_rim: bool = Field(True, description="take the old background's colour out of the edge")
     background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
@@ -143,7 +146,10 @@ class RembgRemoveBackground(Model):
     shadow: bool = Field(
         False, description="keep the subject's shadow on the ground, where the backdrop is plain enough to tell"
     )
-    mask_only: bool = Field(False, description="give the mask as a grey image (white is the subject) instead of the cut-out")
+    mask_only: bool = Field(
+        False,
+        description="give the mask in grey (white is the subject) instead of the cut-out; a JPEG's as JPEG, or by --format png",
+    )
 
     @model_validator(mode="after")
     def _that_go_together(self) -> RembgRemoveBackground:

@@ -113,6 +113,15 @@ def test_a_fixed_batch_axis_is_set_free_and_said_once(run: Run, published: dict[
     assert "birefnet-general.dynamic.onnx: right" in run("verify").stdout
 
 
+def test_a_trial_of_the_batch_axis_that_was_killed_is_told_and_made_again(
+    run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("worker.batch_axis.free", lambda _: "killed")
+        assert "not known whether it takes batches" in run("pull", "birefnet-general").stdout
+    assert "made a file with a free one" in run("pull", "birefnet-general").stdout
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
