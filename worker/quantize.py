@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from shared.errors import ConfigurationError, ImageError, MissingExtra, UsageError
 from worker.codec import decode
 from worker.headers import probe
+from worker.operations.base import Pixels
 from worker.operations.remove_background.families import FAMILIES, Family
 from worker.weights import model_file, put_on_record, variant
 
@@ -117,13 +119,19 @@ def divide(images: Path) -> tuple[list[Path], list[Path], int]:
             passed_over += 1
             continue
         passed_over += found.setdefault(hashlib.sha256(data).hexdigest(), path) is not path
-    if len(found) < LEAST:
-        raise UsageError(f"{images} has {len(found)} different images; at least {LEAST} are needed, and 100 are better")
-    paths = [found[key] for key in sorted(found)]
-    passed_over += len(paths[MOST:])
-    paths = paths[:MOST]
+    paths = list(islice((found[key] for key in sorted(found) if _is_whole(found[key])), MOST))
+    if len(paths) < LEAST:
+        raise UsageError(f"{images} has {len(paths)} different images; at least {LEAST} are needed, and 100 are better")
     count = max(2, len(paths) // HELD_BACK)
-    return paths[count:], paths[:count], passed_over
+    return paths[count:], paths[:count], passed_over + len(found) - len(paths)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _pixels(path)
+    except ImageError:
+        return False
+    return True
 
 
 def overlap(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
@@ -135,9 +143,12 @@ def overlap(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
 
 def _tensor(path: Path, family: Family) -> NDArray[np.float32]:
     """[1, 3, size, size], prepared as the engine prepares it."""
+    return family.tensor(_pixels(path))[None]
+
+
+def _pixels(path: Path) -> Pixels:
     data = path.read_bytes()
-    pixels = decode(data, probe(data, max_pixels=MAX_PIXELS), edge=EDGE).pixels
-    return family.tensor(pixels)[None]
+    return decode(data, probe(data, max_pixels=MAX_PIXELS), edge=EDGE).pixels
 
 
 class _Reader:

@@ -100,6 +100,15 @@ def test_no_image_is_on_both_sides_and_the_division_is_always_the_same(images: P
     assert divide(images) == (calibration, held_back, passed_over)
 
 
+def test_an_image_that_is_cut_off_is_passed_over(tmp_path: Path) -> None:
+    for seed in range(6):
+        data = photo(seed, kind="JPEG")
+        (tmp_path / f"{seed}.jpg").write_bytes(data if seed else data[: len(data) // 2])
+    calibration, held_back, passed_over = divide(tmp_path)
+    assert (len(calibration), len(held_back), passed_over) == (3, 2, 1)
+    assert tmp_path / "0.jpg" not in calibration + held_back
+
+
 def test_too_few_images_are_refused_and_too_many_cut(tmp_path: Path) -> None:
     for seed in range(4):
         (tmp_path / f"{seed}.png").write_bytes(photo(seed, 16, 16))
