@@ -71,6 +71,7 @@ class Lama:
     def __init__(self) -> None:
         self._device = Device()
         self._session: Session | None = None
+        self._opened: tuple[Path, str] | None = None  # its file and digest
 
     def load(self, device: Device) -> None:
         """Look whether the model is there. It is opened at the first `run`, and ConfigurationError raised if it can't be."""
@@ -140,8 +141,11 @@ class Lama:
         return plan.picture
 
     def _open(self, options: LamaInpaint) -> Session:
-        if self._session is None:
-            self._session = Session(self._path(options), self._device)
+        path = self._path(options)
+        wanted = path, digest(path)  # a file that was pulled anew has another fingerprint, too
+        if self._session is None or wanted != self._opened:
+            self._session = None  # before the next one is loaded: two need not fit
+            self._session, self._opened = Session(path, self._device), wanted
         return self._session
 
     def _path(self, options: LamaInpaint) -> Path:

@@ -243,6 +243,20 @@ def test_the_fingerprint_changes_with_the_weights_and_with_what_the_gpu_calculat
     assert operation.fingerprint(options) != before
 
 
+def test_a_file_that_is_pulled_anew_is_opened_anew(
+    operation: Lama, session: Continues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    monkeypatch.setattr(lama, "Session", lambda path, _: opened.append(path) or session)
+    work = prepared(operation, slope(64, 64), boxes=("20,20,8,8",))
+    operation.run(work.samples)
+    operation.run(work.samples)
+    assert len(opened) == 1
+    (tmp_path / "lama" / "lama.ckpt").write_bytes(b"other weights, of another length")
+    operation.run(work.samples)
+    assert len(opened) == 2
+
+
 @pytest.mark.parametrize("width", [40, 40_000], ids=["small", "wider than OpenCV's own limit"])
 def test_a_part_of_the_enlarged_fill_is_that_part_of_all_of_it(width: int) -> None:
     fill = slope(16, 24)
