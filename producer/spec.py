@@ -116,7 +116,7 @@ def _values(field: FieldInfo) -> str:
     told = []
     if get_origin(field.annotation) is Literal:
         told.append("one of " + ", ".join(get_args(field.annotation)))
-    default = "none" if field.default in (None, ()) else field.default
+    default = "none" if field.default in (None, ()) else "empty" if field.default == "" else field.default
     return f" ({'; '.join([*told, f'default {default}'])})"
 
 

@@ -131,6 +131,7 @@ def test_the_help_has_every_option_of_every_engine() -> None:
             assert all(
                 f"  {name}: {field.description}" in text for name, field in model.model_fields.items() if name != "engine"
             )
+    assert "default )" not in text
 
 
 # --- the check ---
