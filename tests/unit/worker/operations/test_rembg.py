@@ -416,7 +416,7 @@ def counted(samples):
     return run(samples)
 operation.run = counted
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000, resource.RLIM_INFINITY))
 outputs = run_batch(operation, [sample for work in works for sample in work.samples], BatchSizes())
 print(sum(isinstance(output, np.ndarray) for output in outputs), max(sizes), min(sizes))
 """
