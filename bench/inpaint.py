@@ -168,7 +168,7 @@ def _seconds(session: Session) -> Cost:
 def _around(hole: Grey) -> float:
     """Seconds of planning and pasting, with a network that takes no time."""
     operation = Lama()
-    operation._open = lambda _: _Nothing()  # type: ignore[method-assign,return-value]
+    operation._open = lambda _: _Nothing()  # type: ignore[assignment,method-assign,return-value]
     pixels = np.full((*hole.shape, 3), 90, np.uint8)
     start = time.perf_counter()
     work = operation.prepare(Picture(pixels), Inputs(ITEM, parse_options("inpaint", "lama", {}), hole))
@@ -325,7 +325,7 @@ def _step() -> Figure:
     steps = []
     for hole in (scratch(1600, 2400), compact(1600, 2400, 1, 0.2)):
         operation, pixels = Lama(), np.rint(truth).astype(np.uint8)
-        operation._open = lambda _: Continues()  # type: ignore[method-assign,return-value]
+        operation._open = lambda _: Continues()  # type: ignore[assignment,method-assign,return-value]
         pixels[hole > 0] = 0
         work = operation.prepare(Picture(pixels), Inputs(ITEM, parse_options("inpaint", "lama", {"tile": 512}), hole))
         made = operation.finish(work, [operation.run([sample])[0] for sample in work.samples]).pixels
