@@ -300,10 +300,10 @@ def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: boo
     if not submission.served:
         queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
         model = spec.lane.partition(".")[2]
-        start = "imagemill worker --cpu`"
+        start = "`imagemill worker --cpu`"
         if model:
-            start = f"IMAGEMILL_WORKER__ENGINES='[\"{spec.engine}\"]' imagemill worker` after `imagemill models pull {model}`"
-        show.say(out, f"warning: no worker listens to {queue}; start one with `{start}", "yellow")
+            start = f"`IMAGEMILL_WORKER__ENGINES='[\"{spec.engine}\"]' imagemill worker` after `imagemill models pull {model}`"
+        show.say(out, f"warning: no worker listens to {queue}; start one with {start}", "yellow")
     return submission
 
 

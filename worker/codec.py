@@ -170,9 +170,8 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
     """`picture` as a file of `format` (png, webp or jpeg), its profile embedded where it has one.
 
     PNG is lossless. `quality`, 1 to 100, is of JPEG and of (always lossy) WebP. What came grey and has no colours now is
-    written grey in PNG and JPEG. Colour under alpha
-    0 is cleared in WebP, and in PNG if `clear`; JPEG has no alpha, so it shows the picture over white. Raises
-    OperationFailed for sides that the format can't hold, and OutOfMemory.
+    written grey in PNG and JPEG. Colour under alpha 0 is cleared in WebP, and in PNG if `clear`; JPEG has no alpha, so it
+    shows the picture over white. Raises OperationFailed for sides that the format can't hold, and OutOfMemory.
     """
     limit = {"webp": _WEBP_SIDE, "jpeg": _JPEG_SIDE}.get(format)
     if limit is not None and max(picture.size) > limit:
