@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
-from worker.batch_size import BatchSizes
-from worker.batching import Batcher, run_batch
-from worker.memory import HostMemory, Memory, Peak
-from worker.operations.base import Sample, Spec
+from imagemill.worker.hardware.memory import HostMemory, Memory, Peak
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.batching import Batcher, run_batch
+from imagemill.worker.operations.base import Sample, Spec
 
 IMAGES, BATCH = 4096, 16
 

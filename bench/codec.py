@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from worker import codec
-from worker.operations.base import Picture, Pixels
+from imagemill.worker.imaging import codec
+from imagemill.worker.imaging.picture import Picture, Pixels
 
 EDGE = 1600  # remove-background's default
 LANCZOS = Image.Resampling.LANCZOS

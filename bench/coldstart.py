@@ -24,11 +24,12 @@ OURS = """
 from pathlib import Path
 import sys
 import numpy as np
-from shared.messages import Item
-from shared.options import parse_options
-from worker.device import Device, share_of_cores
-from worker.operations import registry
-from worker.operations.base import Inputs, Picture
+from imagemill.shared.messages import Item
+from imagemill.shared.engines import parse_options
+from imagemill.worker.hardware.device import Device, share_of_cores
+from imagemill.worker.operations import registry
+from imagemill.worker.operations.base import Inputs
+from imagemill.worker.imaging.picture import Picture
 
 operation = registry.create("remove-background", "rembg")
 operation.load(Device(threads=share_of_cores(1), weights=Path(sys.argv[1])))

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from shared.messages import Item
-from shared.options import parse_options
-from worker.device import Device, share_of_cores
-from worker.operations import registry
-from worker.operations.base import Grey, Inputs, Picture, Pixels
-from worker.scale import resize
+from imagemill.shared.engines import parse_options
+from imagemill.shared.messages import Item
+from imagemill.worker.hardware.device import Device, share_of_cores
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.scale import resize
+from imagemill.worker.operations import registry
+from imagemill.worker.operations.base import Inputs
 
 GOAL_IOU = 0.6  # what the opencv engine must not fall below on the photos it was tuned with
 TILE = 480

@@ -62,7 +62,7 @@ def _addresses() -> list[str]:
 def _round(folder: Path, addresses: Path) -> dict[str, float]:
     import redis
 
-    from producer.embedded_redis import EmbeddedRedis
+    from imagemill.producer.embedded_redis import EmbeddedRedis
 
     with EmbeddedRedis(folder) as server, redis.Redis.from_url(server.url) as client:
         ours = _process("imagemill", server.url, addresses, client)
@@ -91,11 +91,11 @@ def _process(side: str, url: str, addresses: Path, client: Any) -> dict[str, flo
 
 def _submit(url: str, addresses: str) -> dict[str, float]:
     """Our side, in its own process."""
-    from producer.client import Client
-    from producer.sources import read_sources
-    from shared.broker import Publisher  # noqa: F401  # brings Celery along, as on the other side
-    from shared.messages import Output, StylizeJob
-    from shared.settings import load_settings
+    from imagemill.producer.client import Client
+    from imagemill.producer.sources import read_sources
+    from imagemill.shared.broker import Publisher  # noqa: F401  # brings Celery along, as on the other side
+    from imagemill.shared.messages import Output, StylizeJob
+    from imagemill.shared.settings import load_settings
 
     start = time.perf_counter()
     with Client(load_settings(redis_url=url)) as client:

@@ -98,9 +98,9 @@ def _figures(kind: str, measured: list[dict[str, float]]) -> list[Figure]:
 
 def _make_weights(folder: Path, files: list[bytes]) -> dict[str, Path]:
     """The full-size network as fp32, and in 8 bits as `imagemill models quantize` makes it, whatever its masks are worth."""
+    from imagemill.worker.models.files import model_file
+    from imagemill.worker.models.quantize import quantize
     from tests.models import FULL_WIDTH, u2net_onnx
-    from worker.quantize import quantize
-    from worker.weights import model_file
 
     original = u2net_onnx(folder / "rembg" / "u2net.onnx", width=FULL_WIDTH, spread=SPREAD)
     with tempfile.TemporaryDirectory() as images:
@@ -120,7 +120,7 @@ class _Sides:
 
     def __init__(self, stack: ExitStack, servers: Servers, folder: Path, kind: str, model: Path) -> None:
         from bench.nodes import Jobs, OurNode, TutorialNode, environment
-        from producer.embedded_redis import EmbeddedRedis
+        from imagemill.producer.embedded_redis import EmbeddedRedis
 
         place = folder / kind
         place.mkdir()
@@ -214,9 +214,9 @@ def _run_bare(model: str) -> None:
     """onnxruntime in a loop over tensors that are there: one image on all cores, or, in lanes, one on each core."""
     import onnxruntime
 
-    from worker import codec
-    from worker.device import share_of_cores
-    from worker.operations.remove_background.families import FAMILIES
+    from imagemill.worker.hardware.device import share_of_cores
+    from imagemill.worker.imaging import codec
+    from imagemill.worker.operations.remove_background.model_families import FAMILIES
 
     tensors = []
     for file in photos():
@@ -249,15 +249,15 @@ def _run_bare(model: str) -> None:
 
 def _run_direct() -> None:
     """A worker's child without Celery around it: chunks come by name, and its flow is called."""
-    from shared.broker import Publisher, make_app
-    from shared.messages import Chunk
-    from shared.settings import load_settings
-    from worker.device import Device, pin
+    from imagemill.shared.broker import Publisher, make_app
+    from imagemill.shared.messages import Chunk
+    from imagemill.shared.settings import load_settings
+    from imagemill.worker.hardware.device import Device, pin
 
     settings = load_settings()
     device = Device.of(settings, 1)
     pin(device)
-    from worker.child import Child
+    from imagemill.worker.node.child import Child
 
     child = Child(settings, device, node="direct", publisher=Publisher(make_app(settings)), stopping=Event().is_set)
     _say(ready=True)

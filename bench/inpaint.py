@@ -27,21 +27,22 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from producer.client import Client
-from producer.embedded_redis import EmbeddedRedis
-from producer.sources import SourceRow
-from shared.messages import JOB_SPEC, Item
-from shared.options import parse_options
-from shared.settings import load_settings
+from imagemill.producer.client import Client
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.producer.sources import SourceRow
+from imagemill.shared.engines import parse_options
+from imagemill.shared.messages import JOB_SPEC, Item
+from imagemill.shared.settings import load_settings
+from imagemill.worker.hardware.device import Device, share_of_cores
+from imagemill.worker.imaging import codec
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.operations.base import Inputs
+from imagemill.worker.operations.inpaint.lama import Lama
+from imagemill.worker.operations.inpaint.lama_model import Session
+from imagemill.worker.operations.inpaint.tiles import CONTEXT, plan
 from tests.fills import Continues
 from tests.generators import FULL, lama_file
 from tests.workers import WorkerProcess, clean_environment
-from worker import codec
-from worker.device import Device, share_of_cores
-from worker.operations.base import Grey, Inputs, Picture, Pixels
-from worker.operations.inpaint.lama import Lama
-from worker.operations.inpaint.session import Session
-from worker.operations.inpaint.tiles import CONTEXT, plan
 
 HEIGHT, WIDTH = 4000, 6000
 SIDES = (256, 448, 512, 1024)

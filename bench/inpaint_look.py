@@ -17,15 +17,16 @@ import numpy as np
 from PIL import Image
 
 from bench.cutout import read
-from producer.spec import option_values
-from shared.errors import ImagemillError
-from shared.messages import Item
-from shared.options import Options, parse_options
-from shared.settings import load_settings
-from worker.device import Device
-from worker.operations import registry
-from worker.operations.base import Grey, Inputs, Operation, Picture, Pixels
-from worker.scale import fit, resize
+from imagemill.producer.spec import option_values
+from imagemill.shared.engines import Options, parse_options
+from imagemill.shared.errors import ImagemillError
+from imagemill.shared.messages import Item
+from imagemill.shared.settings import load_settings
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.scale import fit, resize
+from imagemill.worker.operations import registry
+from imagemill.worker.operations.base import Inputs, Operation
 
 TILE = 480
 TIMES = 4

@@ -22,17 +22,18 @@ import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from worker.device import Device, give_back, pin, share_of_cores
+from imagemill.worker.hardware.device import Device, give_back, pin, share_of_cores
 
 weights, images, chunk = Path(sys.argv[1]), *map(int, sys.argv[2:])
 device = Device(threads=share_of_cores(1), weights=weights)
 pin(device)
 
 import numpy as np
-from shared.messages import Item
-from shared.options import parse_options
-from worker.operations import registry
-from worker.operations.base import Inputs, Picture
+from imagemill.shared.messages import Item
+from imagemill.shared.engines import parse_options
+from imagemill.worker.operations import registry
+from imagemill.worker.operations.base import Inputs
+from imagemill.worker.imaging.picture import Picture
 
 operation = registry.create("remove-background", "rembg")
 operation.load(device)

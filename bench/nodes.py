@@ -13,13 +13,13 @@ import psutil
 import redis
 
 from bench.servers import Servers
-from producer.client import CHUNK_SECONDS, Client
-from producer.sources import SourceRow
-from shared.fleet import Fleet
-from shared.messages import Job, Output, RemoveBackgroundJob
-from shared.options import RembgRemoveBackground
-from shared.queues import queue_name
-from shared.settings import load_settings
+from imagemill.producer.client import CHUNK_SECONDS, Client
+from imagemill.producer.sources import SourceRow
+from imagemill.shared.fleet import Fleet
+from imagemill.shared.messages import Job, Output, RemoveBackgroundJob
+from imagemill.shared.options.remove_background import RembgRemoveBackground
+from imagemill.shared.queues import queue_name
+from imagemill.shared.settings import load_settings
 from tests.workers import ROOT, WorkerProcess, clean_environment, wait_until
 
 SPEC = RemoveBackgroundJob(output=Output(url="s3://results/cut", format="png"), options=RembgRemoveBackground(model="u2net"))

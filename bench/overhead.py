@@ -53,7 +53,7 @@ def _figure(name: str, values: list[float], goal: float | None, unit: str) -> Fi
 
 def _images(folder: Path, servers: Servers, rounds: int) -> list[Figure]:
     from bench.nodes import OurNode, TutorialNode, environment
-    from producer.embedded_redis import EmbeddedRedis
+    from imagemill.producer.embedded_redis import EmbeddedRedis
 
     model = null_model(folder / "weights" / "rembg" / "u2net.onnx")
     found: dict[str, list[float]] = {"ours": [], "tutorial": [], "scaled": []}
@@ -119,9 +119,9 @@ def _puts(servers: Servers, rounds: int) -> list[Figure]:
     import boto3
 
     from bench.nodes import KEYS
-    from shared.s3 import make_client
-    from shared.settings import S3Settings
-    from worker.store import S3Store
+    from imagemill.shared.s3 import make_client
+    from imagemill.shared.settings import S3Settings
+    from imagemill.worker.transfer.store import S3Store
 
     os.environ.update(KEYS)
     settings, body = S3Settings(endpoint_url=servers.s3), np.random.default_rng(0).bytes(OBJECT)

@@ -27,16 +27,17 @@ import numpy as np
 import skimage
 from PIL import Image
 
-from producer.drift import outliers
-from shared.messages import JOB_SPEC, Item, ItemResult, Row, compact, row
-from shared.options import parse_options
-from shared.quality import Measures
-from worker import codec
-from worker.device import Device
-from worker.measures import lab
-from worker.operations import registry
-from worker.operations.base import Evidence, Inputs, Picture, Pixels, Spec, Work
-from worker.quality import check
+from imagemill.producer.drift import outliers
+from imagemill.shared.engines import parse_options
+from imagemill.shared.messages import JOB_SPEC, Item, ItemResult, Row, compact, row
+from imagemill.shared.quality import Measures
+from imagemill.worker.checking.measures import lab
+from imagemill.worker.checking.quality import check
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging import codec
+from imagemill.worker.imaging.picture import Picture, Pixels
+from imagemill.worker.operations import registry
+from imagemill.worker.operations.base import Evidence, Inputs, Spec, Work
 
 IMAGES, PLANTED, EDGE = 200, 5, 320
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "motorcycle_left")

@@ -25,8 +25,8 @@ from typing import Any
 from bench.feeding import Figure, _Process, _say
 from bench.nodes import OurNode, cpu_of, environment
 from bench.servers import Servers, photos
-from shared.messages import Output, StylizeJob
-from shared.options import DiffusionStylize
+from imagemill.shared.messages import Output, StylizeJob
+from imagemill.shared.options.stylize import DiffusionStylize
 
 IMAGES_PER_CORE = 2
 LOOK: dict[str, Any] = {"prompt": "a product on white", "negative_prompt": "blurry", "steps": 10, "strength": 0.5, "cfg": 7.5}
@@ -37,7 +37,7 @@ SPEC = StylizeJob(
 
 def run(rounds: int = 5) -> list[Figure]:
     """Measure `rounds` times; per figure its name, the median, goal, unit, whether the goal holds, and how many rounds."""
-    from producer.embedded_redis import EmbeddedRedis
+    from imagemill.producer.embedded_redis import EmbeddedRedis
     from tests.pipelines import pipeline_folder
 
     cores = len(os.sched_getaffinity(0))
@@ -115,11 +115,12 @@ def _run_bare(weights: Path) -> None:
     import diffusers
     import torch
 
+    from imagemill.worker.hardware.device import Device, pin
+    from imagemill.worker.models.catalogue import MODELS, repository
+    from imagemill.worker.models.repositories import folder_of
+    from imagemill.worker.operations.stylize.diffusion import edges_of
+    from imagemill.worker.operations.stylize.pipeline import Canvas, Pipeline
     from tests.unit.worker.operations.conformance import scene
-    from worker.device import Device, pin
-    from worker.operations.stylize.diffusion import edges_of
-    from worker.operations.stylize.pipeline import Canvas, Pipeline
-    from worker.repositories import MODELS, folder_of, repository
 
     pin(Device(threads=1))
     torch.set_num_threads(1)

@@ -16,29 +16,29 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import click
 from rich.console import Console
 
-from producer import show
-from producer.commands import INTERRUPTED, Commands, installed_version
-from producer.drift import Outlier, outliers
-from producer.presets import presets
-from producer.sources import read_sources
-from producer.spec import job_spec, local_address, option_values, options_help, quality_values
-from shared.errors import InvalidSource, UsageError
-from shared.messages import PRIORITIES, Job, JobStatus, Row
-from shared.options import OPERATIONS
-from shared.presets import Presets
-from shared.quality import flags_of
-from shared.queues import queue_name
-from shared.settings import Settings, load_settings
+from imagemill.producer import show
+from imagemill.producer.commands import INTERRUPTED, Commands, installed_version
+from imagemill.producer.drift import Outlier, outliers
+from imagemill.producer.presets import presets
+from imagemill.producer.sources import read_sources
+from imagemill.producer.spec import job_spec, local_address, option_values, options_help, quality_values
+from imagemill.shared.errors import InvalidSource, UsageError
+from imagemill.shared.messages import PRIORITIES, Job, JobStatus, Row
+from imagemill.shared.options.base import OPERATIONS
+from imagemill.shared.presets import Presets
+from imagemill.shared.quality import flags_of
+from imagemill.shared.queues import queue_name
+from imagemill.shared.settings import Settings, load_settings
 
 if TYPE_CHECKING:
-    from producer.client import Client, Submission
+    from imagemill.producer.client import Client, Submission
 
 Connect: TypeAlias = "Callable[[Settings], Client]"
 COLUMNS = ("item", "index", "source", "state", "output", "code", "message", "attempts", "duplicate_of")
 
 
 def _connect(settings: Settings) -> Client:
-    from producer.client import Client  # brings Celery along, which half of the calls don't need
+    from imagemill.producer.client import Client  # brings Celery along, which half of the calls don't need
 
     return Client(settings)
 
@@ -112,7 +112,7 @@ def submit(
     out = show.make_console(stderr=True)
     with connect(configured) as client:
         if expire_days is not None:
-            from producer.storage import expire
+            from imagemill.producer.storage import expire
 
             expire(configured.s3, spec.output.url, expire_days)
         submission = _submit(client, sources, spec, skip_invalid, out)
@@ -244,8 +244,8 @@ def report(connect: Connect, job: str, out: Path | None, most: int) -> None:
 
     Links to images in S3 work for seven days.
     """
-    from producer.report import JobPage, render
-    from producer.storage import picture_links
+    from imagemill.producer.report import JobPage, render
+    from imagemill.producer.storage import picture_links
 
     configured = load_settings()
     path = out or Path(f"{job}.html")
@@ -270,7 +270,7 @@ def demo(images: Path | None, out: Path, count: int | None, keep: bool) -> None:
 
     Three jobs on real photos and a few deliberately bad addresses; results and report.html land in --out.
     """
-    from producer.demo import run
+    from imagemill.producer.demo import run
 
     sys.exit(run(out, images=images, count=count, keep=keep, console=show.make_console(stderr=True)))
 

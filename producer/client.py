@@ -21,17 +21,17 @@ from functools import cached_property
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Self
 
-from producer.sources import BadRow, SourceRow, parse, refused
-from shared.errors import BrokerUnavailable, InvalidSource, UsageError
-from shared.fleet import Fleet
-from shared.ledger import Ledger
-from shared.messages import MANIFEST, Chunk, InpaintJob, Item, ItemResult, Job, JobStatus, Node, Row
-from shared.queues import queue_name
-from shared.s3 import S3Client, make_client, make_signer, presign
-from shared.settings import Settings
+from imagemill.producer.sources import BadRow, SourceRow, parse, refused
+from imagemill.shared.errors import BrokerUnavailable, InvalidSource, UsageError
+from imagemill.shared.fleet import Fleet
+from imagemill.shared.ledger import Ledger
+from imagemill.shared.messages import MANIFEST, Chunk, InpaintJob, Item, ItemResult, Job, JobStatus, Node, Row
+from imagemill.shared.queues import queue_name
+from imagemill.shared.s3 import S3Client, make_client, make_signer, presign
+from imagemill.shared.settings import Settings
 
 if TYPE_CHECKING:
-    from shared.broker import Publisher
+    from imagemill.shared.broker import Publisher
 
 log = logging.getLogger("imagemill.client")
 
@@ -336,7 +336,7 @@ class Client:
 
     @cached_property
     def _publisher(self) -> Publisher:
-        from shared.broker import Publisher, make_app  # Celery takes longer to import than most commands to run
+        from imagemill.shared.broker import Publisher, make_app  # Celery takes longer to import than most commands to run
 
         return Publisher(make_app(self._settings))
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import click
 
-from shared.errors import ImagemillError, MissingExtra
+from imagemill.shared.errors import ImagemillError, MissingExtra
 
 GROUP = "imagemill.commands"
 INTERRUPTED = 130
-OWN_PACKAGES = ("producer", "shared", "worker")
 
 # Said here, so that `imagemill --help` need not import what a producer may not have.
 SHORT_HELP = {
@@ -65,7 +64,7 @@ class Later(click.Command):
         try:
             command: click.Command = self._entry.load()
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            if (error.name or "").partition(".")[0] == "imagemill":
                 raise  # a fault in imagemill, not in how it was installed
             raise MissingExtra(
                 f"`imagemill {self.name}` needs {error.name}, which isn't installed: pip install 'imagemill[worker]'"

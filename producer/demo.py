@@ -23,17 +23,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from producer import show
-from producer.client import Client
-from producer.demo_site import Site, gather
-from producer.drift import outliers
-from producer.embedded_redis import EmbeddedRedis
-from producer.report import JobPage, Picture, render
-from producer.sources import read_sources
-from producer.spec import job_spec
-from shared.errors import ImagemillError, UsageError
-from shared.messages import Job, JobStatus, Row
-from shared.settings import Settings
+from imagemill.producer import show
+from imagemill.producer.client import Client
+from imagemill.producer.demo_site import Site, gather
+from imagemill.producer.drift import outliers
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.producer.report import JobPage, Picture, render
+from imagemill.producer.sources import read_sources
+from imagemill.producer.spec import job_spec
+from imagemill.shared.errors import ImagemillError, UsageError
+from imagemill.shared.messages import Job, JobStatus, Row
+from imagemill.shared.settings import Settings
 
 MARK = ".imagemill-demo"
 """Says that a folder is a demo's own and may be wiped."""
@@ -173,7 +173,7 @@ class WorkerProcess:
         self._environment = {**kept, **settings}
 
     def __enter__(self) -> WorkerProcess:
-        command = [sys.executable, "-m", "producer.cli", "worker", "--cpu", "--concurrency", str(CHILDREN)]
+        command = [sys.executable, "-m", "imagemill.producer.cli", "worker", "--cpu", "--concurrency", str(CHILDREN)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603  # our own program, no shell
                 command,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
-from shared.errors import MissingExtra, UsageError
-from shared.s3 import IMAGE_EXTENSIONS
+from imagemill.shared.errors import MissingExtra, UsageError
+from imagemill.shared.s3 import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage

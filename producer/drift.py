@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist, median
 
-from shared.messages import Row
-from shared.quality import Measures
+from imagemill.shared.messages import Row
+from imagemill.shared.quality import Measures
 
 FEWEST = 20  # images; fewer have no common look to speak of
 SAMPLE = 2000  # images that tell how a measure hangs on the source's

@@ -14,7 +14,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from shared.errors import BrokerUnavailable, MissingExtra
+from imagemill.shared.errors import BrokerUnavailable, MissingExtra
 
 START_SECONDS = 20.0
 STOP_SECONDS = 10.0

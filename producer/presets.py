@@ -11,9 +11,9 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from producer import show
-from shared.presets import Presets
-from shared.settings import load_settings
+from imagemill.producer import show
+from imagemill.shared.presets import Presets
+from imagemill.shared.settings import load_settings
 
 
 @click.group()

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel
 
-from producer.drift import Outlier
-from shared.messages import ItemResult, Job, JobStatus, Row
-from shared.quality import FLAG, RULES, flags_of
-from shared.urls import shown
+from imagemill.producer.drift import Outlier
+from imagemill.shared.messages import ItemResult, Job, JobStatus, Row
+from imagemill.shared.quality import FLAG, RULES, flags_of
+from imagemill.shared.urls import shown
 
 STAGES = ("fetch", "wait", "decode", "prepare", "run", "finish", "check", "encode", "store")
 MOST_FAILURES = 500
@@ -38,7 +38,7 @@ REMARKS = {
     "repaired_seed": "made again with the next seed",
     "repaired_sharpness": "sharpened",
 }
-"""What workers note of a result, in words; flags have theirs in shared.quality."""
+"""What workers note of a result, in words; flags have theirs in imagemill.shared.quality."""
 
 Picture = Callable[[str], str | None]
 """Maps the address of an image to what an `<img src>` may use: a presigned link, a relative path; None if nothing can."""

@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from producer.report import duration
-from producer.sources import BadRow
-from shared.messages import ENDED, ItemResult, JobState, JobStatus, Node
-from shared.quality import flags_of
+from imagemill.producer.report import duration
+from imagemill.producer.sources import BadRow
+from imagemill.shared.messages import ENDED, ItemResult, JobState, JobStatus, Node
+from imagemill.shared.quality import flags_of
 
 MOST_BAD_ROWS = 20
 STYLES = {"done": "green", "cancelled": "yellow", "running": "cyan", "finishing": "cyan"}

@@ -20,11 +20,11 @@ from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
-from shared.errors import InvalidSource
-from shared.messages import Item
-from shared.options import nearest, validation_sentence
-from shared.s3 import IMAGE_EXTENSIONS, list_images
-from shared.urls import shown
+from imagemill.shared.errors import InvalidSource
+from imagemill.shared.messages import Item
+from imagemill.shared.options.base import nearest, validation_sentence
+from imagemill.shared.s3 import IMAGE_EXTENSIONS, list_images
+from imagemill.shared.urls import shown
 
 MAX_LINE = 65_536
 """Bytes of one line of a list; a longer one is a bad row."""

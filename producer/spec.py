@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from shared.errors import InvalidOption
-from shared.messages import JOB_SPEC, Job, Output, Policy
-from shared.options import ADDRESSES, ENGINES, Model, nearest, parse_options, validation_sentence
-from shared.presets import Preset, work_of
-from shared.quality import RULES, Quality
-from shared.urls import check_source_url, shown
+from imagemill.shared.engines import ENGINES, parse_options
+from imagemill.shared.errors import InvalidOption
+from imagemill.shared.messages import JOB_SPEC, Job, Output, Policy
+from imagemill.shared.options.base import ADDRESSES, Model, nearest, validation_sentence
+from imagemill.shared.presets import Preset, work_of
+from imagemill.shared.quality import RULES, Quality
+from imagemill.shared.urls import check_source_url, shown
 
 M = TypeVar("M", bound=Model)
 

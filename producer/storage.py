@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shared.errors import ConfigurationError, ImageError, InvalidOption, ServiceUnavailable
-from shared.s3 import LONGEST_LINK, ensure_bucket, expire_after, make_client, make_signer, presign, split
-from shared.settings import S3Settings
+from imagemill.shared.errors import ConfigurationError, ImageError, InvalidOption, ServiceUnavailable
+from imagemill.shared.s3 import LONGEST_LINK, ensure_bucket, expire_after, make_client, make_signer, presign, split
+from imagemill.shared.settings import S3Settings
 
 
 def expire(settings: S3Settings, url: str, days: int) -> None:

@@ -8,10 +8,10 @@ from celery import Celery
 from kombu import Queue
 from kombu.exceptions import BatchPublishError, OperationalError
 
-from shared.errors import BrokerUnavailable, sentence
-from shared.messages import MANIFEST, Chunk, Job
-from shared.queues import MANIFEST_TASK, manifest_queue, queue_name, task_name
-from shared.settings import Settings
+from imagemill.shared.errors import BrokerUnavailable, sentence
+from imagemill.shared.messages import MANIFEST, Chunk, Job
+from imagemill.shared.queues import MANIFEST_TASK, manifest_queue, queue_name, task_name
+from imagemill.shared.settings import Settings
 
 KILL_MARGIN = 60.0
 """Seconds between the soft and the hard time limit of a chunk."""
@@ -28,7 +28,7 @@ def make_app(settings: Settings) -> Celery:
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 30,  # a worker killed while it looked must not stop the others for 5 minutes
         "priority_steps": [0],  # priorities are queues of their own (Redis' steps are approximate): fewer keys to poll
-        "queue_order_strategy": "shared.queues:PriorityRoundRobin",
+        "queue_order_strategy": "imagemill.shared.queues:PriorityRoundRobin",
         "health_check_interval": 25,  # 0 would leave a consumer stuck on a half-open connection
         "socket_timeout": 10,  # the default of 120 s is how long a dead Redis goes unnoticed
         "socket_connect_timeout": 5,
@@ -73,7 +73,7 @@ def make_app(settings: Settings) -> Celery:
         # Flower shows tasks by their events.
         worker_send_task_events=True,
         task_track_started=True,
-        # Logs are set up in worker.main; Celery must not replace them.
+        # Logs are set up in imagemill.worker.main; Celery must not replace them.
         worker_hijack_root_logger=False,
         task_default_queue="imagemill.default",
         task_create_missing_queues=True,

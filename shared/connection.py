@@ -8,7 +8,7 @@ from typing import Any
 
 import redis
 
-from shared.errors import BrokerUnavailable, sentence
+from imagemill.shared.errors import BrokerUnavailable, sentence
 
 
 def connect(url: str) -> Any:

@@ -64,7 +64,7 @@ class InvalidPreset(UsageError):
 class InvalidSource(UsageError):
     """A list that can't be read, or rows of it that aren't images' addresses.
 
-    `rows` has the first bad ones, each with `place`, `reason` and `text` (producer.sources.BadRow).
+    `rows` has the first bad ones, each with `place`, `reason` and `text` (imagemill.producer.sources.BadRow).
     """
 
     code = "invalid_source"

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import redis
 
-from shared.connection import connect, now_ms, reachable
-from shared.messages import Node
-from shared.settings import Settings
+from imagemill.shared.connection import connect, now_ms, reachable
+from imagemill.shared.messages import Node
+from imagemill.shared.settings import Settings
 
 NODE_SECONDS = 20
 """A node that has not reported itself for this long is taken for dead."""

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal
 
-from shared.connection import connect, longest_wait, now_ms, reachable
-from shared.errors import JobNotFound
-from shared.messages import (
+from imagemill.shared.connection import connect, longest_wait, now_ms, reachable
+from imagemill.shared.errors import JobNotFound
+from imagemill.shared.messages import (
     ENDED,
     JOB_SPEC,
     MANIFEST,
@@ -45,8 +45,8 @@ from shared.messages import (
     compact,
     row,
 )
-from shared.queues import manifest_queue, queue_name
-from shared.settings import Settings
+from imagemill.shared.queues import manifest_queue, queue_name
+from imagemill.shared.settings import Settings
 
 SUBMITTING_SECONDS = 3600
 """A list whose producer died while it was being written is forgotten after this."""
@@ -73,7 +73,7 @@ class Ledger:
         self._redis = connect(url)
         self._lease_ms = int(lease_seconds * 1000)
         self._ttl = int(expire_days * 86_400)
-        folder = files("shared") / "lua"
+        folder = files("imagemill.shared") / "lua"
         common = (folder / "common.lua").read_text()
         names = ("seal", "acquire", "renew", "record", "complete", "release", "reap", "cancel", "retry")
         self._lua = {name: self._redis.register_script(common + (folder / f"{name}.lua").read_text()) for name in names}

@@ -8,19 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
-from shared.options import (
-    Boxes,
-    DiffusionStylize,
-    LamaInpaint,
-    Model,
-    OpencvInpaint,
-    OpencvRemoveBackground,
-    OpencvStylize,
-    Operation,
-    RembgRemoveBackground,
-)
-from shared.quality import Measures, Quality
-from shared.urls import check_output_url, check_source_url
+from imagemill.shared.options.base import Boxes, Model, Operation
+from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
+from imagemill.shared.options.remove_background import OpencvRemoveBackground, RembgRemoveBackground
+from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
+from imagemill.shared.quality import Measures, Quality
+from imagemill.shared.urls import check_output_url, check_source_url
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
@@ -93,7 +86,7 @@ class _Job(Model):
 
     @property
     def lane(self) -> str:
-        """What a node must offer to take this job's chunks; see shared.queues."""
+        """What a node must offer to take this job's chunks; see imagemill.shared.queues."""
         model: str | None = getattr(self.options, "model", None)  # type: ignore[attr-defined]
         return f"{self.engine}.{model}" if model else self.engine
 
@@ -209,7 +202,7 @@ class JobStatus(Model):
     job: str
     operation: Operation
     engine: str
-    lane: str = Field(description="what a node must offer to work on it, see shared.queues")
+    lane: str = Field(description="what a node must offer to work on it, see imagemill.shared.queues")
     state: JobState
     total: int
     done: int

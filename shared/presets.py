@@ -6,8 +6,8 @@
       operation: stylize              # these two name the options
       engine: diffusion
       options: {prompt: ..., steps: 30, loras: {my-style: 0.8}}
-      output: {format: png}           # as in shared.messages.Output, without an address
-      policy: {priority: low}         # as in shared.messages.Policy
+      output: {format: png}           # as in imagemill.shared.messages.Output, without an address
+      policy: {priority: low}         # as in imagemill.shared.messages.Policy
 
 What a preset says wins over what it extends, name by name. A file is plain YAML: text, numbers, true, false, null, lists and
 mappings; no tags, no anchors. Only `true` and `false` are taken for truth values, so `off` is a word.
@@ -24,10 +24,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from shared.errors import InvalidOption, InvalidPreset, UsageError
-from shared.messages import Output, Policy
-from shared.options import ADDRESSES, ENGINES, OPERATIONS, Model, Operation, nearest, validation_sentence
-from shared.urls import check_source_url, shown
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.errors import InvalidOption, InvalidPreset, UsageError
+from imagemill.shared.messages import Output, Policy
+from imagemill.shared.options.base import ADDRESSES, OPERATIONS, Model, Operation, nearest, validation_sentence
+from imagemill.shared.urls import check_source_url, shown
 
 SHIPPED = Path(__file__).with_name("presets.yaml")
 LARGEST_FILE = 256 * 1024

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from shared.options import Model, Operation
+from imagemill.shared.options.base import Model, Operation
 
 FLAG = "flag:"
 """What the notes of a result begin with that lies beyond a limit: `flag:blurred`."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from shared.messages import PRIORITIES, Priority
-from shared.options import ENGINES, Operation
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.messages import PRIORITIES, Priority
+from imagemill.shared.options.base import Operation
 
 MANIFEST_TASK = "imagemill.manifest"
 CANARY_TASK = "imagemill.canary"

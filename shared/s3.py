@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shared.errors import (
+from imagemill.shared.errors import (
     AccessDenied,
     ConfigurationError,
     HttpError,
@@ -28,7 +28,7 @@ from shared.errors import (
     UnsupportedUrl,
     sentence,
 )
-from shared.settings import S3Settings
+from imagemill.shared.settings import S3Settings
 
 S3Client = Any
 """A boto3 S3 client; boto3 makes the class at run time. Thread-safe, but not to be shared across a fork."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from urllib.parse import urlsplit
 
-from shared.options import DiffusionStylize, Options
+from imagemill.shared.engines import Options
+from imagemill.shared.options.stylize import DiffusionStylize
 
 SEEDS = 2**32
 

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.errors import ConfigurationError
-from shared.options import OPERATIONS, Operation
+from imagemill.shared.errors import ConfigurationError
+from imagemill.shared.options.base import OPERATIONS, Operation
 
 PREFIX = "IMAGEMILL_"
 BETWEEN = "__"

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from producer.client import Client
-from producer.embedded_redis import EmbeddedRedis
-from shared.errors import MissingExtra
-from shared.settings import Settings
+from imagemill.producer.client import Client
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.errors import MissingExtra
+from imagemill.shared.settings import Settings
 from tests.services import ImageServer, S3Server, ServiceMissing
 from tests.workers import clean_environment
 
@@ -105,7 +105,7 @@ def photo(seed: int, width: int = 96, height: int = 72, kind: str = "PNG") -> by
 
 @pytest.fixture
 def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `worker.logs.set_up` changes, as it was."""
+    """What `imagemill.worker.node.logs.set_up` changes, as it was."""
     manager = logging.Logger.manager
     levels = {name: logger.level for name, logger in manager.loggerDict.items() if isinstance(logger, logging.Logger)}
     root = logging.getLogger()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
+from imagemill.worker.hardware.memory import Peak
+from imagemill.worker.operations.base import Sample, Spec
 from tests.fakes import Invert
-from worker.memory import Peak
-from worker.operations.base import Sample, Spec
 
 MADE_BY_TORCH = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.68 GiB of which 1.12 GiB is free. "
@@ -67,7 +67,7 @@ HARMLESS: dict[str, Callable[[], Exception]] = {
 
 
 class FakeGpu:
-    """A device of `total` bytes of which others hold `held`; implements worker.memory.Memory.
+    """A device of `total` bytes of which others hold `held`; implements imagemill.worker.hardware.memory.Memory.
 
     A device that is `blind` reports no peaks, as if all memory came from somewhere that nobody counts.
     """

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1] / "src"), str(Path(__file__).parents[1])]
 
-from producer.cli import main
-from worker.operations import registry
+from imagemill.producer.cli import main
+from imagemill.worker.operations import registry
 
 if __name__ == "__main__":
     registry.ENGINES["stylize", "opencv"] = f"tests.fakes:{sys.argv.pop(1)}"

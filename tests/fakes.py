@@ -10,9 +10,10 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.errors import ConfigurationError
-from worker.device import Device
-from worker.operations.base import Inputs, Picture, Sample, Spec, Work
+from imagemill.shared.errors import ConfigurationError
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.operations.base import Inputs, Sample, Spec, Work
 
 
 class Invert:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shared.errors import OutOfMemory
-from worker.operations.base import Grey, Pixels
+from imagemill.shared.errors import OutOfMemory
+from imagemill.worker.imaging.picture import Grey, Pixels
 
 Size = tuple[int, int]
 

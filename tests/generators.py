@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from worker.operations.inpaint.generator import PREFIX, Generator
+from imagemill.worker.operations.inpaint.lama_generator import PREFIX, Generator
 
 FULL: dict[str, Any] = dict(width=64, blocks=18)
 """The published one's: 51.0 million parameters."""

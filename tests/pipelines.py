@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from worker.repositories import MODELS, folder_of, repository
+from imagemill.worker.models.catalogue import MODELS, repository
+from imagemill.worker.models.repositories import folder_of
 
 LORA_RANK = 2
 

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from producer.embedded_redis import EmbeddedRedis
+from imagemill.producer.embedded_redis import EmbeddedRedis
 
 __all__ = ["ImageServer", "RedisServer", "S3Server", "ServiceMissing"]
 

@@ -73,8 +73,8 @@ def test_the_parent_of_the_children_loads_no_runtime_that_they_would_inherit(mod
 
 def test_a_command_starts_without_what_only_some_commands_need() -> None:
     heavy = (*HEAVY, "celery", "kombu", "boto3", "botocore")
-    assert loaded_by("import producer.cli", *heavy) == set()
-    assert loaded_by("import producer.client", *heavy) == set()
+    assert loaded_by("import imagemill.producer.cli", *heavy) == set()
+    assert loaded_by("import imagemill.producer.client", *heavy) == set()
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_a_command_starts_without_what_only_some_commands_need() -> None:
     ],
 )
 def test_an_engine_loads_no_other_engine_s_libraries(operation: str, engine: str, others: tuple[str, ...]) -> None:
-    creating = f"from worker.operations.registry import create\ncreate({operation!r}, {engine!r})"
-    assert loaded_by(f"import worker.child\n{creating}", *others) == set()
+    creating = f"from imagemill.worker.operations.registry import create\ncreate({operation!r}, {engine!r})"
+    assert loaded_by(f"import imagemill.worker.node.child\n{creating}", *others) == set()
 
 
 def test_a_program_that_submits_loads_no_pixels() -> None:
-    submitting = "from producer.client import Client\nimport shared.broker, shared.s3\nfrom producer import sources, storage"
+    submitting = "import imagemill.producer.client, imagemill.shared.broker, imagemill.shared.s3, imagemill.producer.sources"
     assert loaded_by(submitting, *HEAVY) == set()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from shared.settings import Settings
+from imagemill.shared.settings import Settings
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| `([A-Z0-9_]+)` \| (.+?) \|", README, re.MULTILINE))

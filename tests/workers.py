@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from shared.fleet import Fleet
+from imagemill.shared.fleet import Fleet
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 60.0
@@ -30,7 +30,7 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
 def clean_environment(**settings: str) -> dict[str, str]:
     """This process' environment without imagemill's and AWS' variables, with `settings`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("IMAGEMILL_", "AWS_"))}
-    return {**kept, "PYTHONPATH": str(ROOT), "AWS_EC2_METADATA_DISABLED": "true", **settings}
+    return {**kept, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "AWS_EC2_METADATA_DISABLED": "true", **settings}
 
 
 class WorkerProcess:
@@ -42,7 +42,7 @@ class WorkerProcess:
         self.name = name
         self.log = folder / f"{name}.log"
         self.environment = environment
-        start = ["-m", "producer.cli"] if fake is None else [str(ROOT / "tests" / "fake_worker.py"), fake]
+        start = ["-m", "imagemill.producer.cli"] if fake is None else [str(ROOT / "tests" / "fake_worker.py"), fake]
         self.command: Sequence[str] = [
             *(sys.executable, *start),
             *("worker", "--cpu", "--concurrency", str(concurrency), "--name", name),

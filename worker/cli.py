@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from shared.errors import ConfigurationError, UsageError
-from shared.options import OPERATIONS, nearest
-from shared.settings import Settings, load_settings
-from worker import logs
-from worker.device import share_of_cores
-from worker.main import Worker
-from worker.supervisor import Supervisor, find_gpus
+from imagemill.shared.errors import ConfigurationError, UsageError
+from imagemill.shared.options.base import OPERATIONS, nearest
+from imagemill.shared.settings import Settings, load_settings
+from imagemill.worker.hardware.device import share_of_cores
+from imagemill.worker.main import Worker
+from imagemill.worker.node import logs
+from imagemill.worker.node.supervisor import Supervisor, find_gpus
 
 
 @click.command()

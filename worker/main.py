@@ -11,17 +11,17 @@ from billiard import current_process
 from celery import Celery, signals
 from celery.utils.nodenames import host_format
 
-from shared.broker import Publisher, make_app, queues
-from shared.errors import ConfigurationError, ImagemillError, sentence
-from shared.fleet import Fleet
-from shared.ledger import Ledger
-from shared.queues import node_queue, worker_queues
-from shared.settings import Settings
-from worker import logs
-from worker.device import Device, pin
-from worker.lanes import lanes, missing, nothing_to_do, shortcomings
-from worker.node import Children, Housekeeping, Loaded, Parent
-from worker.tasks import not_loaded, register
+from imagemill.shared.broker import Publisher, make_app, queues
+from imagemill.shared.errors import ConfigurationError, ImagemillError, sentence
+from imagemill.shared.fleet import Fleet
+from imagemill.shared.ledger import Ledger
+from imagemill.shared.queues import node_queue, worker_queues
+from imagemill.shared.settings import Settings
+from imagemill.worker.hardware.device import Device, pin
+from imagemill.worker.node import logs
+from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
+from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent
+from imagemill.worker.node.tasks import not_loaded, register
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class Worker:
         try:
             pin(self.device)
             # Only now: these imports may start threads and touch the GPU.
-            from worker.child import Child
+            from imagemill.worker.node.child import Child
 
             self._child = Child(
                 self.settings, self.device, node=self.name, publisher=Publisher(self.app), stopping=self.children.stopping

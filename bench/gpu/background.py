@@ -27,15 +27,15 @@ import onnxruntime
 
 from bench.gpu.line import through_the_flow
 from bench.servers import photos
-from shared.messages import Output, RemoveBackgroundJob
-from shared.options import RembgRemoveBackground
+from imagemill.shared.messages import Output, RemoveBackgroundJob
+from imagemill.shared.options.remove_background import RembgRemoveBackground
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.hardware.memory import memory_of
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.operations.remove_background.model_families import FAMILIES
+from imagemill.worker.operations.remove_background.onnx_model import NAMES, Session
+from imagemill.worker.operations.remove_background.rembg import Rembg
 from tests.models import FULL_WIDTH, u2net_onnx
-from worker.batch_size import BatchSizes
-from worker.device import Device
-from worker.memory import memory_of
-from worker.operations.remove_background.families import FAMILIES
-from worker.operations.remove_background.rembg import Rembg
-from worker.operations.remove_background.session import NAMES, Session
 
 GOAL, GOAL_CORES = 100.0, 16
 """Images per second, with so many cores."""

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.errors import OutOfMemory
+from imagemill.shared.errors import OutOfMemory
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.operations.inpaint.lama_model import Session
 from tests.generators import FULL, lama_file
-from worker.device import Device
-from worker.operations.inpaint.session import Session
 
 GOAL = 100.0
 """Megapixels per second."""

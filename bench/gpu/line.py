@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from threading import Event
 from typing import Any
 
-from shared.messages import Item, ItemResult, Job
-from shared.settings import Settings
-from worker.batch_size import BatchSizes
-from worker.codec import Encoded
-from worker.flow import Flow
-from worker.operations.base import Operation
+from imagemill.shared.messages import Item, ItemResult, Job
+from imagemill.shared.settings import Settings
+from imagemill.worker.imaging.codec import Encoded
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.line import Flow
+from imagemill.worker.operations.base import Operation
 
 GET, PUT = 0.1, 0.05
 """Seconds that each image and each result take."""

@@ -28,14 +28,14 @@ import pytest
 import torch
 
 from bench.gpu.line import through_the_flow
-from shared.messages import Output, StylizeJob
-from shared.options import DiffusionStylize
-from shared.settings import DiffusionSettings
+from imagemill.shared.messages import Output, StylizeJob
+from imagemill.shared.options.stylize import DiffusionStylize
+from imagemill.shared.settings import DiffusionSettings
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.operations.stylize.diffusion import Diffusion, edges_of
+from imagemill.worker.operations.stylize.pipeline import Canvas, Pipeline
 from tests.pipelines import FULL, SMALL, pipeline_folder
 from tests.unit.worker.operations.conformance import scene
-from worker.device import Device
-from worker.operations.stylize.diffusion import Diffusion, edges_of
-from worker.operations.stylize.pipeline import Canvas, Pipeline
 
 TERAFLOP = 56.8
 """Of an image of 25 steps with guidance, text-to-image: UNet 0.803 and ControlNet 0.283 per forward, VAE decode 2.51."""
@@ -228,9 +228,9 @@ def tune(bench: Bench, pipeline: Pipeline) -> None:
     if not bench.on_gpu:
         print(json.dumps({"name": "tune", "left_out": "it is about a GPU's memory"}), flush=True)
         return
-    from worker.batch_size import BatchSizes
-    from worker.memory import memory_of
-    from worker.tuning import Tuning
+    from imagemill.worker.hardware.memory import memory_of
+    from imagemill.worker.line.batch_sizes import BatchSizes
+    from imagemill.worker.tuning.trials import Tuning
 
     half = (bench.peaks["fp16 eager", 8] + bench.peaks["fp16 eager", 16]) / 2
     torch.cuda.empty_cache()
@@ -252,7 +252,7 @@ def tune(bench: Bench, pipeline: Pipeline) -> None:
 
 
 def _fits(pipeline: Pipeline, canvases: list[Canvas], options: DiffusionStylize) -> bool:
-    from shared.errors import OutOfMemory
+    from imagemill.shared.errors import OutOfMemory
 
     try:
         pipeline._run(canvases, options)  # as one batch, whatever its size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.broker import make_app
-from shared.settings import load_settings
+from imagemill.shared.broker import make_app
+from imagemill.shared.settings import load_settings
 
 app = make_app(load_settings())

@@ -14,10 +14,10 @@ import pytest
 import redis
 from PIL import Image
 
-from producer.client import Client
-from producer.embedded_redis import EmbeddedRedis
-from producer.sources import SourceRow
-from shared.messages import JOB_SPEC, Job
+from imagemill.producer.client import Client
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.producer.sources import SourceRow
+from imagemill.shared.messages import JOB_SPEC, Job
 from tests.conftest import client_for, environment_for, photo
 from tests.services import ImageServer
 from tests.workers import WorkerProcess, wait_until

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from imagemill.worker.hardware.memory import TorchMemory
+from imagemill.worker.line.batch_sizes import SHARE, BatchSizes
+from imagemill.worker.line.batching import run_batch
+from imagemill.worker.operations.base import Sample, Spec
 from tests.fakes import Invert
 from tests.workers import ROOT, clean_environment
-from worker.batch_size import SHARE, BatchSizes
-from worker.batching import run_batch
-from worker.memory import TorchMemory
-from worker.operations.base import Sample, Spec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -88,12 +88,12 @@ def test_sizes_are_learned_without_a_failure_and_grow_when_memory_is_freed(balla
 def test_an_assert_on_the_device_is_a_lost_device() -> None:
     program = """
 import torch
-from shared.errors import DeviceLost
+from imagemill.shared.errors import DeviceLost
 from tests.fakes import Invert
-from worker.batch_size import BatchSizes
-from worker.batching import run_batch
-from worker.memory import TorchMemory
-from worker.operations.base import Sample
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.batching import run_batch
+from imagemill.worker.hardware.memory import TorchMemory
+from imagemill.worker.operations.base import Sample
 
 class Asserts(Invert):
     def group_key(self, sample):
@@ -116,7 +116,7 @@ print("broken:", sizes.memory.broken())
 
 def test_the_driver_tells_of_the_same_gpu() -> None:
     pytest.importorskip("pynvml")
-    from worker.memory import NvmlMemory
+    from imagemill.worker.hardware.memory import NvmlMemory
 
     driver, ours = NvmlMemory("0"), TorchMemory()
     assert driver.name == ours.name

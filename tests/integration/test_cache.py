@@ -15,21 +15,22 @@ from urllib.parse import unquote
 
 import pytest
 
-from producer.embedded_redis import EmbeddedRedis
-from shared import s3
-from shared.errors import NotFound
-from shared.ledger import Ledger
-from shared.messages import JOB_SPEC, Item, ItemResult
-from shared.settings import FetchSettings, FileSettings, S3Settings, Settings
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared import s3
+from imagemill.shared.errors import NotFound
+from imagemill.shared.ledger import Ledger
+from imagemill.shared.messages import JOB_SPEC, Item, ItemResult
+from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings
+from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.line import Flow
+from imagemill.worker.operations.base import Inputs, Sample, Work
+from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.store import open_store
 from tests.conftest import environment_for, photo
 from tests.fakes import Invert
 from tests.services import ImageServer, S3Server, changed_environment
 from tests.workers import ROOT, WorkerProcess
-from worker.cache import Cache
-from worker.fetch import Fetcher
-from worker.flow import Flow
-from worker.operations.base import Inputs, Picture, Sample, Work
-from worker.store import open_store
 
 pytestmark = pytest.mark.integration
 
@@ -316,13 +317,13 @@ def test_what_could_not_be_stored_is_not_remembered(jobs: Jobs, folder: Place, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("worker.store.os.fsync", full)
+        patch.setattr("imagemill.worker.transfer.store.os.fsync", full)
         assert jobs.run(operation, folder).code == "storage_unavailable"
     assert [path for path in folder.folder.rglob("*") if path.is_file()] == []
     first = jobs.output(operation, folder)
     assert operation.runs == 2
     with monkeypatch.context() as patch:
-        patch.setattr("worker.store.os.fsync", full)
+        patch.setattr("imagemill.worker.transfer.store.os.fsync", full)
         assert jobs.run(operation, folder).code == "storage_unavailable"
     copy = jobs.run(operation, folder)
     assert copy.notes[-1] == "cached"
@@ -361,7 +362,7 @@ def test_users_see_it_on_the_command_line(own_redis: EmbeddedRedis, images: Imag
     with WorkerProcess(environment, tmp_path) as node:
         node.wait_ready()
         for flags in ([], [], ["--fresh"]):
-            command = [sys.executable, "-m", "producer.cli", "submit", *arguments, *flags]
+            command = [sys.executable, "-m", "imagemill.producer.cli", "submit", *arguments, *flags]
             subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, timeout=120, check=True)
     manifests = sorted((tmp_path / "out").rglob("manifest.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     lines = [json.loads(path.read_text()) for path in manifests]

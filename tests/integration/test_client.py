@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import redis
 
-from producer.client import Client
-from producer.embedded_redis import EmbeddedRedis
-from producer.sources import BadRow, SourceRow, read_sources
-from shared.errors import BrokerUnavailable, InvalidOption, InvalidSource, JobNotFound, UsageError
-from shared.fleet import Fleet
-from shared.ledger import Lease, Ledger
-from shared.messages import MANIFEST, InpaintJob, ItemResult, Node, Output, Policy, Row, StylizeJob
-from shared.options import OpencvInpaint
-from shared.settings import S3Settings, Settings
+from imagemill.producer.client import Client
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.producer.sources import BadRow, SourceRow, read_sources
+from imagemill.shared.errors import BrokerUnavailable, InvalidOption, InvalidSource, JobNotFound, UsageError
+from imagemill.shared.fleet import Fleet
+from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.messages import MANIFEST, InpaintJob, ItemResult, Node, Output, Policy, Row, StylizeJob
+from imagemill.shared.options.inpaint import OpencvInpaint
+from imagemill.shared.settings import S3Settings, Settings
 from tests.conftest import client_for
 
 pytestmark = pytest.mark.integration

@@ -17,9 +17,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from producer.demo_site import PRIVATE
-from producer.embedded_redis import find_server
-from shared.errors import MissingExtra
+from imagemill.producer.demo_site import PRIVATE
+from imagemill.producer.embedded_redis import find_server
+from imagemill.shared.errors import MissingExtra
 from tests.conftest import missing, photo
 from tests.workers import ROOT, clean_environment, wait_until
 
@@ -46,7 +46,7 @@ def redis_or_skip() -> None:
 
 
 def command(out: Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "producer.cli", "demo", "--out", str(out), *flags]
+    return [sys.executable, "-m", "imagemill.producer.cli", "demo", "--out", str(out), *flags]
 
 
 def environment() -> dict[str, str]:

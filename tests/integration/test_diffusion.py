@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
-from producer.embedded_redis import EmbeddedRedis
+from imagemill.producer.embedded_redis import EmbeddedRedis
 from tests.conftest import environment_for, photo
 from tests.pipelines import lora_file, pipeline_folder
 from tests.services import ImageServer
@@ -46,7 +46,7 @@ def worker(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 def submitted(environment: dict[str, str], folder: Path, sources: list[str], *words: str) -> list[dict[str, Any]]:
     """The results of a job that is waited for, in the list's order."""
     (folder / "list.txt").write_text("\n".join(sources))
-    command = [sys.executable, "-m", "producer.cli"]
+    command = [sys.executable, "-m", "imagemill.producer.cli"]
     given = ["submit", str(folder / "list.txt"), *words, *QUICK, "--output", str(folder / "out"), "--wait", "--json"]
     done = subprocess.run([*command, *given], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout, done.stderr

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from producer.client import Client
-from producer.embedded_redis import EmbeddedRedis
-from producer.sources import SourceRow
-from shared.messages import JOB_SPEC, Row
+from imagemill.producer.client import Client
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.producer.sources import SourceRow
+from imagemill.shared.messages import JOB_SPEC, Row
 from tests.conftest import client_for, environment_for
 from tests.generators import lama_file
 from tests.services import ImageServer

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from producer.storage import expire
-from shared.errors import ConfigurationError, InvalidSource, ServiceUnavailable, StorageRefused, StorageUnavailable
-from shared.s3 import ensure_bucket, expire_after, list_images, make_client, make_signer, presign
-from shared.settings import FileSettings, S3Settings
+from imagemill.producer.storage import expire
+from imagemill.shared.errors import ConfigurationError, InvalidSource, ServiceUnavailable, StorageRefused, StorageUnavailable
+from imagemill.shared.s3 import ensure_bucket, expire_after, list_images, make_client, make_signer, presign
+from imagemill.shared.settings import FileSettings, S3Settings
+from imagemill.worker.transfer.store import Store, open_store
 from tests.services import S3Server, changed_environment
-from worker.store import Store, open_store
 
 pytestmark = pytest.mark.integration
 
@@ -72,7 +72,7 @@ def test_a_result_has_its_type_and_arrived_undamaged(settings: S3Settings, clien
 
 
 def test_the_server_checks_what_it_gets(settings: S3Settings, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.store.base64.b64encode", lambda _: b"1B2M2Y8AsgTpgAmY7PhCfg==")  # of nothing
+    monkeypatch.setattr("imagemill.worker.transfer.store.base64.b64encode", lambda _: b"1B2M2Y8AsgTpgAmY7PhCfg==")  # of nothing
     with pytest.raises(StorageUnavailable, match="BadDigest"):
         store_at(f"s3://{bucket}/jobs", settings).put("a.png", b"damaged on its way", "image/png")
 

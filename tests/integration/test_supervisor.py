@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from producer.embedded_redis import EmbeddedRedis
-from shared.fleet import Fleet
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.fleet import Fleet
 from tests.conftest import environment_for
 from tests.workers import ROOT, wait_until
 
@@ -43,7 +43,7 @@ def fleet(own_redis: EmbeddedRedis) -> Iterator[Fleet]:
 
 @pytest.fixture
 def supervisor(environment: dict[str, str], tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "producer.cli", "worker", "--gpus", "all", "--operations", "stylize"]
+    command = [sys.executable, "-m", "imagemill.producer.cli", "worker", "--gpus", "all", "--operations", "stylize"]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     yield process

@@ -18,13 +18,13 @@ import pytest
 from celery.events.state import State
 from PIL import Image
 
-from producer.client import Client
-from producer.embedded_redis import EmbeddedRedis
-from producer.sources import SourceRow
-from shared import s3
-from shared.broker import make_app
-from shared.messages import JOB_SPEC, Job, Row
-from shared.settings import S3Settings, Settings
+from imagemill.producer.client import Client
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.producer.sources import SourceRow
+from imagemill.shared import s3
+from imagemill.shared.broker import make_app
+from imagemill.shared.messages import JOB_SPEC, Job, Row
+from imagemill.shared.settings import S3Settings, Settings
 from tests import services
 from tests.conftest import client_for, environment_for, photo
 from tests.services import ImageServer, S3Server
@@ -172,7 +172,7 @@ def s3_environment(server: S3Server) -> dict[str, str]:
 
 
 def cli(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "producer.cli", *arguments]
+    command = [sys.executable, "-m", "imagemill.producer.cli", *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -323,7 +323,7 @@ def test_retry_does_only_the_failed_again(worker: WorkerProcess, client: Client,
 def test_the_canary_answers_and_celery_sees_the_node(worker: WorkerProcess, environment: dict[str, str]) -> None:
     assert cli(environment, "doctor", "--worker").returncode == 0
     listed = subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "worker.app", "inspect", "registered", "--json"],
+        [sys.executable, "-m", "celery", "-A", "imagemill.worker.app", "inspect", "registered", "--json"],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -374,7 +374,7 @@ def until(events: Iterator[Any], seen: State, state: str, result: str) -> Any:
 def test_plain_celery_runs_a_node_too(own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path) -> None:
     images.routes["/a.png"] = photo(1)
     node = WorkerProcess(environment_for(own_redis.url, tmp_path), tmp_path, name="plain")
-    node.command = [sys.executable, "-m", "celery", "-A", "worker.app", "worker", "-c", "1", "--hostname", "plain@%h"]
+    node.command = [sys.executable, "-m", "celery", "-A", "imagemill.worker.app", "worker", "-c", "1", "--hostname", "plain@%h"]
     with node, client_for(own_redis.url) as client:
         node.wait_ready()
         (row,) = run(client, [images.url("/a.png")], spec("stylize", f"file://{tmp_path}"))

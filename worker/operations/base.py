@@ -6,42 +6,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from shared.messages import Item
-from shared.options import Operation as OperationName
-from shared.options import Options
-from worker.device import Device
-
-Pixels = NDArray[np.uint8]
-"""uint8, [height, width, 3] RGB or [height, width, 4] RGBA with straight alpha, C-contiguous."""
-
-Grey = NDArray[np.uint8]
-"""uint8, [height, width]."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A decoded image. `icc` is the profile its pixels are in (None is sRGB), `format` what it came as.
-
-    `full_size` is the (width, height) that the source has, upright; larger than `pixels` where the
-    decoder was told that a smaller picture is enough. `as_stored` says that the file shows just this:
-    it was neither turned nor scaled nor were its colours converted, and it has no further frames. `grey`
-    says that the file has no colours; what is made of it may have some.
-    """
-
-    pixels: Pixels
-    format: str = "png"
-    icc: bytes | None = None
-    full_size: tuple[int, int] = (0, 0)
-    as_stored: bool = False
-    grey: bool = False
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height) of `pixels`."""
-        return self.pixels.shape[1], self.pixels.shape[0]
+from imagemill.shared.engines import Options
+from imagemill.shared.messages import Item
+from imagemill.shared.options.base import Operation as OperationName
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.picture import Grey, Picture
 
 
 @dataclass(frozen=True)
@@ -75,7 +44,7 @@ class Sample:
 
 
 REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED = "repaired_cast", "repaired_sharpness", "repaired_seed"
-"""Notes of what the check mended (worker.quality): a tint, a blur, or all of it by another seed."""
+"""Notes of what the check mended (imagemill.worker.checking.quality): a tint, a blur, or all of it by another seed."""
 
 CACHED = "cached"
 """The note of a result that was copied from an earlier one."""
@@ -85,12 +54,12 @@ LASTING_NOTES = frozenset(
     | {REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED}
 )
 """Notes that the same image gets each time. A result with any other may be owed to haste, such as a deadline that was
-missed, and is not remembered (worker.cache)."""
+missed, and is not remembered (imagemill.worker.line.cache)."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the check of a result (worker.quality) can't see in it and its source.
+    """What the check of a result (imagemill.worker.checking.quality) can't see in it and its source.
 
     `comparable` says whether each place of the result shows what that place of the source shows, whatever its size, and
     `recoloured` whether it was given other colours on purpose, so that a cast is none.

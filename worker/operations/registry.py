@@ -6,19 +6,19 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-from shared.errors import ConfigurationError, MissingExtra, sentence
-from shared.options import nearest
+from imagemill.shared.errors import ConfigurationError, MissingExtra, sentence
+from imagemill.shared.options.base import nearest
 
 if TYPE_CHECKING:
-    from worker.operations.base import Operation
+    from imagemill.worker.operations.base import Operation
 
 ENGINES: dict[tuple[str, str], str] = {
-    ("remove-background", "opencv"): "worker.operations.remove_background.opencv:GrabCut",
-    ("remove-background", "rembg"): "worker.operations.remove_background.rembg:Rembg",
-    ("inpaint", "opencv"): "worker.operations.inpaint.opencv:Inpaint",
-    ("inpaint", "lama"): "worker.operations.inpaint.lama:Lama",
-    ("stylize", "opencv"): "worker.operations.stylize.opencv:Stylize",
-    ("stylize", "diffusion"): "worker.operations.stylize.diffusion:Diffusion",
+    ("remove-background", "opencv"): "imagemill.worker.operations.remove_background.opencv:GrabCut",
+    ("remove-background", "rembg"): "imagemill.worker.operations.remove_background.rembg:Rembg",
+    ("inpaint", "opencv"): "imagemill.worker.operations.inpaint.opencv:Inpaint",
+    ("inpaint", "lama"): "imagemill.worker.operations.inpaint.lama:Lama",
+    ("stylize", "opencv"): "imagemill.worker.operations.stylize.opencv:Stylize",
+    ("stylize", "diffusion"): "imagemill.worker.operations.stylize.diffusion:Diffusion",
 }
 """(operation, engine) to `module:Class`."""
 
@@ -41,7 +41,7 @@ def create(operation: str, engine: str) -> Operation:
     try:
         made: Operation = getattr(importlib.import_module(module), name)()
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("worker", "shared"):
+        if (error.name or "").split(".")[0] == "imagemill":
             raise  # a fault of ours, not a missing library
         command = f"pip install 'imagemill[{EXTRAS[engine]}]'"
         raise MissingExtra(f"{operation}/{engine} needs {error.name}, which is not installed: {command}") from error

@@ -10,16 +10,16 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from click.testing import CliRunner, Result
 
-from producer.cli import main
-from producer.client import Client
-from producer.embedded_redis import EmbeddedRedis
-from shared.errors import MissingExtra
-from shared.fleet import Fleet
-from shared.ledger import Lease, Ledger
-from shared.messages import MANIFEST, Item, ItemResult, JobStatus, Node
-from shared.quality import Measures, Quality
-from shared.queues import queue_name
-from shared.settings import Settings
+from imagemill.producer.cli import main
+from imagemill.producer.client import Client
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.errors import MissingExtra
+from imagemill.shared.fleet import Fleet
+from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.messages import MANIFEST, Item, ItemResult, JobStatus, Node
+from imagemill.shared.quality import Measures, Quality
+from imagemill.shared.queues import queue_name
+from imagemill.shared.settings import Settings
 from tests.conftest import missing
 
 Invoke = Callable[..., Result]

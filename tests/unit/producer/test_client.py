@@ -8,8 +8,8 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.client import chunk_size, new_job_id
-from shared.messages import Chunk
+from imagemill.producer.client import chunk_size, new_job_id
+from imagemill.shared.messages import Chunk
 
 RATES = st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=8)
 

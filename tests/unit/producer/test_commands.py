@@ -4,13 +4,13 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from producer import commands
+from imagemill.producer import commands
 
 
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> click.Group:
     """A group whose entry points are a good one, one without its package, and one with a fault in our own code."""
-    values = {"doctor": "click:Command", "worker": "no_such_package.cli:run", "faulty": "worker.no_such_module:run"}
+    values = {"doctor": "click:Command", "worker": "no_such_package.cli:run", "faulty": "imagemill.worker.no_such_module:run"}
 
     def entry_points(group: str, name: str | None = None) -> list[EntryPoint]:
         return [EntryPoint(n, value, group) for n, value in values.items() if name in (None, n)]

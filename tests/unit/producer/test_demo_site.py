@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from producer.demo_site import NO_SUBJECT, OWN_PHOTOS, PRIVATE, SHIPPED, Material, Site, bomb, gather
-from producer.sources import read_sources
-from shared import errors
-from shared.messages import Item
-from shared.s3 import lazy_client
-from shared.settings import S3Settings
+from imagemill.producer.demo_site import NO_SUBJECT, OWN_PHOTOS, PRIVATE, SHIPPED, Material, Site, bomb, gather
+from imagemill.producer.sources import read_sources
+from imagemill.shared import errors
+from imagemill.shared.messages import Item
+from imagemill.shared.s3 import lazy_client
+from imagemill.shared.settings import S3Settings
+from imagemill.worker.imaging import codec
 from tests.conftest import photo
-from worker import codec
 
 MOST = 64_000_000  # pixels; a worker's limit
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.drift import FEWEST, Outlier, outliers
-from shared.messages import Item, ItemResult, Row, row
-from shared.quality import Look, Measures
+from imagemill.producer.drift import FEWEST, Outlier, outliers
+from imagemill.shared.messages import Item, ItemResult, Row, row
+from imagemill.shared.quality import Look, Measures
 
 Style = Callable[[list[float]], list[float]]
 STYLES: dict[str, Style] = {

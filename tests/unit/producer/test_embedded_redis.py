@@ -15,8 +15,8 @@ import psutil
 import pytest
 import redis
 
-from producer.embedded_redis import EmbeddedRedis, find_server
-from shared.errors import BrokerUnavailable, MissingExtra
+from imagemill.producer.embedded_redis import EmbeddedRedis, find_server
+from imagemill.shared.errors import BrokerUnavailable, MissingExtra
 from tests.conftest import missing
 
 

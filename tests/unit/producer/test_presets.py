@@ -8,12 +8,12 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from producer.cli import main
-from producer.spec import job_spec, quality_values
-from shared.errors import InvalidOption, UsageError
-from shared.messages import JOB_SPEC
-from shared.options import DiffusionStylize
-from shared.presets import Presets
+from imagemill.producer.cli import main
+from imagemill.producer.spec import job_spec, quality_values
+from imagemill.shared.errors import InvalidOption, UsageError
+from imagemill.shared.messages import JOB_SPEC
+from imagemill.shared.options.stylize import DiffusionStylize
+from imagemill.shared.presets import Presets
 
 OUTPUT: dict[str, object] = {"url": "s3://results/shop", "format": None}
 OWN = """\

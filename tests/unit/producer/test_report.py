@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from producer.drift import Outlier
-from producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, JobPage, allowed, duration, render, size, worded
-from shared.messages import JOB_SPEC, Item, ItemResult, Job, JobStatus, Policy, Row, row
-from worker.operations.base import LASTING_NOTES
+from imagemill.producer.drift import Outlier
+from imagemill.producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, JobPage, allowed, duration, render, size, worded
+from imagemill.shared.messages import JOB_SPEC, Item, ItemResult, Job, JobStatus, Policy, Row, row
+from imagemill.worker.operations.base import LASTING_NOTES
 
 A = "https://shop.example/"
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;"

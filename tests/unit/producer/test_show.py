@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from producer import show
-from shared.messages import ItemResult, JobState, JobStatus, Node
+from imagemill.producer import show
+from imagemill.shared.messages import ItemResult, JobState, JobStatus, Node
 
 
 def status(done: int, failed: int = 0, state: JobState = "running") -> JobStatus:

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from producer.sources import MAX_LINE, MAX_SHOWN, BadRow, SourceRow, parse, read_sources, refused
-from shared.errors import InvalidSource
+from imagemill.producer.sources import MAX_LINE, MAX_SHOWN, BadRow, SourceRow, parse, read_sources, refused
+from imagemill.shared.errors import InvalidSource
 
 A, B = "https://example.com/a.jpg", "https://example.com/b.jpg"
 

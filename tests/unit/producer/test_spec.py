@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from producer.spec import job_spec, local_address, option_values, options_help, quality_values
-from shared.errors import InvalidOption
-from shared.options import ENGINES, Box
-from shared.quality import RULES, Quality
+from imagemill.producer.spec import job_spec, local_address, option_values, options_help, quality_values
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.errors import InvalidOption
+from imagemill.shared.options.base import Box
+from imagemill.shared.quality import RULES, Quality
 
 OUT: dict[str, Any] = {"url": "s3://results/x"}
 

@@ -10,10 +10,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from producer.storage import expire, picture_links
-from shared import s3
-from shared.errors import ConfigurationError, InvalidOption, ServiceUnavailable
-from shared.settings import S3Settings
+from imagemill.producer.storage import expire, picture_links
+from imagemill.shared import s3
+from imagemill.shared.errors import ConfigurationError, InvalidOption, ServiceUnavailable
+from imagemill.shared.settings import S3Settings
 from tests.services import S3Server, changed_environment, free_ports
 
 KEYS = {

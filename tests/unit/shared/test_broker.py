@@ -13,11 +13,11 @@ import pytest
 import redis
 from kombu.utils.scheduling import round_robin_cycle
 
-from producer.embedded_redis import EmbeddedRedis
-from shared.broker import Publisher, make_app, queues
-from shared.errors import BrokerUnavailable
-from shared.messages import MANIFEST, Chunk, InpaintJob, Job, Output, Policy, StylizeJob
-from shared.settings import Settings
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.broker import Publisher, make_app, queues
+from imagemill.shared.errors import BrokerUnavailable
+from imagemill.shared.messages import MANIFEST, Chunk, InpaintJob, Job, Output, Policy, StylizeJob
+from imagemill.shared.settings import Settings
 
 JOB = "260730-1f0c9a3e"
 OUT = Output(url="s3://results/x")

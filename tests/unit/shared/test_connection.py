@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import redis
 
-from producer.embedded_redis import EmbeddedRedis
-from shared.connection import connect, longest_wait, now_ms, reachable
-from shared.errors import BrokerUnavailable
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.connection import connect, longest_wait, now_ms, reachable
+from imagemill.shared.errors import BrokerUnavailable
 
 
 @pytest.mark.integration

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from shared import errors
-from shared.errors import ImageError, ImagemillError, InvalidSource, ServiceUnavailable, UsageError, sentence
+from imagemill.shared import errors
+from imagemill.shared.errors import ImageError, ImagemillError, InvalidSource, ServiceUnavailable, UsageError, sentence
 
 ALL = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, ImagemillError)]
 LEAVES = [kind for kind in ALL if not kind.__subclasses__()]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import redis
 
-from producer.embedded_redis import EmbeddedRedis
-from shared.errors import BrokerUnavailable
-from shared.fleet import CANARY_SECONDS, NODE_SECONDS, RATE_SECONDS, Fleet
-from shared.messages import Node
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.errors import BrokerUnavailable
+from imagemill.shared.fleet import CANARY_SECONDS, NODE_SECONDS, RATE_SECONDS, Fleet
+from imagemill.shared.messages import Node
 
 pytestmark = pytest.mark.integration
 

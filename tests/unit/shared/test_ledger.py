@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import redis
 
-from producer.embedded_redis import EmbeddedRedis
-from shared.errors import BrokerUnavailable, JobNotFound
-from shared.ledger import SUBMITTING_SECONDS, Lease, Ledger, pack, unpack
-from shared.messages import MANIFEST, Chunk, Item, ItemResult, Output, Policy, Priority, StylizeJob
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.errors import BrokerUnavailable, JobNotFound
+from imagemill.shared.ledger import SUBMITTING_SECONDS, Lease, Ledger, pack, unpack
+from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, Output, Policy, Priority, StylizeJob
 from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from producer.embedded_redis import EmbeddedRedis
-from shared.ledger import Lease, Ledger
-from shared.messages import MANIFEST, Item, ItemResult, Output, StylizeJob
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.messages import MANIFEST, Item, ItemResult, Output, StylizeJob
 
 pytestmark = pytest.mark.integration
 

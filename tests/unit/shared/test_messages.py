@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shared.messages import (
+from imagemill.shared.engines import parse_options
+from imagemill.shared.messages import (
     ENDED,
     JOB_SPEC,
     MANIFEST,
@@ -27,7 +28,8 @@ from shared.messages import (
     compact,
     row,
 )
-from shared.options import OPERATIONS, LamaInpaint, OpencvInpaint, parse_options
+from imagemill.shared.options.base import OPERATIONS
+from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
 
 A = "https://example.com/a.jpg"
 OUT = Output(url="s3://results/x")

@@ -9,19 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from shared.errors import InvalidOption
-from shared.options import (
-    ENGINES,
-    OPERATIONS,
-    Box,
-    Boxes,
-    LamaInpaint,
-    OpencvInpaint,
-    OpencvRemoveBackground,
-    OpencvStylize,
-    nearest,
-    parse_options,
-)
+from imagemill.shared.engines import ENGINES, parse_options
+from imagemill.shared.errors import InvalidOption
+from imagemill.shared.options.base import OPERATIONS, Box, Boxes, nearest
+from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
+from imagemill.shared.options.remove_background import OpencvRemoveBackground
+from imagemill.shared.options.stylize import OpencvStylize
 
 BOXES: TypeAdapter[tuple[Box, ...]] = TypeAdapter(Boxes)
 

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.errors import InvalidPreset, UsageError
-from shared.messages import Policy
-from shared.options import DiffusionStylize, parse_options
-from shared.presets import LARGEST_FILE, SHIPPED, Preset, Presets, read
-from shared.quality import Measures, beyond
+from imagemill.shared.engines import parse_options
+from imagemill.shared.errors import InvalidPreset, UsageError
+from imagemill.shared.messages import Policy
+from imagemill.shared.options.stylize import DiffusionStylize
+from imagemill.shared.presets import LARGEST_FILE, SHIPPED, Preset, Presets, read
+from imagemill.shared.quality import Measures, beyond
 from tests.workers import ROOT
 
 OWN = """\

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shared.messages import ItemResult, Policy, compact
-from shared.options import OPERATIONS, Operation
-from shared.quality import LIMITS, RULES, Measures, Quality, beyond, flagged, flags_of
+from imagemill.shared.messages import ItemResult, Policy, compact
+from imagemill.shared.options.base import OPERATIONS, Operation
+from imagemill.shared.quality import LIMITS, RULES, Measures, Quality, beyond, flagged, flags_of
 
 BAD = Measures(sharpness=1, kept=0.01, entropy=0.1, cast=40, opaque=0.001, half=0.4, step=30, edges=0.01)
 SHARE = st.floats(0, 1)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.messages import PRIORITIES
-from shared.options import ENGINES, OPERATIONS
-from shared.queues import (
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.messages import PRIORITIES
+from imagemill.shared.options.base import OPERATIONS
+from imagemill.shared.queues import (
     CANARY_TASK,
     MANIFEST_TASK,
     PriorityRoundRobin,

@@ -13,9 +13,16 @@ from botocore import exceptions as boto
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.stub import ANY, Stubber
 
-from shared import errors
-from shared.errors import ConfigurationError, ImageError, InvalidOption, InvalidSource, ServiceUnavailable, StorageRefused
-from shared.s3 import (
+from imagemill.shared import errors
+from imagemill.shared.errors import (
+    ConfigurationError,
+    ImageError,
+    InvalidOption,
+    InvalidSource,
+    ServiceUnavailable,
+    StorageRefused,
+)
+from imagemill.shared.s3 import (
     LONGEST_LINK,
     ensure_bucket,
     expire_after,
@@ -28,7 +35,7 @@ from shared.s3 import (
     storing,
     translate,
 )
-from shared.settings import S3Settings
+from imagemill.shared.settings import S3Settings
 
 MINIO = S3Settings(endpoint_url="http://minio.internal:9000")
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.options import DiffusionStylize, OpencvStylize
-from shared.seeds import SEEDS, item_seed, next_seed
+from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
+from imagemill.shared.seeds import SEEDS, item_seed, next_seed
 
 SOURCE = "https://images.example/a.jpg"
 

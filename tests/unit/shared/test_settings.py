@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from shared.errors import ConfigurationError
-from shared.options import OPERATIONS
-from shared.settings import Settings, load_settings
+from imagemill.shared.errors import ConfigurationError
+from imagemill.shared.options.base import OPERATIONS
+from imagemill.shared.settings import Settings, load_settings
 
 URL = "redis://:hush@redis.example:6379/1"
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared import urls
-from shared.urls import check_output_url, check_source_url, safe_name, shown
+from imagemill.shared import urls
+from imagemill.shared.urls import check_output_url, check_source_url, safe_name, shown
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import pytest
 from click.testing import CliRunner, Result
 
-from producer.cli import main
-from shared.options import OPERATIONS
-from shared.settings import Settings
-from worker import cli, logs
+from imagemill.producer.cli import main
+from imagemill.shared.options.base import OPERATIONS
+from imagemill.shared.settings import Settings
+from imagemill.worker import cli
+from imagemill.worker.node import logs
 
 
 class Node:

@@ -13,16 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.errors import ConfigurationError, OperationFailed
-from shared.options import LamaInpaint, Options
-from worker.device import Device
-from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
-from worker.operations.cv import fingerprint, set_up, translated
-from worker.operations.inpaint.mask import Region, build_mask, fade, mix, remarks, shrunk, zone_of
-from worker.operations.inpaint.session import LARGEST_BATCH, Session, dtype_of
-from worker.operations.inpaint.tiles import Tile, extent, owners, plan, weights
-from worker.scale import resize
-from worker.weights import digest, model_file
+from imagemill.shared.engines import Options
+from imagemill.shared.errors import ConfigurationError, OperationFailed
+from imagemill.shared.options.inpaint import LamaInpaint
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.scale import resize
+from imagemill.worker.models.checksums import digest
+from imagemill.worker.models.files import model_file
+from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.inpaint.lama_model import LARGEST_BATCH, Session, dtype_of
+from imagemill.worker.operations.inpaint.mask import Region, build_mask, fade, mix, remarks, shrunk, zone_of
+from imagemill.worker.operations.inpaint.tiles import Tile, extent, owners, plan, weights
 
 REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""

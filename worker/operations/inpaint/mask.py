@@ -13,9 +13,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import BadMask
-from shared.options import Box, LamaInpaint, OpencvInpaint
-from worker.operations.base import Grey, Inputs, Pixels
+from imagemill.shared.errors import BadMask
+from imagemill.shared.options.base import Box
+from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
+from imagemill.worker.imaging.picture import Grey, Pixels
+from imagemill.worker.operations.base import Inputs
 
 EMPTY = "empty_mask"
 LARGE = "large_mask"

@@ -10,12 +10,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from shared.options import OpencvInpaint, Options
-from worker.device import Device
-from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
-from worker.operations.cv import fingerprint, set_up, translated
-from worker.operations.inpaint.mask import Region, build_mask, fade, mix, regions, remarks, shrunk, zone_of
-from worker.scale import resize
+from imagemill.shared.engines import Options
+from imagemill.shared.options.inpaint import OpencvInpaint
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.scale import resize
+from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.inpaint.mask import Region, build_mask, fade, mix, regions, remarks, shrunk, zone_of
 
 REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""

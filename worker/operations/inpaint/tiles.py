@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.operations.base import Grey
-from worker.operations.inpaint.mask import Region
+from imagemill.worker.imaging.picture import Grey
+from imagemill.worker.operations.inpaint.mask import Region
 
 CELL = 8
 """The plan is made on squares of so many pixels a side: each is in the hole or not, and belongs to one part of it."""
@@ -79,7 +79,7 @@ class Box:
 def plan(hole: Grey, *, strategy: str = "auto", longest: int = 1024) -> Plan:
     """Tiles, at most `longest` pixels a side, that cover all that isn't 0 in `hole` [height, width].
 
-    `strategy` is of shared.options.LamaInpaint; with `whole` there is one tile, as large as the image.
+    `strategy` is of imagemill.shared.options.inpaint.LamaInpaint; with `whole` there is one tile, as large as the image.
     """
     shape = (hole.shape[0], hole.shape[1])
     cells = in_cells(hole)

@@ -12,12 +12,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.options import RembgRemoveBackground
-from worker.operations.base import Grey, Pixels
-from worker.operations.remove_background.matte import Map, foreground_colours
-from worker.operations.remove_background.matting import matted
-from worker.operations.remove_background.opencv import EMPTY
-from worker.scale import enlarged_part, fit, resize
+from imagemill.shared.options.remove_background import RembgRemoveBackground
+from imagemill.worker.imaging.picture import Grey, Pixels
+from imagemill.worker.imaging.scale import enlarged_part, fit, resize
+from imagemill.worker.operations.remove_background.matte import Map, foreground_colours
+from imagemill.worker.operations.remove_background.matting import matted
+from imagemill.worker.operations.remove_background.opencv import EMPTY
 
 NO_SHADOW = "no_shadow_found"
 ENLARGED = "enlarged"

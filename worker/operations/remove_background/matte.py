@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.operations.base import Grey, Pixels
+from imagemill.worker.imaging.picture import Grey, Pixels
 
 Map = NDArray[np.float32]
 """float32, [height, width] or [height, width, 3], 0..1."""

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import MissingExtra
-from worker.operations.base import Grey, Pixels
+from imagemill.shared.errors import MissingExtra
+from imagemill.worker.imaging.picture import Grey, Pixels
 
 TOO_LARGE = "matting_too_large"
 TIMED_OUT = "matting_timed_out"

@@ -9,13 +9,15 @@ from typing import Any
 import cv2
 import numpy as np
 
-from shared.options import OpencvRemoveBackground, Options
-from worker.device import Device
-from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
-from worker.operations.cv import fingerprint, set_up, translated
-from worker.operations.remove_background.matte import cut_out, soft_alpha
-from worker.operations.remove_background.seeds import Map, content_box, saliency
-from worker.scale import fit, resize
+from imagemill.shared.engines import Options
+from imagemill.shared.options.remove_background import OpencvRemoveBackground
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.scale import fit, resize
+from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.remove_background.matte import cut_out, soft_alpha
+from imagemill.worker.operations.remove_background.saliency import Map, content_box, saliency
 
 SMALLEST = 8  # pixels; below this nothing can be told from the border
 EMPTY = "empty_cutout"

@@ -13,19 +13,23 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from shared.errors import BadReference, ConfigurationError, ImageError, MissingExtra, OperationFailed
-from shared.options import Options, RembgRemoveBackground
-from shared.urls import shown
-from worker.device import Device
-from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
-from worker.operations.cv import set_up, translated
-from worker.operations.remove_background.compose import compose
-from worker.operations.remove_background.families import FAMILIES, in_bytes
-from worker.operations.remove_background.matting import TOO_LARGE
-from worker.operations.remove_background.opencv import EMPTY
-from worker.operations.remove_background.session import LARGEST_BATCH, Session
-from worker.scale import fit, resize
-from worker.weights import WEIGHTS, digest, model_file
+from imagemill.shared.engines import Options
+from imagemill.shared.errors import BadReference, ConfigurationError, ImageError, MissingExtra, OperationFailed
+from imagemill.shared.options.remove_background import RembgRemoveBackground
+from imagemill.shared.urls import shown
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.opencv import set_up, translated
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.scale import fit, resize
+from imagemill.worker.models.catalogue import WEIGHTS
+from imagemill.worker.models.checksums import digest
+from imagemill.worker.models.files import model_file
+from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.remove_background.compose import compose
+from imagemill.worker.operations.remove_background.matting import TOO_LARGE
+from imagemill.worker.operations.remove_background.model_families import FAMILIES, in_bytes
+from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, Session
+from imagemill.worker.operations.remove_background.opencv import EMPTY
 
 REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""

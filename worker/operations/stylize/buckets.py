@@ -12,8 +12,8 @@ from functools import cache
 import cv2
 import numpy as np
 
-from worker.operations.base import Pixels
-from worker.scale import resize
+from imagemill.worker.imaging.picture import Pixels
+from imagemill.worker.imaging.scale import resize
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

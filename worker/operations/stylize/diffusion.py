@@ -13,20 +13,23 @@ import numpy as np
 import torch
 import transformers
 
-from shared.errors import ConfigurationError, OperationFailed
-from shared.options import DiffusionStylize, Options
-from shared.seeds import item_seed, next_seed
-from worker.device import Device
-from worker.operations.base import Evidence, Grey, Inputs, Picture, Pixels, Sample, Spec, Work
-from worker.operations.cv import set_up, translated
-from worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
-from worker.operations.stylize.loras import Stamp, find, stamp
-from worker.operations.stylize.palette import Colours, Palettes, transferred
-from worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Made, Pipeline, dtype_of
-from worker.operations.stylize.prompts import CUT
-from worker.repositories import MODELS, digest_of, folder_of, is_here, repository, state
-from worker.scale import fit, resize
-from worker.weights import digest
+from imagemill.shared.engines import Options
+from imagemill.shared.errors import ConfigurationError, OperationFailed
+from imagemill.shared.options.stylize import DiffusionStylize
+from imagemill.shared.seeds import item_seed, next_seed
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.opencv import set_up, translated
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.scale import fit, resize
+from imagemill.worker.models.catalogue import MODELS, repository
+from imagemill.worker.models.checksums import digest
+from imagemill.worker.models.repositories import digest_of, folder_of, is_here, state
+from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
+from imagemill.worker.operations.stylize.loras import Stamp, find, stamp
+from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
+from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Made, Pipeline, dtype_of
+from imagemill.worker.operations.stylize.prompts import CUT
 
 REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""

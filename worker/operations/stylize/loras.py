@@ -9,9 +9,9 @@ from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 
-from shared.errors import OperationFailed, sentence
-from shared.options import Lora
-from worker.repositories import lora_file
+from imagemill.shared.errors import OperationFailed, sentence
+from imagemill.shared.options.stylize import Lora
+from imagemill.worker.models.repositories import lora_file
 
 Stamp = tuple[str, int, int]
 """Path, size and time of the last change: whether a file is still the one that was loaded."""

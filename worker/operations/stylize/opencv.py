@@ -10,12 +10,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from shared.options import OpencvStylize, Options
-from worker.device import Device
-from worker.operations.base import Evidence, Inputs, Picture, Pixels, Sample, Spec, Work
-from worker.operations.cv import fingerprint, set_up, translated
-from worker.operations.stylize.palette import Colours, Palettes, transferred
-from worker.scale import fit, resize
+from imagemill.shared.engines import Options
+from imagemill.shared.options.stylize import OpencvStylize
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
+from imagemill.worker.imaging.picture import Picture, Pixels
+from imagemill.worker.imaging.scale import fit, resize
+from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
 
 REVISION = 1
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import BadReference, ImageError
-from shared.urls import shown
-from worker.operations.base import Picture, Pixels
+from imagemill.shared.errors import BadReference, ImageError
+from imagemill.shared.urls import shown
+from imagemill.worker.imaging.picture import Picture, Pixels
 
 REMEMBERED = 16  # references; a few jobs run at a time in one process
 STEEPEST = 8.0  # a nearly flat image's noise is not stretched further than this

@@ -23,16 +23,17 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-from shared.errors import ConfigurationError, ImageError, OperationFailed, OutOfMemory, UnsafeContent, sentence
-from shared.options import DiffusionStylize
-from worker.device import Device
-from worker.faults import is_short_of_memory
-from worker.memory import give_up_caches
-from worker.operations.base import Grey, Pixels
-from worker.operations.pytorch import torch_device, torch_dtype
-from worker.operations.stylize.loras import Loras
-from worker.operations.stylize.prompts import Prompts
-from worker.repositories import MODELS, folder_of, repository
+from imagemill.shared.errors import ConfigurationError, ImageError, OperationFailed, OutOfMemory, UnsafeContent, sentence
+from imagemill.shared.options.stylize import DiffusionStylize
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.hardware.errors import is_short_of_memory
+from imagemill.worker.hardware.memory import give_up_caches
+from imagemill.worker.hardware.torch_device import torch_device, torch_dtype
+from imagemill.worker.imaging.picture import Grey, Pixels
+from imagemill.worker.models.catalogue import MODELS, repository
+from imagemill.worker.models.repositories import folder_of
+from imagemill.worker.operations.stylize.loras import Loras
+from imagemill.worker.operations.stylize.prompts import Prompts
 
 LARGEST_BATCH = 16
 TILED_ABOVE = 1024 * 1024

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shared.options import DiffusionStylize
+from imagemill.shared.options.stylize import DiffusionStylize
 
 REMEMBERED = 16  # prompts; a few jobs run at a time in one process
 CUT = "prompt_cut"

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from shared.messages import JOB_SPEC, Item
-from shared.options import ENGINES, Options
-from worker import quality
-from worker.operations.base import Grey, Inputs, Operation, Picture, Pixels, Sample, Spec, Work
-from worker.scale import fit
+from imagemill.shared.engines import ENGINES, Options
+from imagemill.shared.messages import JOB_SPEC, Item
+from imagemill.worker.checking import quality
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.scale import fit
+from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Work
 
 REFERENCE = "https://images.example/reference.png"
 OPAQUE = ("background", "background_image", "mask_only")

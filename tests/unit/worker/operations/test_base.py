@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shared.options import Options, parse_options
+from imagemill.shared.engines import Options, parse_options
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Work
 from tests.unit.worker.operations import conformance
-from worker.device import Device
-from worker.operations.base import Inputs, Operation, Picture, Sample, Spec, Work
 
 
 class Inverted:

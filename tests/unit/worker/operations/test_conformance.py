@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from shared.options import parse_options
+from imagemill.shared.engines import parse_options
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.operations import registry
 from tests.generators import lama_file
 from tests.models import weights_folder
 from tests.pipelines import pipeline_folder
 from tests.unit.worker.operations import conformance
-from worker.device import Device
-from worker.operations import registry
 
 MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("remove-background", "opencv"): [

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from shared.errors import ConfigurationError, MissingExtra
-from shared.options import ENGINES
-from worker.operations import registry
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.errors import ConfigurationError, MissingExtra
+from imagemill.worker.operations import registry
 
 
 def test_every_engine_that_jobs_can_name_is_registered() -> None:
@@ -32,7 +32,9 @@ def test_an_unknown_engine_is_named_with_the_nearest_valid_one(pair: tuple[str, 
 
 
 def test_importing_the_registry_imports_no_engine() -> None:
-    program = "import sys, worker.operations.registry; print([m for m in ('numpy', 'cv2', 'torch') if m in sys.modules])"
+    program = (
+        "import sys, imagemill.worker.operations.registry\nprint([m for m in ('numpy', 'cv2', 'torch') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -58,6 +60,6 @@ def test_libraries_that_do_not_fit_each_other_are_told_with_the_usual_cause(monk
 
 
 def test_a_fault_of_our_own_is_not_taken_for_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.ENGINES, ("inpaint", "opencv"), "worker.operations.nowhere:Nothing")
+    monkeypatch.setitem(registry.ENGINES, ("inpaint", "opencv"), "imagemill.worker.operations.nowhere:Nothing")
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
         registry.create("inpaint", "opencv")

@@ -1,0 +1,92 @@
+"""What the options of all operations are made of."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from imagemill.shared.urls import shown
+
+Operation = Literal["remove-background", "inpaint", "stylize"]
+OPERATIONS: tuple[Operation, ...] = ("remove-background", "inpaint", "stylize")
+
+Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
+LongEdge = Annotated[int, Field(ge=16, le=65_535)]
+
+
+ADDRESSES = ("mask", "reference", "background_image")
+"""Options whose value is the address of an image."""
+
+
+class Model(BaseModel):
+    """Frozen; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Box(Model):
+    """A rectangle to fill, from its top left corner, in pixels or in fractions of the image.
+
+    As text `x,y,width,height`, as JSON a list of four numbers: all at most 1 and at least one
+    with a decimal point means fractions, else pixels.
+    """
+
+    x: float = Field(ge=0)
+    y: float = Field(ge=0)
+    width: float = Field(gt=0)
+    height: float = Field(gt=0)
+    unit: Literal["px", "fraction"] = "px"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_four(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            parts: list[Any] = [part.strip() for part in value.split(",")]
+            if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
+                raise ValueError(f"a box is x,y,width,height in numbers, not {value!r}")
+            value = [float(part) if "." in part else int(part) for part in parts]
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != 4:
+            raise ValueError(f"a box has four numbers, x, y, width and height, not {len(value)}")
+        fractions = all(isinstance(n, int | float) and n <= 1 for n in value) and any(isinstance(n, float) for n in value)
+        return dict(zip(("x", "y", "width", "height"), value, strict=True), unit="fraction" if fractions else "px")
+
+    @model_validator(mode="after")
+    def _fractions_inside(self) -> Box:
+        if self.unit == "fraction" and (self.x + self.width > 1.0001 or self.y + self.height > 1.0001):
+            raise ValueError("a box in fractions reaches beyond the image")
+        return self
+
+
+def _split_boxes(value: Any) -> Any:
+    value = () if value is None else value
+    return [part for part in value.split(";") if part.strip()] if isinstance(value, str) else value
+
+
+Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split_boxes)]
+"""Boxes as a list, or as one text with `;` between them; None stands for no box."""
+
+
+def nearest(word: str, valid: list[str]) -> str:
+    """`; did you mean ...?` and the list of what is valid, to end an error's sentence with."""
+    close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (valid: {', '.join(sorted(valid))})"
+
+
+def validation_sentence(error: ValidationError) -> str:
+    """All of pydantic's complaints in one line: `name: what is wrong, not 'value'`."""
+    said = []
+    for fault in error.errors(include_url=False, include_context=False):
+        name = ".".join(str(part) for part in fault["loc"])
+        reason = fault["msg"].removeprefix("Value error, ")
+        given = fault.get("input")
+        given = shown(given) if isinstance(given, str) else given  # an address may carry a signature
+        value = f", not {given!r}" if isinstance(given, str | int | float) and len(str(given)) <= 80 else ""
+        value = "" if reason.endswith(value) else value  # some reasons say it themselves
+        said.append(f"{name + ': ' if name else ''}{reason[:1].lower()}{reason[1:]}{value}")
+    return "; ".join(said)

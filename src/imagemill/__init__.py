@@ -1,0 +1,1 @@
+"""imagemill: retouch images in bulk."""

@@ -1,0 +1,512 @@
+"""Bytes to pixels and back: the right colours the right way up, or an error; never half a picture."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from imagemill.shared.errors import NotAnImage, OperationFailed, OutOfMemory, TooManyPixels, Truncated
+from imagemill.worker.imaging import codec, png
+from imagemill.worker.imaging.codec import choose_format, decode_mask, encode
+from imagemill.worker.imaging.picture import Picture
+
+# Pillow warns of TIFF tags beyond the end of a file; the tests that cut and damage files want to see the error.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SWAPPED = SRGB.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
+"""A profile whose red is green, and the other way round."""
+
+
+def scene(width: int = 64, height: int = 48, channels: int = 3) -> np.ndarray:
+    """Smooth colours with one dark corner; alpha, if any, from 0 at the left to 255."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.dstack([x * 200 / width + 30, y * 200 / height + 30, (x + y) * 200 / (width + height)])
+    pixels[: height // 4, : width // 4] /= 4
+    return np.dstack([pixels, x * 255 // max(1, width - 1)][: channels - 2]).astype(np.uint8)
+
+
+def save(kind: str, image: Image.Image | np.ndarray, **options: Any) -> bytes:
+    file = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(data: bytes, **options: Any) -> Picture:
+    return codec.decode(data, codec.probe(data, max_pixels=1_000_000), **options)
+
+
+def pixels(data: bytes, **options: Any) -> np.ndarray:
+    found = picture(data, **options).pixels
+    assert found.dtype == np.uint8
+    assert found.flags.c_contiguous
+    return found
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a.astype(int) - b).mean())
+
+
+def hand_made_png(width: int, height: int, depth: int, colour: int, rows: bytes, *more: tuple[bytes, bytes]) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    data = png.SIGNATURE
+    for kind, payload in ((b"IHDR", header), *more, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        data += struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
+    return data
+
+
+def exif(orientation: int) -> bytes:
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block.tobytes()
+
+
+LOSSLESS: dict[str, dict[str, Any]] = {
+    "png": {},
+    "bmp": {},
+    "tiff": {},
+    "webp": {"lossless": True, "exact": True},
+    "avif": {"quality": 100, "subsampling": "4:4:4"},  # all but
+}
+STILLS = {
+    "png": save("png", scene()),
+    "png-palette": save("png", Image.fromarray(scene()).quantize(32)),
+    "jpeg": save("jpeg", scene()),
+    "jpeg-progressive": save("jpeg", scene(), progressive=True),
+    "jpeg-cmyk": save("jpeg", Image.fromarray(scene()).convert("CMYK")),
+    "jpeg-grey": save("jpeg", Image.fromarray(scene()).convert("L")),
+    "webp": save("webp", scene()),
+    "webp-lossless": save("webp", scene(channels=4), lossless=True),
+    "webp-alpha": save("webp", scene(channels=4)),
+    "gif": save("gif", scene()),
+    "bmp": save("bmp", scene()),
+    "bmp-palette": save("bmp", Image.fromarray(scene()).quantize(32)),
+    "avif": save("avif", scene()),
+    "avif-alpha": save("avif", scene(channels=4)),
+    "tiff": save("tiff", scene()),
+    "tiff-lzw": save("tiff", scene(), compression="tiff_lzw"),
+    "tiff-deflate": save("tiff", scene(), compression="tiff_adobe_deflate"),
+    "tiff-jpeg": save("tiff", scene(), compression="jpeg"),
+    "tiff-fax": save("tiff", Image.fromarray(scene()).convert("1"), compression="group4"),
+}
+FRAMES = {"save_all": True, "append_images": [Image.fromarray(255 - scene())]}
+ANIMATIONS = {kind: save(kind, scene(), **FRAMES) for kind in ("gif", "webp", "png", "tiff", "avif")}
+
+
+# --- kinds of pixels ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels"), [(kind, channels) for kind in LOSSLESS for channels in (3, 4) if (kind, channels) != ("bmp", 4)]
+)
+def test_pixels_come_as_they_are_and_alpha_is_kept(kind: str, channels: int) -> None:
+    wanted = scene(channels=channels)
+    found = picture(save(kind, wanted, **LOSSLESS[kind]))
+    assert difference(found.pixels, wanted) < (1.5 if kind == "avif" else 1e-9)
+    assert (found.format, found.icc, found.full_size) == (kind, None, (64, 48))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "I;16"])
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_grey_palettes_single_bits_and_16_bits_become_rgb(kind: str, mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(scene()[:, :, 0].astype(np.uint16) * 256 + 255)
+        wanted = np.repeat(scene()[:, :, :1], 3, axis=2)
+    else:
+        image = Image.fromarray(scene()).convert(mode)
+        wanted = np.array(image.convert("RGBA" if mode == "LA" else "RGB"))
+    assert (pixels(save(kind, image)) == wanted).all()
+
+
+def test_colours_of_16_bits_keep_their_upper_half() -> None:
+    wanted = scene(channels=4)
+    low = np.random.default_rng(1).integers(0, 256, wanted.shape, np.uint8)
+    for channels, colour in ((3, 2), (4, 6)):
+        wide = np.stack([wanted[:, :, :channels], low[:, :, :channels]], axis=-1)
+        rows = b"".join(b"\0" + row.tobytes() for row in wide)
+        assert (pixels(hand_made_png(64, 48, 16, colour, rows)) == wanted[:, :, :channels]).all()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "tiff"])
+@pytest.mark.parametrize("edge", [None, 32, 25])
+def test_ink_looks_as_it_prints_at_any_size(kind: str, edge: int | None) -> None:
+    image = Image.fromarray(scene()).convert("CMYK")  # without black, as Pillow does it
+    got = pixels(save(kind, image, **({"quality": 95} if kind == "jpeg" else {})), edge=edge)
+    wanted = np.array(Image.fromarray(scene()).resize((got.shape[1], got.shape[0]), Image.Resampling.BOX))
+    assert difference(got, wanted) < 3
+
+
+def test_a_palette_with_transparent_colours_becomes_rgba() -> None:
+    image = Image.fromarray(scene()).quantize(8)
+    alphas = bytes([0, 50, 100, 150, 200, 255])
+    got = pixels(save("png", image, transparency=alphas))
+    assert (got[:, :, :3] == np.array(image.convert("RGB"))).all()
+    assert (got[:, :, 3] == np.frombuffer(alphas.ljust(8, b"\xff"), np.uint8)[np.array(image)]).all()
+    single = pixels(save("gif", image, transparency=3))
+    assert ((single[:, :, 3] == 0) == (np.array(image) == 3)).all()
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "rows", "key", "wanted"),
+    [
+        (8, 2, b"\0\1\2\3\1\2\4", b"\0\1\0\2\0\3", [[1, 2, 3, 0], [1, 2, 4, 255]]),
+        (16, 2, b"\0\1\0\2\0\3\0\1\0\2\0\4\0", b"\1\0\2\0\3\0", [[1, 2, 3, 0], [1, 2, 4, 255]]),
+        (8, 0, b"\0\x10\x11", b"\0\x11", [[16, 16, 16, 255], [17, 17, 17, 0]]),
+        (16, 0, b"\0\x10\1\x10\2", b"\x10\2", [[16, 16, 16, 255], [16, 16, 16, 0]]),
+        (4, 0, b"\0\x1f", b"\0\x0f", [[17, 17, 17, 255], [255, 255, 255, 0]]),
+        (2, 0, b"\0\x70", b"\0\1", [[85, 85, 85, 0], [255, 255, 255, 255]]),
+        (1, 0, b"\0\x40", b"\0\0", [[0, 0, 0, 0], [255, 255, 255, 255]]),
+    ],
+)
+def test_one_transparent_colour_is_alpha(depth: int, colour: int, rows: bytes, key: bytes, wanted: list[list[int]]) -> None:
+    assert pixels(hand_made_png(2, 1, depth, colour, rows, (b"tRNS", key))).tolist() == [wanted]
+
+
+def test_pixels_that_cannot_be_shown_in_8_bits_are_refused_by_name() -> None:
+    for mode in ("F", "I", "LAB"):
+        image = Image.new(mode, (4, 4))
+        with pytest.raises(NotAnImage, match=mode):
+            picture(save("tiff", image))
+
+
+@pytest.mark.parametrize("kind", ANIMATIONS)
+def test_of_animations_and_pages_the_first_is_taken(kind: str) -> None:
+    assert difference(pixels(ANIMATIONS[kind]), scene()) < 6
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "avif", "tiff"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("edge", [None, 24])
+def test_pictures_come_upright_from_every_format(kind: str, orientation: int, edge: int | None) -> None:
+    back = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE}
+    back |= {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM}
+    back[8] = Image.Transpose.ROTATE_270
+    seen = Image.fromarray(scene())
+    stored = seen.transpose(back[orientation]) if orientation > 1 else seen
+    found = picture(save(kind, stored, exif=exif(orientation)), edge=edge)
+    assert found.full_size == (64, 48)
+    assert found.size == ((64, 48) if edge is None else (24, 18))
+    assert difference(found.pixels, np.array(seen.resize(found.size, Image.Resampling.BOX))) < 6
+
+
+# --- profiles ---
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "avif"])
+def test_profiles_become_srgb_or_are_kept_and_embedded_again(kind: str) -> None:
+    data = save(kind, scene(), icc_profile=SWAPPED, **LOSSLESS.get(kind, {"quality": 95}))
+    converted, kept = picture(data), picture(data, icc="keep")
+    assert converted.icc is None
+    assert difference(converted.pixels, scene()[:, :, [1, 0, 2]]) < 3
+    assert kept.icc == SWAPPED
+    assert difference(kept.pixels, scene()) < 3
+    for format in ("png", "webp", "jpeg"):  # noqa: A001
+        again = encode(kept, format=format, quality=95).data
+        assert Image.open(io.BytesIO(again)).info["icc_profile"] == SWAPPED
+        assert difference(pixels(again), converted.pixels) < 6
+        assert codec.probe(encode(converted, format=format, quality=95).data, max_pixels=10_000).icc is None
+
+
+def test_grey_and_ink_are_converted_even_where_profiles_are_kept() -> None:
+    grey = picture(save("png", Image.fromarray(scene()).convert("L"), icc_profile=SWAPPED), icc="keep")
+    assert grey.pixels.shape == (48, 64, 3)
+    ink = picture(save("jpeg", Image.fromarray(scene()).convert("CMYK"), icc_profile=SWAPPED), icc="keep")
+    assert ink.icc is None
+
+
+# --- broken files ---
+
+
+@pytest.mark.parametrize("kind", STILLS)
+def test_half_a_file_is_truncated_at_any_size_never_a_grey_half(kind: str) -> None:
+    data = STILLS[kind]
+    for share in (0.3, 0.5, 0.75, 0.95):
+        for edge in (None, 10):
+            with pytest.raises(Truncated):
+                picture(data[: int(len(data) * share)], edge=edge)
+
+
+@pytest.mark.parametrize("kind", STILLS)
+def test_a_decoder_that_finds_another_size_than_was_checked_is_stopped(kind: str) -> None:
+    header = codec.probe(STILLS[kind], max_pixels=10_000)
+    for size in ((64, 47), (65, 48), (32, 24)):
+        with pytest.raises(Truncated, match="contradicts itself"):
+            codec.decode(STILLS[kind], replace(header, size=size))
+
+
+@pytest.mark.parametrize("data", [*STILLS.values(), *ANIMATIONS.values()], ids=[*STILLS, *(f"{kind}-2" for kind in ANIMATIONS)])
+@settings(max_examples=40, deadline=None)
+@given(draw=st.data())
+def test_a_cut_file_is_an_error_or_lacks_nothing_that_is_seen(data: bytes, draw: st.DataObject) -> None:
+    length = draw.draw(st.integers(1, len(data) - 1))
+    with suppress(Truncated, NotAnImage):
+        assert (pixels(data[:length]) == pixels(data)).all()
+
+
+@pytest.mark.parametrize("data", [*STILLS.values(), *ANIMATIONS.values()], ids=[*STILLS, *(f"{kind}-2" for kind in ANIMATIONS)])
+@settings(max_examples=60, deadline=None)
+@given(draw=st.data())
+def test_damage_is_one_of_our_errors_or_a_picture_of_the_right_size(data: bytes, draw: st.DataObject) -> None:
+    places = st.integers(0, len(data) - 1) | st.integers(0, min(len(data), 300) - 1)  # more often where headers are
+    damaged = bytearray(data)
+    for place, value in draw.draw(st.lists(st.tuples(places, st.integers(0, 255)), min_size=1, max_size=6)):
+        damaged[place] = value
+    try:
+        header = codec.probe(bytes(damaged), max_pixels=200_000)
+        found = codec.decode(bytes(damaged), header)
+    except (Truncated, NotAnImage, TooManyPixels):
+        return
+    assert found.size == header.size == found.full_size
+    assert found.pixels.shape[2] in (3, 4)
+
+
+def complaint(code: int) -> cv2.error:
+    error = cv2.error("Something is wrong")
+    error.code = code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (MemoryError(), OutOfMemory),
+        (complaint(cv2.Error.StsNoMem), OutOfMemory),
+        (complaint(cv2.Error.StsBadArg), OperationFailed),
+    ],
+    ids=["numpy", "opencv", "opencv-otherwise"],
+)
+def test_short_memory_is_told_and_so_is_any_other_complaint(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: type[Exception]
+) -> None:
+    def complains(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(cv2, "resize", complains)
+    with pytest.raises(kind) as caught:
+        picture(STILLS["png"], edge=10)
+    assert caught.value.__cause__ is raised
+
+
+# --- smaller ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 100), st.sampled_from(["jpeg", "png", "webp"]))
+def test_an_edge_gives_exactly_the_size_that_fits(width: int, height: int, edge: int, kind: str) -> None:
+    found = picture(save(kind, scene(width, height)), edge=edge)
+    assert found.size == codec.fit((width, height), edge)
+    assert found.full_size == (width, height)
+
+
+@pytest.mark.parametrize("edge", [1000, 700, 511, 400, 250, 160, 100, 64])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_jpeg_decoded_small_looks_like_the_whole_made_small(edge: int, subsampling: int) -> None:
+    y, x = np.mgrid[:750, :1000]
+    busy = (127 + 100 * np.sin(x * x / 40_000 + y / 30))[:, :, None] * [1.0, 0.8, 0.6] + scene(1000, 750) // 5
+    data = save("jpeg", np.clip(busy, 0, 255).astype(np.uint8), quality=92, subsampling=subsampling)
+    found = pixels(data, edge=edge)
+    whole = Image.fromarray(pixels(data)).resize((edge, edge * 3 // 4), Image.Resampling.BOX)
+    assert difference(found[: edge * 3 // 4], np.array(whole)[: len(found)]) < 2.5
+
+
+# --- writing ---
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_png_is_lossless_and_shows_nothing_that_was_hidden(channels: int) -> None:
+    wanted = scene(channels=channels)
+    made = encode(Picture(wanted), format="png", quality=1)
+    assert (made.format, made.extension, made.content_type) == ("png", "png", "image/png")
+    if channels == 4:
+        wanted[wanted[:, :, 3] == 0] = 0
+    assert (np.array(Image.open(io.BytesIO(made.data))) == wanted).all()
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_webp_gets_better_with_quality_and_keeps_alpha(channels: int) -> None:
+    wanted = scene(channels=channels)
+    made = [encode(Picture(wanted), format="webp", quality=quality) for quality in (5, 50, 95)]
+    assert (made[0].extension, made[0].content_type) == ("webp", "image/webp")
+    read = [np.array(Image.open(io.BytesIO(one.data))) for one in made]
+    assert [len(one.data) for one in made] == sorted(len(one.data) for one in made)
+    errors = [difference(one[:, 1:, :3], wanted[:, 1:, :3]) for one in read]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 3
+    if channels == 4:
+        assert all((one[:, :, 3] == wanted[:, :, 3]).all() for one in read)
+
+
+def test_webp_doesnt_tell_what_is_hidden() -> None:
+    secret = np.full((64, 64, 4), (255, 0, 0, 0), np.uint8)
+    secret[32:] = (0, 0, 255, 255)
+    assert np.array(Image.open(io.BytesIO(encode(Picture(secret), format="webp", quality=90).data)))[:16, :, 0].max() < 60
+
+
+def test_jpeg_gets_better_with_quality_and_shows_transparent_pictures_over_white() -> None:
+    wanted = scene(channels=4)
+    over_white = wanted[:, :, :3] * (wanted[:, :, 3:] / 255) + 255 * (1 - wanted[:, :, 3:] / 255)
+    made = [encode(Picture(wanted), format="jpeg", quality=quality) for quality in (5, 50, 95)]
+    assert (made[0].extension, made[0].content_type) == ("jpg", "image/jpeg")
+    errors = [difference(np.array(Image.open(io.BytesIO(one.data))), over_white) for one in made]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 2
+    assert len(made[0].data) < len(made[1].data) < len(made[2].data)
+
+
+def test_writing_leaves_the_picture_alone() -> None:
+    source = scene(channels=4)
+    for format in ("png", "webp", "jpeg"):  # noqa: A001
+        encode(Picture(source), format=format, quality=80)
+    assert (source == scene(channels=4)).all()
+
+
+@pytest.mark.parametrize(("format", "side", "name"), [("webp", 16_383, "WebP"), ("jpeg", 65_500, "JPEG")])
+def test_sides_that_a_format_cannot_hold_are_refused_with_advice(format: str, side: int, name: str) -> None:  # noqa: A002
+    for size in ((1, side), (side, 1)):
+        data = encode(Picture(np.zeros((*size, 3), np.uint8)), format=format, quality=50).data
+        assert codec.probe(data, max_pixels=side).size == size[::-1]
+    for size in ((1, side + 1), (side + 1, 1)):
+        too_long = Picture(np.zeros((*size, 3), np.uint8))
+        with pytest.raises(OperationFailed, match=rf"{name} holds at most {side:,} .* has {side + 1:,}; choose format png"):
+            encode(too_long, format=format, quality=50)
+        assert encode(too_long, format="png", quality=50).data.startswith(png.SIGNATURE)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+@pytest.mark.parametrize("source", ["png", "jpeg", "tiff"])
+def test_what_came_grey_is_written_grey_unless_it_has_colours_now(source: str, kind: str) -> None:
+    found = picture(save(source, Image.fromarray(scene(70, 600)).convert("L"), **LOSSLESS.get(source, {})))
+    assert found.grey
+    with Image.open(io.BytesIO(encode(found, format=kind, quality=100).data)) as image:
+        assert image.mode == "L"
+        assert np.abs(np.asarray(image).astype(int) - found.pixels[:, :, 0]).max() <= (0 if kind == "png" else 1)
+    assert Image.open(io.BytesIO(encode(found, format="webp", quality=90).data)).mode == "RGB"
+    coloured = found.pixels.copy()
+    coloured[-1, -1, 2] ^= 128
+    alpha = np.dstack([found.pixels, found.pixels[:, :, 0]])
+    for changed, mode in ((coloured, "RGB"), (alpha, "RGB" if kind == "jpeg" else "RGBA")):
+        made = encode(replace(found, pixels=changed), format=kind, quality=90).data
+        assert Image.open(io.BytesIO(made)).mode == mode
+    assert not picture(save(source, np.dstack([scene()[:, :, 0]] * 3))).grey, "colours that happen to be greys"
+
+
+def test_what_an_encoder_refuses_is_told() -> None:
+    with pytest.raises(OperationFailed, match=r"there is no output format 'gif' \(valid: jpeg, png, webp\)"):
+        encode(Picture(scene()), format="gif", quality=80)
+    with pytest.raises(OperationFailed, match=r"can't be written as jpeg .*profile"):
+        encode(Picture(scene(), icc=bytes(255 * 65_519 + 1)), format="jpeg", quality=80)
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted", "has_alpha", "chosen"),
+    [
+        ("jpeg", "same", False, "jpeg"),
+        ("jpeg", "same", True, "png"),
+        ("webp", "same", False, "webp"),
+        ("webp", "same", True, "webp"),
+        *((source, "same", alpha, "png") for source in ("png", "gif", "bmp", "tiff", "avif") for alpha in (False, True)),
+        *(("jpeg", wanted, alpha, wanted) for wanted in ("png", "webp", "jpeg") for alpha in (False, True)),
+    ],
+)
+def test_the_format_follows_the_source_as_far_as_it_can(
+    source: str, wanted: Literal["same", "png", "webp", "jpeg"], has_alpha: bool, chosen: str
+) -> None:
+    assert choose_format(source, wanted, has_alpha) == chosen
+
+
+# --- masks ---
+
+HOLE = np.where(np.hypot(*np.mgrid[-24:24, -32:32]) < 12, np.uint8(255), np.uint8(0))
+MASKS: dict[str, Callable[[], bytes]] = {
+    "grey": lambda: save("png", HOLE),
+    "rgb": lambda: save("png", np.dstack([HOLE] * 3)),
+    "palette": lambda: save("gif", HOLE),
+    "one-bit": lambda: save("png", Image.fromarray(HOLE).convert("1")),
+    "16-bit": lambda: save("png", Image.fromarray(HOLE.astype(np.uint16) * 257)),
+    "alpha-over-black": lambda: save("png", np.dstack([HOLE * 0] * 3 + [HOLE])),
+    "alpha-over-white": lambda: save("png", np.dstack([HOLE * 0 + 255] * 3 + [HOLE])),
+    "alpha-over-what-is-hidden": lambda: save("png", np.dstack([255 - HOLE, HOLE // 9, HOLE // 5, HOLE])),
+    "painted-on-transparent": lambda: save("webp", np.dstack([HOLE] * 4), lossless=True),
+    "grey-with-alpha-1": lambda: save("png", np.dstack([HOLE] * 3 + [HOLE * 0 + 255])),
+    "profile": lambda: save("png", np.dstack([HOLE] * 3), icc_profile=SWAPPED),
+    "jpeg": lambda: save("jpeg", HOLE, quality=100),
+    "tiff": lambda: save("tiff", HOLE),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_of_every_kind_mean_the_same(kind: str) -> None:
+    found = decode_mask(MASKS[kind](), max_pixels=10_000)
+    assert (found.dtype, found.shape) == (np.dtype(np.uint8), HOLE.shape)
+    assert found.flags.c_contiguous
+    assert np.abs(found.astype(int) - HOLE).max() <= (16 if kind == "jpeg" else 0)
+
+
+def test_a_masks_greys_are_kept_and_it_is_turned_upright() -> None:
+    levels = np.arange(48 * 64).reshape(48, 64).astype(np.uint8)
+    assert (decode_mask(save("png", levels), max_pixels=10_000) == levels).all()
+    turned = decode_mask(save("png", levels, exif=exif(6)), max_pixels=10_000)
+    assert (turned == np.rot90(levels, -1)).all()
+
+
+def test_strokes_of_two_colours_with_soft_edges_are_their_brightness_before_black() -> None:
+    strokes = np.zeros((1, 5, 4), np.uint8)
+    strokes[0] = [(255, 255, 255, 255), (0, 0, 0, 255), (255, 255, 255, 128), (200, 200, 200, 127), (255, 255, 255, 0)]
+    assert decode_mask(save("png", strokes), max_pixels=10).tolist() == [[255, 0, 128, 100, 0]]
+
+
+def test_a_mask_is_held_to_the_limit_and_to_its_format() -> None:
+    with pytest.raises(TooManyPixels):
+        decode_mask(MASKS["grey"](), max_pixels=HOLE.size - 1)
+    with pytest.raises(Truncated):
+        decode_mask(MASKS["grey"]()[:-20], max_pixels=10_000)
+    with pytest.raises(NotAnImage):
+        decode_mask(b"<html>", max_pixels=10_000)
+
+
+# --- whether a file shows just what was decoded ---
+
+GREY = Image.fromarray(scene()).convert("L")
+TURNED = Image.Exif()
+TURNED[0x0112] = 3
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "as_stored"),
+    [
+        (save("png", scene()), {}, True),
+        (save("png", scene(channels=4)), {}, True),
+        (save("jpeg", scene()), {}, True),
+        (save("webp", scene(channels=4)), {}, True),
+        (save("jpeg", GREY), {}, True),
+        (save("jpeg", scene(), icc_profile=SRGB), {}, True),
+        (save("jpeg", scene(), icc_profile=SWAPPED), {"icc": "keep"}, True),
+        (save("jpeg", scene(), icc_profile=SWAPPED), {}, False),
+        (save("jpeg", scene(), exif=TURNED), {}, False),
+        (save("jpeg", scene()), {"edge": 32}, False),
+        (save("jpeg", Image.fromarray(scene()).convert("CMYK")), {}, False),
+        (save("png", scene(), **FRAMES), {}, False),
+        (save("webp", scene(), **FRAMES), {}, False),
+        (save("gif", scene()), {}, False),
+        (save("bmp", scene()), {}, False),
+    ],
+    ids=[
+        "png", "rgba png", "jpeg", "rgba webp", "grey jpeg", "srgb", "kept profile", "converted", "turned", "scaled", "cmyk",
+        "animated png", "animated webp", "gif", "bmp",
+    ],
+)  # fmt: skip
+def test_a_picture_knows_whether_its_file_shows_just_this(data: bytes, options: dict[str, Any], as_stored: bool) -> None:
+    assert picture(data, **options).as_stored == as_stored

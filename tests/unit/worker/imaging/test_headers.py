@@ -1,0 +1,324 @@
+"""What a file says of itself: sniffed by content, bombs refused before memory is spent, sentences for people."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from imagemill.shared.errors import EmptyFile, ImageError, NotAnImage, OutOfMemory, TooManyPixels, Truncated
+from imagemill.worker.imaging import headers
+from imagemill.worker.imaging.headers import FORMATS, Header, check_size, open_checked, orientation, probe, sniff, translated
+
+ROOT = Path(__file__).resolve().parents[4]
+LIMIT = 64_000_000
+SCENE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 64, 3), np.uint8))
+
+
+def save(kind: str, image: Image.Image = SCENE, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+FILES = {kind: save(kind) for kind in FORMATS}
+ANIMATION = {"save_all": True, "append_images": [SCENE.rotate(180)]}
+
+
+def patched(data: bytes, place: int, layout: str, *values: int) -> bytes:
+    return data[:place] + struct.pack(layout, *values) + data[place + struct.calcsize(layout) :]
+
+
+def tiff(*entries: tuple[int, int, int, int], big: bool = False, order: str = "<") -> bytes:
+    """A TIFF of (tag, type, count, value), the last of which may point to the zeros that follow."""
+    mark = b"II" if order == "<" else b"MM"
+    if big:
+        head = mark + struct.pack(order + "HHHQQ", 43, 8, 0, 16, len(entries))
+        table = b"".join(struct.pack(order + "HHQQ", *entry) for entry in entries)
+    else:
+        head = mark + struct.pack(order + "HIH", 42, 8, len(entries))
+        # a short stands left-aligned in its four bytes
+        table = b"".join(
+            struct.pack(order + "HHI", *entry[:3])
+            + (struct.pack(order + "HH", entry[3], 0) if entry[1] in (3, 8) else struct.pack(order + "I", entry[3]))
+            for entry in entries
+        )
+    return head + table + bytes(5000)
+
+
+def grey_tiff(width: int, height: int, *more: tuple[int, int, int, int], kind: int = 4, packing: int = 5) -> bytes:
+    """An LZW-packed (or other) grey TIFF that says of itself what the arguments say."""
+    basic = [(256, kind, 1, width), (257, kind, 1, height), (258, 3, 1, 8), (259, 3, 1, packing), (262, 3, 1, 1)]
+    return tiff(*sorted([*basic, (277, 3, 1, 1), *more]))
+
+
+STRIP = ((273, 4, 1, 200), (279, 4, 1, 4000))
+TILE = ((324, 4, 1, 200), (325, 4, 1, 4000))
+
+
+# --- formats ---
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_is_known_by_its_content_whatever_its_name(kind: str) -> None:
+    assert sniff(FILES[kind]) == kind
+    assert probe(FILES[kind], max_pixels=64 * 48) == Header(kind, (64, 48))
+    with pytest.raises(TooManyPixels, match=r"64 x 48 pixels, more than the limit of 3,071"):
+        probe(FILES[kind], max_pixels=64 * 48 - 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("webp", save("webp", lossless=True)),
+        ("webp", save("webp", **ANIMATION)),
+        ("gif", save("gif", **ANIMATION)),
+        ("gif", b"GIF87a" + save("gif")[6:]),
+        ("png", save("png", **ANIMATION)),
+        ("avif", save("avif", **ANIMATION)),
+        ("tiff", save("tiff", **ANIMATION)),
+        ("tiff", save("tiff", big_tiff=True)),
+        ("tiff", tiff((256, 3, 1, 64), (257, 3, 1, 48), (262, 3, 1, 1), (273, 4, 1, 200), order=">")),
+        ("jpeg", save("jpeg", progressive=True)),
+        ("bmp", patched(save("bmp"), 22, "<i", -48)),  # from top to bottom
+    ],
+)
+def test_their_variants_too(kind: str, data: bytes) -> None:
+    assert probe(data, max_pixels=LIMIT) == Header(kind, (64, 48))
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"\xef\xbb\xbf\r\n  <HTML lang=en>", "a web page"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
+        (b"<?xml version='1.0'?>\n<svg>", "an SVG drawing"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
+        (b"%PDF-1.7\n%\xe2\xe3", "a PDF document"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "a HEIC image"),
+        (b"\0\0\0\x18ftyphevc\0\0\0\0msf1", "a HEIC image"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0isom", "a video"),
+        (b"8BPS\0\1", "a Photoshop document"),
+        (b"PK\x03\x04\x14\0", "a ZIP archive"),
+        (b"\x1f\x8b\x08\0", "a gzip archive"),
+        (b"\xff\x0a\xfa", "a JPEG XL image"),
+        (b'{"error": "not found"}\n', "text"),
+        (b"BMW M3 for sale", "text"),
+        (b"\0\1\2\3", "of an unknown kind"),
+        (b"%!PS-Adobe-3.0 EPSF", "a PostScript document"),  # Pillow would run Ghostscript
+    ],
+)
+def test_what_is_no_image_is_told_by_name(data: bytes, said: str) -> None:
+    with pytest.raises(NotAnImage) as caught:
+        probe(data, max_pixels=LIMIT)
+    assert caught.value.message.startswith(f"the file is {said}")
+    assert caught.value.message.endswith("; only jpeg, png, webp, gif, bmp, tiff, avif can be read")
+
+
+def test_an_empty_file_is_told_as_such() -> None:
+    with pytest.raises(EmptyFile, match="0 bytes"):
+        probe(b"", max_pixels=LIMIT)
+
+
+def test_nothing_else_that_pillow_can_read_is_reachable() -> None:
+    for kind in ("ppm", "ico", "tga", "pcx", "sgi", "dds", "msp"):
+        image = SCENE.convert("1") if kind == "msp" else SCENE
+        with pytest.raises(NotAnImage):
+            probe(save(kind, image), max_pixels=LIMIT)
+
+
+# --- orientation and profile ---
+
+
+def exif(value: int, order: str = "<", kind: int = 3) -> bytes:
+    """An EXIF block with another tag before its orientation."""
+    mark = b"II" if order == "<" else b"MM"
+    other = struct.pack(order + "HHII", 0x0100, 4, 1, 7)
+    turn = struct.pack(order + "HHIHHI", 0x0112, kind, 1, value, 0, 0)
+    return b"Exif\0\0" + mark + struct.pack(order + "HIH", 42, 8, 2) + other + turn
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(("value", "wanted"), [*((n, n) for n in range(1, 9)), (0, 1), (9, 1), (65_535, 1)])
+def test_orientation_is_read_in_both_byte_orders(order: str, value: int, wanted: int) -> None:
+    assert orientation(exif(value, order)) == wanted
+    assert orientation(exif(value, order).removeprefix(b"Exif\0\0")) == wanted
+    assert orientation(exif(value, order, kind=7)) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60), st.integers(0, 40))
+@example(b"II*\0\xff\xff\xff\xff", 0)
+def test_broken_metadata_never_fails_an_image(noise: bytes, kept: int) -> None:
+    assert 1 <= orientation(exif(6)[:kept] + noise) <= 8
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "avif"])
+def test_size_is_upright_and_says_what_is_stored(kind: str) -> None:
+    header = probe(save(kind, exif=exif(6), icc_profile=b"p" * 129), max_pixels=LIMIT)
+    assert (header.size, header.orientation, header.stored_size) == ((48, 64), 6, (64, 48))
+    header = probe(save(kind, exif=exif(3)), max_pixels=LIMIT)
+    assert (header.size, header.orientation, header.stored_size) == ((64, 48), 3, (64, 48))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "avif", "tiff"])
+def test_a_profile_is_found_unless_it_is_too_small_to_be_one(kind: str) -> None:
+    profile = bytes(range(256)) * 2
+    assert probe(save(kind, icc_profile=profile), max_pixels=LIMIT).icc == profile
+    assert probe(save(kind, icc_profile=profile[:127]), max_pixels=LIMIT).icc is None
+
+
+# --- bombs ---
+
+
+def white_png(side: int) -> bytes:
+    """A true PNG of one colour, three bytes per pixel: its deflate blocks are one block, repeated."""
+    rows = 100
+    block = bytes(rows * (1 + 3 * side))
+    pack = zlib.compressobj(9)
+    first = pack.compress(block) + pack.flush(zlib.Z_FULL_FLUSH)
+    again = pack.compress(block) + pack.flush(zlib.Z_FULL_FLUSH)
+    total = (side * (1 + 3 * side)) % 65_521
+    last = b"\x03\0" + struct.pack(">HH", total, 1)  # an empty last block, Adler-32 of so many zeros
+    pixels = first + again * (side // rows - 1) + last
+    data = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    for kind, payload in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
+        data += struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
+    return data
+
+
+JPEG, GIF, WEBP, BMP = FILES["jpeg"], FILES["gif"], FILES["webp"], FILES["bmp"]
+FRAME, SIDES = GIF.index(b",\0\0\0\0"), FILES["avif"].index(b"ispe") + 8
+SIGNED = [(322, 9, 1, 30_000), (323, 9, 1, 30_000)]
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "png": (lambda: white_png(30_000), "too_many_pixels"),
+    "png-that-lies": (lambda: patched(FILES["png"], 16, ">II", 2**31 - 1, 2**31 - 1), "too_many_pixels"),
+    "jpeg": (lambda: patched(JPEG, JPEG.index(b"\xff\xc0") + 5, ">HH", 65_500, 65_500), "too_many_pixels"),
+    "gif-canvas": (lambda: patched(GIF, 6, "<HH", 60_000, 60_000), "too_many_pixels"),
+    "gif-frame": (lambda: patched(GIF, FRAME + 5, "<HH", 60_000, 60_000), "too_many_pixels"),
+    "gif-frame-far-out": (lambda: patched(GIF, FRAME + 1, "<HH", 65_000, 65_000), "too_many_pixels"),
+    "webp": (lambda: patched(WEBP, 26, "<HH", 16_383, 16_383), "too_many_pixels"),
+    "webp-lossless": (lambda: patched(save("webp", lossless=True), 21, "<I", 0x0FFFFFFF), "too_many_pixels"),
+    "webp-animated": (lambda: patched(save("webp", **ANIMATION), 24, "<HBHB", 65_535, 255, 65_535, 255), "too_many_pixels"),
+    "bmp": (lambda: patched(BMP, 18, "<ii", 100_000, -100_000), "too_many_pixels"),
+    "avif": (lambda: patched(FILES["avif"], SIDES, ">II", 16_000, 16_000), "too_many_pixels"),
+    "tiff": (lambda: grey_tiff(30_000, 30_000, *STRIP), "too_many_pixels"),
+    "tiff-big": (lambda: tiff((256, 16, 1, 2**40), (257, 16, 1, 2**40), big=True), "too_many_pixels"),
+    "tiff-tile": (lambda: grey_tiff(64, 64, (322, 4, 1, 30_000), (323, 4, 1, 30_000), *TILE), "too_many_pixels"),
+    "tiff-tile-signed": (lambda: grey_tiff(64, 64, *SIGNED, *TILE), "not_an_image"),
+    "tiff-strip": (lambda: grey_tiff(64, 64, (278, 4, 1, 2**31), *STRIP), "truncated"),
+    "tiff-strip-bytes": (lambda: grey_tiff(64, 64, STRIP[0], (279, 4, 1, 2**31)), "truncated"),
+    "tiff-strips": (lambda: grey_tiff(64, 64, (273, 4, 2**31 - 1, 200), STRIP[1]), "not_an_image"),
+    "tiff-pieces": (lambda: grey_tiff(64, 64, (324, 4, headers.MAX_PIECES + 1, 200), TILE[1]), "not_an_image"),
+    "tiff-tags": (lambda: tiff(*[(65_000, 3, 1, 1)] * (headers.MAX_TAGS + 1)), "not_an_image"),
+    "gif-blocks": (lambda: GIF[:FRAME] + b"\0" * (headers.MAX_BLOCKS + 1) + GIF[FRAME:], "not_an_image"),
+}
+
+# No more than 64 MiB of address space beyond what Python and the codec themselves take: whoever asks for more
+# gets MemoryError, which would come out as another code.
+IN_A_SMALL_WORLD = """
+import json, os, resource, sys
+from pathlib import Path
+from imagemill.shared.errors import ImageError
+from imagemill.worker.imaging import codec
+files = [(path, path.read_bytes()) for path in sorted(Path(sys.argv[1]).iterdir())]
+codec.decode(Path(sys.argv[2]).read_bytes(), codec.probe(Path(sys.argv[2]).read_bytes(), max_pixels=10**6))
+used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+codes = {}
+for path, data in files:
+    try:
+        codec.decode(data, codec.probe(data, max_pixels=64_000_000))
+        codes[path.name] = "decoded"
+    except ImageError as error:
+        codes[path.name] = error.code
+print(json.dumps(codes))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_decompression_bombs_are_refused_before_memory_is_spent(tmp_path: Path) -> None:
+    folder, plain = tmp_path / "bombs", tmp_path / "plain.tif"
+    folder.mkdir()
+    plain.write_bytes(save("tiff", compression="tiff_lzw"))
+    for name, (make, _) in BOMBS.items():
+        (folder / name).write_bytes(make())
+    said = subprocess.run(
+        [sys.executable, "-c", IN_A_SMALL_WORLD, folder, plain], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert json.loads(said.stdout) == {name: code for name, (_, code) in sorted(BOMBS.items())}
+
+
+def test_the_bomb_is_a_picture_indeed() -> None:
+    """Else it might be refused for another reason."""
+    data = white_png(300)
+    assert probe(data, max_pixels=90_000) == Header("png", (300, 300))
+    assert not np.array(Image.open(io.BytesIO(data))).any()
+
+
+def test_a_size_of_zero_is_damage() -> None:
+    for size in ((0, 5), (5, 0)):
+        with pytest.raises(Truncated, match="no pixels"):
+            check_size(size, LIMIT)
+    with pytest.raises(Truncated):
+        probe(patched(FILES["png"], 16, ">I", 0), max_pixels=LIMIT)
+
+
+def test_a_gif_without_a_picture_is_an_error() -> None:
+    with pytest.raises(Truncated, match="no picture"):
+        probe(GIF[:FRAME] + b"\x3b", max_pixels=LIMIT)
+
+
+def test_a_second_opinion_on_the_size_must_agree() -> None:
+    assert open_checked(FILES["webp"], "webp", (64, 48)).size == (64, 48)
+    with pytest.raises(Truncated, match="contradicts itself: 64 x 49 pixels, then 64 x 48"):
+        open_checked(FILES["webp"], "webp", (64, 49))
+
+
+# --- foreign exceptions ---
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        *((error("x"), Truncated) for error in (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError)),
+        *(
+            (error("x"), Truncated)
+            for error in (OverflowError, ZeroDivisionError, AttributeError, AssertionError, RuntimeError)
+        ),
+        (struct.error("x"), Truncated),
+        (zlib.error("x"), Truncated),
+        (UnicodeDecodeError("ascii", b"x", 0, 1, "x"), Truncated),
+        (Image.DecompressionBombError("x"), Truncated),
+        (Image.UnidentifiedImageError("x"), Truncated),
+        (NotImplementedError("x"), NotAnImage),
+        (MemoryError("x"), OutOfMemory),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_whatever_a_decoder_raises_becomes_an_error_of_ours(raised: Exception, kind: type[ImageError]) -> None:
+    with pytest.raises(kind, match="WebP") as caught, translated("webp"):
+        raise raised
+    assert caught.value.__cause__ is raised
+
+
+@pytest.mark.parametrize("raised", [TooManyPixels("x"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
+def test_our_own_errors_and_the_users_pass(raised: BaseException) -> None:
+    with pytest.raises(type(raised)) as caught, translated("png"):
+        raise raised
+    assert caught.value is raised

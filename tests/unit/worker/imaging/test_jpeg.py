@@ -1,0 +1,307 @@
+"""JPEG: headers as cameras and converters write them, scaled decoding, and never a grey half."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, JpegImagePlugin
+
+from imagemill.shared.errors import NotAnImage, Truncated
+from imagemill.worker.imaging import jpeg
+from imagemill.worker.imaging.headers import translated
+
+EOI = b"\xff\xd9"
+
+
+def scene(width: int = 160, height: int = 120) -> np.ndarray:
+    """Smooth colours with one dark corner."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.dstack([x * 200 / width + 30, y * 200 / height + 30, (x + y) * 200 / (width + height)]).astype(np.uint8)
+    pixels[: height // 4, : width // 4] //= 4
+    return pixels
+
+
+def save(pixels: np.ndarray, mode: str = "RGB", **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    return jpeg.read_header(data)[0]
+
+
+def decode(data: bytes, target: tuple[int, int] | None = None) -> tuple[np.ndarray, str]:
+    with translated("jpeg"):
+        return jpeg.decode(data, size_of(data), target or size_of(data))
+
+
+def by_pillow(data: bytes, mode: str = "RGB") -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(data)).convert(mode))
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(int) - b).mean())
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(payload) + 2) + payload
+
+
+def blocks(factors: list[tuple[int, int]], across: int = 5, down: int = 4) -> bytes:
+    """A JPEG of random flat 8x8 blocks, with any sampling factors (horizontal, vertical) per channel."""
+    source = np.random.default_rng(1)
+    bits, last = "", [0] * len(factors)
+    for _ in range(across * down):
+        for channel, (h, v) in enumerate(factors):
+            for level in source.integers(20, 60, h * v).tolist():
+                step, last[channel] = level - last[channel], level
+                length = abs(step).bit_length()
+                value = step if step > 0 else step + (1 << length) - 1
+                bits += f"{length:04b}" + (f"{value:0{length}b}" if length else "") + "0"
+    bits += "1" * (-len(bits) % 8)
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\0")
+    high, wide = (8 * count * max(factor[axis] for factor in factors) for axis, count in ((1, down), (0, across)))
+    frame = b"".join(bytes([number, h << 4 | v, 0]) for number, (h, v) in enumerate(factors, 1))
+    return b"".join([
+        b"\xff\xd8",
+        segment(0xDB, b"\0" + b"\x10" * 64),
+        segment(0xC0, struct.pack(">BHHB", 8, high, wide, len(factors)) + frame),
+        segment(0xC4, bytes([0, 0, 0, 0, 9, *[0] * 12, *range(9)])),  # DC: four bits per length
+        segment(0xC4, bytes([0x10, 1, *[0] * 15, 0])),  # AC: one bit, the end of the block
+        segment(0xDA, bytes([len(factors)]) + b"".join(bytes([n, 0]) for n in range(1, len(factors) + 1)) + b"\0\x3f\0"),
+        scan,
+        EOI,
+    ])  # fmt: skip
+
+
+# --- the header ---
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"mode": "L"}, {"mode": "CMYK"}], ids=str)
+def test_the_size_is_read_without_decoding(options: dict[str, Any]) -> None:
+    assert jpeg.read_header(save(scene(160, 90), **options)) == ((160, 90), None, None)
+
+
+@pytest.mark.parametrize("length", [200, 65_519, 65_520, 200_000])
+def test_a_profile_of_any_size_comes_back_whole(length: int) -> None:
+    profile = np.random.default_rng(2).bytes(length)
+    for data in (save(scene(), icc_profile=profile), jpeg.encode(scene(), 80, profile)):
+        assert jpeg.read_header(data)[2] == profile
+        assert Image.open(io.BytesIO(data)).info["icc_profile"] == profile
+
+
+def test_parts_of_a_profile_may_come_in_any_order_but_none_may_be_missing() -> None:
+    first, second = (segment(0xE2, b"ICC_PROFILE\0" + bytes([number, 2]) + part) for number, part in ((1, b"ab"), (2, b"cd")))
+    data = save(scene())
+    assert jpeg.read_header(data[:2] + second + first + data[2:])[2] == b"abcd"
+    assert jpeg.read_header(data[:2] + second + data[2:])[2] is None
+    assert jpeg.read_header(data[:2] + segment(0xE2, b"ICC_PROFILE\0") + data[2:])[2] is None
+
+
+def test_the_first_exif_block_counts_and_other_blocks_of_its_kind_do_not() -> None:
+    data = save(scene())
+    more = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>") + segment(0xE1, b"Exif\0\0one") + segment(0xE1, b"Exif\0\0two")
+    assert jpeg.read_header(data[:2] + more + data[2:])[1] == b"one"
+
+
+ODD = {
+    "comment": lambda data: data[:2] + segment(0xFE, b"hello") + data[2:],
+    "fill": lambda data: data[:2] + b"\xff" * 9 + data[2:],
+    "broken-exif": lambda data: data[:2] + segment(0xE1, b"Exif\0\0" + b"x" * 24) + data[2:],
+    "future-jfif": lambda data: data[:11] + b"\x09" + data[12:],
+    "adobe-twice": lambda data: data[:2] + segment(0xEE, b"Adobe\0\x64\0\0\0\0\x01") * 2 + data[2:],
+    "trailing": lambda data: data + b"anything" * 100,
+    "trailing-jpeg": lambda data: data + data,  # as phones add previews and depth maps
+    "zeros-before-the-end": lambda data: data[:-2] + bytes(7) + EOI,
+}
+
+
+@pytest.mark.parametrize("oddity", ODD)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_oddities_that_leave_the_picture_whole_are_let_through(oddity: str, progressive: bool) -> None:
+    data = save(scene(), progressive=progressive)
+    odd = ODD[oddity](data)
+    assert odd != data
+    for target in ((160, 120), (80, 60)):
+        assert (decode(odd, target)[0] == decode(data, target)[0]).all()
+
+
+def test_the_marker_that_names_the_colours_outlives_an_oddity() -> None:
+    ycck = simplejpeg.encode_jpeg(np.dstack([scene(), scene()[:, :, 0]]), quality=90, colorspace="CMYK")
+    odd = ycck[:2] + segment(0xE0, b"JFIF\0\x09\1\0\0\1\0\1\0\0") + ycck[2:]
+    with pytest.raises(ValueError, match="JFIF"):
+        simplejpeg.decode_jpeg(odd, strict=True)
+    assert (decode(odd)[0] == decode(ycck)[0]).all()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", EOI, b"\xff\xe0\0\1", save(scene())[2:400], bytes(90), b"\xff" * 90],
+    ids=["nothing", "empty", "no-length", "half-a-header", "zeros", "fill"],
+)
+def test_a_header_that_ends_early_is_truncated(data: bytes) -> None:
+    with pytest.raises(Truncated):
+        jpeg.read_header(b"\xff\xd8" + data)
+
+
+def test_a_header_without_a_frame_is_damage() -> None:
+    data = save(scene())
+    start = data.index(b"\xff\xc0")
+    with pytest.raises(Truncated, match="no frame"):
+        jpeg.read_header(data[:start] + data[start + 19 :])
+
+
+def test_files_made_to_keep_a_decoder_busy_are_refused() -> None:
+    data = save(scene(), progressive=True)
+    comments = segment(0xFE, b"") * (jpeg.MAX_SEGMENTS + 1)
+    with pytest.raises(NotAnImage, match="10,000 segments"):
+        jpeg.read_header(data[:2] + comments + data[2:])
+    last = data[data.rindex(b"\xff\xda") : -2]
+    with pytest.raises(NotAnImage, match="more than 100"):
+        decode(data[:-2] + last * jpeg.MAX_SCANS + EOI)
+
+
+def test_a_file_that_contradicts_itself_is_an_error() -> None:
+    data = save(scene())
+    with pytest.raises(Truncated, match=r"200 x 120 pixels, then 160 x 120"):
+        jpeg.decode(data, (200, 120), (200, 120))
+    start = data.index(b"\xff\xc0")
+    small = data[start : start + 5] + struct.pack(">HH", 16, 16) + data[start + 9 : start + 19]
+    with pytest.raises((Truncated, NotAnImage)):
+        decode(data[:start] + small + data[start:])
+
+
+# --- pixels ---
+
+
+@pytest.mark.parametrize("kind", ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "4:1:1"])
+@pytest.mark.parametrize("size", [(160, 120), (1, 1), (7, 31), (17, 9)])
+def test_every_usual_subsampling_is_read(kind: str, size: tuple[int, int]) -> None:
+    pixels = scene(*size)
+    data = simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling=kind.replace(":", ""))
+    got, mode = decode(data)
+    assert (got.shape, mode) == (pixels.shape, "RGB")
+    assert difference(got, by_pillow(data)) < 1.5
+
+
+UNUSUAL = [[(2, 2), (2, 1), (1, 2)], [(1, 1), (2, 2), (1, 1)], [(3, 1), (1, 1), (1, 1)], [(1, 4), (1, 1), (1, 1)]]
+
+
+@pytest.mark.parametrize("factors", UNUSUAL, ids=str)
+def test_unusual_subsampling_is_read_too(factors: list[tuple[int, int]]) -> None:
+    data = blocks(factors)
+    got, mode = decode(data)
+    assert mode == "RGB"
+    assert got.std() > 3
+    assert (got == by_pillow(data)).all()
+
+
+def test_grey_stays_one_channel() -> None:
+    got, mode = decode(save(scene(), "L", quality=95))
+    assert (got.shape, mode) == ((120, 160), "L")
+    assert difference(got, np.array(Image.fromarray(scene()).convert("L"))) < 2
+
+
+def test_ink_is_the_right_way_round_in_cmyk_and_ycck() -> None:
+    ink = np.zeros((32, 32, 4), np.uint8)
+    ink[:, :, 0], ink[:, :, 3] = 255, 60
+    file = io.BytesIO()
+    Image.frombytes("CMYK", (32, 32), ink.tobytes()).save(file, "JPEG", quality=100)
+    ycck = simplejpeg.encode_jpeg(255 - ink, quality=100, colorspace="CMYK")
+    assert simplejpeg.decode_jpeg_header(ycck)[2] == "YCCK"
+    for data in (file.getvalue(), ycck):
+        got, mode = decode(data)
+        assert mode == "CMYK"
+        assert np.abs(got.astype(int) - ink).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "factor"),
+    [
+        ((4000, 3000), (4000, 3000), 1),
+        ((4000, 3000), (2001, 1501), 1),
+        ((4000, 3000), (2000, 1500), 2),
+        ((4000, 3000), (1600, 1200), 2),
+        ((4001, 3001), (1000, 750), 4),
+        ((4000, 3000), (500, 375), 8),
+        ((4000, 3000), (10, 8), 8),
+        ((9, 9), (2, 2), 8),  # parts of a pixel count as one
+        ((1, 1), (1, 1), 8),
+    ],
+)
+def test_pictures_come_at_the_smallest_size_that_still_is_enough(
+    size: tuple[int, int], target: tuple[int, int], factor: int
+) -> None:
+    assert jpeg.shrink_factor(size, target) == factor
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(16, 130), st.integers(16, 130), st.integers(1, 130), st.sampled_from(["RGB", "L", "CMYK"]))
+def test_scaled_decoding_covers_the_target_and_shows_the_whole_picture(width: int, height: int, edge: int, mode: str) -> None:
+    target = min(width, edge), min(height, edge)
+    data = save(scene(width, height), mode, quality=90, subsampling=0)
+    got, found = decode(data, target)
+    factor = jpeg.shrink_factor((width, height), target)
+    assert found == mode
+    assert got.shape[:2] == (-(-height // factor), -(-width // factor))
+    tall, wide = (-length % factor for length in (height, width))
+    full = np.pad(by_pillow(data, mode).reshape(height, width, -1), ((0, tall), (0, wide), (0, 0)), mode="edge")
+    means = full.reshape(got.shape[0], factor, got.shape[1], factor, -1).mean(axis=(1, 3))
+    assert np.abs(got.reshape(means.shape) - means).mean() < 5
+
+
+KINDS = {
+    "baseline": save(scene(), quality=90),
+    "progressive": save(scene(), quality=90, progressive=True),
+    "grey": save(scene(), "L"),
+    "cmyk": save(scene(), "CMYK"),
+    "restarts": save(scene(), quality=90, restart_marker_blocks=4),
+    "unusual": blocks(UNUSUAL[0]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("edge", [1, 1000])
+def test_a_truncated_jpeg_is_an_error_at_any_size_never_a_grey_half(kind: str, edge: int) -> None:
+    data = KINDS[kind]
+    width, height = size_of(data)
+    for share in (0.5, 0.7, 0.9, 0.99):
+        with pytest.raises(Truncated):
+            decode(data[: int(len(data) * share)], (min(edge, width), min(edge, height)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_end_marker_put_where_data_is_missing_deceives_nobody(kind: str) -> None:
+    data = KINDS[kind]
+    with pytest.raises(Truncated):
+        decode(data[: int(len(data) * 0.7)] + EOI)
+
+
+# --- writing ---
+
+
+def test_quality_buys_likeness_with_bytes() -> None:
+    files = [jpeg.encode(scene(), quality, None) for quality in (10, 50, 80, 95)]
+    assert sorted(files, key=len) == files
+    likeness = [difference(by_pillow(data), scene()) for data in files]
+    assert sorted(likeness, reverse=True) == likeness
+    assert likeness[-1] < 1.5
+
+
+@pytest.mark.parametrize(("quality", "sampling"), [(1, 2), (89, 2), (90, 0), (100, 0)])
+def test_colour_keeps_its_full_resolution_from_quality_90(quality: int, sampling: int) -> None:
+    image = Image.open(io.BytesIO(jpeg.encode(scene(), quality, None)))
+    assert JpegImagePlugin.get_sampling(image) == sampling
+
+
+def test_a_profile_that_cannot_fit_is_said_to_be_too_large() -> None:
+    with pytest.raises(ValueError, match="profile"):
+        jpeg.encode(scene(), 80, bytes(255 * 65_519 + 1))

@@ -1,0 +1,410 @@
+"""What is remembered of results: equal keys for equal bytes, other keys for all else, and never an error."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import redis
+from botocore.stub import Stubber
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.engines import ENGINES, parse_options
+from imagemill.shared.errors import ConfigurationError
+from imagemill.shared.messages import JOB_SPEC, Item, Job
+from imagemill.shared.options.base import ADDRESSES
+from imagemill.shared.quality import Measures
+from imagemill.shared.s3 import make_client
+from imagemill.shared.settings import FileSettings, S3Settings, Settings
+from imagemill.worker.imaging.codec import Encoded
+from imagemill.worker.line import cache as module
+from imagemill.worker.line.cache import Cache, Remembered
+from imagemill.worker.operations.base import LASTING_NOTES
+from imagemill.worker.operations.registry import create
+from imagemill.worker.transfer.store import Store, open_store
+from tests.fakes import Invert
+
+RESULT = Remembered("s3://results/jobs/260730-1f0c9a3e/000012-photo.png", "0" * 31 + "f", "png", 1_834_221, (1600, 1067))
+
+
+class Engine(Invert):
+    """One whose fingerprint the test gives."""
+
+    def __init__(self, mark: str | Exception) -> None:
+        self.mark = mark
+
+    def fingerprint(self, options: Any) -> str:
+        if isinstance(self.mark, Exception):
+            raise self.mark
+        return self.mark
+
+
+class Wanted(NamedTuple):
+    """All that decides a result's bytes."""
+
+    data: bytes = b"image"
+    options: tuple[str, dict[str, Any]] = ("stylize", {})
+    form: str = "png"
+    quality: int = 90
+    icc: str = "srgb"
+    boxes: tuple[str, ...] = ()
+    mark: str = "opencv 5"
+    store: str = "s3://results/x"
+
+
+def spec(wanted: Wanted, **others: Any) -> Job:
+    operation, given = wanted.options
+    options = parse_options(operation, given.get("engine", "opencv"), {k: v for k, v in given.items() if k != "engine"})
+    output = {"url": wanted.store, "format": wanted.form, "quality": wanted.quality, "icc": wanted.icc}
+    output |= {"key": others.pop("key", "{index}")}
+    return JOB_SPEC.validate_python({"operation": operation, "options": options, "output": output, **others})
+
+
+@pytest.fixture(scope="module")
+def cache(redis_server: EmbeddedRedis) -> Iterator[Cache]:
+    made = Cache(redis_server.url, 60)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
+    with redis.Redis.from_url(redis_server.url) as client:
+        yield client
+
+
+def key(wanted: Wanted, item: dict[str, Any] | None = None, **others: Any) -> str | None:
+    """The key of one image. None of this asks Redis."""
+    row = {"index": 0, "source": "https://a.example/1.jpg", "boxes": wanted.boxes, **(item or {})}
+    with_nobody = Cache("redis://127.0.0.1:1/0", 60)
+    return with_nobody.key(wanted.data, Item.model_validate(row), spec(wanted, **others), Engine(wanted.mark))
+
+
+# --- keys -------------------------------------------------------------------------------------
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("stylize", {}),
+    ("stylize", {"style": "detail"}),
+    ("stylize", {"sigma_s": 60}),
+    ("stylize", {"colour": True}),
+    ("inpaint", {}),
+    ("inpaint", {"radius": 5.5}),
+    ("inpaint", {"boxes": ["1,2,3,4"]}),
+    ("inpaint", {"boxes": ["1,2,3,5"]}),
+    ("remove-background", {}),
+    ("remove-background", {"long_edge": None}),
+    ("remove-background", {"background": "#ffffff"}),
+    ("remove-background", {"engine": "rembg"}),
+    ("remove-background", {"engine": "rembg", "model": "u2netp"}),
+    ("remove-background", {"engine": "rembg", "clean_rim": False}),
+    ("stylize", {"engine": "diffusion"}),
+    ("stylize", {"engine": "diffusion", "seed": 1}),
+    ("stylize", {"engine": "diffusion", "loras": "a:0.5"}),
+]
+WANTED = st.builds(
+    Wanted,
+    st.sampled_from([b"image", b"imagf", b"image\0", b""]),
+    st.sampled_from(OPTIONS),
+    st.sampled_from(["same", "png", "webp", "jpeg"]),
+    st.sampled_from([90, 9, 91]),
+    st.sampled_from(["srgb", "keep"]),
+    st.sampled_from([(), ("1,2,3,4",), ("1,2,3,5",), ("1,2,3,4", "1,2,3,4"), ("0.5,0.5,0.1,0.1",)]),
+    st.sampled_from(["opencv 5", "opencv 5.1", ""]),
+    st.sampled_from(["s3://results/x", "file:///out"]),
+)
+
+
+@given(WANTED, WANTED)
+@example(Wanted(), Wanted())
+@settings(max_examples=150, deadline=None)
+def test_keys_are_equal_where_everything_that_decides_the_bytes_is_equal_and_only_there(one: Wanted, other: Wanted) -> None:
+    assert (key(one) == key(other)) == (one == other)
+
+
+@given(WANTED, st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_change_of_one_thing_alone_changes_the_key(wanted: Wanted, data: st.DataObject) -> None:
+    other = data.draw(WANTED)
+    for field in Wanted._fields:
+        changed = wanted._replace(**{field: getattr(other, field)})
+        assert (key(changed) == key(wanted)) == (changed == wanted), field
+
+
+@pytest.mark.parametrize(
+    ("item", "others"),
+    [
+        ({"source": "https://b.example/other-address.jpg"}, {}),
+        ({"index": 7, "name": "cover"}, {}),
+        ({}, {"key": "{job}/{item}"}),
+        ({}, {"policy": {"priority": "high", "attempts": 1, "reuse": False}}),
+        ({}, {"policy": {"quality": {"mode": "off", "most_cast": 1}}}),
+    ],
+    ids=["address", "place and name", "key template", "policy", "check without repair"],
+)
+def test_what_does_not_decide_the_bytes_does_not_change_the_key(item: dict[str, Any], others: dict[str, Any]) -> None:
+    assert key(Wanted(), item, **others) == key(Wanted()) is not None
+
+
+def test_where_place_or_address_decide_the_noise_they_decide_the_key() -> None:
+    def keys(policy: str) -> tuple[str | None, ...]:
+        wanted = Wanted(options=("stylize", {"engine": "diffusion", "seed_policy": policy}))
+        items = ({}, {"index": 7}, {"source": "https://b.example/2.jpg"})
+        return tuple(key(wanted, item) for item in items)
+
+    fixed, per_item, url = (keys(policy) for policy in ("fixed", "per-item", "url"))
+    assert len(set(fixed)) == 1
+    assert per_item[0] == per_item[2] != per_item[1]
+    assert url[0] == url[1] != url[2]
+
+
+def test_a_repair_and_its_limits_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = [{}, {"mode": "repair"}, {"mode": "repair", "most_cast": 2}, {"mode": "repair", "most_cast": 3}]
+    keys = {key(Wanted(), policy={"quality": quality}) for quality in policies}
+    assert len(keys) == 4
+    monkeypatch.setattr(module, "REPAIRS", module.REPAIRS + 1)
+    assert key(Wanted(), policy={"quality": {"mode": "repair"}}) not in keys
+    assert key(Wanted()) in keys
+
+
+def test_values_that_mean_the_same_give_the_same_key() -> None:
+    written = [{}, {"radius": 5}, {"radius": "5.0", "method": "telea"}]
+    assert len({key(Wanted(options=("inpaint", options))) for options in written}) == 1
+    assert key(Wanted(store="s3://results/x")) == key(Wanted(store="s3://elsewhere/y/z"))
+
+
+def test_another_version_of_what_decodes_or_encodes_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(Wanted())
+    for package in module.AROUND:
+        told = {**module.versions(), package: "0.0.0"}
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "versions", lambda told=told: told)
+            assert key(Wanted()) != before, package
+    monkeypatch.setattr(module, "REVISION", module.REVISION + 1)
+    assert key(Wanted()) != before
+
+
+@pytest.mark.parametrize(
+    ("options", "item"),
+    [
+        (("inpaint", {}), {"mask": "https://a.example/mask.png"}),
+        (("inpaint", {"mask": "https://a.example/mask.png"}), {}),
+        (("stylize", {"style": "colour-transfer", "reference": "https://a.example/sunset.jpg"}), {}),
+        (("remove-background", {"engine": "rembg", "background_image": "https://a.example/beach.jpg"}), {}),
+    ],
+    ids=["own mask", "job's mask", "reference", "background"],
+)
+def test_images_that_need_a_picture_at_an_address_have_no_key(
+    options: tuple[str, dict[str, Any]], item: dict[str, Any]
+) -> None:
+    assert key(Wanted(options=options), item) is None
+
+
+def test_every_option_that_can_be_an_address_is_known_as_one() -> None:
+    """An option that takes any text is one: colours, models and methods have a pattern or a list."""
+    models = [model for engines in ENGINES.values() for model in engines.values()]
+    free = {
+        name
+        for model in models
+        for name, field in model.model_fields.items()
+        if field.annotation in (str, str | None) and not field.metadata
+    }
+    assert free == set(ADDRESSES)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("u2net.onnx"), ConfigurationError("no such model")], ids=repr)
+def test_an_engine_that_can_not_tell_what_it_is_gets_no_key(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    nobody = Cache("redis://127.0.0.1:1/0", 60)
+    item = Item(index=0, source="https://a.example/1.jpg")
+    assert [nobody.key(b"image", item, spec(Wanted()), Engine(error)) for _ in range(3)] == [None] * 3
+    assert [record.getMessage() for record in caplog.records] == ["results are not remembered"]
+
+
+@pytest.mark.parametrize("operation", ["remove-background", "inpaint", "stylize"])
+def test_opencv_engines_tell_library_and_revision(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = create(operation, "opencv")
+    options = ENGINES[operation]["opencv"]()  # type: ignore[index]
+    before = engine.fingerprint(options)
+    assert before == create(operation, "opencv").fingerprint(options)
+    home = importlib.import_module(type(engine).__module__)
+    with monkeypatch.context() as patch:
+        patch.setattr(home, "REVISION", home.REVISION + 1)
+        assert engine.fingerprint(options) != before
+    monkeypatch.setattr("cv2.__version__", "4.0.0")
+    assert engine.fingerprint(options) != before
+
+
+# --- copies on S3 -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, Stubber]]:
+    """A store in S3 whose server says what the test tells it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    client = make_client(S3Settings(endpoint_url="http://minio.internal:9000"))
+    with Stubber(client) as stubber:
+        yield open_store("s3://other/x", s3=lambda: client, files=FileSettings(), s3_settings=S3Settings()), stubber
+        stubber.assert_no_pending_responses()
+
+
+ASKED = {
+    "Bucket": "other",
+    "Key": "x/1.png",
+    "CopySource": {"Bucket": "results", "Key": "jobs/260730-1f0c9a3e/000012-photo.png"},
+    "CopySourceIfMatch": f'"{RESULT.md5}"',
+    "MetadataDirective": "REPLACE",
+    "ContentType": "image/png",
+}
+
+
+def test_the_server_copies_exactly_what_is_remembered(s3_answers: tuple[Store, Stubber]) -> None:
+    store, server = s3_answers
+    server.add_response("copy_object", {"CopyObjectResult": {"ETag": f'"{RESULT.md5}"'}}, ASKED)
+    assert RESULT.copied(store, "1.png") == replace(RESULT, output="s3://other/x/1.png")
+
+
+def test_a_copy_of_other_bytes_is_no_copy(s3_answers: tuple[Store, Stubber]) -> None:
+    """The source was replaced between the server's check and its copy."""
+    store, server = s3_answers
+    server.add_response("copy_object", {"CopyObjectResult": {"ETag": '"5d41402abc4b2a76b9719d911017c592"'}}, ASKED)
+    assert RESULT.copied(store, "1.png") is None
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("NoSuchKey", 404),
+        ("NoSuchBucket", 404),
+        ("PreconditionFailed", 412),
+        ("AccessDenied", 403),
+        ("NotImplemented", 501),
+        ("SlowDown", 503),
+    ],
+)
+def test_whatever_the_server_says_against_a_copy_means_to_compute(
+    s3_answers: tuple[Store, Stubber], code: str, status: int
+) -> None:
+    store, server = s3_answers
+    server.add_client_error("copy_object", code, http_status_code=status)
+    assert RESULT.copied(store, "1.png") is None
+
+
+# --- Redis ------------------------------------------------------------------------------------
+
+REMEMBERED = st.builds(
+    Remembered,
+    st.text(min_size=1, max_size=80).map("s3://results/{}".format),
+    st.binary(min_size=16, max_size=16).map(bytes.hex),
+    st.sampled_from(["png", "jpeg", "webp"]),
+    st.integers(1, 10**9),
+    st.tuples(st.integers(1, 65_535), st.integers(1, 65_535)),
+    st.lists(st.sampled_from(sorted(LASTING_NOTES)), max_size=2).map(tuple),
+    st.none() | st.builds(Measures, kept=st.floats(0, 9), look=st.none() | st.tuples(*[st.floats(-100, 100)] * 6)),
+)
+
+
+@given(REMEMBERED, REMEMBERED)
+@settings(max_examples=60, deadline=None)
+def test_a_result_comes_back_as_it_was_and_the_latest_counts(cache: Cache, one: Remembered, other: Remembered) -> None:
+    for result in (one, other):
+        cache.put("key", result)
+        assert cache.get("key") == result
+    assert cache.get("another") is None
+
+
+def test_a_stored_file_is_remembered_by_its_md5(cache: Cache) -> None:
+    encoded = Encoded(b"hello", "jpeg", "jpg", "image/jpeg")
+    told: dict[str, Any] = dict(size=(3, 2), notes=("empty_mask",), measures=Measures(cast=0.4))
+    result = Remembered.of(encoded, output="file:///out/1.jpg", **told)
+    assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, **told)
+
+
+def test_it_is_forgotten_with_the_outputs_and_takes_little_room(redis_server: EmbeddedRedis, raw: Any) -> None:
+    given = Settings(_env_file=None, redis_url=redis_server.url, expire_days=2)  # type: ignore[call-arg]
+    cache = Cache.of(given)
+    assert cache is not None
+    name = key(Wanted())
+    cache.put(name, RESULT)
+    stored = f"imagemill:cache:{name}"
+    assert 2 * 86_400 - 60 < raw.ttl(stored) <= 2 * 86_400
+    assert len(stored) + raw.strlen(stored) < 160
+    cache.close()
+
+
+def test_results_that_may_be_owed_to_haste_are_not_remembered(cache: Cache) -> None:
+    cache.put("hasty", replace(RESULT, notes=("empty_cutout", "a_deadline_was_missed")))
+    assert cache.get("hasty") is None
+
+
+def test_what_has_no_key_is_neither_asked_for_nor_remembered(cache: Cache, raw: Any) -> None:
+    before = raw.dbsize()
+    cache.put(None, RESULT)
+    assert cache.get(None) is None
+    assert raw.dbsize() == before
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"",
+        b"\xff\xfe",
+        b"{}",
+        b"12",
+        b'["s3://results/a.png"]',
+        b'["s3://results/a.png","not base64!","png",1,2,3]',
+        b'["s3://results/a.png",12,"png",1,2,3]',
+        b'["s3://results/a.png","AAAAAAAAAAAAAAAAAAAAAA","exe",1,2,3]',
+        b'["s3://results/a.png","AAAAAAAAAAAAAAAAAAAAAA","png","many",2,3]',
+    ],
+    ids=repr,
+)
+def test_what_another_version_left_there_counts_as_nothing(cache: Cache, raw: Any, value: bytes) -> None:
+    raw.set("imagemill:cache:foreign", value)
+    assert cache.get("foreign") is None
+
+
+def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_redis_that_is_away_harms_nothing_and_is_told_of_once(
+    own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = Cache(own_redis.url, 60)
+    cache.put("key", RESULT)
+    own_redis.kill()
+    for _ in range(3):
+        assert cache.get("key") is None
+        cache.put("key", RESULT)
+    assert complaints(caplog) == ["results are not remembered"]
+    own_redis.start()
+    cache.put("key", RESULT)
+    assert cache.get("key") == RESULT
+    cache.close()
+
+
+def test_a_redis_that_is_full_harms_nothing_and_still_tells_what_it_knows(
+    own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = Cache(own_redis.url, 60)
+    cache.put("known", RESULT)
+    with redis.Redis.from_url(own_redis.url) as client:
+        client.config_set("maxmemory", "1")
+        client.config_set("maxmemory-policy", "noeviction")
+    for _ in range(3):
+        cache.put("new", RESULT)
+        assert cache.get("known") == RESULT
+    assert cache.get("new") is None
+    assert complaints(caplog) == ["results are not remembered"]
+    cache.close()
+
+
+def test_an_operator_can_turn_it_off() -> None:
+    assert Cache.of(Settings(_env_file=None, worker={"reuse": False})) is None  # type: ignore[call-arg, arg-type]

@@ -1,0 +1,196 @@
+"""The manifest: what is known of each image when Redis has forgotten the job."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.errors import StorageRefused
+from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.messages import MANIFEST, Item, ItemResult, Output, StylizeJob
+from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
+from imagemill.shared.settings import FileSettings
+from imagemill.worker.line.manifest import write_manifest
+from imagemill.worker.transfer.store import FolderStore
+
+pytestmark = pytest.mark.integration
+
+JOB = "260730-1f0c9a3e"
+ITEMS = [
+    Item(index=0, source="https://a.example/ü.jpg"),
+    Item(index=1, source="https://a.example/none.jpg", mask="https://a.example/m.png"),
+    Item(index=2, source="https://a.example/later.jpg"),
+    Item(index=3, source="https://a.example/ü.jpg", duplicate_of=0),
+]
+DONE = ItemResult(
+    index=0,
+    state="done",
+    output="s3://results/x/000000-ü.png",
+    attempts=2,
+    source_format="jpeg",
+    source_bytes=1234,
+    source_size=(640, 480),
+    output_bytes=5678,
+    output_size=(320, 240),
+    seconds={"fetch": 0.25, "run": 0.5},
+    notes=("the profile was damaged",),
+    node="gpu0@a",
+)
+FAILED = ItemResult(
+    index=1,
+    state="failed",
+    code="not_found",
+    message="there is no such image",
+    attempts=1,
+    seconds={"fetch": 0.125},
+    node="gpu1@a",
+)
+
+
+@pytest.fixture
+def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
+    with redis.Redis.from_url(redis_server.url) as client:
+        client.flushall()
+    made = Ledger(redis_server.url)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> StylizeJob:
+    return StylizeJob(output=Output(url=tmp_path.as_uri()), options=OpencvStylize(style="pencil-sketch"))
+
+
+def begin(ledger: Ledger, spec: StylizeJob, *results: ItemResult) -> None:
+    """The job in two chunks, with these results."""
+    ledger.open_job(JOB, spec)
+    ledger.add_chunks(JOB, [(0, ITEMS[:2]), (1, ITEMS[2:])])
+    ledger.seal(JOB, chunks=2, total=len(ITEMS), duplicates={0: 1})
+    for result in results:
+        ledger.record(JOB, result)
+
+
+def store_in(folder: Path) -> FolderStore:
+    return FolderStore(folder.as_uri(), FileSettings(write_roots=(folder,)))
+
+
+def written(ledger: Ledger, spec: StylizeJob, folder: Path) -> list[dict[str, Any]]:
+    assert write_manifest(JOB, spec, ledger, store_in(folder)) == (folder / JOB / "manifest.jsonl").as_uri()
+    assert [path.name for path in (folder / JOB).iterdir()] == ["manifest.jsonl"]
+    text = (folder / JOB / "manifest.jsonl").read_text(encoding="utf-8")
+    assert text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_each_row_of_the_list_has_its_line_in_the_lists_order(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+    begin(ledger, spec, DONE, FAILED, ItemResult(index=2, state="done", output="s3://results/x/2.png"))
+    lines = written(ledger, spec, tmp_path)
+    assert [(line["index"], line["item"], line["source"]) for line in lines] == [
+        (item.index, item.id, item.source) for item in ITEMS
+    ]
+    assert [line["state"] for line in lines] == ["done", "failed", "done", "done"]
+    assert lines[1]["mask"] == "https://a.example/m.png"
+
+
+def test_a_line_tells_how_its_result_came_about(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+    begin(ledger, spec, DONE, FAILED)
+    line = written(ledger, spec, tmp_path)[0]
+    known = {
+        "output": "s3://results/x/000000-ü.png",
+        "attempts": 2,
+        "source_format": "jpeg",
+        "source_bytes": 1234,
+        "source_size": [640, 480],
+        "output_bytes": 5678,
+        "output_size": [320, 240],
+        "seconds": {"fetch": 0.25, "run": 0.5},
+        "notes": ["the profile was damaged"],
+        "batch": 1,
+        "node": "gpu0@a",
+        "job": JOB,
+        "operation": "stylize",
+        "options": spec.options.model_dump(mode="json"),
+    }
+    assert {name: line.get(name) for name in known} == known
+    assert line["options"]["style"] == "pencil-sketch"
+    assert line["versions"]["python"] == platform.python_version()
+    assert {name: line["versions"].get(name) for name in ("imagemill", "numpy", "opencv-python-headless")} == {
+        name: version(name) for name in ("imagemill", "numpy", "opencv-python-headless")
+    }
+    assert "code" not in line
+
+
+def test_a_line_tells_the_seed_where_there_is_one_and_the_engine_s_weights(ledger: Ledger, tmp_path: Path) -> None:
+    options = DiffusionStylize(seed=7, seed_policy="per-item")
+    spec = StylizeJob(output=Output(url=tmp_path.as_uri()), options=options)
+    begin(ledger, spec, DONE, FAILED)
+    write_manifest(JOB, spec, ledger, store_in(tmp_path), "sd15-canny 0123")
+    lines = [json.loads(line) for line in (tmp_path / JOB / "manifest.jsonl").read_text().splitlines()]
+    firsts = [ITEMS[0].index if item.duplicate_of is not None else item.index for item in ITEMS]
+    assert [line["seed"] for line in lines] == [7 + index for index in firsts], "a duplicate has its original's"
+    assert {line["fingerprint"] for line in lines} == {"sd15-canny 0123"}
+    assert {"torch", "diffusers"} <= lines[0]["versions"].keys()
+
+
+def test_a_line_tells_the_seed_that_its_result_was_made_with(ledger: Ledger, tmp_path: Path) -> None:
+    spec = StylizeJob(output=Output(url=tmp_path.as_uri()), options=DiffusionStylize(seed=7))
+    begin(ledger, spec, DONE.model_copy(update={"notes": ("repaired_seed",)}), FAILED)
+    assert [written(ledger, spec, tmp_path)[index]["seed"] for index in (0, 1, 3)] == [8, 7, 8]
+
+
+def test_a_line_tells_the_size_of_its_batch_if_that_is_known(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+    copied = ItemResult(index=2, state="done", output="s3://results/x/2.png", notes=("cached",))
+    begin(ledger, spec, DONE.model_copy(update={"batch": 8}), FAILED, copied)
+    assert [line.get("batch") for line in written(ledger, spec, tmp_path)] == [8, None, None, 8]
+
+
+def test_a_failure_keeps_its_code_and_its_sentence(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+    begin(ledger, spec, DONE, FAILED)
+    line = written(ledger, spec, tmp_path)[1]
+    assert (line["code"], line["message"], line["node"]) == ("not_found", "there is no such image", "gpu1@a")
+    assert line["seconds"] == {"fetch": 0.125}
+    assert "output" not in line
+
+
+def test_a_duplicate_s_line_is_whole_and_names_whose_result_it_shares(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+    begin(ledger, spec, DONE, FAILED)
+    first, *_, duplicate = written(ledger, spec, tmp_path)
+    assert duplicate.pop("duplicate_of") == 0
+    own = {"item", "index"}
+    assert {name: value for name, value in duplicate.items() if name not in own} == {
+        name: value for name, value in first.items() if name not in own
+    }
+
+
+def test_what_a_cancelled_job_never_did_is_cancelled_and_not_pending(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+    begin(ledger, spec, DONE)
+    assert ledger.cancel(JOB) == "stopped"
+    lease = ledger.acquire(JOB, MANIFEST, task="t", token="t/1")
+    assert isinstance(lease, Lease)
+    lines = written(ledger, spec, tmp_path)  # before the job is over, as the worker does
+    assert [line["state"] for line in lines] == ["done", "cancelled", "cancelled", "done"]
+
+
+def test_a_manifest_that_can_not_be_stored_says_why_and_leaves_nothing(
+    ledger: Ledger, spec: StylizeJob, tmp_path: Path
+) -> None:
+    begin(ledger, spec, DONE)
+    folder = tmp_path / "elsewhere"
+    with pytest.raises(StorageRefused, match="WRITE_ROOTS"):
+        write_manifest(JOB, spec, ledger, FolderStore(folder.as_uri(), FileSettings()))
+    assert not folder.exists()
+
+
+def test_written_again_it_is_replaced(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+    begin(ledger, spec, DONE)
+    assert [line["state"] for line in written(ledger, spec, tmp_path)][1] == "pending"
+    ledger.record(JOB, FAILED)
+    assert [line["state"] for line in written(ledger, spec, tmp_path)][1] == "failed"

@@ -1,0 +1,87 @@
+"""Pictures of a whole job are fetched once per chunk, whoever asks first and whatever comes of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
+
+import numpy as np
+import pytest
+
+from imagemill.shared.errors import ImageError, NotAnImage, NotFound, TooManyPixels
+from imagemill.shared.settings import FetchSettings, FileSettings
+from imagemill.worker.line.references import References
+from imagemill.worker.transfer.fetch import Fetcher
+from tests.conftest import photo
+from tests.services import Handler, ImageServer, failing, html, reply
+from tests.workers import wait_until
+
+
+def no_s3() -> NoReturn:
+    raise AssertionError("S3 was asked")
+
+
+@pytest.fixture
+def fetcher() -> Iterator[Fetcher]:
+    settings = FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "total_timeout": 20})
+    fetcher = Fetcher(settings, FileSettings(), no_s3)
+    yield fetcher
+    fetcher.close()
+
+
+@pytest.fixture
+def references(fetcher: Fetcher) -> References:
+    return References(fetcher, max_pixels=100_000, attempts=2)
+
+
+def test_many_ask_at_once_and_it_is_fetched_once(references: References, images: ImageServer) -> None:
+    go_on = threading.Event()
+
+    def slow(handler: Handler) -> None:
+        go_on.wait(60)
+        reply(handler, 200, photo(1))
+
+    images.routes["/a.png"] = slow
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(references.picture, images.url("/a.png")) for _ in range(8)]
+        wait_until(lambda: images.hits["/a.png"], "the server is asked")
+        assert not any(one.done() for one in asked)
+        go_on.set()
+        first, *others = (one.result(60) for one in asked)
+    assert all(other is first for other in others)
+    assert (first.size, images.hits["/a.png"]) == ((96, 72), 1)
+
+
+def test_one_address_can_be_a_picture_and_a_mask(references: References, images: ImageServer) -> None:
+    images.routes["/a.png"] = photo(1)
+    picture, mask = references.picture(images.url("/a.png")), references.mask(images.url("/a.png"))
+    assert picture.pixels.shape == (72, 96, 3)
+    assert mask.shape == (72, 96)
+    assert np.array_equal(mask, references.mask(images.url("/a.png")))
+    assert images.hits["/a.png"] == 2
+
+
+def test_trouble_that_passes_is_tried_again(references: References, images: ImageServer) -> None:
+    images.routes["/a.png"] = failing(1, 503, photo(1))
+    assert references.picture(images.url("/a.png")).size == (96, 72)
+
+
+@pytest.mark.parametrize(("path", "kind"), [("/none.png", NotFound), ("/page.png", NotAnImage), ("/large.png", TooManyPixels)])
+@pytest.mark.parametrize("what", ["picture", "mask"])
+def test_what_fails_fails_for_everyone_and_is_not_fetched_again(
+    what: str, path: str, kind: type[ImageError], references: References, images: ImageServer
+) -> None:
+    images.routes |= {"/page.png": html(), "/large.png": photo(1, 400, 300)}
+    for _ in range(3):
+        with pytest.raises(kind):
+            getattr(references, what)(images.url(path))
+    assert images.hits[path] == 1
+
+
+def test_another_chunk_asks_again(fetcher: Fetcher, images: ImageServer) -> None:
+    for _ in range(2):
+        images.routes["/a.png"] = photo(1)
+        References(fetcher, max_pixels=100_000, attempts=1).picture(images.url("/a.png"))
+    assert images.hits["/a.png"] == 2

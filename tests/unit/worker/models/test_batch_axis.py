@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from imagemill.worker.models import batch_axis
+from imagemill.worker.models.batch_axis import difference, free, make
+from imagemill.worker.models.checksums import digest
+from imagemill.worker.models.files import made_of, model_file, variant
+from tests.models import birefnet_like_onnx, u2net_onnx
+
+SHAPE = [1, 3, 8, 8]
+
+
+def graph(path: Path, *nodes: onnx.NodeProto, constants: Sequence[tuple[str, list[float] | list[int]]] = ()) -> Path:
+    """A model from `x` [1, 3, 8, 8] to `y`; nodes may name constants."""
+    kinds = {int: np.int64, float: np.float32}
+    weights = [numpy_helper.from_array(np.array(value, kinds[type(value[0])]), name) for name, value in constants]
+    model = helper.make_graph(
+        list(nodes),
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, SHAPE)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        weights,
+    )
+    onnx.save(helper.make_model(model, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def batch_of(path: Path) -> int | str:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).get_inputs()[0].shape[0]
+
+
+def outcome_of(original: Path) -> tuple[str, str]:
+    return make(original, variant(original, "dynamic"))
+
+
+def test_a_fixed_axis_is_set_free_beside_the_original_and_batches_give_the_same(tmp_path: Path) -> None:
+    original = birefnet_like_onnx(tmp_path / "rembg" / "birefnet-general.onnx", size=64)
+    before = digest(original)
+    assert free(original) == "made"
+    chosen = model_file(tmp_path, "rembg", "birefnet-general")
+    assert chosen == variant(original, "dynamic")
+    assert (batch_of(original), batch_of(chosen)) == (1, "batch")
+    images = np.random.default_rng(0).standard_normal((3, 3, 64, 64)).astype(np.float32)
+    one, many = (onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (original, chosen))
+    singles = [one.run(None, {"input_image": image[None]})[0] for image in images]
+    np.testing.assert_allclose(many.run(None, {"input_image": images})[0], np.concatenate(singles), atol=1e-3)
+    assert digest(original) == before
+    assert made_of(original, "dynamic")["sha256"] == digest(chosen)
+    assert not list(original.parent.glob("*.part"))
+
+
+def test_what_is_on_record_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = u2net_onnx(tmp_path / "fixed.onnx", size=32, dynamic=False)
+    good = u2net_onnx(tmp_path / "good.onnx", size=32)
+    assert (free(fixed), free(good)) == ("made", "free")
+    monkeypatch.setattr(batch_axis, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("tried again"))
+    assert (free(fixed), free(good)) == ("made", "free")
+
+
+def test_a_trial_that_is_killed_leaves_the_original_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = u2net_onnx(tmp_path / "rembg" / "u2net.onnx", size=32, dynamic=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_axis, "_end_me_first", end_now)
+        assert free(original) == "killed"
+    assert not made_of(original, "dynamic")
+    assert [path for path in original.parent.iterdir() if path.suffix != ".json"] == [original], "nothing stays behind"
+    assert model_file(tmp_path, "rembg", "u2net") == original
+    assert free(original) == "made"
+
+
+def end_now() -> None:
+    """As the kernel does to a process that takes too much, once it has made the file that is tried."""
+    import os
+
+    batch_axis.difference = lambda *_: os._exit(9)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "constants"),
+    [
+        ([helper.make_node("Reshape", ["x", "s"], ["r"]), helper.make_node("Relu", ["r"], ["y"])], [("s", [1, 3, 64])]),
+        ([helper.make_node("Reshape", ["x", "s"], ["r"]), helper.make_node("Relu", ["r"], ["y"])], [("s", [1, 3, -1])]),
+        # Windows, as Swin transformers make them: the batch is a factor of the first axis, and comes back as one of its own.
+        (
+            [
+                helper.make_node("Reshape", ["x", "apart"], ["a"]),
+                helper.make_node("Relu", ["a"], ["b"]),
+                helper.make_node("Reshape", ["b", "together"], ["y"]),
+            ],
+            [("apart", [12, 4, 4]), ("together", [1, 3, 8, 8])],
+        ),
+        # A table without the batch, added to every image.
+        (
+            [helper.make_node("Reshape", ["table", "s"], ["t"]), helper.make_node("Add", ["x", "t"], ["y"])],
+            [("table", [0.5] * 8), ("s", [1, 1, 1, 8])],
+        ),
+    ],
+    ids=["whole", "inferred", "windows", "table"],
+)
+def test_reshapes_that_hold_the_batch_are_rewritten(
+    tmp_path: Path, nodes: list[onnx.NodeProto], constants: list[tuple[str, list[int]]]
+) -> None:
+    original = graph(tmp_path / "net.onnx", *nodes, constants=constants)
+    assert outcome_of(original)[0] == "made"
+    assert batch_of(variant(original, "dynamic")) == "batch"
+
+
+ZEROS = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.zeros(SHAPE, np.float32)))
+MEAN = helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        ([ZEROS, helper.make_node("Concat", ["x", "c"], ["y"], axis=1)], "Concat"),  # can't be run with two images
+        ([MEAN, helper.make_node("Add", ["x", "m"], ["y"])], "for two images output 0 is off by"),
+        ([MEAN, helper.make_node("Relu", ["m"], ["y"])], "for two images output 0 is (1, 3, 8, 8)"),
+    ],
+    ids=["fails", "mixes", "merges"],
+)
+def test_a_graph_that_gives_something_else_stays_as_it_came(tmp_path: Path, nodes: list[onnx.NodeProto], told: str) -> None:
+    outcome, why = outcome_of(graph(tmp_path / "net.onnx", *nodes))
+    assert outcome == "refused"
+    assert told in why
+    assert {path.name for path in tmp_path.iterdir()} == {"net.onnx"}
+
+
+def test_a_file_that_is_no_model_is_told_and_left(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(b"no model")
+    assert free(tmp_path / "net.onnx") == "refused"
+
+
+def test_a_difference_is_measured_against_the_outputs_span(tmp_path: Path) -> None:
+    def scaled(name: str, factor: float) -> Path:
+        scale = helper.make_node("Constant", [], ["c"], value_float=factor)
+        return graph(tmp_path / name, scale, helper.make_node("Mul", ["x", "c"], ["y"]))
+
+    original = scaled("one.onnx", 1.0)
+    outcome_of(scaled("close.onnx", 1.0005))
+    outcome_of(scaled("far.onnx", 1.003))
+    assert difference(original, tmp_path / "close.dynamic.onnx") is None
+    assert "for one image" in str(difference(original, tmp_path / "far.dynamic.onnx"))

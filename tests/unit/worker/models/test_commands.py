@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from imagemill.producer.commands import SHORT_HELP, Commands
+from imagemill.worker.models import commands as module
+from imagemill.worker.models.catalogue import WEIGHTS, Weights, repository
+from imagemill.worker.models.files import variant
+from tests.generators import lama_checkpoint, lama_file, lama_script, lama_weights
+from tests.hub import COMMIT, Hub
+from tests.models import birefnet_like_onnx, u2net_onnx
+from tests.services import ImageServer, redirect
+from tests.workers import ROOT
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def published(tmp_path: Path, images: ImageServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Weights]:
+    """Three models of rembg's release and LaMa on a server with its layout, the mirror of an empty folder; by name."""
+    made = {
+        "u2net": u2net_onnx(tmp_path / "published" / "u2net.onnx", size=32),
+        "birefnet-general": birefnet_like_onnx(tmp_path / "published" / "birefnet.onnx", size=64),
+        "bria-rmbg": u2net_onnx(tmp_path / "published" / "bria.onnx", size=32, seed=1),
+        "lama": lama_script(tmp_path / "published" / "big-lama.pt"),
+    }
+    rows = []
+    for row in (row for row in WEIGHTS if row.name in made):
+        data = made[row.name].read_bytes()
+        path = row.url.removeprefix("https://github.com")
+        images.routes |= {path: redirect(f"/assets/{row.name}"), f"/assets/{row.name}": data}
+        kind = row.checksum.partition(":")[0]
+        checksum = f"{kind}:{hashlib.new(kind, data, usedforsecurity=False).hexdigest()}"
+        rows.append(Weights(**{**vars(row), "checksum": checksum, "about_bytes": len(data)}))
+    monkeypatch.setattr(module, "WEIGHTS", tuple(rows))
+    monkeypatch.setenv("IMAGEMILL_WEIGHTS__FOLDER", str(tmp_path / "weights"))
+    monkeypatch.setenv("IMAGEMILL_WEIGHTS__MIRROR", images.url(""))
+    return {row.name: row for row in rows}
+
+
+@pytest.fixture
+def run() -> Run:
+    """`imagemill models ...`, with the exit codes that `imagemill` gives."""
+    group = Commands("imagemill")
+    group.add_command(module.models)
+    return lambda *words: CliRunner().invoke(group, ["models", *words])
+
+
+def listed(run: Run) -> dict[str, dict[str, object]]:
+    return {row["name"]: row for row in map(json.loads, run("list", "--json").stdout.splitlines())}
+
+
+def test_the_command_is_installed_and_has_its_line_of_help() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["imagemill.commands"]
+    assert isinstance(EntryPoint("models", scripts["models"], "imagemill.commands").load(), click.Group)
+    assert set(SHORT_HELP) == set(scripts)
+
+
+def test_what_is_pulled_is_listed_and_verified(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    assert {row["state"] for row in listed(run).values()} == {"missing"}
+    assert "no model is in" in run("verify").stdout
+    done = run("pull", "u2net")
+    assert done.exit_code == 0, done.output
+    assert f"u2net: pulled, its checksum is right: {tmp_path}/weights/rembg/u2net.onnx" in done.stdout
+    rows = listed(run)
+    assert (rows["u2net"]["state"], rows["u2net"]["bytes"]) == ("there", published["u2net"].about_bytes)
+    assert rows["bria-rmbg"]["state"] == "missing"
+    assert "u2net: right (md5:" in run("verify").stdout
+    assert "is there already" in run("pull", "u2net").stdout
+
+
+def test_the_table_shows_every_model_with_state_and_licence(run: Run, published: dict[str, Weights]) -> None:
+    run("pull", "u2net")
+    shown = run("list").stdout
+    for name, words in {"u2net": ["there", "Apache-2.0"], "bria-rmbg": ["missing", "non-commercial"]}.items():
+        (line,) = [line for line in shown.splitlines() if line.split()[:1] == [name]]
+        assert all(word in line for word in words), line
+
+
+def test_an_engine_s_models_come_without_those_that_may_not_be_used_commercially(
+    run: Run, published: dict[str, Weights]
+) -> None:
+    assert run("pull", "--engine", "rembg", "--accept-licence").exit_code == 0
+    assert {name for name, row in listed(run).items() if row["state"] == "there"} == {"u2net", "birefnet-general"}
+
+
+def test_a_non_commercial_model_is_pulled_by_name_with_its_licence_accepted(run: Run, published: dict[str, Weights]) -> None:
+    refused = run("pull", "bria-rmbg")
+    assert (refused.exit_code, "--accept-licence" in refused.stderr) == (2, True)
+    assert listed(run)["bria-rmbg"]["state"] == "missing"
+    assert run("pull", "bria-rmbg", "--accept-licence").exit_code == 0
+    assert listed(run)["bria-rmbg"]["state"] == "there"
+
+
+def test_a_fixed_batch_axis_is_set_free_and_said_once(run: Run, published: dict[str, Weights]) -> None:
+    first = run("pull", "birefnet-general", "u2net")
+    assert first.stdout.count("batch axis was fixed at 1; made a file with a free one") == 1
+    assert listed(run)["birefnet-general"]["also"] == ["dynamic"]
+    assert listed(run)["u2net"]["also"] == []
+    assert "batch axis" not in run("pull", "birefnet-general").stdout
+    assert "birefnet-general.dynamic.onnx: right" in run("verify").stdout
+
+
+def test_a_trial_of_the_batch_axis_that_was_killed_is_told_and_made_again(
+    run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("imagemill.worker.models.batch_axis.free", lambda _: "killed")
+        assert "not known whether it takes batches" in run("pull", "birefnet-general").stdout
+    assert "made a file with a free one" in run("pull", "birefnet-general").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["u2nett"], "there is no model 'u2nett'; did you mean 'u2net'?"),
+        ([], "say which"),
+        (["--engine", "opencv"], "'opencv' is not"),
+    ],
+)
+def test_a_pull_of_nothing_that_exists_is_wrong_usage(
+    run: Run, published: dict[str, Weights], words: list[str], told: str
+) -> None:
+    done = run("pull", *words)
+    assert (done.exit_code, told in done.stderr) == (2, True), done.output
+
+
+def test_a_file_that_is_not_the_published_one_is_refused(run: Run, published: dict[str, Weights], images: ImageServer) -> None:
+    images.routes["/assets/u2net"] = b"something else"
+    done = run("pull", "u2net")
+    assert done.exit_code == 2
+    assert "is not the file that was asked for and was removed" in done.stderr
+    assert listed(run)["u2net"]["state"] == "missing"
+
+
+def test_verify_names_what_is_wrong_and_how_to_mend_it(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    run("pull", "u2net", "birefnet-general")
+    original = tmp_path / "weights" / "rembg" / "u2net.onnx"
+    original.write_bytes(original.read_bytes()[:-1])
+    assert listed(run)["u2net"]["state"] == "unchecked"
+    done = run("verify")
+    assert done.exit_code == 1
+    assert f"{original} is not the published file" in done.stderr
+    assert done.stderr.rstrip().endswith("imagemill models pull u2net")
+    assert "birefnet-general: right" in done.stdout
+    assert listed(run)["u2net"]["state"] == "damaged"
+    assert run("pull", "u2net").exit_code == 0
+    assert run("verify").exit_code == 0
+
+
+def test_verify_looks_at_what_was_made_of_a_model_too(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    run("pull", "birefnet-general")
+    original = tmp_path / "weights" / "rembg" / "birefnet-general.onnx"
+    made = variant(original, "dynamic")
+    right = made.read_bytes()
+    made.write_bytes(right[:-1])
+    done = run("verify", "birefnet-general")
+    assert (done.exit_code, "has changed since it was made" in done.stderr) == (1, True)
+    made.write_bytes(right)
+    assert run("verify").exit_code == 0
+    original.write_bytes(b"other")
+    assert "was made of another birefnet-general.onnx" in run("verify").stderr
+
+
+def test_verify_of_a_named_model_that_is_missing_fails(run: Run, published: dict[str, Weights]) -> None:
+    done = run("verify", "u2net")
+    assert (done.exit_code, "u2net is missing: imagemill models pull u2net" in done.stderr) == (1, True)
+
+
+def test_without_onnx_a_pull_still_ends_well(run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    done = run("pull", "birefnet-general")
+    assert (done.exit_code, "pip install 'imagemill[rembg]'" in done.stderr) == (0, True)
+    assert listed(run)["birefnet-general"]["state"] == "there"
+
+
+# --- LaMa, which is converted -----------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> set[str]:
+    """The visible files that the models' commands have left, but for what is remembered of them."""
+    return {path.name for path in (folder / "weights" / "lama").iterdir() if not path.name.startswith(".")} - {
+        f"{name}.sums.json" for name in ("lama.pt", "lama.safetensors")
+    }
+
+
+def test_lama_is_pulled_and_converted_once(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    done = run("pull", "lama")
+    loaded = tmp_path / "weights" / "lama" / "lama.safetensors"
+    assert done.exit_code == 0, done.output
+    assert f"lama: pulled, its checksum is right: {tmp_path}/weights/lama/lama.pt" in done.stdout
+    assert f"million numbers): {loaded}" in done.stdout
+    assert load_file(loaded).keys() == lama_weights().keys()
+    assert files(tmp_path) == {"lama.pt", "lama.safetensors", "lama.safetensors.made.json"}
+    row = listed(run)["lama"]
+    assert (row["state"], row["path"], row["bytes"]) == ("there", str(loaded), loaded.stat().st_size)
+    again = run("pull", "--engine", "lama")
+    assert "is there already" in again.stdout
+    assert "converted" not in again.stdout
+    verified = run("verify")
+    assert verified.exit_code == 0
+    assert "lama: right (md5:" in verified.stdout
+    assert "lama.safetensors: right (sha256:" in verified.stdout
+
+
+def test_lama_is_converted_again_where_that_file_is_missing_or_of_another(
+    run: Run, published: dict[str, Weights], images: ImageServer, tmp_path: Path
+) -> None:
+    run("pull", "lama")
+    loaded = tmp_path / "weights" / "lama" / "lama.safetensors"
+    loaded.unlink()
+    assert listed(run)["lama"]["state"] == "unconverted"
+    images.routes.clear()
+    assert "lama: converted lama.pt" in run("pull", "lama").stdout
+    assert listed(run)["lama"]["state"] == "there"
+    loaded.write_bytes(loaded.read_bytes()[:-1])
+    done = run("verify", "lama")
+    assert (done.exit_code, "has changed since it was made" in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("write", [lama_checkpoint, lama_script, lama_file])
+def test_lama_can_be_had_from_a_file_of_ones_own(
+    write: Callable[..., Path], run: Run, published: dict[str, Weights], images: ImageServer, tmp_path: Path
+) -> None:
+    run("pull", "lama")
+    images.routes.clear()
+    own = write(tmp_path / "own" / "best.ckpt", seed=7)
+    done = run("pull", "lama", "--from", str(own))
+    assert (done.exit_code, "lama: converted best.ckpt" in done.stdout) == (0, True), done.output
+    made = load_file(tmp_path / "weights" / "lama" / "lama.safetensors")
+    assert all(torch.equal(made[name], tensor) for name, tensor in lama_weights(seed=7).items())
+    assert own.is_file()
+    assert files(tmp_path) == {"lama.safetensors", "lama.safetensors.made.json"}
+    assert listed(run)["lama"]["state"] == "unchecked"
+    verified = run("verify")
+    assert (verified.exit_code, "lama.safetensors: right" in verified.stdout) == (0, True), verified.output
+
+
+def test_a_safetensors_file_that_somebody_put_there_is_used_as_it_is(
+    run: Run, published: dict[str, Weights], tmp_path: Path
+) -> None:
+    path = lama_file(tmp_path / "weights" / "lama" / "lama.safetensors")
+    assert listed(run)["lama"]["state"] == "unchecked"
+    verified = run("verify")
+    assert (verified.exit_code, "put here by somebody" in verified.stdout) == (0, True), verified.output
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("words", [["u2net"], ["lama", "u2net"], [], ["lama", "--engine", "lama"]])
+def test_only_lama_can_be_had_from_a_file(words: list[str], run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    own = lama_file(tmp_path / "own.safetensors")
+    done = run("pull", *words, "--from", str(own))
+    assert (done.exit_code, "goes with one model that is converted (lama)" in done.stderr) == (2, True), done.output
+
+
+def test_a_file_of_something_else_takes_nothing_away(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    run("pull", "lama")
+    (tmp_path / "own").write_bytes(b"something else")
+    done = run("pull", "lama", "--from", str(tmp_path / "own"))
+    assert (done.exit_code, "no file of LaMa's weights" in done.stderr) == (2, True), done.output
+    assert run("verify", "lama").exit_code == 0
+    assert listed(run)["lama"]["state"] == "there"
+
+
+def test_without_torch_lama_is_pulled_and_told_how_to_convert_it(
+    run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.delitem(sys.modules, "imagemill.worker.models.conversion", raising=False)
+        patched.setitem(sys.modules, "torch", None)
+        done = run("pull", "lama")
+    assert (done.exit_code, "torch is not installed: pip install 'imagemill[lama]'" in done.stderr) == (2, True), done.output
+    assert listed(run)["lama"]["state"] == "unconverted"
+    assert run("pull", "lama").exit_code == 0
+    assert listed(run)["lama"]["state"] == "there"
+
+
+def test_lama_is_not_for_8_bits(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    done = run("quantize", "lama", "--images", str(tmp_path))
+    assert (done.exit_code, "can't be made in 8 bits" in done.stderr) == (2, True), done.output
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The repository of the LCM LoRA on a stand-in for the hub, the mirror of an empty folder."""
+    with Hub(
+        repository("lcm-lora-sdv1-5").source, {"pytorch_lora_weights.safetensors": b"an adapter", "a.bin": b"no"}
+    ) as server:
+        monkeypatch.setenv("IMAGEMILL_WEIGHTS__FOLDER", str(tmp_path / "weights"))
+        monkeypatch.setenv("IMAGEMILL_WEIGHTS__MIRROR", server.url)
+        yield server
+
+
+def test_a_model_of_the_hub_is_pulled_listed_and_verified(run: Run, hub: Hub, tmp_path: Path) -> None:
+    name = "lcm-lora-sdv1-5"
+    refused = run("pull", name)
+    assert refused.exit_code == 2, "the stand-in does not have the pinned commit"
+    assert "the hub has no latent-consistency/lcm-lora-sdv1-5 at cf2fced5" in refused.stderr
+    done = run("pull", name, "--revision", "main")
+    assert f"{name}: pulled, commit {COMMIT}, checked: {tmp_path}/weights/diffusion/{name}" in done.stdout, done.output
+    row = listed(run)[name]
+    assert (row["state"], row["licence"]) == ("there", "OpenRAIL++")
+    assert f"{name}: right (commit {COMMIT})" in run("verify").stdout
+    (tmp_path / "weights" / "diffusion" / name / "pytorch_lora_weights.safetensors").write_bytes(b"an adaptor")
+    wrong = run("verify")
+    assert wrong.exit_code == 1
+    assert "is not the file that was pulled: its SHA-256 is" in wrong.stderr
+    assert f"imagemill models pull {name}" in wrong.stderr
+
+
+def test_a_model_that_is_made_of_two_repositories_is_one_name(run: Run, hub: Hub) -> None:
+    done = run("pull", "sd15-canny")
+    assert done.exit_code == 2
+    assert "the hub has no stable-diffusion-v1-5/stable-diffusion-v1-5 at 451f4fe1" in done.stderr
+    assert run("pull", "sd15-cannyy").stderr.count("did you mean 'sd15-canny'") == 1
+
+
+@pytest.mark.parametrize("words", [["u2net"], ["sd15-canny"], []])
+def test_a_revision_is_for_one_repository(run: Run, words: list[str]) -> None:
+    done = run("pull", *words, "--revision", "main")
+    assert (done.exit_code, "--revision is for one" in done.stderr) == (2, True)
+
+
+def test_a_model_of_the_hub_has_no_8_bits(run: Run, tmp_path: Path) -> None:
+    done = run("quantize", "sd15", "--images", str(tmp_path))
+    assert (done.exit_code, "can't be made in 8 bits" in done.stderr) == (2, True)

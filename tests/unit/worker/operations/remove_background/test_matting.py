@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imagemill.shared.errors import MissingExtra
+from imagemill.worker.imaging.picture import Grey, Pixels
+from imagemill.worker.operations.remove_background import matting
+from imagemill.worker.operations.remove_background.matting import FAILED, TIMED_OUT, TOO_LARGE, matted, trimap
+
+FRONT, BACK = (190, 60, 40), (225, 230, 240)
+SIZE = (260, 200)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    """pymatting's first import compiles for up to a minute: not in a test's own time."""
+    import pymatting  # noqa: F401
+
+
+def furry(fore: tuple[int, int, int] = FRONT) -> tuple[Pixels, Any, Grey]:
+    """A disc with hairs that stand out of it: picture, true alpha 0..1, and what a model sees of it, uint8."""
+    x, y = (SIZE[0] // 2, SIZE[1] // 2)
+    drawn = np.zeros((4 * SIZE[1], 4 * SIZE[0]), np.uint8)
+    cv2.circle(drawn, (4 * x, 4 * y), 200, 255, -1)
+    for angle in np.arange(0, 2 * np.pi, 0.13):
+        end = (round(4 * x + 250 * np.cos(angle)), round(4 * y + 250 * np.sin(angle)))
+        cv2.line(drawn, (4 * x, 4 * y), end, 255, 5)
+    truth = cv2.resize(drawn, SIZE, interpolation=cv2.INTER_AREA) / 255
+    noise = np.random.default_rng(0).normal(0, 1, (*truth.shape, 3))
+    pixels = np.array(fore) * truth[..., None] + np.array(BACK) * (1 - truth[..., None]) + noise
+    seen = cv2.GaussianBlur((truth * 255).astype(np.uint8), (0, 0), 4)
+    return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8), truth, seen
+
+
+def run(pixels: Pixels, alpha: Grey, most: int = 1_000_000, seconds: float = 60) -> tuple[Grey, list[str]]:
+    notes: list[str] = []
+    before = alpha.copy()
+    result = matted(pixels, alpha, most, seconds, notes)
+    assert np.array_equal(alpha, before), "what is given is never changed"
+    return result, notes
+
+
+def test_hairs_come_back_that_the_matte_has_blurred() -> None:
+    pixels, truth, seen = furry()
+    found, notes = run(pixels, seen)
+    assert not notes
+    assert abs(found / 255 - truth).mean() < 0.25 * abs(seen / 255 - truth).mean()
+
+
+def test_it_is_what_the_whole_picture_at_once_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pymatting import estimate_alpha_cf
+
+    pixels, _, seen = furry()
+    pixels, seen = np.ascontiguousarray(pixels[:, :150]), np.ascontiguousarray(seen[:, :150])  # cut off at one side
+    front, back = trimap(seen)
+    whole = estimate_alpha_cf(pixels / 255, np.where(front, 1.0, np.where(back, 0.0, 0.5)))
+    for band in (7, 64):
+        monkeypatch.setattr(matting, "BAND", band)
+        found, notes = run(pixels, seen)
+        assert not notes
+        assert abs(found - whole * 255).max() <= 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=st.tuples(st.integers(1, 60), st.integers(1, 60)), seed=st.integers(0, 99))
+def test_the_trimap_is_rembgs(size: tuple[int, int], seed: int) -> None:
+    from scipy.ndimage import binary_erosion
+
+    drawn = cv2.resize(np.random.default_rng(seed).integers(0, 256, (3, 3), np.uint8), size, interpolation=cv2.INTER_LINEAR)
+    alpha = np.where(drawn > 150, 255, np.where(drawn < 110, 0, drawn)).astype(np.uint8)
+    square = np.ones((10, 10), np.uint8)
+    front, back = trimap(alpha)
+    assert np.array_equal(front, binary_erosion(alpha > 240, structure=square))
+    assert np.array_equal(back, binary_erosion(alpha < 10, structure=square, border_value=1))
+
+
+@pytest.mark.parametrize(
+    ("most", "seconds", "note"),
+    [(SIZE[0] * SIZE[1] - 1, 60, TOO_LARGE), (SIZE[0] * SIZE[1], 60, None), (1_000_000, 1e-9, TIMED_OUT)],
+    ids=["above the cap", "at the cap", "no time"],
+)
+def test_beyond_the_cap_or_the_deadline_it_is_the_plain_matte_and_says_so(most: int, seconds: float, note: str | None) -> None:
+    pixels, _, seen = furry()
+    found, notes = run(pixels, seen, most, seconds)
+    assert notes == ([note] if note else [])
+    assert np.array_equal(found, seen) == (note is not None)
+
+
+def test_where_more_than_a_quarter_is_unsure_the_cap_counts_that() -> None:
+    pixels, _, seen = furry()
+    vague = np.clip(seen, 60, 255).astype(np.uint8)
+    vague[:20], vague[20:, :20] = 0, 0
+    assert run(pixels, vague, SIZE[0] * SIZE[1])[1] == [TOO_LARGE]
+
+
+@pytest.mark.parametrize("ticks", [2, 4, 5], ids=["the matrix", "the preconditioner", "the solver"])
+def test_the_deadline_stops_every_stage(ticks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes on a second whenever it is read: the matrix, the preconditioner and the solver read it."""
+    clock = iter(range(1_000_000))
+    monkeypatch.setattr(matting.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(matting, "PACE", 0)
+    pixels, _, seen = furry()
+    threads = threading.active_count()
+    found, notes = run(pixels, seen, seconds=ticks + 0.5)
+    assert notes == [TIMED_OUT]
+    assert found is seen
+    assert next(clock) == ticks + 2, "the first look beyond the end is the last"
+    assert threading.active_count() == threads
+
+
+def test_what_can_not_be_stopped_is_not_begun_without_the_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pymatting
+
+    monkeypatch.setattr(matting, "PACE", 1.0)
+    monkeypatch.setattr(pymatting, "ichol", lambda *_, **__: pytest.fail("begun"))
+    assert run(*furry()[::2])[1] == [TIMED_OUT]
+
+
+def _raises(*_: Any, **__: Any) -> Any:
+    raise ValueError("not positive definite")
+
+
+@pytest.mark.parametrize("name", ["ichol", "cg", "cf_laplacian"])
+def test_where_the_solver_gives_up_it_is_the_plain_matte_and_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pymatting
+
+    monkeypatch.setattr(pymatting, name, _raises)
+    pixels, _, seen = furry()
+    found, notes = run(pixels, seen)
+    assert notes == [FAILED]
+    assert found is seen
+
+
+def shapes() -> Iterator[tuple[str, Grey]]:
+    yield "only a faint subject", np.full((60, 80), 100, np.uint8)
+    thin = np.zeros((60, 80), np.uint8)
+    thin[:, 40:44] = 255
+    yield "thinner than what is sure", thin
+
+
+@pytest.mark.parametrize("alpha", [alpha for _, alpha in shapes()], ids=[name for name, _ in shapes()])
+def test_with_nothing_sure_to_start_from_nothing_is_lost(alpha: Grey) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*alpha.shape, 3), np.uint8)
+    found, notes = run(pixels, alpha)
+    assert notes == [FAILED]
+    assert np.array_equal(found, alpha)
+
+
+def test_a_thin_part_beside_the_subject_is_kept() -> None:
+    alpha = np.zeros((120, 160), np.uint8)
+    alpha[20:100, 20:90] = 255
+    alpha[20:100, 130:134] = 255
+    pixels = np.where(alpha[..., None] > 0, FRONT, BACK).astype(np.uint8)
+    found, notes = run(pixels, alpha)
+    assert not notes
+    assert np.array_equal(found[:, 115:], alpha[:, 115:])
+
+
+def test_what_is_transparent_already_is_surely_not_the_subject() -> None:
+    pixels, _, seen = furry()
+    opaque = np.full(seen.shape, 255, np.uint8)
+    opaque[:, 150:] = 0
+    found, notes = run(np.dstack([pixels, opaque]), cv2.multiply(seen, opaque, scale=1 / 255))
+    assert not notes
+    assert not found[:, 150:].any()
+    assert found[100, 130] == 255
+
+
+def test_it_is_loaded_only_when_it_is_asked_for() -> None:
+    code = (
+        "import sys; import imagemill.worker.operations.remove_background.compose; "
+        "assert not {'numba', 'scipy', 'pymatting', 'rembg'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_the_extra_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pymatting", None)
+    pixels, _, seen = furry()
+    with pytest.raises(MissingExtra, match=r"pip install 'imagemill\[rembg\]'"):
+        run(pixels, seen)

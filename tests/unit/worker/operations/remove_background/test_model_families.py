@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import warnings
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from imagemill.shared.errors import OperationFailed
+from imagemill.shared.options.remove_background import RembgModel
+from imagemill.worker.operations.remove_background import model_families as families
+from imagemill.worker.operations.remove_background.model_families import FAMILIES, in_bytes, scaled
+from tests.unit.worker.operations.conformance import scene
+
+U2NET, BIREFNET = FAMILIES["u2net"], FAMILIES["birefnet-general"]
+BRIGHT = np.full((5, 5, 3), 240, np.uint8)
+
+
+class Recorder:
+    """In place of onnxruntime below one of rembg's own sessions: keeps the input and gives a made-up output."""
+
+    def __init__(self, output: NDArray[np.float32]) -> None:
+        self.output = output
+
+    def get_inputs(self) -> list[Any]:
+        return [type("Input", (), {"name": "input"})]
+
+    def run(self, _: Any, feed: dict[str, Any]) -> list[Any]:
+        self.tensor = feed["input"]
+        return [self.output[None]]
+
+
+def rembgs(model: str, pixels: NDArray[np.uint8], output: NDArray[np.float32]) -> tuple[Any, Any]:
+    """rembg's own tensor for a picture, and its mask for the model's output."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that we don't use
+        from rembg.sessions import sessions
+    session = object.__new__(sessions[model])
+    session.inner_session = Recorder(output)
+    (mask,) = session.predict(Image.fromarray(pixels))
+    return session.inner_session.tensor[0], np.asarray(mask)
+
+
+def outputs(model: str) -> NDArray[np.float32]:
+    """Something like a model's output [1, size, size]: probabilities, or logits for a family that has a sigmoid."""
+    family = FAMILIES[model]
+    across = np.linspace(-1, 1, family.size, dtype=np.float32)
+    found = np.exp(-4 * (across[:, None] ** 2 + across**2))[None]
+    return found * 150 - 100 if family.logits else found * 0.9
+
+
+@pytest.mark.parametrize("model", get_args(RembgModel))
+def test_input_and_matte_of_every_model_are_rembgs_to_the_last_bit(model: str) -> None:
+    pixels = scene(90, 130)
+    output = outputs(model)
+    with np.errstate(over="ignore"):
+        tensor, mask = rembgs(model, pixels, output)
+    assert FAMILIES[model].tensor(pixels).tobytes() == tensor.tobytes()
+    matte = in_bytes(FAMILIES[model].matte(output))
+    assert np.array_equal(Image.fromarray(matte).resize((130, 90), Image.Resampling.LANCZOS), mask)
+
+
+@pytest.mark.parametrize("shape", [(700, 900), (900, 400), (320, 320), (1, 1), (3, 500), (600, 2)])
+def test_pictures_of_all_shapes_are_scaled_as_rembg_does(shape: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    tensor, _ = rembgs("u2net", pixels, outputs("u2net"))
+    assert U2NET.tensor(pixels).tobytes() == tensor.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(700, 900), (900, 700)])
+def test_an_enormous_picture_goes_through_in_strips_to_nearly_the_same(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 4), np.uint8)
+    whole = scaled(pixels, 320).astype(int)
+    monkeypatch.setattr(families, "WHOLE", 1000)
+    assert np.abs(scaled(pixels, 320) - whole).mean() < 0.5  # Pillow begins with the longer side, and rounds between
+
+
+def test_values_are_relative_to_the_brightest_of_the_image() -> None:
+    dark = U2NET.tensor(BRIGHT // 4)
+    assert np.array_equal(dark, U2NET.tensor(BRIGHT))
+    assert dark[0, 0, 0] == pytest.approx((1 - 0.485) / 0.229)
+
+
+def test_a_black_image_divides_by_nothing() -> None:
+    tensor = U2NET.tensor(np.zeros((5, 5, 3), np.uint8))
+    assert np.isfinite(tensor).all()
+    assert tensor[0, 0, 0] == pytest.approx(-0.485 / 0.229)
+
+
+def test_what_is_hidden_by_transparency_is_not_seen_but_as_rembg_it_is() -> None:
+    one, other = (np.dstack([scene(40, 60, seed=seed), np.zeros((40, 60), np.uint8)]) for seed in (0, 1))
+    assert np.array_equal(U2NET.tensor(one), U2NET.tensor(other))
+    hidden, _ = rembgs("u2net", one, outputs("u2net"))
+    assert np.array_equal(U2NET.tensor(one, as_rembg=True), hidden)
+
+
+def test_an_opaque_picture_with_alpha_is_the_same_as_without() -> None:
+    pixels = scene(40, 60)
+    assert np.array_equal(U2NET.tensor(np.dstack([pixels, np.full((40, 60), 255, np.uint8)])), U2NET.tensor(pixels))
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
+def test_a_flat_output_has_no_subject_and_divides_by_nothing(level: float) -> None:
+    flat = np.full((1, 320, 320), level, np.float32)
+    flat[0, 0, 0] += 1e-8
+    assert not U2NET.matte(flat).any()
+
+
+def test_a_matte_takes_up_the_whole_range() -> None:
+    matte = U2NET.matte(outputs("u2net") * 0.01 + 0.4)
+    assert (matte.dtype, matte.shape) == (np.float32, (320, 320))
+    assert (matte.min(), matte.max()) == (0, 1)
+
+
+def test_each_image_is_stretched_by_itself_whatever_is_in_its_batch() -> None:
+    strong = outputs("u2net")
+    assert np.allclose(U2NET.matte(strong), U2NET.matte(strong * 0.1), atol=1e-5)
+
+
+def test_logits_beyond_what_exp_can_hold_are_sure() -> None:
+    logits = np.full((1, 1024, 1024), -1000, np.float32)
+    logits[0, :10] = 1000
+    matte = BIREFNET.matte(logits)
+    assert matte[:10].min() == 1
+    assert matte[10:].max() == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_output_that_is_no_number_fails_that_image(bad: float) -> None:
+    output = outputs("u2net")
+    output[0, 3, 3] = bad
+    with pytest.raises(OperationFailed, match="not finite"):
+        U2NET.matte(output)

@@ -1,0 +1,427 @@
+"""The engine against rembg itself with the same ONNX files, and what it does where rembg has no answer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagemill.shared.engines import parse_options
+from imagemill.shared.errors import BadReference, ConfigurationError, ImageError, NotFound, OperationFailed, Unreachable
+from imagemill.shared.messages import Item
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.picture import Picture, Pixels
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.batching import Batcher
+from imagemill.worker.operations.base import Inputs, Sample, Work
+from imagemill.worker.operations.remove_background import rembg as engine
+from imagemill.worker.operations.remove_background.rembg import Rembg
+from tests.models import u2net_onnx, weights_folder
+from tests.unit.worker.operations.conformance import REFERENCE, scene
+from tests.workers import ROOT, clean_environment
+
+MODELS = ("u2net", "isnet-general-use", "isnet-anime", "birefnet-general")
+PHOTOS = os.environ.get("IMAGEMILL_BENCH_IMAGES")
+PICTURES: dict[str, Pixels] = {
+    "landscape": scene(240, 400),
+    "portrait": scene(500, 300, seed=1),
+    "small": scene(30, 40, seed=2),
+    "with alpha": scene(200, 260, channels=4, seed=3),
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return weights_folder(tmp_path_factory.getbasetemp() / "weights", *MODELS)
+
+
+def loaded(weights: Path) -> Rembg:
+    made = Rembg()
+    made.load(Device(threads=1, weights=weights))
+    return made
+
+
+def prepared(operation: Rembg, pixels: Pixels, read: Any = None, **given: Any) -> Work:
+    options = parse_options("remove-background", "rembg", given)
+    return operation.prepare(
+        Picture(pixels), Inputs(Item(index=0, source="https://images.example/one.png"), options, read=read)
+    )
+
+
+def cut(operation: Rembg, pixels: Pixels, **given: Any) -> Pixels:
+    work = prepared(operation, pixels, **given)
+    return operation.finish(work, operation.run(work.samples)).pixels
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    """rembg itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries that we don't use
+        import rembg
+    return rembg
+
+
+def removed(theirs: Any, weights: Path, model: str, pixels: Pixels, **more: Any) -> Pixels:
+    """What `rembg.remove` makes of a picture with the very file that the engine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODEL_CHECKSUM_DISABLED", "1")
+        patch.setenv("U2NET_HOME", str(weights / "rembg"))
+        session = theirs.new_session(model, providers=["CPUExecutionProvider"])
+    return np.asarray(theirs.remove(Image.fromarray(pixels), session=session, **more))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_exact_gives_the_pixels_of_rembg(model: str, weights: Path, theirs: Any) -> None:
+    operation = loaded(weights)
+    for name, pixels in PICTURES.items():
+        expected = removed(theirs, weights, model, pixels)
+        assert np.array_equal(cut(operation, pixels, model=model, exact=True), expected), name
+        assert expected[..., 3].std() > 5, f"{name}: a matte with nothing in it proves nothing"
+
+
+@pytest.mark.parametrize(
+    ("ours", "rembgs"),
+    [
+        ({"background": "#ff8000"}, {"bgcolor": (255, 128, 0, 255)}),
+        ({"mask_only": True}, {"only_mask": True}),
+        ({"alpha_matting": True}, {"alpha_matting": True}),
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_exact_gives_the_pixels_of_rembgs_own_options(
+    ours: dict[str, Any], rembgs: dict[str, Any], weights: Path, theirs: Any
+) -> None:
+    pixels = PICTURES["landscape"]
+    expected = removed(theirs, weights, "u2net", pixels, **rembgs)
+    made = cut(loaded(weights), pixels, exact=True, **ours)
+    if expected.ndim == 2:
+        expected = expected[..., None]
+    assert np.array_equal(made, np.broadcast_to(expected[..., : made.shape[2]], made.shape))
+
+
+def test_exact_with_matting_beyond_the_cap_is_the_plain_cut_out_and_says_so(weights: Path) -> None:
+    operation, pixels = loaded(weights), PICTURES["landscape"]
+    work = prepared(operation, pixels, exact=True, alpha_matting=True, matting_pixels=10_000)
+    made = operation.finish(work, operation.run(work.samples)).pixels
+    assert np.array_equal(made, cut(operation, pixels, exact=True))
+    assert work.notes == ["matting_too_large"]
+
+
+def test_exact_is_at_the_sources_size_and_else_the_long_edge_counts(weights: Path) -> None:
+    operation, pixels = loaded(weights), scene(40, 1700)
+    assert cut(operation, pixels, exact=True).shape == (40, 1700, 4)
+    assert cut(operation, pixels, exact=True, crop=True).shape[1] <= 1870
+    assert cut(operation, pixels).shape == (38, 1600, 4)
+    assert cut(operation, pixels, long_edge="original").shape == (40, 1700, 4)
+    edges = [operation.work_edge(parse_options("remove-background", "rembg", given)) for given in ({}, {"exact": True})]
+    assert edges == [1600, None]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_fast_path_has_the_alpha_of_rembg(model: str, weights: Path, theirs: Any) -> None:
+    operation = loaded(weights)
+    for name, pixels in PICTURES.items():
+        rgb = np.ascontiguousarray(pixels[..., :3])  # what rembg makes of hidden colours is not what we want
+        alpha = cut(operation, rgb, model=model)[..., 3].astype(int)
+        assert np.abs(alpha - removed(theirs, weights, model, rgb)[..., 3]).mean() <= 1.5, name
+
+
+@pytest.mark.skipif(PHOTOS is None, reason="IMAGEMILL_BENCH_IMAGES names no folder of photos")
+def test_the_fast_path_has_the_alpha_of_rembg_on_photos(weights: Path, theirs: Any) -> None:
+    operation = loaded(weights)
+    for path in sorted(Path(PHOTOS or "").glob("*.jpg")):
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+        alpha = cut(operation, pixels)[..., 3].astype(int)
+        assert np.abs(alpha - removed(theirs, weights, "u2net", pixels)[..., 3]).mean() <= 1.5, path.name
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_batch_gives_each_image_what_it_gets_alone(dynamic: bool, tmp_path: Path) -> None:
+    u2net_onnx(tmp_path / "rembg" / "u2net.onnx", dynamic=dynamic)
+    operation = loaded(tmp_path)
+    works = [prepared(operation, pixels) for pixels in PICTURES.values()]
+    outputs = operation.run([sample for work in works for sample in work.samples])
+    for work, output in zip(works, outputs, strict=True):
+        together = operation.finish(work, [output]).pixels.astype(int)
+        assert np.abs(together - operation.finish(work, operation.run(work.samples)).pixels).max() <= 1
+
+
+def test_images_for_two_models_never_share_a_batch(weights: Path) -> None:
+    operation = loaded(weights)
+    batcher: Batcher[int] = Batcher(operation, BatchSizes(), 8)
+    wanted = [{"model": model, "exact": exact} for model in MODELS for exact in (True, False)] * 2
+    for place, given in enumerate(wanted):
+        batcher.add(place, [Sample(None, parse_options("remove-background", "rembg", given))])
+    while batcher:
+        batch = [slot.sample.options for slot in batcher.take()]
+        assert len({(options.model, options.exact) for options in batch}) == 1
+        assert len(batch) == 2
+
+
+def test_a_chunk_that_asks_for_another_model_gets_it_and_the_first_one_is_dropped_before(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    alive: WeakSet[Any] = WeakSet()
+
+    class Watched(engine.Session):
+        def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
+            assert not alive, "two models are open"
+            super().__init__(path, name, device, size)
+            alive.add(self)
+            opened.append(name)
+
+    monkeypatch.setattr(engine, "Session", Watched)
+    operation, pixels = loaded(weights), PICTURES["landscape"]
+    assert opened == [], "loading opens none"
+    first = cut(operation, pixels, model="u2net")
+    cut(operation, pixels, model="u2net", exact=True)
+    other = cut(operation, pixels, model="isnet-anime")
+    assert np.array_equal(cut(operation, pixels, model="u2net"), first)
+    assert not np.array_equal(other, first)
+    assert opened == ["u2net", "isnet-anime", "u2net"]
+
+
+def test_a_file_that_changes_while_it_is_open_is_opened_anew(tmp_path: Path) -> None:
+    """Its fingerprint changes with it, and what the old file makes would be remembered as the new one's."""
+    path = u2net_onnx(tmp_path / "rembg" / "u2net.onnx")
+    operation, pixels = loaded(tmp_path), PICTURES["landscape"]
+    before = cut(operation, pixels)
+    u2net_onnx(tmp_path / "new.onnx", seed=1).replace(path)
+    after = cut(operation, pixels)
+    assert not np.array_equal(after, before)
+    assert np.array_equal(after, cut(loaded(tmp_path), pixels))
+
+
+def test_a_folder_without_models_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="imagemill models pull u2net"):
+        loaded(tmp_path)
+
+
+def test_a_model_that_is_not_there_is_named_at_the_start_and_fails_only_its_images_later(weights: Path) -> None:
+    operation = loaded(weights)
+    with pytest.raises(ConfigurationError, match="imagemill models pull silueta"):
+        cut(operation, PICTURES["small"], model="silueta")
+    cut(operation, PICTURES["small"])
+    with pytest.raises(OperationFailed, match="imagemill models pull silueta"):
+        cut(operation, PICTURES["small"], model="silueta")
+    cut(operation, PICTURES["small"])
+
+
+def test_a_damaged_model_stops_the_node_at_its_start_and_later_fails_its_images(weights: Path, tmp_path: Path) -> None:
+    folder = weights_folder(tmp_path, "u2net")
+    (folder / "rembg" / "silueta.onnx").write_bytes(b"<html>")
+    operation = loaded(folder)
+    with pytest.raises(ConfigurationError, match="silueta can't be opened"):
+        cut(operation, PICTURES["small"], model="silueta")
+    cut(operation, PICTURES["small"])
+    with pytest.raises(OperationFailed, match="silueta can't be opened"):
+        cut(operation, PICTURES["small"], model="silueta")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_where_nothing_is_found_the_cut_out_is_empty_and_says_so(exact: bool, weights: Path) -> None:
+    operation = loaded(weights)
+    work = prepared(operation, PICTURES["landscape"], exact=exact)
+    made = operation.finish(work, [np.full((1, 320, 320), 0.5, np.float32)]).pixels
+    assert not made[..., 3].any()
+    assert work.notes == ["empty_cutout"]
+
+
+@pytest.mark.parametrize(
+    ("given", "comparable", "matte"),
+    [
+        ({}, True, False),
+        ({"background": "#ff0000"}, True, True),
+        ({"crop": True}, False, True),
+        ({"mask_only": True}, False, True),
+    ],
+    ids=str,
+)
+def test_the_check_is_told_what_it_can_not_see(given: dict[str, Any], comparable: bool, matte: bool, weights: Path) -> None:
+    operation = loaded(weights)
+    work = prepared(operation, PICTURES["landscape"], **given)
+    operation.finish(work, operation.run(work.samples))
+    assert work.evidence.comparable == comparable
+    assert (work.evidence.alpha is not None) == matte
+
+
+def test_alpha_that_the_source_has_is_kept(weights: Path) -> None:
+    pixels = PICTURES["with alpha"]
+    made = cut(loaded(weights), pixels)
+    assert (made[..., 3] <= pixels[..., 3]).all()
+    assert made[..., 3].any()
+
+
+def test_the_background_is_read_once_per_image_and_laid_behind(weights: Path) -> None:
+    asked: list[str] = []
+
+    def read(url: str) -> Picture:
+        asked.append(url)
+        return Picture(np.full((30, 30, 3), (0, 0, 255), np.uint8))
+
+    operation, pixels = loaded(weights), PICTURES["landscape"]
+    for given in ({}, {"exact": True}):
+        work = prepared(operation, pixels, read, background_image=REFERENCE, **given)
+        assert asked.pop() == REFERENCE
+        made = operation.finish(work, operation.run(work.samples)).pixels
+        assert made.shape == pixels.shape
+        outside = cut(operation, pixels, **given)[..., 3] == 0
+        assert outside.any()
+        assert (made[outside] == (0, 0, 255)).all()
+
+
+@pytest.mark.parametrize(("error", "expected"), [(NotFound("gone"), BadReference), (Unreachable("down"), Unreachable)])
+def test_a_background_that_cant_be_had_is_a_bad_reference_or_tried_again(
+    error: ImageError, expected: type[ImageError], weights: Path
+) -> None:
+    def read(url: str) -> Picture:
+        raise error
+
+    with pytest.raises(expected):
+        prepared(loaded(weights), PICTURES["small"], read, background_image=REFERENCE)
+
+
+def test_the_fingerprint_tells_models_their_files_and_how_they_are_run_apart(tmp_path: Path) -> None:
+    folder = weights_folder(tmp_path, "u2net", "u2netp", "silueta")
+    u2net_onnx(folder / "rembg" / "silueta.onnx", seed=7)
+    operation = loaded(folder)
+
+    def prints(*givens: dict[str, Any]) -> list[str]:
+        return [operation.fingerprint(parse_options("remove-background", "rembg", given)) for given in givens]
+
+    before = prints({}, {"model": "u2netp"}, {"model": "silueta"}, {"alpha_matting": True})
+    assert len(set(before)) == 4
+    assert prints({}) == before[:1]
+    u2net_onnx(folder / "rembg" / "u2net.onnx", seed=8)
+    assert prints({}) != before[:1]
+    (folder / "rembg" / "silueta.onnx").unlink()
+    with pytest.raises(ConfigurationError, match="models pull silueta"):
+        prints({"model": "silueta"})
+
+
+def test_on_cpus_each_core_has_as_many_images_and_on_a_gpu_there_are_batches(weights: Path) -> None:
+    for cores in (1, 3):
+        on_cpus = Rembg()
+        on_cpus.load(Device(threads=cores, weights=weights))
+        assert on_cpus.spec.max_batch % cores == 0
+    on_gpu = Rembg()
+    on_gpu.load(Device(provider="cuda", weights=weights))
+    assert on_gpu.spec.max_batch > 1
+    assert Rembg.spec.max_batch == on_gpu.spec.max_batch
+
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from imagemill.shared.messages import Item
+from imagemill.shared.engines import parse_options
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.batching import run_batch
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.operations import registry
+from imagemill.worker.operations.base import Inputs
+from imagemill.worker.imaging.picture import Picture
+
+operation = registry.create("remove-background", "rembg")
+operation.load(Device(threads=1, weights=Path(sys.argv[1])))
+random = np.random.default_rng(0)
+
+def picture(height, width):
+    return Picture(np.full((height, width, 3), 90, np.uint8) + random.integers(0, 90, (height, width, 1), np.uint8))
+
+def prepared(height, width, **given):
+    options = parse_options("remove-background", "rembg", given)
+    return operation.prepare(picture(height, width), Inputs(Item(index=0, source="https://images.example/one.png"), options))
+
+def cut(height, width, **given):
+    work = prepared(height, width, **given)
+    return operation.finish(work, operation.run(work.samples)).pixels
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+def peak():  # not ru_maxrss, which a process has from its parent
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+cut(64, 64)
+"""
+
+
+def in_a_process(weights: Path, program: str) -> list[str]:
+    """What a fresh process prints that has cut out one small image and then runs `program`."""
+    command = [sys.executable, "-c", PROGRAM + program, str(weights)]
+    environment = clean_environment(MALLOC_ARENA_MAX="1")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_from_import_to_image_the_engine_loads_none_of_the_heavy_libraries(weights: Path) -> None:
+    heavy = ("torch", "diffusers", "rembg", "numba", "pymatting", "scipy", "skimage", "onnx")
+    assert in_a_process(weights, f"print(*sorted(set({heavy!r}) & set(sys.modules)))") == []
+    matted = f"cut(64, 64, exact=True, alpha_matting=True)\nprint(*sorted(set({heavy!r}) & set(sys.modules)))"
+    assert "rembg" in in_a_process(weights, matted)
+
+
+def test_memory_is_as_high_after_many_images_of_mixed_sizes_as_after_a_few(weights: Path) -> None:
+    program = """
+from imagemill.worker.hardware.device import give_back  # as after each chunk
+sizes = [(random.integers(40, 400), random.integers(40, 400)) for _ in range(15)]
+for height, width in sizes:
+    cut(height, width)
+give_back()
+few = held()
+for height, width in sizes * 4:
+    cut(height, width)
+give_back()
+print(held() / few)
+"""
+    (ratio,) = in_a_process(weights, program)
+    assert float(ratio) <= 1.10
+
+
+def test_a_large_picture_at_its_original_size_takes_little_more_than_source_and_result(weights: Path) -> None:
+    program = """
+before = held()
+made = cut(5000, 6000, long_edge="original")
+assert made.shape == (5000, 6000, 4)
+print((peak() - before) / 30)
+"""
+    (bytes_per_pixel,) = in_a_process(weights, program)
+    assert float(bytes_per_pixel) < 3 + 1 + 4 + 2.5  # source, alpha, result; the source's generator takes some too
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved(tmp_path: Path) -> None:
+    u2net_onnx(tmp_path / "rembg" / "u2net.onnx", width=16)
+    program = """
+operation = registry.create("remove-background", "rembg")
+operation.load(Device(threads=16, weights=Path(sys.argv[1])))
+cut(64, 64)
+works = [prepared(64, 64 + extra) for extra in range(16)]
+sizes = []
+run = operation.run
+def counted(samples):
+    sizes.append(len(samples))
+    return run(samples)
+operation.run = counted
+used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + 600_000_000, resource.RLIM_INFINITY))
+outputs = run_batch(operation, [sample for work in works for sample in work.samples], BatchSizes())
+print(sum(isinstance(output, np.ndarray) for output in outputs), max(sizes), min(sizes))
+"""
+    done, largest, smallest = in_a_process(tmp_path, program)
+    assert (done, largest) == ("16", "16")
+    assert int(smallest) < 16

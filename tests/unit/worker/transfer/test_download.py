@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pycurl
+import pytest
+
+from imagemill.shared.errors import ImageError, Timeout, Unreachable, UnsupportedUrl
+from imagemill.shared.settings import FetchSettings
+from imagemill.worker.transfer.addresses import wire
+from imagemill.worker.transfer.download import Downloader, _Transfer, retry_after
+from tests.services import Handler, ImageServer, answers, reply
+
+LOOPBACK = FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "connect_timeout": 5, "total_timeout": 20})
+
+
+@pytest.fixture
+def downloader() -> Downloader:
+    return Downloader(LOOPBACK)
+
+
+def test_a_connection_is_kept_and_used_again(downloader: Downloader, images: ImageServer) -> None:
+    images.routes["/a"] = b"one"
+    images.routes["/b"] = answers(404, b"no")
+    for path in ("/a", "/b", "/a", "/b", "/a"):
+        downloader.get(wire(images.url(path)), "x", 20)
+    assert images.connections == 1
+    downloader.close()
+
+
+def test_threads_do_not_wait_for_each_other(downloader: Downloader, images: ImageServer) -> None:
+    together = threading.Barrier(8)
+
+    def meet(handler: Handler) -> None:
+        together.wait(20)  # passes only when eight requests are here at once
+        reply(handler, 200, handler.path.encode())
+
+    images.routes["/meet"] = meet
+    targets = [wire(images.url(f"/meet?{n}")) for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        bodies = list(pool.map(lambda target: downloader.get(target, "x", 20).body, targets))
+    assert bodies == [f"/meet?{n}".encode() for n in range(8)]
+    downloader.close()
+
+
+def test_what_is_sent(downloader: Downloader, images: ImageServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    images.routes["/a"] = answers(200, b"x", headers={"Set-Cookie": "id=1"})
+    for _ in range(2):
+        downloader.get(wire(images.url("/a")), "x", 20)
+    assert images.last_headers["User-Agent"].startswith("imagemill")
+    assert images.last_headers["Accept-Encoding"] == "identity"
+    assert images.last_headers["Host"] == f"127.0.0.1:{images.port}"
+    assert not {"Cookie", "Authorization", "Referer", "Proxy-Connection"} & set(images.last_headers)
+    downloader.close()
+
+
+def test_nothing_of_one_request_is_left_in_the_next(downloader: Downloader, images: ImageServer) -> None:
+    images.routes["/a"] = answers(200, b"long body", headers={"X-Only-Here": "1"})
+    images.routes["/b"] = answers(404, b"not found")
+    assert downloader.get(wire(images.url("/a")), "x", 20).headers["x-only-here"] == "1"
+    second = downloader.get(wire(images.url("/b")), "x", 20)
+    assert (second.status, second.body) == (404, b"")
+    assert "x-only-here" not in second.headers
+    downloader.close()
+
+
+def test_headers_before_the_final_answer_do_not_count() -> None:
+    transfer = _Transfer(wire("http://example.org/"), LOOPBACK)
+    for line in (b"HTTP/1.1 103 Early Hints\r\n", b"Location: /wrong\r\n", b"\r\n", b"HTTP/2 200 \r\n", b"X-Odd: \xff\r\n"):
+        transfer.on_header(line)
+    assert transfer.status == 200
+    assert set(transfer.headers) == {"x-odd"}
+
+
+def test_a_closed_downloader_closes_what_comes_back(downloader: Downloader, images: ImageServer) -> None:
+    images.routes["/stall"] = images.hang
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(downloader.get, wire(images.url("/stall")), "x", 20)
+        assert images.stalled.wait(20)
+        downloader.close()
+        images.released.set()
+        with pytest.raises(Unreachable):
+            running.result(20)
+    assert downloader._idle == []
+
+
+def test_every_failure_of_curl_has_a_meaning() -> None:
+    transfer = _Transfer(wire("http://example.org/"), LOOPBACK)
+    transfer.opened = 1
+    for name in dir(pycurl):
+        if name.startswith("E_"):
+            meaning = transfer.meaning(pycurl.error(getattr(pycurl, name), "reason"), "LABEL")
+            assert type(meaning) is not ImageError
+            assert "LABEL" in meaning.message
+    assert isinstance(transfer.meaning(pycurl.error(pycurl.E_OPERATION_TIMEDOUT, ""), "x"), Timeout)
+    assert isinstance(transfer.meaning(pycurl.error(pycurl.E_URL_MALFORMAT, ""), "x"), UnsupportedUrl)
+
+
+def test_retry_after_is_a_number_or_a_date() -> None:
+    assert retry_after("3") == 3
+    assert retry_after("") == 0
+    assert retry_after("soon") == 0
+    assert retry_after("-5") == 0
+    assert retry_after(format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True)) == 0
+    assert 3000 < retry_after(format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)) <= 3600

@@ -1,0 +1,271 @@
+"""What an image file says of itself: format, size, orientation, profile. Sniffed by content; no pixel is decoded.
+
+The sizes are read here, and not by Pillow, where Pillow would allocate the picture on opening.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from PIL import Image
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from imagemill.shared.errors import EmptyFile, NotAnImage, OutOfMemory, TooManyPixels, Truncated, sentence
+from imagemill.worker.imaging import jpeg, png
+
+FORMATS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif")
+MAX_PIECES = 100_000
+MAX_BLOCKS = 1_000_000
+MAX_TAGS = 4_096
+
+# Pillow's classes are called by name: nothing else that Pillow can read is reachable (no EPS, no PDF, no FITS).
+_OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
+    "png": PngImageFile,
+    "webp": WebPImageFile,
+    "gif": GifImageFile,
+    "bmp": BmpImageFile,
+    "tiff": TiffImageFile,
+    "avif": AvifImageFile,
+}
+# What people send by mistake, to be told by name. (offset, bytes, name)
+_OTHERS = (
+    (0, b"%PDF", "a PDF document"),
+    (0, b"8BPS", "a Photoshop document"),
+    (0, b"%!PS", "a PostScript document"),
+    (0, b"PK\x03\x04", "a ZIP archive or office document"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
+    (0, b"\x00\x00\x00\x0cjP  ", "a JPEG 2000 image"),
+    (4, b"ftyphe", "a HEIC image"),  # heic, heix, hevc, ...
+    (4, b"ftypmif1", "a HEIC image"),
+    (4, b"ftyp", "a video or another kind of media file"),
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """`size` is (width, height) upright; `orientation` (EXIF, 1 to 8) is what `decode` has still to apply."""
+
+    format: str
+    size: tuple[int, int]
+    orientation: int = 1
+    icc: bytes | None = field(default=None, repr=False)
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(width, height) as the file has it, before the orientation is applied."""
+        return (self.size[1], self.size[0]) if self.orientation >= 5 else self.size
+
+
+def probe(data: bytes, *, max_pixels: int) -> Header:
+    """The header of an image file of any supported format, from its content; its name doesn't count.
+
+    Raises EmptyFile, NotAnImage, Truncated (also for damage), or TooManyPixels when width times
+    height, or what the file would make the decoder allocate, is above `max_pixels`.
+    """
+    format = sniff(data)  # noqa: A001
+    with translated(format):
+        if format == "tiff":
+            _check_tiff(data, max_pixels)
+        icc: bytes | None
+        exif: bytes | None
+        match format:
+            case "jpeg":
+                size, exif, icc = jpeg.read_header(data)
+            case "png":
+                size, exif, icc = png.read_header(data)
+            case "webp":
+                size, exif, icc = _read_webp(data)
+            case "gif":
+                size, exif, icc = _read_gif(data), None, None
+            case _:  # nothing is allocated on opening these
+                image = open_checked(data, format)
+                size, icc = image.size, image.info.get("icc_profile")
+                exif = image.info.get("exif") if format == "avif" else None  # Pillow turns a TIFF itself
+    check_size(size, max_pixels)
+    turn = orientation(exif) if exif else 1
+    icc = icc if isinstance(icc, bytes) and 128 <= len(icc) <= png.MAX_PROFILE else None
+    return Header(format, (size[1], size[0]) if turn >= 5 else size, turn, icc)
+
+
+def check_size(size: tuple[int, int], max_pixels: int) -> None:
+    """Raise Truncated for a size of zero, TooManyPixels for one above `max_pixels`."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise Truncated(f"the image has no pixels ({width} x {height})")
+    if width * height > max_pixels:
+        raise TooManyPixels(f"the image has {width:,} x {height:,} pixels, more than the limit of {max_pixels:,}")
+
+
+def sniff(data: bytes) -> str:
+    """The format, one of FORMATS, from the first bytes. Raises EmptyFile or NotAnImage."""
+    if not data:
+        raise EmptyFile("the file has 0 bytes")
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if data.startswith(png.SIGNATURE):
+        return "png"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    if data.startswith(b"BM") and len(data) >= 18 and data[14:18] in _BMP_HEADERS:
+        return "bmp"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "tiff"
+    if data[4:8] == b"ftyp" and any(brand in data[8:64] for brand in (b"avif", b"avis")):
+        return "avif"
+    raise NotAnImage(f"the file is {_kind(data)}; only {', '.join(FORMATS)} can be read")
+
+
+_BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
+
+
+def _kind(data: bytes) -> str:
+    start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "a web page"
+    if start.startswith(b"<"):
+        return "an SVG drawing" if b"<svg" in start else "XML"
+    for offset, magic, name in _OTHERS:
+        if data.startswith(magic, offset):
+            return name
+    printable = b"".join(start.split()).decode("latin-1")
+    return "text" if printable.isascii() and printable.isprintable() else "of an unknown kind"
+
+
+@contextmanager
+def translated(format: str) -> Iterator[None]:  # noqa: A002
+    """Turn what decoders raise on bad data into Truncated, NotAnImage or OutOfMemory."""
+    name = {"webp": "WebP"}.get(format, format.upper())
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(f"the {name} file does not fit into memory") from error
+    except NotImplementedError as error:
+        raise NotAnImage(f"this kind of {name} file is not supported ({sentence(error)})") from error
+    # Pillow's plugins are Python code that trusts the bytes; what they run into on bad ones is any of these.
+    except (
+        OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError,
+        EOFError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+    ) as error:  # fmt: skip
+        raise Truncated(f"the {name} file ends early or is damaged ({sentence(error)})") from error
+
+
+def open_checked(data: bytes, format: str, size: tuple[int, int] | None = None) -> ImageFile:  # noqa: A002
+    """Pillow's lazy image of `data`, its pixels not yet decoded; Truncated where it disagrees with `size`."""
+    # Pillow's own limit is one number per process, and below twice that it only warns. Ours is per call and has
+    # been checked when pixels are decoded. Always the same value, so threads can't get in each other's way.
+    Image.MAX_IMAGE_PIXELS = None
+    image = _OPENERS[format](io.BytesIO(data))
+    if size is not None and image.size != size:
+        raise Truncated(f"the file contradicts itself: {size[0]} x {size[1]} pixels, then {image.width} x {image.height}")
+    return image
+
+
+def orientation(exif: bytes) -> int:
+    """The orientation, 1 to 8, from an EXIF block (a small TIFF file); 1 where it has none or is broken."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return 1
+    try:
+        (start,) = struct.unpack_from(order + "I", exif, 4)
+        (count,) = struct.unpack_from(order + "H", exif, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", exif, entry)
+            if tag == 0x0112:
+                return value if kind == 3 and 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # broken metadata doesn't fail an image
+    return 1
+
+
+def _read_webp(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None]:
+    """Size of the canvas, EXIF and profile. https://developers.google.com/speed/webp/docs/riff_container"""
+    size, exif, icc, position = None, None, None, 12
+    for _ in range(MAX_PIECES):
+        if position + 8 > len(data):
+            break
+        kind, length = struct.unpack_from("<4sI", data, position)
+        start = position + 8
+        if kind == b"VP8X" and size is None:
+            wide, high = (
+                int.from_bytes(data[start + 4 : start + 7], "little"),
+                int.from_bytes(data[start + 7 : start + 10], "little"),
+            )
+            size = (wide + 1, high + 1)
+        elif kind == b"VP8L" and size is None:
+            (bits,) = struct.unpack_from("<I", data, start + 1)
+            size = ((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1)
+        elif kind == b"VP8 " and size is None:
+            wide, high = struct.unpack_from("<HH", data, start + 6)
+            size = (wide & 0x3FFF, high & 0x3FFF)
+        elif kind == b"ICCP":
+            icc = data[start : start + length]
+        elif kind == b"EXIF":
+            exif = data[start : start + length]
+        position = start + length + (length & 1)
+    if size is None:
+        raise Truncated("the WebP file ends within its header")
+    return size, exif, icc
+
+
+def _read_gif(data: bytes) -> tuple[int, int]:
+    """Size of the canvas with its first frame, which may stick out. https://www.w3.org/Graphics/GIF/spec-gif89a.txt"""
+    wide, high, flags = struct.unpack_from("<HHB", data, 6)
+    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    extension = False
+    for _ in range(MAX_BLOCKS):
+        head = data[position]
+        if extension:  # its blocks each begin with their length; 0 ends it
+            extension = head != 0
+            position += 1 + head
+        elif head == 0x2C:
+            x, y, w, h = struct.unpack_from("<HHHH", data, position + 1)
+            return max(wide, x + w), max(high, y + h)
+        elif head == 0x3B:
+            raise Truncated("the GIF file has no picture")
+        else:
+            extension = head == 0x21
+            position += 2 if extension else 1
+    raise NotAnImage(f"the GIF file has more than {MAX_BLOCKS:,} blocks before its picture")
+
+
+def _check_tiff(data: bytes, max_pixels: int) -> None:
+    """Refuse a TIFF whose tags alone would make a decoder allocate much: the picture, one tile, or the list of pieces."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    first, counter, entry, step = ("Q", "Q", "HHQ", 20) if big else ("I", "H", "HHI", 12)
+    (start,) = struct.unpack_from(order + first, data, 8 if big else 4)
+    (count,) = struct.unpack_from(order + counter, data, start)
+    start += struct.calcsize(counter)
+    if count > MAX_TAGS:
+        raise NotAnImage(f"the TIFF file has {count:,} tags; more than {MAX_TAGS:,} are refused")
+    values: dict[int, int] = {}
+    pieces = 0
+    for at in range(start, start + step * count, step):
+        tag, kind, length = struct.unpack_from(order + entry, data, at)
+        if tag in (273, 324):  # StripOffsets, TileOffsets
+            pieces = max(pieces, length)
+        elif tag in (256, 257, 322, 323):  # width and height of picture and tile
+            if kind not in (3, 4, 16):  # libtiff would take a size of any integer type
+                raise NotAnImage(f"a TIFF file whose sizes are of type {kind} is not supported")
+            (value,) = struct.unpack_from(order + {3: "H", 4: "I", 16: "Q"}[kind], data, at + (12 if big else 8))
+            values[tag] = max(value, values.get(tag, 1))
+    if pieces > MAX_PIECES:
+        raise NotAnImage(f"the TIFF file is in {pieces:,} pieces; more than {MAX_PIECES:,} are refused")
+    for wide, high in ((256, 257), (322, 323)):
+        check_size((values.get(wide, 1), values.get(high, 1)), max_pixels)

@@ -1,0 +1,97 @@
+"""Colour profiles: pixels in any profile to sRGB, by LittleCMS."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+from imagemill.worker.imaging.picture import Pixels
+
+_SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
+_SAME = 2  # levels of 255 that two ways to write down sRGB may differ by; nobody sees it
+
+
+def space(icc: bytes | None) -> str | None:
+    """What a profile describes: RGB, L or CMYK; None for anything else and for no profile."""
+    return _SPACES.get(icc[16:20]) if icc else None
+
+
+def to_srgb(pixels: NDArray[np.uint8], mode: str, icc: bytes | None) -> Pixels:
+    """`pixels` of mode L [h, w], RGB, RGBA or CMYK [h, w, c] (255 is full ink) in sRGB, as RGB or RGBA.
+
+    A profile that is broken, or that describes another kind of colour than the pixels have, is
+    ignored: the pixels are taken as sRGB.
+    """
+    described = space(icc)
+    if icc is not None and described == "CMYK" and mode == "CMYK":
+        converted = _convert(pixels, icc, "CMYK")
+    elif icc is not None and described == "L" and mode != "CMYK" and _is_grey(pixels):
+        converted = _convert(pixels if mode == "L" else np.ascontiguousarray(pixels[:, :, 0]), icc, "L")
+    elif icc is not None and described == "RGB" and mode != "CMYK":
+        converted = _convert(as_rgb(pixels, mode)[:, :, :3], icc, "RGB")
+    else:
+        converted = None
+    if converted is None:
+        return as_rgb(pixels, mode)
+    return np.dstack([converted, pixels[:, :, 3]]) if mode == "RGBA" else converted
+
+
+def as_rgb(pixels: NDArray[np.uint8], mode: str) -> Pixels:
+    """`pixels` of mode L, RGB, RGBA or CMYK as RGB or RGBA, without colour management."""
+    if mode == "L":
+        return np.repeat(pixels[:, :, None], 3, axis=2)
+    if mode == "CMYK":
+        return np.array(_image(pixels, "CMYK").convert("RGB"))
+    return pixels
+
+
+def _is_grey(pixels: NDArray[np.uint8]) -> bool:
+    return pixels.ndim == 2 or bool((pixels[:, :, 0] == pixels[:, :, 1]).all() and (pixels[:, :, 1] == pixels[:, :, 2]).all())
+
+
+def _image(pixels: NDArray[np.uint8], mode: str) -> Image.Image:
+    return Image.frombuffer(mode, (pixels.shape[1], pixels.shape[0]), np.ascontiguousarray(pixels), "raw", mode, 0, 1)
+
+
+def _convert(pixels: NDArray[np.uint8], icc: bytes, mode: str) -> Pixels | None:
+    transform = _transform(icc, mode)
+    if transform is None:
+        return None
+    return np.array(ImageCms.applyTransform(_image(pixels, mode), transform))
+
+
+@lru_cache(maxsize=16)
+def _transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The way from a profile to sRGB; None where there is nothing to do, or the profile is broken.
+
+    Relative colorimetric with black point compensation, as image editors do. A job's photos share
+    a few profiles, so each is looked at once; LittleCMS allows threads to share a transform.
+    """
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(icc)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        return None if mode != "CMYK" and _changes_nothing(transform, mode) else transform
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None  # a broken profile doesn't fail the image
+
+
+def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether it is sRGB to sRGB, tried on a grid of colours; names of profiles are no help, there are dozens."""
+    steps = np.arange(0, 256, 15, dtype=np.uint8)
+    if mode == "L":
+        grid = steps[None]
+        wanted = as_rgb(grid, "L")
+    else:
+        grid = wanted = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+    got = np.array(ImageCms.applyTransform(_image(grid, mode), transform))
+    return bool(np.abs(got.astype(np.int16) - wanted).max() <= _SAME)

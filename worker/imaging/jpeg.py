@@ -1,0 +1,180 @@
+"""JPEG by libjpeg-turbo: the header without Pillow, scaled and strict decoding, encoding with a profile."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL.JpegImagePlugin import JpegImageFile
+
+from imagemill.shared.errors import NotAnImage, Truncated, sentence
+
+MAX_SEGMENTS = 10_000
+MAX_SCANS = 100
+"""A progressive file has about ten scans; each costs time for the whole picture, however few bytes it has."""
+
+_SOS, _EOI, _APP0, _APP1, _APP2, _APP14, _APP15, _COM = 0xDA, 0xD9, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15; the three others are tables
+_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_PROFILE = b"ICC_PROFILE\0"
+_PROFILE_PART = 65_533 - len(_PROFILE) - 2
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of each segment's payload, up to and including the first start of scan."""
+    position = 2
+    for _ in range(MAX_SEGMENTS):
+        position = data.find(b"\xff", position)
+        while 0 <= position < len(data) - 1 and data[position + 1] == 0xFF:  # fill bytes
+            position += 1
+        if position < 0 or position + 4 > len(data):
+            raise Truncated("the JPEG file ends within its header")
+        marker = data[position + 1]
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # these have no payload
+            position += 2
+            continue
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        if marker == _EOI or end > len(data) or end < position + 4:
+            raise Truncated("the JPEG file ends before its picture begins")
+        yield marker, position + 4, end
+        if marker == _SOS:
+            return
+        position = end
+    raise NotAnImage(f"the JPEG file's header has more than {MAX_SEGMENTS:,} segments")
+
+
+def read_header(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None]:
+    """(width, height) as stored, the EXIF block and the ICC profile, where there are any.
+
+    Raises Truncated or NotAnImage. Nothing is decoded.
+    """
+    size, exif, parts = None, None, {}
+    total = 0
+    for marker, start, end in _segments(data):
+        if marker in _FRAMES and size is None and end - start >= 6:
+            height, width = struct.unpack_from(">HH", data, start + 1)
+            size = (width, height)
+        elif marker == _APP1 and exif is None and data[start : start + 6] == b"Exif\0\0":
+            exif = data[start + 6 : end]
+        elif marker == _APP2 and data.startswith(_PROFILE, start) and end - start > len(_PROFILE) + 2:
+            head = start + len(_PROFILE)
+            total = data[head + 1]
+            parts[data[head]] = data[head + 2 : end]
+    if size is None:
+        raise Truncated("the JPEG file has no frame")
+    complete = bool(total) and set(parts) == set(range(1, total + 1))
+    return size, exif, b"".join(parts[number] for number in sorted(parts)) if complete else None
+
+
+def _plain(data: bytes) -> bytes:
+    """The file without its comments and application segments, except Adobe's, which names the colour space."""
+    kept = [b"\xff\xd8"]
+    for marker, start, end in _segments(data):
+        if marker == _SOS:
+            return b"".join([*kept, data[start - 4 :]])
+        if marker == _APP14 or not (_APP0 <= marker <= _APP15 or marker == _COM):
+            kept.append(data[start - 4 : end])
+    raise Truncated("the JPEG file has no picture")
+
+
+def _scans(data: bytes) -> int:
+    """How many scans the file has. Raises Truncated where it has none."""
+    frame = None
+    for marker, start, _ in _segments(data):
+        if marker in _FRAMES and frame is None:
+            frame = marker, data[start + 5]
+        if marker == _SOS:
+            # All components in the first scan of a sequential file: libjpeg takes a second one for an error. The bytes of most
+            # files need not be searched, which is a tenth of the time that decoding them takes.
+            if frame is not None and frame[0] not in _PROGRESSIVE and data[start] == frame[1]:
+                return 1
+            return data.count(b"\xff\xda", start, max(data.find(b"\xff\xd9", start), start)) + 1
+    raise Truncated("the JPEG file has no picture")
+
+
+def shrink_factor(size: tuple[int, int], target: tuple[int, int]) -> int:
+    """The largest of 8, 4, 2 and 1 by which `size` can be divided and still cover `target`.
+
+    The fractions between (3/8, 5/8, ...) exist too, but have no SIMD code and take longer than they save.
+    """
+    return next(f for f in (8, 4, 2, 1) if all(-(-have // f) >= want for have, want in zip(size, target, strict=True)))
+
+
+def _decode(data: bytes, size: tuple[int, int], target: tuple[int, int], *, strict: bool) -> tuple[NDArray[np.uint8], str]:
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=strict)
+    if (width, height) != size:
+        raise Truncated(f"the JPEG file contradicts itself: {size[0]} x {size[1]} pixels, then {width} x {height}")
+    mode = {"Gray": "L", "CMYK": "CMYK", "YCCK": "CMYK"}.get(space, "RGB")
+    factor = shrink_factor(size, target)
+    pixels = simplejpeg.decode_jpeg(
+        data,
+        colorspace="GRAY" if mode == "L" else mode,
+        min_width=-(-width // factor),
+        min_height=-(-height // factor),
+        strict=strict,
+    )
+    if mode == "CMYK":  # stored inverted, as Adobe does; every known writer follows
+        np.subtract(255, pixels, out=pixels)
+    return pixels[:, :, 0] if mode == "L" else pixels, mode
+
+
+def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> tuple[NDArray[np.uint8], str]:
+    """Pixels of at least `target` (width, height), and their mode: L [h, w], RGB or CMYK [h, w, c], uint8.
+
+    The picture comes at 1/2, 1/4 or 1/8 of `size` where that still covers `target`. 255 is full
+    ink in CMYK. Strict decoding refuses any oddity; those that leave the picture whole are let
+    through afterwards. Raises Truncated or NotAnImage, and what Pillow raises on damage, which
+    `headers.translated` turns into these.
+    """
+    scans = _scans(data)
+    if scans > MAX_SCANS:
+        raise NotAnImage(f"the JPEG file has {scans:,} scans; more than {MAX_SCANS} are refused")
+    reason = ""
+    for metadata in (True, False):  # libjpeg may complain of it
+        source = data if metadata else _plain(data)
+        try:
+            return _decode(source, size, target, strict=True)
+        except (ValueError, KeyError) as error:  # KeyError: simplejpeg knows fewer subsamplings than TurboJPEG
+            reason = sentence(error)
+            if "extraneous bytes before marker 0xd9" in reason:
+                # Only the first complaint is told: up to the end marker there was none, so the picture is whole.
+                return _decode(source, size, target, strict=False)
+            if "Corrupt JPEG data" in reason or "Premature end" in reason:
+                raise Truncated(f"the JPEG file ends early or is damaged ({reason})") from error
+    return _by_pillow(_plain(data), size, reason)
+
+
+def _by_pillow(data: bytes, size: tuple[int, int], reason: str) -> tuple[NDArray[np.uint8], str]:
+    """Unusual subsampling, which TurboJPEG refuses and libjpeg reads."""
+    image = JpegImageFile(io.BytesIO(data))
+    if image.size != size or image.mode not in ("L", "RGB", "CMYK"):
+        raise NotAnImage(f"this kind of JPEG is not supported ({reason})")
+    pixels = np.array(image)
+    # Pillow is silent where data is missing before an end marker; libjpeg fills that with mid grey.
+    if image.mode != "CMYK" and (pixels[-1] == 128).all():
+        raise Truncated("the JPEG file ends early: its last row was never written")
+    return pixels, image.mode
+
+
+def encode(pixels: NDArray[np.uint8], quality: int, icc: bytes | None) -> bytes:
+    """A baseline JPEG of RGB `pixels` [h, w, 3] or grey ones [h, w, 1], with the profile if there is one.
+
+    4:2:0 below quality 90; from there on colour keeps its full resolution (4:4:4).
+    """
+    space, sampling = ("GRAY", "Gray") if pixels.shape[2] == 1 else ("RGB", "444" if quality >= 90 else "420")
+    data: bytes = simplejpeg.encode_jpeg(pixels, quality=quality, colorspace=space, colorsubsampling=sampling)
+    if icc is None:
+        return data
+    parts = [icc[at : at + _PROFILE_PART] for at in range(0, len(icc), _PROFILE_PART)]
+    if len(parts) > 255:
+        raise ValueError(f"a profile of {len(icc):,} bytes does not fit into a JPEG file")
+    segments = [
+        b"\xff\xe2" + struct.pack(">H", len(part) + len(_PROFILE) + 4) + _PROFILE + bytes([number, len(parts)]) + part
+        for number, part in enumerate(parts, 1)
+    ]
+    head = 4 + int.from_bytes(data[4:6], "big") if data[2:4] == b"\xff\xe0" else 2  # after JFIF, which comes first
+    return data[:head] + b"".join(segments) + data[head:]

@@ -1,0 +1,164 @@
+"""How many samples fit: learned from what runs took and from where they failed, per kind of sample.
+
+A kind is what decides a sample's memory on the device: `Sample.footprint`, else the group that it may share a batch
+with. All of it is of one operation, one engine and one device.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from imagemill.worker.hardware.memory import HostMemory, Memory
+from imagemill.worker.operations.base import Operation, Sample
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.8
+"""Of the free memory, what a batch may be expected to take."""
+HIGH = 0.9
+"""Of all the memory; a run that takes more is flagged."""
+PATIENCE = 32
+"""Full batches of the largest size that fits, before a larger one is tried again; doubled each time that fails."""
+KINDS = 1000
+"""Kinds remembered; the oldest is forgotten."""
+
+
+def kind_of(operation: Operation, sample: Sample) -> str:
+    """What decides a sample's memory, as text that is the same in every process."""
+    return sample.footprint or repr(operation.group_key(sample))
+
+
+@dataclass
+class Known:
+    """Of one kind: the least peak in bytes of each size that ran, the largest size that fits, and the least that failed.
+
+    `free` is how much memory there was when it failed; `relief` is the level (see Relievable) with which one sample fits.
+    """
+
+    peaks: dict[PositiveInt, NonNegativeInt] = field(default_factory=dict)
+    fits: NonNegativeInt = 0
+    fails: PositiveInt | None = None
+    free: int = 0
+    relief: int = 0
+    patience: int = PATIENCE
+    waited: int = 0
+
+    def expected(self, free: int) -> int | None:
+        """How many samples take no more than their share of `free`, by a line through the smallest and largest size.
+
+        None where no memory was seen to be taken.
+        """
+        (low, least), (high, most) = min(self.peaks.items()), max(self.peaks.items())
+        slope = (most - least) / (high - low) if high > low else most / high
+        if slope <= 0:
+            slope = most / high
+        base = max(0.0, most - slope * high)
+        return int((SHARE * free - base) / slope + 1e-6) if slope > 0 else None
+
+    def ceiling(self, free: int) -> int | None:
+        """The most that may be tried after something failed: half way to what failed, then what fits, and now and then,
+        or when memory was freed, one more. None where nothing failed."""
+        if self.fails is None:
+            return None
+        if self.fails - self.fits > 1:
+            return (self.fits + self.fails) // 2
+        each = max(self.peaks.values()) // max(self.peaks) if self.peaks else 0
+        freed = free - self.free >= max(each, self.free // 20, 1)
+        return self.fails if freed or self.waited >= self.patience else self.fits
+
+
+class BatchSizes:
+    """The sizes of one operation's batches on one device; kept by its child, over all chunks. Used by one thread.
+
+    `known` is what it begins with; `measures` says whether runs are measured, by default where the memory `grows`.
+
+    `flagged` counts runs that took more than 90 % of the device's memory, and `top` is the largest share of it so far.
+    """
+
+    def __init__(
+        self, memory: Memory | None = None, known: dict[str, Known] | None = None, *, measures: bool | None = None
+    ) -> None:
+        self.memory = memory or HostMemory()
+        self.flagged, self.top = 0, 0.0
+        self._measures = self.memory.grows if measures is None else measures
+        self._kinds = dict(known or {})
+
+    def limit(self, kind: str, most: int) -> int:
+        """How many samples of a kind to run at a time, 1 to `most`."""
+        known = self._kinds.get(kind)
+        if most == 1 or (known is None and not self.memory.grows):
+            return most
+        if known is None:
+            return 1
+        free = self.memory.free()
+        size, ceiling = most, known.ceiling(free)
+        if ceiling is not None:
+            size = min(size, ceiling)
+        expected = known.expected(free) if known.peaks else None
+        if expected is not None:
+            size = min(size, expected)
+        if known.fits and (self.memory.grows or ceiling is not None):
+            size = min(size, 2 * known.fits)  # a line through few points is not trusted further
+        return max(1, size)
+
+    def relief(self, kind: str) -> int:
+        """The level to run one sample of a kind at; 0 where it fits as it is, or should be tried to again."""
+        known = self._kinds.get(kind)
+        return known.relief if known and known.relief and known.ceiling(self.memory.free()) == 0 else 0
+
+    @contextmanager
+    def running(self, kind: str, size: int) -> Iterator[None]:
+        """Around a run of `size` samples: learns from it, unless it raises."""
+        if not self._measures:
+            yield
+            if kind in self._kinds:
+                self._fitted(self._kinds[kind], size)
+            return
+        with self.memory.peak() as peak:
+            yield
+        known = self.known(kind)
+        known.peaks[size] = min(peak.bytes, known.peaks.get(size, peak.bytes))
+        self._fitted(known, size)
+        self._watch(kind, size, peak.share)
+
+    def failed(self, kind: str, size: int) -> None:
+        """`size` samples of a kind did not fit, though memory was given back since."""
+        known = self.known(kind)
+        if size <= known.fits:
+            known.fits = 0  # that was in better times
+        elif known.fails == size:
+            known.patience *= 2
+        known.fails, known.waited, known.free = size, 0, self.memory.free()
+        told = dict(action="memory", kind=kind, samples=size, free=known.free)
+        log.warning("a batch did not fit into memory", extra=told)
+
+    def relieved(self, kind: str, level: int) -> None:
+        """One sample of a kind fits at this level."""
+        known = self.known(kind)
+        known.relief = level
+        known.waited += 1
+
+    def known(self, kind: str) -> Known:
+        """What is known of a kind, to be added to."""
+        if kind not in self._kinds and len(self._kinds) >= KINDS:
+            del self._kinds[next(iter(self._kinds))]
+        return self._kinds.setdefault(kind, Known())
+
+    def _fitted(self, known: Known, size: int) -> None:
+        known.fits = max(known.fits, size)
+        if known.fails is not None and size >= known.fails:
+            known.fails, known.relief, known.patience = None, 0, PATIENCE
+        known.waited += size == known.fits
+
+    def _watch(self, kind: str, size: int, share: float) -> None:
+        """Flag a run that came near the device's end; said once for every new height."""
+        self.flagged += share > HIGH
+        if share > max(HIGH, self.top + 0.01):
+            told = dict(action="memory", kind=kind, samples=size, share=round(share, 3))
+            log.warning("more than 90 % of the device's memory was in use", extra=told)
+        self.top = max(self.top, share)

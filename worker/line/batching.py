@@ -1,0 +1,194 @@
+"""What may share a batch, how large it may be and how long it waits for company, and what to do when a batch fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from billiard.exceptions import SoftTimeLimitExceeded
+
+from imagemill.shared.errors import DeviceLost, ImageError, InternalError, OutOfMemory, sentence
+from imagemill.shared.messages import Policy
+from imagemill.worker.hardware.errors import is_short_of_memory, is_sticky
+from imagemill.worker.hardware.memory import give_up_caches
+from imagemill.worker.line.batch_sizes import BatchSizes, kind_of
+from imagemill.worker.operations.base import Operation, Relievable, Sample, Spec
+
+log = logging.getLogger(__name__)
+Owner = TypeVar("Owner")
+
+CAPS = {"quality": 4, "throughput": 64}
+"""The largest batch of each policy; an engine's own `max_batch` may be smaller."""
+
+
+def cap(policy: Policy, spec: Spec) -> int:
+    """The most samples that a batch may have, however much memory there is."""
+    return min(CAPS[policy.batch], spec.max_batch)
+
+
+@dataclass(frozen=True)
+class Slot(Generic[Owner]):
+    """One sample on its way to the device: the `place`-th of its owner's. `came` is when, by the monotonic clock."""
+
+    owner: Owner
+    place: int
+    sample: Sample
+    came: float = 0.0
+
+
+@dataclass
+class _Group(Generic[Owner]):
+    """Samples that may share a batch. `limit` is how many of them fit, 0 where that is to be asked again."""
+
+    kind: str
+    slots: deque[Slot[Owner]] = field(default_factory=deque)
+    limit: int = 0
+
+
+class Batcher(Generic[Owner]):
+    """Sorts samples into groups that may share a batch; gives the oldest group that is full or has waited `wait` seconds.
+
+    A batch has at most `most` samples, and no more than fit. Where larger ones are not faster nobody waits.
+    """
+
+    def __init__(self, operation: Operation, sizes: BatchSizes, most: int, wait: float = 0.0) -> None:
+        self._operation, self._sizes, self._most = operation, sizes, most
+        self._wait = wait if sizes.memory.grows else 0.0
+        self._groups: OrderedDict[Hashable, _Group[Owner]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def add(self, owner: Owner, samples: Sequence[Sample]) -> None:
+        """Queue an owner's samples."""
+        keys = [self._operation.group_key(sample) for sample in samples]  # all or none of them, should one raise
+        now = time.monotonic()
+        for place, (key, sample) in enumerate(zip(keys, samples, strict=True)):
+            if key not in self._groups:
+                self._groups[key] = _Group(kind_of(self._operation, sample))
+            self._groups[key].slots.append(Slot(owner, place, sample, now))
+
+    def patience(self, *, coming: bool) -> float | None:
+        """How many seconds to wait for more samples before `take`; None while there is nothing to take.
+
+        `coming` says whether more can come; without that nobody waits.
+        """
+        if not self._groups:
+            return None if coming else 0.0
+        if not coming or self._wait == 0 or any(self._full(group) for group in self._groups.values()):
+            return 0.0
+        oldest = min(group.slots[0].came for group in self._groups.values())
+        return max(0.0, oldest + self._wait - time.monotonic())
+
+    def take(self) -> list[Slot[Owner]]:
+        """The next batch, 1 or more samples of one group; only when there is one."""
+        key, group = self._next()
+        limit = self._limit(group)
+        batch = [group.slots.popleft() for _ in range(min(limit, len(group.slots)))]
+        for one in self._groups.values():
+            one.limit = 0  # the run may teach better
+        if group.slots:
+            self._groups.move_to_end(key)
+        else:
+            del self._groups[key]
+        return batch
+
+    def drain(self) -> list[Owner]:
+        """Empty it; the owners whose samples were in it, each once."""
+        owners = {id(slot.owner): slot.owner for group in self._groups.values() for slot in group.slots}
+        self._groups.clear()
+        return list(owners.values())
+
+    def _next(self) -> tuple[Hashable, _Group[Owner]]:
+        """The first group that need not wait; the first of all where each could."""
+        late = time.monotonic() - self._wait
+        groups = self._groups.items()
+        return next(
+            ((key, group) for key, group in groups if group.slots[0].came <= late or self._full(group)), next(iter(groups))
+        )
+
+    def _full(self, group: _Group[Owner]) -> bool:
+        return len(group.slots) >= self._limit(group)
+
+    def _limit(self, group: _Group[Owner]) -> int:
+        group.limit = group.limit or self._sizes.limit(group.kind, self._most)
+        return group.limit
+
+
+def run_batch(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes) -> list[Any | ImageError]:
+    """The device step on a batch: per sample its output, or the error of that sample alone; raises what `run_parts` does."""
+    return [output for part in run_parts(operation, samples, sizes) for output in part]
+
+
+def run_parts(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes) -> Iterator[list[Any | ImageError]]:
+    """The device step on a batch, part by part as they ran: per sample its output, or the error of that sample alone.
+
+    When memory runs out the batch is halved, and `sizes` remembers; on any other error each sample is run alone, so that
+    a bad image does not take its neighbours along. Raises SoftTimeLimitExceeded when the chunk's time is up, and
+    DeviceLost when the device is of no more use to this process: neither is an image's fault.
+    """
+    kind = kind_of(operation, samples[0])
+    over, step = 0, len(samples)
+    while over < len(samples):
+        part = samples[over : over + step]
+        level = sizes.relief(kind) if len(part) == 1 else 0
+        made = _relieved(operation, part, sizes, level) if level else attempt(operation, part, sizes, kind)
+        if isinstance(made, OutOfMemory) and not level:
+            give_up_caches()  # out of the except block: its frames no longer hold the batch's tensors
+            sizes.failed(kind, len(part))
+            made = made if len(part) > 1 else _relieved(operation, part, sizes, 1, made)
+        if isinstance(made, list) or len(part) == 1:
+            over += len(part)
+            yield made if isinstance(made, list) else [made]
+        else:
+            step = -(-len(part) // 2) if isinstance(made, OutOfMemory) else 1
+
+
+def attempt(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes, kind: str) -> list[Any] | ImageError:
+    """One run: an output per sample, or what went wrong, without the frames that hold the batch's tensors.
+
+    Raises SoftTimeLimitExceeded and DeviceLost.
+    """
+    try:
+        with sizes.running(kind, len(samples)):
+            outputs = operation.run(samples)
+        if len(outputs) != len(samples):
+            raise InternalError(f"{operation.spec.name} returned {len(outputs)} outputs for {len(samples)} samples")
+        return list(outputs)
+    except (SoftTimeLimitExceeded, DeviceLost):
+        raise
+    except Exception as error:
+        if is_sticky(error) or sizes.memory.broken():
+            raise DeviceLost(f"{operation.spec.name} left the device in error: {sentence(error)}") from error
+        if is_short_of_memory(error):
+            return OutOfMemory(f"{operation.spec.name} ran out of memory: {sentence(error)}")
+        if isinstance(error, ImageError):
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
+        log.exception("batch failed", extra={"action": "run", "samples": len(samples)})
+        return InternalError(f"{operation.spec.name} failed: {sentence(error)}")
+
+
+def _relieved(
+    operation: Operation, alone: Sequence[Sample], sizes: BatchSizes, level: int, failure: OutOfMemory | None = None
+) -> list[Any] | ImageError:
+    """One sample, which did not fit, with measures that save memory: at `level`, then at higher ones. They end with it."""
+    made: list[Any] | ImageError = failure or OutOfMemory(f"{operation.spec.name} ran out of memory")
+    if not isinstance(operation, Relievable):
+        return made
+    kind = kind_of(operation, alone[0])
+    try:
+        while isinstance(made, OutOfMemory) and operation.relieve(level):
+            made = attempt(operation, alone, sizes, f"{kind}, relieved {level}")
+            if isinstance(made, OutOfMemory):
+                give_up_caches()
+                level += 1
+            else:
+                sizes.relieved(kind, level)
+    finally:
+        operation.relieve(0)
+    return made

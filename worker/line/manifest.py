@@ -1,0 +1,65 @@
+"""The record of a job that outlives Redis: one JSON line per image, beside the outputs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from imagemill.shared.ledger import Ledger
+from imagemill.shared.messages import Job, Row
+from imagemill.shared.seeds import item_seed, next_seed
+from imagemill.worker.operations.base import CACHED, REPAIRED_SEED
+from imagemill.worker.transfer.store import Store
+
+PACKAGES = (
+    *("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg"),
+    *("onnxruntime", "torch", "diffusers", "transformers", "peft"),
+)
+
+
+def write_manifest(job: str, spec: Job, ledger: Ledger, store: Store, fingerprint: str | None = None) -> str:
+    """Write `{job}/manifest.jsonl` and return its address. Raises an ImageError of the store.
+
+    `fingerprint` is this node's engine's: its libraries and its weights' digests.
+    """
+    store.check()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "manifest.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for row in ledger.rows(job):
+                file.write(json.dumps(manifest_line(job, spec, row, fingerprint), ensure_ascii=False) + "\n")
+        return store.put_file(f"{job}/manifest.jsonl", path, "application/x-ndjson")
+
+
+def manifest_line(job: str, spec: Job, row: Row, fingerprint: str | None = None) -> dict[str, Any]:
+    """An image with all that is known of how its result came about."""
+    line = row.model_dump(exclude_none=True)
+    if row.result is not None:
+        told = {"source_format", "source_bytes", "source_size", "output_bytes", "output_size", "seconds", "notes", "node"}
+        line |= row.result.model_dump(include={*told, "quality"}, exclude_none=True)
+    line |= {"job": job, "operation": spec.operation, "options": spec.options.model_dump(mode="json"), "versions": versions()}
+    # A duplicate has the result, and so the seed, of the row that it repeats.
+    seed = item_seed(spec.options, row.index if row.duplicate_of is None else row.duplicate_of, row.source)
+    if seed is not None and row.result is not None and REPAIRED_SEED in row.result.notes:
+        seed = next_seed(seed)
+    line |= {name: value for name, value in (("seed", seed), ("fingerprint", fingerprint)) if value is not None}
+    if row.result is not None and row.state == "done" and CACHED not in row.result.notes:  # a copy's is not known
+        line["batch"] = row.result.batch
+    return line
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What is installed here of that which decides a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

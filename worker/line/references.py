@@ -1,0 +1,73 @@
+"""Pictures beside an image: those that a whole job uses (a mask, a colour reference), fetched and decoded once per chunk,
+and an image's own mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Event, Lock
+from typing import TypeVar
+
+from imagemill.shared.engines import Options
+from imagemill.shared.errors import BadMask, ImageError
+from imagemill.shared.messages import Item
+from imagemill.shared.urls import shown
+from imagemill.worker.imaging import codec
+from imagemill.worker.imaging.picture import Grey, Picture
+from imagemill.worker.transfer.fetch import Fetcher, cut_short
+
+T = TypeVar("T")
+
+
+class References:
+    """Thread-safe. An address that fails fails for each caller of this chunk, without being fetched again."""
+
+    def __init__(self, fetcher: Fetcher, *, max_pixels: int, attempts: int, stop: Event | None = None) -> None:
+        self._fetcher, self._max_pixels, self._attempts, self._stop = fetcher, max_pixels, attempts, stop or Event()
+        self._lock = Lock()
+        self._pictures: dict[str, Future[Picture]] = {}
+        self._masks: dict[str, Future[Grey]] = {}
+
+    def picture(self, url: str) -> Picture:
+        """The picture at `url` in sRGB. Raises the ImageError of fetching or decoding it."""
+        return self._once(self._pictures, url, self._decode)
+
+    def mask(self, url: str) -> Grey:
+        """The mask at `url`, uint8 [height, width]. Raises the ImageError of fetching or decoding it."""
+        return self._once(self._masks, url, self._decode_mask)
+
+    def mask_of(self, item: Item, options: Options) -> Grey | None:
+        """The item's own mask, else the job's, else None.
+
+        Any trouble with it is a BadMask, but for a download that `stop` cut short.
+        """
+        url = item.mask or getattr(options, "mask", None)
+        if url is None:
+            return None
+        try:
+            if item.mask is None:
+                return self.mask(url)
+            return self._decode_mask(self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop).data)
+        except ImageError as error:
+            if cut_short(error, self._stop, self._attempts):
+                raise
+            raise BadMask(f"the mask {shown(url)} can't be used: {error.message}") from error
+
+    def _decode_mask(self, data: bytes) -> Grey:
+        return codec.decode_mask(data, max_pixels=self._max_pixels)
+
+    def _decode(self, data: bytes) -> Picture:
+        return codec.decode(data, codec.probe(data, max_pixels=self._max_pixels))
+
+    def _once(self, known: dict[str, Future[T]], url: str, decode: Callable[[bytes], T]) -> T:
+        with self._lock:
+            future = known.get(url)
+            mine = future is None
+            if future is None:
+                future = known[url] = Future()
+        if mine:
+            try:
+                future.set_result(decode(self._fetcher.fetch(url, attempts=self._attempts).data))
+            except BaseException as error:  # noqa: BLE001  # handed to every caller by result()
+                future.set_exception(error)
+        return future.result()

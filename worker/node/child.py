@@ -1,0 +1,194 @@
+"""One child process: its engines, its clients, and what it does with a chunk. Imported after the fork only."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from threading import Event
+from typing import Any
+
+import numpy as np
+
+from imagemill.shared import s3
+from imagemill.shared.broker import Publisher
+from imagemill.shared.engines import ENGINES, Options
+from imagemill.shared.errors import ImageError, ImagemillError, StorageUnavailable, sentence
+from imagemill.shared.fleet import Fleet
+from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.messages import MANIFEST, Chunk, Item, Job
+from imagemill.shared.queues import offered, queue_name
+from imagemill.shared.settings import Settings
+from imagemill.worker.hardware.device import Device, give_back
+from imagemill.worker.hardware.memory import memory_of
+from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.line import Flow
+from imagemill.worker.line.manifest import write_manifest
+from imagemill.worker.node.lease import LeaseKeeper
+from imagemill.worker.node.offer import lanes
+from imagemill.worker.operations.base import Inputs, Operation
+from imagemill.worker.operations.registry import create
+from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.store import Store, open_store
+from imagemill.worker.tuning import saved_sizes as tuned
+
+log = logging.getLogger(__name__)
+
+MANIFEST_TRIES = 5
+"""How often a manifest is tried while the store does not answer, before the job ends without one."""
+
+
+class Child:
+    """Built once per process by `main`; `work` is called for each message."""
+
+    def __init__(
+        self, settings: Settings, device: Device, *, node: str, publisher: Publisher, stopping: Callable[[], bool]
+    ) -> None:
+        self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
+        self.ledger, self.fleet = Ledger.of(settings), Fleet.of(settings)
+        self.cache = Cache.of(settings)
+        self._s3: Any = None
+        self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
+        self.operations: dict[tuple[str, str], Operation] = {}
+        self.sizes: dict[tuple[str, str], BatchSizes] = {}
+        for name, lane in offered(settings.worker.operations, lanes(settings)):
+            engine, _, model = lane.partition(".")
+            if (name, engine) in self.operations:
+                continue  # the engine's first model is loaded; it loads another one when a chunk asks for it
+            start = time.perf_counter()
+            operation = create(name, engine)
+            operation.load(device)
+            given = {**operation.spec.warm_up, **({"model": model} if model else {})}
+            warm_up(operation, ENGINES[name][engine].model_validate(given))
+            memory = memory_of(device, operation.spec)
+            self.operations[name, engine] = operation
+            self.sizes[name, engine] = BatchSizes(memory, tuned.read(device.weights, memory.name, operation.spec))
+            log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})
+
+    def s3(self) -> Any:
+        """This process' one S3 client, made when it is first needed."""
+        if self._s3 is None:
+            self._s3 = s3.make_client(self.settings.s3)
+        return self._s3
+
+    def work(self, chunk: Chunk, *, task: str, tell: Callable[[int, int], None]) -> str:
+        """Take a chunk from lease to record; says in a word what came of it.
+
+        `task` is the id of the Celery task; `tell(done, failed)` is called every second.
+        """
+        token = f"{task}/{socket.gethostname()}/{time.time_ns()}"
+        lease = self.ledger.acquire(chunk.job, chunk.number, task=task, token=token)
+        if not isinstance(lease, Lease):
+            return lease
+        spec = self.ledger.spec(chunk.job)
+        if chunk.number == MANIFEST:
+            return self._manifest(lease, spec)
+        start = time.perf_counter()
+        stop = Event()
+        flow = self._flow(spec, lease, stop)
+        records = flow.records
+        items = self._open_items(lease)
+        with LeaseKeeper(
+            self.ledger,
+            lease,
+            lease_seconds=self.settings.worker.lease_seconds,
+            stop=stop,
+            stopping=self.stopping,
+            tell=lambda: tell(records.done, records.failed),
+        ) as keeper:
+            if lease.lost:
+                flow.run_alone(items, lease.lost)
+            else:
+                flow.run(items)
+        give_back()
+        seconds = _since(start)
+        counts = dict(done=records.done, failed=records.failed, reused=records.reused)
+        told = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds, **counts)
+        on_gpu = [sizes for sizes in self.sizes.values() if sizes.memory.grows]
+        if on_gpu:
+            top, flagged = max(sizes.top for sizes in on_gpu), sum(sizes.flagged for sizes in on_gpu)
+            told |= dict(memory=round(top, 3), memory_flagged=flagged)
+            self.fleet.report_memory(self.node, top, flagged)
+        log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
+        if keeper.reason is None and not lease.lost and not records.reused and seconds > 0:  # the rate of computing
+            queue = queue_name(spec.operation, spec.lane)
+            self.fleet.report_rate(queue, self.node, records.over / seconds)
+        outcome = self._close(lease, spec, keeper.reason, len(items) - records.over, tell)
+        return f"{records.done} done, {records.failed} failed" if outcome == "done" else outcome
+
+    def _flow(self, spec: Job, lease: Lease, stop: Event) -> Flow:
+        return Flow(
+            lease.job,
+            spec,
+            operation=self.operations[spec.operation, spec.engine],
+            ledger=self.ledger,
+            fetcher=self.fetcher,
+            store=self._store(spec),
+            settings=self.settings,
+            node=self.node,
+            stop=stop,
+            sizes=self.sizes[spec.operation, spec.engine],
+            cache=self.cache,
+        )
+
+    def _open_items(self, lease: Lease) -> list[Item]:
+        """What this chunk still has to do: neither recorded already nor another row's duplicate."""
+        items = [item for item in lease.items if item.duplicate_of is None]
+        recorded = self.ledger.recorded(lease.job, [item.index for item in items])
+        return [item for item in items if item.index not in recorded]
+
+    def _close(self, lease: Lease, spec: Job, reason: str | None, left: int, tell: Callable[[int, int], None]) -> str:
+        if reason == "lost":
+            return "lost"
+        if reason == "stopping" and left:
+            if self.ledger.release(lease):
+                self.publisher.publish([(Chunk(job=lease.job, number=lease.number, images=left), spec)])
+            return "released"
+        if self.ledger.complete(lease) == "finishing":
+            self.work(Chunk(job=lease.job, number=MANIFEST, images=0), task=lease.token, tell=tell)
+        return "done"
+
+    def _manifest(self, lease: Lease, spec: Job) -> str:
+        written, told = None, {"action": "manifest", "job": lease.job}
+        try:
+            written = write_manifest(lease.job, spec, self.ledger, self._store(spec), self._fingerprint(spec))
+        except StorageUnavailable as error:
+            log.warning("manifest not written", extra={**told, "reason": error.message})
+            if lease.lost < MANIFEST_TRIES:
+                return "held"  # its lease runs out and the reaper publishes it again
+        except ImageError as error:
+            log.warning("manifest refused", extra={**told, "reason": error.message})
+        except ImagemillError:
+            raise  # of the ledger, without which there is nothing to complete
+        except Exception:  # a fault of ours; a job may end without its manifest, but end it must
+            log.exception("manifest failed", extra=told)
+        self.ledger.complete(lease, manifest=written)
+        log.info("job over", extra={"action": "manifest", "job": lease.job, "manifest": written})
+        return "done"
+
+    def _fingerprint(self, spec: Job) -> str | None:
+        """What decides this job's results on this node; None where it can't be told any more."""
+        try:
+            return self.operations[spec.operation, spec.engine].fingerprint(spec.options)
+        except (ImagemillError, OSError) as error:
+            log.warning("fingerprint not told", extra={"action": "manifest", "reason": sentence(error)})
+            return None
+
+    def _store(self, spec: Job) -> Store:
+        return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
+
+
+def warm_up(operation: Operation, options: Options) -> None:
+    """Run one made-up image through an engine, so that the first real one meets no surprise."""
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    grey[16:48, 16:48] = (200, 60, 40)
+    item = Item(index=0, source="https://warm.up/image.png", boxes=("24,24,8,8",))
+    work = operation.prepare(Picture(grey, full_size=(64, 64)), Inputs(item, options))
+    operation.finish(work, operation.run(work.samples))
+
+
+def _since(start: float) -> float:
+    return round(time.perf_counter() - start, 3)

@@ -1,0 +1,71 @@
+"""Keeps a chunk's lease while it is worked on, and says when to stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from threading import Event, Thread
+from types import TracebackType
+from typing import Literal
+
+from imagemill.shared.errors import ServiceUnavailable
+from imagemill.shared.ledger import Lease, Ledger
+
+log = logging.getLogger(__name__)
+Reason = Literal["cancelled", "lost", "stopping"]
+
+EVERY = 1.0
+"""Seconds between renewals; a cancelled job's workers hear of it within this."""
+
+
+class LeaseKeeper:
+    """Renews a lease from a thread of its own, as a context manager; calls `tell` after each renewal.
+
+    Sets `stop`, and `reason` to why, when the job is cancelled, the lease is lost, or this node is
+    `stopping`.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        lease: Lease,
+        *,
+        lease_seconds: float,
+        stop: Event,
+        stopping: Callable[[], bool],
+        tell: Callable[[], None],
+    ) -> None:
+        self.reason: Reason | None = None
+        self._ledger, self._lease, self._lease_seconds = ledger, lease, lease_seconds
+        self._stop, self._stopping, self._tell = stop, stopping, tell
+        self._over = Event()
+        self._thread = Thread(target=self._keep, name="lease", daemon=True)
+
+    def __enter__(self) -> LeaseKeeper:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        heard = time.monotonic()
+        while not self._over.wait(EVERY):
+            try:
+                answer = self._ledger.renew(self._lease)
+            except ServiceUnavailable as error:
+                log.warning("lease not renewed", extra={"action": "renew", "job": self._lease.job, "reason": error.message})
+                answer = "ok" if time.monotonic() - heard < self._lease_seconds else "lost"
+            else:
+                heard = time.monotonic()
+                self._tell()  # not while Redis is away: it would wait for it, and the lease end meanwhile
+            reason: Reason | None = "stopping" if self._stopping() else None
+            if answer != "ok":
+                reason = answer
+            if reason is not None:
+                self.reason = reason
+                self._stop.set()
+                if reason != "stopping":
+                    return

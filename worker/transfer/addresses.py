@@ -1,0 +1,123 @@
+"""Which hosts and addresses a download may go to, and web addresses as they are put on the wire."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from urllib.parse import quote, urlsplit
+
+from imagemill.shared.errors import UnsupportedUrl
+from imagemill.shared.settings import FetchSettings
+from imagemill.shared.urls import shown
+
+# IANA's special-purpose registries, and what `ipaddress.is_global` lets pass although it leads inside.
+NOT_PUBLIC_V4 = tuple(
+    ip_network(text)
+    for text in (
+        "0.0.0.0/8",  # this host
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # carrier-grade NAT; also some clouds' metadata
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # Azure's host
+        "169.254.0.0/16",  # link-local; most clouds' metadata
+        "172.16.0.0/12",
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata
+        "192.0.2.0/24",  # documentation
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, and broadcast
+    )
+)
+# Only this part of IPv6 is handed out as public. Outside it lie loopback, v4-compatible (::/96), NAT64 (64:ff9b::/96 and
+# 64:ff9b:1::/48), unique local, link-local and multicast.
+PUBLIC_V6 = ip_network("2000::/3")
+NOT_PUBLIC_V6 = tuple(
+    ip_network(text)
+    for text in (
+        "2001::/23",  # protocol assignments; Teredo (2001::/32) carries IPv4 addresses
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4 carries IPv4 addresses
+        "3fff::/20",  # documentation
+    )
+)
+
+HOST = re.compile(r"[a-z0-9_.-]{1,253}")
+# What browsers send as it is; all other characters are percent-encoded.
+PLAIN = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in '"#<>\\`{}')
+PORTS = {"http": 80, "https": 443}
+
+
+def allowed(address: str | IPv4Address | IPv6Address, host: str, port: int, settings: FetchSettings) -> bool:
+    """Whether a download from `host`:`port` may connect to `address`.
+
+    Public addresses are; others only where the operator lists the host (`host` or `host:port`, as
+    written in the address, IPv6 in brackets) or a network that holds the address. An IPv4 address
+    inside an IPv6 one (::ffff:0:0/96) is judged as IPv4, since that is where the system connects.
+    """
+    ip = ip_address(address) if isinstance(address, str) else address
+    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
+        ip = ip.ipv4_mapped
+    if is_public(ip):
+        return True
+    listed = {entry.lower() for entry in settings.allow_hosts}
+    if not listed.isdisjoint({host.lower(), f"{host.lower()}:{port}"}):
+        return True
+    return any(ip.version == network.version and ip in network for network in settings.allow_networks)
+
+
+def is_public(ip: IPv4Address | IPv6Address) -> bool:
+    """Whether an address is one of the public internet and can't stand for another one behind a gateway."""
+    if isinstance(ip, IPv4Address):
+        return ip.is_global and not any(ip in network for network in NOT_PUBLIC_V4)
+    return ip.is_global and ip in PUBLIC_V6 and not any(ip in network for network in NOT_PUBLIC_V6)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A web address in ASCII, with the host (IPv6 in brackets) and port that it leads to."""
+
+    url: str
+    host: str
+    port: int
+
+
+def wire(url: str) -> Target:
+    """An http or https address as it is requested: host in IDNA, path and query percent-encoded, no fragment.
+
+    It is put together from its parts, so that libcurl can't read another host out of it than we did.
+    Raises UnsupportedUrl for a host that can't be one.
+    """
+    try:
+        parts = urlsplit(url)
+        if "@" in parts.netloc or "%" in parts.netloc:  # a user, an encoded host or an interface: parsers disagree on these
+            raise ValueError("more than host and port")
+        host = _ascii_host(parts.hostname or "")
+        port = parts.port or PORTS[parts.scheme]
+    except (ValueError, KeyError) as error:
+        raise UnsupportedUrl(f"{shown(url)} is no web address") from error
+    at = host if port == PORTS[parts.scheme] else f"{host}:{port}"
+    query = f"?{_encoded(parts.query)}" if parts.query else ""
+    return Target(f"{parts.scheme}://{at}{_encoded(parts.path) or '/'}{query}", host, port)
+
+
+def _ascii_host(host: str) -> str:
+    if ":" in host:
+        return f"[{IPv6Address(host)}]"
+    # UTS 46 without its transitional mappings: ß stays ß, as browsers have it. Python's own codec is IDNA 2003.
+    labels = re.split("[.。．｡]", unicodedata.normalize("NFKC", host.lower()))
+    name = ".".join(label if label.isascii() else f"xn--{label.encode('punycode').decode()}" for label in labels)
+    if not HOST.fullmatch(name):
+        raise ValueError(f"{host!r} is no host")
+    return name
+
+
+def _encoded(text: str) -> str:
+    """Percent-encoded where needed; what is encoded already stays, a lone % becomes %25."""
+    # surrogateescape: a redirect's raw bytes go back as they came
+    return re.sub("%(?![0-9A-Fa-f]{2})", "%25", quote(text, safe=PLAIN, errors="surrogateescape"))

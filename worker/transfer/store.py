@@ -1,0 +1,271 @@
+"""Where results go: an S3 bucket or a folder, under keys that are the same at every try."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Protocol
+from urllib.parse import urlsplit
+
+from imagemill.shared.errors import NotFound, StorageRefused, StorageUnavailable, sentence
+from imagemill.shared.messages import KEY_FIELD, Item
+from imagemill.shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_bucket, split, storing
+from imagemill.shared.settings import FileSettings, S3Settings
+from imagemill.shared.urls import check_output_url, safe_name
+from imagemill.worker.transfer.files import is_below, open_at_once, path_of
+
+# What an operator can mend by changing folder or rights; everything else may pass, such as a full disk.
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
+
+BLOCK = 1 << 20
+CHANGED = {"PreconditionFailed", "412"}
+
+
+class Store(Protocol):
+    """Takes results; the same key again replaces what is there. Any number of threads may use it."""
+
+    def check(self) -> None:
+        """Raises StorageRefused where it is clear beforehand that nothing can be stored here."""
+
+    def put(self, key: str, data: bytes, content_type: str) -> str:
+        """Write bytes below the output's address; returns the full address once they are safe.
+
+        Raises StorageUnavailable where trying again can help, else StorageRefused.
+        """
+
+    def put_file(self, key: str, path: Path, content_type: str) -> str:
+        """The same for the contents of a file, which need not fit into memory (at most 5 GB on S3)."""
+
+    def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
+        """Write what lies at `source`, an address that `put` returned, in this job or another, below this output's address.
+
+        Raises NotFound unless bytes of that MD5 (in hex) lie there, in a place that this store reaches; else as `put`.
+        After an error the key may hold what it held before, nothing or other bytes, until `put` replaces them.
+        """
+
+
+def open_store(url: str, *, s3: Callable[[], S3Client], files: FileSettings, s3_settings: S3Settings) -> Store:
+    """The store behind `s3://bucket/prefix` or `file:///folder`; `s3` gives the process's client.
+
+    Raises StorageRefused for another address.
+    """
+    try:
+        check_output_url(url)
+    except ValueError as error:
+        raise StorageRefused(f"results can't go to {url!r}: {error}") from error
+    if urlsplit(url).scheme == "s3":
+        return S3Store(url, s3(), s3_settings)
+    return FolderStore(url, files)
+
+
+def render_key(template: str, *, job: str, item: Item, extension: str) -> str:
+    """The key of an item's result: the output's template filled in, and the extension (without dot) behind it.
+
+    The name is the item's own or the source's, made safe, so that a key never leaves its prefix.
+    """
+    fields: dict[str, str | int] = {"job": job, "index": item.index, "item": item.id, "name": _name(item)}
+
+    def fill(match: Any) -> str:
+        value, width = fields[match[1]], match[2]
+        return f"{value:0{width}d}" if width and isinstance(value, int) else str(value)
+
+    return f"{KEY_FIELD.sub(fill, template)}.{extension.lstrip('.')}"
+
+
+def _name(item: Item) -> str:
+    if item.name is None:
+        return safe_name(item.source)
+    has_extension = Path(item.name).suffix.lower() in IMAGE_EXTENSIONS
+    return safe_name(item.name if has_extension else f"{item.name}.")  # `v1.5` is a name, not a file of type 5
+
+
+class S3Store:
+    """A prefix of a bucket. Every object is sent with its MD5, which the server verifies."""
+
+    def __init__(self, url: str, client: S3Client, settings: S3Settings) -> None:
+        self._bucket, self._prefix = split(url.rstrip("/"))
+        self._client = client
+        self._settings = settings
+        self._checking = threading.Lock()
+        self._refusal: StorageRefused | None = None
+        self._checked = False
+
+    def check(self) -> None:
+        """See Store. Asks the server once, and makes the bucket where the operator allows it."""
+        with self._checking:
+            if not self._checked:
+                try:
+                    ensure_bucket(self._client, self._bucket, self._settings.create_bucket, self._settings.region)
+                except StorageRefused as error:
+                    self._refusal = error
+                except StorageUnavailable:
+                    return  # it may be back when the first result is ready; `put` tries more than once
+                self._checked = True
+        if self._refusal is not None:
+            raise StorageRefused(self._refusal.message)
+
+    def put(self, key: str, data: bytes, content_type: str) -> str:
+        """See Store."""
+        digest = hashlib.md5(data, usedforsecurity=False).digest()
+        return self._put(key, data, digest, content_type)
+
+    def put_file(self, key: str, path: Path, content_type: str) -> str:
+        """See Store."""
+        with _folder_errors(f"{path} can't be read"):
+            file = path.open("rb")
+        with file:
+            digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
+            file.seek(0)
+            return self._put(key, file, digest, content_type)
+
+    def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
+        """See Store. The server copies, within one bucket or from another that the worker's keys may read.
+
+        Where it encrypts with KMS, an ETag is no MD5, and nothing is ever found to be the same.
+        """
+        from botocore.exceptions import ClientError
+
+        if urlsplit(source).scheme != "s3":
+            raise NotFound(f"{source} is not in S3")
+        bucket, source_key = split(source)
+        full_key, url = self._place(key)
+        with storing(url):
+            try:
+                copied = self._client.copy_object(
+                    Bucket=self._bucket,
+                    Key=full_key,
+                    CopySource={"Bucket": bucket, "Key": source_key},
+                    CopySourceIfMatch=f'"{md5}"',
+                    MetadataDirective="REPLACE",  # also what lets a result be copied onto itself
+                    ContentType=content_type,
+                )
+            except ClientError as error:
+                if error.response["Error"]["Code"] in MISSING | CHANGED:
+                    raise NotFound(f"{source} is gone or has changed") from error
+                raise
+        if copied["CopyObjectResult"]["ETag"].strip('"') != md5:  # it changed between the server's check and its copy
+            raise NotFound(f"{source} has changed")
+        return url
+
+    def _place(self, key: str) -> tuple[str, str]:
+        """The whole key, and its address."""
+        full_key = f"{self._prefix}/{key}" if self._prefix else key
+        return full_key, f"s3://{self._bucket}/{full_key}"
+
+    def _put(self, key: str, body: bytes | IO[bytes], digest: bytes, content_type: str) -> str:
+        full_key, url = self._place(key)
+        md5 = base64.b64encode(digest).decode()
+
+        with storing(url):
+            self._client.put_object(Bucket=self._bucket, Key=full_key, Body=body, ContentType=content_type, ContentMD5=md5)
+        return url
+
+
+class FolderStore:
+    """A folder below one of the operator's write roots. A file appears whole or not at all."""
+
+    def __init__(self, url: str, files: FileSettings) -> None:
+        self._folder = path_of(url)
+        self._roots = files.write_roots
+
+    def check(self) -> None:
+        """See Store."""
+        with _folder_errors(f"results can't go to {self._folder}"):
+            self._check(self._folder)
+
+    def put(self, key: str, data: bytes, content_type: str) -> str:  # noqa: ARG002  # files have no content type
+        """See Store."""
+        return self._write(key, lambda file: file.write(data))
+
+    def put_file(self, key: str, path: Path, content_type: str) -> str:  # noqa: ARG002
+        """See Store."""
+
+        def copy(file: IO[bytes]) -> None:
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, file, BLOCK)
+
+        return self._write(key, copy)
+
+    def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:  # noqa: ARG002
+        """See Store. Both files lie below the write roots."""
+        with self._open(source) as file:
+            return self._write(key, lambda target: _copy_checked(file, target, md5, source))
+
+    def _open(self, source: str) -> BinaryIO:
+        """A result of an earlier job. Raises NotFound."""
+        try:
+            if urlsplit(source).scheme != "file":
+                raise NotFound(f"{source} is not in a folder")
+            path = path_of(source).resolve(strict=True)
+            if not is_below(path, self._roots):
+                raise NotFound(f"{source} is not below a folder that IMAGEMILL_FILES__WRITE_ROOTS allows")
+            return open(path, "rb", opener=open_at_once)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise NotFound(f"{source} can't be read: {sentence(error)}") from error
+
+    def _write(self, key: str, fill: Callable[[IO[bytes]], object]) -> str:
+        target = self._folder / key
+        with _folder_errors(f"{target} can't be written"):
+            folder = self._check(target.parent)  # after every link on the way, and before anything is made
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(folder / target.name, fill)
+        return target.as_uri()
+
+    def _check(self, folder: Path) -> Path:
+        real = folder.resolve()
+        if not is_below(real, self._roots):
+            raise StorageRefused(
+                f"results may not go to {folder}: it is not below a folder that IMAGEMILL_FILES__WRITE_ROOTS allows"
+            )
+        return real
+
+
+def _replace(target: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Write a file beside `target`, have it on the disk, and rename it into place; nothing stays behind on failure."""
+    partial = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with partial.open("xb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    # The rename too must outlive a power cut, since the result is recorded as stored right after this.
+    directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _copy_checked(source: BinaryIO, target: IO[bytes], md5: str, name: str) -> None:
+    digest = hashlib.md5(usedforsecurity=False)
+    while block := source.read(BLOCK):
+        digest.update(block)
+        target.write(block)
+    if digest.hexdigest() != md5:
+        raise NotFound(f"{name} has changed")
+
+
+@contextmanager
+def _folder_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: links in a circle
+        number = error.errno if isinstance(error, OSError) else errno.EINVAL
+        reason = (error.strerror if isinstance(error, OSError) else None) or sentence(error)
+        kind = StorageRefused if number in REFUSALS else StorageUnavailable
+        raise kind(f"{what}: {reason[:1].lower()}{reason[1:]}") from error
