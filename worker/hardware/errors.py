@@ -45,7 +45,7 @@ STICKY = (
 error until the process is terminated")."""
 
 
-def is_short_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of the device step, or one that it was raised from, says that memory ran out."""
     return any(isinstance(one, MemoryError | OutOfMemory) or _says(one, SHORT) for one in _causes(error))
 
