@@ -65,7 +65,7 @@ def run(device: Device, providers: list[Provider], ends: float, *, small: bool) 
         yield from alone(here, 1 if small else ROUNDS)
         operation = Rembg()
         operation.load(here)
-        sizes = BatchSizes(memory_of(here, operation.spec))
+        sizes = BatchSizes(memory_of(here, operation.spec.runtime))
         spec = RemoveBackgroundJob(output=Output(url="s3://bench/out"), options=RembgRemoveBackground(model="u2net"))
         through_the_flow(operation, spec, files, 4 if small else 40, sizes)  # opens the model and learns how large batches are
         for count in (cores_used for cores_used in CORES if cores_used <= len(cores)):

@@ -241,7 +241,7 @@ def tune(bench: Bench, pipeline: Pipeline) -> None:
     operation._pipeline, operation._opened, operation._proven = pipeline, "sd15-canny", True
     try:
         tuning = Tuning(
-            operation, options, BatchSizes(memory_of(bench.device, operation.spec), measures=True), (bench.side,) * 2
+            operation, options, BatchSizes(memory_of(bench.device, operation.spec.runtime), measures=True), (bench.side,) * 2
         )
         found = max((one.batch for one in tuning.tries(16, 1.0) if one.fits), default=0)
         fits = max((batch for batch in range(1, 17) if _fits(pipeline, bench.canvases(batch), options)), default=0)

@@ -79,7 +79,7 @@ def _found(
 
     made = create(operation, engine)
     made.load(device)
-    sizes = BatchSizes(memory_of(device, made.spec), measures=True)
+    sizes = BatchSizes(memory_of(device, made.spec.runtime), measures=True)
     tuning = Tuning(made, options, sizes, size)
     with Console(stderr=True).status("") as status:
         tries = []
