@@ -173,7 +173,7 @@ def check_models(settings: Settings) -> Iterator[Finding]:
 def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:
     name, original = weights.name, path_of(weights, settings.weights)
     if state(weights, settings.weights) == "damaged":
-        yield Finding("models", "warning", f"{name} differs from the published file", f"imagemill models pull {name}")
+        yield Finding("models", "warning", f"{name} is not the published file", f"imagemill models pull {name}")
     if not settings.onnx.int8 or weights.engine in CONVERTED:
         return
     if model_file(original.parents[1], weights.engine, name, int8=True) != variant(original, "int8"):

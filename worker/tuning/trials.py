@@ -6,17 +6,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 
-from imagemill.shared.engines import Options
-from imagemill.shared.errors import ImageError, OutOfMemory
+from imagemill.shared.errors import ImageError, InternalError, OutOfMemory
 from imagemill.shared.messages import Item
+from imagemill.shared.options.base import EngineOptions
 from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes, kind_of
 from imagemill.worker.line.batching import attempt
-from imagemill.worker.operations.base import Inputs, Operation, Sample
+from imagemill.worker.operations.base import AnyOperation, Inputs, Sample, Untouched
 
 WARM_UP_RUNS = 2
 """Untimed first runs, which may load a model, compile or choose algorithms. Memory is measured in these."""
@@ -39,11 +40,11 @@ class Trial:
 class BatchTrials:
     """Trials of growing batches of one loaded operation, with fixed options and image size (width, height)."""
 
-    def __init__(self, operation: Operation, options: Options, sizes: BatchSizes, size: tuple[int, int]) -> None:
+    def __init__(self, operation: AnyOperation, options: EngineOptions, sizes: BatchSizes, size: tuple[int, int]) -> None:
         self.operation, self.sizes = operation, sizes
         self._timed_sizes = sizes if sizes.memory.grows else BatchSizes(sizes.memory)  # a node measures memory on GPUs only
         self._options, self._size = options, size
-        self._samples: list[Sample] = []
+        self._samples: list[Sample[Any, Any]] = []
         self.kind = kind_of(operation, self._sample())
 
     def run(self, most: int, seconds: float) -> Iterator[Trial]:
@@ -77,7 +78,7 @@ class BatchTrials:
             del result  # frees its memory before the next run
         return Trial(batch, batch / median(durations[WARM_UP_RUNS:]), self.sizes.known(self.kind).peaks.get(batch))
 
-    def _sample(self) -> Sample:
+    def _sample(self) -> Sample[Any, Any]:
         width, height = self._size
         pixels = np.full((height, width, 3), 128, np.uint8)
         centre = slice(height // 4, -(height // 4) or None), slice(width // 4, -(width // 4) or None)
@@ -88,5 +89,8 @@ class BatchTrials:
             mask[centre] = 255
         item = Item(index=0, source="https://tune/image.png")
         picture = Picture(pixels, full_size=self._size)
-        inputs = Inputs(item, self._options, mask, read=lambda _: picture)  # a reference image does not affect memory
-        return self.operation.prepare(picture, inputs).samples[0]
+        inputs = Inputs(item, self._options, mask, lambda _: picture)  # a reference image does not affect memory
+        work = self.operation.prepare(picture, inputs)
+        if isinstance(work, Untouched):
+            raise InternalError(f"{self.operation.spec.name} found nothing to do in the test image")
+        return work.samples[0]
