@@ -23,7 +23,7 @@ from queue import Empty, SimpleQueue
 from threading import Event
 
 from imagemill.shared.errors import ImageError, InternalError, OutOfMemory, WorkerLost, sentence
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import Item, Job
 from imagemill.shared.quality import Measures, beyond, flagged
 from imagemill.shared.settings import Settings
@@ -56,7 +56,7 @@ class Flow:
         spec: Job,
         *,
         operation: Operation,
-        ledger: Ledger,
+        ledger: WorkLedger,
         fetcher: Fetcher,
         store: Store,
         settings: Settings,
