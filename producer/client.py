@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 from imagemill.producer.sources import BadRow, SourceRow, parse, refused
 from imagemill.shared.errors import BrokerUnavailable, InvalidSource, UsageError
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, Job, JobStatus, Node, Row
 from imagemill.shared.options.inpaint import InpaintOptions
 from imagemill.shared.queues import queue_name
@@ -148,7 +148,7 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._ledger, self._fleet = Ledger.of(settings), Fleet.of(settings)
+        self._ledger, self._fleet = SubmitLedger.of(settings), Fleet.of(settings)
 
     def __enter__(self) -> Self:
         return self
