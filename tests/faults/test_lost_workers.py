@@ -19,7 +19,7 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
 from imagemill.shared.messages import JOB_SPEC, Job
 from tests.conftest import client_for, environment_for, photo
-from tests.services import ImageServer
+from tests.services.images import ImageServer
 from tests.workers import WorkerProcess, wait_until
 
 pytestmark = pytest.mark.integration

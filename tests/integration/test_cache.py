@@ -29,7 +29,8 @@ from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.store import open_store
 from tests.conftest import environment_for, photo
 from tests.fakes import Invert
-from tests.services import ImageServer, S3Server, changed_environment
+from tests.services.images import ImageServer
+from tests.services.s3 import S3Server, changed_environment
 from tests.workers import ROOT, WorkerProcess
 
 pytestmark = pytest.mark.integration

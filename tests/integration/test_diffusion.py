@@ -17,7 +17,7 @@ from PIL import Image
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from tests.conftest import environment_for, photo
 from tests.pipelines import lora_file, pipeline_folder
-from tests.services import ImageServer
+from tests.services.images import ImageServer
 from tests.workers import ROOT, WorkerProcess
 
 pytestmark = pytest.mark.integration

@@ -16,9 +16,9 @@ from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
 from imagemill.shared.messages import JOB_SPEC, Row
-from tests.conftest import client_for, environment_for
+from tests.conftest import environment_for
 from tests.generators import lama_file
-from tests.services import ImageServer
+from tests.services.images import ImageServer
 from tests.workers import WorkerProcess
 
 pytestmark = pytest.mark.integration
@@ -37,12 +37,6 @@ def worker(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFactory
     )
     with WorkerProcess(environment, folder, name="lama") as node:
         yield node.wait_ready()
-
-
-@pytest.fixture
-def client(redis_server: EmbeddedRedis) -> Iterator[Client]:
-    with client_for(redis_server.url) as made:
-        yield made
 
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

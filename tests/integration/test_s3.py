@@ -18,7 +18,7 @@ from imagemill.shared.errors import ConfigurationError, InvalidSource, ServiceUn
 from imagemill.shared.s3 import ensure_bucket, expire_after, list_images, make_client, make_signer, presign
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.worker.transfer.store import Store, open_store
-from tests.services import S3Server, changed_environment
+from tests.services.s3 import S3Server, changed_environment
 
 pytestmark = pytest.mark.integration
 

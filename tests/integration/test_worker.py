@@ -25,9 +25,9 @@ from imagemill.shared import s3
 from imagemill.shared.broker import make_app
 from imagemill.shared.messages import JOB_SPEC, Job, Row
 from imagemill.shared.settings import S3Settings, Settings
-from tests import services
 from tests.conftest import client_for, environment_for, photo
-from tests.services import ImageServer, S3Server
+from tests.services.images import ImageServer, answers, failing, html, redirect
+from tests.services.s3 import S3Server, changed_environment
 from tests.workers import ROOT, WorkerProcess, wait_until
 
 pytestmark = pytest.mark.integration
@@ -42,12 +42,6 @@ def environment(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFa
 def worker(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
     with WorkerProcess(environment, tmp_path_factory.mktemp("worker"), concurrency=2) as node:
         yield node.wait_ready()
-
-
-@pytest.fixture
-def client(redis_server: EmbeddedRedis) -> Iterator[Client]:
-    with client_for(redis_server.url) as made:
-        yield made
 
 
 def spec(operation: str, output: str, *, key: str | None = None, attempts: int = 3, **options: Any) -> Job:
@@ -124,7 +118,7 @@ def test_from_url_to_s3_and_back(
     with_s3 = {**environment, **s3_environment(s3_server), "IMAGEMILL_WORKER__OPERATIONS": '["stylize"]'}
     images.routes["/a.png"] = photo(1)
     settings = S3Settings(endpoint_url=s3_server.endpoint_url)
-    with services.changed_environment(s3_environment(s3_server)):
+    with changed_environment(s3_environment(s3_server)):
         storage = s3.make_client(settings)
     storage.create_bucket(Bucket="sources")
     storage.put_object(Bucket="sources", Key="in/b.png", Body=photo(2))
@@ -183,17 +177,17 @@ def test_each_bad_input_gets_its_code_and_spares_its_neighbours(
     jpeg = photo(2, 400, 300, "JPEG")
     images.routes |= {
         "/good.png": good,
-        "/404.png": services.answers(404),
-        "/403.png": services.answers(403),
-        "/500.png": services.answers(500),
-        "/flaky.png": services.failing(1, 503, good),
+        "/404.png": answers(404),
+        "/403.png": answers(403),
+        "/500.png": answers(500),
+        "/flaky.png": failing(1, 503, good),
         "/stall.png": images.hang,
-        "/page.png": services.html(),
+        "/page.png": html(),
         "/empty.png": b"",
         "/cut.jpg": jpeg[: len(jpeg) // 2],
         "/bomb.png": one_colour_png(30_000),
         "/really-a.jpg": good,
-        "/to-private.png": services.redirect("http://10.255.255.1/secret.png"),
+        "/to-private.png": redirect("http://10.255.255.1/secret.png"),
     }
     expected = {
         images.url("/good.png"): None,
@@ -339,7 +333,7 @@ def test_watchers_of_events_see_progress_under_the_name_of_the_node(
     own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path
 ) -> None:
     """What Flower shows: readable names and arguments, PROGRESS while a chunk runs, what came of it, and no other nodes."""
-    images.routes |= {"/a.png": photo(1), "/none.png": services.answers(404), "/slow.png": images.hang}
+    images.routes |= {"/a.png": photo(1), "/none.png": answers(404), "/slow.png": images.hang}
     seen = State()
     app = make_app(Settings(_env_file=None, redis_url=own_redis.url))  # type: ignore[call-arg]
     environment = environment_for(own_redis.url, tmp_path, IMAGEMILL_WORKER__OPERATIONS='["stylize"]')

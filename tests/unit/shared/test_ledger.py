@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import BrokerUnavailable, JobNotFound
@@ -17,25 +16,11 @@ from imagemill.shared.ledger import SUBMITTING_SECONDS, Lease, Ledger, pack, unp
 from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, Output, Policy, Priority, StylizeJob
 from tests.workers import wait_until
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
 QUEUE = "imagemill.stylize.opencv"
 TTL = 7 * 86_400
 NUMBERS = itertools.count()
-
-
-@pytest.fixture
-def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
-    with redis.Redis.from_url(redis_server.url, decode_responses=True) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
-def ledger(redis_server: EmbeddedRedis, raw: Any) -> Iterator[Ledger]:
-    made = Ledger(redis_server.url)
-    yield made
-    made.close()
 
 
 def spec(priority: Priority = "normal") -> StylizeJob:
