@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
@@ -25,7 +24,7 @@ from imagemill.shared.settings import S3Settings, Settings
 from tests.conftest import client_for
 from tests.ledgers import Ledger
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
 OUT = Output(url="s3://results/sketches")
 SPEC = Job(operation="stylize", output=OUT)
@@ -34,33 +33,6 @@ QUEUE = "imagemill.stylize.opencv"
 
 def rows(count: int, start: int = 0) -> list[SourceRow | BadRow]:
     return [SourceRow(f"list:{n + 1}", {"source": f"https://example.com/{n}.jpg"}) for n in range(start, start + count)]
-
-
-@pytest.fixture
-def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
-    with redis.Redis.from_url(redis_server.url) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
-def client(redis_server: EmbeddedRedis, raw: Any) -> Iterator[Client]:
-    with client_for(redis_server.url) as made:
-        yield made
-
-
-@pytest.fixture
-def fleet(redis_server: EmbeddedRedis) -> Iterator[Fleet]:
-    made = Fleet(redis_server.url)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
-    made = Ledger(redis_server.url)
-    yield made
-    made.close()
 
 
 def messages(raw: Any, queue: str = QUEUE) -> list[dict[str, Any]]:
@@ -131,7 +103,7 @@ def test_messages_are_tiny_and_never_a_wall_of_addresses(client: Client, raw: An
         }
         for number, images in enumerate((32, 32, 6))
     ]
-    assert b"example.com" not in b"".join(raw.lrange(QUEUE, 0, -1))
+    assert "example.com" not in "".join(raw.lrange(QUEUE, 0, -1))
 
 
 def test_more_chunks_than_one_round_trip_holds_keep_their_order(client: Client, raw: Any) -> None:

@@ -13,29 +13,22 @@ from click.testing import CliRunner, Result
 
 from imagemill.producer.cli import main
 from imagemill.producer.client import Client
-from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.errors import MissingExtra
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import Lease
 from imagemill.shared.messages import MANIFEST, Item, ItemResult, JobStatus, Node
 from imagemill.shared.quality import Measures, Quality
 from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import Settings
-from tests.conftest import missing
 from tests.ledgers import Ledger
+from tests.services.redis import running_redis
 
 Invoke = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    try:
-        server.start()
-    except MissingExtra as error:
-        missing(error.message)
-    yield server.url
-    server.stop()
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
 
 
 @pytest.fixture

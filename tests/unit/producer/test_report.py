@@ -10,8 +10,9 @@ import pytest
 
 from imagemill.producer.drift import Outlier
 from imagemill.producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, JobPage, allowed, duration, render, size, worded
+from imagemill.shared.engines import ENGINES
 from imagemill.shared.messages import Item, ItemResult, Job, JobStatus, Policy, Row, row
-from imagemill.worker.operations.base import LASTING_NOTES
+from imagemill.worker.checking.quality import REPAIR_NOTES
 
 A = "https://shop.example/"
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;"
@@ -224,7 +225,14 @@ def test_the_profile_that_results_are_in_is_told_where_nobody_asked_for_one(oper
     assert framed(shown) == []
 
 
-@pytest.mark.parametrize("note", sorted(LASTING_NOTES | {"cached", "matting_failed", "matting_timed_out"}))
+@pytest.mark.parametrize(
+    "note",
+    sorted(
+        {note for row in ENGINES for note in row.lasting_notes}
+        | REPAIR_NOTES
+        | {"cached", "matting_failed", "matting_timed_out"}
+    ),
+)
 def test_every_note_has_words(note: str) -> None:
     assert worded(note) == f"{note}: {REMARKS[note]}"
 

@@ -39,7 +39,7 @@ from tests.conftest import photo
 from tests.devices import DEAD, FakeGpu
 from tests.fakes import Invert
 from tests.ledgers import Ledger
-from tests.services import Handler, ImageServer, answers, failing, html, reply
+from tests.services.images import Handler, ImageServer, answers, failing, html, reply
 from tests.workers import wait_until
 
 FETCH: dict[str, Any] = {"allow_networks": ["127.0.0.0/8"], "total_timeout": 20}
