@@ -276,7 +276,7 @@ class Flow:
         """Store an untouched image: the source's own file where that is what the job asks for, else encoded anew."""
         passage.checked = Checked(picture, tuple(notes), Measures())
         if picture.as_stored and self._format(passage, picture) == picture.format:
-            encoded = codec.Encoded.of(data, picture.format)
+            encoded = codec.Encoded(data, picture.format)
             passage.facts.update(output_bytes=len(data), output_size=picture.size)
         else:
             encoded = self._encode(passage, picture)
