@@ -15,7 +15,7 @@ from rich.table import Table
 
 from imagemill.shared.engines import Options, parse_options
 from imagemill.shared.errors import UsageError
-from imagemill.shared.options.base import OPERATIONS
+from imagemill.shared.options.base import OPERATIONS, parse_settings
 from imagemill.shared.presets import Presets, work_of
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.worker.hardware.device import Device, pin
@@ -57,7 +57,7 @@ def tune(
         raise UsageError(f"say what to try: {', '.join(OPERATIONS)}, or --preset NAME")
     operation, engine = work_of(operation, engine, look)
     said = {**look.options} if look is not None else {}
-    given = parse_options(operation, engine, {**said, **dict(_pair(one) for one in options)})
+    given = parse_options(operation, engine, {**said, **parse_settings(options)})
     found = _found(settings, operation, engine, given, _size(size), most, seconds)
     if as_json:
         click.echo(json.dumps(found))
@@ -121,13 +121,6 @@ def _show(found: dict[str, Any]) -> None:
     else:
         click.echo(f"{found['operation']} ({found['engine']}) on {found['device']}: not even one image fits")
     click.echo(f"remembered in {found['path']}")
-
-
-def _pair(setting: str) -> tuple[str, str]:
-    name, mark, value = setting.partition("=")
-    if not mark or not name.strip():
-        raise UsageError(f"--set takes KEY=VALUE, not {setting!r}")
-    return name.strip().replace("-", "_"), value
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from imagemill.producer.lazy_commands import SHORT_HELP, Commands
-from imagemill.shared.engines import parse_options
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.operations.registry import create
 from imagemill.worker.tuning import command as module
@@ -48,7 +47,7 @@ def test_it_prints_a_table_and_remembers(run: Run, tmp_path: Path) -> None:
 
 
 def test_json_is_for_programs(run: Run, tmp_path: Path) -> None:
-    done = run("stylize", "--engine", "opencv", "--cpu", "--json", "--set", "style=detail", *QUICK)
+    done = run("stylize", "--engine", "opencv", "--cpu", "--json", "--set", "style=detail", "--set", "long-edge=64", *QUICK)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found.keys() == {"operation", "engine", "device", "kind", "batch", "fastest", "tries", "path"}
@@ -97,7 +96,3 @@ def test_a_preset_names_the_operation_its_engine_and_its_options(
     found = json.loads(done.stdout)
     assert (found["operation"], found["engine"]) == ("stylize", "opencv")
     assert run("inpaint", "--preset", "sketch-small", "--cpu", *QUICK).exit_code == 2
-
-
-def test_options_are_those_of_a_job() -> None:
-    assert parse_options("stylize", "opencv", dict([module._pair("long-edge=64")])).long_edge == 64  # type: ignore[union-attr]
