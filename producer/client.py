@@ -34,6 +34,8 @@ from imagemill.shared.settings import Settings
 if TYPE_CHECKING:
     from imagemill.shared.broker import Publisher
 
+__all__ = ["Client", "Submission"]
+
 log = logging.getLogger("imagemill.client")
 
 CHUNKS_PER_WRITE = 64

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import InvalidOption
 from imagemill.shared.messages import JOB_SPEC, Job, Output, Policy
-from imagemill.shared.options.base import ADDRESSES, Model, nearest, validation_sentence
+from imagemill.shared.options.base import ADDRESSES, Model, nearest, parse_settings, validation_sentence
 from imagemill.shared.presets import Preset, work_of
 from imagemill.shared.quality import RULES
 from imagemill.shared.urls import check_source_url, shown
@@ -58,12 +58,7 @@ def _merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, A
 
 def option_values(settings: Iterable[str], mask: str | None) -> dict[str, str]:
     """The options from `--set KEY=VALUE` and `--mask`. URLs are checked, and paths become file URLs."""
-    values: dict[str, str] = {}
-    for setting in settings:
-        name, mark, value = setting.partition("=")
-        if not mark or not name.strip():
-            raise InvalidOption(f"--set takes KEY=VALUE, not {setting!r}")
-        values[name.strip().replace("-", "_")] = value
+    values = parse_settings(settings)
     if mask is not None:
         values["mask"] = mask
     return _addresses(values)
