@@ -1,10 +1,10 @@
 """The Python API: submit, follow, retry and cancel jobs.
 
-from imagemill import Client, Output, StylizeJob, load_settings, read_sources
+from imagemill import Client, Job, Output, load_settings, read_sources
 
 with Client(load_settings()) as client:
     rows = read_sources(["list.csv"], s3=client.s3)
-    submission = client.submit(rows, StylizeJob(output=Output(url="s3://results/sketches")))
+    submission = client.submit(rows, Job(operation="stylize", output=Output(url="s3://results/sketches")))
     client.wait(submission.job)
     for row in client.results(submission.job):
         print(row.source, row.output or row.message)

@@ -9,19 +9,18 @@ import click
 from pydantic.fields import FieldInfo
 
 from imagemill.shared.engines import ENGINES
-from imagemill.shared.options.base import Operation
+from imagemill.shared.options.base import OPERATIONS, Operation
 from imagemill.shared.quality import LIMITS, RULES, Quality
 
 
 def write_options(formatter: click.HelpFormatter, operation: str | None = None, engine: str | None = None) -> bool:
     """Write the options and limits of the named operation and engine, or of all; False if there is no such operation."""
-    operations = [name for name in ENGINES if operation in (None, name)]
-    for name in operations:
-        for known, model in ENGINES[name].items():
-            if engine in (None, known):
-                fields = [(option, _described(field)) for option, field in model.model_fields.items() if option != "engine"]
-                with formatter.section(f"{name} ({known}), --set"):
-                    formatter.write_dl(fields)
+    operations = [name for name in OPERATIONS if operation in (None, name)]
+    for row in ENGINES:
+        if row.operation in operations and engine in (None, row.name):
+            fields = row.options.model_fields.items()
+            with formatter.section(f"{row.operation} ({row.name}), --set"):
+                formatter.write_dl([(name, _described(field)) for name, field in fields if name != "engine"])
     if operations:
         with formatter.section("Quality check, --limit"):
             formatter.write_dl([(limit, _limit(limit, operations)) for limit in RULES])

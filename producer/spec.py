@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import InvalidOption
-from imagemill.shared.messages import JOB_SPEC, Job, Output, Policy
+from imagemill.shared.messages import Job, Output, Policy
 from imagemill.shared.options.base import ADDRESSES, Model, nearest, parse_settings, validation_sentence
 from imagemill.shared.presets import Preset, work_of
 from imagemill.shared.quality import RULES
@@ -42,7 +42,7 @@ def job_spec(
         "output": _validated(Output, "output", output),
         "policy": _validated(Policy, "policy", policy),
     }
-    return JOB_SPEC.validate_python({"operation": operation, **fields})
+    return Job.model_validate({"operation": operation, **fields})
 
 
 def _merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

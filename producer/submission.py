@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 
 from imagemill.producer.sources import BadRow, SourceRow, parse, refused
 from imagemill.shared.errors import InvalidSource
-from imagemill.shared.messages import InpaintJob, Item, Job
+from imagemill.shared.messages import Item, Job
+from imagemill.shared.options.inpaint import InpaintOptions
 
 CHUNK_SECONDS = 20.0
 """Seconds that one worker needs for a chunk."""
@@ -58,6 +59,12 @@ def chunk_size(images: int | None, rates: list[float], nodes: int) -> int:
     return max(1, min(size, math.ceil(images / nodes)))
 
 
+def _has_hole(item: Item, spec: Job) -> bool:
+    """Whether there is something to fill, for an inpainting job; True for other jobs."""
+    options = spec.options
+    return not isinstance(options, InpaintOptions) or bool(item.mask or item.boxes or options.mask or options.boxes)
+
+
 @dataclass
 class ListCheck:
     """Validates the rows of a list as they stream in, and counts them."""
@@ -92,7 +99,7 @@ class ListCheck:
         except InvalidSource as error:
             self._refuse(refused(row, error.message))
             return None
-        if isinstance(spec, InpaintJob) and not (item.mask or item.boxes or spec.options.mask or spec.options.boxes):
+        if not _has_hole(item, spec):
             self._refuse(refused(row, "needs a mask or boxes, from the row or the job"))
             return None
         self.total += 1

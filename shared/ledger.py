@@ -33,7 +33,6 @@ from imagemill.shared.connection import connect, longest_wait, now_ms, reachable
 from imagemill.shared.errors import JobNotFound
 from imagemill.shared.messages import (
     ENDED,
-    JOB_SPEC,
     MANIFEST,
     Chunk,
     Item,
@@ -224,7 +223,7 @@ class Ledger:
         raw = self._redis.hget(_key(job), "spec")
         if raw is None:
             raise JobNotFound(f"there is no job {job}; it may have expired")
-        return JOB_SPEC.validate_json(raw)
+        return Job.model_validate_json(raw)
 
     @reachable()
     def status(self, job: str) -> JobStatus:
@@ -236,7 +235,7 @@ class Ledger:
         if b"spec" not in raw:
             raise JobNotFound(f"there is no job {job}; it may have expired")
         fields = {name.decode(): value for name, value in raw.items()}
-        spec = JOB_SPEC.validate_json(fields["spec"])
+        spec = Job.model_validate_json(fields["spec"])
         created = int(fields["created"]) / 1000
         ended = int(fields["ended"]) / 1000 if "ended" in fields else None
         state: JobState = fields["state"].decode()

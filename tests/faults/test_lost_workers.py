@@ -17,7 +17,7 @@ from PIL import Image
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
-from imagemill.shared.messages import JOB_SPEC, Job
+from imagemill.shared.messages import Job
 from tests.conftest import client_for, environment_for, photo
 from tests.services import ImageServer
 from tests.workers import WorkerProcess, wait_until
@@ -44,7 +44,7 @@ def client(own_redis: EmbeddedRedis) -> Iterator[Client]:
 
 
 def spec(tmp_path: Path) -> Job:
-    return JOB_SPEC.validate_python({"operation": "stylize", "output": {"url": f"file://{tmp_path}/out"}})
+    return Job.model_validate({"operation": "stylize", "output": {"url": f"file://{tmp_path}/out"}})
 
 
 def submit(client: Client, images: ImageServer, tmp_path: Path, count: int) -> str:

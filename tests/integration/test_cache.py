@@ -19,11 +19,12 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared import s3
 from imagemill.shared.errors import NotFound
 from imagemill.shared.ledger import Ledger
-from imagemill.shared.messages import JOB_SPEC, Item, ItemResult
+from imagemill.shared.messages import Item, ItemResult, Job
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.cache import Cache
-from imagemill.worker.line.line import Flow
+from imagemill.worker.line.line import Line
+from imagemill.worker.line.stages import Context
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.store import open_store
@@ -35,6 +36,7 @@ from tests.workers import ROOT, WorkerProcess
 pytestmark = pytest.mark.integration
 
 JOBS = (f"cache-{os.getpid()}-{n}" for n in itertools.count())
+NOTE = "repaired_sharpness"  # the same image gets it on every run
 FILE = photo(1, kind="JPEG")
 
 
@@ -49,15 +51,15 @@ class Counted(Invert):
     def fingerprint(self, options: Any) -> str:
         return self.mark
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: Sample[Any, Any]) -> Hashable:
         return id(sample)
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Work[Any, Any, Any]:
         work = super().prepare(picture, inputs)
-        work.notes.append("empty_cutout")
+        work.notes.append(NOTE)
         return work
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         self.runs += len(samples)
         self.meet()
         return super().run(samples)
@@ -136,30 +138,30 @@ class Jobs:
         job = next(JOBS)
         output = {"url": place.urls[at], "format": "png", "key": key}
         policy = {"reuse": reuse, "quality": quality or {}}
-        spec = JOB_SPEC.validate_python({"operation": "stylize", "output": output, "policy": policy})
+        spec = Job.model_validate({"operation": "stylize", "output": output, "policy": policy})
         items = [Item(index=0, source=self.images.url(path))]
         self.ledger.open_job(job, spec)
         self.ledger.add_chunks(job, [(0, items)])
         self.ledger.seal(job, chunks=1, total=1, duplicates={})
         files = FileSettings(write_roots=(place.folder,))
         fetcher = Fetcher(self.settings.fetch, files, no_s3)
-        flow = Flow(
+        store = open_store(spec.output.url, s3=lambda: place.client, files=files, s3_settings=place.settings)
+        context = Context.of(
             job,
             spec,
+            self.settings,
             operation=operation,
-            ledger=self.ledger,
             fetcher=fetcher,
-            store=open_store(spec.output.url, s3=lambda: place.client, files=files, s3_settings=place.settings),
-            settings=self.settings,
-            node="here",
+            store=store,
             stop=threading.Event(),
             cache=self.cache,
         )
-        flow.run(items)
+        line = Line(context, ledger=self.ledger, settings=self.settings, node="here")
+        line.run(items)
         fetcher.close()
         _, (result,) = self.ledger.follow(job)
-        assert (flow.records.done, flow.records.failed) == ((1, 0) if result.state == "done" else (0, 1))
-        assert flow.records.reused == ("cached" in result.notes)
+        assert (line.records.done, line.records.failed) == ((1, 0) if result.state == "done" else (0, 1))
+        assert line.records.reused == ("cached" in result.notes)
         return result
 
     def output(self, *args: Any, **kwargs: Any) -> str:
@@ -193,8 +195,8 @@ def test_the_same_image_in_another_job_is_copied_and_says_so(jobs: Jobs, place: 
     assert again.output.startswith(place.urls[at])
     assert place.read(first.output) == place.read(again.output)
     assert place.read(again.output)[1] in (None, "image/png")
-    assert first.notes == ("empty_cutout",)
-    assert again.notes == ("empty_cutout", "cached")
+    assert first.notes == (NOTE,)
+    assert again.notes == (NOTE, "cached")
     assert again.seconds.keys() == {"fetch", "store"}
     facts = {"source_format", "source_bytes", "source_size", "output_bytes", "output_size", "attempts", "node"}
     assert again.model_dump(include=facts) == first.model_dump(include=facts)
@@ -208,7 +210,7 @@ def test_another_image_or_engine_is_computed(jobs: Jobs, folder: Place) -> None:
         for one, path in [(operation, "/a.jpg"), (operation, "/other.jpg"), (updated, "/a.jpg")]
     ]
     assert (operation.runs, updated.runs) == (2, 1)
-    assert all(result.notes == ("empty_cutout",) for result in results)
+    assert all(result.notes == (NOTE,) for result in results)
 
 
 def test_what_was_deleted_is_computed_and_remembered_anew(jobs: Jobs, place: Place) -> None:

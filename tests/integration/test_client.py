@@ -18,7 +18,7 @@ from imagemill.producer.sources import BadRow, SourceRow, read_sources
 from imagemill.shared.errors import BrokerUnavailable, InvalidOption, InvalidSource, JobNotFound, UsageError
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger import Lease, Ledger
-from imagemill.shared.messages import MANIFEST, InpaintJob, ItemResult, Node, Output, Policy, Row, StylizeJob
+from imagemill.shared.messages import MANIFEST, ItemResult, Job, Node, Output, Policy, Row
 from imagemill.shared.options.inpaint import OpencvInpaint
 from imagemill.shared.settings import S3Settings, Settings
 from tests.conftest import client_for
@@ -26,7 +26,7 @@ from tests.conftest import client_for
 pytestmark = pytest.mark.integration
 
 OUT = Output(url="s3://results/sketches")
-SPEC = StylizeJob(output=OUT)
+SPEC = Job(operation="stylize", output=OUT)
 QUEUE = "imagemill.stylize.opencv"
 
 
@@ -141,7 +141,7 @@ def test_chunks_keep_their_order_over_several_writes(client: Client, raw: Any) -
 
 @pytest.mark.parametrize(("priority", "suffix"), [("high", ".high"), ("low", ".low")])
 def test_each_priority_has_its_own_queue(client: Client, raw: Any, priority: Any, suffix: str) -> None:
-    client.submit(rows(1), StylizeJob(output=OUT, policy=Policy(priority=priority)))
+    client.submit(rows(1), Job(operation="stylize", output=OUT, policy=Policy(priority=priority)))
     assert len(messages(raw, QUEUE + suffix)) == 1
 
 
@@ -215,9 +215,9 @@ def test_inpaint_requires_a_mask_or_boxes(client: Client) -> None:
     with_box = SourceRow("list:2", {"source": "https://example.com/2.jpg", "boxes": "1,2,3,4"})
     without = SourceRow("list:3", {"source": "https://example.com/3.jpg"})
     with pytest.raises(InvalidSource, match="list:3: needs a mask or boxes"):
-        client.submit([with_mask, with_box, without], InpaintJob(output=OUT))
+        client.submit([with_mask, with_box, without], Job(operation="inpaint", output=OUT))
     for options in ({"mask": "https://example.com/m.png"}, {"boxes": "0.1,0.1,0.2,0.2"}):
-        spec = InpaintJob(output=OUT, options=OpencvInpaint.model_validate(options))
+        spec = Job(operation="inpaint", output=OUT, options=OpencvInpaint.model_validate(options))
         assert client.submit([with_mask, with_box, without], spec).total == 3
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
-from imagemill.shared.messages import JOB_SPEC, Row
+from imagemill.shared.messages import Job, Row
 from tests.conftest import client_for, environment_for
 from tests.generators import lama_file
 from tests.services import ImageServer
@@ -96,7 +96,7 @@ def test_masks_in_holes_filled_all_else_as_it_was(
         "options": {"engine": "lama", "tile": 512, "mask_feather": 2},
         "output": {"url": f"file://{tmp_path}"},
     }
-    submission = client.submit(sources, JOB_SPEC.validate_python(fields))
+    submission = client.submit(sources, Job.model_validate(fields))
     assert submission.served
     assert client.wait(submission.job, timeout=120).state == "done"
     lined, empty, large, wide, boxed, grey = client.results(submission.job)

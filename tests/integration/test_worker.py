@@ -23,7 +23,7 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
 from imagemill.shared import s3
 from imagemill.shared.broker import make_app
-from imagemill.shared.messages import JOB_SPEC, Job, Row
+from imagemill.shared.messages import Job, Row
 from imagemill.shared.settings import S3Settings, Settings
 from tests import services
 from tests.conftest import client_for, environment_for, photo
@@ -53,7 +53,7 @@ def client(redis_server: EmbeddedRedis) -> Iterator[Client]:
 def spec(operation: str, output: str, *, key: str | None = None, attempts: int = 3, **options: Any) -> Job:
     wanted = {"url": output} | ({"key": key} if key else {})
     fields = {"operation": operation, "output": wanted, "options": options, "policy": {"attempts": attempts}}
-    return JOB_SPEC.validate_python(fields)
+    return Job.model_validate(fields)
 
 
 def run(client: Client, sources: list[str | dict[str, Any]], job: Job) -> list[Row]:

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from imagemill.producer.cli import main
 from imagemill.producer.spec import job_spec, quality_values
 from imagemill.shared.errors import InvalidOption, UsageError
-from imagemill.shared.messages import JOB_SPEC
+from imagemill.shared.messages import Job
 from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.shared.presets import Presets
 
@@ -78,9 +78,9 @@ def test_job_contains_all_values_of_its_preset(own: Path) -> None:
     assert spec.lane == "diffusion.sd15-canny"
     assert (spec.options.strength, spec.options.prompt) == (0.3, preset.options["prompt"])
     assert (spec.output.format, spec.output.quality, spec.policy.priority) == ("png", 80, "low")
-    assert (spec.options.reference or "").startswith("file:///"), "a path becomes an address, as with --set"
+    assert (spec.options.reference or "").startswith("file:///"), "a path becomes a file URL, as with --set"
     own.unlink()
-    assert JOB_SPEC.validate_json(JOB_SPEC.dump_json(spec)) == spec
+    assert Job.model_validate_json(spec.model_dump_json()) == spec
 
 
 def test_flags_override_the_preset(own: Path) -> None:

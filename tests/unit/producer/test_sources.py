@@ -346,26 +346,26 @@ def test_parse_returns_an_item() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
+    ("fields", "field"),
     [
-        ({"source": "example.com/a.jpg"}, "an address starts with http://"),
-        ({"source": "ftp://example.com/a.jpg"}, "an address starts with http://"),
-        ({"source": "https:///a.jpg"}, "names no host"),
-        ({"source": "file://host/a.jpg"}, "file:///absolute/path"),
-        ({"source": "https://example.com/\x07.jpg"}, "control characters"),
-        ({"source": "https://example.com:99999/a.jpg"}, "out of range"),
-        ({"source": "https://example.com/" + "a" * 4096}, "at most 4096"),
+        ({"source": "example.com/a.jpg"}, "source: "),
+        ({"source": "ftp://example.com/a.jpg"}, "source: "),
+        ({"source": "https:///a.jpg"}, "source: "),
+        ({"source": "file://host/a.jpg"}, "source: "),
+        ({"source": "https://example.com/\x07.jpg"}, "source: "),
+        ({"source": "https://example.com:99999/a.jpg"}, "source: "),
+        ({"source": "https://example.com/" + "a" * 4096}, "source: "),
         ({"source": 7}, "source: "),
         ({"source": A, "mask": "here"}, "mask: "),
-        ({"source": A, "boxes": "1,2,3"}, "four numbers"),
+        ({"source": A, "boxes": "1,2,3"}, "boxes.0: "),
         ({"source": A, "boxes": [[1, 2, 0, 4]]}, "boxes.0.width: "),
         ({"source": A, "name": "n" * 201}, "name: "),
     ],
 )
-def test_parse_reports_the_invalid_field(fields: dict[str, Any], reason: str) -> None:
+def test_parse_reports_the_invalid_field(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidSource) as caught:
         parse(SourceRow("stdin:1", fields), 0)
-    assert reason in caught.value.message
+    assert caught.value.message.startswith(field)
 
 
 def test_credentials_in_a_url_are_never_shown(write: Any) -> None:

@@ -14,7 +14,7 @@ import redis
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import BrokerUnavailable, JobNotFound
 from imagemill.shared.ledger import SUBMITTING_SECONDS, Lease, Ledger, pack, unpack
-from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, Output, Policy, Priority, StylizeJob
+from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, Job, Output, Policy, Priority
 from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
@@ -38,8 +38,8 @@ def ledger(redis_server: EmbeddedRedis, raw: Any) -> Iterator[Ledger]:
     made.close()
 
 
-def spec(priority: Priority = "normal") -> StylizeJob:
-    return StylizeJob(output=Output(url="s3://results/x"), policy=Policy(priority=priority))
+def spec(priority: Priority = "normal") -> Job:
+    return Job(operation="stylize", output=Output(url="s3://results/x"), policy=Policy(priority=priority))
 
 
 def item(index: int, duplicate_of: int | None = None) -> Item:

@@ -14,12 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.ledger import Lease, Ledger
-from imagemill.shared.messages import MANIFEST, Item, ItemResult, Output, StylizeJob
+from imagemill.shared.messages import MANIFEST, Item, ItemResult, Job, Output
 
 pytestmark = pytest.mark.integration
 
 QUEUE = "imagemill.stylize.opencv"
-SPEC = StylizeJob(output=Output(url="s3://results/x"))
+SPEC = Job(operation="stylize", output=Output(url="s3://results/x"))
 WORKERS = st.integers(0, 2)
 CHUNKS = st.integers(MANIFEST, 3)
 JOBS, TASKS = itertools.count(), itertools.count()
