@@ -25,7 +25,7 @@ from imagemill.producer.sources import BadRow, SourceRow
 from imagemill.producer.submission import ListCheck, Submission, chunk_size, new_job_id
 from imagemill.shared.errors import BrokerUnavailable, UsageError
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, Job, JobStatus, Node, Row
 from imagemill.shared.queues import queue_name
 from imagemill.shared.s3 import S3Client, make_client, make_signer, presign
@@ -51,7 +51,7 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._ledger, self._fleet = Ledger.of(settings), Fleet.of(settings)
+        self._ledger, self._fleet = SubmitLedger.of(settings), Fleet.of(settings)
 
     def __enter__(self) -> Self:
         return self

@@ -18,7 +18,6 @@ import pytest
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared import s3
 from imagemill.shared.errors import NotFound
-from imagemill.shared.ledger import Ledger
 from imagemill.shared.messages import Item, ItemResult, Job
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings
 from imagemill.worker.imaging.picture import Picture
@@ -30,6 +29,7 @@ from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.store import open_store
 from tests.conftest import environment_for, photo
 from tests.fakes import Invert
+from tests.ledgers import Ledger
 from tests.services import ImageServer, S3Server, changed_environment
 from tests.workers import ROOT, WorkerProcess
 

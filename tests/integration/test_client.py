@@ -17,11 +17,13 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import BadRow, SourceRow, read_sources
 from imagemill.shared.errors import BrokerUnavailable, InvalidOption, InvalidSource, JobNotFound, UsageError
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.ledger.leasing import Lease
+from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import MANIFEST, ItemResult, Job, Node, Output, Policy, Row
 from imagemill.shared.options.inpaint import OpencvInpaint
 from imagemill.shared.settings import S3Settings, Settings
 from tests.conftest import client_for
+from tests.ledgers import Ledger
 
 pytestmark = pytest.mark.integration
 
@@ -246,13 +248,13 @@ def test_unreachable_redis_raises_broker_unavailable(tmp_path: Path) -> None:
 def test_unpublished_chunks_are_recorded_and_published_by_the_reaper(
     own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    seal = Ledger.seal
+    seal = SubmitLedger.seal
 
-    def seal_and_lose_redis(self: Ledger, job: str, **counts: Any) -> None:
+    def seal_and_lose_redis(self: SubmitLedger, job: str, **counts: Any) -> None:
         seal(self, job, **counts)
         own_redis.kill()
 
-    monkeypatch.setattr(Ledger, "seal", seal_and_lose_redis)
+    monkeypatch.setattr(SubmitLedger, "seal", seal_and_lose_redis)
     with client_for(own_redis.url) as client:
         submission = client.submit(rows(40), SPEC)
         assert submission.total == 40

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,12 +17,13 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import MissingExtra
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.ledger.leasing import Lease
 from imagemill.shared.messages import MANIFEST, Item, ItemResult, JobStatus, Node
 from imagemill.shared.quality import RULES, Measures, Quality
 from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import Settings
 from tests.conftest import missing
+from tests.ledgers import Ledger
 
 Invoke = Callable[..., Result]
 
@@ -89,7 +91,8 @@ class Worked(Client):
     """A client whose jobs are done as soon as they are watched."""
 
     def watch(self, job: str, *, every: float = 1.0) -> Iterator[tuple[JobStatus, list[ItemResult]]]:
-        work(self._ledger, job)
+        with closing(Ledger.of(self._settings)) as ledger:
+            work(ledger, job)
         return super().watch(job, every=every)
 
 
