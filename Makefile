@@ -2,6 +2,7 @@
 # make test     sets up .venv (everything) and runs the tests
 # make venv     .venv alone; .venv/bin/imagemill is the command
 # make check    format, lint and types
+# make docs     the documentation, as a site in site/
 # make bench    the benchmarks
 # make clean    removes all that these make
 #
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: demo test venv check bench clean
+.PHONY: demo test venv check docs docs-serve bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv-demo/.installed
@@ -27,11 +28,17 @@ check: venv
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
+docs: venv
+	@.venv/bin/mkdocs build --strict $(ARGS)
+
+docs-serve: venv
+	@.venv/bin/mkdocs serve $(ARGS)
+
 bench: venv
 	@.venv/bin/python -m bench $(ARGS)
 
 clean:
-	rm -rf .venv .venv-demo .services demo-output build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-demo .services demo-output site build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is as old as the last complete installation, so a second run installs nothing.
