@@ -29,10 +29,10 @@ check: venv
 	.venv/bin/mypy
 
 docs: venv
-	@.venv/bin/mkdocs build --strict $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet $(ARGS)
 
 docs-serve: venv
-	@.venv/bin/mkdocs serve $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve $(ARGS)
 
 bench: venv
 	@.venv/bin/python -m bench $(ARGS)
