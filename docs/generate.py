@@ -251,7 +251,7 @@ def python_example() -> str:
 
 def python_api() -> str:
     """Every name that `imagemill` exports."""
-    public = {name: getattr(imagemill, name) for name in imagemill.__all__}
+    public = {name: getattr(imagemill, name) for name in sorted(imagemill.__all__, key="Client".__ne__)}  # it comes first
     exceptions = {name for name, value in public.items() if inspect.isclass(value) and issubclass(value, Exception)}
     return "\n\n".join(_public(name, value) for name, value in public.items() if name not in exceptions)
 
