@@ -2,7 +2,7 @@
 
 with Client(load_settings()) as client:
     rows = read_sources(["list.csv"], s3=client.s3)
-    submission = client.submit(rows, StylizeJob(output=Output(url="s3://results/sketches")))
+    submission = client.submit(rows, Job(operation="stylize", output=Output(url="s3://results/sketches")))
     client.wait(submission.job)
     for row in client.results(submission.job): ...
 """
@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, Self
 from imagemill.producer.sources import BadRow, SourceRow, parse, refused
 from imagemill.shared.errors import BrokerUnavailable, InvalidSource, UsageError
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Ledger
-from imagemill.shared.messages import MANIFEST, Chunk, InpaintJob, Item, ItemResult, Job, JobStatus, Node, Row
+from imagemill.shared.ledger.submitting import SubmitLedger
+from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, Job, JobStatus, Node, Row
+from imagemill.shared.options.inpaint import InpaintOptions
 from imagemill.shared.queues import queue_name
 from imagemill.shared.s3 import S3Client, make_client, make_signer, presign
 from imagemill.shared.settings import Settings
@@ -111,7 +112,9 @@ class _List:
         except InvalidSource as error:
             self._refuse(refused(row, error.message))
             return None
-        if isinstance(spec, InpaintJob) and not (item.mask or item.boxes or spec.options.mask or spec.options.boxes):
+        if isinstance(spec.options, InpaintOptions) and not (
+            item.mask or item.boxes or spec.options.mask or spec.options.boxes
+        ):
             self._refuse(refused(row, "needs a mask or boxes, its own or the job's"))
             return None
         self.total += 1
@@ -145,7 +148,7 @@ class Client:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._ledger, self._fleet = Ledger.of(settings), Fleet.of(settings)
+        self._ledger, self._fleet = SubmitLedger.of(settings), Fleet.of(settings)
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from imagemill.shared.engines import ENGINES, parse_options
 from imagemill.shared.errors import InvalidOption
-from imagemill.shared.messages import JOB_SPEC, Job, Output, Policy
+from imagemill.shared.messages import Job, Output, Policy
 from imagemill.shared.options.base import ADDRESSES, Model, nearest, validation_sentence
 from imagemill.shared.presets import Preset, work_of
 from imagemill.shared.quality import RULES, Quality
@@ -40,7 +40,7 @@ def job_spec(
         output, policy = _over(preset.output, output), _over(preset.policy, policy)
     given = parse_options(operation, engine, options)
     fields = {"options": given, "output": _made(Output, "output", output), "policy": _made(Policy, "policy", policy)}
-    return JOB_SPEC.validate_python({"operation": operation, **fields})
+    return Job.model_validate({"operation": operation, **fields})
 
 
 def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,11 +102,10 @@ def local_address(text: str) -> str:
 def options_help() -> str:
     """What `--set` takes, by operation and engine, as click's help formats it."""
     parts = ["--set takes these options, by operation and engine:"]
-    for operation, engines in ENGINES.items():
-        for engine, model in engines.items():
-            fields = [(name, field) for name, field in model.model_fields.items() if name != "engine"]
-            lines = [f"  {name}: {field.description}{_values(field)}" for name, field in fields]
-            parts.append("\n".join(["\b", f"{operation} ({engine})", *lines]))
+    for engine in ENGINES:
+        fields = [(name, field) for name, field in engine.options.model_fields.items() if name != "engine"]
+        lines = [f"  {name}: {field.description}{_values(field)}" for name, field in fields]
+        parts.append("\n".join(["\b", f"{engine.operation} ({engine.name})", *lines]))
     limits = [f"  {name}: {Quality.model_fields[name].description}" for name in RULES]
     parts.append("\n".join(["\b", "--limit takes these, of which results have what their operation has:", *limits]))
     return "\n\n".join(parts)

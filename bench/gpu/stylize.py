@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.gpu.line import through_the_flow
-from imagemill.shared.messages import Output, StylizeJob
+from bench.gpu.line import through_the_line
+from imagemill.shared.messages import Job, Output
 from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.shared.settings import DiffusionSettings
 from imagemill.worker.hardware.device import Device
@@ -209,16 +209,16 @@ def end_to_end(bench: Bench, pipeline: Pipeline) -> None:
     images = largest * (4 if bench.on_gpu else 2)
     operation = Diffusion()
     operation.load(bench.device)
-    operation._pipeline, operation._opened, operation._proven = pipeline, "sd15-canny", True
+    operation._pipeline.get(lambda: "sd15-canny", lambda _: pipeline)
     done, file = cv2.imencode(".jpg", scene(1500, 1500), [cv2.IMWRITE_JPEG_QUALITY, 90])
     assert done
-    spec, ratios = StylizeJob(output=Output(url="s3://bench/out"), options=bench.options), []
+    spec, ratios = Job(operation="stylize", output=Output(url="s3://bench/out"), options=bench.options), []
     for _ in range(2):
         start = time.perf_counter()
         for _ in range(images // largest):
             pipeline.run(bench.canvases(largest), bench.options)
         bare = images / (time.perf_counter() - start)
-        ratios.append(through_the_flow(operation, spec, [file.tobytes()], images) / bare)
+        ratios.append(through_the_line(operation, spec, [file.tobytes()], images) / bare)
         bench.tell("bare loop", bare, "images/s")
     bench.tell("end to end, times a bare loop", median(ratios), "x", 0.95)
 
@@ -238,7 +238,7 @@ def tune(bench: Bench, pipeline: Pipeline) -> None:
     options = bench.options.model_copy(update={"steps": 2})
     operation = Diffusion()
     operation.load(bench.device)
-    operation._pipeline, operation._opened, operation._proven = pipeline, "sd15-canny", True
+    operation._pipeline.get(lambda: "sd15-canny", lambda _: pipeline)
     try:
         tuning = Tuning(
             operation, options, BatchSizes(memory_of(bench.device, operation.spec), measures=True), (bench.side,) * 2

@@ -27,6 +27,12 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class EngineOptions(Model):
+    """What a job can ask of one engine; `engine` is that engine's name."""
+
+    engine: str
+
+
 class Box(Model):
     """A rectangle to fill, from its top left corner, in pixels or in fractions of the image.
 

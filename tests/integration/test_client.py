@@ -10,55 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import BadRow, SourceRow, read_sources
 from imagemill.shared.errors import BrokerUnavailable, InvalidOption, InvalidSource, JobNotFound, UsageError
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Lease, Ledger
-from imagemill.shared.messages import MANIFEST, InpaintJob, ItemResult, Node, Output, Policy, Row, StylizeJob
+from imagemill.shared.ledger.leasing import Lease
+from imagemill.shared.ledger.submitting import SubmitLedger
+from imagemill.shared.messages import MANIFEST, ItemResult, Job, Node, Output, Policy, Row
 from imagemill.shared.options.inpaint import OpencvInpaint
 from imagemill.shared.settings import S3Settings, Settings
 from tests.conftest import client_for
+from tests.ledgers import Ledger
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
 OUT = Output(url="s3://results/sketches")
-SPEC = StylizeJob(output=OUT)
+SPEC = Job(operation="stylize", output=OUT)
 QUEUE = "imagemill.stylize.opencv"
 
 
 def rows(count: int, start: int = 0) -> list[SourceRow | BadRow]:
     return [SourceRow(f"list:{n + 1}", {"source": f"https://example.com/{n}.jpg"}) for n in range(start, start + count)]
-
-
-@pytest.fixture
-def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
-    with redis.Redis.from_url(redis_server.url) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
-def client(redis_server: EmbeddedRedis, raw: Any) -> Iterator[Client]:
-    with client_for(redis_server.url) as made:
-        yield made
-
-
-@pytest.fixture
-def fleet(redis_server: EmbeddedRedis) -> Iterator[Fleet]:
-    made = Fleet(redis_server.url)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
-    made = Ledger(redis_server.url)
-    yield made
-    made.close()
 
 
 def messages(raw: Any, queue: str = QUEUE) -> list[dict[str, Any]]:
@@ -129,7 +103,7 @@ def test_messages_are_tiny_and_never_a_wall_of_addresses(client: Client, raw: An
         }
         for number, images in enumerate((32, 32, 6))
     ]
-    assert b"example.com" not in b"".join(raw.lrange(QUEUE, 0, -1))
+    assert "example.com" not in "".join(raw.lrange(QUEUE, 0, -1))
 
 
 def test_more_chunks_than_one_round_trip_holds_keep_their_order(client: Client, raw: Any) -> None:
@@ -141,7 +115,7 @@ def test_more_chunks_than_one_round_trip_holds_keep_their_order(client: Client, 
 
 @pytest.mark.parametrize(("priority", "suffix"), [("high", ".high"), ("low", ".low")])
 def test_priorities_are_queues(client: Client, raw: Any, priority: Any, suffix: str) -> None:
-    client.submit(rows(1), StylizeJob(output=OUT, policy=Policy(priority=priority)))
+    client.submit(rows(1), Job(operation="stylize", output=OUT, policy=Policy(priority=priority)))
     assert len(messages(raw, QUEUE + suffix)) == 1
 
 
@@ -215,9 +189,9 @@ def test_inpaint_needs_something_to_fill(client: Client) -> None:
     with_box = SourceRow("list:2", {"source": "https://example.com/2.jpg", "boxes": "1,2,3,4"})
     without = SourceRow("list:3", {"source": "https://example.com/3.jpg"})
     with pytest.raises(InvalidSource, match="list:3: needs a mask or boxes"):
-        client.submit([with_mask, with_box, without], InpaintJob(output=OUT))
+        client.submit([with_mask, with_box, without], Job(operation="inpaint", output=OUT))
     for options in ({"mask": "https://example.com/m.png"}, {"boxes": "0.1,0.1,0.2,0.2"}):
-        spec = InpaintJob(output=OUT, options=OpencvInpaint.model_validate(options))
+        spec = Job(operation="inpaint", output=OUT, options=OpencvInpaint.model_validate(options))
         assert client.submit([with_mask, with_box, without], spec).total == 3
 
 
@@ -246,13 +220,13 @@ def test_without_redis_the_error_says_so(tmp_path: Path) -> None:
 def test_what_could_not_be_published_is_recorded_and_published_later(
     own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    seal = Ledger.seal
+    seal = SubmitLedger.seal
 
-    def seal_and_lose_redis(self: Ledger, job: str, **counts: Any) -> None:
+    def seal_and_lose_redis(self: SubmitLedger, job: str, **counts: Any) -> None:
         seal(self, job, **counts)
         own_redis.kill()
 
-    monkeypatch.setattr(Ledger, "seal", seal_and_lose_redis)
+    monkeypatch.setattr(SubmitLedger, "seal", seal_and_lose_redis)
     with client_for(own_redis.url) as client:
         submission = client.submit(rows(40), SPEC)
         assert submission.total == 40

@@ -13,9 +13,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from imagemill.shared.engines import Options, parse_options
+from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import UsageError
-from imagemill.shared.options.base import OPERATIONS
+from imagemill.shared.options.base import OPERATIONS, EngineOptions
 from imagemill.shared.presets import Presets, work_of
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.worker.hardware.device import Device, pin
@@ -66,7 +66,13 @@ def tune(
 
 
 def _found(
-    settings: Settings, operation: str, engine: str, options: Options, size: tuple[int, int], most: int | None, seconds: float
+    settings: Settings,
+    operation: str,
+    engine: str,
+    options: EngineOptions,
+    size: tuple[int, int],
+    most: int | None,
+    seconds: float,
 ) -> dict[str, Any]:
     device = Device.of(settings, children=1)
     pin(device)

@@ -6,17 +6,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import numpy as np
 
-from imagemill.shared.engines import Options
-from imagemill.shared.errors import ImageError, OutOfMemory
+from imagemill.shared.errors import ImageError, InternalError, OutOfMemory
 from imagemill.shared.messages import Item
+from imagemill.shared.options.base import EngineOptions
 from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes, kind_of
 from imagemill.worker.line.batching import attempt
-from imagemill.worker.operations.base import Inputs, Operation, Sample
+from imagemill.worker.operations.base import AnyOperation, Inputs, Sample, Untouched
 
 UNTIMED = 2
 """Runs that come first: they may load a model, compile, or choose algorithms. Memory is measured in both."""
@@ -40,11 +41,11 @@ class Try:
 class Tuning:
     """Of one operation, loaded, with the options and the size (width, height) of the images to come."""
 
-    def __init__(self, operation: Operation, options: Options, sizes: BatchSizes, size: tuple[int, int]) -> None:
+    def __init__(self, operation: AnyOperation, options: EngineOptions, sizes: BatchSizes, size: tuple[int, int]) -> None:
         self.operation, self.sizes = operation, sizes
         self._plain = sizes if sizes.memory.grows else BatchSizes(sizes.memory)  # a node measures on GPUs only
         self._options, self._size = options, size
-        self._samples: list[Sample] = []
+        self._samples: list[Sample[Any, Any]] = []
         self.kind = kind_of(operation, self._sample())
 
     def tries(self, most: int, seconds: float) -> Iterator[Try]:
@@ -78,7 +79,7 @@ class Tuning:
             del made
         return Try(batch, batch / median(spent[UNTIMED:]), self.sizes.known(self.kind).peaks.get(batch))
 
-    def _sample(self) -> Sample:
+    def _sample(self) -> Sample[Any, Any]:
         width, height = self._size
         pixels = np.full((height, width, 3), 128, np.uint8)
         inside = slice(height // 4, -(height // 4) or None), slice(width // 4, -(width // 4) or None)
@@ -89,5 +90,8 @@ class Tuning:
             mask[inside] = 255
         item = Item(index=0, source="https://tune/image.png")
         picture = Picture(pixels, full_size=self._size)
-        inputs = Inputs(item, self._options, mask, read=lambda _: picture)  # another reference takes no more memory
-        return self.operation.prepare(picture, inputs).samples[0]
+        inputs = Inputs(item, self._options, mask, lambda _: picture)  # another reference takes no more memory
+        work = self.operation.prepare(picture, inputs)
+        if isinstance(work, Untouched):
+            raise InternalError(f"{self.operation.spec.name} found nothing to do on the made-up image")
+        return work.samples[0]

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from imagemill.producer.cli import main
 from imagemill.producer.spec import job_spec, quality_values
 from imagemill.shared.errors import InvalidOption, UsageError
-from imagemill.shared.messages import JOB_SPEC
+from imagemill.shared.messages import Job
 from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.shared.presets import Presets
 
@@ -80,7 +80,7 @@ def test_a_job_holds_all_of_its_preset(own: Path) -> None:
     assert (spec.output.format, spec.output.quality, spec.policy.priority) == ("png", 80, "low")
     assert (spec.options.reference or "").startswith("file:///"), "a path becomes an address, as with --set"
     own.unlink()
-    assert JOB_SPEC.validate_json(JOB_SPEC.dump_json(spec)) == spec
+    assert Job.model_validate_json(Job.dump_json(spec)) == spec
 
 
 def test_what_is_said_at_the_command_line_wins_over_the_preset(own: Path) -> None:

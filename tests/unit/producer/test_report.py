@@ -10,8 +10,9 @@ import pytest
 
 from imagemill.producer.drift import Outlier
 from imagemill.producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, JobPage, allowed, duration, render, size, worded
-from imagemill.shared.messages import JOB_SPEC, Item, ItemResult, Job, JobStatus, Policy, Row, row
-from imagemill.worker.operations.base import LASTING_NOTES
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.messages import Item, ItemResult, Job, JobStatus, Policy, Row, row
+from imagemill.worker.checking.quality import REPAIR_NOTES
 
 A = "https://shop.example/"
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;"
@@ -47,7 +48,7 @@ class Page(HTMLParser):
 
 
 def spec(operation: str = "stylize", **options: Any) -> Job:
-    return JOB_SPEC.validate_python({"operation": operation, "output": {"url": "s3://results/x"}, "options": options})
+    return Job.model_validate({"operation": operation, "output": {"url": "s3://results/x"}, "options": options})
 
 
 def status(rows: Iterable[Row], **changes: Any) -> JobStatus:
@@ -211,20 +212,27 @@ def test_the_check_stands_among_the_options() -> None:
 def test_what_the_job_says_of_its_files_and_adapters_stands_among_the_options() -> None:
     output = {"url": "s3://results/x", "format": "png", "icc": "keep"}
     options = {"engine": "diffusion", "loras": "mine:0.5;other"}
-    shown = page([done(0)], job=JOB_SPEC.validate_python({"operation": "stylize", "output": output, "options": options}))
+    shown = page([done(0)], job=Job.model_validate({"operation": "stylize", "output": output, "options": options}))
     assert framed(shown) == ["loras=mine:0.5; other:1", "format=png", "icc=keep"]
     assert "attempts=3" in shown.text
 
 
 @pytest.mark.parametrize(("operation", "icc"), [("inpaint", "icc=keep"), ("stylize", "icc=srgb")])
 def test_the_profile_that_results_are_in_is_told_where_nobody_asked_for_one(operation: str, icc: str) -> None:
-    job = JOB_SPEC.validate_python({"operation": operation, "output": {"url": "s3://results/x"}})
+    job = Job.model_validate({"operation": operation, "output": {"url": "s3://results/x"}})
     shown = page([done(0)], job=job)
     assert icc in shown.text
     assert framed(shown) == []
 
 
-@pytest.mark.parametrize("note", sorted(LASTING_NOTES | {"cached", "matting_failed", "matting_timed_out"}))
+@pytest.mark.parametrize(
+    "note",
+    sorted(
+        {note for row in ENGINES for note in row.lasting_notes}
+        | REPAIR_NOTES
+        | {"cached", "matting_failed", "matting_timed_out"}
+    ),
+)
 def test_every_note_has_words(note: str) -> None:
     assert worded(note) == f"{note}: {REMARKS[note]}"
 

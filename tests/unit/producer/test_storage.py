@@ -14,7 +14,7 @@ from imagemill.producer.storage import expire, picture_links
 from imagemill.shared import s3
 from imagemill.shared.errors import ConfigurationError, InvalidOption, ServiceUnavailable
 from imagemill.shared.settings import S3Settings
-from tests.services import S3Server, changed_environment, free_ports
+from tests.services.s3 import S3Server, changed_environment, free_ports
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_CONFIG_FILE": "/dev/null",

@@ -25,7 +25,7 @@ BAND = 512 * 512
 """Pixels that the generator's ends take at a time on a CPU: 1024 x 1024 take some 350 MB instead of 770."""
 
 
-class Session:
+class LamaModel:
     """LaMa's generator, opened on a device.
 
     Raises ConfigurationError where the file is damaged or of something else, and where the device isn't there.

@@ -26,7 +26,7 @@ SMALL = 512
 """Side in pixels of a model's input up to which on CPUs each image has a core to itself. Larger ones take gigabytes each."""
 
 
-class Session:
+class OnnxModel:
     """One model, opened; `size` is the side of its input in pixels.
 
     On a GPU images share batches where the model's batch axis is free. On CPUs `abreast` of them run at a time, each for

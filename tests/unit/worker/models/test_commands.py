@@ -21,7 +21,7 @@ from imagemill.worker.models.files import variant
 from tests.generators import lama_checkpoint, lama_file, lama_script, lama_weights
 from tests.hub import COMMIT, Hub
 from tests.models import birefnet_like_onnx, u2net_onnx
-from tests.services import ImageServer, redirect
+from tests.services.images import ImageServer, redirect
 from tests.workers import ROOT
 
 Run = Callable[..., Result]

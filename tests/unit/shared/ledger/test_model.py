@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.ledger import Lease, Ledger
-from imagemill.shared.messages import MANIFEST, Item, ItemResult, Output, StylizeJob
+from imagemill.shared.ledger.leasing import Lease
+from imagemill.shared.messages import MANIFEST, Item, ItemResult
+from tests.ledgers import Ledger
+from tests.unit.shared.ledger.jobs import QUEUE, spec
 
 pytestmark = pytest.mark.integration
 
-QUEUE = "imagemill.stylize.opencv"
-SPEC = StylizeJob(output=Output(url="s3://results/x"))
 WORKERS = st.integers(0, 2)
 CHUNKS = st.integers(MANIFEST, 3)
 JOBS, TASKS = itertools.count(), itertools.count()
@@ -85,7 +85,7 @@ class Ledgers(RuleBasedStateMachine):
             shared[first] = shared.get(first, 0) + 1
             chunks[-1].append(Item(index=next(indexes), source="https://a.example/a.png", duplicate_of=first))
         self.total = sum(len(chunk) for chunk in chunks)
-        self.ledger.open_job(self.job, SPEC)
+        self.ledger.open_job(self.job, spec())
         self.ledger.add_chunks(self.job, enumerate(chunks))
         self.ledger.seal(self.job, chunks=len(chunks), total=self.total, duplicates=shared)
         own = {n: [item.index for item in chunk if item.duplicate_of is None] for n, chunk in enumerate(chunks)}

@@ -1,4 +1,4 @@
--- Put before every script by ledger.py. Times are milliseconds by Redis' own clock.
+-- Prepended to every script. Times are milliseconds by Redis' own clock.
 local function now_ms()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
