@@ -14,7 +14,7 @@ from celery.utils.nodenames import host_format
 from imagemill.shared.broker import Publisher, make_app, queues
 from imagemill.shared.errors import ConfigurationError, ImagemillError, sentence
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.queues import node_queue, worker_queues
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
@@ -65,7 +65,7 @@ class Worker:
             self.queues,
             self.children,
             lacks=[f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)],
-            ledger=Ledger.of(self.settings),
+            ledger=WorkLedger.of(self.settings),
             fleet=Fleet.of(self.settings),
             publisher=Publisher(self.app),
             settings=self.settings.worker,

@@ -23,7 +23,7 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.operations.registry import create
 from tests.conftest import client_for, environment_for, photo
 from tests.extra_engine import ROW
-from tests.services import ImageServer
+from tests.services.images import ImageServer
 from tests.unit.worker.operations import conformance
 from tests.workers import WorkerProcess
 

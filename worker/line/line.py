@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 
 from imagemill.shared.errors import ImageError, WorkerLost
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import Item
 from imagemill.shared.settings import Settings
 from imagemill.worker.line.batch_sizes import BatchSizes
@@ -37,7 +37,7 @@ class Line:
     """
 
     def __init__(
-        self, context: Context, *, ledger: Ledger, settings: Settings, node: str, sizes: BatchSizes | None = None
+        self, context: Context, *, ledger: WorkLedger, settings: Settings, node: str, sizes: BatchSizes | None = None
     ) -> None:
         self.context, self.ledger, self.settings = context, ledger, settings
         self.sizes = sizes or BatchSizes()

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.reading import ReadLedger
 from imagemill.shared.messages import Job, Row
 from imagemill.shared.seeds import item_seed, next_seed
 from imagemill.worker.checking.quality import REPAIRED_SEED
@@ -16,7 +16,7 @@ from imagemill.worker.line.versions import versions
 from imagemill.worker.transfer.store import Store
 
 
-def write_manifest(job: str, spec: Job, ledger: Ledger, store: Store, fingerprint: str | None = None) -> str:
+def write_manifest(job: str, spec: Job, ledger: ReadLedger, store: Store, fingerprint: str | None = None) -> str:
     """Write `{job}/manifest.jsonl` and return its address. Raises an ImageError of the store.
 
     `fingerprint` is this node's engine's: its libraries and its weights' digests.

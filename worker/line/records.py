@@ -6,7 +6,7 @@ from threading import Lock
 from typing import Any
 
 from imagemill.shared.errors import WorkerLost
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import ItemResult
 from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
 
@@ -18,7 +18,7 @@ class Records:
     ended with their process. `fatal` is why the ledger could not be written to: without a record nothing else matters.
     """
 
-    def __init__(self, ledger: Ledger, job: str, node: str) -> None:
+    def __init__(self, ledger: WorkLedger, job: str, node: str) -> None:
         self._ledger, self._job, self._node = ledger, job, node
         self._counting = Lock()
         self.done = self.failed = self.reused = 0

@@ -16,7 +16,7 @@ from imagemill.shared.broker import Publisher
 from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import ImageError, ImagemillError, StorageUnavailable, sentence
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.ledger.leasing import Lease, WorkLedger
 from imagemill.shared.messages import MANIFEST, Chunk, Item, Job
 from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.queues import offered, queue_name
@@ -50,7 +50,7 @@ class Child:
         self, settings: Settings, device: Device, *, node: str, publisher: Publisher, stopping: Callable[[], bool]
     ) -> None:
         self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
-        self.ledger, self.fleet = Ledger.of(settings), Fleet.of(settings)
+        self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
         self._s3: Any = None
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Literal
 
 from imagemill.shared.errors import ServiceUnavailable
-from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.ledger.leasing import Lease, WorkLedger
 
 log = logging.getLogger(__name__)
 Reason = Literal["cancelled", "lost", "stopping"]
@@ -27,7 +27,7 @@ class LeaseKeeper:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: WorkLedger,
         lease: Lease,
         *,
         lease_seconds: float,

@@ -18,7 +18,7 @@ from celery.worker import state as worker_state
 from imagemill.shared.broker import Publisher
 from imagemill.shared.errors import JobNotFound, ServiceUnavailable
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import Chunk, Node
 from imagemill.shared.settings import WorkerSettings
 from imagemill.worker.hardware.device import Device
@@ -40,7 +40,7 @@ class Parent:
         children: Children,
         *,
         lacks: Sequence[str] = (),
-        ledger: Ledger,
+        ledger: WorkLedger,
         fleet: Fleet,
         publisher: Publisher,
         settings: WorkerSettings,

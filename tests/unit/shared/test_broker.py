@@ -32,21 +32,13 @@ def chunk(number: int = 0, images: int = 256) -> Chunk:
 
 
 @pytest.fixture
-def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
-    with redis.Redis.from_url(redis_server.url) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
 def publisher(redis_server: EmbeddedRedis, raw: Any) -> Publisher:
     return Publisher(make_app(settings_for(redis_server.url)))
 
 
 def published(raw: Any) -> dict[str, list[dict[str, Any]]]:
     """The messages on each queue, first to be taken first."""
-    names = [key.decode() for key in raw.keys("imagemill.*")]
-    return {name: [json.loads(text) for text in reversed(raw.lrange(name, 0, -1))] for name in names}
+    return {name: [json.loads(text) for text in reversed(raw.lrange(name, 0, -1))] for name in raw.keys("imagemill.*")}
 
 
 # --- the configuration ------------------------------------------------------------------------
@@ -160,7 +152,7 @@ def test_messages_are_small_and_tell_people_what_they_are(publisher: Publisher, 
     assert sorted(shown) == [f"job={JOB}", f"job={JOB}, chunk=3, images=256"]
     sizes = [len(text) for name in found for text in raw.lrange(name, 0, -1)]
     assert max(sizes) < 1200
-    assert not any(b"://" in text for name in found for text in raw.lrange(name, 0, -1))
+    assert not any("://" in text for name in found for text in raw.lrange(name, 0, -1))
 
 
 @pytest.mark.integration

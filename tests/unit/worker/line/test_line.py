@@ -24,7 +24,6 @@ from PIL import Image
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import BrokerUnavailable, DeviceLost, OperationFailed, OutOfMemory, StorageUnavailable
-from imagemill.shared.ledger import Ledger
 from imagemill.shared.messages import Item, Job, Row
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
 from imagemill.worker.imaging.picture import Picture
@@ -39,7 +38,8 @@ from imagemill.worker.transfer.store import open_store
 from tests.conftest import photo
 from tests.devices import DEAD, FakeGpu
 from tests.fakes import Invert
-from tests.services import Handler, ImageServer, answers, failing, html, reply
+from tests.ledgers import Ledger
+from tests.services.images import Handler, ImageServer, answers, failing, html, reply
 from tests.workers import wait_until
 
 FETCH: dict[str, Any] = {"allow_networks": ["127.0.0.0/8"], "total_timeout": 20}

@@ -14,12 +14,13 @@ import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import StorageRefused
-from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.ledger.leasing import Lease
 from imagemill.shared.messages import MANIFEST, Item, ItemResult, Job, Output
 from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
 from imagemill.shared.settings import FileSettings
 from imagemill.worker.line.manifest import write_manifest
 from imagemill.worker.transfer.store import FolderStore
+from tests.ledgers import Ledger
 
 pytestmark = pytest.mark.integration
 

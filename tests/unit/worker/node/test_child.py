@@ -20,7 +20,7 @@ from imagemill.worker.operations.base import Sample
 from tests.conftest import photo
 from tests.devices import FakeGpu
 from tests.fakes import Invert
-from tests.services import ImageServer
+from tests.services.images import ImageServer
 
 pytestmark = pytest.mark.integration
 

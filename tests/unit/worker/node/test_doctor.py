@@ -22,7 +22,7 @@ from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.queues import worker_queues
 from imagemill.worker.node import doctor as module
 from imagemill.worker.operations import registry
-from tests.services import S3Server, free_ports
+from tests.services.s3 import S3Server, free_ports
 
 PASSWORD = "correct-horse"
 Doctor = Callable[..., Result]

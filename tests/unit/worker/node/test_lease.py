@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.ledger.leasing import Lease
 from imagemill.shared.messages import Item, Job
 from imagemill.worker.node import lease as module
 from imagemill.worker.node.lease import LeaseKeeper
+from tests.ledgers import Ledger
 from tests.workers import wait_until
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from imagemill.producer.commands import SHORT_HELP, Commands
+from imagemill.producer.lazy_commands import SHORT_HELP, Commands
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.operations.registry import create
 from imagemill.worker.tuning import command as module
