@@ -29,7 +29,7 @@ from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, Measures, Quality
 from imagemill.shared.settings import Settings
 from imagemill.worker.line.manifest import manifest_line
-from imagemill.worker.models.catalogue import REPOSITORIES, WEIGHTS
+from imagemill.worker.models.catalogue import REPOSITORIES, WEIGHTS, Repository, Weights
 
 ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
@@ -234,7 +234,8 @@ def presets() -> str:
 def models() -> str:
     """The models that `imagemill models pull` knows."""
     rows = []
-    for each in (*WEIGHTS, *REPOSITORIES):
+    entries: tuple[Weights | Repository, ...] = (*WEIGHTS, *REPOSITORIES)
+    for each in entries:
         size = f"{each.about_bytes / 1e6:.0f} MB" if each.about_bytes else ""
         rows.append((f"`{each.name}`", f"`{each.engine}`", size, each.licence, f"{each.source} {each.revision[:12]}"))
     return table(("model", "engine", "size", "licence", "source, pinned to"), rows)
