@@ -13,8 +13,9 @@ import psutil
 import redis
 
 from bench.servers import Servers
-from imagemill.producer.client import CHUNK_SECONDS, Client
+from imagemill.producer.client import Client
 from imagemill.producer.sources import SourceRow
+from imagemill.producer.submission import CHUNK_SECONDS
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.messages import Job, Output
 from imagemill.shared.options.remove_background import RembgRemoveBackground

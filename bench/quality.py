@@ -27,7 +27,7 @@ import numpy as np
 import skimage
 from PIL import Image
 
-from imagemill.producer.drift import outliers
+from imagemill.producer.outliers import outliers
 from imagemill.shared.engines import parse_options
 from imagemill.shared.messages import Item, ItemResult, Job, Row, compact, row
 from imagemill.shared.quality import Measures

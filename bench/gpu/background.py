@@ -65,7 +65,7 @@ def run(device: Device, providers: list[Provider], ends: float, *, small: bool) 
         yield from alone(here, 1 if small else ROUNDS)
         operation = Rembg()
         operation.load(here)
-        sizes = BatchSizes(memory_of(here, operation.spec))
+        sizes = BatchSizes(memory_of(here, operation.spec.runtime))
         spec = Job(
             operation="remove-background", output=Output(url="s3://bench/out"), options=RembgRemoveBackground(model="u2net")
         )

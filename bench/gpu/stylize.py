@@ -230,7 +230,7 @@ def tune(bench: Bench, pipeline: Pipeline) -> None:
         return
     from imagemill.worker.hardware.memory import memory_of
     from imagemill.worker.line.batch_sizes import BatchSizes
-    from imagemill.worker.tuning.trials import Tuning
+    from imagemill.worker.tuning.trials import BatchTrials
 
     half = (bench.peaks["fp16 eager", 8] + bench.peaks["fp16 eager", 16]) / 2
     torch.cuda.empty_cache()
@@ -240,10 +240,10 @@ def tune(bench: Bench, pipeline: Pipeline) -> None:
     operation.load(bench.device)
     operation._pipeline.get(lambda: "sd15-canny", lambda _: pipeline)
     try:
-        tuning = Tuning(
-            operation, options, BatchSizes(memory_of(bench.device, operation.spec), measures=True), (bench.side,) * 2
+        tuning = BatchTrials(
+            operation, options, BatchSizes(memory_of(bench.device, operation.spec.runtime), measures=True), (bench.side,) * 2
         )
-        found = max((one.batch for one in tuning.tries(16, 1.0) if one.fits), default=0)
+        found = max((one.batch for one in tuning.run(16, 1.0) if one.fits), default=0)
         fits = max((batch for batch in range(1, 17) if _fits(pipeline, bench.canvases(batch), options)), default=0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -13,7 +13,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 
 from imagemill.shared.errors import DeviceLost, ImageError, InternalError, OutOfMemory, sentence
 from imagemill.shared.messages import Policy
-from imagemill.worker.hardware.errors import is_short_of_memory, is_sticky
+from imagemill.worker.hardware.errors import is_out_of_memory, is_sticky
 from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.line.batch_sizes import BatchSizes, kind_of
 from imagemill.worker.operations.base import AnyOperation, Sample, Spec
@@ -163,7 +163,7 @@ def attempt(
     except Exception as error:
         if is_sticky(error) or sizes.memory.broken():
             raise DeviceLost(f"{operation.spec.name} left the device in error: {sentence(error)}") from error
-        if is_short_of_memory(error):
+        if is_out_of_memory(error):
             return OutOfMemory(f"{operation.spec.name} ran out of memory: {sentence(error)}")
         if isinstance(error, ImageError):
             error.__cause__ = error.__context__ = None

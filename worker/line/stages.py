@@ -206,7 +206,7 @@ def _keep(image: ImageInFlight, context: Context, untouched: Untouched) -> Store
     picture = image.picture
     image.best = quality.Checked(picture, untouched.notes, Measures())
     if picture.as_stored and _format(image, context) == picture.format:
-        image.encoded = codec.Encoded.of(image.data, picture.format)
+        image.encoded = codec.Encoded(image.data, picture.format)
     else:
         encode(image, context)
     return replace(store(image, context), how="kept")

@@ -65,7 +65,7 @@ class Child:
             operation.load(device)
             given = {**operation.spec.warm_up, **({"model": model} if model else {})}
             warm_up(operation, parse_options(name, engine, given))
-            memory = memory_of(device, operation.spec)
+            memory = memory_of(device, operation.spec.runtime)
             self.operations[name, engine] = operation
             self.sizes[name, engine] = BatchSizes(memory, tuned.read(device.weights, memory.name, operation.spec))
             log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
 from imagemill.worker.hardware.device import Device, give_back
-from imagemill.worker.hardware.errors import is_short_of_memory
+from imagemill.worker.hardware.errors import is_out_of_memory
 
 Tensor = NDArray[np.float32]
 
@@ -44,7 +44,7 @@ class OnnxModel:
         try:
             self._session = _opened(path, device, self.abreast, providers(device, path, _profile(path, device)))
         except Exception as error:
-            if is_short_of_memory(error):
+            if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {name} does not fit into memory: {sentence(error)}") from error
             raise ConfigurationError(f"the model {name} can't be opened from {path} ({sentence(error)}): {again}") from error
         wanted, got = NAMES[device.provider], self._session.get_providers()
@@ -84,7 +84,7 @@ class OnnxModel:
         try:
             yield
         except Exception as error:
-            if is_short_of_memory(error):
+            if is_out_of_memory(error):
                 raise OutOfMemory(f"there was not enough memory for the model {self.name}: {sentence(error)}") from error
             if type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError):
                 raise OperationFailed(f"the model {self.name} failed: {sentence(error)}") from error

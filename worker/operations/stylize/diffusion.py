@@ -18,7 +18,7 @@ from imagemill.shared.options.stylize import DiffusionModel, DiffusionStylize
 from imagemill.shared.seeds import diffusion_seed, next_seed
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import set_up, translated
-from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.models.catalogue import MODELS, repository
 from imagemill.worker.models.checksums import digest
@@ -102,7 +102,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Made, Plan]):
             picture = replace(picture, pixels=cropped(picture.pixels, (width, height)))
         room = bucket(picture.size, options.size, COMPILED_MULTIPLE if self._device.compile else MULTIPLE)
         small = resize(picture.pixels, inside(picture.size, room))
-        pixels = laid_in(_opaque(small), room)
+        pixels = laid_in(flatten(small, HIDDEN), room)
         seed = diffusion_seed(options, inputs.item.index, inputs.item.source)
         palette = self._palettes.of(options.reference, inputs.read) if options.reference else None
         canvas = Canvas(pixels, edges_of(pixels, options.canny_low, options.canny_high), seed)
@@ -174,11 +174,3 @@ def _work(sample: Sample[DiffusionStylize, Canvas], plan: Plan, evidence: Eviden
 def edges_of(rgb: Pixels, low: int, high: int) -> Grey:
     """Edges 0 or 255 [h, w] of RGB [h, w, 3]: Canny, A Computational Approach to Edge Detection, IEEE TPAMI 8(6), 1986."""
     return np.asarray(cv2.Canny(rgb, low, high), np.uint8)
-
-
-def _opaque(pixels: Pixels) -> Pixels:
-    """RGB from RGB or RGBA."""
-    if pixels.shape[2] == 3:
-        return pixels
-    alpha = pixels[..., 3:].astype(np.uint16)
-    return np.asarray((pixels[..., :3] * alpha + HIDDEN * (255 - alpha) + 127) // 255, np.uint8)

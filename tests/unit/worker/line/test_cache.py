@@ -319,7 +319,7 @@ def test_a_result_comes_back_as_it_was_and_the_latest_counts(cache: Cache, one: 
 
 
 def test_a_stored_file_is_remembered_by_its_md5(cache: Cache) -> None:
-    encoded = Encoded(b"hello", "jpeg", "jpg", "image/jpeg")
+    encoded = Encoded(b"hello", "jpeg")
     told: dict[str, Any] = dict(size=(3, 2), notes=("empty_mask",), measures=Measures(cast=0.4))
     result = Remembered.of(encoded, output="file:///out/1.jpg", **told)
     assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, **told)

@@ -1,4 +1,4 @@
-"""Outliers: whatever a job's look does to a source, what is done to one image alone stands out, and nothing else."""
+"""Outliers are found whatever the job's style does to its images, without false alarms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagemill.producer.drift import FEWEST, Outlier, outliers
+from imagemill.producer.outliers import FEWEST, Outlier, outliers
 from imagemill.shared.messages import Item, ItemResult, Row, row
 from imagemill.shared.quality import Look, Measures
 
@@ -27,7 +27,7 @@ def look(values: list[float]) -> Look:
 
 
 def measures(rng: random.Random, style: Style, spoilt: dict[int, float] | None = None, blur: float = 1.0) -> Measures:
-    """Of a photo like no other in a style, with what was spoilt of its look."""
+    """Measures of a random photo in a style, with some components of its look shifted."""
     source = [rng.uniform(20, 80), rng.gauss(0, 12), rng.gauss(0, 15), *(rng.uniform(5, 25) for _ in range(3))]
     made = [value + rng.gauss(0, 0.8) for value in style(source)]
     for place, shift in (spoilt or {}).items():
@@ -40,14 +40,14 @@ def measures(rng: random.Random, style: Style, spoilt: dict[int, float] | None =
 def rows(found: list[Measures | None]) -> list[Row]:
     items = [Item(index=index, source=f"https://shop.example/{index}.jpg") for index in range(len(found))]
     return [
-        row(item, ItemResult(index=item.index, state="done", quality=one), ended=True)
-        for item, one in zip(items, found, strict=True)
+        row(item, ItemResult(index=item.index, state="done", quality=measured), ended=True)
+        for item, measured in zip(items, found, strict=True)
     ]
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("seed", range(5))
-def test_what_was_planted_is_found_and_nothing_else(style: str, seed: int) -> None:
+def test_planted_outliers_are_found_and_nothing_else(style: str, seed: int) -> None:
     rng = random.Random(seed)
     job: list[Measures | None] = [measures(rng, STYLES[style]) for _ in range(195)]
     planted = [
@@ -67,25 +67,25 @@ def test_what_was_planted_is_found_and_nothing_else(style: str, seed: int) -> No
 
 
 @given(seed=st.integers(0, 10_000), images=st.integers(FEWEST, 120), style=st.sampled_from(sorted(STYLES)))
-def test_an_even_job_has_no_outliers(seed: int, images: int, style: str) -> None:
+def test_uniform_job_has_no_outliers(seed: int, images: int, style: str) -> None:
     rng = random.Random(seed)
     assert outliers(rows([measures(rng, STYLES[style]) for _ in range(images)])) == {}
 
 
-def test_a_tenth_of_the_images_of_another_kind_is_no_outlier() -> None:
+def test_second_kind_of_image_in_a_tenth_of_the_job_is_not_an_outlier() -> None:
     rng = random.Random(1)
     kinds = [{2: 30.0} if index % 9 == 0 else {} for index in range(180)]
     assert outliers(rows([measures(rng, STYLES["sets"], kind) for kind in kinds])) == {}
 
 
-def test_images_that_are_all_but_equal_are_no_outliers_by_a_hair() -> None:
+def test_invisible_differences_are_not_outliers() -> None:
     same = Measures(sharpness=400, kept=1, edges=0.8, look=(60, 0, 0, 9, 5, 5), before=(50, 0, 0, 9, 5, 5))
     nearly = same.model_copy(update={"look": (61.5, 1.5, 0, 9, 5, 5), "edges": 0.7, "sharpness": 500.0})
     assert outliers(rows([same] * 60 + [nearly])) == {}
 
 
 @pytest.mark.parametrize("missing", ["few", "not measured", "failed", "no look"])
-def test_without_a_common_look_there_are_no_outliers(missing: str) -> None:
+def test_no_outliers_without_a_common_look(missing: str) -> None:
     rng = random.Random(2)
     job: list[Measures | None] = [measures(rng, STYLES["sets"]) for _ in range(40)]
     job[7] = measures(rng, STYLES["sets"], {1: 40.0})
@@ -101,13 +101,13 @@ def test_without_a_common_look_there_are_no_outliers(missing: str) -> None:
     assert outliers(found) == {}
 
 
-def test_a_duplicate_counts_once_and_is_named_once() -> None:
+def test_duplicates_are_ignored() -> None:
     rng = random.Random(3)
     job = rows([*(measures(rng, STYLES["sets"]) for _ in range(60)), measures(rng, STYLES["sets"], {0: 30.0})])
     again = [job[60].model_copy(update={"index": 61 + n, "duplicate_of": 60}) for n in range(40)]
     assert set(outliers([*job, *again])) == {60}
 
 
-def test_an_outlier_says_what_is_odd_about_it() -> None:
+def test_outlier_is_described_in_words() -> None:
     assert str(Outlier("sharpness", -11.4)) == "sharpness 11 deviations below the others"
     assert str(Outlier("green-red", 6.0)) == "green-red 6 deviations above the others"

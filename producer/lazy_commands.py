@@ -1,4 +1,4 @@
-"""The command group: errors become one line and an exit code, and some commands are loaded when they are called."""
+"""The command group. Worker commands are imported only when they run, and errors become one line and an exit code."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from imagemill.shared.errors import ImagemillError, MissingExtra
 GROUP = "imagemill.commands"
 INTERRUPTED = 130
 
-# Said here, so that `imagemill --help` need not import what a producer may not have.
+# Kept here so that `imagemill --help` does not import packages that a producer may not have.
 SHORT_HELP = {
     "worker": "Run a worker node: one per GPU, or one for the CPU.",
-    "models": "List, pull, verify and quantise the models' files.",
-    "tune": "Find out how many images fit on a device at a time, and how fast they are.",
-    "doctor": "Say what is wrong with Redis, S3, disk and GPU, and how to mend it.",
+    "models": "List, pull, verify and quantise model files.",
+    "tune": "Measure how large batches can be on a device, and how fast they are.",
+    "doctor": "Find problems with Redis, S3, disk and GPU, and how to fix them.",
 }
 
 
 class Commands(click.Group):
-    """A group whose further commands come from the entry points `imagemill.commands`."""
+    """A group that adds the commands of the `imagemill.commands` entry points."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of all commands, sorted."""
         return sorted({*super().list_commands(ctx), *(entry.name for entry in entry_points(group=GROUP))})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """A command by its name; one from an entry point is not loaded yet."""
+        """The command with this name; a command from an entry point is not imported yet."""
         command = super().get_command(ctx, cmd_name)
         if command is not None:
             return command
-        return next((Later(entry) for entry in entry_points(group=GROUP, name=cmd_name)), None)
+        return next((LazyCommand(entry) for entry in entry_points(group=GROUP, name=cmd_name)), None)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run, and turn an ImagemillError into `error (code): sentence`; other exceptions pass."""
+        """Run the command. An ImagemillError prints `error (code): message` and exits; other exceptions propagate."""
         try:
             return super().invoke(ctx)
         except ImagemillError as error:
@@ -47,8 +47,8 @@ class Commands(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-class Later(click.Command):
-    """Stands for a command of an entry point until it is called."""
+class LazyCommand(click.Command):
+    """A placeholder for an entry point's command, which is imported when it is called."""
 
     def __init__(self, entry: EntryPoint) -> None:
         super().__init__(entry.name, short_help=SHORT_HELP.get(entry.name, f"From {entry.value}."))
@@ -57,7 +57,7 @@ class Later(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """The context of the real command; MissingExtra where a module that it needs isn't installed."""
+        """The real command's context. Raises MissingExtra if a module it needs is not installed."""
         return self._load().make_context(info_name, args, parent, **extra)
 
     def _load(self) -> click.Command:
@@ -65,9 +65,9 @@ class Later(click.Command):
             command: click.Command = self._entry.load()
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] == "imagemill":
-                raise  # a fault in imagemill, not in how it was installed
+                raise  # a bug in imagemill, not a missing package
             raise MissingExtra(
-                f"`imagemill {self.name}` needs {error.name}, which isn't installed: pip install 'imagemill[worker]'"
+                f"`imagemill {self.name}` needs {error.name}, which is not installed: pip install 'imagemill[worker]'"
             ) from error
         return command
 

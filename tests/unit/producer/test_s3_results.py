@@ -1,4 +1,4 @@
-"""Links for the report, and results that S3 deletes by itself."""
+"""Links to results in S3, and their expiry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from imagemill.producer.storage import expire, picture_links
+from imagemill.producer.s3_results import expire, picture_links
 from imagemill.shared import s3
 from imagemill.shared.errors import ConfigurationError, InvalidOption, ServiceUnavailable
 from imagemill.shared.settings import S3Settings
@@ -29,7 +29,7 @@ def settings(endpoint: str | None, **more: object) -> S3Settings:
 # --- links ---
 
 
-def test_a_link_opens_what_only_we_may_read(s3_server: S3Server) -> None:
+def test_link_opens_a_private_object(s3_server: S3Server) -> None:
     with changed_environment(s3_server.environment):
         client = s3.make_client(settings(s3_server.endpoint_url))
         client.create_bucket(Bucket="pictures")
@@ -41,7 +41,7 @@ def test_a_link_opens_what_only_we_may_read(s3_server: S3Server) -> None:
     assert s3_server.secret_key not in link
 
 
-def test_links_carry_the_address_that_browsers_know_and_last_seven_days() -> None:
+def test_links_use_the_public_url_and_last_seven_days() -> None:
     with changed_environment(KEYS):
         where = settings("http://minio:9000", public_url="https://pictures.example")
         link = picture_links(where, pytest.fail)("s3://results/x/a.png")
@@ -51,35 +51,35 @@ def test_links_carry_the_address_that_browsers_know_and_last_seven_days() -> Non
 
 
 @pytest.mark.parametrize("address", ["https://example.com/a.png", "file:///srv/a.png", "a.png", "javascript:x"])
-def test_other_addresses_stay_and_need_no_keys(address: str) -> None:
+def test_other_urls_are_unchanged_and_need_no_keys(address: str) -> None:
     assert picture_links(settings("not an address"), pytest.fail)(address) == address
 
 
-def test_without_keys_there_are_no_links_and_one_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_keys_give_no_links_and_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
-    said: list[str] = []
-    link = picture_links(settings("http://127.0.0.1:1"), said.append)
+    warnings: list[str] = []
+    link = picture_links(settings("http://127.0.0.1:1"), warnings.append)
     assert [link(f"s3://results/{n}.png") for n in range(3)] == [None] * 3
-    assert len(said) == 1
-    assert said[0].startswith("the report lacks pictures: ")
-    assert "AWS_ACCESS_KEY_ID" in said[0]
+    (warning,) = warnings
+    assert warning.startswith("the report has no pictures: ")
+    assert "AWS_ACCESS_KEY_ID" in warning
 
 
-def test_an_endpoint_that_is_no_address_costs_the_pictures_only() -> None:
-    said: list[str] = []
+def test_invalid_endpoint_gives_no_link_and_a_warning() -> None:
+    warnings: list[str] = []
     with changed_environment(KEYS):
-        assert picture_links(settings("minio:9000"), said.append)("s3://results/a.png") is None
-    assert "minio:9000" in said[0]
+        assert picture_links(settings("minio:9000"), warnings.append)("s3://results/a.png") is None
+    assert "minio:9000" in warnings[0]
 
 
 # --- expiry ---
 
 
 class Lifecycle:
-    """An S3 server that knows one bucket and keeps the lifecycle rules that it is told."""
+    """An S3 server with one bucket that records the lifecycle rules it receives."""
 
     def __init__(self) -> None:
         self.rules: list[str] = []
@@ -104,7 +104,7 @@ class Lifecycle:
                 self.wfile.write(body)
 
             def log_message(self, *args: object) -> None:
-                """Quiet."""
+                """Log nothing."""
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -120,7 +120,7 @@ def lifecycle() -> Iterator[Lifecycle]:
     lifecycle.server.server_close()
 
 
-def test_what_lies_below_the_prefix_expires_and_nothing_else(lifecycle: Lifecycle) -> None:
+def test_expiry_is_limited_to_the_prefix(lifecycle: Lifecycle) -> None:
     expire(settings(lifecycle.url), "s3://results/shop/today", 30)
     (rule,) = lifecycle.rules
     assert rule.startswith("/results?lifecycle")
@@ -132,14 +132,14 @@ def test_what_lies_below_the_prefix_expires_and_nothing_else(lifecycle: Lifecycl
 @pytest.mark.parametrize(
     ("url", "days"), [("file:///srv/out", 7), ("s3://results", 7), ("s3://results/", 7), ("s3://results/x", 0)]
 )
-def test_neither_folders_nor_whole_buckets_expire(url: str, days: int, lifecycle: Lifecycle) -> None:
+def test_expiry_of_folders_and_whole_buckets_is_refused(url: str, days: int, lifecycle: Lifecycle) -> None:
     with pytest.raises(InvalidOption):
         expire(settings(lifecycle.url), url, days)
     assert lifecycle.rules == []
 
 
-def test_a_server_that_refuses_is_a_matter_of_configuration(s3_server: S3Server) -> None:
-    """This one has no expiry; and a bucket that is missing may not be made here."""
+def test_refusal_by_s3_is_a_configuration_error(s3_server: S3Server) -> None:
+    """This server does not support expiry, and buckets must not be created on it."""
     with changed_environment(s3_server.environment):
         where = settings(s3_server.endpoint_url)
         s3.make_client(where).create_bucket(Bucket="kept")
@@ -149,6 +149,6 @@ def test_a_server_that_refuses_is_a_matter_of_configuration(s3_server: S3Server)
             expire(where, "s3://no-such-bucket/x", 7)
 
 
-def test_a_server_that_is_gone_is_a_service_unavailable() -> None:
+def test_unreachable_s3_is_service_unavailable() -> None:
     with changed_environment(KEYS), pytest.raises(ServiceUnavailable):
         expire(settings(f"http://127.0.0.1:{free_ports(1)[0]}"), "s3://results/x", 7)

@@ -1,4 +1,4 @@
-"""What the command line asks of S3: expiry of results, and links for the report."""
+"""Results in S3: their expiry, and links to them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from imagemill.shared.settings import S3Settings
 
 
 def expire(settings: S3Settings, url: str, days: int) -> None:
-    """Have S3 delete what lies below `s3://bucket/prefix` after `days`.
+    """Have S3 delete everything under `s3://bucket/prefix` after `days`.
 
-    Raises InvalidOption for an output that isn't in S3 or has no prefix, ServiceUnavailable where S3 does
-    not answer, ConfigurationError where it refuses.
+    Raises InvalidOption if the output is not in S3 or has no prefix, ServiceUnavailable if S3 does not
+    respond, ConfigurationError if it refuses.
     """
     if not url.startswith("s3://"):
         raise InvalidOption("--expire-days needs an --output of s3://bucket/prefix")
     bucket, prefix = split(url)
     if not prefix:
-        raise InvalidOption("--expire-days needs a prefix: in s3://bucket alone, everything would expire")
+        raise InvalidOption("--expire-days needs a prefix: with s3://bucket alone, the whole bucket would expire")
     client = make_client(settings)
     try:
         ensure_bucket(client, bucket, settings.create_bucket, settings.region)
@@ -28,25 +28,26 @@ def expire(settings: S3Settings, url: str, days: int) -> None:
         raise (ServiceUnavailable if error.retryable else ConfigurationError)(error.message) from error
 
 
-def picture_links(settings: S3Settings, complain: Callable[[str], None]) -> Callable[[str], str | None]:
-    """What maps an address to one that a browser can load: S3's become links for seven days, others stay.
+def picture_links(settings: S3Settings, warn: Callable[[str], None]) -> Callable[[str], str | None]:
+    """A function from an image's URL to one that a browser can load.
 
-    Where no link can be made it gives None and says why once, through `complain`.
+    S3 URLs become links that are valid for seven days; others stay. If a link can't be made, the function
+    returns None and calls `warn` with the reason, once.
     """
     signer = None
-    complained = False
+    warned = False
 
     def link(url: str) -> str | None:
-        nonlocal signer, complained
+        nonlocal signer, warned
         if not url.startswith("s3://"):
             return url
         try:
             signer = signer or make_signer(settings)
             return presign(signer, url, LONGEST_LINK)
         except (ImageError, ConfigurationError) as error:
-            if not complained:
-                complain(f"the report lacks pictures: {error.message}")
-            complained = True
+            if not warned:
+                warn(f"the report has no pictures: {error.message}")
+            warned = True
             return None
 
     return link
