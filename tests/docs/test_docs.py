@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 from pydantic import BaseModel
 
@@ -174,6 +175,16 @@ def test_commands_in_running_text_exist(page: Path) -> None:
         words = shlex.split(code)
         if words[0] in known and (len(words) > 1 or f"imagemill {code}" in text):
             parse(words)
+
+
+def test_ci_and_pre_commit_use_targets_and_tools_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    scripts = [(ROOT / name).read_text(encoding="utf-8") for name in (".github/workflows/ci.yml", ".ci/run")]
+    targets = {target for script in scripts for target in re.findall(r"\bmake (\w+)", script)}
+    assert {"check", "test"} <= targets
+    assert all(f"\n{target}:" in makefile for target in targets)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert [" ".join(hook["entry"].split()[:2]) in makefile for hook in hooks] == [True, True, True]
 
 
 def test_command_that_does_not_exist_is_noticed() -> None:
