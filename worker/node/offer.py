@@ -7,7 +7,7 @@ from imagemill.shared.options.base import nearest
 from imagemill.shared.queues import worker_queues
 from imagemill.shared.settings import Settings
 from imagemill.worker.models.catalogue import MODELS, WEIGHTS
-from imagemill.worker.models.files import needed
+from imagemill.worker.models.files import required_file
 from imagemill.worker.models.repositories import is_here
 
 
@@ -33,7 +33,7 @@ def _is_here(engine: str, model: str, settings: Settings) -> bool:
     if engine == "diffusion":
         return is_here(settings.weights.folder.expanduser(), model)
     (weights,) = (weights for weights in WEIGHTS if (weights.engine, weights.name) == (engine, model))
-    return needed(weights, settings.weights).is_file()
+    return required_file(weights, settings.weights).is_file()
 
 
 def missing(settings: Settings) -> dict[str, list[str]]:
