@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from imagemill.shared.engines import ENGINES
+
 REMBG = "https://github.com/danielgatis/rembg/releases/download"
 SANSTER = "https://github.com/Sanster/models/releases/download"
 MB = 1_000_000
@@ -143,8 +145,8 @@ REPOSITORIES: tuple[Repository, ...] = (
     ),
 )
 
-MODELS: dict[str, tuple[str, str]] = {"sd15-canny": ("sd15", "controlnet-canny")}
-"""The base model and the ControlNet that each value of an option `model` selects."""
+MODELS: dict[str, tuple[str, ...]] = {model: parts for engine in ENGINES for model, parts in engine.models.items()}
+"""The catalogue entries that each model a job can select is loaded from, by name."""
 
 
 def repository(name: str) -> Repository:

@@ -54,6 +54,11 @@ def digest(path: Path) -> str:
     return remembered.sha256 if remembered else hash_file(path).sha256
 
 
+def with_digest(path: Path) -> tuple[Path, str]:
+    """A file and its digest: a cache key that changes when the file is replaced. Raises OSError."""
+    return path, digest(path)
+
+
 def remembered_sums(path: Path) -> FileSums | None:
     """The remembered checksums of a file that has not changed since, or None. Raises OSError if the file is missing."""
     status, remembered = path.stat(), _unwritten.get(path)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from imagemill.shared.options.remove_background import RembgModel
-from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Repository, Weights
+from imagemill.worker.models.catalogue import CONVERTED, REPOSITORIES, WEIGHTS, Repository, Weights
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=lambda weights: weights.name)
@@ -31,7 +31,7 @@ def test_every_repository_is_pinned_to_a_commit(entry: Repository) -> None:
 
 
 def test_names_are_unique() -> None:
-    names = [*(entry.name for entry in WEIGHTS), *(entry.name for entry in REPOSITORIES), *MODELS]
+    names = [entry.name for entry in WEIGHTS] + [entry.name for entry in REPOSITORIES]
     assert len(set(names)) == len(names)
 
 
