@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from imagemill.shared.engines import parse_options
+from imagemill.shared.engines import find_engine, parse_options
 from imagemill.shared.errors import InvalidOption, InvalidPreset, UsageError
 from imagemill.shared.messages import Output, Policy
 from imagemill.shared.options.base import ADDRESSES, OPERATIONS, Model, Operation, nearest, validation_sentence
@@ -119,7 +119,7 @@ def _validated(name: str, file: Path, values: Written) -> Preset:
     fields: dict[str, Any] = {}
     try:
         preset = Preset.model_validate({**values, "name": name, "file": file})
-        options = type(parse_options(preset.operation, preset.engine, {}))
+        options = find_engine(preset.operation, preset.engine).options
         for section, model in {"options": options, "output": Output, "policy": Policy}.items():
             path = (section,)
             fields = getattr(preset, section)

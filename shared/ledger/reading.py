@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from imagemill.shared.connection import longest_wait, now_ms, reachable
 from imagemill.shared.errors import JobNotFound
 from imagemill.shared.ledger.scripts import Scripts, key, unpack
-from imagemill.shared.messages import ENDED, JOB_SPEC, Item, ItemResult, Job, JobState, JobStatus, Row, row
+from imagemill.shared.messages import ENDED, Item, ItemResult, Job, JobState, JobStatus, Row, row
 
 
 class ReadLedger(Scripts):
@@ -19,7 +19,7 @@ class ReadLedger(Scripts):
         raw = self._redis.hget(key(job), "spec")
         if raw is None:
             raise _not_found(job)
-        return JOB_SPEC.validate_json(raw)
+        return Job.model_validate_json(raw)
 
     @reachable()
     def status(self, job: str) -> JobStatus:
@@ -31,7 +31,7 @@ class ReadLedger(Scripts):
         if b"spec" not in raw:
             raise _not_found(job)
         fields = {name.decode(): value for name, value in raw.items()}
-        spec = JOB_SPEC.validate_json(fields["spec"])
+        spec = Job.model_validate_json(fields["spec"])
         created = int(fields["created"]) / 1000
         ended = int(fields["ended"]) / 1000 if "ended" in fields else None
         state: JobState = fields["state"].decode()

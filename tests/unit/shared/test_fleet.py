@@ -12,7 +12,7 @@ from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.fleet import CANARY_SECONDS, NODE_SECONDS, RATE_SECONDS, Fleet
 from imagemill.shared.messages import Node
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
 QUEUE = "imagemill.stylize.opencv"
 

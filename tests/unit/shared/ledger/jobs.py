@@ -9,14 +9,14 @@ from typing import Any
 from imagemill.shared.ledger.leasing import Lease, WorkLedger
 from imagemill.shared.ledger.reading import ReadLedger
 from imagemill.shared.ledger.submitting import SubmitLedger
-from imagemill.shared.messages import MANIFEST, Item, ItemResult, Output, Policy, Priority, StylizeJob
+from imagemill.shared.messages import MANIFEST, Item, ItemResult, Job, Output, Policy, Priority
 
 QUEUE = "imagemill.stylize.opencv"
 NUMBERS = itertools.count()
 
 
-def spec(priority: Priority = "normal") -> StylizeJob:
-    return StylizeJob(output=Output(url="s3://results/x"), policy=Policy(priority=priority))
+def spec(priority: Priority = "normal") -> Job:
+    return Job(operation="stylize", output=Output(url="s3://results/x"), policy=Policy(priority=priority))
 
 
 def item(index: int, duplicate_of: int | None = None) -> Item:
