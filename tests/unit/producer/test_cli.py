@@ -457,7 +457,7 @@ def test_submit_help_shows_the_options_of_the_named_operation(
 def test_help_options_lists_the_options_of_every_engine_and_every_limit(imagemill: Invoke) -> None:
     text = " ".join(imagemill("submit", "--help-options").stdout.split())
     for engine in ENGINES:
-        assert f"{engine.operation} ({engine.name}), --set:" in text
+        assert f"{engine.operation} ({engine.name}), for --set:" in text
         fields = {name: field for name, field in engine.options.model_fields.items() if name != "engine"}
         assert [name for name, field in fields.items() if f" {name} {field.description} (" not in text] == []
     assert [name for name in RULES if f" {name} flag:{RULES[name].flag}: " not in text] == []
