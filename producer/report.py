@@ -45,6 +45,14 @@ Picture = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Results of another engine, by source, to show beside a job's own."""
+
+    engine: str
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class JobPage:
     """One job of a page. `rows` is read once, in one pass; `drift` tells by index which look unlike the others."""
 
@@ -52,6 +60,7 @@ class JobPage:
     spec: Job
     rows: Iterable[Row]
     drift: Mapping[int, Outlier] = field(default_factory=dict)
+    comparison: Comparison | None = None
 
 
 @dataclass
@@ -63,6 +72,7 @@ class Pair:
     after: str | None
     duplicates: int = 0
     remark: str | None = None
+    compared: str | None = None  # the other engine's result
 
 
 @dataclass
@@ -95,6 +105,7 @@ class _Section:
 
     status: JobStatus
     spec: Job
+    compared: str = ""  # the other engine
     stages: list[tuple[str, float, float]] = field(default_factory=list)  # name, mean in ms, share of the longest in %
     failures: list[Failures] = field(default_factory=list)
     flagged: Notable = field(default_factory=Notable)
@@ -122,8 +133,11 @@ class _Section:
         return sorted(told, key=lambda option: not option[2])
 
 
-def render(jobs: Sequence[JobPage], *, picture: Picture, most: int = 200, title: str = "imagemill report") -> str:
-    """The page as text. Up to `most` images of each job are shown, in the list's order.
+def render(
+    jobs: Sequence[JobPage], *, picture: Picture, most: int = 200, title: str = "imagemill report", lead: str = ""
+) -> str:
+    """The page as text. Up to `most` images of each job are shown, in the list's order. With `lead`, a sentence
+    to begin with, they come first in each job, and large.
 
     Only http, https, file and relative addresses that `picture` gives get into the page; it has no scripts and
     loads nothing but these images.
@@ -137,11 +151,12 @@ def render(jobs: Sequence[JobPage], *, picture: Picture, most: int = 200, title:
     )
     environment.filters.update(duration=duration, size=size, shown=shown, worded=worded)
     sections = [_section(job, picture, most) for job in jobs]
-    return environment.get_template("report.html.j2").render(title=title, jobs=sections, most_failures=MOST_FAILURES)
+    return environment.get_template("report.html.j2").render(title=title, jobs=sections, lead=lead, most_failures=MOST_FAILURES)
 
 
 def _section(job: JobPage, picture: Picture, most: int) -> _Section:
-    section = _Section(job.status, job.spec)
+    compared = job.comparison or Comparison("", {})
+    section = _Section(job.status, job.spec, compared.engine)
     pairs: dict[int, Pair] = {}
     codes: dict[str, Failures] = {}
     sums: dict[str, tuple[float, int]] = {}
@@ -169,7 +184,8 @@ def _section(job: JobPage, picture: Picture, most: int) -> _Section:
             if row.index in job.drift:
                 section.drifted.add(row, picture, str(job.drift[row.index]))
             if len(pairs) < most:
-                pairs[row.index] = Pair(row, _image(row.source, picture), _image(row.output, picture))
+                other = _image(compared.outputs.get(row.source), picture)
+                pairs[row.index] = Pair(row, _image(row.source, picture), _image(row.output, picture), compared=other)
             else:
                 section.unshown += 1
         else:

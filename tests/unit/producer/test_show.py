@@ -39,7 +39,7 @@ def test_where_there_is_no_terminal_progress_is_a_line_per_tenth() -> None:
     assert followed.status.state == "done"
     lines = out.getvalue().splitlines()
     assert len(lines) == 12  # ten tenths, the failure, all of them
-    assert "stylize running: 10 of 100 images done" in lines[1]
+    assert "stylize (opencv) running: 10 of 100 images done" in lines[1]
 
 
 def test_failures_are_shown_as_they_are_without_steering_the_terminal() -> None:
