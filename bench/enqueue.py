@@ -88,12 +88,12 @@ def _submit(redis_url: str, urls: str) -> dict[str, float]:
     from imagemill.producer.client import Client
     from imagemill.producer.sources import read_sources
     from imagemill.shared.broker import Publisher  # noqa: F401  # imports Celery, as the other side does
-    from imagemill.shared.messages import Output, StylizeJob
+    from imagemill.shared.messages import Job, Output
     from imagemill.shared.settings import load_settings
 
     start = time.perf_counter()
     with Client(load_settings(redis_url=redis_url)) as client:
-        spec = StylizeJob(output=Output(url="s3://results/sketches"))
+        spec = Job(operation="stylize", output=Output(url="s3://results/sketches"))
         submission = client.submit(read_sources([urls], s3=client.s3), spec)
     assert submission.total == IMAGES
     used = os.times()

@@ -28,14 +28,14 @@ from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
 from imagemill.shared.engines import parse_options
-from imagemill.shared.messages import JOB_SPEC, Item
+from imagemill.shared.messages import Item, Job
 from imagemill.shared.settings import load_settings
 from imagemill.worker.hardware.device import Device, share_of_cores
 from imagemill.worker.imaging import codec
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.operations.base import Inputs
 from imagemill.worker.operations.inpaint.lama import Lama
-from imagemill.worker.operations.inpaint.lama_model import Session
+from imagemill.worker.operations.inpaint.lama_model import LamaModel
 from imagemill.worker.operations.inpaint.tiles import CONTEXT, plan
 from tests.fills import Continues
 from tests.generators import FULL, lama_file
@@ -56,7 +56,7 @@ def run(rounds: int = 5) -> list[Figure]:
         weights = lama_file(Path(folder) / "weights" / "lama" / "lama.safetensors", **FULL).parents[1]
         figures = _memory(Path(folder), weights)  # first, before this process loads a model
         device = Device(threads=share_of_cores(1), weights=weights)
-        session = Session(weights / "lama" / "lama.safetensors", device)
+        session = LamaModel(weights / "lama" / "lama.safetensors", device)
         _seconds(session)  # warm up every shape
         costs = [_seconds(session) for _ in range(rounds)]
         figures += _ways(costs) + _batches(session, rounds)
@@ -142,7 +142,7 @@ def _ways(costs: list[Cost]) -> list[Figure]:
     return figures
 
 
-def _seconds(session: Session) -> Cost:
+def _seconds(session: LamaModel) -> Cost:
     """Measure the network once per side; the seconds it takes for any size."""
     spent = []
     for side in SIDES:
@@ -174,7 +174,7 @@ class _Nothing:
 ITEM = Item(index=0, source="https://bench.example/one.jpg")
 
 
-def _batches(session: Session, rounds: int) -> list[Figure]:
+def _batches(session: LamaModel, rounds: int) -> list[Figure]:
     pictures, holes = [np.full((256, 256, 3), 90, np.uint8)] * 4, [np.full((256, 256), 255, np.uint8)] * 4
     ratios = []
     for _ in range(rounds):
@@ -296,7 +296,7 @@ def _fill(redis_url: str, folder: Path, source: Path, mask: Path) -> None:
     client = Client(load_settings(redis_url=redis_url))
     try:
         rows = [SourceRow("row 1", {"source": source.as_uri(), "mask": mask.as_uri()})]
-        job = client.submit(rows, JOB_SPEC.validate_python(fields)).job
+        job = client.submit(rows, Job.model_validate(fields)).job
         status = client.wait(job, timeout=600)
         assert status.done == 1, [row.message for row in client.results(job)]
     finally:

@@ -18,15 +18,16 @@ from PIL import Image
 
 from bench.cutout import read
 from imagemill.producer.spec import option_values
-from imagemill.shared.engines import Options, parse_options
+from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import ImagemillError
 from imagemill.shared.messages import Item
+from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.settings import load_settings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.operations import registry
-from imagemill.worker.operations.base import Inputs, Operation
+from imagemill.worker.operations.base import AnyOperation, Inputs
 
 TILE = 480
 TIMES = 4
@@ -56,7 +57,7 @@ def examples(folder: Path) -> list[Example]:
     return loaded
 
 
-def filled(operation: Operation, picture: Pixels, mask: Grey, options: Options) -> Pixels:
+def filled(operation: AnyOperation, picture: Pixels, mask: Grey, options: EngineOptions) -> Pixels:
     item = Item(index=0, source="https://bench.example/one.png")
     work = operation.prepare(Picture(picture.copy()), Inputs(item, options, mask))
     outputs = [output for sample in work.samples for output in operation.run([sample])]

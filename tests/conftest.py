@@ -19,8 +19,8 @@ from PIL import Image
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Ledger
 from imagemill.shared.settings import Settings
+from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 from tests.services.redis import running_redis
 from tests.services.s3 import S3Server

@@ -26,15 +26,15 @@ import onnxruntime
 
 from bench.figures import Figure, figure
 from bench.gpu.command import parse_arguments, print_figures, print_line
-from bench.gpu.line import through_the_flow
+from bench.gpu.line import through_the_line
 from bench.servers import photos
-from imagemill.shared.messages import Output, RemoveBackgroundJob
+from imagemill.shared.messages import Job, Output
 from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.hardware.memory import memory_of
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.operations.remove_background.model_families import FAMILIES
-from imagemill.worker.operations.remove_background.onnx_model import NAMES, Session
+from imagemill.worker.operations.remove_background.onnx_model import NAMES, OnnxModel
 from imagemill.worker.operations.remove_background.rembg import Rembg
 from tests.models import FULL_WIDTH, u2net_onnx
 
@@ -60,13 +60,15 @@ def run(device: Device, providers: list[Provider], ends: float, *, small: bool) 
         yield from alone(here, 1 if small else ROUNDS)
         operation = Rembg()
         operation.load(here)
-        sizes = BatchSizes(memory_of(here, operation.spec))
-        spec = RemoveBackgroundJob(output=Output(url="s3://bench/out"), options=RembgRemoveBackground(model="u2net"))
-        through_the_flow(operation, spec, files, 4 if small else 40, sizes)  # opens the model and learns batch sizes
+        sizes = BatchSizes(memory_of(here, operation.spec.runtime))
+        spec = Job(
+            operation="remove-background", output=Output(url="s3://bench/out"), options=RembgRemoveBackground(model="u2net")
+        )
+        through_the_line(operation, spec, files, 4 if small else 40, sizes)  # opens the model and learns batch sizes
         for count in (count for count in CORES if count <= len(cores)):
             os.sched_setaffinity(0, cores[:count])  # applies to threads started from now on
             images = 4 if small else IMAGES * count
-            rate = through_the_flow(operation, spec, files, images, sizes)
+            rate = through_the_line(operation, spec, files, images, sizes)
             goal = GOAL if count == GOAL_CORES and provider == "cuda" else None
             yield figure(f"{provider}, whole line, {count} cores", rate, "images/s", goal)
         os.sched_setaffinity(0, cores)
@@ -75,7 +77,7 @@ def run(device: Device, providers: list[Provider], ends: float, *, small: bool) 
 def alone(device: Device, rounds: int) -> Iterator[Figure]:
     """The session with prepared tensors, without preprocessing and postprocessing."""
     family = FAMILIES["u2net"]
-    session = Session(device.weights / "rembg" / "u2net.onnx", "u2net", device, family.size)
+    session = OnnxModel(device.weights / "rembg" / "u2net.onnx", "u2net", device, family.size)
     tensor = family.tensor(np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), np.uint8))
     for batch in BATCHES:
         times = []

@@ -3,7 +3,7 @@
     python -m bench.gpu.inpaint [--minutes 7]             on a machine with a GPU; exit status 1 if a goal is missed
     python -m bench.gpu.inpaint --cpu --small             with a tiny generator on the CPU, to test this program
 
-The generator has the published size and random weights, and runs in the engine's own Session, from uint8 pictures to
+The generator has the published size and random weights, and runs in the engine's own LamaModel, from uint8 pictures to
 uint8 pictures. It needs `imagemill[lama]` with a torch for the GPU.
 """
 
@@ -25,7 +25,7 @@ from bench.figures import Figure, figure
 from bench.gpu.command import check_torch, parse_arguments, print_figures, print_line
 from imagemill.shared.errors import OutOfMemory
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.operations.inpaint.lama_model import Session
+from imagemill.worker.operations.inpaint.lama_model import LamaModel
 from tests.generators import FULL, lama_file
 
 GOAL = 100.0
@@ -49,7 +49,7 @@ def run(device: Device, ends: float, *, small: bool = False, compiling: bool = T
                 if compiled and time.monotonic() > ends - COMPILING:
                     print_line(name=f"{dtype}, compiled", skipped="not enough time left")
                     continue
-                session = Session(path, replace(device, dtype=dtype, compile=compiled))
+                session = LamaModel(path, replace(device, dtype=dtype, compile=compiled))
                 if not compiled:
                     error = float(np.abs(painted(session, tiles[0]) - exact).mean())
                     yield figure(f"{dtype}: mean difference to fp32, of 255", error, "", GOAL_ERROR, at_most=True)
@@ -63,7 +63,7 @@ def run(device: Device, ends: float, *, small: bool = False, compiling: bool = T
     yield figure("fastest of these", best, "MP/s", GOAL)
 
 
-def speed(session: Session, name: str, tile: int, batch: int, rounds: int) -> list[Figure]:
+def speed(session: LamaModel, name: str, tile: int, batch: int, rounds: int) -> list[Figure]:
     """Megapixels per second, and memory per tile without the weights."""
     on_gpu, pictures = session.device.type == "cuda", scene(tile, batch)
     try:
@@ -89,12 +89,12 @@ def without_tf32(path: Path, device: Device, tile: int) -> np.ndarray[Any, np.dt
     """A result in fp32 without TF32, which torch's convolutions use by default."""
     allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
-        return painted(Session(path, replace(device, dtype="fp32")), tile)
+        return painted(LamaModel(path, replace(device, dtype="fp32")), tile)
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def painted(session: Session, tile: int) -> np.ndarray[Any, np.dtype[np.int16]]:
+def painted(session: LamaModel, tile: int) -> np.ndarray[Any, np.dtype[np.int16]]:
     return session.run(*scene(tile, 1))[0].astype(np.int16)
 
 

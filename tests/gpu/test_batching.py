@@ -12,8 +12,8 @@ import torch
 
 from imagemill.worker.hardware.memory import TorchMemory
 from imagemill.worker.line.batch_sizes import SHARE, BatchSizes
-from imagemill.worker.line.batching import run_batch
 from imagemill.worker.operations.base import Sample, Spec
+from tests.batches import run_batch
 from tests.fakes import Invert
 from tests.workers import ROOT, clean_environment
 
@@ -91,7 +91,7 @@ import torch
 from imagemill.shared.errors import DeviceLost
 from tests.fakes import Invert
 from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.batching import run_batch
+from tests.batches import run_batch
 from imagemill.worker.hardware.memory import TorchMemory
 from imagemill.worker.operations.base import Sample
 

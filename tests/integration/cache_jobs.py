@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from imagemill.shared import s3
-from imagemill.shared.ledger import Ledger
-from imagemill.shared.messages import JOB_SPEC, Item, ItemResult
+from imagemill.shared.messages import Item, ItemResult, Job
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.cache import Cache
-from imagemill.worker.line.line import Flow
+from imagemill.worker.line.line import Line
+from imagemill.worker.line.stages import Context
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.store import open_store
 from tests.fakes import Invert
 from tests.integration.jobs import local_path
+from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 
+NOTE = "repaired_sharpness"
+"""The same image gets it on every run, so the result is reused."""
 NAMES = (f"cache-{os.getpid()}-{n}" for n in itertools.count())
 
 
@@ -37,15 +40,15 @@ class Counted(Invert):
     def fingerprint(self, options: Any) -> str:
         return self.mark
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: Sample[Any, Any]) -> Hashable:
         return id(sample)
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Work[Any, Any, Any]:
         work = super().prepare(picture, inputs)
-        work.notes.append("empty_cutout")
+        work.notes.append(NOTE)
         return work
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         self.runs += len(samples)
         self.before_return()
         return super().run(samples)
@@ -105,30 +108,30 @@ class Jobs:
         job = next(NAMES)
         output = {"url": place.urls[at], "format": "png", "key": key}
         policy = {"reuse": reuse, "quality": quality or {}}
-        spec = JOB_SPEC.validate_python({"operation": "stylize", "output": output, "policy": policy})
+        spec = Job.model_validate({"operation": "stylize", "output": output, "policy": policy})
         items = [Item(index=0, source=self.images.url(path))]
         self.ledger.open_job(job, spec)
         self.ledger.add_chunks(job, [(0, items)])
         self.ledger.seal(job, chunks=1, total=1, duplicates={})
         files = FileSettings(write_roots=(place.folder,))
         fetcher = Fetcher(self.settings.fetch, files, no_s3)
-        flow = Flow(
+        store = open_store(spec.output.url, s3=lambda: place.client, files=files, s3_settings=place.settings)
+        context = Context.of(
             job,
             spec,
+            self.settings,
             operation=operation,
-            ledger=self.ledger,
             fetcher=fetcher,
-            store=open_store(spec.output.url, s3=lambda: place.client, files=files, s3_settings=place.settings),
-            settings=self.settings,
-            node="here",
+            store=store,
             stop=threading.Event(),
             cache=self.cache,
         )
-        flow.run(items)
+        line = Line(context, ledger=self.ledger, settings=self.settings, node="here")
+        line.run(items)
         fetcher.close()
         _, (result,) = self.ledger.follow(job)
-        assert (flow.records.done, flow.records.failed) == ((1, 0) if result.state == "done" else (0, 1))
-        assert flow.records.reused == ("cached" in result.notes)
+        assert (line.records.done, line.records.failed) == ((1, 0) if result.state == "done" else (0, 1))
+        assert line.records.reused == ("cached" in result.notes)
         return result
 
     def output(self, *args: Any, **kwargs: Any) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from imagemill.producer.client import Client
 from imagemill.producer.sources import SourceRow
-from imagemill.shared.messages import JOB_SPEC, Job, Row
+from imagemill.shared.messages import Job, Row
 from tests.workers import ROOT
 
 
@@ -31,7 +31,7 @@ def spec(operation: str, folder: Path | str, *, attempts: int = 3, **options: An
         "options": options,
         "policy": {"attempts": attempts},
     }
-    return JOB_SPEC.validate_python(fields)
+    return Job.model_validate(fields)
 
 
 def run(client: Client, sources: list[str | dict[str, Any]], job: Job) -> list[Row]:

@@ -18,7 +18,7 @@ from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.worker.line.cache import Cache
 from imagemill.worker.transfer.store import open_store
 from tests.conftest import environment_for, photo
-from tests.integration.cache_jobs import NAMES, Counted, Jobs, Place
+from tests.integration.cache_jobs import NAMES, NOTE, Counted, Jobs, Place
 from tests.integration.jobs import cli, local_path
 from tests.services.images import ImageServer
 from tests.services.s3 import S3Server, changed_environment
@@ -65,8 +65,8 @@ def test_same_image_in_another_job_is_copied_and_marked_cached(jobs: Jobs, place
     assert again.output.startswith(place.urls[at])
     assert place.read(first.output) == place.read(again.output)
     assert place.read(again.output)[1] in (None, "image/png")
-    assert first.notes == ("empty_cutout",)
-    assert again.notes == ("empty_cutout", "cached")
+    assert first.notes == (NOTE,)
+    assert again.notes == (NOTE, "cached")
     assert again.seconds.keys() == {"fetch", "store"}
     facts = {"source_format", "source_bytes", "source_size", "output_bytes", "output_size", "attempts", "node"}
     assert again.model_dump(include=facts) == first.model_dump(include=facts)
@@ -78,7 +78,7 @@ def test_different_image_or_fingerprint_is_computed(jobs: Jobs, folder: Place) -
     cases = [(operation, "/a.jpg"), (operation, "/other.jpg"), (updated, "/a.jpg")]
     results = [jobs.run(engine, folder, path=path) for engine, path in cases]
     assert (operation.runs, updated.runs) == (2, 1)
-    assert all(result.notes == ("empty_cutout",) for result in results)
+    assert all(result.notes == (NOTE,) for result in results)
 
 
 def test_deleted_result_is_computed_and_cached_again(jobs: Jobs, place: Place) -> None:
@@ -187,13 +187,13 @@ def test_result_that_cannot_be_stored_is_not_cached(jobs: Jobs, folder: Place, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("imagemill.worker.transfer.store.os.fsync", full)
+        patch.setattr("imagemill.worker.transfer.atomic.os.fsync", full)
         assert jobs.run(operation, folder).code == "storage_unavailable"
     assert [path for path in folder.folder.rglob("*") if path.is_file()] == []
     first = jobs.output(operation, folder)
     assert operation.runs == 2
     with monkeypatch.context() as patch:
-        patch.setattr("imagemill.worker.transfer.store.os.fsync", full)
+        patch.setattr("imagemill.worker.transfer.atomic.os.fsync", full)
         assert jobs.run(operation, folder).code == "storage_unavailable"
     copy = jobs.run(operation, folder)
     assert copy.notes[-1] == "cached"

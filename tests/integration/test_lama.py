@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
-from imagemill.shared.messages import JOB_SPEC, Row
+from imagemill.shared.messages import Job, Row
 from tests.conftest import environment_for
 from tests.generators import lama_file
 from tests.integration.jobs import opened, result_path
@@ -86,7 +86,7 @@ def test_lama_fills_masks_and_leaves_all_other_pixels_unchanged(
         "options": {"engine": "lama", "tile": 512, "mask_feather": 2},
         "output": {"url": f"file://{tmp_path}"},
     }
-    submission = client.submit(sources, JOB_SPEC.validate_python(fields))
+    submission = client.submit(sources, Job.model_validate(fields))
     assert submission.served
     assert client.wait(submission.job, timeout=120).state == "done"
     lined, empty, large, wide, boxed, grey = client.results(submission.job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,7 +16,11 @@ from imagemill.worker.checking import measures as by
 from imagemill.worker.checking.measures import EDGE, Pair
 from imagemill.worker.imaging.opencv import translated
 from imagemill.worker.imaging.picture import Picture, Pixels
-from imagemill.worker.operations.base import REPAIRED_CAST, REPAIRED_SHARPNESS, Evidence, Spec, Work
+from imagemill.worker.operations.base import Evidence, Spec, Work
+
+REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED = "repaired_cast", "repaired_sharpness", "repaired_seed"
+REPAIR_NOTES = frozenset({REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED})
+"""Notes of what was repaired: a colour cast, a blur, or everything by another seed."""
 
 REVISION = 1
 """Raise it when a repair gives other pixels than before: what is remembered is then forgotten."""
@@ -40,7 +45,7 @@ class Checked:
 
 
 @translated("checking the result")
-def check(picture: Picture, source: Picture, work: Work, operation: Spec, spec: Job) -> Checked:
+def check(picture: Picture, source: Picture, work: Work[Any, Any, Any], operation: Spec, spec: Job) -> Checked:
     """The result, measured and judged, and repaired where the job's policy says so and that makes it better.
 
     Neither `picture` nor `source` is changed.

@@ -20,7 +20,7 @@ from imagemill.shared.errors import NotAnImage, OperationFailed, OutOfMemory, se
 from imagemill.worker.imaging import icc as profiles
 from imagemill.worker.imaging import jpeg, png
 from imagemill.worker.imaging.headers import Header, open_checked, probe, translated
-from imagemill.worker.imaging.picture import Grey, Picture, Pixels
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize, upright
 
 __all__ = ["Encoded", "Header", "choose_format", "decode", "decode_mask", "encode", "fit", "probe", "resize"]
@@ -34,17 +34,15 @@ EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 @dataclass(frozen=True)
 class Encoded:
-    """A finished file. `extension` is without a dot: `jpg`, `png` or `webp`."""
+    """A finished file."""
 
     data: bytes
     format: str
-    extension: str
-    content_type: str
 
-    @classmethod
-    def of(cls, data: bytes, format: str) -> Encoded:  # noqa: A002
-        """A file of one of the formats that are written."""
-        return cls(data, format, EXTENSIONS[format], f"image/{format}")
+    @property
+    def content_type(self) -> str:
+        """The MIME type."""
+        return f"image/{self.format}"
 
 
 @contextmanager
@@ -140,17 +138,8 @@ def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
             seen = pixels[:, :, :3][alpha > 0]
             if not len(seen) or (seen == seen[0]).all():
                 return np.ascontiguousarray(alpha)
-            pixels = _over(pixels, 0)
+            pixels = flatten(pixels, 0)
         return np.asarray(cv2.cvtColor(pixels[:, :, :3], cv2.COLOR_RGB2GRAY), np.uint8)
-
-
-def _over(pixels: Pixels, background: int) -> Pixels:
-    """RGBA laid over a grey of level `background`, as RGB."""
-    alpha = pixels[:, :, 3:].astype(np.uint16)
-    mixed = pixels[:, :, :3] * alpha
-    mixed += background * (255 - alpha) + 127
-    mixed //= 255
-    return mixed.astype(np.uint8)
 
 
 def choose_format(source_format: str, wanted: Literal["same", "png", "webp", "jpeg"], has_alpha: bool) -> str:
@@ -187,13 +176,13 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
             elif format == "webp":
                 data = _webp(pixels, quality, picture.icc)
             elif format == "jpeg":
-                flat = _over(pixels, 255) if pixels.shape[2] == 4 else pixels
+                flat = flatten(pixels, 255) if pixels.shape[2] == 4 else pixels
                 data = jpeg.encode(np.ascontiguousarray(flat), quality, picture.icc)
             else:
                 raise OperationFailed(f"there is no output format {format!r} (valid: jpeg, png, webp)")
         except (ValueError, OSError) as error:
             raise OperationFailed(f"the picture can't be written as {format} ({sentence(error)})") from error
-    return Encoded.of(data, format)
+    return Encoded(data, format)
 
 
 def _colourless(picture: Picture) -> bool:

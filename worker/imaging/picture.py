@@ -1,4 +1,4 @@
-"""A decoded image."""
+"""The decoded image that every stage passes on, and the arrays it consists of."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ Pixels = NDArray[np.uint8]
 Grey = NDArray[np.uint8]
 """uint8, [height, width]."""
 
+_STRIP = 1 << 20  # pixels flattened at once; the 16-bit intermediates of a strip take about 20 MB
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image. `icc` is the profile its pixels are in (None is sRGB), `format` what it came as.
+    """A decoded image.
 
-    `full_size` is the (width, height) that the source has, upright; larger than `pixels` where the
-    decoder was told that a smaller picture is enough. `as_stored` says that the file shows just this:
-    it was neither turned nor scaled nor were its colours converted, and it has no further frames. `grey`
-    says that the file has no colours; what is made of it may have some.
+    `format` is the source file's format and `icc` the profile of the pixels (None means sRGB). `full_size` is the source's
+    upright (width, height), larger than `pixels` if the decoder was asked for a smaller picture. `as_stored` is true if the
+    file shows exactly these pixels: a single frame, not rotated, scaled or colour-converted. `grey` is true if the source
+    has no colour; an operation may still have added some.
     """
 
     pixels: Pixels
@@ -35,3 +37,28 @@ class Picture:
     def size(self) -> tuple[int, int]:
         """(width, height) of `pixels`."""
         return self.pixels.shape[1], self.pixels.shape[0]
+
+
+def flatten(pixels: Pixels, background: int) -> Pixels:
+    """RGB from RGB or RGBA, composited over grey level `background` (0 to 255), rounded to nearest.
+
+    RGB is returned unchanged. Large pictures are processed in strips to keep memory low.
+    """
+    if pixels.shape[2] == 3:
+        return pixels
+    result = np.empty((*pixels.shape[:2], 3), np.uint8)
+    rows = max(1, _STRIP // max(1, pixels.shape[1]))
+    for top in range(0, len(pixels), rows):
+        strip = pixels[top : top + rows]
+        alpha = strip[:, :, 3:].astype(np.uint16)
+        mixed = strip[:, :, :3] * alpha  # at most 255 * 255, so 16 bits are enough
+        mixed += background * (255 - alpha) + 127
+        mixed //= 255
+        result[top : top + rows] = mixed
+    return result
+
+
+def rgb_of(colour: str) -> tuple[int, int, int]:
+    """(red, green, blue) of a colour written as `#rrggbb`."""
+    red, green, blue = bytes.fromhex(colour.removeprefix("#"))
+    return red, green, blue

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import quote, urlsplit
+
+import idna
 
 from imagemill.shared.errors import UnsupportedUrl
 from imagemill.shared.settings import FetchSettings
@@ -109,8 +110,8 @@ def wire(url: str) -> Target:
 def _ascii_host(host: str) -> str:
     if ":" in host:
         return f"[{IPv6Address(host)}]"
-    # UTS 46 without its transitional mappings: ß stays ß, as browsers have it. Python's own codec is IDNA 2003.
-    labels = re.split("[.。．｡]", unicodedata.normalize("NFKC", host.lower()))
+    # UTS 46, non-transitional, like browsers: ß stays ß. idna.encode() would also reject `_` and emoji, which browsers accept.
+    labels = idna.uts46_remap(host, std3_rules=False).split(".")
     name = ".".join(label if label.isascii() else f"xn--{label.encode('punycode').decode()}" for label in labels)
     if not HOST.fullmatch(name):
         raise ValueError(f"{host!r} is no host")

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from urllib.parse import urljoin, urlsplit
 
@@ -39,11 +39,10 @@ HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|!--|html|head|body|
 
 @dataclass(frozen=True)
 class Fetched:
-    """An image file. `url` is where it was found after redirects, `tries` how often it was asked for."""
+    """An image file, and the number of attempts it took."""
 
     data: bytes
-    url: str
-    tries: int = 1
+    tries: int
 
 
 class Fetcher:
@@ -67,7 +66,7 @@ class Fetcher:
         stop = stop or threading.Event()
         for tries in count(1):
             try:
-                return replace(self._once(url), tries=tries)
+                return Fetched(self._once(url), tries)
             except ImageError as error:
                 error.tries = tries
                 wait = pause(tries, getattr(error, "retry_after", 0.0))
@@ -79,23 +78,23 @@ class Fetcher:
         """Close the connections."""
         self._downloader.close()
 
-    def _once(self, url: str) -> Fetched:
+    def _once(self, url: str) -> bytes:
         try:
             check_source_url(url)
         except ValueError as error:
             raise UnsupportedUrl(f"{shown(url)}: {error}") from error
         scheme = urlsplit(url).scheme
         if scheme == "s3":
-            fetched = Fetched(self._object(url), url)
+            data = self._object(url)
         elif scheme == "file":
-            fetched = Fetched(read_file(url, self._files.read_roots, self._settings.max_bytes), url)
+            data = read_file(url, self._files.read_roots, self._settings.max_bytes)
         else:
-            fetched = self._web(url)
-        if not fetched.data:
+            data = self._web(url)
+        if not data:
             raise EmptyFile(f"{shown(url)} is empty")
-        return fetched
+        return data
 
-    def _web(self, url: str) -> Fetched:
+    def _web(self, url: str) -> bytes:
         """Follow redirects ourselves: each target is checked, and all share one total time."""
         deadline = time.monotonic() + self._settings.total_timeout
         current, label = url, shown(url)
@@ -106,7 +105,7 @@ class Fetcher:
                 raise Timeout(f"{label}: its redirects took longer than {self._settings.total_timeout:g} s")
             answer = self._downloader.get(target, label, left)
             if answer.location is None:
-                return Fetched(image_body(answer, label), current)
+                return image_body(answer, label)
             current = redirected(target.url, answer.location, label)
             label = f"{shown(url)} (redirected to {shown(current)})"
         raise TooManyRedirects(f"{shown(url)} redirects more than {self._settings.max_redirects} times")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import os
-import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from imagemill.shared.messages import KEY_FIELD, Item
 from imagemill.shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_bucket, split, storing
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.shared.urls import check_output_url, safe_name
+from imagemill.worker.transfer.atomic import replacing
 from imagemill.worker.transfer.files import is_below, open_at_once, path_of
 
 # What an operator can mend by changing folder or rights; everything else may pass, such as a full disk.
@@ -219,7 +218,8 @@ class FolderStore:
         with _folder_errors(f"{target} can't be written"):
             folder = self._check(target.parent)  # after every link on the way, and before anything is made
             folder.mkdir(parents=True, exist_ok=True)
-            _replace(folder / target.name, fill)
+            with replacing(folder / target.name) as part, part.open("xb") as file:
+                fill(file)
         return target.as_uri()
 
     def _check(self, folder: Path) -> Path:
@@ -229,26 +229,6 @@ class FolderStore:
                 f"results may not go to {folder}: it is not below a folder that IMAGEMILL_FILES__WRITE_ROOTS allows"
             )
         return real
-
-
-def _replace(target: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside `target`, have it on the disk, and rename it into place; nothing stays behind on failure."""
-    partial = target.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with partial.open("xb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    # The rename too must outlive a power cut, since the result is recorded as stored right after this.
-    directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _copy_checked(source: BinaryIO, target: IO[bytes], md5: str, name: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.shared.options.remove_background import RembgRemoveBackground
-from imagemill.worker.imaging.picture import Grey, Pixels
+from imagemill.worker.imaging.picture import Grey, Pixels, flatten, rgb_of
 from imagemill.worker.imaging.scale import enlarged_part, fit, resize
 from imagemill.worker.operations.remove_background.matte import Map, foreground_colours
 from imagemill.worker.operations.remove_background.matting import matted
@@ -53,7 +53,15 @@ class Frame:
         return resize(pixels[top:bottom, left:right], self.size)
 
 
-def compose(pixels: Pixels, alpha: Grey, options: RembgRemoveBackground, background: Pixels | None, notes: list[str]) -> Pixels:
+def compose(
+    pixels: Pixels,
+    alpha: Grey,
+    options: RembgRemoveBackground,
+    background: Pixels | None,
+    notes: list[str],
+    *,
+    clean_rim: bool = True,
+) -> Pixels:
     """The result: RGBA, RGB where it has a background or is a mask. Neither `pixels` nor `alpha` is changed.
 
     `pixels` is RGB or RGBA [h, w, 3 or 4] (then its alpha is multiplied in), `alpha` uint8 [h, w] the matte at the same
@@ -71,7 +79,7 @@ def compose(pixels: Pixels, alpha: Grey, options: RembgRemoveBackground, backgro
     if empty:
         notes.append(EMPTY)
     elif options.alpha_matting:
-        alpha = _visible(pixels, matted(pixels, alpha, options.matting_pixels, options.matting_seconds, notes))
+        alpha = _visible(pixels, matted(pixels, alpha, notes))
     shade = _shadow(pixels, alpha) if options.shadow and not empty else None
     if options.shadow and shade is None and not empty:
         notes.append(NO_SHADOW)
@@ -85,7 +93,7 @@ def compose(pixels: Pixels, alpha: Grey, options: RembgRemoveBackground, backgro
     (x, y), (width, height) = frame.at, frame.size
     inside = result[y : y + height, x : x + width]
     _cut(front, matte, inside)
-    if options.clean_rim:
+    if clean_rim:
         foreground_colours(front, matte, out=inside)
     under = _backdrop(options.background, background, frame.whole)
     if under is not None:
@@ -174,8 +182,7 @@ def _backdrop(colour: str | None, picture: Pixels | None, size: tuple[int, int])
         return _covering(picture, size)
     if colour is None:
         return None
-    rgb = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)], np.uint8)
-    return np.broadcast_to(rgb, (size[1], size[0], 3))
+    return np.broadcast_to(np.array(rgb_of(colour), np.uint8), (size[1], size[0], 3))
 
 
 def _covering(picture: Pixels, size: tuple[int, int]) -> Pixels:
@@ -183,17 +190,7 @@ def _covering(picture: Pixels, size: tuple[int, int]) -> Pixels:
     scale = max(size[0] / width, size[1] / height)
     across, down = (max(1, min(have, round(want / scale))) for have, want in zip((width, height), size, strict=True))
     left, top = (width - across) // 2, (height - down) // 2
-    return resize(_over_white(picture[top : top + down, left : left + across]), size)
-
-
-def _over_white(picture: Pixels) -> Pixels:
-    if picture.shape[2] == 3:
-        return picture
-    result = np.empty((*picture.shape[:2], 3), np.uint8)
-    for rows in _rows(picture.shape[1::-1]):
-        share = picture[rows][..., 3:].astype(np.float32) / 255
-        result[rows] = np.rint(255 + (picture[rows][..., :3] - np.float32(255)) * share)
-    return result
+    return resize(flatten(picture[top : top + down, left : left + across], 255), size)
 
 
 def _fill_around(result: Pixels, under: Pixels, frame: Frame) -> None:

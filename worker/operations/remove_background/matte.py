@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.worker.imaging.picture import Grey, Pixels
+from imagemill.worker.imaging.picture import Grey, Pixels, rgb_of
 
 Map = NDArray[np.float32]
 """float32, [height, width] or [height, width, 3], 0..1."""
@@ -185,7 +185,7 @@ def cut_out(pixels: Pixels, alpha: Map, background: str | None, *, rough: bool =
     rgb = foreground_colours(np.ascontiguousarray(pixels[..., :3]), alpha, rough=rough)
     if background is None:
         return np.dstack([rgb, np.rint(alpha * 255).astype(np.uint8)])
-    colour = np.array([int(background[at : at + 2], 16) for at in (1, 3, 5)], np.float32)
+    colour = np.array(rgb_of(background), np.float32)
     result = np.empty_like(rgb)
     for top in range(0, len(rgb), STRIP):
         some = slice(top, top + STRIP)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imagemill.shared.errors import OperationFailed
-from imagemill.worker.imaging.picture import Grey, Pixels
+from imagemill.worker.imaging.picture import Grey, Pixels, flatten
 from imagemill.worker.operations.remove_background.matte import Map
 
 WHOLE = 16_000_000  # pixels; for each of what it scales Pillow holds four bytes
@@ -83,12 +83,7 @@ def _by_pillow(rgb: Pixels, width: int, height: int) -> Pixels:
 
 def _opaque(pixels: Pixels, as_rembg: bool) -> Pixels:
     """RGB from RGB or RGBA."""
-    if pixels.shape[2] == 3:
-        return pixels
-    if as_rembg or int(pixels[..., 3].min()) == 255:
-        return np.ascontiguousarray(pixels[..., :3])
-    alpha = pixels[..., 3:].astype(np.uint16)
-    return np.asarray((pixels[..., :3] * alpha + HIDDEN * (255 - alpha) + 127) // 255, np.uint8)
+    return np.ascontiguousarray(pixels[..., :3]) if as_rembg else flatten(pixels, HIDDEN)
 
 
 def in_bytes(matte: Map) -> Grey:

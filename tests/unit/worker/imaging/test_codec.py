@@ -329,7 +329,7 @@ def test_a_jpeg_decoded_small_looks_like_the_whole_made_small(edge: int, subsamp
 def test_png_is_lossless_and_shows_nothing_that_was_hidden(channels: int) -> None:
     wanted = scene(channels=channels)
     made = encode(Picture(wanted), format="png", quality=1)
-    assert (made.format, made.extension, made.content_type) == ("png", "png", "image/png")
+    assert (made.format, made.content_type) == ("png", "image/png")
     if channels == 4:
         wanted[wanted[:, :, 3] == 0] = 0
     assert (np.array(Image.open(io.BytesIO(made.data))) == wanted).all()
@@ -339,7 +339,7 @@ def test_png_is_lossless_and_shows_nothing_that_was_hidden(channels: int) -> Non
 def test_webp_gets_better_with_quality_and_keeps_alpha(channels: int) -> None:
     wanted = scene(channels=channels)
     made = [encode(Picture(wanted), format="webp", quality=quality) for quality in (5, 50, 95)]
-    assert (made[0].extension, made[0].content_type) == ("webp", "image/webp")
+    assert made[0].content_type == "image/webp"
     read = [np.array(Image.open(io.BytesIO(one.data))) for one in made]
     assert [len(one.data) for one in made] == sorted(len(one.data) for one in made)
     errors = [difference(one[:, 1:, :3], wanted[:, 1:, :3]) for one in read]
@@ -359,7 +359,7 @@ def test_jpeg_gets_better_with_quality_and_shows_transparent_pictures_over_white
     wanted = scene(channels=4)
     over_white = wanted[:, :, :3] * (wanted[:, :, 3:] / 255) + 255 * (1 - wanted[:, :, 3:] / 255)
     made = [encode(Picture(wanted), format="jpeg", quality=quality) for quality in (5, 50, 95)]
-    assert (made[0].extension, made[0].content_type) == ("jpg", "image/jpeg")
+    assert made[0].content_type == "image/jpeg"
     errors = [difference(np.array(Image.open(io.BytesIO(one.data))), over_white) for one in made]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 2

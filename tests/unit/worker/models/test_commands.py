@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from imagemill.producer.commands import SHORT_HELP, Commands
+from imagemill.producer.lazy_commands import SHORT_HELP, Commands
 from imagemill.worker.models import commands as module
 from imagemill.worker.models.catalogue import WEIGHTS, Weights, repository
 from imagemill.worker.models.files import variant

@@ -138,6 +138,8 @@ def test_networks_that_the_operator_lists() -> None:
         ("http://bücher.example/", "http://xn--bcher-kva.example/"),
         ("http://straße.example/", "http://xn--strae-oqa.example/"),
         ("http://例え。テスト/", "http://xn--r8jz45g.xn--zckzah/"),
+        ("http://i❤️.example/", "http://xn--i-7iq.example/"),
+        ("http://my_bücher.example/", "http://xn--my_bcher-95a.example/"),
         ("http://[::FFFF:127.0.0.1]:81/x", f"http://[{IPv6Address('::ffff:127.0.0.1')}]:81/x"),  # from 3.13 on with dots
         ("http://example.org?q", "http://example.org/?q"),
         ("http://example.org/x?Signature=a%2Bb%3D&k=[1]", "http://example.org/x?Signature=a%2Bb%3D&k=[1]"),

@@ -67,7 +67,7 @@ def caught(fetcher: Fetcher, url: str, kind: type[ImageError], **options: Any) -
 
 def test_an_image_comes_as_it_is(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = PNG
-    assert fetcher.fetch(images.url("/a.png")) == Fetched(PNG, images.url("/a.png"), 1)
+    assert fetcher.fetch(images.url("/a.png")) == Fetched(PNG, 1)
 
 
 def test_an_image_of_another_type_or_none_is_no_error(fetcher: Fetcher, images: ImageServer) -> None:
@@ -230,7 +230,7 @@ def test_redirects_are_followed_to_their_end(fetcher: Fetcher, images: ImageServ
     images.routes["/2"] = redirect("3", 307)
     images.routes["/3"] = redirect(images.url("/ü x.png"), 308)
     images.routes["/%C3%BC%20x.png"] = PNG
-    assert fetcher.fetch(images.url("/1")) == Fetched(PNG, images.url("/%C3%BC%20x.png"), 1)
+    assert fetcher.fetch(images.url("/1")) == Fetched(PNG, 1)
 
 
 def test_the_limit_of_redirects_is_exact(make: MakeFetcher, images: ImageServer) -> None:
@@ -332,7 +332,7 @@ def test_an_address_that_was_allowed_once_is_judged_again_for_another_name(make:
 def test_trouble_that_passes_is_tried_again(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = failing(2, 503, PNG)
     stop = Stop()
-    assert fetcher.fetch(images.url("/a.png"), attempts=3, stop=stop) == Fetched(PNG, images.url("/a.png"), 3)
+    assert fetcher.fetch(images.url("/a.png"), attempts=3, stop=stop) == Fetched(PNG, 3)
     assert len(stop.waits) == 2
     assert 0.25 <= stop.waits[0] <= 0.5 <= stop.waits[1] <= 1.0
 
@@ -393,7 +393,7 @@ def test_files_are_read_below_the_roots_only(tmp_path: Path) -> None:
     (tmp_path / "empty.png").touch()
     fetcher = Fetcher(FetchSettings(max_bytes=1000), FileSettings(read_roots=(tmp_path,)), no_s3)
     url = (tmp_path / "a b.png").as_uri()
-    assert fetcher.fetch(url) == Fetched(PNG, url, 1)
+    assert fetcher.fetch(url) == Fetched(PNG, 1)
     caught(fetcher, (tmp_path / "empty.png").as_uri(), errors.EmptyFile)
     caught(fetcher, "file:///etc/passwd", errors.ForbiddenAddress)
     caught(Fetcher(FetchSettings(), FileSettings(), no_s3), url, errors.ForbiddenAddress)

@@ -162,7 +162,7 @@ def test_nobody_ever_sees_a_part_of_a_result(store: FolderStore, root: Path, mon
         synced.append(descriptor)
         real_fsync(descriptor)
 
-    monkeypatch.setattr("imagemill.worker.transfer.store.os.fsync", look_then_sync)
+    monkeypatch.setattr("imagemill.worker.transfer.atomic.os.fsync", look_then_sync)
     writers = [threading.Thread(target=store.put, args=("a.png", content, "image/png")) for content in contents]
     for writer in writers:
         writer.start()
@@ -183,7 +183,7 @@ def test_nothing_is_left_of_what_could_not_be_written(
     def full(*_: object) -> NoReturn:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"imagemill.worker.transfer.store.{'os.fsync' if where == 'fsync' else 'Path.replace'}", full)
+    monkeypatch.setattr(f"imagemill.worker.transfer.atomic.{'os.fsync' if where == 'fsync' else 'Path.replace'}", full)
     with pytest.raises(StorageUnavailable, match=r"a\.png can't be written: no space left on device"):
         store.put("a.png", b"after", "image/png")
     assert files(root) == {"a.png": b"before"}
