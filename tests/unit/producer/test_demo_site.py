@@ -20,7 +20,7 @@ from imagemill.producer.demo_site import NO_SUBJECT, OWN_PHOTOS, PRIVATE, SHIPPE
 from imagemill.producer.sources import read_sources
 from imagemill.shared import errors
 from imagemill.shared.messages import Item
-from imagemill.shared.s3 import lazy_client
+from imagemill.shared.s3 import make_client
 from imagemill.shared.settings import S3Settings
 from imagemill.worker.imaging import codec
 from tests.conftest import photo
@@ -191,7 +191,7 @@ def test_a_bomb_is_a_valid_image(side: int) -> None:
 
 def items(path: Path) -> list[Any]:
     """As `imagemill submit` reads the list."""
-    return [row.fields for row in read_sources([str(path)], s3=lazy_client(S3Settings()))]
+    return [row.fields for row in read_sources([str(path)], s3=lambda: make_client(S3Settings()))]
 
 
 def test_every_list_can_be_submitted_and_has_each_bad_address_once(site: Site) -> None:
