@@ -7,7 +7,7 @@ import math
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from skimage.color import deltaE_ciede2000
 
@@ -125,15 +125,11 @@ def test_look_is_mean_and_deviation_in_cielab() -> None:
 def test_sharpness_falls_with_blur(sigmas: tuple[float, float], seed: int) -> None:
     pixels = greyish(seed=seed)
     less, more = sorted(sigmas)
-    found = [
-        sharpness(Pair.of(blurred(pixels, sigma) if sigma else pixels, pixels).grey, all_of(pixels))
-        for sigma in (0, less, more)
-    ]
-    assert found[0] is not None
-    assert found[1] is not None
-    assert found[2] is not None
-    assert found[0] >= found[1] >= found[2] - 0.01
-    assert found[0] > 2 * found[2] or more < 0.6
+    assume(more - less > 0.2)  # rounding to 8 bits hides smaller differences
+    pictures = (pixels, blurred(pixels, less), blurred(pixels, more))
+    sharp, softer, softest = (sharpness(Pair.of(picture, pixels).grey, all_of(pixels)) or 0.0 for picture in pictures)
+    assert sharp >= softer > softest > 0
+    assert sharp > 2 * softest or more < 0.6
 
 
 @pytest.mark.parametrize("size", [(240, 320), (1200, 1600), (3000, 4000)])
