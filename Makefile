@@ -1,17 +1,18 @@
-# make demo     sets up .venv-demo (no torch) and runs the main job on real photos
-# make test     sets up .venv (everything) and runs the tests
-# make venv     .venv alone; .venv/bin/imagemill is the command
-# make check    format, lint and types
-# make bench    the benchmarks
-# make clean    removes all that these make
+# make demo         sets up .venv-demo (without torch) and runs jobs on real photos
+# make test         sets up .venv (everything) and runs the tests
+# make venv         sets up .venv; the command is .venv/bin/imagemill
+# make check        formatting, lint, types
+# make docs         builds the documentation into site/; make docs-serve shows it while you write
+# make bench        runs the benchmarks
+# make clean        removes everything that these create
 #
-# ARGS reaches the program: make demo ARGS="--images ~/photos", make test ARGS="tests/unit -x"
-# Another Python: make test PYTHON=python3.12
+# ARGS is passed on: make demo ARGS="--images ~/photos", make test ARGS="tests/unit -x"
+# Another Python version: make test PYTHON=python3.12
 
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: demo test venv check bench clean
+.PHONY: demo test venv check docs docs-serve bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv-demo/.installed
@@ -27,20 +28,26 @@ check: venv
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
+docs: venv
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet $(ARGS)
+
+docs-serve: venv
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs serve $(ARGS)
+
 bench: venv
 	@.venv/bin/python -m bench $(ARGS)
 
 clean:
-	rm -rf .venv .venv-demo .services demo-output build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-demo .services demo-output site build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# A stamp is as old as the last complete installation, so a second run installs nothing.
+# The stamp's time is that of the last complete installation, so a second run installs nothing.
 .venv/.installed: EXTRAS = dev
 .venv-demo/.installed: EXTRAS = demo
 %/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
 	  'imagemill needs Python 3.11 or newer with venv (on Debian: apt install python3-venv). $(PYTHON) is not:' \
-	  'name another one with PYTHON=python3.12.' >&2; exit 1; }
+	  'choose another with PYTHON=python3.12.' >&2; exit 1; }
 	@echo 'Setting up $(@D) with imagemill[$(EXTRAS)] ...'
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]' -c constraints.txt

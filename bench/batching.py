@@ -17,8 +17,9 @@ from typing import Any
 
 from imagemill.worker.hardware.memory import HostMemory, Memory, Peak
 from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.batching import Batcher, run_batch
+from imagemill.worker.line.batching import Batcher
 from imagemill.worker.operations.base import Sample, Spec
+from tests.batches import run_batch
 
 IMAGES, BATCH = 4096, 16
 

@@ -94,12 +94,12 @@ def _submit(url: str, addresses: str) -> dict[str, float]:
     from imagemill.producer.client import Client
     from imagemill.producer.sources import read_sources
     from imagemill.shared.broker import Publisher  # noqa: F401  # brings Celery along, as on the other side
-    from imagemill.shared.messages import Output, StylizeJob
+    from imagemill.shared.messages import Job, Output
     from imagemill.shared.settings import load_settings
 
     start = time.perf_counter()
     with Client(load_settings(redis_url=url)) as client:
-        spec = StylizeJob(output=Output(url="s3://results/sketches"))
+        spec = Job(operation="stylize", output=Output(url="s3://results/sketches"))
         submission = client.submit(read_sources([addresses], s3=client.s3), spec)
     assert submission.total == IMAGES
     used = os.times()

@@ -31,7 +31,7 @@ from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
 from imagemill.shared.engines import parse_options
-from imagemill.shared.messages import JOB_SPEC, Item
+from imagemill.shared.messages import Item, Job
 from imagemill.shared.settings import load_settings
 from imagemill.worker.hardware.device import Device, share_of_cores
 from imagemill.worker.imaging import codec
@@ -307,7 +307,7 @@ def _fill(redis_url: str, folder: Path, source: Path, mask: Path) -> None:
     client = Client(load_settings(redis_url=redis_url))
     try:
         rows = [SourceRow("row 1", {"source": source.as_uri(), "mask": mask.as_uri()})]
-        job = client.submit(rows, JOB_SPEC.validate_python(fields)).job
+        job = client.submit(rows, Job.model_validate(fields)).job
         status = client.wait(job, timeout=600)
         assert status.done == 1, [row.message for row in client.results(job)]
     finally:

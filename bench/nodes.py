@@ -13,16 +13,21 @@ import psutil
 import redis
 
 from bench.servers import Servers
-from imagemill.producer.client import CHUNK_SECONDS, Client
+from imagemill.producer.client import Client
 from imagemill.producer.sources import SourceRow
+from imagemill.producer.submission import CHUNK_SECONDS
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.messages import Job, Output, RemoveBackgroundJob
+from imagemill.shared.messages import Job, Output
 from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import load_settings
 from tests.workers import ROOT, WorkerProcess, clean_environment, wait_until
 
-SPEC = RemoveBackgroundJob(output=Output(url="s3://results/cut", format="png"), options=RembgRemoveBackground(model="u2net"))
+SPEC = Job(
+    operation="remove-background",
+    output=Output(url="s3://results/cut", format="png"),
+    options=RembgRemoveBackground(model="u2net"),
+)
 KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench"}
 
 

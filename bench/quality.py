@@ -27,9 +27,9 @@ import numpy as np
 import skimage
 from PIL import Image
 
-from imagemill.producer.drift import outliers
+from imagemill.producer.outliers import outliers
 from imagemill.shared.engines import parse_options
-from imagemill.shared.messages import JOB_SPEC, Item, ItemResult, Row, compact, row
+from imagemill.shared.messages import Item, ItemResult, Job, Row, compact, row
 from imagemill.shared.quality import Measures
 from imagemill.worker.checking.measures import lab
 from imagemill.worker.checking.quality import check
@@ -113,7 +113,7 @@ def job(look: str, seed: int) -> tuple[list[Row], set[int]]:
 def styled(operation: Any, picture: Picture, item: Item, stray: Stray) -> Measures | None:
     """What is measured of an image, as in the flow."""
     options = parse_options("stylize", "opencv", stray.options)
-    spec = JOB_SPEC.validate_python({"operation": "stylize", "output": {"url": "s3://bench/x"}, "options": options})
+    spec = Job.model_validate({"operation": "stylize", "output": {"url": "s3://bench/x"}, "options": options})
     work = operation.prepare(picture, Inputs(item, options, None, lambda url: Picture(_shipped(REFERENCES[url]))))
     result = operation.finish(work, operation.run(work.samples))
     return check(Picture(stray.spoil(result.pixels)), picture, work, operation.spec, spec).measures
@@ -144,7 +144,7 @@ def _shipped(name: str) -> Pixels:
 
 
 def _beside(result: Pixels, source: Pixels, large: Pixels, rounds: int) -> Figure:
-    spec = JOB_SPEC.validate_python({"operation": "remove-background", "output": {"url": "s3://bench/x"}})
+    spec = Job.model_validate({"operation": "remove-background", "output": {"url": "s3://bench/x"}})
     made, file = Spec("remove-background", "opencv", makes_alpha=True), codec.encode(Picture(large), format="jpeg", quality=90)
     header = codec.probe(file.data, max_pixels=64_000_000)
     ratios = []
@@ -173,7 +173,7 @@ def _costs(rounds: int) -> list[Figure]:
     }
     figures = [_beside(*sides["a cut-out of 1600 x 1200"][:2], large, 10 * rounds)]
     for name, (result, source, evidence, operation) in sides.items():
-        spec = JOB_SPEC.validate_python({"operation": operation, "output": {"url": "s3://bench/x"}})
+        spec = Job.model_validate({"operation": operation, "output": {"url": "s3://bench/x"}})
         made = Spec(spec.operation, "opencv", makes_alpha=operation == "remove-background", restyles=operation == "stylize")
         work = Work([], evidence=evidence)
         times = []

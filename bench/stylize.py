@@ -25,13 +25,15 @@ from typing import Any
 from bench.feeding import Figure, _Process, _say
 from bench.nodes import OurNode, cpu_of, environment
 from bench.servers import Servers, photos
-from imagemill.shared.messages import Output, StylizeJob
+from imagemill.shared.messages import Job, Output
 from imagemill.shared.options.stylize import DiffusionStylize
 
 IMAGES_PER_CORE = 2
 LOOK: dict[str, Any] = {"prompt": "a product on white", "negative_prompt": "blurry", "steps": 10, "strength": 0.5, "cfg": 7.5}
-SPEC = StylizeJob(
-    output=Output(url="s3://results/look", format="jpeg"), options=DiffusionStylize.model_validate({**LOOK, "long_edge": 512})
+SPEC = Job(
+    operation="stylize",
+    output=Output(url="s3://results/look", format="jpeg"),
+    options=DiffusionStylize.model_validate({**LOOK, "long_edge": 512}),
 )
 
 

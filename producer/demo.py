@@ -23,11 +23,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from imagemill.producer import show
+from imagemill.producer import terminal as show
 from imagemill.producer.client import Client
 from imagemill.producer.demo_site import Site, gather
-from imagemill.producer.drift import outliers
 from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.producer.outliers import outliers
 from imagemill.producer.report import JobPage, Picture, render
 from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec

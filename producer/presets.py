@@ -1,4 +1,4 @@
-"""The `imagemill presets` commands: which looks there are, what they amount to, and whether they can be used."""
+"""The `imagemill presets` commands: list, show and check the named looks for `imagemill submit --preset`."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from imagemill.producer import show
+from imagemill.producer import terminal
+from imagemill.producer.units import counted
 from imagemill.shared.presets import Presets
 from imagemill.shared.settings import load_settings
 
 
 @click.group()
 def presets() -> None:
-    """List, show and check looks for `submit --preset`: those that ship, and your own (IMAGEMILL_PRESETS)."""
+    """List, show and check presets: the built-in ones and your own (IMAGEMILL_PRESETS)."""
 
 
 @presets.command("list")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per preset.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per preset.")
 def list_presets(as_json: bool) -> None:
-    """List the names, with what each is for."""
+    """List all presets with their descriptions."""
     known = Presets(load_settings().presets)
     found = [known.get(name) for name in known.names()]
     if as_json:
-        for one in found:
-            told = {"name": one.name, "operation": one.operation, "engine": one.engine, "description": one.description}
-            click.echo(json.dumps({**told, "file": str(one.file)}, ensure_ascii=False))
+        for preset in found:
+            fields = {name: getattr(preset, name) for name in ("name", "operation", "engine", "description")}
+            click.echo(json.dumps({**fields, "file": str(preset.file)}, ensure_ascii=False))
         return
     table = Table("preset", "operation", "engine", "", box=box.SIMPLE, show_edge=False)
-    for one in found:
-        table.add_row(one.name, one.operation, one.engine, one.description)
-    show.make_console(stderr=False).print(table)
+    for preset in found:
+        table.add_row(preset.name, preset.operation, preset.engine, preset.description)
+    terminal.make_console(stderr=False).print(table)
 
 
 @presets.command("show")
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show_preset(name: str, as_json: bool) -> None:
-    """Print all that a preset amounts to, with every option, as a file of your own could say it."""
+    """Print a preset with all its options, in the format of a preset file."""
     found = Presets(load_settings().presets).get(name).resolved()
     if as_json:
         click.echo(json.dumps({"name": name, **found}, ensure_ascii=False))
@@ -53,11 +54,11 @@ def show_preset(name: str, as_json: bool) -> None:
 @presets.command()
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def check(file: Path | None) -> None:
-    """Check all presets, with those of FILE beside those that ship; else with your own. Exits 2 where one is wrong."""
+    """Check the built-in presets together with FILE or, without it, your own. Exits with 2 if one is invalid."""
     known = Presets(file or load_settings().presets)
-    wrong = list(known.faults())
-    for fault in wrong:
+    faults = list(known.faults())
+    for fault in faults:
         click.secho(fault.message, fg="red", err=True)
-    if not wrong:
-        click.echo(f"{show.counted(len(known.names()), 'preset')}: all can be used")
-    sys.exit(2 if wrong else 0)
+    if not faults:
+        click.echo(f"{counted(len(known.names()), 'preset')}, all valid")
+    sys.exit(2 if faults else 0)

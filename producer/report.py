@@ -1,4 +1,4 @@
-"""A job, or several, as one HTML page that stands alone: before and after, failures, what to look at, figures."""
+"""One or several jobs as a self-contained HTML page: before and after, failures, flagged images, timings."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel
 
-from imagemill.producer.drift import Outlier
+from imagemill.producer.outliers import Outlier
+from imagemill.producer.units import duration, size
 from imagemill.shared.messages import ItemResult, Job, JobStatus, Row
 from imagemill.shared.quality import FLAG, RULES, flags_of
 from imagemill.shared.urls import shown
 
 STAGES = ("fetch", "wait", "decode", "prepare", "run", "finish", "check", "encode", "store")
 MOST_FAILURES = 500
-"""Failures listed per job; `imagemill results JOB --failed` has them all."""
+"""Failures listed per job; `imagemill results JOB --failed` prints them all."""
 
 MOST_FLAGGED = 100
-"""Flagged images, and outliers, shown per job; `imagemill results JOB --flagged` has them all."""
+"""Flagged images and outliers shown per job; `imagemill results JOB --flagged` prints them all."""
 
 REMARKS = {
     "cached": "copied from an earlier result of the same image",
-    "empty_cutout": "no subject was found",
-    "empty_mask": "the mask is empty: nothing was filled",
-    "enlarged": "the canvas asks for more pixels than there are",
-    "large_mask": "more than 30 % is masked",
-    "matting_failed": "alpha matting failed: the plain edge",
-    "matting_timed_out": "alpha matting took too long: the plain edge",
-    "matting_too_large": "too large for alpha matting: the plain edge",
-    "no_shadow_found": "no shadow was found",
-    "prompt_cut": "the prompt is longer than the model reads, and was cut",
-    "repaired_cast": "a tint was taken out",
-    "repaired_seed": "made again with the next seed",
+    "empty_cutout": "no subject found",
+    "empty_mask": "the mask is empty, so nothing was filled",
+    "enlarged": "the canvas is larger than the image, which was upscaled",
+    "large_mask": "the mask covers more than 30 % of the image",
+    "matting_failed": "alpha matting failed; the edge is unrefined",
+    "matting_timed_out": "alpha matting took too long; the edge is unrefined",
+    "matting_too_large": "too large for alpha matting; the edge is unrefined",
+    "no_shadow_found": "no shadow found",
+    "prompt_cut": "the prompt is longer than the model accepts and was truncated",
+    "repaired_cast": "a colour cast was corrected",
+    "repaired_seed": "run again with the next seed",
     "repaired_sharpness": "sharpened",
 }
-"""What workers note of a result, in words; flags have theirs in imagemill.shared.quality."""
+"""Workers' notes on results, in words. The words for flags are in imagemill.shared.quality."""
 
 Picture = Callable[[str], str | None]
-"""Maps the address of an image to what an `<img src>` may use: a presigned link, a relative path; None if nothing can."""
+"""Maps an image's URL to one for `<img src>`, such as a presigned link or a relative path; None if there is none."""
 
 
 @dataclass(frozen=True)
 class JobPage:
-    """One job of a page. `rows` is read once, in one pass; `drift` tells by index which look unlike the others."""
+    """One job of a page. `rows` is read once; `drift` maps the index of each outlier to its deviation."""
 
     status: JobStatus
     spec: Job
@@ -56,7 +57,7 @@ class JobPage:
 
 @dataclass
 class Pair:
-    """One image before and after; `before` and `after` are None where they can't be shown."""
+    """One image before and after. `before` and `after` are URLs, or None if the image can't be shown."""
 
     row: Row
     before: str | None
@@ -67,7 +68,7 @@ class Pair:
 
 @dataclass
 class Failures:
-    """The failures with one code."""
+    """The failures that share an error code."""
 
     code: str
     retryable: bool = False
@@ -77,13 +78,13 @@ class Failures:
 
 @dataclass
 class Notable:
-    """Images that are worth a look: how many, and the first of them."""
+    """Images that deserve a look: their number, and the first of them."""
 
     count: int = 0
     pairs: list[Pair] = field(default_factory=list)
 
     def add(self, row: Row, picture: Picture, remark: str | None = None) -> None:
-        """One more."""
+        """Count an image, and keep it if there is room."""
         self.count += 1
         if len(self.pairs) < MOST_FLAGGED:
             self.pairs.append(Pair(row, _image(row.source, picture), _image(row.output, picture), remark=remark))
@@ -91,7 +92,7 @@ class Notable:
 
 @dataclass
 class _Section:
-    """What the template shows of one job."""
+    """One job's data for the template."""
 
     status: JobStatus
     spec: Job
@@ -109,24 +110,24 @@ class _Section:
 
     @property
     def options(self) -> list[tuple[str, str, bool]]:
-        """Name, value as text, and whether it differs from the default; those that differ first."""
+        """(name, value as text, differs from the default) of every option, changed ones first."""
         output, policy = self.spec.output, self.spec.policy
-        told = [
-            *_told(self.spec.options, without={"engine"}),
-            *_told(output, without={"url", "key", "icc"}),
+        entries = [
+            *_entries(self.spec.options, without={"engine"}),
+            *_entries(output, without={"url", "key", "icc"}),
             ("icc", self.spec.icc, output.icc is not None),
-            *_told(policy, without={"quality"}),
+            *_entries(policy, without={"quality"}),
             ("check", policy.quality.mode, policy.quality.mode != "flag"),
             *((name, _option(value), True) for name, value in policy.quality if name != "mode" and value is not None),
         ]
-        return sorted(told, key=lambda option: not option[2])
+        return sorted(entries, key=lambda option: not option[2])
 
 
 def render(jobs: Sequence[JobPage], *, picture: Picture, most: int = 200, title: str = "imagemill report") -> str:
-    """The page as text. Up to `most` images of each job are shown, in the list's order.
+    """The page as HTML. Up to `most` images of each job are shown, in the list's order.
 
-    Only http, https, file and relative addresses that `picture` gives get into the page; it has no scripts and
-    loads nothing but these images.
+    The page has no scripts and loads nothing but images, and only from http, https, file and relative URLs
+    returned by `picture`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -193,7 +194,7 @@ def _add(sums: dict[str, tuple[float, int]], result: ItemResult) -> None:
 
 
 def _means(sums: dict[str, tuple[float, int]]) -> list[tuple[str, float, float]]:
-    """Mean milliseconds of the images that went through each stage, in the order of the flow."""
+    """(stage, mean milliseconds per image, percentage of the longest stage), in processing order."""
     means = {stage: total / count * 1000 for stage, (total, count) in sums.items()}
     longest = max(means.values(), default=0.0) or 1.0
     order = sorted(means, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
@@ -205,8 +206,8 @@ def _image(url: str | None, picture: Picture) -> str | None:
 
 
 def allowed(address: str | None) -> str | None:
-    """The address if an image may be loaded from it (http, https, file, or a relative path), else None."""
-    # Browsers drop tabs and line breaks inside an address, so `java\nscript:` must not pass for a relative path.
+    """The URL if it is http, https, file or relative, otherwise None."""
+    # Browsers drop tabs and line breaks inside a URL, so `java\nscript:` must not pass as a relative path.
     if not address or re.search(r"[\x00-\x20\x7f\\]", address) or address.startswith("//"):
         return None
     try:
@@ -217,14 +218,14 @@ def allowed(address: str | None) -> str | None:
     return address if scheme in ("http", "https", "file") or not has_scheme else None
 
 
-def _told(model: BaseModel, without: set[str]) -> list[tuple[str, str, bool]]:
-    """Name, value as text, and whether it differs from the default, of each field but those `without`."""
+def _entries(model: BaseModel, without: set[str]) -> list[tuple[str, str, bool]]:
+    """(name, value as text, differs from the default) of each field except `without`."""
     changed = model.model_dump(mode="json", exclude_defaults=True)
     return [(name, _option(value), name in changed) for name, value in model.model_dump(mode="json", exclude=without).items()]
 
 
 def _option(value: object) -> str:
-    """An option's value as text: addresses without their query, boxes and LoRAs as they are given."""
+    """An option's value as text: URLs without their query string, boxes and LoRAs as typed."""
     if isinstance(value, str):
         return shown(value) if "://" in value else value
     if isinstance(value, list):
@@ -239,22 +240,7 @@ def _option(value: object) -> str:
 
 
 def worded(note: str) -> str:
-    """A note or a flag, such as `flag:blurred`, with what it says in words; one that is not known as it is."""
+    """A note or flag such as `flag:blurred` with its explanation; unknown ones are returned unchanged."""
     words = REMARKS | {rule.flag: rule.words for rule in RULES.values()}
     name = note.removeprefix(FLAG)
     return f"{name}: {words[name]}" if name in words else note
-
-
-def duration(seconds: float) -> str:
-    """`0.4 s`, `12 s`, `3 min 5 s`, `2 h 10 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    whole = round(seconds)
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(count: int) -> str:
-    """Bytes as `512 B`, `48 kB`, `3.1 MB`."""
-    if count < 1000:
-        return f"{count} B"
-    return f"{count / 1000:.0f} kB" if count < 1_000_000 else f"{count / 1_000_000:.1f} MB"

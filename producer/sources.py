@@ -1,8 +1,7 @@
-"""Lists of images: text, CSV, JSONL, stdin, folders, S3 prefixes and single addresses, one row at a time.
+"""Read lists of images (text, CSV, JSONL, stdin, folders, S3 prefixes, single URLs), one row at a time.
 
-Nothing here holds more than one line (at most 64 KiB) in memory. A row that can't be read is given
-out as a `BadRow` at its place, so that the reader of the list decides; a list that can't be read at
-all is an InvalidSource.
+At most one line (64 KiB) is held in memory. A row that can't be read is yielded as a `BadRow`, so that the
+caller decides what to do with it; a list that can't be read at all raises InvalidSource.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from imagemill.shared.s3 import IMAGE_EXTENSIONS, list_images
 from imagemill.shared.urls import shown
 
 MAX_LINE = 65_536
-"""Bytes of one line of a list; a longer one is a bad row."""
+"""Bytes per line of a list; a longer line is a bad row."""
 MAX_SHOWN = 160
-"""Characters of a bad row that are kept to be shown."""
+"""Characters of a bad row that are kept for messages."""
 SOURCE_NAMES = ("source", "url", "image")
 FIELDS = (*SOURCE_NAMES, "mask", "boxes", "name")
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson")
@@ -37,7 +36,7 @@ LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson")
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """A row as it was read: `fields` may have source, mask, boxes and name, not yet checked."""
+    """A row as read. `fields` may hold source, mask, boxes and name; their values are not checked yet."""
 
     place: str
     fields: dict[str, Any]
@@ -45,7 +44,7 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A row that is no image's address; `text` is its beginning, without queries of addresses."""
+    """An invalid row. `text` is its beginning, without the query strings of URLs."""
 
     place: str
     reason: str
@@ -56,18 +55,18 @@ Rows = Iterator[SourceRow | BadRow]
 
 
 def read_sources(sources: Sequence[str], *, s3: Callable[[], Any]) -> Rows:
-    """Stream the rows of all `sources` in order; `s3` makes the client where a prefix must be listed.
+    """Stream the rows of all `sources` in order; `s3` returns the client that lists prefixes.
 
     A source is `-` (stdin: text or JSONL), a list (.txt, .csv, .tsv, .jsonl, .ndjson; UTF-8), a folder,
-    an `s3://bucket/prefix`, an image's address, or the path of an image. Raises InvalidSource at once
-    for one that does not exist, and while reading for one that can't be read.
+    an `s3://bucket/prefix`, an image's URL, or an image's path. Raises InvalidSource immediately if a
+    source does not exist, and during iteration if it can't be read.
     """
     readers = [_reader(source, s3) for source in sources]
     return (row for reader in readers for row in reader())
 
 
 def parse(row: SourceRow, index: int) -> Item:
-    """The row as item number `index` of its job. Raises InvalidSource with what is wrong with it."""
+    """Validate a row as item number `index` of its job. Raises InvalidSource with the reason."""
     try:
         return Item(index=index, **row.fields)
     except ValidationError as error:
@@ -75,7 +74,7 @@ def parse(row: SourceRow, index: int) -> Item:
 
 
 def refused(row: SourceRow, reason: str) -> BadRow:
-    """A row that was read but can't be used."""
+    """A row that was read but is invalid."""
     return BadRow(row.place, reason, _cut(str(row.fields.get("source", ""))))
 
 
@@ -85,7 +84,7 @@ def _cut(text: str) -> str:
 
 
 def _reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
-    """What reads a source, or InvalidSource."""
+    """The function that reads a source. Raises InvalidSource if there is none."""
     if source == "-":
         return lambda: _read_lines("stdin", nullcontext(sys.stdin.buffer), None)
     if "://" in source:
@@ -93,7 +92,7 @@ def _reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
     path = Path(source)
     suffix = path.suffix.lower()
     if not path.exists():
-        raise InvalidSource(f"there is no file or folder {source!r}")
+        raise InvalidSource(f"no such file or folder: {source!r}")
     if path.is_dir():
         return lambda: _read_folder(source)
     if suffix in (".csv", ".tsv"):
@@ -104,9 +103,9 @@ def _reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
     if suffix in IMAGE_EXTENSIONS:
         return lambda: iter([SourceRow(source, {"source": _file_address(source)})])
     if suffix == ".json":
-        raise InvalidSource(f"{source}: a .json file can't be read row by row; write one object per line (.jsonl)")
+        raise InvalidSource(f"{source}: a .json file can't be read row by row; write one JSON object per line (.jsonl)")
     raise InvalidSource(
-        f"{source}: a list ends in {', '.join(LIST_SUFFIXES)}, an image in {', '.join(sorted(IMAGE_EXTENSIONS))}"
+        f"{source}: not a list ({', '.join(LIST_SUFFIXES)}) or an image ({', '.join(sorted(IMAGE_EXTENSIONS))})"
     )
 
 
@@ -114,11 +113,11 @@ def _address_reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
     try:
         parts = urlsplit(source)
     except ValueError as error:
-        raise InvalidSource(f"{shown(source)!r} is no address: {error}") from error
+        raise InvalidSource(f"{shown(source)!r} is not a URL: {error}") from error
     last = (source if parts.scheme == "s3" else parts.path).rpartition("/")[2]  # an S3 key may contain ? and #
     suffix = Path(last).suffix.lower()
     if suffix in LIST_SUFFIXES:
-        raise InvalidSource(f"{shown(source)}: lists are read from files and stdin; download it first")
+        raise InvalidSource(f"{shown(source)}: lists are read only from files and stdin; download it first")
     if parts.scheme == "s3" and suffix not in IMAGE_EXTENSIONS:
         return lambda: _read_prefix(source, s3)
     return lambda: iter([SourceRow(_cut(source), {"source": source})])
@@ -130,11 +129,11 @@ def _read_prefix(url: str, s3: Callable[[], Any]) -> Rows:
         empty = False
         yield SourceRow(address, {"source": address})
     if empty:
-        raise InvalidSource(f"{url}: there are no images below this prefix")
+        raise InvalidSource(f"{url}: no images under this prefix")
 
 
 def _read_folder(folder: str) -> Rows:
-    """Images below a folder, sorted within each; hidden files and folders and links to folders are left out."""
+    """A folder's images, recursively, sorted per folder; hidden files and folders, and links to folders, are skipped."""
 
     def fail(error: OSError) -> None:
         raise InvalidSource(f"{error.filename}: {error.strerror}") from error
@@ -146,14 +145,14 @@ def _read_folder(folder: str) -> Rows:
             path = Path(parent, name)
             if path.suffix.lower() in IMAGE_EXTENSIONS and not name.startswith("."):
                 empty = False
-                place = os.fsencode(path).decode(errors="backslashreplace")  # a name may be no text at all
+                place = os.fsencode(path).decode(errors="backslashreplace")  # file names need not be valid text
                 yield SourceRow(place, {"source": _file_address(path)})
     if empty:
-        raise InvalidSource(f"{folder}: there are no images in this folder ({', '.join(sorted(IMAGE_EXTENSIONS))})")
+        raise InvalidSource(f"{folder}: no images in this folder ({', '.join(sorted(IMAGE_EXTENSIONS))})")
 
 
 def _file_address(path: str | Path) -> str:
-    return Path(os.path.abspath(path)).as_uri()  # noqa: PTH100  # keeps links, and takes .. out, which as_uri would keep
+    return Path(os.path.abspath(path)).as_uri()  # noqa: PTH100  # removes `..` but keeps links
 
 
 def _open(path: str) -> BinaryIO:
@@ -164,7 +163,7 @@ def _open(path: str) -> BinaryIO:
 
 
 class _Lines:
-    """The lines of a list as text. `fault` says what is wrong with those since it was last None."""
+    """The lines of a list as text. `fault` is the first problem since the caller last took a bad row."""
 
     def __init__(self, name: str, stream: BinaryIO) -> None:
         self.name = name
@@ -190,7 +189,7 @@ class _Lines:
             yield text
 
     def bad(self, place: str, text: str) -> BadRow:
-        """What was read last as a bad row, for the reason in `fault`."""
+        """The latest line or row as a bad row, with `fault` as its reason; resets `fault`."""
         reason, self.fault = self.fault or "", None
         return BadRow(place, reason, _cut(text.strip()))
 
@@ -204,7 +203,7 @@ Line = Callable[[str, str], SourceRow | BadRow]
 
 
 def _read_lines(name: str, source: AbstractContextManager[BinaryIO], kind: Line | None) -> Rows:
-    """One row per line; blank lines and those that begin with # are no rows. Without `kind` the first row decides."""
+    """One row per line; blank lines and lines that start with # are skipped. Without `kind`, the first row decides."""
     with source as stream:
         lines = _Lines(name, stream)
         for text in lines:
@@ -224,26 +223,26 @@ def _json_row(place: str, line: str) -> SourceRow | BadRow:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        return BadRow(place, f"the line is no JSON: {reason}", _cut(line))
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        return BadRow(place, f"the line is not JSON: {reason}", _cut(line))
     if isinstance(value, str):
         return SourceRow(place, {"source": value})
     if not isinstance(value, dict):
-        return BadRow(place, "a line is an object or a text", _cut(line))
-    fields = {name: given for name, given in value.items() if given is not None and given != ""}
+        return BadRow(place, "a line must be a JSON object or string", _cut(line))
+    fields = {name: content for name, content in value.items() if content is not None and content != ""}
     for name in fields:
         if name not in FIELDS:
-            return BadRow(place, f"there is no field {name[:40]!r}{nearest(name[:40], list(FIELDS))}", _cut(line))
+            return BadRow(place, f"unknown field {name[:40]!r}{nearest(name[:40], list(FIELDS))}", _cut(line))
     named = [name for name in SOURCE_NAMES if name in fields]
     if len(named) != 1:
-        reason = f"two fields, {named[0]} and {named[1]}, name the image" if named else "no field 'source' with the address"
+        reason = f"both {named[0]!r} and {named[1]!r} name the image" if named else "no field 'source' with the image's URL"
         return BadRow(place, reason, _cut(line))
     fields["source"] = fields.pop(named[0])
     return SourceRow(place, fields)
 
 
 def _read_table(name: str) -> Rows:
-    """CSV with a header; the delimiter is the one of `,`, `;` and tab that stands first in the header."""
+    """CSV with a header. The delimiter is whichever of `,`, `;` and tab comes first in the header."""
     with _open(name) as stream:
         lines = _Lines(name, stream)
         text = iter(lines)
@@ -256,7 +255,7 @@ def _read_table(name: str) -> Rows:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                yield BadRow(place, f"the row is no CSV: {error}", "")
+                yield BadRow(place, f"the row is not CSV: {error}", "")
                 continue
             if cells is None:
                 return
@@ -267,16 +266,16 @@ def _read_table(name: str) -> Rows:
 
 
 def _columns(name: str, header: list[str]) -> list[str | None]:
-    """The field of each column; None where the column is not for us."""
+    """The field of each column; None for columns that are ignored."""
     names = [cell.strip().lower() for cell in header]
     known = ["source" if cell in SOURCE_NAMES else cell if cell in FIELDS else None for cell in names]
     shown_header = _cut(", ".join(names))
     if "source" not in known:
-        wanted = "the first line names the columns, one of them 'source' (or 'url' or 'image')"
-        raise InvalidSource(f"{name}: {wanted}; it is {shown_header!r}")
+        wanted = "the first line must name the columns, and one must be 'source', 'url' or 'image'"
+        raise InvalidSource(f"{name}: {wanted}; found {shown_header!r}")
     for field in known:
         if field is not None and known.count(field) > 1:
-            raise InvalidSource(f"{name}: two columns give the {field}: {shown_header!r}")
+            raise InvalidSource(f"{name}: two columns hold the {field}: {shown_header!r}")
     return known
 
 
@@ -288,5 +287,5 @@ def _table_row(place: str, cells: list[str], columns: list[str | None], delimite
         field: cell for field, value in zip(columns, cells, strict=False) if field is not None and (cell := value.strip())
     }
     if "source" not in fields:
-        return BadRow(place, "no address in the source column", _cut(delimiter.join(cells)))
+        return BadRow(place, "no URL in the source column", _cut(delimiter.join(cells)))
     return SourceRow(place, fields)

@@ -1,21 +1,20 @@
-"""From the flags of `imagemill submit` to a job's spec."""
+"""Build a job's spec from the flags of `imagemill submit`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
-from imagemill.shared.engines import ENGINES, parse_options
+from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import InvalidOption
-from imagemill.shared.messages import JOB_SPEC, Job, Output, Policy
-from imagemill.shared.options.base import ADDRESSES, Model, nearest, validation_sentence
+from imagemill.shared.messages import Job, Output, Policy
+from imagemill.shared.options.base import ADDRESSES, Model, nearest, parse_settings, validation_sentence
 from imagemill.shared.presets import Preset, work_of
-from imagemill.shared.quality import RULES, Quality
+from imagemill.shared.quality import RULES
 from imagemill.shared.urls import check_source_url, shown
 
 M = TypeVar("M", bound=Model)
@@ -29,46 +28,44 @@ def job_spec(
     policy: dict[str, object],
     preset: Preset | None = None,
 ) -> Job:
-    """The spec of a job; what is None in `output` and `policy` was not given and takes the preset's value, or its default.
+    """The spec of a job. Values of None in `output` and `policy` take the preset's value or the default.
 
-    Without a preset an operation is needed, and the engine is opencv where none is named. Nothing of the preset is left
-    to be looked up later. Raises InvalidOption with what is wrong, and with the nearest valid name.
+    Without a preset the operation is required and the engine defaults to opencv. The preset's values are copied
+    into the spec. Raises InvalidOption with the reason, and with the nearest valid name for a misspelt one.
     """
     operation, engine = work_of(operation, engine, preset)
     if preset is not None:
         options = {**_addresses({**preset.options}), **options}
-        output, policy = _over(preset.output, output), _over(preset.policy, policy)
-    given = parse_options(operation, engine, options)
-    fields = {"options": given, "output": _made(Output, "output", output), "policy": _made(Policy, "policy", policy)}
-    return JOB_SPEC.validate_python({"operation": operation, **fields})
+        output, policy = _merged(preset.output, output), _merged(preset.policy, policy)
+    fields = {
+        "options": parse_options(operation, engine, options),
+        "output": _validated(Output, "output", output),
+        "policy": _validated(Policy, "policy", policy),
+    }
+    return Job.model_validate({"operation": operation, **fields})
 
 
-def _over(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given` without what is None, laid over `base`; mappings inside too."""
-    made = dict(base)
-    for name, value in given.items():
-        if isinstance(value, Mapping) and isinstance(made.get(name), Mapping):
-            made[name] = _over(made[name], value)
+def _merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` overridden by the values of `override` that are not None, recursively."""
+    merged = dict(base)
+    for name, value in override.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
+            merged[name] = _merged(merged[name], value)
         elif value is not None:
-            made[name] = value
-    return made
+            merged[name] = value
+    return merged
 
 
 def option_values(settings: Iterable[str], mask: str | None) -> dict[str, str]:
-    """The options that `--set KEY=VALUE` and `--mask` give; addresses are checked, and paths become addresses."""
-    values: dict[str, str] = {}
-    for setting in settings:
-        name, mark, value = setting.partition("=")
-        if not mark or not name.strip():
-            raise InvalidOption(f"--set takes KEY=VALUE, not {setting!r}")
-        values[name.strip().replace("-", "_")] = value
+    """The options from `--set KEY=VALUE` and `--mask`. URLs are checked, and paths become file URLs."""
+    values = parse_settings(settings)
     if mask is not None:
         values["mask"] = mask
     return _addresses(values)
 
 
 def _addresses(values: dict[str, Any]) -> dict[str, Any]:
-    """Options with addresses checked, and paths as addresses."""
+    """Options with their URLs checked and their paths turned into file URLs."""
     for name in ADDRESSES:
         value = values.get(name)
         if isinstance(value, str) and value.lower() != "none":
@@ -77,7 +74,7 @@ def _addresses(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def quality_values(mode: str | None, limits: Iterable[str]) -> dict[str, str] | None:
-    """The policy's `quality` that `--check` and `--limit NAME=VALUE` give; None if there are none."""
+    """The policy's `quality` from `--check` and `--limit NAME=VALUE`; None if neither is given."""
     values = {} if mode is None else {"mode": mode}
     for limit in limits:
         name, mark, value = (part.strip() for part in limit.partition("="))
@@ -88,44 +85,22 @@ def quality_values(mode: str | None, limits: Iterable[str]) -> dict[str, str] | 
             raise InvalidOption(f"the check has no limit {name!r}{nearest(name, list(RULES))}")
         values[name] = value
     if mode == "off" and len(values) > 1:
-        raise InvalidOption("--limit has no meaning with --check off: nothing is measured then")
+        raise InvalidOption("--limit can't be combined with --check off, which measures nothing")
     return values or None
 
 
 def local_address(text: str) -> str:
-    """An address as it is; a path as `file:///absolute/path`."""
+    """A URL unchanged; a path as `file:///absolute/path`."""
     if "://" in text or not text:
         return text
-    return Path(os.path.abspath(text)).as_uri()  # noqa: PTH100  # takes `..` out and leaves links as they are
+    return Path(os.path.abspath(text)).as_uri()  # noqa: PTH100  # removes `..` but keeps links
 
 
-def options_help() -> str:
-    """What `--set` takes, by operation and engine, as click's help formats it."""
-    parts = ["--set takes these options, by operation and engine:"]
-    for operation, engines in ENGINES.items():
-        for engine, model in engines.items():
-            fields = [(name, field) for name, field in model.model_fields.items() if name != "engine"]
-            lines = [f"  {name}: {field.description}{_values(field)}" for name, field in fields]
-            parts.append("\n".join(["\b", f"{operation} ({engine})", *lines]))
-    limits = [f"  {name}: {Quality.model_fields[name].description}" for name in RULES]
-    parts.append("\n".join(["\b", "--limit takes these, of which results have what their operation has:", *limits]))
-    return "\n\n".join(parts)
-
-
-def _values(field: FieldInfo) -> str:
-    """` (one of a, b; default a)`."""
-    told = []
-    if get_origin(field.annotation) is Literal:
-        told.append("one of " + ", ".join(get_args(field.annotation)))
-    default = "none" if field.default in (None, ()) else "empty" if field.default == "" else field.default
-    return f" ({'; '.join([*told, f'default {default}'])})"
-
-
-def _made(model: type[M], what: str, given: dict[str, object]) -> M:
+def _validated(model: type[M], section: str, values: dict[str, object]) -> M:
     try:
-        return model.model_validate({name: value for name, value in given.items() if value is not None})
+        return model.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
-        raise InvalidOption(f"{what}: {validation_sentence(error)}") from error
+        raise InvalidOption(f"{section}: {validation_sentence(error)}") from error
 
 
 def _source(name: str, text: str) -> str:

@@ -1,39 +1,136 @@
-"""Every engine of every operation."""
+"""Every engine of every operation, one row each.
+
+A new engine is a row here and a module under worker/operations/; CONTRIBUTING.md walks through it. Importing this
+module imports no engine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
 
 from imagemill.shared.errors import InvalidOption
-from imagemill.shared.options.base import OPERATIONS, Operation, nearest, validation_sentence
+from imagemill.shared.options.base import OPERATIONS, EngineOptions, Operation, nearest, validation_sentence
 from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
 from imagemill.shared.options.remove_background import OpencvRemoveBackground, RembgRemoveBackground
 from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
 
-Options = OpencvRemoveBackground | RembgRemoveBackground | OpencvInpaint | LamaInpaint | OpencvStylize | DiffusionStylize
 
-ENGINES: dict[Operation, dict[str, type[Options]]] = {
-    "remove-background": {"opencv": OpencvRemoveBackground, "rembg": RembgRemoveBackground},
-    "inpaint": {"opencv": OpencvInpaint, "lama": LamaInpaint},
-    "stylize": {"opencv": OpencvStylize, "diffusion": DiffusionStylize},
-}
+@dataclass(frozen=True)
+class Engine:
+    """One engine of one operation.
 
-
-def parse_options(operation: str, engine: str, given: Mapping[str, Any]) -> Options:
-    """The options of a job from a mapping of names to values, which may be text.
-
-    Raises InvalidOption with the nearest valid name for an operation, engine or option that
-    does not exist, and with the range for a value outside it.
+    `module` is where its class is (`package.module:Class`), and `extra` installs what that module imports. `models` maps each
+    model that the options can select to the entries of the models' catalogue it is loaded from; empty for an engine
+    without models. `lasting_notes` are the notes that the same image gets on every run: a result with any other note may be due
+    to passing circumstances, such as a missed deadline, so it is never reused for a later job.
     """
+
+    operation: Operation
+    name: str
+    options: type[EngineOptions]
+    module: str
+    extra: str
+    models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lasting_notes: frozenset[str] = frozenset()
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """What a node can offer of this engine: `opencv`, or with models `rembg.u2net`, `rembg.silueta`, ..."""
+        return tuple(f"{self.name}.{model}" for model in self.models) or (self.name,)
+
+
+_OPERATIONS = "imagemill.worker.operations"
+_REMBG_MODELS = (
+    "u2net",
+    "u2netp",
+    "u2net_human_seg",
+    "silueta",
+    "isnet-general-use",
+    "isnet-anime",
+    "birefnet-general",
+    "birefnet-general-lite",
+)
+
+ENGINES: list[Engine] = [
+    Engine(
+        operation="remove-background",
+        name="opencv",
+        options=OpencvRemoveBackground,
+        module=f"{_OPERATIONS}.remove_background.opencv:GrabCut",
+        extra="worker",
+        lasting_notes=frozenset({"empty_cutout"}),
+    ),
+    Engine(
+        operation="remove-background",
+        name="rembg",
+        options=RembgRemoveBackground,
+        module=f"{_OPERATIONS}.remove_background.rembg:Rembg",
+        extra="rembg",
+        models={model: (model,) for model in _REMBG_MODELS},
+        lasting_notes=frozenset({"empty_cutout", "enlarged", "matting_too_large", "no_shadow_found"}),
+    ),
+    Engine(
+        operation="inpaint",
+        name="opencv",
+        options=OpencvInpaint,
+        module=f"{_OPERATIONS}.inpaint.opencv:Inpaint",
+        extra="worker",
+        lasting_notes=frozenset({"empty_mask", "large_mask"}),
+    ),
+    Engine(
+        operation="inpaint",
+        name="lama",
+        options=LamaInpaint,
+        module=f"{_OPERATIONS}.inpaint.lama:Lama",
+        extra="lama",
+        models={"lama": ("lama",)},
+        lasting_notes=frozenset({"empty_mask", "large_mask"}),
+    ),
+    Engine(
+        operation="stylize",
+        name="opencv",
+        options=OpencvStylize,
+        module=f"{_OPERATIONS}.stylize.opencv:Stylize",
+        extra="worker",
+    ),
+    Engine(
+        operation="stylize",
+        name="diffusion",
+        options=DiffusionStylize,
+        module=f"{_OPERATIONS}.stylize.diffusion:Diffusion",
+        extra="diffusion",
+        models={"sd15-canny": ("sd15", "controlnet-canny")},
+        lasting_notes=frozenset({"prompt_cut"}),
+    ),
+]
+
+
+def engines_of(operation: str) -> dict[str, Engine]:
+    """An operation's engines by name; empty for an unknown operation."""
+    return {engine.name: engine for engine in ENGINES if engine.operation == operation}
+
+
+def find_engine(operation: str, name: str) -> Engine:
+    """The engine with this name. Raises InvalidOption with the nearest valid name if the operation or engine is unknown."""
     if operation not in OPERATIONS:
-        raise InvalidOption(f"there is no operation {operation!r}{nearest(operation, list(OPERATIONS))}")
-    engines = ENGINES[operation]
-    if engine not in engines:
-        raise InvalidOption(f"{operation} has no engine {engine!r}{nearest(engine, list(engines))}")
-    model = engines[engine]
+        raise InvalidOption(f"unknown operation {operation!r}{nearest(operation, list(OPERATIONS))}")
+    engines = engines_of(operation)
+    if name not in engines:
+        raise InvalidOption(f"{operation} has no engine {name!r}{nearest(name, list(engines))}")
+    return engines[name]
+
+
+def parse_options(operation: str, engine: str, given: Mapping[str, Any]) -> EngineOptions:
+    """A job's options from a mapping of names to values, which may be text.
+
+    Raises InvalidOption: with the nearest valid name for an unknown operation, engine or option, and with the valid range
+    for a value outside it.
+    """
+    model = find_engine(operation, engine).options
     names = [name for name in model.model_fields if name != "engine"]
     for name in given:
         if name not in names:

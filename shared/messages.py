@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
-from imagemill.shared.options.base import Boxes, Model, Operation
-from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
-from imagemill.shared.options.remove_background import OpencvRemoveBackground, RembgRemoveBackground
-from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
+from imagemill.shared.engines import engines_of
+from imagemill.shared.options.base import Boxes, EngineOptions, Model, Operation, validation_sentence
 from imagemill.shared.quality import Measures, Quality
 from imagemill.shared.urls import check_output_url, check_source_url
 
@@ -68,64 +66,47 @@ class Policy(Model):
     quality: Quality = Quality()
 
 
-class _Job(Model):
-    usual_icc: ClassVar[Profile] = "srgb"
+USUAL_PROFILE: dict[Operation, Profile] = {"remove-background": "srgb", "inpaint": "keep", "stylize": "srgb"}
+"""The profile of results when the job names none. Inpainting keeps the source's, so that nothing outside the hole changes."""
+
+
+class Job(Model):
+    """What a job asks for: an operation, options for one of its engines (`opencv` by default), an output and a policy."""
 
     version: Literal[1] = 1
+    operation: Operation
+    options: SerializeAsAny[EngineOptions] = Field(None, validate_default=True)
     output: Output
     policy: Policy = Policy()
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _of_the_engine(cls, options: Any, info: ValidationInfo) -> EngineOptions:
+        """The options as the model of the engine that they name."""
+        name = options.engine if isinstance(options, EngineOptions) else (options or {}).get("engine", "opencv")
+        engine = engines_of(info.data.get("operation", "")).get(name)
+        if engine is None:
+            raise ValueError(f"the operation has no engine {name!r}")
+        try:
+            return engine.options.model_validate(options or {})
+        except ValidationError as error:
+            raise ValueError(validation_sentence(error)) from error
+
+    @property
+    def engine(self) -> str:
+        """The name of the engine that does the work."""
+        return self.options.engine
 
     @property
     def icc(self) -> Profile:
         """The profile that results are in."""
-        return self.output.icc or self.usual_icc
-
-    @property
-    def engine(self) -> str:
-        return self.options.engine  # type: ignore[attr-defined,no-any-return]  # every job below has options
+        return self.output.icc or USUAL_PROFILE[self.operation]
 
     @property
     def lane(self) -> str:
-        """What a node must offer to take this job's chunks; see imagemill.shared.queues."""
-        model: str | None = getattr(self.options, "model", None)  # type: ignore[attr-defined]
+        """What a node must offer to take this job's chunks; see shared.queues."""
+        model: str | None = getattr(self.options, "model", None)
         return f"{self.engine}.{model}" if model else self.engine
-
-
-def _engine(options: Any) -> str | None:
-    """Options that don't name their engine are of `opencv`."""
-    return options.get("engine", "opencv") if isinstance(options, dict) else getattr(options, "engine", None)
-
-
-class RemoveBackgroundJob(_Job):
-    operation: Literal["remove-background"] = "remove-background"
-    options: Annotated[
-        Annotated[OpencvRemoveBackground, Tag("opencv")] | Annotated[RembgRemoveBackground, Tag("rembg")],
-        Discriminator(_engine),
-    ] = OpencvRemoveBackground()
-
-
-class InpaintJob(_Job):
-    usual_icc: ClassVar[Profile] = "keep"  # outside of what is filled, nothing may change
-
-    operation: Literal["inpaint"] = "inpaint"
-    options: Annotated[
-        Annotated[OpencvInpaint, Tag("opencv")] | Annotated[LamaInpaint, Tag("lama")],
-        Discriminator(_engine),
-    ] = OpencvInpaint()
-
-
-class StylizeJob(_Job):
-    operation: Literal["stylize"] = "stylize"
-    options: Annotated[
-        Annotated[OpencvStylize, Tag("opencv")] | Annotated[DiffusionStylize, Tag("diffusion")],
-        Discriminator(_engine),
-    ] = OpencvStylize()
-
-
-Job = RemoveBackgroundJob | InpaintJob | StylizeJob
-JobSpec = Annotated[Job, Field(discriminator="operation")]
-JOB_SPEC: TypeAdapter[Job] = TypeAdapter(JobSpec)
-"""Reads any job's spec, by its `operation`."""
 
 
 class Item(Model):

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from imagemill.shared.engines import ENGINES
+from imagemill.shared.engines import engines_of, parse_options
 from imagemill.shared.errors import InvalidOption, InvalidPreset, UsageError
 from imagemill.shared.messages import Output, Policy
 from imagemill.shared.options.base import ADDRESSES, OPERATIONS, Model, Operation, nearest, validation_sentence
@@ -74,7 +74,7 @@ class Preset:
 
     def resolved(self) -> dict[str, Any]:
         """All of it, with every option that it leaves at its default."""
-        options = ENGINES[self.operation][self.engine].model_validate({**self.options})
+        options = parse_options(self.operation, self.engine, self.options)
         return {
             "description": self.description,
             "operation": self.operation,
@@ -160,12 +160,12 @@ def _checked(name: str, said: Mapping[Place, Value]) -> Preset:
         raise first.wrong(f"the preset {name} names no {missing}, nor does one that it extends")
     if operation.value not in OPERATIONS:
         raise operation.wrong(f"there is no operation {operation.value!r}{nearest(str(operation.value), list(OPERATIONS))}")
-    engines = ENGINES[operation.value]
+    engines = engines_of(operation.value)
     if engine.value not in engines:
         raise engine.wrong(f"{operation.value} has no engine {engine.value!r}{nearest(str(engine.value), list(engines))}")
     if about is not None and not isinstance(about.value, str):
         raise about.wrong(f"description is text, not {about.value!r}")
-    kinds: dict[str, type[Model]] = {"options": engines[engine.value], "output": Output, "policy": Policy}
+    kinds: dict[str, type[Model]] = {"options": engines[engine.value].options, "output": Output, "policy": Policy}
     sections = {section: _section(section, kind, said) for section, kind in kinds.items()}
     text = about.value if about is not None else ""
     return Preset(name, first.file, text, operation.value, engine.value, **sections)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from imagemill.shared.engines import ENGINES
+from imagemill.shared.engines import engines_of
 from imagemill.shared.messages import PRIORITIES, Priority
 from imagemill.shared.options.base import Operation
 
@@ -38,7 +38,7 @@ def engine_of(lane: str) -> str:
 
 def offered(operations: Iterable[Operation], lanes: Sequence[str]) -> list[tuple[Operation, str]]:
     """The (operation, lane) pairs there are among these."""
-    return [(operation, lane) for operation in operations for lane in lanes if engine_of(lane) in ENGINES[operation]]
+    return [(operation, lane) for operation in operations for lane in lanes if engine_of(lane) in engines_of(operation)]
 
 
 def worker_queues(operations: Iterable[Operation], lanes: Sequence[str]) -> list[str]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 from urllib.parse import urlsplit
 
-from imagemill.shared.engines import Options
+from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.options.stylize import DiffusionStylize
 
 SEEDS = 2**32
 
 
-def item_seed(options: Options, index: int, source: str) -> int | None:
+def item_seed(options: EngineOptions, index: int, source: str) -> int | None:
     """The seed, 0 to 2**32 - 1, of the image at place `index` of a job's list; None where nothing is random.
 
     By `url` it hangs on the address without its query, which may be a signature that is another one each day.
     """
-    if not isinstance(options, DiffusionStylize):
-        return None
+    return diffusion_seed(options, index, source) if isinstance(options, DiffusionStylize) else None
+
+
+def diffusion_seed(options: DiffusionStylize, index: int, source: str) -> int:
+    """The same for options that always have one."""
     match options.seed_policy:
         case "fixed":
             return options.seed

@@ -1,4 +1,4 @@
-"""Real services, started once per run: Redis, S3 and a server of images."""
+"""Fixtures and helpers that several rooms share: real services, clients of them, settings and photos."""
 
 from __future__ import annotations
 
@@ -8,75 +8,86 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
+import redis
 from PIL import Image
 
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.errors import MissingExtra
+from imagemill.shared.fleet import Fleet
 from imagemill.shared.settings import Settings
-from tests.services import ImageServer, S3Server, ServiceMissing
+from tests.ledgers import Ledger
+from tests.services.images import ImageServer
+from tests.services.redis import running_redis
+from tests.services.s3 import S3Server
 from tests.workers import clean_environment
 
-# The same examples in every run, so that a newcomer's run passes if ours did; HYPOTHESIS_PROFILE=default looks for new ones.
+# Every run uses the same examples, so results are repeatable; HYPOTHESIS_PROFILE=default searches for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-def missing(reason: str) -> NoReturn:
-    """A service can't be had: skips on a laptop, fails where nobody would notice a skip."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
-    server = EmbeddedRedis(tmp_path_factory.mktemp("redis"))
-    try:
-        server.start()
-    except MissingExtra as error:
-        missing(error.message)
-    yield server
-    server.stop()
+    """The Redis that tests share."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture
 def own_redis(tmp_path: Path) -> Iterator[EmbeddedRedis]:
-    """A Redis for one test, which may harm it."""
-    server = EmbeddedRedis(tmp_path / "redis")
-    try:
-        server.start()
-    except MissingExtra as error:
-        missing(error.message)
-    yield server
-    server.stop()
+    """A Redis for one test, which may stop it or fill it."""
+    with running_redis(tmp_path / "redis") as server:
+        yield server
+
+
+@pytest.fixture
+def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
+    """A plain Redis client for the shared Redis, which is emptied first."""
+    with redis.Redis.from_url(redis_server.url, decode_responses=True) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def client(redis_server: EmbeddedRedis) -> Iterator[Client]:
+    with client_for(redis_server.url) as client:
+        yield client
+
+
+@pytest.fixture
+def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
+    ledger = Ledger(redis_server.url)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def fleet(redis_server: EmbeddedRedis) -> Iterator[Fleet]:
+    fleet = Fleet(redis_server.url)
+    yield fleet
+    fleet.close()
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    server = S3Server()
-    try:
-        server.start()
-    except ServiceMissing as error:
-        missing(str(error))
-    yield server
-    server.stop()
+    with S3Server() as server:
+        yield server
 
 
 @pytest.fixture
 def images() -> Iterator[ImageServer]:
-    """A server of images; tests put their own `routes` into it."""
+    """A web server of images; tests add their own `routes`."""
     with ImageServer() as server:
         yield server
 
 
 def environment_for(redis_url: str, folder: Path, **more: str) -> dict[str, str]:
-    """Settings, as environment variables, of a worker that may read from loopback and write to `folder`."""
+    """Environment variables of a worker that may fetch from loopback and read and write `folder`."""
     return clean_environment(
         IMAGEMILL_REDIS_URL=redis_url,
         IMAGEMILL_FETCH__ALLOW_NETWORKS='["127.0.0.0/8"]',
@@ -84,18 +95,18 @@ def environment_for(redis_url: str, folder: Path, **more: str) -> dict[str, str]
         IMAGEMILL_FILES__READ_ROOTS=json.dumps([str(folder)]),
         IMAGEMILL_WORKER__LEASE_SECONDS="3",
         IMAGEMILL_WORKER__MISSING_SECONDS="1",
-        # Tests share a Redis and photos: each has its own results, but those of tests/integration/test_cache.py.
+        # Tests share a Redis and photos, so a worker must not reuse the results of another test.
         **({"IMAGEMILL_WORKER__REUSE": "false"} | more),
     )
 
 
 def client_for(redis_url: str) -> Client:
-    """A producer's client."""
+    """A producer's client of this Redis."""
     return Client(Settings(_env_file=None, redis_url=redis_url))  # type: ignore[call-arg]
 
 
 def photo(seed: int, width: int = 96, height: int = 72, kind: str = "PNG") -> bytes:
-    """A small textured image file that differs by `seed`."""
+    """A small textured image file; each `seed` gives a different one."""
     noise = np.random.default_rng(seed).integers(0, 60, (height, width, 3), np.uint8)
     noise[height // 4 : -height // 4, width // 4 : -width // 4] += np.uint8(150)
     file = io.BytesIO()
@@ -105,12 +116,12 @@ def photo(seed: int, width: int = 96, height: int = 72, kind: str = "PNG") -> by
 
 @pytest.fixture
 def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What `imagemill.worker.node.logs.set_up` changes, as it was."""
+    """Restore afterwards what `imagemill.worker.node.logs.set_up` changes."""
     manager = logging.Logger.manager
     levels = {name: logger.level for name, logger in manager.loggerDict.items() if isinstance(logger, logging.Logger)}
     root = logging.getLogger()
     level = root.level
-    monkeypatch.setattr(root, "handlers", [])  # pytest's own, which `set_up` would close
+    monkeypatch.setattr(root, "handlers", [])  # `set_up` would close pytest's own handlers
     yield
     root.setLevel(level)
     for name in manager.loggerDict:

@@ -1,4 +1,4 @@
-"""A GPU of a given size that isn't there, an operation that fills it, and what the real ones raise."""
+"""A fake GPU, operations that fill its memory, and the exceptions that real devices raise."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from imagemill.worker.hardware.memory import Peak
 from imagemill.worker.operations.base import Sample, Spec
 from tests.fakes import Invert
 
-MADE_BY_TORCH = (
+TORCH_MESSAGE = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.68 GiB of which 1.12 GiB is free. "
     "Including non-PyTorch memory, this process has 22.55 GiB memory in use."
 )
-MADE_BY_ARENA = (
+ARENA_MESSAGE = (
     "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Conv node. Name:'Conv_3' "
     "Status Message: /onnxruntime_src/onnxruntime/core/framework/bfc_arena.cc:376 void* onnxruntime::BFCArena::"
     "AllocateRawInternal(size_t, bool, onnxruntime::Stream*, bool, onnxruntime::WaitNotificationFn) "
@@ -25,21 +25,21 @@ MADE_BY_ARENA = (
 )
 
 SHORT: dict[str, Callable[[], Exception]] = {
-    "torch": lambda: torch.OutOfMemoryError(MADE_BY_TORCH),
+    "torch": lambda: torch.OutOfMemoryError(TORCH_MESSAGE),
     "torch on the CPU": lambda: RuntimeError(
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
         "140737488355328 bytes. Error code 12 (Cannot allocate memory)"
     ),
     "torch elsewhere": lambda: RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     "torch's cuBLAS": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "onnxruntime's arena": lambda: RuntimeException(MADE_BY_ARENA),
+    "onnxruntime's arena": lambda: RuntimeException(ARENA_MESSAGE),
     "onnxruntime's CUDA": lambda: Fail(
         "[ONNXRuntimeError] : 1 : FAIL : CUDA failure 2: out of memory ; GPU=0 ; hostname=a ; expr=cudaMalloc(&p, size);"
     ),
     "Python": MemoryError,
     "a thread's stack": lambda: RuntimeError("can't start new thread"),
 }
-"""What says that memory ran out, as the libraries raise it."""
+"""Out-of-memory exceptions, as the libraries raise them."""
 
 DEAD: dict[str, Callable[[], Exception]] = {
     "illegal access": lambda: torch.AcceleratorError(
@@ -55,21 +55,21 @@ DEAD: dict[str, Callable[[], Exception]] = {
         "expr=cudaStreamSynchronize(static_cast<cudaStream_t>(stream_));"
     ),
 }
-"""What says that the process can't use its GPU any more."""
+"""Exceptions after which the process can no longer use its GPU."""
 
 HARMLESS: dict[str, Callable[[], Exception]] = {
     "argument": lambda: torch.AcceleratorError("CUDA error: invalid argument"),
     "shape": lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
     "half": lambda: RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'"),
-    "a stranger's words": lambda: ValueError("out of memory of illegal memory access: device-side assert"),
+    "quoted text": lambda: ValueError("out of memory of illegal memory access: device-side assert"),
 }
-"""Faults of one batch, after which the next one may go well."""
+"""Exceptions of one batch that say nothing about the next one."""
 
 
 class FakeGpu:
-    """A device of `total` bytes of which others hold `held`; implements imagemill.worker.hardware.memory.Memory.
+    """A device with `total` bytes, `held` of them by other processes; implements imagemill.worker.hardware.memory.Memory.
 
-    A device that is `blind` reports no peaks, as if all memory came from somewhere that nobody counts.
+    A `blind` device reports peaks of 0, as if its memory were allocated outside of what is counted.
     """
 
     name = "Fake GPU 1000"
@@ -86,24 +86,24 @@ class FakeGpu:
         return self.total - self.held
 
     def take(self, size: int) -> None:
-        """Raises the device's error where there is not so much."""
+        """Allocate `size` bytes; raises the device's error if fewer are free."""
         if size > self.free():
             raise self.error()
         self._taken = max(self._taken, size)
 
     @contextmanager
     def peak(self) -> Iterator[Peak]:
-        found, self._taken = Peak(), 0
-        yield found
-        found.bytes = 0 if self.blind else self._taken
-        found.share = (self.held + self._taken) / self.total
+        peak, self._taken = Peak(), 0
+        yield peak
+        peak.bytes = 0 if self.blind else self._taken
+        peak.share = (self.held + self._taken) / self.total
 
     def broken(self) -> bool:
         return self.lost
 
 
 class Hungry(Invert):
-    """Doubles numbers, and takes `base` bytes and `each` for every one of them."""
+    """Doubles numbers, and takes `base` bytes plus `each` per number."""
 
     spec = Spec("stylize", "opencv", max_batch=64)
 
@@ -121,7 +121,7 @@ class Hungry(Invert):
 
 
 class Frugal(Hungry):
-    """Takes a half of the memory at level 1, and a quarter at level 2, which is the last."""
+    """Takes half the memory at relief level 1 and a quarter at level 2, the last."""
 
     def __init__(self, gpu: FakeGpu, each: int, base: int = 0) -> None:
         super().__init__(gpu, each, base)

@@ -13,10 +13,13 @@ from typing import Any
 from imagemill.shared.errors import ConfigurationError
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Picture
-from imagemill.worker.operations.base import Inputs, Sample, Spec, Work
+from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Work
+
+AnySample = Sample[Any, Any]
+AnyWork = Work[Any, Any, Any]
 
 
-class Invert:
+class Invert(Operation[Any, Any, Any, Any]):
     """The negative of each image; `run` sees whole pictures, in batches of up to 4."""
 
     spec = Spec("stylize", "opencv", max_batch=4)
@@ -24,26 +27,23 @@ class Invert:
     def load(self, device: Device) -> None:
         self.device = device
 
-    def work_edge(self, options: Any) -> int | None:
-        return None
-
     def fingerprint(self, options: Any) -> str:
         return type(self).__name__
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-        return Work([Sample(picture.pixels, inputs.options)], state=picture)
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> AnyWork:
+        return Work([Sample(picture.pixels, inputs.options)], plan=picture)
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: AnySample) -> Hashable:
         return sample.data.shape
 
     def together(self, options: Any) -> bool:
         return True
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[AnySample]) -> list[Any]:
         return [255 - sample.data for sample in samples]
 
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        return Picture(outputs[0], work.state.format, work.state.icc, work.state.full_size)
+    def finish(self, work: AnyWork, outputs: Sequence[Any]) -> Picture:
+        return Picture(outputs[0], work.plan.format, work.plan.icc, work.plan.full_size)
 
 
 class SlowLoad(Invert):
@@ -92,7 +92,7 @@ class Heavy(Invert):
 class Deadly(Invert):
     """A white image kills the process, as a crash in native code would."""
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[AnySample]) -> list[Any]:
         for sample in samples:
             if sample.data.size > 3 and sample.data.min() == 255:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -104,7 +104,7 @@ class Poisons(Invert):
 
     poisoned = False
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[AnySample]) -> list[Any]:
         self.poisoned |= any(sample.data.size > 3 and sample.data.min() == 255 for sample in samples)
         if self.poisoned:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -116,7 +116,7 @@ class Gated(Invert):
 
     spec = Spec("stylize", "opencv", max_batch=1)
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[AnySample]) -> list[Any]:
         folder = Path(os.environ["IMAGEMILL_TEST_GATE"])
         if samples[0].data.shape[0] != 64 or samples[0].data[0, 0, 0] != 128:  # not the warm-up
             count = len(list(folder.glob("at-*")))

@@ -1,4 +1,4 @@
-"""A stand-in for LaMa's network, whose fills are known beforehand."""
+"""A fake LaMa network with predictable fills."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Size = tuple[int, int]
 
 
 class Continues:
-    """A Session that continues gradients: it fits a plane to what is known of each picture, channel by channel.
+    """A Session that continues gradients: it fits a plane to each channel of the known pixels.
 
-    It checks what it is given, and notes the sizes of each batch. Batches larger than `most` are too much for it.
+    It checks its inputs and records the sizes in each batch. Batches larger than `most` run out of memory.
     """
 
     def __init__(self, most: int = 1000) -> None:
@@ -25,7 +25,7 @@ class Continues:
     def run(self, pictures: Sequence[Pixels], holes: Sequence[Grey]) -> list[Pixels]:
         sizes = [(hole.shape[0], hole.shape[1]) for hole in holes]
         self.batches.append(sizes)
-        assert len(set(sizes)) == 1, "all of a batch are of one size"
+        assert len(set(sizes)) == 1, "a batch must have one size"
         assert all(side % 8 == 0 and side >= 16 for side in sizes[0])
         assert [picture.shape for picture in pictures] == [(*size, 3) for size in sizes]
         assert all(array.dtype == np.uint8 for array in (*pictures, *holes))
@@ -36,7 +36,7 @@ class Continues:
 
 
 def plane(picture: Pixels, hole: Grey) -> Pixels:
-    """The plane through what is known, least squares, in each channel; grey where nothing is known."""
+    """The least-squares plane through the known pixels of each channel; grey if none are known."""
     height, width = hole.shape
     y, x = np.mgrid[:height, :width].astype(np.float64)
     terms = np.stack([np.ones_like(x), x / width, y / height], axis=2)

@@ -1,7 +1,7 @@
-"""A small pipeline of Stable Diffusion with a ControlNet, with random weights, saved as the hub's folders are laid out.
+"""A small Stable Diffusion pipeline with a ControlNet and random weights, saved in the hub's folder layout.
 
-Stable Diffusion's own parts at a fraction of their width: what loads and runs it is what loads and runs the real one.
-Nothing is downloaded; the tokenizer knows letters and no words.
+It has Stable Diffusion's architecture at a fraction of the width, so the same code loads and runs it.
+Nothing is downloaded; the tokenizer has letters but no words.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LORA_RANK = 2
 
 
 def diffusers() -> Any:
-    """The library; what it says while it is imported is about features that are not installed."""
+    """The diffusers library, imported without its warnings about optional features."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import diffusers
@@ -27,7 +27,7 @@ def diffusers() -> Any:
 
 @dataclass(frozen=True)
 class Scale:
-    """How wide the parts are: what each of them is given."""
+    """Constructor arguments of the UNet, VAE and text encoder, which set their width."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
@@ -57,9 +57,9 @@ FULL = Scale(
 def pipeline_folder(
     weights: Path, *, seed: int = 0, checker: bool = False, scale: Scale = SMALL, device: str = "cpu", half: bool = False
 ) -> Path:
-    """`weights`, with an `sd15-canny` where nodes look for it; what is there already stays. `seed` tells two apart.
+    """Save an `sd15-canny`, unless there is one, where nodes look for it below `weights`; return `weights`.
 
-    It is made on `device`, and saved in `half` precision as the hub has it.
+    Different seeds give different weights. The hub's own files have `half` precision.
     """
     base, controlnet = (folder_of(weights, repository(name)) for name in MODELS["sd15-canny"])
     if not (base / "model_index.json").is_file():
@@ -79,7 +79,7 @@ def _build(base: Path, controlnet: Path, seed: int, scale: Scale, device: str, h
         unet = library.UNet2DConditionModel(attention_head_dim=8, sample_size=64, **scale.unet)
         control = library.ControlNetModel.from_unet(unet)
         for block in (*control.controlnet_down_blocks, control.controlnet_mid_block):
-            torch.nn.init.normal_(block.weight, std=0.8 / block.in_channels**0.5)  # untrained they are 0, edges mute
+            torch.nn.init.normal_(block.weight, std=0.8 / block.in_channels**0.5)  # 0 at first, which ignores edges
         for block in control.controlnet_cond_embedding.modules():
             if isinstance(block, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(block.weight)
@@ -110,7 +110,7 @@ def _build(base: Path, controlnet: Path, seed: int, scale: Scale, device: str, h
 
 
 def _letters() -> dict[str, int]:
-    """Every byte as CLIP's tokenizer writes it, inside and at the end of a word."""
+    """A vocabulary of single bytes, inside and at the end of a word, as CLIP's tokenizer encodes them."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
@@ -132,7 +132,7 @@ def _build_checker(folder: Path) -> None:
 
 
 def lora_file(path: Path, weights: Path, *, seed: int = 0, strength: float = 0.5) -> Path:
-    """An adapter of the small pipeline's attention, as a file of the format that trainers write."""
+    """A LoRA for the small pipeline's attention layers, in the file format that trainers write."""
     import torch
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

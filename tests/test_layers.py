@@ -1,11 +1,12 @@
-"""Who may import whom, and what a process must not load: seconds of start-up and a GPU's memory hang on it."""
+"""Which package may import which, and which heavy libraries a process must not load: they cost start-up time and GPU memory."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,48 +14,108 @@ import pytest
 from tests.workers import ROOT, clean_environment
 
 HEAVY = {"torch", "onnxruntime", "numpy", "PIL", "cv2"}
-PARENT = ["main.py", "node.py", "cli.py", "tasks.py", "app.py", "supervisor.py"]
-"""Modules of the worker that its parent process loads, before it forks."""
+
+ROOMS = ("hardware", "imaging", "transfer", "models", "operations", "checking", "line", "tuning", "node")
+"""The worker's rooms, lowest first: each may import only those before it."""
+
+UPWARD = {
+    # A checkpoint is converted and verified with the network that will run it.
+    ("models.conversion", "operations.inpaint.lama_generator"),
+    # Calibration needs the engine's own preprocessing.
+    ("models.quantize", "operations.remove_background.model_families"),
+    # Measuring an operation's memory means running it.
+    ("hardware.memory", "operations.base"),
+}
+"""The only imports of a module in a higher room."""
+
+PARENT = ("app", "cli", "main", "node.logs", "node.offer", "node.parent", "node.supervisor", "node.tasks")
+"""Modules that a node's parent process loads before it forks."""
 
 
-def imported(path: Path) -> Iterator[str]:
-    """The modules that a file imports, at its top or anywhere in it."""
+@cache
+def sources(*folders: str) -> tuple[Path, ...]:
+    paths = tuple(path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+    assert paths
+    return paths
+
+
+def module_name(path: Path) -> str:
+    """`imagemill.worker.imaging.codec` for worker/imaging/codec.py."""
+    return ".".join(("imagemill", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+PRODUCT = {module_name(path): path for path in sources("shared", "producer", "worker")}
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Names of the modules that a file imports, including those imported inside functions."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (name.name for name in node.names)
+            names |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            assert node.module is not None
-            yield node.module
+            submodules = (f"{node.module}.{name.name}" for name in node.names)
+            names |= {submodule if submodule in PRODUCT else str(node.module) for submodule in submodules}
+    return frozenset(names)
 
 
-def uses(folder: str, *packages: str) -> dict[str, set[str]]:
-    """Which files below a folder import which of these packages."""
-    paths = sorted((ROOT / folder).rglob("*.py"))
-    assert paths
-    found = {str(path.relative_to(ROOT)): {name.partition(".")[0] for name in imported(path)} & set(packages) for path in paths}
-    return {path: names for path, names in found.items() if names}
+def package(module: str) -> str:
+    """`imagemill.shared` of imagemill.shared.s3, `PIL` of PIL.Image."""
+    return ".".join(module.split(".")[: 2 if module.startswith("imagemill.") else 1])
 
 
-def test_shared_knows_neither_side_and_touches_no_pixels() -> None:
-    assert uses("shared", "producer", "worker", *HEAVY) == {}
+def importers(folder: str, *packages: str) -> dict[str, set[str]]:
+    """The files below a folder that import one of these packages, with the packages."""
+    imported = {str(path.relative_to(ROOT)): {package(name) for name in imports(path)} for path in sources(folder)}
+    return {path: names & set(packages) for path, names in imported.items() if names & set(packages)}
 
 
-def test_a_producer_needs_nothing_of_a_worker() -> None:
-    assert uses("producer", "worker", "torch", "onnxruntime") == {}
+def test_shared_imports_neither_side_nor_image_libraries() -> None:
+    assert importers("shared", "imagemill.producer", "imagemill.worker", *HEAVY) == {}
 
 
-def test_a_worker_needs_nothing_of_a_producer() -> None:
-    assert uses("worker", "producer") == {}
+def test_producer_imports_neither_worker_nor_neural_runtimes() -> None:
+    assert importers("producer", "imagemill.worker", "torch", "onnxruntime") == {}
 
 
-def test_the_benchmarks_and_the_tests_are_needed_by_nobody() -> None:
-    for folder in ("shared", "producer", "worker"):
-        assert uses(folder, "bench", "tests", "conftest") == {}
+def test_worker_does_not_import_producer() -> None:
+    assert importers("worker", "imagemill.producer") == {}
+
+
+@pytest.mark.parametrize("folder", ["shared", "producer", "worker"])
+def test_product_imports_neither_tests_nor_benchmarks(folder: str) -> None:
+    assert importers(folder, "bench", "tests", "conftest") == {}
+
+
+@pytest.mark.parametrize("folder", ["shared", "producer", "worker", "tests", "bench", "deploy"])
+def test_product_is_imported_as_imagemill(folder: str) -> None:
+    """The folders are importable by their own names too, which would load a second copy of each module."""
+    assert importers(folder, "shared", "producer", "worker") == {}
+
+
+def test_every_folder_of_the_worker_is_a_room() -> None:
+    assert {path.parent.name for path in (ROOT / "worker").glob("*/__init__.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_imports_only_rooms_below_it(room: str) -> None:
+    allowed = ROOMS[: ROOMS.index(room) + 1]
+    for path in sources(f"worker/{room}"):
+        module = module_name(path).removeprefix("imagemill.worker.")
+        for name in imports(path):
+            imported = name.removeprefix("imagemill.worker.")
+            if imported != name and imported.partition(".")[0] not in allowed:
+                assert (module, imported) in UPWARD, f"{module} imports {imported}"
+
+
+def test_modules_do_not_import_each_other_in_a_cycle() -> None:
+    TopologicalSorter({module: imports(path) & PRODUCT.keys() for module, path in PRODUCT.items()}).prepare()
 
 
 def loaded_by(statement: str, *watched: str) -> set[str]:
-    """Which of the `watched` packages a fresh process has loaded after a statement."""
+    """Which of the `watched` packages a new process has loaded after a statement."""
     code = f"{statement}\nimport sys\nprint(*sorted(set({watched!r}) & set(sys.modules)))"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
@@ -62,19 +123,23 @@ def loaded_by(statement: str, *watched: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_what_the_watch_over_imports_sees() -> None:
+def test_loaded_by_reports_a_heavy_library() -> None:
     assert loaded_by("import numpy.linalg", *HEAVY) == {"numpy"}
 
 
-@pytest.mark.parametrize("module", [f"worker.{name.removesuffix('.py')}" for name in PARENT])
-def test_the_parent_of_the_children_loads_no_runtime_that_they_would_inherit(module: str) -> None:
-    assert loaded_by(f"import {module}", *HEAVY) == set()
+@pytest.mark.parametrize("module", PARENT)
+def test_parent_process_loads_no_library_that_its_children_would_inherit(module: str) -> None:
+    assert loaded_by(f"import imagemill.worker.{module}", *HEAVY) == set()
 
 
-def test_a_command_starts_without_what_only_some_commands_need() -> None:
-    heavy = (*HEAVY, "celery", "kombu", "boto3", "botocore")
-    assert loaded_by("import imagemill.producer.cli", *heavy) == set()
-    assert loaded_by("import imagemill.producer.client", *heavy) == set()
+@pytest.mark.parametrize("module", ["cli", "client"])
+def test_command_line_and_client_start_without_heavy_libraries(module: str) -> None:
+    assert loaded_by(f"import imagemill.producer.{module}", *HEAVY, "celery", "kombu", "boto3", "botocore") == set()
+
+
+def test_submitting_loads_no_image_libraries() -> None:
+    submitting = "import imagemill.producer.client, imagemill.shared.broker, imagemill.shared.s3, imagemill.producer.sources"
+    assert loaded_by(submitting, *HEAVY) == set()
 
 
 @pytest.mark.parametrize(
@@ -85,24 +150,18 @@ def test_a_command_starts_without_what_only_some_commands_need() -> None:
         ("stylize", "opencv", ("torch", "diffusers", "onnxruntime", "rembg")),
     ],
 )
-def test_an_engine_loads_no_other_engine_s_libraries(operation: str, engine: str, others: tuple[str, ...]) -> None:
+def test_engine_loads_no_other_engine_s_libraries(operation: str, engine: str, others: tuple[str, ...]) -> None:
     creating = f"from imagemill.worker.operations.registry import create\ncreate({operation!r}, {engine!r})"
     assert loaded_by(f"import imagemill.worker.node.child\n{creating}", *others) == set()
 
 
-def test_a_program_that_submits_loads_no_pixels() -> None:
-    submitting = "import imagemill.producer.client, imagemill.shared.broker, imagemill.shared.s3, imagemill.producer.sources"
-    assert loaded_by(submitting, *HEAVY) == set()
-
-
-def read_at_import(path: Path) -> bool:
-    """Whether a file's own statements, outside its functions and classes, ask for the environment."""
+def reads_environment_when_imported(path: Path) -> bool:
+    """Whether a module's statements, outside functions and classes, read the environment."""
     body = ast.parse(path.read_text(encoding="utf-8")).body
     texts = [ast.unparse(node) for node in body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    code = [text for text in texts if text[0] not in "\"'"]  # docstrings show how to use it
+    code = [text for text in texts if text[0] not in "\"'"]  # docstrings may show how to use it
     return any(word in text for text in code for word in ("load_settings()", "os.environ", "os.getenv"))
 
 
-def test_nothing_reads_the_environment_when_it_is_imported_but_the_module_that_must() -> None:
-    paths = [path for folder in ("shared", "producer", "worker") for path in (ROOT / folder).rglob("*.py")]
-    assert [str(path.relative_to(ROOT)) for path in paths if read_at_import(path)] == ["worker/app.py"]
+def test_only_the_celery_app_reads_the_environment_when_imported() -> None:
+    assert [module for module, path in PRODUCT.items() if reads_environment_when_imported(path)] == ["imagemill.worker.app"]

@@ -1,4 +1,4 @@
-"""A real worker node as a process of its own, for tests."""
+"""Run a real worker node as a separate process."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ PATIENCE = 60.0
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-    """Return as soon as `condition()` holds; fail the test with `what` when it never does."""
+    """Return as soon as `condition()` is true; fail with `what` if it is still false after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
-            raise AssertionError(f"not within {seconds:g} s: {what}")
+            raise AssertionError(f"did not happen within {seconds:g} s: {what}")
         time.sleep(0.02)
 
 
 def clean_environment(**settings: str) -> dict[str, str]:
-    """This process' environment without imagemill's and AWS' variables, with `settings`."""
+    """This process's environment without variables for imagemill and AWS, plus `settings`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("IMAGEMILL_", "AWS_"))}
     return {**kept, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "AWS_EC2_METADATA_DISABLED": "true", **settings}
 
 
 class WorkerProcess:
-    """Starts on entering, ends with all of its children on leaving; its log is in `log`."""
+    """Starts on entry and stops with its children on exit; writes its log to `log`.
+
+    `fake` names a class of tests/fakes.py to use as the engine of stylize.
+    """
 
     def __init__(
         self, environment: dict[str, str], folder: Path, *, concurrency: int = 1, name: str = "cpu", fake: str | None = None
@@ -58,20 +61,20 @@ class WorkerProcess:
         self.fleet.close()
 
     def start(self) -> None:
-        """Start the process; `wait_ready` says when it takes tasks."""
+        """Start the process; `wait_ready` waits until it takes tasks."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, cwd=self.log.parent, stdout=log, stderr=log, start_new_session=True
             )
 
     def wait_ready(self, seconds: float = PATIENCE) -> WorkerProcess:
-        """Return when this node has reported itself as ready."""
+        """Return when this node has reported that it is ready."""
 
         def ready() -> bool:
             assert self.process.poll() is None, f"the worker exited: {self.tail()}"
             return any(node.pid == self.process.pid and node.ready for node in self.fleet.nodes())
 
-        wait_until(ready, f"{self.name} is ready; log: {self.log}", seconds)
+        wait_until(ready, f"{self.name} became ready; log: {self.log}", seconds)
         return self
 
     def children(self) -> list[int]:
@@ -79,12 +82,12 @@ class WorkerProcess:
         return [child.pid for child in psutil.Process(self.process.pid).children()]
 
     def kill(self) -> None:
-        """SIGKILL to the parent; its children die with it."""
+        """Send SIGKILL to the parent; its children die with it."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def stop(self) -> int:
-        """SIGTERM, then wait; the exit status."""
+        """Send SIGTERM, wait, and return the exit status."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -96,5 +99,5 @@ class WorkerProcess:
         return int(self.process.returncode)
 
     def tail(self) -> str:
-        """The end of its log."""
+        """The end of the log."""
         return self.log.read_text(errors="replace")[-3000:]

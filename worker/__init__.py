@@ -1,1 +1,1 @@
-"""What runs on a worker node. Only `main` wires objects together."""
+"""The worker node. Only `main` wires its objects together."""

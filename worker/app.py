@@ -1,6 +1,6 @@
-"""The Celery application under the name that Celery's own tools want: `celery -A imagemill.worker.app worker`.
+"""The Celery application for Celery's own tools: `celery -A imagemill.worker.app worker`.
 
-The one module that reads the environment at import, since those tools give it no other chance.
+The only module that reads the environment at import, because these tools offer no later opportunity.
 """
 
 from imagemill.shared.settings import load_settings

@@ -1,4 +1,4 @@
-"""The only place that wires a worker's objects together: first the parent's, after the fork a child's."""
+"""Wires a worker's objects together: the parent's at start-up, a child's after the fork. Nothing else does."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from celery.utils.nodenames import host_format
 from imagemill.shared.broker import Publisher, make_app, queues
 from imagemill.shared.errors import ConfigurationError, ImagemillError, sentence
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.queues import node_queue, worker_queues
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
 from imagemill.worker.node import logs
+from imagemill.worker.node.children import Children
 from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
-from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent
+from imagemill.worker.node.parent import Housekeeping, Loaded, Parent
 from imagemill.worker.node.tasks import not_loaded, register
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class Worker:
         register(self.app, lambda: self._child or not_loaded())
         self.app.steps["worker"].add(Loaded)
         self.app.steps["consumer"].add(Housekeeping)
-        # Celery keeps weak references to receivers; bound methods of this object live as long as it does.
+        # Celery holds weak references to these, so they last as long as this object.
         signals.setup_logging.connect(self._set_up_logs)
         signals.worker_init.connect(self._prepare_parent)
         signals.worker_process_init.connect(self._load_child)
@@ -48,9 +49,9 @@ class Worker:
         logs.set_up(as_json=self.settings.log_json)
 
     def _prepare_parent(self, sender: Any, **_: Any) -> None:
-        """In the parent, before the pool forks: what children share, and the node's own queue."""
-        self._set_up_logs()  # Celery asks for that only after this signal
-        self._tell_of_models()
+        """Runs in the parent before the pool forks: sets up the shared memory and the node's own queue."""
+        self._set_up_logs()  # Celery sends setup_logging only after this signal
+        self._log_engines()
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU
         self.name = sender.hostname
@@ -63,27 +64,27 @@ class Worker:
             self.device,
             self.queues,
             self.children,
-            lacks=[f"{reason}: {mend}" for reason, mend in shortcomings(self.settings)],
-            ledger=Ledger.of(self.settings),
+            lacks=[f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)],
+            ledger=WorkLedger.of(self.settings),
             fleet=Fleet.of(self.settings),
             publisher=Publisher(self.app),
             settings=self.settings.worker,
         )
 
-    def _tell_of_models(self) -> None:
-        """Say which queues this node does not listen to, and leave if there is none that it does."""
+    def _log_engines(self) -> None:
+        """Log the engines and models that this node can't offer; exit if it can offer none."""
         idle = nothing_to_do(self.settings)
-        if idle:  # without a queue Celery would listen to one of its own
-            log.error("nothing to listen to; the node exits", extra={"action": "start", "reason": idle})
+        if idle:  # without queues, Celery would consume its default queue
+            log.error("no queues to serve; the node exits", extra={"action": "start", "reason": idle})
             raise SystemExit(ConfigurationError.exit_code)
-        for reason, mend in shortcomings(self.settings):
-            log.warning("engine not offered", extra={"action": "start", "reason": reason, "mend": mend})
+        for reason, fix in shortcomings(self.settings):
+            log.warning("engine not offered", extra={"action": "start", "reason": reason, "fix": fix})
         for engine, models in missing(self.settings).items():
-            told = dict(action="start", engine=engine, models=models, mend="imagemill models pull NAME")
-            log.info("not listening for models that are missing", extra=told)
+            fields = dict(action="start", engine=engine, models=models, fix="imagemill models pull NAME")
+            log.info("models not offered", extra=fields)
 
     def _load_child(self, **_: Any) -> None:
-        """In a child, before its first task. Celery swallows what is raised here, so the process exits instead."""
+        """Runs in a child before its first task. On errors the process exits, because Celery would swallow the exception."""
         try:
             pin(self.device)
             # Only now: these imports may start threads and touch the GPU.
@@ -94,20 +95,20 @@ class Worker:
             )
             self.children.loaded(current_process().index)
         except BaseException as error:
-            known = error if isinstance(error, ImagemillError) else None  # whose message tells all
+            known = error if isinstance(error, ImagemillError) else None  # needs no traceback
             failures = self.children.failed(known.exit_code if known else 1)
             wait = min(60.0, 2.0 ** (failures - 1))
             reason = known.message if known else f"{type(error).__name__}: {sentence(error)}"
-            told = dict(action="load", node=self.name, reason=reason, again_in=wait)
-            log.error("engines could not be loaded", exc_info=known is None, extra=told)
-            time.sleep(wait)  # not in a tight loop: the pool replaces this process at once
+            fields = dict(action="load", node=self.name, reason=reason, again_in=wait)
+            log.error("engines not loaded", exc_info=known is None, extra=fields)
+            time.sleep(wait)  # the pool replaces this process at once, which must not become a tight loop
             os._exit(1)
 
     def _leave(self, **_: Any) -> None:
         self.app.imagemill_parent.leave()
 
     def run(self, *, name: str, concurrency: int) -> int:
-        """Run the node until it is told to stop; its exit status. Raises ConfigurationError where it has nothing to do."""
+        """Run the node until it stops, and return its exit status. Raises ConfigurationError if it has no queues to serve."""
         idle = nothing_to_do(self.settings)
         if idle:
             raise ConfigurationError(idle)
@@ -118,7 +119,7 @@ class Worker:
             task_events=True,
             quiet=True,
             loglevel="INFO",
-            # Nodes need not know of each other: the ledger tells, and a fleet's gossip grows with its square.
+            # Nodes coordinate through Redis; gossip traffic grows with the square of the fleet.
             without_gossip=True,
             without_mingle=True,
         )

@@ -25,9 +25,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnxruntime
 
-from bench.gpu.line import through_the_flow
+from bench.gpu.line import through_the_line
 from bench.servers import photos
-from imagemill.shared.messages import Output, RemoveBackgroundJob
+from imagemill.shared.messages import Job, Output
 from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.hardware.memory import memory_of
@@ -65,13 +65,15 @@ def run(device: Device, providers: list[Provider], ends: float, *, small: bool) 
         yield from alone(here, 1 if small else ROUNDS)
         operation = Rembg()
         operation.load(here)
-        sizes = BatchSizes(memory_of(here, operation.spec))
-        spec = RemoveBackgroundJob(output=Output(url="s3://bench/out"), options=RembgRemoveBackground(model="u2net"))
-        through_the_flow(operation, spec, files, 4 if small else 40, sizes)  # opens the model and learns how large batches are
+        sizes = BatchSizes(memory_of(here, operation.spec.runtime))
+        spec = Job(
+            operation="remove-background", output=Output(url="s3://bench/out"), options=RembgRemoveBackground(model="u2net")
+        )
+        through_the_line(operation, spec, files, 4 if small else 40, sizes)  # opens the model and learns how large batches are
         for count in (cores_used for cores_used in CORES if cores_used <= len(cores)):
             os.sched_setaffinity(0, cores[:count])  # threads that are made from now on are kept to these
             images = 4 if small else IMAGES * count
-            rate = through_the_flow(operation, spec, files, images, sizes)
+            rate = through_the_line(operation, spec, files, images, sizes)
             goal = GOAL if count == GOAL_CORES and provider == "cuda" else None
             yield figure(f"{provider}, whole line, {count} cores", rate, goal)
         os.sched_setaffinity(0, cores)

@@ -13,33 +13,33 @@ from imagemill.shared.messages import Item, ItemResult, Job
 from imagemill.shared.settings import Settings
 from imagemill.worker.imaging.codec import Encoded
 from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.line import Flow
-from imagemill.worker.operations.base import Operation
+from imagemill.worker.line.line import Line
+from imagemill.worker.line.stages import Context
+from imagemill.worker.operations.base import AnyOperation
 
 GET, PUT = 0.1, 0.05
 """Seconds that each image and each result take."""
 
 
-def through_the_flow(
-    operation: Operation, spec: Job, files: Sequence[bytes], images: int, sizes: BatchSizes | None = None
+def through_the_line(
+    operation: AnyOperation, spec: Job, files: Sequence[bytes], images: int, sizes: BatchSizes | None = None
 ) -> float:
     """Images per second, of so many `images` that are the `files` in turn. Asserts that each of them is done."""
     ledger = _Ledger()
-    flow = Flow(
+    settings = Settings(_env_file=None)  # type: ignore[call-arg]
+    context = Context.of(
         "bench",
         spec,
+        settings,
         operation=operation,
-        ledger=ledger,  # type: ignore[arg-type]
         fetcher=_Fetcher(files),  # type: ignore[arg-type]
-        store=_Store(),  # type: ignore[arg-type]
-        settings=Settings(_env_file=None),  # type: ignore[call-arg]
-        node="bench",
+        store=_Store(),
         stop=Event(),
-        sizes=sizes,
     )
+    line = Line(context, ledger=ledger, settings=settings, node="bench", sizes=sizes)  # type: ignore[arg-type]
     items = [Item(index=number, source=f"https://bench.example/{number}.jpg") for number in range(images)]
     start = time.perf_counter()
-    flow.run(items)
+    line.run(items)
     seconds = time.perf_counter() - start
     failed = [result for result in ledger.results if result.state == "failed"]
     assert not failed, f"{len(failed)} images failed: {failed[0].message}"

@@ -27,8 +27,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.gpu.line import through_the_flow
-from imagemill.shared.messages import Output, StylizeJob
+from bench.gpu.line import through_the_line
+from imagemill.shared.messages import Job, Output
 from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.shared.settings import DiffusionSettings
 from imagemill.worker.hardware.device import Device
@@ -209,16 +209,16 @@ def end_to_end(bench: Bench, pipeline: Pipeline) -> None:
     images = largest * (4 if bench.on_gpu else 2)
     operation = Diffusion()
     operation.load(bench.device)
-    operation._pipeline, operation._opened, operation._proven = pipeline, "sd15-canny", True
+    operation._pipeline.get(lambda: "sd15-canny", lambda _: pipeline)
     done, file = cv2.imencode(".jpg", scene(1500, 1500), [cv2.IMWRITE_JPEG_QUALITY, 90])
     assert done
-    spec, ratios = StylizeJob(output=Output(url="s3://bench/out"), options=bench.options), []
+    spec, ratios = Job(operation="stylize", output=Output(url="s3://bench/out"), options=bench.options), []
     for _ in range(2):
         start = time.perf_counter()
         for _ in range(images // largest):
             pipeline.run(bench.canvases(largest), bench.options)
         bare = images / (time.perf_counter() - start)
-        ratios.append(through_the_flow(operation, spec, [file.tobytes()], images) / bare)
+        ratios.append(through_the_line(operation, spec, [file.tobytes()], images) / bare)
         bench.tell("bare loop", bare, "images/s")
     bench.tell("end to end, times a bare loop", median(ratios), "x", 0.95)
 
@@ -230,7 +230,7 @@ def tune(bench: Bench, pipeline: Pipeline) -> None:
         return
     from imagemill.worker.hardware.memory import memory_of
     from imagemill.worker.line.batch_sizes import BatchSizes
-    from imagemill.worker.tuning.trials import Tuning
+    from imagemill.worker.tuning.trials import BatchTrials
 
     half = (bench.peaks["fp16 eager", 8] + bench.peaks["fp16 eager", 16]) / 2
     torch.cuda.empty_cache()
@@ -238,12 +238,12 @@ def tune(bench: Bench, pipeline: Pipeline) -> None:
     options = bench.options.model_copy(update={"steps": 2})
     operation = Diffusion()
     operation.load(bench.device)
-    operation._pipeline, operation._opened, operation._proven = pipeline, "sd15-canny", True
+    operation._pipeline.get(lambda: "sd15-canny", lambda _: pipeline)
     try:
-        tuning = Tuning(
-            operation, options, BatchSizes(memory_of(bench.device, operation.spec), measures=True), (bench.side,) * 2
+        tuning = BatchTrials(
+            operation, options, BatchSizes(memory_of(bench.device, operation.spec.runtime), measures=True), (bench.side,) * 2
         )
-        found = max((one.batch for one in tuning.tries(16, 1.0) if one.fits), default=0)
+        found = max((one.batch for one in tuning.run(16, 1.0) if one.fits), default=0)
         fits = max((batch for batch in range(1, 17) if _fits(pipeline, bench.canvases(batch), options)), default=0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

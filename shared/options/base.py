@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from imagemill.shared.errors import InvalidOption
 from imagemill.shared.urls import shown
 
 Operation = Literal["remove-background", "inpaint", "stylize"]
@@ -25,6 +27,12 @@ class Model(BaseModel):
     """Frozen; unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineOptions(Model):
+    """What a job can ask of one engine; `engine` is that engine's name."""
+
+    engine: str
 
 
 class Box(Model):
@@ -69,6 +77,20 @@ def _split_boxes(value: Any) -> Any:
 
 Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split_boxes)]
 """Boxes as a list, or as one text with `;` between them; None stands for no box."""
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, str]:
+    """The options in the values of `--set KEY=VALUE`; the last value of a key wins, and `-` in a key stands for `_`.
+
+    Raises InvalidOption if a value has no key or no `=`.
+    """
+    values: dict[str, str] = {}
+    for setting in settings:
+        name, separator, value = setting.partition("=")
+        if not separator or not name.strip():
+            raise InvalidOption(f"--set takes KEY=VALUE, not {setting!r}")
+        values[name.strip().replace("-", "_")] = value
+    return values
 
 
 def nearest(word: str, valid: list[str]) -> str:

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from imagemill.shared.options.base import Boxes, Model
+from imagemill.shared.options.base import Boxes, EngineOptions
 
 
-class _Inpaint(Model):
+class InpaintOptions(EngineOptions):
     """What is filled, whatever fills it."""
 
     mask: str | None = Field(None, description="address of one mask for the whole job; white is filled")
@@ -19,7 +19,7 @@ class _Inpaint(Model):
     mask_feather: int = Field(0, ge=0, le=200, description="pixels over which the fill fades into the image, outside the hole")
 
 
-class OpencvInpaint(_Inpaint):
+class OpencvInpaint(InpaintOptions):
     """OpenCV's inpainting from the hole's rim inwards; sources in `method`."""
 
     engine: Literal["opencv"] = "opencv"
@@ -27,7 +27,7 @@ class OpencvInpaint(_Inpaint):
     radius: float = Field(5.0, gt=0, le=50, description="how far each filled pixel looks, in pixels")
 
 
-class LamaInpaint(_Inpaint):
+class LamaInpaint(InpaintOptions):
     """LaMa in tiles along the hole."""
 
     engine: Literal["lama"] = "lama"
@@ -40,12 +40,9 @@ class LamaInpaint(_Inpaint):
     tile: int = Field(
         1024, ge=512, le=1024, multiple_of=64, description="longest side of a tile in pixels; less takes less memory"
     )
-    overlap: int = Field(64, ge=64, le=128, multiple_of=2, description="pixels over which neighbouring tiles are blended")
 
     @model_validator(mode="after")
     def _tiles_where_there_are_some(self) -> LamaInpaint:
-        fields = {"resize": ("overlap",), "whole": ("overlap", "tile")}.get(self.strategy, ())
-        idle = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
-        if idle:
-            raise ValueError(f"strategy={self.strategy} makes no use of {' and '.join(idle)}")
+        if self.strategy == "whole" and self.tile != type(self).model_fields["tile"].default:
+            raise ValueError("strategy=whole ignores tile: leave one of them out")
         return self

@@ -6,23 +6,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from imagemill.shared.options.base import Colour, LongEdge, Model
+from imagemill.shared.options.base import Colour, EngineOptions, LongEdge
 
 
 def _original(value: Any) -> Any:
     return None if value == "original" else value
 
 
-class OpencvRemoveBackground(Model):
+class OpencvRemoveBackground(EngineOptions):
     """GrabCut, seeded by a colour model of the image's border and a centre prior."""
 
     engine: Literal["opencv"] = "opencv"
     long_edge: LongEdge | None = Field(
         1600, description="longest edge of the cut-out in pixels; 'none' keeps the source's size"
     )
-    work_edge: int = Field(320, ge=64, le=2048, description="longest edge in pixels at which GrabCut runs")
-    iterations: int = Field(3, ge=1, le=20, description="rounds of GrabCut")
-    border: float = Field(0.04, gt=0, le=0.25, description="share of each side that is taken as background to learn from")
     feather: float = Field(1.5, ge=0, le=20, description="softness of the edge in pixels of the result")
     background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
 
@@ -40,7 +37,7 @@ RembgModel = Literal[
 """rembg's models that may be used commercially; names as rembg has them."""
 
 
-class RembgRemoveBackground(Model):
+class RembgRemoveBackground(EngineOptions):
     """rembg's models on onnxruntime."""
 
     engine: Literal["rembg"] = "rembg"
@@ -50,19 +47,6 @@ class RembgRemoveBackground(Model):
         1600, description="longest edge of the cut-out in pixels; 'original' keeps the source's size"
     )
     alpha_matting: bool = Field(False, description="find the edge's transparency by closed-form matting: hair and fur, slowly")
-    matting_pixels: int = Field(
-        2_560_000,
-        ge=10_000,
-        le=16_000_000,
-        description="pixels that an image to be matted may have, a quarter of them at an unsure edge (2 kB of memory each)",
-    )
-    matting_seconds: float = Field(
-        20.0,
-        gt=0,
-        le=600,
-        description="seconds that matting one image may take, before it gets the plain edge; exact has no such limit",
-    )
-    clean_rim: bool = Field(True, description="take the old background's colour out of the edge")
     background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
     background_image: str | None = Field(None, description="address of an image to put behind the subject, scaled to cover")
     crop: bool = Field(False, description="crop to the subject, and to its shadow if that is kept")

@@ -8,23 +8,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from imagemill.shared.options.base import LongEdge, Model
+from imagemill.shared.options.base import EngineOptions, LongEdge, Model
 
 
-class OpencvStylize(Model):
+class OpencvStylize(EngineOptions):
     """OpenCV's non-photorealistic filters, and Reinhard's colour transfer."""
 
     engine: Literal["opencv"] = "opencv"
     style: Literal["stylization", "pencil-sketch", "detail", "colour-transfer"] = Field(
         "stylization", description="which filter"
     )
-    sigma_s: float | None = Field(
-        None, ge=0, le=200, description="how far smoothing reaches, in pixels; 'none': the style's own"
-    )
-    sigma_r: float | None = Field(
-        None, ge=0, le=1, description="how different colours may be and still be smoothed together; 'none': the style's own"
-    )
-    shade: float = Field(0.05, ge=0, le=0.1, description="brightness of a pencil sketch")
     colour: bool = Field(False, description="a pencil sketch in colour")
     reference: str | None = Field(None, description="address of the image whose colours are taken on (colour-transfer)")
     strength: float = Field(1.0, ge=0, le=1, description="share of the filtered image in the result")
@@ -68,7 +61,7 @@ Loras = Annotated[tuple[Lora, ...], BeforeValidator(_split_loras), Field(max_len
 """Adapters as a list, as a mapping, or as one text with `;` between them."""
 
 
-class DiffusionStylize(Model):
+class DiffusionStylize(EngineOptions):
     """Stable Diffusion 1.5 and a ControlNet that holds the source's edges."""
 
     engine: Literal["diffusion"] = "diffusion"

@@ -1,4 +1,4 @@
-"""What happens to a job when processes die, hang back or stop: nothing is lost, nothing is counted twice."""
+"""Jobs survive processes that die, stall or stop: no image is lost and none is counted twice."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from PIL import Image
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
-from imagemill.shared.messages import JOB_SPEC, Job
 from tests.conftest import client_for, environment_for, photo
-from tests.services import ImageServer
+from tests.integration.jobs import spec
+from tests.services.images import ImageServer
 from tests.workers import WorkerProcess, wait_until
 
 pytestmark = pytest.mark.integration
@@ -39,23 +39,19 @@ def environment(own_redis: EmbeddedRedis, tmp_path: Path, gate: Path) -> dict[st
 
 @pytest.fixture
 def client(own_redis: EmbeddedRedis) -> Iterator[Client]:
-    with client_for(own_redis.url) as made:
-        yield made
-
-
-def spec(tmp_path: Path) -> Job:
-    return JOB_SPEC.validate_python({"operation": "stylize", "output": {"url": f"file://{tmp_path}/out"}})
+    with client_for(own_redis.url) as client:
+        yield client
 
 
 def submit(client: Client, images: ImageServer, tmp_path: Path, count: int) -> str:
     for n in range(count):
         images.routes[f"/{n}.png"] = photo(n)
     rows = [SourceRow(f"row {n}", {"source": images.url(f"/{n}.png")}) for n in range(count)]
-    return client.submit(rows, spec(tmp_path)).job
+    return client.submit(rows, spec("stylize", tmp_path / "out")).job
 
 
 def check_complete(client: Client, job: str, count: int, tmp_path: Path) -> None:
-    """Each image was done once, and its result is right."""
+    """Every image was processed once, correctly."""
     status = client.wait(job, timeout=120)
     assert (status.state, status.total, status.done, status.failed) == ("done", count, count, 0)
     rows = list(client.results(job))
@@ -70,31 +66,32 @@ def check_complete(client: Client, job: str, count: int, tmp_path: Path) -> None
     assert len(list(tmp_path.glob("out/*/*.png"))) == count
 
 
-def reached(gate: Path, count: int) -> None:
-    wait_until(lambda: len(list(gate.glob("at-*"))) >= count, f"{count} images have been begun")
+def wait_for_gate(gate: Path, count: int) -> None:
+    """Return once `count` images have been started."""
+    wait_until(lambda: len(list(gate.glob("at-*"))) >= count, f"{count} images started")
 
 
-def test_a_child_killed_in_the_middle_of_a_job(
+def test_job_completes_when_a_child_is_killed(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
 ) -> None:
     with WorkerProcess(environment, tmp_path, fake="Gated") as node:
         node.wait_ready()
         job = submit(client, images, tmp_path, 12)
-        reached(gate, 3)
-        wait_until(lambda: client.status(job).done >= 2, "two images are recorded")
+        wait_for_gate(gate, 3)
+        wait_until(lambda: client.status(job).done >= 2, "two images recorded")
         (child,) = node.children()
         os.kill(child, signal.SIGKILL)
         (gate / "open").touch()
         check_complete(client, job, 12, tmp_path)
 
 
-def test_a_whole_node_killed_while_another_goes_on(
+def test_job_completes_on_another_node_when_a_node_is_killed(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
 ) -> None:
     with WorkerProcess(environment, tmp_path, fake="Gated", name="first") as first:
         first.wait_ready()
         job = submit(client, images, tmp_path, 12)
-        reached(gate, 3)
+        wait_for_gate(gate, 3)
         with WorkerProcess(environment, tmp_path, fake="Gated", name="second") as second:
             second.wait_ready()
             first.kill()
@@ -102,10 +99,9 @@ def test_a_whole_node_killed_while_another_goes_on(
             check_complete(client, job, 12, tmp_path)
 
 
-def test_a_message_that_redis_lost(
+def test_chunk_is_republished_when_redis_loses_its_message(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, own_redis: EmbeddedRedis
 ) -> None:
-    """The queue is deleted behind everybody's back; the ledger knows, and the reaper publishes again."""
     job = submit(client, images, tmp_path, 6)
     with redis.Redis.from_url(own_redis.url) as raw:
         assert raw.delete("imagemill.stylize.opencv") == 1
@@ -115,7 +111,7 @@ def test_a_message_that_redis_lost(
 
 
 @pytest.mark.parametrize("fake", ["Deadly", "Poisons"])
-def test_an_image_that_kills_its_process_or_its_gpu_is_found_and_its_neighbours_are_done(
+def test_image_that_kills_its_process_or_gpu_fails_and_the_rest_succeed(
     fake: str, environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
     white = io.BytesIO()
@@ -128,24 +124,24 @@ def test_an_image_that_kills_its_process_or_its_gpu_is_found_and_its_neighbours_
     with WorkerProcess(environment, tmp_path, fake=fake) as node:
         node.wait_ready()
         rows = [SourceRow(f"row {n}", {"source": source}) for n, source in enumerate(sources)]
-        job = client.submit(rows, spec(tmp_path)).job
+        job = client.submit(rows, spec("stylize", tmp_path / "out")).job
         status = client.wait(job, timeout=120)
     assert (status.done, status.failed) == (7, 1)
-    deadly, *others = client.results(job)
-    assert (deadly.code, deadly.attempts) == ("worker_lost", 3)
+    white_row, *others = client.results(job)
+    assert (white_row.code, white_row.attempts) == ("worker_lost", 3)
     assert [row.state for row in others] == ["done"] * 7
     assert node.log.read_text().count("the device is lost; this process ends") == (3 if fake == "Poisons" else 0)
 
 
-def test_a_stopping_node_gives_the_rest_back(
+def test_stopping_node_returns_unfinished_images_to_the_queue(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
 ) -> None:
     with WorkerProcess(environment, tmp_path, fake="Gated", name="first") as first:
         first.wait_ready()
         job = submit(client, images, tmp_path, 40)
-        reached(gate, 3)
+        wait_for_gate(gate, 3)
         first.process.terminate()
-        wait_until(lambda: not client.nodes(), "the node has signed off")
+        wait_until(lambda: not client.nodes(), "the node signed off")
         (gate / "open").touch()
         assert first.process.wait(60) == 0, first.tail()
     assert client.status(job).failed == 0
@@ -154,13 +150,13 @@ def test_a_stopping_node_gives_the_rest_back(
         check_complete(client, job, 40, tmp_path)
 
 
-def test_cancel_stops_what_has_not_started(
+def test_cancel_stops_images_that_have_not_started(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
 ) -> None:
     with WorkerProcess(environment, tmp_path, fake="Gated") as node:
         node.wait_ready()
         job = submit(client, images, tmp_path, 60)
-        reached(gate, 3)
+        wait_for_gate(gate, 3)
         client.cancel(job)
         (gate / "open").touch()
         status = client.wait(job, timeout=60)
@@ -171,10 +167,10 @@ def test_cancel_stops_what_has_not_started(
     assert states.count("cancelled") == 60 - status.done
 
 
-def test_a_slow_engine_is_not_restarted_in_a_loop(
+def test_slow_engine_is_loaded_once_per_child(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
-    """15 s to load, in the first child and in the one that replaces it after a kill."""
+    """It takes 15 s to load, both in the first child and in the one that replaces it."""
     with WorkerProcess(environment, tmp_path, fake="SlowLoad") as node:
         node.wait_ready()
         os.kill(node.children()[0], signal.SIGKILL)
@@ -183,7 +179,7 @@ def test_a_slow_engine_is_not_restarted_in_a_loop(
         assert node.log.read_text().count("engine loaded") == 2, node.tail()
 
 
-def test_an_engine_that_does_not_load_takes_no_task(
+def test_node_takes_no_task_when_its_engine_fails_to_load(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
     job = submit(client, images, tmp_path, 3)
@@ -194,16 +190,14 @@ def test_an_engine_that_does_not_load_takes_no_task(
     assert (status.state, status.done, status.failed) == ("queued", 0, 0)
 
 
-def test_an_engine_that_can_not_work_here_is_said_in_a_sentence_and_is_no_crash(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_engine_unfit_for_the_machine_is_reported_without_a_traceback(environment: dict[str, str], tmp_path: Path) -> None:
     with WorkerProcess(environment, tmp_path, fake="Unfit") as node:
         assert node.process.wait(60) == 2
         assert "reason=there is no such GPU" in node.tail()
         assert "Traceback" not in node.log.read_text()
 
 
-def test_a_fault_at_the_end_costs_a_job_its_manifest_and_no_more(
+def test_job_is_done_without_a_manifest_when_writing_it_fails(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
     with WorkerProcess({**environment, "IMAGEMILL_WORKER__REUSE": "false"}, tmp_path, fake="Nameless") as node:
@@ -213,8 +207,8 @@ def test_a_fault_at_the_end_costs_a_job_its_manifest_and_no_more(
     assert "manifest failed" in node.log.read_text()
 
 
-def test_the_parent_loads_neither_torch_nor_onnxruntime(environment: dict[str, str], tmp_path: Path) -> None:
-    """Its children inherit by fork what it has: a CUDA context or a session there would break them."""
+def test_parent_loads_neither_torch_nor_onnxruntime(environment: dict[str, str], tmp_path: Path) -> None:
+    """Children inherit its state by fork; a CUDA context or an onnxruntime session would break in them."""
 
     def libraries(pid: int) -> set[str]:
         names = {Path(region.path).name for region in psutil.Process(pid).memory_maps()}
@@ -226,7 +220,7 @@ def test_the_parent_loads_neither_torch_nor_onnxruntime(environment: dict[str, s
         assert {"libtorch", "onnxruntime"} <= libraries(node.children()[0])
 
 
-def test_a_child_is_pinned_before_anything_could_touch_its_gpu(environment: dict[str, str], tmp_path: Path) -> None:
+def test_child_is_pinned_to_its_gpu_before_the_engine_loads(environment: dict[str, str], tmp_path: Path) -> None:
     masked = {**environment, "CUDA_VISIBLE_DEVICES": "4,GPU-abc,6", "IMAGEMILL_WORKER__GPU": "1"}
     with WorkerProcess(masked, tmp_path, fake="Tells") as node:
         node.command = [*node.command[:3], "worker", "--gpu", "1", "--name", "gpu1"]

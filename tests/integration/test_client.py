@@ -1,4 +1,4 @@
-"""The client against a real Redis; the worker's part is played through the ledger."""
+"""The client against a real Redis. The tests act as the worker by writing to the ledger."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import BadRow, SourceRow, read_sources
 from imagemill.shared.errors import BrokerUnavailable, InvalidOption, InvalidSource, JobNotFound, UsageError
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Lease, Ledger
-from imagemill.shared.messages import MANIFEST, InpaintJob, ItemResult, Node, Output, Policy, Row, StylizeJob
+from imagemill.shared.ledger.leasing import Lease
+from imagemill.shared.ledger.submitting import SubmitLedger
+from imagemill.shared.messages import MANIFEST, ItemResult, Job, Node, Output, Policy, Row
 from imagemill.shared.options.inpaint import OpencvInpaint
 from imagemill.shared.settings import S3Settings, Settings
 from tests.conftest import client_for
+from tests.ledgers import Ledger
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
 OUT = Output(url="s3://results/sketches")
-SPEC = StylizeJob(output=OUT)
+SPEC = Job(operation="stylize", output=OUT)
 QUEUE = "imagemill.stylize.opencv"
 
 
@@ -34,35 +35,8 @@ def rows(count: int, start: int = 0) -> list[SourceRow | BadRow]:
     return [SourceRow(f"list:{n + 1}", {"source": f"https://example.com/{n}.jpg"}) for n in range(start, start + count)]
 
 
-@pytest.fixture
-def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
-    with redis.Redis.from_url(redis_server.url) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
-def client(redis_server: EmbeddedRedis, raw: Any) -> Iterator[Client]:
-    with client_for(redis_server.url) as made:
-        yield made
-
-
-@pytest.fixture
-def fleet(redis_server: EmbeddedRedis) -> Iterator[Fleet]:
-    made = Fleet(redis_server.url)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
-    made = Ledger(redis_server.url)
-    yield made
-    made.close()
-
-
 def messages(raw: Any, queue: str = QUEUE) -> list[dict[str, Any]]:
-    """Name, arguments and what Flower shows of the messages on a queue, first to be taken first."""
+    """Task name, arguments and Flower's text of the messages on a queue, in the order they are taken."""
     found = []
     for text in reversed(raw.lrange(queue, 0, -1)):
         message = json.loads(text)
@@ -82,15 +56,15 @@ def take(ledger: Ledger, job: str, number: int = 0) -> Lease:
 
 
 def work(ledger: Ledger, job: str, number: int, outcome: Callable[[int], ItemResult]) -> str:
-    """Do a chunk as a worker does, and the manifest after the last."""
+    """Process a chunk as a worker does, and the manifest after the last chunk."""
     lease = take(ledger, job, number)
     for item in lease.items:
         if item.duplicate_of is None:
             ledger.record(job, outcome(item.index))
-    said = ledger.complete(lease)
-    if said == "finishing":
+    state = ledger.complete(lease)
+    if state == "finishing":
         ledger.complete(take(ledger, job, MANIFEST))
-    return said
+    return state
 
 
 def done(index: int) -> ItemResult:
@@ -104,7 +78,7 @@ def failed(index: int) -> ItemResult:
 # --- submitting -------------------------------------------------------------------------------
 
 
-def test_a_job_is_in_the_ledger_and_on_the_queue(client: Client, raw: Any) -> None:
+def test_submit_writes_the_ledger_and_publishes_chunks(client: Client, raw: Any) -> None:
     submission = client.submit(iter(rows(70)), SPEC)
     assert (submission.total, submission.chunks, submission.duplicates) == (70, 3, 0)
     assert (submission.served, submission.nodes, submission.invalid_count) == (False, 0, 0)
@@ -116,7 +90,7 @@ def test_a_job_is_in_the_ledger_and_on_the_queue(client: Client, raw: Any) -> No
     assert {row.state for row in found} == {"pending"}
 
 
-def test_messages_are_tiny_and_never_a_wall_of_addresses(client: Client, raw: Any) -> None:
+def test_messages_contain_no_urls(client: Client, raw: Any) -> None:
     job = client.submit(rows(70), SPEC).job
     assert messages(raw) == [
         {
@@ -129,10 +103,10 @@ def test_messages_are_tiny_and_never_a_wall_of_addresses(client: Client, raw: An
         }
         for number, images in enumerate((32, 32, 6))
     ]
-    assert b"example.com" not in b"".join(raw.lrange(QUEUE, 0, -1))
+    assert "example.com" not in "".join(raw.lrange(QUEUE, 0, -1))
 
 
-def test_more_chunks_than_one_round_trip_holds_keep_their_order(client: Client, raw: Any) -> None:
+def test_chunks_keep_their_order_over_several_writes(client: Client, raw: Any) -> None:
     submission = client.submit((row for row in rows(32 * 64 + 1)), SPEC)
     assert submission.chunks == 65
     assert [message["number"] for message in messages(raw)] == list(range(65))
@@ -140,12 +114,12 @@ def test_more_chunks_than_one_round_trip_holds_keep_their_order(client: Client, 
 
 
 @pytest.mark.parametrize(("priority", "suffix"), [("high", ".high"), ("low", ".low")])
-def test_priorities_are_queues(client: Client, raw: Any, priority: Any, suffix: str) -> None:
-    client.submit(rows(1), StylizeJob(output=OUT, policy=Policy(priority=priority)))
+def test_each_priority_has_its_own_queue(client: Client, raw: Any, priority: Any, suffix: str) -> None:
+    client.submit(rows(1), Job(operation="stylize", output=OUT, policy=Policy(priority=priority)))
     assert len(messages(raw, QUEUE + suffix)) == 1
 
 
-def test_an_unfinished_or_refused_list_leaves_nothing_in_redis(client: Client, raw: Any) -> None:
+def test_interrupted_or_refused_list_leaves_nothing_in_redis(client: Client, raw: Any) -> None:
     def interrupted() -> Iterator[SourceRow | BadRow]:
         yield from rows(3000)
         raise KeyboardInterrupt
@@ -153,13 +127,13 @@ def test_an_unfinished_or_refused_list_leaves_nothing_in_redis(client: Client, r
     with pytest.raises(KeyboardInterrupt):
         client.submit(interrupted(), SPEC)
     with pytest.raises(InvalidSource):
-        client.submit([*rows(3000), BadRow("list:3001", "no address", "")], SPEC)
+        client.submit([*rows(3000), BadRow("list:3001", "no URL", "")], SPEC)
     with pytest.raises(InvalidSource):
         client.submit([], SPEC)
     assert raw.keys("*") == []
 
 
-def test_bad_rows_are_reported_with_their_places_before_anything_is_queued(client: Client, raw: Any, tmp_path: Path) -> None:
+def test_invalid_rows_are_reported_and_nothing_is_queued(client: Client, raw: Any, tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_bytes(
         b"https://example.com/1.jpg\n\xff\nftp://example.com/3.jpg?sig=hidden\nhttps://example.com/4.jpg\nfive\nsix\n"
@@ -168,14 +142,14 @@ def test_bad_rows_are_reported_with_their_places_before_anything_is_queued(clien
         client.submit(read_sources([str(path)], s3=client.s3), SPEC)
     assert [row.place for row in caught.value.rows] == [f"{path}:{n}" for n in (2, 3, 5, 6)]
     assert f"{path}:2: the line is not UTF-8" in caught.value.message
-    assert "4 rows can't be used, and nothing was queued" in caught.value.message
+    assert "4 invalid rows, nothing was queued" in caught.value.message
     assert "and 1 more" in caught.value.message
     assert "hidden" not in caught.value.message
     assert raw.keys("*") == []
 
 
-def test_bad_rows_can_be_left_out_and_the_others_keep_their_places(client: Client) -> None:
-    bad = BadRow("list:2", "no address in the source column", "")
+def test_invalid_rows_are_skipped_and_others_keep_their_index(client: Client) -> None:
+    bad = BadRow("list:2", "no URL in the source column", "")
     listed = [*rows(1), bad, SourceRow("list:3", {"source": "nonsense"}), *rows(1, start=3)]
     submission = client.submit(listed, SPEC, skip_invalid=True)
     assert (submission.total, submission.invalid_count) == (2, 2)
@@ -184,18 +158,18 @@ def test_bad_rows_can_be_left_out_and_the_others_keep_their_places(client: Clien
     assert [row.index for row in client.results(submission.job)] == [0, 3]
 
 
-def test_all_bad_rows_are_counted_but_only_the_first_thousand_kept(client: Client) -> None:
-    with pytest.raises(InvalidSource, match="1,500 rows can't be used") as caught:
+def test_all_invalid_rows_are_counted_and_the_first_thousand_kept(client: Client) -> None:
+    with pytest.raises(InvalidSource, match="1,500 invalid rows") as caught:
         client.submit((BadRow(f"list:{n}", "bad", "") for n in range(1500)), SPEC, skip_invalid=True)
     assert len(caught.value.rows) == 1000
 
 
-def test_a_list_without_images_is_an_error(client: Client) -> None:
+def test_empty_list_is_an_error(client: Client) -> None:
     with pytest.raises(InvalidSource, match="the list has no images"):
         client.submit([], SPEC, skip_invalid=True)
 
 
-def test_duplicates_are_worked_on_once_and_reported_for_each(client: Client, ledger: Ledger, raw: Any) -> None:
+def test_duplicates_are_processed_once_and_share_the_result(client: Client, ledger: Ledger, raw: Any) -> None:
     listed = [*rows(40), *rows(2), SourceRow("list:43", {"source": "https://example.com/0.jpg", "name": "other"})]
     submission = client.submit(listed, SPEC)
     assert (submission.total, submission.duplicates) == (43, 2)
@@ -210,18 +184,18 @@ def test_duplicates_are_worked_on_once_and_reported_for_each(client: Client, led
     assert [row.code for row in found[40:]] == [None, "not_found", None]
 
 
-def test_inpaint_needs_something_to_fill(client: Client) -> None:
+def test_inpaint_requires_a_mask_or_boxes(client: Client) -> None:
     with_mask = SourceRow("list:1", {"source": "https://example.com/1.jpg", "mask": "https://example.com/m.png"})
     with_box = SourceRow("list:2", {"source": "https://example.com/2.jpg", "boxes": "1,2,3,4"})
     without = SourceRow("list:3", {"source": "https://example.com/3.jpg"})
     with pytest.raises(InvalidSource, match="list:3: needs a mask or boxes"):
-        client.submit([with_mask, with_box, without], InpaintJob(output=OUT))
+        client.submit([with_mask, with_box, without], Job(operation="inpaint", output=OUT))
     for options in ({"mask": "https://example.com/m.png"}, {"boxes": "0.1,0.1,0.2,0.2"}):
-        spec = InpaintJob(output=OUT, options=OpencvInpaint.model_validate(options))
+        spec = Job(operation="inpaint", output=OUT, options=OpencvInpaint.model_validate(options))
         assert client.submit([with_mask, with_box, without], spec).total == 3
 
 
-def test_a_small_job_is_shared_by_all_children_that_listen_to_its_queue(client: Client, fleet: Fleet) -> None:
+def test_small_job_is_shared_by_all_children_on_its_queue(client: Client, fleet: Fleet) -> None:
     fleet.report_node(node(2))
     fleet.report_node(node(1, name="cpu@b"))
     fleet.report_node(node(8, queues=("imagemill.inpaint.opencv",), name="cpu@c"))
@@ -231,28 +205,28 @@ def test_a_small_job_is_shared_by_all_children_that_listen_to_its_queue(client: 
     assert [known.node for known in client.nodes()] == ["cpu@a", "cpu@b", "cpu@c"]
 
 
-def test_chunks_follow_the_rates_that_workers_report(client: Client, fleet: Fleet) -> None:
+def test_chunk_size_follows_the_reported_rates(client: Client, fleet: Fleet) -> None:
     fleet.report_rate(QUEUE, "cpu@a", 5.0)
     fleet.report_rate("imagemill.inpaint.opencv", "cpu@a", 0.1)
     assert client.submit(rows(250), SPEC).chunks == 3
 
 
-def test_without_redis_the_error_says_so(tmp_path: Path) -> None:
+def test_unreachable_redis_raises_broker_unavailable(tmp_path: Path) -> None:
     with client_for("redis://:secret@127.0.0.1:1/0") as client, pytest.raises(BrokerUnavailable) as caught:
         client.submit(rows(1), SPEC)
     assert "secret" not in caught.value.message
 
 
-def test_what_could_not_be_published_is_recorded_and_published_later(
+def test_unpublished_chunks_are_recorded_and_published_by_the_reaper(
     own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    seal = Ledger.seal
+    seal = SubmitLedger.seal
 
-    def seal_and_lose_redis(self: Ledger, job: str, **counts: Any) -> None:
+    def seal_and_lose_redis(self: SubmitLedger, job: str, **counts: Any) -> None:
         seal(self, job, **counts)
         own_redis.kill()
 
-    monkeypatch.setattr(Ledger, "seal", seal_and_lose_redis)
+    monkeypatch.setattr(SubmitLedger, "seal", seal_and_lose_redis)
     with client_for(own_redis.url) as client:
         submission = client.submit(rows(40), SPEC)
         assert submission.total == 40
@@ -270,9 +244,9 @@ def test_what_could_not_be_published_is_recorded_and_published_later(
 # --- following --------------------------------------------------------------------------------
 
 
-def test_watching_is_pushed_from_the_first_state_to_the_last(client: Client, ledger: Ledger) -> None:
+def test_watch_yields_updates_as_they_happen(client: Client, ledger: Ledger) -> None:
     job = client.submit(rows(3), SPEC).job
-    seen = client.watch(job, every=60.0)  # longer than the test may take: only what is pushed arrives
+    seen = client.watch(job, every=60.0)  # longer than the test: only pushed updates arrive
     first, results = next(seen)
     assert (first.state, results) == ("queued", [])
     lease = take(ledger, job)
@@ -289,7 +263,7 @@ def test_watching_is_pushed_from_the_first_state_to_the_last(client: Client, led
     assert (last.state, last.done, last.failed, last.over) == ("done", 2, 1, True)
 
 
-def test_watching_an_ended_job_gives_all_of_it(client: Client, ledger: Ledger) -> None:
+def test_watch_yields_all_results_of_a_finished_job(client: Client, ledger: Ledger) -> None:
     submission = client.submit(rows(2200), SPEC)
     for number in range(submission.chunks):
         work(ledger, submission.job, number, done)
@@ -298,7 +272,7 @@ def test_watching_an_ended_job_gives_all_of_it(client: Client, ledger: Ledger) -
     assert all(status.over for status, _ in seen)
 
 
-def test_watching_gives_a_state_even_when_nothing_happens(client: Client) -> None:
+def test_watch_yields_a_status_when_nothing_happens(client: Client) -> None:
     job = client.submit(rows(1), SPEC).job
     seen = client.watch(job, every=0.01)
     assert [next(seen)[0].state for _ in range(3)] == ["queued"] * 3
@@ -320,7 +294,7 @@ def test_jobs_are_listed_newest_first(client: Client) -> None:
     assert created == sorted(created, reverse=True)
 
 
-def test_an_unknown_job_is_named(client: Client) -> None:
+def test_unknown_job_raises_job_not_found(client: Client) -> None:
     calls: list[Callable[[], Any]] = [
         lambda: client.status("260730-00000000"),
         lambda: client.wait("260730-00000000"),
@@ -334,7 +308,7 @@ def test_an_unknown_job_is_named(client: Client) -> None:
             call()
 
 
-def test_results_break_off_with_our_own_error_when_redis_goes(own_redis: EmbeddedRedis) -> None:
+def test_results_raise_broker_unavailable_when_redis_stops(own_redis: EmbeddedRedis) -> None:
     with client_for(own_redis.url) as client:
         found = client.results(client.submit(rows(70), SPEC).job)
         next(found)
@@ -346,7 +320,7 @@ def test_results_break_off_with_our_own_error_when_redis_goes(own_redis: Embedde
 # --- changing ---------------------------------------------------------------------------------
 
 
-def test_retry_queues_only_what_failed(client: Client, ledger: Ledger, raw: Any) -> None:
+def test_retry_queues_only_failed_images(client: Client, ledger: Ledger, raw: Any) -> None:
     job = client.submit(rows(70), SPEC).job
     with pytest.raises(UsageError, match="still queued"):
         client.retry(job)
@@ -369,7 +343,7 @@ def test_retry_queues_only_what_failed(client: Client, ledger: Ledger, raw: Any)
     assert client.status(job).state == "done"
 
 
-def test_cancelling_a_job_that_has_not_started_ends_it_with_a_manifest(client: Client, ledger: Ledger, raw: Any) -> None:
+def test_cancelled_job_that_has_not_started_ends_with_a_manifest(client: Client, ledger: Ledger, raw: Any) -> None:
     job = client.submit(rows(40), SPEC).job
     assert client.cancel(job).state == "finishing"
     manifest = messages(raw, f"{QUEUE}.high")
@@ -385,7 +359,7 @@ def test_cancelling_a_job_that_has_not_started_ends_it_with_a_manifest(client: C
     assert len(messages(raw, f"{QUEUE}.high")) == 1
 
 
-def test_a_cancelled_job_can_be_taken_up_again(client: Client, ledger: Ledger, raw: Any) -> None:
+def test_cancelled_job_can_be_retried(client: Client, ledger: Ledger, raw: Any) -> None:
     job = client.submit(rows(40), SPEC).job
     lease = take(ledger, job, 0)
     assert client.cancel(job).state == "running"
@@ -408,7 +382,7 @@ def result_at(output: str | None) -> Row:
     return Row(item="000000-00000000", index=0, source="https://example.com/0.jpg", state="done", output=output)
 
 
-def test_links(redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_is_presigned_for_s3_and_unchanged_for_files(redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     s3 = S3Settings(endpoint_url="http://minio:9000", public_url="https://photos.example")

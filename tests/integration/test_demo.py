@@ -18,9 +18,8 @@ import pytest
 from PIL import Image
 
 from imagemill.producer.demo_site import PRIVATE
-from imagemill.producer.embedded_redis import find_server
-from imagemill.shared.errors import MissingExtra
-from tests.conftest import missing, photo
+from tests.conftest import photo
+from tests.services.redis import require_redis
 from tests.workers import ROOT, clean_environment, wait_until
 
 pytestmark = pytest.mark.integration
@@ -39,10 +38,7 @@ OPERATIONS = ("inpaint", "remove-background", "stylize")
 
 @pytest.fixture(autouse=True, scope="module")
 def redis_or_skip() -> None:
-    try:
-        find_server()
-    except MissingExtra as error:
-        missing(error.message)
+    require_redis()
 
 
 def command(out: Path, *flags: str) -> list[str]:

@@ -1,24 +1,21 @@
-"""Stable Diffusion's small pipeline on a real worker: from a preset to results that are the same in every job."""
+"""A small Stable Diffusion pipeline on a real worker."""
 
 from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 from PIL import Image
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from tests.conftest import environment_for, photo
+from tests.integration.jobs import cli, local_path
 from tests.pipelines import lora_file, pipeline_folder
-from tests.services import ImageServer
-from tests.workers import ROOT, WorkerProcess
+from tests.services.images import ImageServer
+from tests.workers import WorkerProcess
 
 pytestmark = pytest.mark.integration
 
@@ -37,21 +34,13 @@ def environment(redis_server: EmbeddedRedis, tmp_path_factory: pytest.TempPathFa
     )
 
 
-@pytest.fixture(scope="module")
-def worker(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
-    with WorkerProcess(environment, tmp_path_factory.mktemp("worker"), concurrency=2, name="diffusion") as node:
-        yield node.wait_ready()
-
-
 def submitted(environment: dict[str, str], folder: Path, sources: list[str], *words: str) -> list[dict[str, Any]]:
-    """The results of a job that is waited for, in the list's order."""
+    """Submit a job, wait for it, and return its results in the order of `sources`."""
     (folder / "list.txt").write_text("\n".join(sources))
-    command = [sys.executable, "-m", "imagemill.producer.cli"]
-    given = ["submit", str(folder / "list.txt"), *words, *QUICK, "--output", str(folder / "out"), "--wait", "--json"]
-    done = subprocess.run([*command, *given], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout, done.stderr
-    listed = [*command, "results", json.loads(done.stdout)["job"]]
-    rows = subprocess.run(listed, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
+    arguments = [str(folder / "list.txt"), *words, *QUICK, "--output", str(folder / "out"), "--wait", "--json"]
+    submission = cli(environment, "submit", *arguments)
+    assert submission.stdout, submission.stderr
+    rows = cli(environment, "results", json.loads(submission.stdout)["job"]).stdout
     return [json.loads(row) for row in rows.splitlines()]
 
 
@@ -63,10 +52,10 @@ def manifest(folder: Path) -> list[dict[str, Any]]:
 
 def data(row: dict[str, Any]) -> bytes:
     assert row["state"] == "done", row
-    return Path(unquote(row["output"].removeprefix("file://"))).read_bytes()
+    return local_path(row["output"]).read_bytes()
 
 
-def test_a_preset_gives_each_image_the_same_pixels_in_every_job(
+def test_preset_gives_an_image_the_same_pixels_in_every_job(
     worker: WorkerProcess, environment: dict[str, str], images: ImageServer, tmp_path: Path
 ) -> None:
     images.routes |= {f"/{number}.png": photo(number) for number in range(5)}
@@ -84,7 +73,7 @@ def test_a_preset_gives_each_image_the_same_pixels_in_every_job(
     assert "sd15-canny " in line["fingerprint"]
 
 
-def test_a_style_that_is_not_there_fails_with_what_to_do(
+def test_missing_style_fails_and_names_the_lora(
     worker: WorkerProcess, environment: dict[str, str], images: ImageServer, tmp_path: Path
 ) -> None:
     images.routes["/a.png"] = photo(1)
@@ -96,7 +85,7 @@ def test_a_style_that_is_not_there_fails_with_what_to_do(
     assert row["state"] == "done"
 
 
-def test_a_result_that_is_flagged_is_made_again_with_the_next_seed_and_the_better_one_stays(
+def test_flagged_result_is_repeated_with_the_next_seed_and_the_better_one_kept(
     worker: WorkerProcess, environment: dict[str, str], images: ImageServer, tmp_path: Path
 ) -> None:
     images.routes |= {f"/{number}.png": photo(number) for number in range(6)}
@@ -107,11 +96,11 @@ def test_a_result_that_is_flagged_is_made_again_with_the_next_seed_and_the_bette
         rows = submitted(environment, tmp_path, sources, *look, "--set", f"seed={seed}")
         tries.append([(line["quality"]["edges"], data(row)) for line, row in zip(manifest(tmp_path), rows, strict=True)])
     rows = submitted(environment, tmp_path, sources, *look, "--check", "repair")
-    first_is_better = [one[0] >= two[0] for one, two in zip(*tries, strict=True)]
-    assert set(first_is_better) == {True, False}, "else nothing is shown"
+    first_is_better = [first[0] >= second[0] for first, second in zip(*tries, strict=True)]
+    assert set(first_is_better) == {True, False}, "both outcomes must occur for this test to mean anything"
     for place, (line, row) in enumerate(zip(manifest(tmp_path), rows, strict=True)):
         assert "flag:unlike" in line["notes"]
-        assert {"edges", "look", "before"} <= line["quality"].keys(), "what the search for drift needs"
+        assert {"edges", "look", "before"} <= line["quality"].keys(), "drift detection needs these"
         assert ("repaired_seed" in line["notes"]) != first_is_better[place]
         assert line["seed"] == (42 if first_is_better[place] else 43)
         assert data(row) == tries[not first_is_better[place]][place][1]

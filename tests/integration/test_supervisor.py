@@ -1,4 +1,4 @@
-"""`imagemill worker --gpus all`: one node per GPU, each restarted alone; the opencv engines need no real GPU for that."""
+"""`imagemill worker --gpus all` runs and restarts one node per GPU; the opencv engines need no real GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMI = '#!/bin/sh\necho "GPU 0: NVIDIA H200 (UUID: GPU-1)"\necho "GPU 1: NVIDIA H
 
 @pytest.fixture
 def environment(own_redis: EmbeddedRedis, tmp_path: Path) -> dict[str, str]:
-    """With a stand-in `nvidia-smi` that lists two GPUs."""
+    """Has a fake `nvidia-smi` that lists two GPUs."""
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "nvidia-smi"
     script.write_text(SMI)
@@ -47,13 +47,13 @@ def supervisor(environment: dict[str, str], tmp_path: Path) -> Iterator[subproce
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     yield process
-    for one in family(process.pid):
-        one.kill()
+    for member in family(process.pid):
+        member.kill()
     process.wait()
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     try:
         parent = psutil.Process(pid)
         return [parent, *parent.children(recursive=True)]
@@ -62,14 +62,14 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def ready(fleet: Fleet) -> dict[str, int]:
-    """Device and parent's process id of each node that takes tasks."""
+    """Process id of each ready node's parent process, by device."""
     return {node.device: node.pid for node in fleet.nodes() if node.ready}
 
 
-def test_one_node_per_gpu_each_brought_back_alone_and_all_ended_together(
+def test_supervisor_restarts_only_the_killed_node_and_stops_all_nodes_on_sigterm(
     supervisor: subprocess.Popen[bytes], fleet: Fleet, tmp_path: Path
 ) -> None:
-    wait_until(lambda: len(ready(fleet)) == 2, f"both nodes are ready; log: {tmp_path / 'log'}")
+    wait_until(lambda: len(ready(fleet)) == 2, f"both nodes ready; log: {tmp_path / 'log'}")
     first = ready(fleet)
     assert first.keys() == {"gpu0", "gpu1"}
     assert {node.node.partition("@")[0] for node in fleet.nodes()} == {"gpu0", "gpu1"}
@@ -82,14 +82,14 @@ def test_one_node_per_gpu_each_brought_back_alone_and_all_ended_together(
     os.kill(first["gpu0"], signal.SIGKILL)
     psutil.wait_procs(children, 30)
     assert not any(child.is_running() for child in children), "a child outlived its parent"
-    wait_until(lambda: ready(fleet).get("gpu0", first["gpu0"]) != first["gpu0"], "the killed node is back")
+    wait_until(lambda: ready(fleet).get("gpu0", first["gpu0"]) != first["gpu0"], "the killed node restarted")
     again = ready(fleet)
-    assert again["gpu1"] == first["gpu1"], "its neighbour was left alone"
+    assert again["gpu1"] == first["gpu1"], "the other node must keep running"
 
     everyone = family(supervisor.pid)
     assert len(everyone) == 5
     supervisor.terminate()
     assert supervisor.wait(60) == 0
     psutil.wait_procs(everyone, 10)
-    assert not any(one.is_running() for one in everyone)
-    assert fleet.nodes() == [], "the nodes signed off"
+    assert not any(process.is_running() for process in everyone)
+    assert fleet.nodes() == [], "nodes must sign off"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,7 +16,11 @@ from imagemill.worker.checking import measures as by
 from imagemill.worker.checking.measures import EDGE, Pair
 from imagemill.worker.imaging.opencv import translated
 from imagemill.worker.imaging.picture import Picture, Pixels
-from imagemill.worker.operations.base import REPAIRED_CAST, REPAIRED_SHARPNESS, Evidence, Spec, Work
+from imagemill.worker.operations.base import Evidence, Spec, Work
+
+REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED = "repaired_cast", "repaired_sharpness", "repaired_seed"
+REPAIR_NOTES = frozenset({REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED})
+"""Notes on repairs: of a colour cast, of blur, or by running the operation again with another seed."""
 
 REVISION = 1
 """Increase it when a repair produces different pixels: this invalidates cached results."""
@@ -40,7 +45,7 @@ class Checked:
 
 
 @translated("checking the result")
-def check(picture: Picture, source: Picture, work: Work, operation: Spec, spec: Job) -> Checked:
+def check(picture: Picture, source: Picture, work: Work[Any, Any, Any], operation: Spec, spec: Job) -> Checked:
     """Measure a result and compare it with the job's limits; repair it if the policy asks for it and it improves the result.
 
     Neither `picture` nor `source` is modified.

@@ -1,6 +1,6 @@
-"""What the device's exceptions mean: memory is short, or this process can't use the device any more.
+"""Classifies exceptions of the device step: out of memory, or a device that this process can no longer use.
 
-torch, onnxruntime, cuDNN and cuBLAS have few types of their own and say most in words.
+torch, onnxruntime, cuDNN and cuBLAS have few exception types, so most errors are recognised by their message.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from imagemill.shared.errors import OutOfMemory
 
-SHORT = (
+OUT_OF_MEMORY = (
     "bad_alloc",
     "bad allocation",
     "failed to allocate memory",
@@ -20,7 +20,7 @@ SHORT = (
     "outofmemory",
     "can't start new thread",
 )
-"""How torch, onnxruntime, CUDA's libraries and Python (of a thread's stack) say in lower case that memory is short."""
+"""Lower-case parts of out-of-memory messages from torch, onnxruntime, the CUDA libraries and Python (thread stacks)."""
 
 STICKY = (
     "illegal memory access",
@@ -41,29 +41,29 @@ STICKY = (
     "cuda error: unknown error",
     "cuda failure 999",
 )
-"""Errors that CUDA repeats at every later call of the process, in lower case (CUDA Runtime API, cudaError_t: "the same
-error until the process is terminated")."""
+"""Lower-case parts of messages of errors that CUDA returns from every later call of the process (CUDA Runtime API,
+cudaError_t: "the process must be terminated and relaunched")."""
 
 
-def is_short_of_memory(error: BaseException) -> bool:
-    """Whether an exception of the device step, or one that it was raised from, says that memory ran out."""
-    return any(isinstance(one, MemoryError | OutOfMemory) or _says(one, SHORT) for one in _causes(error))
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of the device step, or one of its causes, means that memory ran out."""
+    return any(isinstance(cause, MemoryError | OutOfMemory) or _mentions(cause, OUT_OF_MEMORY) for cause in _chain(error))
 
 
 def is_sticky(error: BaseException) -> bool:
-    """Whether it says that the device answers this process with nothing but this error from now on."""
-    return any(_says(one, STICKY) for one in _causes(error))
+    """Whether the device will answer every further call of this process with the same error."""
+    return any(_mentions(cause, STICKY) for cause in _chain(error))
 
 
-def _says(error: BaseException, words: tuple[str, ...]) -> bool:
-    """Only of those who speak for the device: any other text may quote what a stranger wrote."""
+def _mentions(error: BaseException, phrases: tuple[str, ...]) -> bool:
+    """Only for exception types of the device's libraries: other messages may quote untrusted text."""
     if not isinstance(error, RuntimeError) and not type(error).__module__.startswith("onnxruntime"):
         return False
-    text = str(error).lower()
-    return any(one in text for one in words)
+    message = str(error).lower()
+    return any(phrase in message for phrase in phrases)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__

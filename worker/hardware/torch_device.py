@@ -1,4 +1,4 @@
-"""What all users of torch share: the device, and what models calculate in."""
+"""The torch device and dtype that every torch model uses."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def torch_device(device: Device, model: str) -> torch.device:
-    """Where a model runs. Raises ConfigurationError where a GPU was asked for and torch can't use it: never the CPU instead."""
+    """The device for a model. Raises ConfigurationError, and never falls back to the CPU, if torch can't use the GPU."""
     if device.gpu is None:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        built = f"for CUDA {torch.version.cuda}, which the driver must fit" if torch.version.cuda else "without CUDA"
-        raise ConfigurationError(
-            f"the model {model} was to run on {device.name}, but the torch that is installed can't: it is built {built}"
-        )
+    require_cuda(f"the model {model}", device.name)
     return torch.device("cuda", 0)  # the process is pinned to one GPU
 
 
+def require_cuda(user: str, device: str) -> None:
+    """Raise ConfigurationError if torch can't use a GPU; `user` and `device` name who was to run where."""
+    if not torch.cuda.is_available():
+        version = torch.version.cuda
+        built = f"for CUDA {version}, which the driver must support" if version else "without CUDA"
+        raise ConfigurationError(
+            f"{user} was to run on {device}, but the installed torch can't: it is built {built}; fix this or use --cpu"
+        )
+
+
 def torch_dtype(device: Device, preferred: torch.dtype) -> torch.dtype:
-    """What a model calculates in; on a GPU `preferred` where the settings leave it open."""
+    """The precision of a model: fp32 on a CPU; on a GPU the configured one, or `preferred` if that is `auto`."""
     if device.gpu is None:
         return torch.float32
     return preferred if device.dtype == "auto" else DTYPES[device.dtype]

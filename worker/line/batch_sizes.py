@@ -10,11 +10,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
 from imagemill.worker.hardware.memory import HostMemory, Memory
-from imagemill.worker.operations.base import Operation, Sample
+from imagemill.worker.operations.base import AnyOperation, Sample
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ KINDS = 1000
 """Kinds remembered; the oldest is forgotten."""
 
 
-def kind_of(operation: Operation, sample: Sample) -> str:
+def kind_of(operation: AnyOperation, sample: Sample[Any, Any]) -> str:
     """What decides a sample's memory, as text that is the same in every process."""
     return sample.footprint or repr(operation.group_key(sample))
 
@@ -37,7 +38,7 @@ def kind_of(operation: Operation, sample: Sample) -> str:
 class Known:
     """Of one kind: the least peak in bytes of each size that ran, the largest size that fits, and the least that failed.
 
-    `free` is how much memory there was when it failed; `relief` is the level (see Relievable) with which one sample fits.
+    `free` is how much memory there was when it failed; `relief` is the level (Operation.relieve) at which one sample fits.
     """
 
     peaks: dict[PositiveInt, NonNegativeInt] = field(default_factory=dict)

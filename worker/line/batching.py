@@ -13,10 +13,10 @@ from billiard.exceptions import SoftTimeLimitExceeded
 
 from imagemill.shared.errors import DeviceLost, ImageError, InternalError, OutOfMemory, sentence
 from imagemill.shared.messages import Policy
-from imagemill.worker.hardware.errors import is_short_of_memory, is_sticky
+from imagemill.worker.hardware.errors import is_out_of_memory, is_sticky
 from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.line.batch_sizes import BatchSizes, kind_of
-from imagemill.worker.operations.base import Operation, Relievable, Sample, Spec
+from imagemill.worker.operations.base import AnyOperation, Sample, Spec
 
 log = logging.getLogger(__name__)
 Owner = TypeVar("Owner")
@@ -36,7 +36,7 @@ class Slot(Generic[Owner]):
 
     owner: Owner
     place: int
-    sample: Sample
+    sample: Sample[Any, Any]
     came: float = 0.0
 
 
@@ -55,7 +55,7 @@ class Batcher(Generic[Owner]):
     A batch has at most `most` samples, and no more than fit. Where larger ones are not faster nobody waits.
     """
 
-    def __init__(self, operation: Operation, sizes: BatchSizes, most: int, wait: float = 0.0) -> None:
+    def __init__(self, operation: AnyOperation, sizes: BatchSizes, most: int, wait: float = 0.0) -> None:
         self._operation, self._sizes, self._most = operation, sizes, most
         self._wait = wait if sizes.memory.grows else 0.0
         self._groups: OrderedDict[Hashable, _Group[Owner]] = OrderedDict()
@@ -63,7 +63,7 @@ class Batcher(Generic[Owner]):
     def __bool__(self) -> bool:
         return bool(self._groups)
 
-    def add(self, owner: Owner, samples: Sequence[Sample]) -> None:
+    def add(self, owner: Owner, samples: Sequence[Sample[Any, Any]]) -> None:
         """Queue an owner's samples."""
         keys = [self._operation.group_key(sample) for sample in samples]  # all or none of them, should one raise
         now = time.monotonic()
@@ -119,12 +119,9 @@ class Batcher(Generic[Owner]):
         return group.limit
 
 
-def run_batch(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes) -> list[Any | ImageError]:
-    """The device step on a batch: per sample its output, or the error of that sample alone; raises what `run_parts` does."""
-    return [output for part in run_parts(operation, samples, sizes) for output in part]
-
-
-def run_parts(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes) -> Iterator[list[Any | ImageError]]:
+def run_parts(
+    operation: AnyOperation, samples: Sequence[Sample[Any, Any]], sizes: BatchSizes
+) -> Iterator[list[Any | ImageError]]:
     """The device step on a batch, part by part as they ran: per sample its output, or the error of that sample alone.
 
     When memory runs out the batch is halved, and `sizes` remembers; on any other error each sample is run alone, so that
@@ -148,7 +145,9 @@ def run_parts(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes
             step = -(-len(part) // 2) if isinstance(made, OutOfMemory) else 1
 
 
-def attempt(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes, kind: str) -> list[Any] | ImageError:
+def attempt(
+    operation: AnyOperation, samples: Sequence[Sample[Any, Any]], sizes: BatchSizes, kind: str
+) -> list[Any] | ImageError:
     """One run: an output per sample, or what went wrong, without the frames that hold the batch's tensors.
 
     Raises SoftTimeLimitExceeded and DeviceLost.
@@ -164,7 +163,7 @@ def attempt(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes, 
     except Exception as error:
         if is_sticky(error) or sizes.memory.broken():
             raise DeviceLost(f"{operation.spec.name} left the device in error: {sentence(error)}") from error
-        if is_short_of_memory(error):
+        if is_out_of_memory(error):
             return OutOfMemory(f"{operation.spec.name} ran out of memory: {sentence(error)}")
         if isinstance(error, ImageError):
             error.__cause__ = error.__context__ = None
@@ -174,12 +173,14 @@ def attempt(operation: Operation, samples: Sequence[Sample], sizes: BatchSizes, 
 
 
 def _relieved(
-    operation: Operation, alone: Sequence[Sample], sizes: BatchSizes, level: int, failure: OutOfMemory | None = None
+    operation: AnyOperation,
+    alone: Sequence[Sample[Any, Any]],
+    sizes: BatchSizes,
+    level: int,
+    failure: OutOfMemory | None = None,
 ) -> list[Any] | ImageError:
     """One sample, which did not fit, with measures that save memory: at `level`, then at higher ones. They end with it."""
     made: list[Any] | ImageError = failure or OutOfMemory(f"{operation.spec.name} ran out of memory")
-    if not isinstance(operation, Relievable):
-        return made
     kind = kind_of(operation, alone[0])
     try:
         while isinstance(made, OutOfMemory) and operation.relieve(level):

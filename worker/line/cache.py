@@ -32,8 +32,8 @@ from imagemill.shared.seeds import item_seed
 from imagemill.shared.settings import Settings
 from imagemill.worker.checking.quality import REVISION as REPAIRS
 from imagemill.worker.imaging.codec import EXTENSIONS, Encoded
-from imagemill.worker.line.manifest import versions
-from imagemill.worker.operations.base import LASTING_NOTES, Operation
+from imagemill.worker.line.versions import versions
+from imagemill.worker.operations.base import AnyOperation
 from imagemill.worker.transfer.store import Store
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Cache:
         """Give the connections back."""
         self._redis.close()
 
-    def key(self, data: bytes, item: Item, spec: Job, operation: Operation) -> str | None:
+    def key(self, data: bytes, item: Item, spec: Job, operation: AnyOperation) -> str | None:
         """What stands for the result of this image file: equal keys, equal bytes. None if it can't be remembered."""
         options, wanted = spec.options.model_dump(mode="json"), spec.policy.quality
         if item.mask is not None or any(options.get(name) is not None for name in ADDRESSES):
@@ -135,7 +135,7 @@ class Cache:
 
     def put(self, key: str | None, result: Remembered) -> None:
         """Remember a result that is safely stored, instead of what was remembered before."""
-        if key is not None and LASTING_NOTES.issuperset(result.notes):
+        if key is not None:
             with self._spared():
                 self._redis.set(_name(key), _packed(result), px=self._ttl_ms)
 

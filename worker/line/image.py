@@ -1,4 +1,4 @@
-"""One image on its way through the line, and how many decoded pixels may be on it at a time."""
+"""One image on its way down the line, and how its journey can end."""
 
 from __future__ import annotations
 
@@ -6,56 +6,123 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from imagemill.shared.errors import ImageError
 from imagemill.shared.messages import Item
-from imagemill.shared.quality import flagged
-from imagemill.worker.checking.quality import Checked
+from imagemill.shared.quality import Measures, flagged
+from imagemill.worker.checking.quality import REPAIRED_SEED, Checked
+from imagemill.worker.imaging.codec import Encoded
+from imagemill.worker.imaging.headers import Header
 from imagemill.worker.imaging.picture import Picture
-from imagemill.worker.operations.base import REPAIRED_SEED, Work
+from imagemill.worker.operations.base import Work
+
+CACHED = "cached"
+"""The note of a result that was copied from an earlier one."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The result is in the store: computed, kept as it came, or reused from an earlier job. `size` is (width, height)."""
+
+    how: Literal["computed", "kept", "reused"]
+    output: str
+    bytes: int
+    size: tuple[int, int]
+    notes: tuple[str, ...] = ()
+    measures: Measures | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The image can't be done."""
+
+    error: ImageError
+
+
+@dataclass(frozen=True)
+class NotBegun:
+    """The line stopped before it got to this image, which stays unrecorded: another worker will take it."""
+
+
+@dataclass(frozen=True)
+class RunAgain:
+    """The check wants another attempt on the device, with the next seed."""
+
+
+Outcome = Stored | Failed | NotBegun | RunAgain
 
 
 @dataclass
-class Passage:
-    """One image on its way through the line."""
+class ImageInFlight:
+    """One image on its way down the line. A stage reads what earlier stages have set and sets its own part."""
 
     item: Item
     tries: int = 0
-    pixels: int = 0
-    picture: Picture | None = None
-    work: Work | None = None
-    outputs: list[Any] = field(default_factory=list)
-    missing: int = 0
-    checked: Checked | None = None  # the best result so far
-    error: ImageError | None = None
-    cache_key: str | None = None  # None: its result is not to be remembered
-    facts: dict[str, Any] = field(default_factory=dict)
+    """Downloads attempted."""
+    source_bytes: int = 0
+    held_pixels: int = 0
+    """Its share of the pixel budget."""
+    batch: int = 1
+    """The most samples that went through the model in one pass with one of its own."""
+    cache_key: str | None = None
+    """None: its result must not be remembered."""
+    failure: ImageError | None = None
+    """What went wrong with one of its samples on the device."""
     seconds: dict[str, float] = field(default_factory=dict)
 
+    data: bytes = field(init=False, repr=False)
+    header: Header = field(init=False)
+    picture: Picture = field(init=False, repr=False)
+    work: Work[Any, Any, Any] = field(init=False, repr=False)
+    outputs: list[Any] = field(init=False, repr=False)
+    missing: int = field(init=False, default=0)
+    """Samples still on their way to or on the device."""
+    made: Picture = field(init=False, repr=False)
+    best: Checked = field(init=False, repr=False)
+    """The best result so far; a second attempt may beat it."""
+    encoded: Encoded = field(init=False, repr=False)
+
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to this image's seconds of a stage."""
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to this stage's seconds."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 4)
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 4)
 
-    def begin(self, work: Work) -> None:
-        """What is to be run now."""
-        self.work, self.missing, self.outputs = work, len(work.samples), [None] * len(work.samples)
+    def start(self, work: Work[Any, Any, Any]) -> None:
+        """Take on the work for the next pass over the device."""
+        self.work, self.outputs, self.missing = work, [None] * len(work.samples), len(work.samples)
+        self.failure = None
 
-    def keep(self, checked: Checked) -> None:
-        """Keep a result, if it is better than the one of an earlier try."""
-        if self.checked is None:
-            self.checked = checked
-        elif checked.better_than(self.checked):
-            self.checked = replace(checked, notes=(*checked.notes, REPAIRED_SEED))
+    def keep_better(self, checked: Checked) -> None:
+        """Keep a checked result unless an earlier attempt's was better."""
+        if not self.has_result:
+            self.best = checked
+        elif checked.better_than(self.best):
+            self.best = replace(checked, notes=(*checked.notes, REPAIRED_SEED))
 
     @property
-    def found(self) -> dict[str, Any]:
-        """What its record says of the result: notes and measures."""
-        if self.checked is not None:
-            return {"notes": (*self.checked.notes, *flagged(self.checked.beyond)), "quality": self.checked.measures}
-        return {"notes": tuple(self.work.notes)} if self.work is not None else {}
+    def has_result(self) -> bool:
+        """Whether an attempt has come through the check."""
+        return "best" in vars(self)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What the record says of the source, as far as it is known."""
+        known = {"source_format": self.header.format, "source_size": self.header.size} if "header" in vars(self) else {}
+        return {"source_bytes": self.source_bytes, **known}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the submitter should know about the result, flags included."""
+        if self.has_result:
+            return (*self.best.notes, *flagged(self.best.beyond))
+        return tuple(self.work.notes) if "work" in vars(self) else ()
+
+    def drop_pixels(self) -> None:
+        """Free everything large. What the record needs stays."""
+        for name in ("data", "picture", "work", "outputs", "made", "best", "encoded"):
+            vars(self).pop(name, None)

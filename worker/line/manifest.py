@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import platform
 import tempfile
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from imagemill.shared.ledger import Ledger
+from imagemill.shared.ledger.reading import ReadLedger
 from imagemill.shared.messages import Job, Row
 from imagemill.shared.seeds import item_seed, next_seed
-from imagemill.worker.operations.base import CACHED, REPAIRED_SEED
+from imagemill.worker.checking.quality import REPAIRED_SEED
+from imagemill.worker.line.image import CACHED
+from imagemill.worker.line.versions import versions
 from imagemill.worker.transfer.store import Store
 
-PACKAGES = (
-    *("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg"),
-    *("onnxruntime", "torch", "diffusers", "transformers", "peft"),
-)
 
-
-def write_manifest(job: str, spec: Job, ledger: Ledger, store: Store, fingerprint: str | None = None) -> str:
+def write_manifest(job: str, spec: Job, ledger: ReadLedger, store: Store, fingerprint: str | None = None) -> str:
     """Write `{job}/manifest.jsonl` and return its address. Raises an ImageError of the store.
 
     `fingerprint` is this node's engine's: its libraries and its weights' digests.
@@ -51,15 +45,3 @@ def manifest_line(job: str, spec: Job, row: Row, fingerprint: str | None = None)
     if row.result is not None and row.state == "done" and CACHED not in row.result.notes:  # a copy's is not known
         line["batch"] = row.result.batch
     return line
-
-
-@cache
-def versions() -> dict[str, str]:
-    """What is installed here of that which decides a result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

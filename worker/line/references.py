@@ -8,9 +8,9 @@ from concurrent.futures import Future
 from threading import Event, Lock
 from typing import TypeVar
 
-from imagemill.shared.engines import Options
 from imagemill.shared.errors import BadMask, ImageError
 from imagemill.shared.messages import Item
+from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.urls import shown
 from imagemill.worker.imaging import codec
 from imagemill.worker.imaging.picture import Grey, Picture
@@ -36,7 +36,7 @@ class References:
         """The mask at `url`, uint8 [height, width]. Raises the ImageError of fetching or decoding it."""
         return self._once(self._masks, url, self._decode_mask)
 
-    def mask_of(self, item: Item, options: Options) -> Grey | None:
+    def mask_of(self, item: Item, options: EngineOptions) -> Grey | None:
         """The item's own mask, else the job's, else None.
 
         Any trouble with it is a BadMask, but for a download that `stop` cut short.

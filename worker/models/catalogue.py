@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from imagemill.shared.engines import ENGINES
+
 REMBG = "https://github.com/danielgatis/rembg/releases/download"
 SANSTER = "https://github.com/Sanster/models/releases/download"
 MB = 1_000_000
@@ -139,8 +141,8 @@ REPOSITORIES: tuple[Repository, ...] = (
     ),
 )
 
-MODELS: dict[str, tuple[str, str]] = {"sd15-canny": ("sd15", "controlnet-canny")}
-"""What an option `model` selects: a base and its ControlNet."""
+MODELS: dict[str, tuple[str, ...]] = {model: parts for engine in ENGINES for model, parts in engine.models.items()}
+"""What each model that a job can select is loaded from: names of entries above."""
 
 
 def repository(name: str) -> Repository:

@@ -53,6 +53,11 @@ def digest(path: Path) -> str:
     return remembered.sha256 if remembered else check(path, "sha256:").sha256
 
 
+def with_digest(path: Path) -> tuple[Path, str]:
+    """A file and its digest: another key than before as soon as the file is replaced."""
+    return path, digest(path)
+
+
 def known(path: Path) -> Known | None:
     """What is remembered of a file as it is now; None where nothing is. Raises OSError where there is no file."""
     status, remembered = path.stat(), _unwritten.get(path)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from imagemill.shared.errors import ConfigurationError, sentence
 from imagemill.worker.models.inert_pickle import LARGEST as LARGEST_PICKLE
-from imagemill.worker.models.inert_pickle import Kept, Made, Name, Unreadable
+from imagemill.worker.models.inert_pickle import Call, Global, PersistentId, Unreadable
 from imagemill.worker.models.inert_pickle import read as read_pickle
 from imagemill.worker.operations.inpaint.lama_generator import PREFIX, Generator
 
@@ -212,25 +212,22 @@ def _tensors(root: Any) -> Iterator[tuple[str, Stored]]:
         if stored is not None or id(node) in followed:
             continue
         followed.add(id(node))
-        inside = [node.items, node.state] if isinstance(node, Made) else [node]
-        for mapping in inside:
+        for mapping in [node.items, node.state] if isinstance(node, Call) else [node]:
             if isinstance(mapping, dict):
-                parts = [(key, part) for key, part in mapping.items() if isinstance(part, Made | dict)]
+                parts = [(key, part) for key, part in mapping.items() if isinstance(part, Call | dict)]
                 ahead += [(f"{name}.{key}" if name else key, part) for key, part in parts]
 
 
 def _stored(node: Any) -> Stored | None:
-    """A tensor, if that is what this would make."""
-    if not isinstance(node, Made) or not isinstance(node.by, Name) or not isinstance(node.arguments, tuple):
+    """The tensor that this call would rebuild; None for any other node."""
+    if not isinstance(node, Call):
         return None
-    by, arguments = str(node.by), node.arguments
-    if by == "torch._utils._rebuild_parameter" and arguments:
-        return _stored(arguments[0])
-    if by != "torch._utils._rebuild_tensor_v2":
+    if str(node.function) == "torch._utils._rebuild_parameter" and node.arguments:
+        return _stored(node.arguments[0])
+    if str(node.function) != "torch._utils._rebuild_tensor_v2":
         return None
-    match arguments:
-        case (Kept(key=("storage", Name(module="torch", name=kind), str(key), _, int(numbers))), offset, size, stride, *_):
-            if kind not in DTYPES or not isinstance(size, tuple) or not isinstance(stride, tuple):
-                return None
-            return Stored(key, DTYPES[kind], numbers, offset, size, stride)
+    match node.arguments:
+        case (PersistentId(("storage", Global("torch", kind), str(key), _, int(numbers))), offset, size, stride, *_):
+            if kind in DTYPES and isinstance(size, tuple) and isinstance(stride, tuple):
+                return Stored(key, DTYPES[kind], numbers, offset, size, stride)
     return None

@@ -1,33 +1,45 @@
-"""A pickle read as data: no class in it is looked up, nothing in it is called.
+"""Reads a pickle as plain data: imports nothing, looks up no class and calls no function that the pickle names.
 
-A machine of its own instead of `pickle.Unpickler` with a list of allowed names: what it has no instruction for can't be
-reached by any trick, and a short pickle can't make it take much memory. `pickletools` says what each instruction does.
+Every object that the pickle would create becomes a stand-in that only records what the pickle says about it.
 """
 
 from __future__ import annotations
 
-import pickletools
+import io
+import pickle
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from imagemill.shared.errors import sentence
 
 LARGEST = 8 * 2**20
-"""Bytes of a pickle; the tensors of a checkpoint lie outside of it. Each may take up to a hundred bytes of memory."""
+"""Maximum bytes of a pickle, which holds no tensor data. Each byte can take up to a hundred bytes of memory."""
 
-NUMBERS = ("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
-TEXTS = ("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
-BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8")
-VALUES = frozenset((*NUMBERS, *TEXTS, *BYTES))
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": list, "EMPTY_TUPLE": tuple}
-TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MARK = object()
+REFUSED = (
+    *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.PERSID, pickle.POP_MARK),
+    *(pickle.EXT1, pickle.EXT2, pickle.EXT4),  # fetch objects from copyreg's cache, past find_class
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),  # BYTEARRAY8 allocates whatever length it is given
+)
+"""Opcodes that no checkpoint contains."""
+
+
+class Unreadable(ValueError):
+    """Not a pickle, damaged, too large, or with opcodes that no checkpoint contains."""
+
+
+class TextKeys(dict[str, Any]):
+    """A dictionary that drops keys that aren't text: hashing nested tuples can take ages or overflow the C stack."""
+
+    __slots__ = ()  # no attributes for BUILD to set
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, str):
+            super().__setitem__(key, value)
 
 
 @dataclass(frozen=True, eq=False)
-class Name:
-    """A class or function, as a pickle calls it."""
+class Global:
+    """Stands for the class or function of this name."""
 
     module: str
     name: str
@@ -35,126 +47,92 @@ class Name:
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
 
+    def __call__(self, *arguments: Any) -> Call:
+        return Call(self, arguments)
 
-@dataclass(eq=False, repr=False)
-class Made:
-    """What a call of `by` would have made, with what would have been put into it."""
+    def __setstate__(self, state: Any) -> None:
+        """Ignored."""
 
-    by: Any
-    arguments: Any
+
+@dataclass(eq=False, repr=False, slots=True)
+class Call:
+    """Stands for the object that calling `function` would return, with the state and items then put into it."""
+
+    function: Global | Call
+    arguments: tuple[Any, ...]
     state: Any = None
-    items: dict[str, Any] = field(default_factory=dict)
+    items: TextKeys = field(default_factory=TextKeys)
+
+    def __call__(self, *arguments: Any) -> Call:
+        return Call(self, arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items[key] = value
+
+    def extend(self, _values: Any) -> None:
+        """Ignored: no tensor is looked for in a list."""
+
+    append = extend
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Kept:
-    """Something outside of the pickle, which knows it as `key`."""
+class PersistentId:
+    """Stands for an object outside the pickle, which refers to it by `key`."""
 
     key: Any
 
-
-class Unreadable(ValueError):
-    """No pickle, a damaged one, or one with instructions that no checkpoint has."""
+    def __setstate__(self, state: Any) -> None:
+        """Ignored."""
 
 
 def read(data: bytes) -> Any:
-    """What a pickle holds, of lists, tuples, dictionaries, numbers and texts, and of the classes above for all else.
+    """Return a pickle's content: numbers, text, bytes, tuples, lists (also for sets), TextKeys, and the stand-ins above.
 
-    Dictionaries keep only what they have under texts, sets are lists. Raises Unreadable.
+    Raises Unreadable.
     """
     if len(data) > LARGEST:
-        raise Unreadable(f"its pickle has {len(data)} bytes, and {LARGEST} at most are read")
-    machine = _Machine()
+        raise Unreadable(f"the pickle has {len(data)} bytes; the limit is {LARGEST}")
     try:
-        for instruction, argument, _ in pickletools.genops(data):
-            if instruction.name == "STOP":
-                return machine.pop()
-            machine.step(instruction.name, argument)
-    except (IndexError, KeyError, ValueError, TypeError, OverflowError, UnicodeError) as error:
-        raise Unreadable(sentence(error)) from error
-    raise Unreadable("its pickle ends early")
+        return _Unpickler(io.BytesIO(data), encoding="latin-1").load()
+    except Unreadable:
+        raise
+    except Exception as error:
+        raise Unreadable(f"the pickle is damaged: {sentence(error)}") from error
 
 
-class _Machine:
-    def __init__(self) -> None:
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+_PurePython: Any = pickle._Unpickler
+"""The one in C allocates memory for whatever memo index or length a pickle announces."""
 
-    def pop(self) -> Any:
-        found = self.stack.pop()
-        if found is _MARK:
-            raise Unreadable("its pickle is damaged")
-        return found
 
-    def since_mark(self) -> list[Any]:
-        found = []
-        while (one := self.stack.pop()) is not _MARK:
-            found.append(one)
-        return found[::-1]
+class _Unpickler(_PurePython):
+    def find_class(self, module: str, name: str) -> Global:
+        return Global(module, name)
 
-    def step(self, name: str, argument: Any) -> None:
-        """One instruction. Raises Unreadable for one that there is no need of."""
-        push = self.stack.append
-        if name in VALUES:
-            push(argument)
-        elif name in CONSTANTS:
-            push(CONSTANTS[name])
-        elif name in EMPTY:
-            push(EMPTY[name]())
-        elif name in TUPLES:
-            push(tuple([self.pop() for _ in range(TUPLES[name])][::-1]))
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            self.memo[len(self.memo) if argument is None else argument] = self.stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            push(self.memo[argument])
-        elif name == "MARK":
-            push(_MARK)
-        elif name == "POP":
-            self.stack.pop()
-        elif name == "DUP":
-            push(self.stack[-1])
-        elif name not in ("PROTO", "FRAME"):
-            self._compose(name, argument)
+    def persistent_load(self, pid: Any) -> PersistentId:
+        return PersistentId(pid)
 
-    def _compose(self, name: str, argument: Any) -> None:
-        push = self.stack.append
-        if name in ("TUPLE", "LIST", "FROZENSET"):
-            found = self.since_mark()
-            push(tuple(found) if name == "TUPLE" else found)
-        elif name == "DICT":
-            found = self.since_mark()
-            push({})
-            self._put(found)
-        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
-            found = [self.pop()] if name == "APPEND" else self.since_mark()
-            if isinstance(self.stack[-1], list):
-                self.stack[-1].extend(found)
-        elif name in ("SETITEM", "SETITEMS"):
-            self._put([self.pop(), self.pop()][::-1] if name == "SETITEM" else self.since_mark())
-        elif name == "GLOBAL":
-            push(Name(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            last, module = self.pop(), self.pop()
-            push(Name(str(module), str(last)))
-        elif name in ("REDUCE", "NEWOBJ"):
-            arguments, by = self.pop(), self.pop()
-            push(Made(by, arguments))
-        elif name == "NEWOBJ_EX":
-            _, arguments, by = self.pop(), self.pop(), self.pop()
-            push(Made(by, arguments))
-        elif name == "BUILD":
-            state = self.pop()
-            if isinstance(self.stack[-1], Made):
-                self.stack[-1].state = state
-        elif name == "BINPERSID":
-            push(Kept(self.pop()))
-        else:
-            raise Unreadable(f"its pickle has an instruction that no checkpoint has, {name}")
+    def _load_empty_dict(self) -> None:
+        self.append(TextKeys())
 
-    def _put(self, found: list[Any]) -> None:
-        """Keys and values in turns into the dictionary on the stack, or what stands for one."""
-        target = self.stack[-1]
-        place = target.items if isinstance(target, Made) else target
-        if not isinstance(place, dict):
-            raise Unreadable("its pickle is damaged")
-        place.update((key, value) for key, value in zip(found[::2], found[1::2], strict=True) if isinstance(key, str))
+    def _load_dict(self) -> None:
+        pairs = self.pop_mark()
+        self.append(TextKeys())
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            self.stack[-1][key] = value
+
+    def _refuse(self) -> None:
+        raise Unreadable("the pickle has an opcode that no checkpoint contains")
+
+    dispatch: ClassVar = {
+        **_PurePython.dispatch,
+        **dict.fromkeys((opcode[0] for opcode in REFUSED), _refuse),
+        pickle.DICT[0]: _load_dict,
+        pickle.EMPTY_DICT[0]: _load_empty_dict,
+        pickle.EMPTY_SET[0]: _PurePython.load_empty_list,  # a set would hash its members
+        pickle.ADDITEMS[0]: _PurePython.load_appends,
+        pickle.FROZENSET[0]: _PurePython.load_list,
+        pickle.NEWOBJ[0]: _PurePython.load_reduce,  # calls the stand-in, which has no __new__ of its own
+    }

@@ -13,11 +13,12 @@ import numpy as np
 
 from imagemill.shared import s3
 from imagemill.shared.broker import Publisher
-from imagemill.shared.engines import ENGINES, Options
+from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import ImageError, ImagemillError, StorageUnavailable, sentence
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.ledger.leasing import Lease, WorkLedger
 from imagemill.shared.messages import MANIFEST, Chunk, Item, Job
+from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.queues import offered, queue_name
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, give_back
@@ -25,11 +26,12 @@ from imagemill.worker.hardware.memory import memory_of
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.cache import Cache
-from imagemill.worker.line.line import Flow
+from imagemill.worker.line.line import Line
 from imagemill.worker.line.manifest import write_manifest
+from imagemill.worker.line.stages import Context
 from imagemill.worker.node.lease import LeaseKeeper
 from imagemill.worker.node.offer import lanes
-from imagemill.worker.operations.base import Inputs, Operation
+from imagemill.worker.operations.base import AnyOperation, Inputs, Untouched
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.store import Store, open_store
@@ -48,11 +50,11 @@ class Child:
         self, settings: Settings, device: Device, *, node: str, publisher: Publisher, stopping: Callable[[], bool]
     ) -> None:
         self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
-        self.ledger, self.fleet = Ledger.of(settings), Fleet.of(settings)
+        self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
         self._s3: Any = None
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
-        self.operations: dict[tuple[str, str], Operation] = {}
+        self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
         for name, lane in offered(settings.worker.operations, lanes(settings)):
             engine, _, model = lane.partition(".")
@@ -62,8 +64,8 @@ class Child:
             operation = create(name, engine)
             operation.load(device)
             given = {**operation.spec.warm_up, **({"model": model} if model else {})}
-            warm_up(operation, ENGINES[name][engine].model_validate(given))
-            memory = memory_of(device, operation.spec)
+            warm_up(operation, parse_options(name, engine, given))
+            memory = memory_of(device, operation.spec.runtime)
             self.operations[name, engine] = operation
             self.sizes[name, engine] = BatchSizes(memory, tuned.read(device.weights, memory.name, operation.spec))
             log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})
@@ -88,8 +90,8 @@ class Child:
             return self._manifest(lease, spec)
         start = time.perf_counter()
         stop = Event()
-        flow = self._flow(spec, lease, stop)
-        records = flow.records
+        line = self._line(spec, lease.job, stop)
+        records = line.records
         items = self._open_items(lease)
         with LeaseKeeper(
             self.ledger,
@@ -100,9 +102,9 @@ class Child:
             tell=lambda: tell(records.done, records.failed),
         ) as keeper:
             if lease.lost:
-                flow.run_alone(items, lease.lost)
+                line.run_alone(items, lease.lost)
             else:
-                flow.run(items)
+                line.run(items)
         give_back()
         seconds = _since(start)
         counts = dict(done=records.done, failed=records.failed, reused=records.reused)
@@ -119,20 +121,19 @@ class Child:
         outcome = self._close(lease, spec, keeper.reason, len(items) - records.over, tell)
         return f"{records.done} done, {records.failed} failed" if outcome == "done" else outcome
 
-    def _flow(self, spec: Job, lease: Lease, stop: Event) -> Flow:
-        return Flow(
-            lease.job,
+    def _line(self, spec: Job, job: str, stop: Event) -> Line:
+        engine = spec.operation, spec.engine
+        context = Context.of(
+            job,
             spec,
-            operation=self.operations[spec.operation, spec.engine],
-            ledger=self.ledger,
+            self.settings,
+            operation=self.operations[engine],
             fetcher=self.fetcher,
             store=self._store(spec),
-            settings=self.settings,
-            node=self.node,
             stop=stop,
-            sizes=self.sizes[spec.operation, spec.engine],
             cache=self.cache,
         )
+        return Line(context, ledger=self.ledger, settings=self.settings, node=self.node, sizes=self.sizes[engine])
 
     def _open_items(self, lease: Lease) -> list[Item]:
         """What this chunk still has to do: neither recorded already nor another row's duplicate."""
@@ -181,13 +182,15 @@ class Child:
         return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
 
 
-def warm_up(operation: Operation, options: Options) -> None:
+def warm_up(operation: AnyOperation, options: EngineOptions) -> None:
     """Run one made-up image through an engine, so that the first real one meets no surprise."""
     grey = np.full((64, 64, 3), 128, np.uint8)
     grey[16:48, 16:48] = (200, 60, 40)
+    picture = Picture(grey, full_size=(64, 64))
     item = Item(index=0, source="https://warm.up/image.png", boxes=("24,24,8,8",))
-    work = operation.prepare(Picture(grey, full_size=(64, 64)), Inputs(item, options))
-    operation.finish(work, operation.run(work.samples))
+    work = operation.prepare(picture, Inputs(item, options))
+    if not isinstance(work, Untouched):
+        operation.finish(work, operation.run(work.samples))
 
 
 def _since(start: float) -> float:

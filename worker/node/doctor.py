@@ -1,4 +1,4 @@
-"""`imagemill doctor`: what is wrong with Redis, S3, the disk, the engines or the GPU, and how to mend it."""
+"""`imagemill doctor`: checks Redis, workers, S3, disk, engines, models and GPU, and suggests fixes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import click
@@ -24,179 +25,191 @@ from imagemill.shared.fleet import Fleet
 from imagemill.shared.queues import CANARY_TASK, node_queue, offered, worker_queues
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.models.catalogue import CONVERTED, WEIGHTS
+from imagemill.worker.models.catalogue import CONVERTED, WEIGHTS, Weights
 from imagemill.worker.models.files import model_file, path_of, state, variant
 from imagemill.worker.node.offer import lanes, missing, models_of, shortcomings
 from imagemill.worker.node.supervisor import find_gpus
 from imagemill.worker.operations.registry import create
 
 LEAST_DISK = 2 * 2**30
-"""Bytes that the temporary folder should have free: a manifest, and uploads on their way."""
+"""Free bytes that the temporary folder should have, for manifests and pending uploads."""
+START_REDIS = "start Redis, or set IMAGEMILL_REDIS_URL to its address"
+SET_S3 = "set IMAGEMILL_S3__ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed for file:// outputs"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was looked at, how it is, and how to mend it where it isn't well."""
+    """The result of one check, and how to fix the problem if there is one."""
 
     check: str
     state: Literal["ok", "warning", "failed"]
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per finding.")
-@click.option("--worker", "canary", is_flag=True, help="Only ask this host's nodes to run a canary task; exit 0 if all did.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per finding.")
 @click.option(
-    "--wait", default=90.0, show_default=True, help="Seconds that a canary may take; a busy child finishes its chunk first."
+    "--worker", "canary", is_flag=True, help="Only run a canary task on each node of this host; exit 0 if all succeed."
+)
+@click.option(
+    "--wait", default=90.0, show_default=True, help="Seconds to wait for a canary; a busy child finishes its chunk first."
 )
 def doctor(as_json: bool, canary: bool, wait: float) -> None:
-    """Check Redis, S3, disk, engines and GPU, and say how to mend what is wrong."""
+    """Check Redis, workers, S3, disk, engines, models and GPU, and suggest fixes."""
     settings = load_settings()
-    checks = (check_canary(settings, wait),) if canary else tuple(check(settings) for check in CHECKS)
+    findings = check_canary(settings, wait) if canary else chain.from_iterable(check(settings) for check in CHECKS)
     console = Console()
-    worst = 0
-    for finding in (finding for check in checks for finding in check):
+    status = 0
+    for finding in findings:
         if as_json:
             click.echo(json.dumps(asdict(finding)))
         else:
-            colour = {"ok": "green", "warning": "yellow", "failed": "red"}[finding.state]
-            console.print(f"[{colour}]{finding.state:<8}[/] [bold]{finding.check}[/]: ", end="")
-            console.print(finding.found, markup=False)
-            if finding.mend:
-                console.print(f"         mend: {finding.mend}", markup=False)
+            _print(console, finding)
         if finding.state == "failed":
-            worst = max(worst, 3 if finding.check in ("redis", "s3", "worker") else 2)
-    sys.exit(worst)
+            status = max(status, 3 if finding.check in ("redis", "s3", "worker") else 2)
+    sys.exit(status)
+
+
+def _print(console: Console, finding: Finding) -> None:
+    colour = {"ok": "green", "warning": "yellow", "failed": "red"}[finding.state]
+    console.print(f"[{colour}]{finding.state:<8}[/] [bold]{finding.check}[/]: ", end="")
+    console.print(finding.found, markup=False)
+    if finding.fix:
+        console.print(f"         fix: {finding.fix}", markup=False)
 
 
 def check_redis(settings: Settings) -> Iterator[Finding]:
-    """Does Redis answer, keep what it is told, and refuse rather than forget when it is full?"""
+    """Does Redis respond, save its data to disk, and refuse writes rather than evict data when full?"""
     url = settings.redis_url.get_secret_value()
     try:
         with redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5) as client:
             info: Any = client.info()
     except redis.RedisError as error:
-        yield Finding("redis", "failed", sentence(error), "start Redis, or set IMAGEMILL_REDIS_URL to where it is")
+        yield Finding("redis", "failed", sentence(error), START_REDIS)
         return
     yield Finding("redis", "ok", f"version {info['redis_version']}, {info['used_memory_human']} used")
     if not info.get("aof_enabled"):
-        yield Finding("redis", "warning", "no append-only file: a restart forgets all jobs", "start it with --appendonly yes")
+        yield Finding(
+            "redis", "warning", "no append-only file: all jobs are lost on a restart", "start Redis with --appendonly yes"
+        )
     if info.get("maxmemory_policy") != "noeviction":
-        yield Finding("redis", "warning", "it may evict jobs when it is full", "start it with --maxmemory-policy noeviction")
+        yield Finding("redis", "warning", "may evict jobs when full", "start Redis with --maxmemory-policy noeviction")
 
 
 def check_workers(settings: Settings) -> Iterator[Finding]:
-    """Is every queue listened to?"""
+    """Does a node serve every queue?"""
     try:
         nodes = Fleet.of(settings).nodes()
     except ServiceUnavailable:
-        return  # said by check_redis
+        return  # reported by check_redis
     for node in nodes:
         state: Literal["ok", "warning"] = "ok" if node.ready else "warning"
         yield Finding("workers", state, f"{node.node}: {node.children} children, {'ready' if node.ready else 'loading'}")
-    heard = {queue for node in nodes for queue in node.queues}
-    silent = [queue for queue in worker_queues(settings.worker.operations, lanes(settings)) if queue not in heard]
-    if silent:
-        mend = "start a node: imagemill worker --cpu, --gpu N or --gpus all"
-        yield Finding("workers", "warning", f"no node listens to {len(silent)} of the queues ({silent[0]}, ...)", mend)
+    served = {queue for node in nodes for queue in node.queues}
+    unserved = [queue for queue in worker_queues(settings.worker.operations, lanes(settings)) if queue not in served]
+    if unserved:
+        fix = "start a node: imagemill worker --cpu, --gpu N or --gpus all"
+        yield Finding("workers", "warning", f"{len(unserved)} queues have no node ({unserved[0]}, ...)", fix)
 
 
 def check_s3(settings: Settings) -> Iterator[Finding]:
-    """Does S3 answer, and take our keys?"""
-    where = settings.s3.endpoint_url or "AWS"
+    """Does S3 respond, and accept the configured keys?"""
+    endpoint = settings.s3.endpoint_url or "AWS"
     try:
         buckets = s3.make_client(settings.s3).list_buckets().get("Buckets", [])
     except Exception as error:  # noqa: BLE001
-        refused = error if isinstance(error, ConfigurationError) else s3.translate(error, where)
-        mend = "set IMAGEMILL_S3__ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed for file:// outputs"
-        # Keys that may only write to their own bucket are a good practice, not a fault.
-        hopeless = refused.retryable or isinstance(refused, ConfigurationError)
-        yield Finding("s3", "failed" if hopeless else "warning", refused.message, mend)
+        problem = error if isinstance(error, ConfigurationError) else s3.translate(error, endpoint)
+        # Only a warning when access is denied: keys restricted to one bucket are good practice, not a fault.
+        unusable = problem.retryable or isinstance(problem, ConfigurationError)
+        yield Finding("s3", "failed" if unusable else "warning", problem.message, SET_S3)
     else:
-        yield Finding("s3", "ok", f"{where} answers; {len(buckets)} buckets")
+        yield Finding("s3", "ok", f"{endpoint} responds; {len(buckets)} buckets")
 
 
 def check_disk(_settings: Settings) -> Iterator[Finding]:
-    """Is there room for temporary files?"""
+    """Is there enough space for temporary files?"""
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
+    found = f"{folder} has {free / 2**30:.1f} GiB free"
     if free < LEAST_DISK:
-        mend = "free some space, or set TMPDIR to a larger disk"
-        yield Finding("disk", "warning", f"{folder} has {free / 2**30:.1f} GiB free", mend)
+        yield Finding("disk", "warning", found, "free some space, or set TMPDIR to a folder on a larger disk")
     else:
-        yield Finding("disk", "ok", f"{folder} has {free / 2**30:.0f} GiB free")
+        yield Finding("disk", "ok", found)
 
 
 def check_engines(settings: Settings) -> Iterator[Finding]:
-    """Can every engine that this host should offer be imported, and use what it is to run on?"""
+    """Can every configured engine be imported, and use its execution provider?"""
     for operation, engine in offered(settings.worker.operations, settings.worker.engines):
         try:
             if create(operation, engine).spec.runtime == "onnxruntime":
-                from imagemill.worker.operations.remove_background.onnx_model import check_there  # importable now
+                from imagemill.worker.operations.remove_background.onnx_model import check_there  # needs onnxruntime
 
                 check_there(Device.of(settings, 1))
         except ImagemillError as error:
             yield Finding("models", "failed", error.message)
         else:
-            needs = "installed" if models_of(engine) else "needs no weights"
-            yield Finding("models", "ok", f"{operation} ({engine}): {needs}")
+            found = "installed" if models_of(engine) else "installed, needs no models"
+            yield Finding("models", "ok", f"{operation} ({engine}): {found}")
 
 
 def check_models(settings: Settings) -> Iterator[Finding]:
-    """Are the models' files here that the engines need?"""
-    for found, mend in shortcomings(settings):
-        yield Finding("models", "failed", found, mend)
-    absent = missing(settings)
+    """Do the configured engines have their models' files?"""
+    for problem, fix in shortcomings(settings):
+        yield Finding("models", "failed", problem, fix)
+    missing_models = missing(settings)
     for engine in settings.worker.engines:
-        here = [model for model in models_of(engine) if model not in absent.get(engine, [])]
-        if not here:
+        absent = missing_models.get(engine, [])
+        present = [model for model in models_of(engine) if model not in absent]
+        if not present:
             continue
-        yield Finding("models", "ok", f"{engine}: {', '.join(here)}")
-        if engine in absent:
-            names = ", ".join(absent[engine])
-            yield Finding("models", "ok", f"{engine}: not here, so not listened for: {names}", "imagemill models pull NAME")
-        for weights in (weights for weights in WEIGHTS if weights.name in here):
-            if state(weights, settings.weights) == "damaged":
-                mend = f"imagemill models pull {weights.name}"
-                yield Finding("models", "warning", f"{weights.name} is not the published file", mend)
-        in_8_bits = settings.onnx.int8 and engine not in CONVERTED
-        for weights in (weights for weights in WEIGHTS if in_8_bits and weights.name in here):
-            original = path_of(weights, settings.weights)
-            if model_file(original.parents[1], engine, weights.name, int8=True) != variant(original, "int8"):
-                mend = f"imagemill models quantize {weights.name} --images FOLDER, or leave out IMAGEMILL_ONNX__INT8"
-                yield Finding("models", "warning", f"{weights.name} is not here in 8 bits, and runs in 32", mend)
+        yield Finding("models", "ok", f"{engine}: {', '.join(present)}")
+        if absent:
+            yield Finding("models", "ok", f"{engine}: not installed: {', '.join(absent)}", "imagemill models pull NAME")
+        for weights in (weights for weights in WEIGHTS if weights.engine == engine and weights.name in present):
+            yield from _check_file(weights, settings)
+
+
+def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:
+    name, original = weights.name, path_of(weights, settings.weights)
+    if state(weights, settings.weights) == "damaged":
+        yield Finding("models", "warning", f"{name} is not the published file", f"imagemill models pull {name}")
+    if not settings.onnx.int8 or weights.engine in CONVERTED:
+        return
+    if model_file(original.parents[1], weights.engine, name, int8=True) != variant(original, "int8"):
+        fix = f"imagemill models quantize {name} --images FOLDER, or unset IMAGEMILL_ONNX__INT8"
+        yield Finding("models", "warning", f"{name} has no 8-bit version, so it runs in 32 bits", fix)
 
 
 def check_gpu(_settings: Settings) -> Iterator[Finding]:
-    """Which GPUs are there?"""
+    """Which GPUs does this host have?"""
     gpus = find_gpus()
     if gpus:
         yield Finding("gpu", "ok", f"{len(gpus)} GPUs")
     elif os.path.exists("/proc/driver/nvidia"):  # noqa: PTH110
-        yield Finding("gpu", "warning", "a driver is loaded, but nvidia-smi lists no GPU", "see what `nvidia-smi` says")
+        yield Finding("gpu", "warning", "the driver is loaded, but nvidia-smi lists no GPU", "run nvidia-smi")
     else:
-        yield Finding("gpu", "ok", "none; the opencv engines need none")
+        yield Finding("gpu", "ok", "no GPU; the opencv engines don't need one")
 
 
 def check_canary(settings: Settings, wait: float) -> Iterator[Finding]:
-    """Does a child of each node on this host run a task and answer?"""
+    """Does each node of this host run a task?"""
     fleet = Fleet.of(settings)
     try:
-        here = [node for node in fleet.nodes() if node.host == socket.gethostname()]
-        if not here:
-            yield Finding("worker", "failed", "no node of this host reports itself", "look at the worker's log")
+        nodes = [node for node in fleet.nodes() if node.host == socket.gethostname()]
+        if not nodes:
+            yield Finding("worker", "failed", "no node is running on this host", "look at the worker's log")
         app = make_app(settings)
-        for node in here:
+        for node in nodes:
             token = uuid.uuid4().hex
             (own,) = queues([node_queue(node.node)])
             app.send_task(CANARY_TASK, args=[token], queue=own, expires=wait)
             if fleet.await_canary(token, wait):
                 yield Finding("worker", "ok", f"{node.node} ran a task")
             else:
-                yield Finding("worker", "failed", f"{node.node} ran no task within {wait:g} s", "restart the node")
+                yield Finding("worker", "failed", f"{node.node} did not run a task within {wait:g} s", "restart the node")
     except ServiceUnavailable as error:
-        yield Finding("worker", "failed", error.message, "start Redis, or set IMAGEMILL_REDIS_URL to where it is")
+        yield Finding("worker", "failed", error.message, START_REDIS)
 
 
 CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (

@@ -1,4 +1,4 @@
-"""Keeps a chunk's lease while it is worked on, and says when to stop."""
+"""Renews the lease of the current chunk, and signals when to stop working on it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from types import TracebackType
 from typing import Literal
 
 from imagemill.shared.errors import ServiceUnavailable
-from imagemill.shared.ledger import Lease, Ledger
+from imagemill.shared.ledger.leasing import Lease, WorkLedger
 
 log = logging.getLogger(__name__)
 Reason = Literal["cancelled", "lost", "stopping"]
 
-EVERY = 1.0
-"""Seconds between renewals; a cancelled job's workers hear of it within this."""
+RENEWAL_SECONDS = 1.0
+"""Interval between renewals, and so the delay until workers notice that a job is cancelled."""
 
 
 class LeaseKeeper:
-    """Renews a lease from a thread of its own, as a context manager; calls `tell` after each renewal.
+    """Context manager that renews a lease in a background thread, and calls `tell` after each renewal.
 
-    Sets `stop`, and `reason` to why, when the job is cancelled, the lease is lost, or this node is
-    `stopping`.
+    Sets `reason`, then `stop`, when the job is cancelled, the lease is lost, or this node is `stopping`.
     """
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: WorkLedger,
         lease: Lease,
         *,
         lease_seconds: float,
@@ -39,7 +38,7 @@ class LeaseKeeper:
         self.reason: Reason | None = None
         self._ledger, self._lease, self._lease_seconds = ledger, lease, lease_seconds
         self._stop, self._stopping, self._tell = stop, stopping, tell
-        self._over = Event()
+        self._finished = Event()
         self._thread = Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> LeaseKeeper:
@@ -47,20 +46,20 @@ class LeaseKeeper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._over.set()
+        self._finished.set()
         self._thread.join()
 
     def _keep(self) -> None:
-        heard = time.monotonic()
-        while not self._over.wait(EVERY):
+        renewed = time.monotonic()
+        while not self._finished.wait(RENEWAL_SECONDS):
             try:
                 answer = self._ledger.renew(self._lease)
             except ServiceUnavailable as error:
                 log.warning("lease not renewed", extra={"action": "renew", "job": self._lease.job, "reason": error.message})
-                answer = "ok" if time.monotonic() - heard < self._lease_seconds else "lost"
+                answer = "ok" if time.monotonic() - renewed < self._lease_seconds else "lost"
             else:
-                heard = time.monotonic()
-                self._tell()  # not while Redis is away: it would wait for it, and the lease end meanwhile
+                renewed = time.monotonic()
+                self._tell()  # only while Redis responds: otherwise it would block, and the lease could expire meanwhile
             reason: Reason | None = "stopping" if self._stopping() else None
             if answer != "ok":
                 reason = answer

@@ -1,4 +1,4 @@
-"""Structured logs: a constant message, then what it is about as key=value, or all of it as one JSON line."""
+"""Structured logs: a constant message followed by key=value fields, or one JSON object per line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "data", 
 
 
 class Formatter(logging.Formatter):
-    """Text for people or JSON for programs; fields given as `extra` follow the message."""
+    """Formats records as text or JSON, with the fields passed as `extra`."""
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__()
@@ -19,19 +19,21 @@ class Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         fields = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
-        when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        timestamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         trace = self.formatException(record.exc_info) if record.exc_info else None
         if self._as_json:
-            line = {"time": when, "level": record.levelname, "logger": record.name, "pid": record.process}
+            line = {"time": timestamp, "level": record.levelname, "logger": record.name, "pid": record.process}
             return json.dumps(
                 {**line, "message": record.getMessage(), **fields, **({"trace": trace} if trace else {})}, default=str
             )
         pairs = "".join(f" {name}={value}" for name, value in fields.items())
-        return f"{when} {record.levelname:<7} {record.process} {record.getMessage()}{pairs}" + (f"\n{trace}" if trace else "")
+        return f"{timestamp} {record.levelname:<7} {record.process} {record.getMessage()}{pairs}" + (
+            f"\n{trace}" if trace else ""
+        )
 
 
 def set_up(*, as_json: bool, level: str = "INFO") -> None:
-    """Log to stderr from here on, also for children that are forked later."""
+    """Log to stderr, in this process and in children forked later."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter(as_json=as_json))
     logging.basicConfig(handlers=[handler], level=level, force=True)

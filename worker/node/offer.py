@@ -1,73 +1,72 @@
-"""What a node can offer: its engines, and of those that run models, the models whose files are there."""
+"""What a node can offer: its engines, and of engines with models those models whose files are on this host."""
 
 from __future__ import annotations
 
-from imagemill.shared.engines import ENGINES
+from imagemill.shared.engines import ENGINES, Engine
 from imagemill.shared.options.base import nearest
 from imagemill.shared.queues import worker_queues
 from imagemill.shared.settings import Settings
-from imagemill.worker.models.catalogue import MODELS, WEIGHTS
+from imagemill.worker.models.catalogue import REPOSITORIES, WEIGHTS
 from imagemill.worker.models.files import needed
-from imagemill.worker.models.repositories import is_here
+from imagemill.worker.models.repositories import state
 
 
 def lanes(settings: Settings) -> list[str]:
-    """The lanes (see imagemill.shared.queues) of the engines in `settings` that can work here."""
-    found = []
-    for engine in settings.worker.engines:
-        models = models_of(engine)
-        if not models:
-            found.append(engine)
-        found += [f"{engine}.{model}" for model in models if _is_here(engine, model, settings)]
-    return found
+    """The lanes (see shared/queues.py) that this node can work on."""
+    return [
+        lane
+        for name in dict.fromkeys(settings.worker.engines)
+        for lane in dict.fromkeys(lane for row in _rows(name) for lane in row.lanes)
+        if lane.partition(".")[2] not in missing(settings).get(name, [])
+    ]
 
 
 def models_of(engine: str) -> list[str]:
-    """The models that an engine's options can select; none for an engine that runs no models."""
-    if engine == "diffusion":
-        return list(MODELS)
-    return [weights.name for weights in WEIGHTS if weights.engine == engine and weights.commercial]
-
-
-def _is_here(engine: str, model: str, settings: Settings) -> bool:
-    if engine == "diffusion":
-        return is_here(settings.weights.folder.expanduser(), model)
-    (weights,) = (weights for weights in WEIGHTS if (weights.engine, weights.name) == (engine, model))
-    return needed(weights, settings.weights).is_file()
+    """The models that the options of the engine can select; empty for an engine without models."""
+    return list(dict.fromkeys(model for row in _rows(engine) for model in row.models))
 
 
 def missing(settings: Settings) -> dict[str, list[str]]:
-    """Per engine in `settings` the models whose files are not here; engines that lack none are left out."""
-    names = {
-        engine: [model for model in models_of(engine) if not _is_here(engine, model, settings)]
-        for engine in settings.worker.engines
+    """The models that are not on this host, by engine; an engine that has all of its models is left out."""
+    absent = {
+        name: [model for row in _rows(name) for model, parts in row.models.items() if not _all_here(parts, settings)]
+        for name in settings.worker.engines
     }
-    return {engine: absent for engine, absent in names.items() if absent}
-
-
-def without_models(settings: Settings) -> list[str]:
-    """The engines in `settings` that run models and have none here: the node does not listen to their queues."""
-    return [engine for engine, absent in missing(settings).items() if len(absent) == len(models_of(engine))]
+    return {name: models for name, models in absent.items() if models}
 
 
 def shortcomings(settings: Settings) -> list[tuple[str, str]]:
-    """The engines in `settings` that are not offered at all: for each of them why, and how to mend it."""
-    said = []
-    known = {engine for engines in ENGINES.values() for engine in engines}
+    """The engines that this node was set up for and can't offer at all: for each, why and how to fix it."""
+    found = []
+    absent = missing(settings)
+    names = sorted({row.name for row in ENGINES})
     for engine in settings.worker.engines:
-        if engine not in known:
-            said.append((f"there is no engine {engine!r}{nearest(engine, sorted(known))}", "set IMAGEMILL_WORKER__ENGINES"))
-        elif engine in without_models(settings):
-            folder, first = settings.weights.folder.expanduser() / engine, models_of(engine)[0]
-            said.append((f"no model of the engine {engine} is in {folder}", f"imagemill models pull {first}"))
-        elif not any(engine in ENGINES[operation] for operation in settings.worker.operations):
-            wanted = ", ".join(settings.worker.operations)
-            said.append((f"the engine {engine} does none of the operations {wanted}", "set IMAGEMILL_WORKER__OPERATIONS"))
-    return said
+        models = models_of(engine)
+        if engine not in names:
+            found.append((f"unknown engine {engine!r}{nearest(engine, names)}", "set IMAGEMILL_WORKER__ENGINES"))
+        elif models and absent.get(engine) == models:
+            folder = settings.weights.folder.expanduser() / engine
+            found.append((f"no model of the engine {engine} is in {folder}", f"imagemill models pull {models[0]}"))
+        elif not any(row.operation in settings.worker.operations for row in _rows(engine)):
+            operations = ", ".join(settings.worker.operations)
+            found.append((f"the engine {engine} can do none of: {operations}", "set IMAGEMILL_WORKER__OPERATIONS"))
+    return found
 
 
 def nothing_to_do(settings: Settings) -> str | None:
-    """Why a node with these settings would listen to no queue; None where it listens to one."""
+    """Why a node with these settings would have no queue to take work from; None if it has one."""
     if worker_queues(settings.worker.operations, lanes(settings)):
         return None
-    return "; ".join(["this node has nothing to listen to", *(f"{why}: {mend}" for why, mend in shortcomings(settings))])
+    return "; ".join(["this node can't do any work", *(f"{why}: {fix}" for why, fix in shortcomings(settings))])
+
+
+def _rows(engine: str) -> list[Engine]:
+    return [row for row in ENGINES if row.name == engine]
+
+
+def _all_here(parts: tuple[str, ...], settings: Settings) -> bool:
+    """Whether every file that a model is loaded from is on this host's disk."""
+    folder = settings.weights.folder.expanduser()
+    return all(needed(weights, settings.weights).is_file() for weights in WEIGHTS if weights.name in parts) and all(
+        state(folder, repository) != "missing" for repository in REPOSITORIES if repository.name in parts
+    )

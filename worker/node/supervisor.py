@@ -1,4 +1,4 @@
-"""Runs one node per GPU as processes of their own, and restarts what dies."""
+"""Runs one node process per GPU, and restarts those that die."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from imagemill.worker.hardware.device import visible_gpus
 log = logging.getLogger(__name__)
 
 QUICK_SECONDS = 60.0
-"""A node that lived shorter than this failed to start; its restarts are spaced further and further apart."""
+"""A node that died within this time failed to start; the wait before its next start doubles each time."""
 LONGEST_WAIT = 60.0
 
 
 def find_gpus() -> list[int]:
-    """Indexes of the GPUs that nodes may use: those of CUDA_VISIBLE_DEVICES where that is set, else all of the host's.
+    """Indices of the GPUs that nodes may use: those in CUDA_VISIBLE_DEVICES if set, otherwise all GPUs of the host.
 
-    Asks `nvidia-smi`, so that no CUDA context is made in this process.
+    Runs `nvidia-smi`, because this process must not create a CUDA context.
     """
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
     if mask is not None:
         return list(range(len(visible_gpus(mask))))
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)  # noqa: S607
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)  # noqa: S607
     except (OSError, subprocess.SubprocessError):
         return []
-    return list(range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines())))
+    return list(range(sum(line.startswith("GPU ") for line in listing.stdout.splitlines())))
 
 
 @dataclass
@@ -45,7 +45,7 @@ class _Node:
 
 
 class Supervisor:
-    """`nodes` maps a name to the arguments of an `imagemill` command, e.g. `worker --gpu 0`."""
+    """Keeps nodes running; `nodes` maps each name to arguments of `imagemill`, such as `worker --gpu 0`."""
 
     def __init__(self, nodes: dict[str, list[str]]) -> None:
         self._nodes = {name: _Node(arguments) for name, arguments in nodes.items()}
@@ -57,7 +57,7 @@ class Supervisor:
             signal.signal(number, self._stop)
         while not self._stopping:
             for name, node in self._nodes.items():
-                self._look_after(name, node)
+                self._start_or_check(name, node)
             time.sleep(0.2)
         for node in self._nodes.values():
             if node.process is not None and node.process.poll() is None:
@@ -67,11 +67,11 @@ class Supervisor:
                 node.process.wait()
         return 0
 
-    def _look_after(self, name: str, node: _Node) -> None:
+    def _start_or_check(self, name: str, node: _Node) -> None:
         now = time.monotonic()
         if node.process is None:
             if now >= node.restart_at:
-                # A session of its own: Ctrl-C reaches the node through us, once.
+                # In a new session, so that Ctrl-C reaches the node only once, through this process.
                 command = [sys.executable, "-m", "imagemill.producer.cli", *node.arguments]
                 node.process = subprocess.Popen(command, start_new_session=True)  # noqa: S603
                 node.started = now

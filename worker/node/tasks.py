@@ -1,4 +1,4 @@
-"""The Celery tasks: parse the message, hand it to this process' child, report progress."""
+"""The Celery tasks: parse the message, pass it to this process's child, report progress."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def register(app: Celery, child: Callable[[], Any]) -> None:
-    """Put imagemill's tasks into `app`; `child()` is this process' loaded Child, or raises."""
+    """Register imagemill's tasks with `app`; `child()` returns the Child loaded in this process, or raises."""
 
     def work(task: Task, **payload: Any) -> str:
         try:
             chunk = Chunk.model_validate(payload)
         except ValidationError as error:
-            # Nothing of ours: no ledger row stands behind it, so dropping it loses no image.
+            # Not published by imagemill: it has no ledger entry, so dropping it loses no image.
             log.error("message refused", extra={"action": "parse", "reason": validation_sentence(error)})
             return "refused"
         try:
@@ -34,14 +34,14 @@ def register(app: Celery, child: Callable[[], Any]) -> None:
         except JobNotFound:
             return "gone"
         except ServiceUnavailable as error:
-            # The reaper publishes it again: the ledger is the record, this message only a hint.
-            told = dict(action="chunk", job=chunk.job, chunk=chunk.number, reason=error.message)
-            log.warning("chunk put off", extra=told)
-            return "put off"
+            # The ledger still has the chunk, and the reaper will republish it.
+            fields = dict(action="chunk", job=chunk.job, chunk=chunk.number, reason=error.message)
+            log.warning("chunk postponed", extra=fields)
+            return "postponed"
         except DeviceLost as error:
-            # Whatever it did next would fail as well. As for any child that dies, its chunk is delivered again.
-            told = dict(action="device", job=chunk.job, chunk=chunk.number, reason=error.message)
-            log.critical("the device is lost; this process ends", extra=told)
+            # Every further chunk would fail too. As for any child that dies, Celery redelivers this chunk.
+            fields = dict(action="device", job=chunk.job, chunk=chunk.number, reason=error.message)
+            log.critical("the device is lost; this process ends", extra=fields)
             end_process()
 
     def canary(_task: Task, token: str) -> str:
@@ -50,25 +50,25 @@ def register(app: Celery, child: Callable[[], Any]) -> None:
 
     for name in (*map(task_name, OPERATIONS), MANIFEST_TASK):
         app.task(work, name=name, bind=True, shared=False)
-    app.task(canary, name=CANARY_TASK, bind=True, shared=False, send_events=False)  # not in Flower every minute
+    app.task(canary, name=CANARY_TASK, bind=True, shared=False, send_events=False)  # keeps the health check out of Flower
 
 
 def not_loaded() -> Any:
-    """What `child()` is before the engines are loaded."""
+    """Stands in for `child()` until the engines are loaded."""
     raise ConfigurationError("this process has no engines loaded")
 
 
 def _progress(task: Task, images: int) -> Callable[[int, int], None]:
-    """Tells Flower how far a running chunk is: state PROGRESS, '12 of 32 images'."""
-    # Read here, since Celery keeps the request per thread and another one tells.
+    """A function that reports a chunk's progress to Flower: state PROGRESS, '12 of 32 images'."""
+    # Read now: Celery keeps the request per thread, and progress is reported from another thread.
     uuid, node = task.request.id, task.request.hostname
 
-    def tell(done: int, failed: int) -> None:
+    def report(done: int, failed: int) -> None:
         text = f"{done + failed} of {images} images" + (f", {failed} failed" if failed else "")
         try:
             with task.app.events.default_dispatcher(hostname=node) as dispatcher:
                 dispatcher.send("task-progress", uuid=uuid, retry=False, result=text)
         except OperationalError as error:
-            log.warning("progress not told", extra={"action": "progress", "reason": sentence(error)})
+            log.warning("progress not reported", extra={"action": "progress", "reason": sentence(error)})
 
-    return tell
+    return report

@@ -1,71 +1,89 @@
-"""The small interface that every operation implements, and what goes in and out of it."""
+"""The interface that every engine implements, and what goes in and out of it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Generic, Literal, TypeVar
 
-from imagemill.shared.engines import Options
+from imagemill.shared.errors import BadReference, ImageError
 from imagemill.shared.messages import Item
+from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.options.base import Operation as OperationName
+from imagemill.shared.urls import shown
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture
+
+Options = TypeVar("Options", bound=EngineOptions)
+"""What a job can ask of the engine (shared/options)."""
+Data = TypeVar("Data")
+"""One input of the device step."""
+Output = TypeVar("Output")
+"""What the device step makes of one input."""
+Plan = TypeVar("Plan")
+"""What `finish` must know about an image besides the outputs."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What an operation can and needs, as data; the flow reads it and has no branches per operation.
+    """What an engine can do and needs, as data: the line reads it and has no branches per operation.
 
-    `max_batch` is the most samples that `run` takes at a time, and `runtime` what it runs on: that is asked for memory.
+    `max_batch` is the most samples that `run` takes at once. `runtime` says which runtime's memory counts for batch sizes.
+    `restyles` says that a job's results should look alike and keep their sources' edges. `warm_up` are options for
+    the made-up image that each child runs before its first task.
     """
 
     name: OperationName
     engine: str
     needs_mask: bool = False
     makes_alpha: bool = False
-    restyles: bool = False  # a job's results should look alike, and keep their sources' edges
+    restyles: bool = False
     max_batch: int = 1
     runtime: Literal["cpu", "onnxruntime", "torch"] = "cpu"
-    warm_up: Mapping[str, Any] = field(default_factory=dict)  # options of the made-up image that a child begins with
+    warm_up: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _unreadable(url: str) -> Picture:
+    raise BadReference(f"{shown(url)} can't be read here")
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One input of the device step, with the job's options; `data` is the operation's own.
+class Inputs(Generic[Options]):
+    """What `prepare` may use besides the image.
 
-    `footprint` is what decides the memory that it takes on the device, such as `768x512 float16`; empty where that is
-    what decides its group.
+    `mask` [height, width] uint8 is None unless `spec.needs_mask` is set and the item or job has one. `read(url)` fetches
+    and decodes another image of the job, such as a reference; it raises an ImageError.
     """
 
-    data: Any
-    options: Any
+    item: Item
+    options: Options
+    mask: Grey | None = None
+    read: Callable[[str], Picture] = _unreadable
+
+
+@dataclass(frozen=True)
+class Sample(Generic[Options, Data]):
+    """One input of the device step, with its job's options.
+
+    `footprint` names what decides how much device memory the sample takes, such as `768x512 float16`; leave it empty
+    where the group key decides that.
+    """
+
+    data: Data
+    options: Options
     footprint: str = ""
-
-
-REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED = "repaired_cast", "repaired_sharpness", "repaired_seed"
-"""Notes of what the check mended (imagemill.worker.checking.quality): a tint, a blur, or all of it by another seed."""
-
-CACHED = "cached"
-"""The note of a result that was copied from an earlier one."""
-
-LASTING_NOTES = frozenset(
-    {"empty_cutout", "empty_mask", "enlarged", "large_mask", "matting_too_large", "no_shadow_found", "prompt_cut"}
-    | {REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED}
-)
-"""Notes that the same image gets each time. A result with any other may be owed to haste, such as a deadline that was
-missed, and is not remembered (imagemill.worker.line.cache)."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the check of a result (imagemill.worker.checking.quality) can't see in it and its source.
+    """What the check (worker/checking) needs to know about a result and can't see in it.
 
-    `comparable` says whether each place of the result shows what that place of the source shows, whatever its size, and
-    `recoloured` whether it was given other colours on purpose, so that a cast is none.
-    `hole` [height, width] of the result's size is above 0 where it was filled. `alpha` [height, width], of any size, is of
-    a cut-out that was given a background. `edges` [height, width], of any size, are those that the result was to have, 255
-    on 0; None where they are the source's.
+    `comparable`: each place of the result shows the same place of the source, whatever their sizes. `recoloured`: the
+    colours were changed on purpose, so a colour cast is not a fault. `hole` [height, width], of the result's size, is
+    above 0 where the image was filled. `alpha` [height, width], of any size, is the matte of a cut-out that was put on a
+    background. `edges` [height, width], of any size, holds the edges that the result should have (255 on 0); None means
+    the source's own.
     """
 
     comparable: bool = True
@@ -76,88 +94,101 @@ class Evidence:
 
 
 @dataclass
-class Work:
-    """One image between `prepare` and `finish`: 1..n samples, and what `finish` needs to know.
+class Work(Generic[Options, Data, Plan]):
+    """One image between `prepare` and `finish`: one or more samples, and the plan that `finish` follows.
 
-    `finish` may add to `notes` and set `evidence`. `again`, where there is chance in the result, makes the work of another
-    try: the same image with the next seed.
-
-    An image that is `untouched`, since there is nothing to do, has no samples and goes neither to `run` nor to `finish`.
+    `finish` may add to `notes` and set `evidence`. `retry` is set where chance plays a part: it makes the work for another
+    attempt at the same image, with the next seed.
     """
 
-    samples: list[Sample]
-    state: Any = None
+    samples: Sequence[Sample[Options, Data]]
+    plan: Plan
     notes: list[str] = field(default_factory=list)
-    untouched: bool = False
     evidence: Evidence = Evidence()
-    again: Callable[[], Work] | None = None
+    retry: Callable[[], Work[Options, Data, Plan]] | None = None
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What `prepare` may use besides the image: the item, the job's options and further pictures.
+class Untouched:
+    """What `prepare` returns for an image that needs no work: it is stored as it came, with these notes."""
 
-    `mask` [height, width] uint8 is None unless `spec.needs_mask` and the item or job has one;
-    `read(url)` fetches and decodes a picture of the job (a reference), remembered per process;
-    it raises an ImageError.
-    """
-
-    item: Item
-    options: Any
-    mask: Grey | None = None
-    read: Callable[[str], Picture] | None = None
+    notes: tuple[str, ...] = ()
 
 
-class Operation(Protocol):
-    """The flow owns order, threads, counts and errors; an operation owns pixels.
+class Operation(ABC, Generic[Options, Data, Output, Plan]):
+    """One engine of one operation. The line owns order, threads, counts and errors; an engine owns pixels.
 
-    `prepare` and `finish` run in threads and touch no shared state; `run` runs in one thread.
+    `prepare` and `finish` run in several threads and share no state; `run` runs in one thread. A complete engine:
+
+        class Invert(Operation[InvertOptions, Pixels, Pixels, Picture]):
+            spec = Spec("stylize", "invert")
+
+            def load(self, device: Device) -> None:
+                pass
+
+            def fingerprint(self, options: InvertOptions) -> str:
+                return "revision 1"
+
+            def prepare(self, picture: Picture, inputs: Inputs[InvertOptions]) -> Work[InvertOptions, Pixels, Picture]:
+                return Work([Sample(picture.pixels, inputs.options)], plan=picture)
+
+            def run(self, samples: Sequence[Sample[InvertOptions, Pixels]]) -> Sequence[Pixels]:
+                return [255 - sample.data for sample in samples]
+
+            def finish(self, work: Work[InvertOptions, Pixels, Picture], outputs: Sequence[Pixels]) -> Picture:
+                return replace(work.plan, pixels=outputs[0])
     """
 
     spec: Spec
 
+    @abstractmethod
     def load(self, device: Device) -> None:
-        """Once per child, from disk only. Raises if it can't work on `device`."""
+        """Get ready to work on `device`; called once per child. Loads from disk only. Raises ConfigurationError if it can't."""
 
-    def work_edge(self, options: Options) -> int | None:
-        """Longest edge in pixels that `prepare` makes use of; None when it wants the full size."""
-
+    @abstractmethod
     def fingerprint(self, options: Options) -> str:
-        """What decides the result besides the source and the options: versions of the engine's libraries, the weights'
-        digest, and a revision of its own code, to be raised when the same image gives other pixels than before.
+        """Everything that decides the result besides the source and the options.
 
-        Asked for every image, in threads. Raises OSError or an ImagemillError if it can't be told.
+        That is the versions of the engine's libraries, the weights' digest, and a revision of the engine's own code, which
+        must be raised whenever the same image would get different pixels. Called for every image, from several threads.
+        Raises OSError or an ImagemillError if it can't be determined.
         """
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-        """CPU: sizes, masks, tiles. Raises an ImageError."""
+    @abstractmethod
+    def prepare(self, picture: Picture, inputs: Inputs[Options]) -> Work[Options, Data, Plan] | Untouched:
+        """CPU work before the device step: sizes, masks, tiles. Raises an ImageError."""
 
-    def group_key(self, sample: Sample) -> Hashable:
+    @abstractmethod
+    def run(self, samples: Sequence[Sample[Options, Data]]) -> Sequence[Output | ImageError]:
+        """The device step: one output per sample, in order, or the error of that sample alone."""
+
+    @abstractmethod
+    def finish(self, work: Work[Options, Data, Plan], outputs: Sequence[Output]) -> Picture:
+        """CPU work after the device step: blend tiles, apply alpha, restore the size. Returns the result as uint8 RGB or RGBA.
+
+        It may write into the picture that `prepare` was given and return that, unless the evidence is `comparable`: the
+        check then still needs the source.
+        """
+
+    def work_edge(self, options: Options) -> int | None:  # noqa: ARG002
+        """Longest edge in pixels that `prepare` can use, so that decoding can stop there; None for the full size."""
+        return None
+
+    def group_key(self, sample: Sample[Options, Data]) -> Hashable:  # noqa: ARG002
         """Samples with equal keys may share a batch."""
+        return self.spec.engine
 
-    def together(self, options: Options) -> bool:
-        """Whether samples that `run` gets at a time go through the model in one pass, whose rounding may hang on their number.
-
-        Asked after a `run`.
-        """
-
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
-        """The device step: one output per sample, in order (the caller checks the count)."""
-
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        """CPU: blend tiles, apply alpha, restore size; the result, uint8 RGB or RGBA.
-
-        It may write into the picture that `prepare` had, and return that, where the evidence is not `comparable`: else
-        the check looks at it once more.
-        """
-
-
-@runtime_checkable
-class Relievable(Operation, Protocol):
-    """An operation that can do with less memory, more slowly, where not even one sample fits."""
+    def together(self, options: Options) -> bool:  # noqa: ARG002
+        """Whether a batch goes through the model in one pass, so that rounding may depend on its size. Asked after a `run`."""
+        return False
 
     def relieve(self, level: int) -> bool:
-        """Take the first `level` measures that save memory, and no others, from the next `run` on; 0 is as loaded.
+        """Apply the first `level` memory-saving measures, and no others, from the next `run` on; 0 restores the loaded state.
 
-        False, and nothing is changed, where there are not so many.
+        Returns False, and changes nothing, if the engine has fewer. The line calls this when a single sample does not fit.
         """
+        return level == 0
+
+
+AnyOperation = Operation[Any, Any, Any, Any]
+"""An engine picked at run time, by a job's spec; its four types belong together and are nobody else's business."""

@@ -1,4 +1,4 @@
-"""What `imagemill tune` has found out, in a file per device beside the weights; nodes begin with it.
+"""Batch sizes measured by `imagemill tune`: one file per device in the weights folder, from which nodes start.
 
 {"version": 1, "device": "NVIDIA H200", "engines": {"stylize/diffusion": {KIND: {"peaks": {SIZE: BYTES}, ...}}}}
 """
@@ -20,18 +20,18 @@ from imagemill.worker.operations.base import Spec
 log = logging.getLogger(__name__)
 
 VERSION = 1
-PASSING = {"relief", "patience", "waited"}
-"""What is true of a process only."""
+NOT_SAVED = {"relief", "patience", "waited"}
+"""Fields that only make sense within one process."""
 KINDS: TypeAdapter[dict[str, Known]] = TypeAdapter(dict[str, Known])
 
 
 def path_of(folder: Path, device: str) -> Path:
-    """The file of a device, by its maker's name, below the weights' folder."""
+    """The file for a device, given its manufacturer's name, in the weights folder."""
     return folder / "tuned" / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-') or 'device'}.json"
 
 
 def read(folder: Path, device: str, spec: Spec) -> dict[str, Known]:
-    """What is known of an engine's kinds of samples; nothing where the device was not tuned, or by another version."""
+    """The sizes known for each kind of sample of an engine; empty if none were saved, or by another version."""
     path = path_of(folder, device)
     content = read_json(path)
     if content.get("version") != VERSION:
@@ -39,25 +39,25 @@ def read(folder: Path, device: str, spec: Spec) -> dict[str, Known]:
     try:
         return KINDS.validate_python(_engines(content).get(_engine(spec), {}))
     except ValidationError as error:
-        told = dict(action="load", path=str(path), reason=validation_sentence(error))
-        log.warning("what was tuned can't be read", extra=told)
+        fields = dict(action="load", path=str(path), reason=validation_sentence(error))
+        log.warning("saved batch sizes ignored", extra=fields)
         return {}
 
 
-def write(folder: Path, device: str, spec: Spec, found: dict[str, Known]) -> Path:
-    """Add what was found to the device's file, in place of what was known of the same kinds. Raises OSError."""
+def write(folder: Path, device: str, spec: Spec, sizes: dict[str, Known]) -> Path:
+    """Add sizes to the device's file, replacing those of the same kinds. Raises OSError."""
     path, content = path_of(folder, device), read_json(path_of(folder, device))
     engines = _engines(content) if content.get("version") == VERSION else {}
-    known = {**read(folder, device, spec), **found}
-    engines[_engine(spec)] = KINDS.dump_python(known, mode="json", exclude={"__all__": PASSING})
+    merged = {**read(folder, device, spec), **sizes}
+    engines[_engine(spec)] = KINDS.dump_python(merged, mode="json", exclude={"__all__": NOT_SAVED})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"version": VERSION, "device": device, "engines": engines})
     return path
 
 
 def _engines(content: dict[str, Any]) -> dict[str, Any]:
-    found = content.get("engines")
-    return found if isinstance(found, dict) else {}
+    engines = content.get("engines")
+    return engines if isinstance(engines, dict) else {}
 
 
 def _engine(spec: Spec) -> str:

@@ -17,16 +17,13 @@ import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis, find_server
 from imagemill.shared.errors import BrokerUnavailable, MissingExtra
-from tests.conftest import missing
+from tests.services.redis import require_redis
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EmbeddedRedis]:
     """Not started yet."""
-    try:
-        find_server()
-    except MissingExtra as error:
-        missing(error.message)
+    require_redis()
     server = EmbeddedRedis(tmp_path / "redis")
     yield server
     server.stop()

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import redis
 
-from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.fleet import CANARY_SECONDS, NODE_SECONDS, RATE_SECONDS, Fleet
 from imagemill.shared.messages import Node
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
 QUEUE = "imagemill.stylize.opencv"
-
-
-@pytest.fixture
-def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
-    with redis.Redis.from_url(redis_server.url, decode_responses=True) as client:
-        client.flushall()
-        yield client
-
-
-@pytest.fixture
-def fleet(redis_server: EmbeddedRedis, raw: Any) -> Iterator[Fleet]:
-    made = Fleet(redis_server.url)
-    yield made
-    made.close()
 
 
 def node(name: str, **changes: Any) -> Node:

@@ -13,17 +13,14 @@ from pydantic import ValidationError
 from imagemill.shared.engines import parse_options
 from imagemill.shared.messages import (
     ENDED,
-    JOB_SPEC,
     MANIFEST,
     Chunk,
-    InpaintJob,
     Item,
     ItemResult,
+    Job,
     JobStatus,
     Output,
     Policy,
-    RemoveBackgroundJob,
-    StylizeJob,
     check_key,
     compact,
     row,
@@ -33,12 +30,16 @@ from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
 
 A = "https://example.com/a.jpg"
 OUT = Output(url="s3://results/x")
-JOBS = [RemoveBackgroundJob(output=OUT), InpaintJob(output=OUT), StylizeJob(output=OUT)]
+JOBS = [
+    Job(operation="remove-background", output=OUT),
+    Job(operation="inpaint", output=OUT),
+    Job(operation="stylize", output=OUT),
+]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.operation)
 def test_a_job_is_the_same_after_json(job: Any) -> None:
-    assert JOB_SPEC.validate_json(job.model_dump_json()) == job
+    assert Job.model_validate_json(job.model_dump_json()) == job
     assert job.engine == "opencv"
 
 
@@ -53,8 +54,8 @@ def test_there_is_a_job_for_every_operation() -> None:
 )
 def test_a_job_with_boxes_is_the_same_after_json(options: OpencvInpaint | LamaInpaint) -> None:
     boxes = {"boxes": "1,2,3,4;0.1,0.1,0.5,0.5"}
-    job = InpaintJob(output=OUT, options=type(options).model_validate(options.model_dump() | boxes))
-    assert JOB_SPEC.validate_json(job.model_dump_json()) == job
+    job = Job(operation="inpaint", output=OUT, options=type(options).model_validate(options.model_dump() | boxes))
+    assert Job.model_validate_json(job.model_dump_json()) == job
 
 
 @pytest.mark.parametrize(
@@ -63,12 +64,12 @@ def test_a_job_with_boxes_is_the_same_after_json(options: OpencvInpaint | LamaIn
     ids=str,
 )
 def test_a_job_of_rembgs_is_the_same_after_json(given: dict[str, Any]) -> None:
-    job = RemoveBackgroundJob(output=OUT, options=parse_options("remove-background", "rembg", given))
-    assert JOB_SPEC.validate_json(job.model_dump_json()) == job
+    job = Job(operation="remove-background", output=OUT, options=parse_options("remove-background", "rembg", given))
+    assert Job.model_validate_json(job.model_dump_json()) == job
 
 
 def test_a_job_of_a_model_goes_where_that_model_is() -> None:
-    job = InpaintJob.model_validate({"output": OUT, "options": {"engine": "lama", "boxes": "1,2,3,4"}})
+    job = Job.model_validate({"operation": "inpaint", "output": OUT, "options": {"engine": "lama", "boxes": "1,2,3,4"}})
     assert (job.engine, job.lane) == ("lama", "lama.lama")
 
 
@@ -80,7 +81,7 @@ def test_a_job_of_a_model_goes_where_that_model_is() -> None:
 def test_a_job_of_another_version_or_with_unknown_fields_is_refused(change: dict[str, Any]) -> None:
     fields = json.loads(JOBS[2].model_dump_json())
     with pytest.raises(ValidationError):
-        JOB_SPEC.validate_python({**fields, **change})
+        Job.model_validate({**fields, **change})
 
 
 @pytest.mark.parametrize("message", [JOBS[0], Item(index=0, source=A), Chunk(job="260730-1f0c9a3e", number=0, images=1), OUT])
@@ -137,8 +138,8 @@ def test_key_templates_that_are_refused(template: str, reason: str) -> None:
 def test_what_is_only_filled_keeps_its_profile_unless_asked_otherwise(operation: str, usual: str) -> None:
     profiles = []
     for output in ({}, {"icc": "srgb"}, {"icc": "keep"}):
-        job = JOB_SPEC.validate_python({"operation": operation, "output": {"url": "s3://results/x", **output}})
-        profiles.append(JOB_SPEC.validate_json(job.model_dump_json()).icc)
+        job = Job.model_validate({"operation": operation, "output": {"url": "s3://results/x", **output}})
+        profiles.append(Job.model_validate_json(job.model_dump_json()).icc)
     assert profiles == [usual, "srgb", "keep"]
 
 

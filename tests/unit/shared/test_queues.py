@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagemill.shared.engines import ENGINES
+from imagemill.shared.engines import engines_of
 from imagemill.shared.messages import PRIORITIES
 from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.queues import (
@@ -27,7 +27,7 @@ from imagemill.shared.queues import (
 ALL = [
     queue_name(operation, engine, priority)
     for operation in OPERATIONS
-    for engine in ENGINES[operation]
+    for engine in engines_of(operation)
     for priority in PRIORITIES
 ]
 
@@ -49,7 +49,7 @@ def test_each_operation_engine_and_priority_has_a_queue_and_each_task_a_name_of_
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_priority_is_in_the_name_whatever_engine_it_follows(operation: str) -> None:
-    for engine in (*ENGINES[operation], "high-res", "low-memory"):
+    for engine in (*engines_of(operation), "high-res", "low-memory"):
         ranks = [rank(queue_name(operation, engine, priority)) for priority in PRIORITIES]  # type: ignore[arg-type]
         assert ranks == [0, 1, 2]
 
@@ -61,7 +61,7 @@ def test_a_node_offers_only_the_engines_that_an_operation_has() -> None:
 
 
 def test_a_node_reads_every_queue_that_is_published_to_highest_priority_first() -> None:
-    engines = sorted({engine for operation in OPERATIONS for engine in ENGINES[operation]})
+    engines = sorted({engine for operation in OPERATIONS for engine in engines_of(operation)})
     found = worker_queues(OPERATIONS, engines)
     assert set(found) == set(ALL)
     assert all(manifest_queue(operation, engine) in found for operation, engine in offered(OPERATIONS, engines))

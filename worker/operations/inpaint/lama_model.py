@@ -13,7 +13,7 @@ from torch import Tensor
 
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
 from imagemill.worker.hardware.device import Device, give_back
-from imagemill.worker.hardware.errors import is_short_of_memory
+from imagemill.worker.hardware.errors import is_out_of_memory
 from imagemill.worker.hardware.torch_device import torch_device, torch_dtype
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.models.conversion import read
@@ -25,7 +25,7 @@ BAND = 512 * 512
 """Pixels that the generator's ends take at a time on a CPU: 1024 x 1024 take some 350 MB instead of 770."""
 
 
-class Session:
+class LamaModel:
     """LaMa's generator, opened on a device.
 
     Raises ConfigurationError where the file is damaged or of something else, and where the device isn't there.
@@ -117,7 +117,7 @@ def _translated(doing: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
         traceback.clear_frames(error.__traceback__)  # they hold tensors for as long as somebody holds the error
-        if not is_short_of_memory(error):
+        if not is_out_of_memory(error):
             raise OperationFailed(f"{doing} the model lama failed: {sentence(error)}") from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

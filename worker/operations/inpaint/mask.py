@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 from imagemill.shared.errors import BadMask
 from imagemill.shared.options.base import Box
-from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
+from imagemill.shared.options.inpaint import InpaintOptions
 from imagemill.worker.imaging.picture import Grey, Pixels
-from imagemill.worker.operations.base import Inputs
+from imagemill.worker.operations.base import Evidence, Inputs, Untouched
+
+AnyInpaint = TypeVar("AnyInpaint", bound=InpaintOptions)
 
 EMPTY = "empty_mask"
 LARGE = "large_mask"
@@ -41,14 +44,37 @@ class Region:
     columns: slice
 
 
-def build_mask(size: tuple[int, int], inputs: Inputs) -> Grey:
+@dataclass(frozen=True)
+class Hole:
+    """What is filled of an image: `shares` [height, width] uint8 is the fill's share in each pixel, 255 in the hole itself."""
+
+    shares: Grey
+    notes: list[str]
+    evidence: Evidence
+
+
+def find_hole(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Hole | Untouched:
+    """The hole of an image of `size` (width, height), faded out as the options ask; Untouched if the mask is empty.
+
+    Raises BadMask as `build_mask` does.
+    """
+    mask = build_mask(size, inputs)
+    filled = cv2.countNonZero(mask)
+    if not filled:
+        return Untouched((EMPTY,))
+    notes = [LARGE] if filled > LARGE_SHARE * mask.size else []
+    # The source shows what was to go, so the check can't compare the result with it.
+    return Hole(fade(mask, inputs.options.mask_feather), notes, Evidence(comparable=False, hole=mask))
+
+
+def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:
     """The hole of an image of `size` (width, height): uint8 [height, width], 255 where it is filled, 0 elsewhere.
 
     The mask's pixels above `mask_threshold`, the item's and the job's boxes, grown by `mask_dilate` pixels.
     Raises BadMask where there is neither mask nor box, where the mask's proportions are not the image's, where a
     box lies outside the image, and where nothing would be left to fill from.
     """
-    options: OpencvInpaint | LamaInpaint = inputs.options
+    options = inputs.options
     boxes = (*inputs.item.boxes, *options.boxes)
     if inputs.mask is None and not boxes:
         raise BadMask("nothing says what to fill: give a mask (--mask, or a mask column in the list) or boxes")
@@ -64,14 +90,6 @@ def build_mask(size: tuple[int, int], inputs: Inputs) -> Grey:
     if hole.all():
         raise BadMask("the mask and boxes cover the whole image, so nothing is left to fill it from")
     return hole
-
-
-def remarks(hole: Grey) -> list[str]:
-    """What the submitter should know of a hole."""
-    filled = cv2.countNonZero(hole)
-    if not filled:
-        return [EMPTY]
-    return [LARGE] if filled > LARGE_SHARE * hole.size else []
 
 
 def _at_size(mask: Grey, size: tuple[int, int]) -> Grey:

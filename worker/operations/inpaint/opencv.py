@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
 
-from imagemill.shared.engines import Options
 from imagemill.shared.options.inpaint import OpencvInpaint
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import resize
-from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
-from imagemill.worker.operations.inpaint.mask import Region, build_mask, fade, mix, regions, remarks, shrunk, zone_of
+from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Untouched, Work
+from imagemill.worker.operations.inpaint.mask import Region, find_hole, mix, regions, shrunk, zone_of
 
 REVISION = 2
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
@@ -45,7 +43,10 @@ class Plan:
     places: list[Region]
 
 
-class Inpaint:
+Filling = Work[OpencvInpaint, Crop, Plan]
+
+
+class Inpaint(Operation[OpencvInpaint, Crop, Pixels, Plan]):
     """Telea (Journal of Graphics Tools 9(1), 2004) or Navier-Stokes (Bertalmio, Bertozzi, Sapiro, CVPR 2001).
 
     A sample is a region around holes that lie close together, so time follows the mask and not the image, up
@@ -57,20 +58,16 @@ class Inpaint:
     def load(self, device: Device) -> None:
         set_up(device)
 
-    def work_edge(self, options: Options) -> int | None:  # noqa: ARG002  # what lies outside the mask is kept as it is
-        return None
-
-    def fingerprint(self, options: Options) -> str:  # noqa: ARG002  # the same for all
+    def fingerprint(self, options: OpencvInpaint) -> str:  # noqa: ARG002
         return fingerprint(REVISION)
 
     @translated("finding what to fill")
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-        options: OpencvInpaint = inputs.options
-        hole = build_mask(picture.size, inputs)
-        notes = remarks(hole)
-        if not hole.any():
-            return Work([], untouched=True, notes=notes)
-        shares = fade(hole, options.mask_feather)
+    def prepare(self, picture: Picture, inputs: Inputs[OpencvInpaint]) -> Filling | Untouched:
+        options = inputs.options
+        hole = find_hole(picture.size, inputs)
+        if isinstance(hole, Untouched):
+            return hole
+        shares = hole.shares
         # Beyond the fade, the filters look `radius` further and need a pixel for differences.
         places = regions(shares, options.radius + 3)
         parts = [shares[one.rows, one.columns] for one in places]
@@ -80,22 +77,15 @@ class Inpaint:
         rgb = picture.pixels[..., :3]
         crops = [Crop(rgb[one.rows, one.columns], part, shrink) for one, part in zip(places, parts, strict=True)]
         samples = [Sample(crop, options) for crop in crops]
-        evidence = Evidence(comparable=False, hole=hole)  # the source has there what was to go
-        return Work(samples, state=Plan(picture, places), notes=notes, evidence=evidence)
-
-    def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
-        return self.spec.name
-
-    def together(self, options: Options) -> bool:  # noqa: ARG002  # samples run one by one
-        return False
+        return Work(samples, plan=Plan(picture, places), notes=hole.notes, evidence=hole.evidence)
 
     @translated("filling the holes")
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[OpencvInpaint, Crop]]) -> list[Pixels]:
         return [fill(sample.data, sample.options) for sample in samples]
 
     @translated("putting the fill into the image")
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        plan: Plan = work.state
+    def finish(self, work: Filling, outputs: Sequence[Pixels]) -> Picture:
+        plan = work.plan
         for place, filled, sample in zip(plan.places, outputs, work.samples, strict=True):
             target = plan.picture.pixels[place.rows, place.columns, :3]
             for top in range(0, len(filled), STRIP):

@@ -18,6 +18,10 @@ from numpy.typing import NDArray
 from imagemill.worker.imaging.picture import Grey
 from imagemill.worker.operations.inpaint.mask import Region
 
+OVERLAP = 64
+"""Pixels over which neighbouring tiles are blended."""
+REACH = OVERLAP // 2
+
 CELL = 8
 """The plan is made on squares of so many pixels a side: each is in the hole or not, and belongs to one part of it."""
 
@@ -116,28 +120,27 @@ def in_cells(hole: Grey) -> Cells:
 
 
 def weights(
-    tiles: Sequence[Tile], numbers: NDArray[np.int32], part: Region, overlap: int
+    tiles: Sequence[Tile], numbers: NDArray[np.int32], part: Region
 ) -> Iterator[tuple[int, Region, NDArray[np.float32]]]:
     """How much each tile counts in a rectangle of the image: its place in `tiles`, where, and weights [h, w].
 
-    They are 1 in its core, fall to 0 over half of `overlap` around it, and are 0 outside its region; to be divided by
-    their sum. So at the border of two cores each counts half, and over `overlap` pixels one passes into the other.
+    They are 1 in its core, fall to 0 over `REACH` pixels around it, and are 0 outside its region; to be divided by
+    their sum. So at the border of two cores each counts half, and over twice `REACH` pixels one passes into the other.
     """
     for place, tile in enumerate(tiles):
-        where = _common(extent(tile, overlap), part)
+        where = _common(extent(tile), part)
         if where is not None:
             ramps = (
-                _ramp(tile.core.rows, where.rows, overlap // 2),
-                _ramp(tile.core.columns, where.columns, overlap // 2),
+                _ramp(tile.core.rows, where.rows, REACH),
+                _ramp(tile.core.columns, where.columns, REACH),
             )
             yield place, where, np.outer(*ramps) * (owners(numbers, where) == tile.number)
 
 
-def extent(tile: Tile, overlap: int) -> Region:
+def extent(tile: Tile) -> Region:
     """What a tile fills, or helps to fill."""
-    reach = overlap // 2
     rows, columns = (
-        slice(max(core.start - reach, area.start), min(core.stop + reach, area.stop))
+        slice(max(core.start - REACH, area.start), min(core.stop + REACH, area.stop))
         for core, area in ((tile.core.rows, tile.area.rows), (tile.core.columns, tile.area.columns))
     )
     return Region(rows, columns)

@@ -53,7 +53,15 @@ class Frame:
         return resize(pixels[top:bottom, left:right], self.size)
 
 
-def compose(pixels: Pixels, alpha: Grey, options: RembgRemoveBackground, background: Pixels | None, notes: list[str]) -> Pixels:
+def compose(
+    pixels: Pixels,
+    alpha: Grey,
+    options: RembgRemoveBackground,
+    background: Pixels | None,
+    notes: list[str],
+    *,
+    clean_rim: bool = True,
+) -> Pixels:
     """The result: RGBA, RGB where it has a background or is a mask. Neither `pixels` nor `alpha` is changed.
 
     `pixels` is RGB or RGBA [h, w, 3 or 4] (then its alpha is multiplied in), `alpha` uint8 [h, w] the matte at the same
@@ -71,7 +79,7 @@ def compose(pixels: Pixels, alpha: Grey, options: RembgRemoveBackground, backgro
     if empty:
         notes.append(EMPTY)
     elif options.alpha_matting:
-        alpha = _visible(pixels, matted(pixels, alpha, options.matting_pixels, options.matting_seconds, notes))
+        alpha = _visible(pixels, matted(pixels, alpha, notes))
     shade = _shadow(pixels, alpha) if options.shadow and not empty else None
     if options.shadow and shade is None and not empty:
         notes.append(NO_SHADOW)
@@ -85,7 +93,7 @@ def compose(pixels: Pixels, alpha: Grey, options: RembgRemoveBackground, backgro
     (x, y), (width, height) = frame.at, frame.size
     inside = result[y : y + height, x : x + width]
     _cut(front, matte, inside)
-    if options.clean_rim:
+    if clean_rim:
         foreground_colours(front, matte, out=inside)
     under = _backdrop(options.background, background, frame.whole)
     if under is not None:

@@ -22,6 +22,8 @@ TOO_LARGE = "matting_too_large"
 TIMED_OUT = "matting_timed_out"
 FAILED = "matting_failed"
 
+LARGEST = 2_560_000  # pixels of an image that is matted: about 2 kB of memory for each unsure one
+SECONDS = 20.0  # that matting one image may take
 FRONT, BACK = 240, 10  # rembg's: above is sure to be the subject, below is sure not to be
 MARGIN = 10  # rembg's: and all within this many pixels
 UNSURE = 4  # one part in this many may be unsure: it is these pixels that cost, about 2 kB and 15 us each
@@ -36,7 +38,7 @@ class _TimedOut(Exception):
     pass
 
 
-def matted(pixels: Pixels, alpha: Grey, most: int, seconds: float, notes: list[str]) -> Grey:
+def matted(pixels: Pixels, alpha: Grey, notes: list[str], *, most: int = LARGEST, seconds: float = SECONDS) -> Grey:
     """`alpha` [h, w] with its unsure parts found anew from `pixels` [h, w, 3 or 4], and its sure ones made 0 or 255.
 
     With more than `most` pixels, or a quarter as many unsure ones, after `seconds`, or where the solver fails, it is

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
 from imagemill.worker.hardware.device import Device, give_back
-from imagemill.worker.hardware.errors import is_short_of_memory
+from imagemill.worker.hardware.errors import is_out_of_memory
 
 Tensor = NDArray[np.float32]
 
@@ -26,7 +26,7 @@ SMALL = 512
 """Side in pixels of a model's input up to which on CPUs each image has a core to itself. Larger ones take gigabytes each."""
 
 
-class Session:
+class OnnxModel:
     """One model, opened; `size` is the side of its input in pixels.
 
     On a GPU images share batches where the model's batch axis is free. On CPUs `abreast` of them run at a time, each for
@@ -44,7 +44,7 @@ class Session:
         try:
             self._session = _opened(path, device, self.abreast, providers(device, path, _profile(path, device)))
         except Exception as error:
-            if is_short_of_memory(error):
+            if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {name} does not fit into memory: {sentence(error)}") from error
             raise ConfigurationError(f"the model {name} can't be opened from {path} ({sentence(error)}): {again}") from error
         wanted, got = NAMES[device.provider], self._session.get_providers()
@@ -84,7 +84,7 @@ class Session:
         try:
             yield
         except Exception as error:
-            if is_short_of_memory(error):
+            if is_out_of_memory(error):
                 raise OutOfMemory(f"there was not enough memory for the model {self.name}: {sentence(error)}") from error
             if type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError):
                 raise OperationFailed(f"the model {self.name} failed: {sentence(error)}") from error

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import cv2
 import numpy as np
 
-from imagemill.shared.engines import Options
 from imagemill.shared.options.remove_background import OpencvRemoveBackground
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
-from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.remove_background.matte import cut_out, soft_alpha
 from imagemill.worker.operations.remove_background.saliency import Map, content_box, saliency
 
+WORK_EDGE = 320  # longest edge in pixels at which GrabCut runs
+ROUNDS = 3  # of GrabCut
+BORDER = 0.04  # share of each side that is learnt as background
 SMALLEST = 8  # pixels; below this nothing can be told from the border
 EMPTY = "empty_cutout"
 REVISION = 2
@@ -35,58 +36,55 @@ class Scene:
 
 @dataclass(frozen=True)
 class Plan:
-    picture: Picture  # at the result's size
-    scene: Scene
-    options: OpencvRemoveBackground
+    """What `finish` needs: the picture at the result's size."""
+
+    picture: Picture
 
 
-class GrabCut:
-    """GrabCut (Rother, Kolmogorov, Blake, SIGGRAPH 2004) at `work_edge`, with edges refined at the result's size."""
+CutOut = Work[OpencvRemoveBackground, Scene, Plan]
+
+
+class GrabCut(Operation[OpencvRemoveBackground, Scene, Grey, Plan]):
+    """GrabCut (Rother, Kolmogorov, Blake, SIGGRAPH 2004) at `WORK_EDGE` pixels, with edges refined at the result's size."""
 
     spec = Spec("remove-background", "opencv", makes_alpha=True)
 
     def load(self, device: Device) -> None:
         set_up(device)
 
-    def work_edge(self, options: Options) -> int | None:
-        return options.long_edge if isinstance(options, OpencvRemoveBackground) else None
+    def work_edge(self, options: OpencvRemoveBackground) -> int | None:
+        return options.long_edge
 
-    def fingerprint(self, options: Options) -> str:  # noqa: ARG002  # the same for all
+    def fingerprint(self, options: OpencvRemoveBackground) -> str:  # noqa: ARG002
         return fingerprint(REVISION)
 
     @translated("scaling the image")
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-        options: OpencvRemoveBackground = inputs.options
+    def prepare(self, picture: Picture, inputs: Inputs[OpencvRemoveBackground]) -> CutOut:
+        options = inputs.options
         pixels = resize(picture.pixels, fit(picture.size, options.long_edge))
-        small = resize(pixels, fit((pixels.shape[1], pixels.shape[0]), options.work_edge))
+        small = resize(pixels, fit((pixels.shape[1], pixels.shape[0]), WORK_EDGE))
         opaque = (small[..., 3] > 127).astype(np.uint8) if small.shape[2] == 4 else None
         scene = Scene(np.ascontiguousarray(small[..., :3]), opaque if opaque is not None and not opaque.all() else None)
-        return Work([Sample(scene, options)], state=Plan(replace(picture, pixels=pixels), scene, options))
-
-    def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
-        return self.spec.name
-
-    def together(self, options: Options) -> bool:  # noqa: ARG002  # samples run one by one
-        return False
+        return Work([Sample(scene, options)], plan=Plan(replace(picture, pixels=pixels)))
 
     @translated("cutting out the subject")
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
-        return [find_subject(sample.data, sample.options) for sample in samples]
+    def run(self, samples: Sequence[Sample[OpencvRemoveBackground, Scene]]) -> list[Grey]:
+        return [find_subject(sample.data) for sample in samples]
 
     @translated("refining the edge")
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        plan: Plan = work.state
-        (mask,) = outputs
+    def finish(self, work: CutOut, outputs: Sequence[Grey]) -> Picture:
+        (sample,), (mask,) = work.samples, outputs
+        scene, options = sample.data, sample.options
         if not mask.any():
             work.notes.append(EMPTY)
-        pixels = plan.picture.pixels
-        alpha = soft_alpha(pixels[..., :3], plan.scene.rgb, mask.astype(np.float32), plan.options.feather)
-        if plan.options.background is not None:
+        pixels = work.plan.picture.pixels
+        alpha = soft_alpha(pixels[..., :3], scene.rgb, mask.astype(np.float32), options.feather)
+        if options.background is not None:
             work.evidence = Evidence(alpha=mask * np.uint8(255))
-        return replace(plan.picture, pixels=cut_out(pixels, alpha, plan.options.background, rough=True))
+        return replace(work.plan.picture, pixels=cut_out(pixels, alpha, options.background, rough=True))
 
 
-def find_subject(scene: Scene, options: OpencvRemoveBackground) -> Grey:
+def find_subject(scene: Scene) -> Grey:
     """1 where the subject is, 0 elsewhere, [h, w]; all 0 where none is found."""
     mask = np.zeros(scene.rgb.shape[:2], np.uint8)
     cv2.setRNGSeed(0)  # k-means draws from this thread's generator; without it the last image decides
@@ -99,12 +97,12 @@ def find_subject(scene: Scene, options: OpencvRemoveBackground) -> Grey:
     rows, columns = content_box(rgb)
     inside = np.ascontiguousarray(rgb[rows, columns])
     if min(inside.shape[:2]) >= SMALLEST:
-        mask[rows, columns] = _cut(inside, options)
+        mask[rows, columns] = _cut(inside)
     return mask if scene.opaque is None else mask * scene.opaque
 
 
-def _cut(rgb: Pixels, options: OpencvRemoveBackground) -> Grey:
-    found = saliency(rgb, options.border)
+def _cut(rgb: Pixels) -> Grey:
+    found = saliency(rgb, BORDER)
     if found is None:
         return np.zeros(rgb.shape[:2], np.uint8)
     likely, rim = found
@@ -116,7 +114,7 @@ def _cut(rgb: Pixels, options: OpencvRemoveBackground) -> Grey:
     if min(front.sum(), (~front).sum()) < 10:  # each of GrabCut's two models has five colours
         return np.zeros(rgb.shape[:2], np.uint8)
     back_model, front_model = np.zeros((1, 65)), np.zeros((1, 65))
-    cv2.grabCut(_features(rgb), marks, (0, 0, 0, 0), back_model, front_model, options.iterations, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(_features(rgb), marks, (0, 0, 0, 0), back_model, front_model, ROUNDS, cv2.GC_INIT_WITH_MASK)
     return _tidied(((marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD)).astype(np.uint8), likely)
 
 

@@ -13,8 +13,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from imagemill.shared.engines import Options
-from imagemill.shared.errors import BadReference, ConfigurationError, ImageError, MissingExtra, OperationFailed
+from imagemill.shared.errors import BadReference, ImageError, MissingExtra
 from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.shared.urls import shown
 from imagemill.worker.hardware.device import Device
@@ -22,13 +21,14 @@ from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.models.catalogue import WEIGHTS
-from imagemill.worker.models.checksums import digest
+from imagemill.worker.models.checksums import digest, with_digest
 from imagemill.worker.models.files import model_file
-from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
+from imagemill.worker.operations.open_model import OpenModel, missing_model
 from imagemill.worker.operations.remove_background.compose import compose
-from imagemill.worker.operations.remove_background.matting import TOO_LARGE
+from imagemill.worker.operations.remove_background.matting import LARGEST, TOO_LARGE
 from imagemill.worker.operations.remove_background.model_families import FAMILIES, in_bytes
-from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, Session
+from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, OnnxModel, Tensor
 from imagemill.worker.operations.remove_background.opencv import EMPTY
 
 REVISION = 2
@@ -43,7 +43,10 @@ class Plan:
     background: Pixels | None
 
 
-class Rembg:
+CutOut = Work[RembgRemoveBackground, Tensor, Plan]
+
+
+class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
     """One model is open at a time: it is swapped when a chunk asks for another one.
 
     A GPU that is fast enough to wait for `prepare` would have it replaced here, by a decoder and a `Family.tensor` that
@@ -54,9 +57,7 @@ class Rembg:
 
     def __init__(self) -> None:
         self._device = Device()
-        self._session: Session | None = None
-        self._opened: tuple[Path, str] | None = None  # its file and digest
-        self._proven = False  # a model has been opened, so that the set-up is right
+        self._model: OpenModel[tuple[Path, str], OnnxModel] = OpenModel()
 
     def load(self, device: Device) -> None:
         """Look which models are there. One is opened at the first `run`, and ConfigurationError raised if it can't be."""
@@ -66,15 +67,12 @@ class Rembg:
             # An image per core, see session.py; a few for each, or they would often wait for the slowest.
             self.spec = replace(self.spec, max_batch=PER_CORE * device.threads)
         if not any(_original(device, weights.name).is_file() for weights in WEIGHTS if weights.engine == self.spec.engine):
-            raise ConfigurationError(
-                f"there is no model of rembg's in {device.weights}: `imagemill models pull u2net` fetches one"
-            )
+            raise missing_model("u2net", device.weights)
 
-    def work_edge(self, options: Options) -> int | None:
-        return options.long_edge if isinstance(options, RembgRemoveBackground) and not options.exact else None
+    def work_edge(self, options: RembgRemoveBackground) -> int | None:
+        return None if options.exact else options.long_edge
 
-    def fingerprint(self, options: Options) -> str:
-        assert isinstance(options, RembgRemoveBackground)  # noqa: S101  # for mypy
+    def fingerprint(self, options: RembgRemoveBackground) -> str:
         path = self._path(options)
         parts = [f"{options.model} {digest(path)}", f"onnxruntime {onnxruntime.__version__}", f"revision {REVISION}"]
         if options.alpha_matting:
@@ -82,28 +80,26 @@ class Rembg:
         return ", ".join(filter(None, parts))
 
     @translated("scaling the image")
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-        options: RembgRemoveBackground = inputs.options
+    def prepare(self, picture: Picture, inputs: Inputs[RembgRemoveBackground]) -> CutOut:
+        options = inputs.options
         pixels = resize(picture.pixels, fit(picture.size, self.work_edge(options)))
         tensor = FAMILIES[options.model].tensor(pixels, as_rembg=options.exact)
         background = _background(options.background_image, inputs.read) if options.background_image else None
-        return Work([Sample(tensor, options)], state=Plan(replace(picture, pixels=pixels), background))
+        return Work([Sample(tensor, options)], plan=Plan(replace(picture, pixels=pixels), background))
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: Sample[RembgRemoveBackground, Tensor]) -> Hashable:
         return sample.options.model, sample.options.exact
 
-    def together(self, options: Options) -> bool:
-        assert isinstance(options, RembgRemoveBackground)  # noqa: S101  # for mypy
-        return self._session is not None and self._session.batches and not options.exact
+    def together(self, options: RembgRemoveBackground) -> bool:
+        return self._model.current is not None and self._model.current.batches and not options.exact
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
-        options: RembgRemoveBackground = samples[0].options  # of all of them, as for their model
-        return list(self._open(options).run([sample.data for sample in samples], together=not options.exact))
+    def run(self, samples: Sequence[Sample[RembgRemoveBackground, Tensor]]) -> list[Tensor]:
+        options = samples[0].options  # the group key sees to it that all have the same model
+        return self._open(options).run([sample.data for sample in samples], together=not options.exact)
 
     @translated("cutting out the subject")
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        plan: Plan = work.state
-        options: RembgRemoveBackground = work.samples[0].options
+    def finish(self, work: CutOut, outputs: Sequence[Tensor]) -> Picture:
+        plan, options = work.plan, work.samples[0].options
         matte = in_bytes(FAMILIES[options.model].matte(outputs[0]))
         pixels = plan.picture.pixels
         if options.exact:
@@ -115,27 +111,17 @@ class Rembg:
         work.evidence = Evidence(comparable=not moved, alpha=matte if hidden else None)
         return replace(plan.picture, pixels=made)
 
-    def _open(self, options: RembgRemoveBackground) -> Session:
-        try:
-            path = self._path(options)
-            wanted = path, digest(path)  # a file that was pulled or quantised anew has another fingerprint, too
-            if self._session is None or wanted != self._opened:
-                self._session = None  # before the next one is loaded: two need not fit
-                size = FAMILIES[options.model].size
-                self._session, self._opened = Session(path, options.model, self._device, size), wanted
-        except ConfigurationError as error:
-            if not self._proven:
-                raise  # at the node's start: it can't work like this
-            raise OperationFailed(error.message) from error
-        self._proven = True
-        return self._session
+    def _open(self, options: RembgRemoveBackground) -> OnnxModel:
+        size = FAMILIES[options.model].size
+        return self._model.get(
+            lambda: with_digest(self._path(options)), lambda file: OnnxModel(file[0], options.model, self._device, size)
+        )
 
     def _path(self, options: RembgRemoveBackground) -> Path:
         """The file of a model; rembg's own for `exact`. Raises ConfigurationError."""
         device, original = self._device, _original(self._device, options.model)
         if not original.is_file():
-            pull = f"`imagemill models pull {options.model}` fetches it"
-            raise ConfigurationError(f"the model {options.model} is not in {device.weights}: {pull}")
+            raise missing_model(options.model, device.weights)
         return original if options.exact else model_file(device.weights, self.spec.engine, options.model, int8=device.int8)
 
 
@@ -149,10 +135,10 @@ def as_rembg(
     """
     size = (pixels.shape[1], pixels.shape[0])
     mask = _by_lanczos(matte, size)
-    after = options.model_copy(update=dict(clean_rim=False, alpha_matting=False))
+    after = options.model_copy(update=dict(alpha_matting=False))
     if options.mask_only:
-        return compose(np.ascontiguousarray(pixels[..., :3]), mask, after, None, notes)
-    if options.alpha_matting and mask.size <= options.matting_pixels:
+        return compose(np.ascontiguousarray(pixels[..., :3]), mask, after, None, notes, clean_rim=False)
+    if options.alpha_matting and mask.size <= LARGEST:
         cut = _matted(pixels, mask)
     else:
         if options.alpha_matting:
@@ -160,7 +146,7 @@ def as_rembg(
         cut = _cut(pixels, mask)
     if options.crop or background is not None:
         rgb, alpha = np.ascontiguousarray(cut[..., :3]), np.ascontiguousarray(cut[..., 3])
-        return compose(rgb, alpha, after, background, notes)
+        return compose(rgb, alpha, after, background, notes, clean_rim=False)
     if not mask.any():
         notes.append(EMPTY)
     if options.background is not None:
@@ -207,10 +193,8 @@ class _Found:
         return [self.mask]
 
 
-def _background(url: str, read: Callable[[str], Picture] | None) -> Pixels:
+def _background(url: str, read: Callable[[str], Picture]) -> Pixels:
     """The job's background. Raises BadReference, or the error itself where trying again can help."""
-    if read is None:
-        raise BadReference(f"the background {shown(url)} can't be read here")
     try:
         return read(url).pixels
     except ImageError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import cv2
 import diffusers
@@ -13,10 +13,9 @@ import numpy as np
 import torch
 import transformers
 
-from imagemill.shared.engines import Options
-from imagemill.shared.errors import ConfigurationError, OperationFailed
-from imagemill.shared.options.stylize import DiffusionStylize
-from imagemill.shared.seeds import item_seed, next_seed
+from imagemill.shared.errors import ImageError
+from imagemill.shared.options.stylize import DiffusionModel, DiffusionStylize
+from imagemill.shared.seeds import diffusion_seed, next_seed
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
@@ -24,7 +23,8 @@ from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.models.catalogue import MODELS, repository
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.repositories import digest_of, folder_of, is_here, state
-from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
+from imagemill.worker.operations.open_model import OpenModel, missing_model
 from imagemill.worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
 from imagemill.worker.operations.stylize.loras import Stamp, find, stamp
 from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
@@ -49,16 +49,17 @@ class Plan:
     palette: Colours | None
 
 
-class Diffusion:
+Styling = Work[DiffusionStylize, Canvas, Plan]
+
+
+class Diffusion(Operation[DiffusionStylize, Canvas, Made, Plan]):
     """One model is loaded at a time, when a chunk first asks for it; all styles run on it."""
 
     spec = Spec("stylize", "diffusion", restyles=True, max_batch=LARGEST_BATCH, runtime="torch", warm_up={"steps": 1})
 
     def __init__(self) -> None:
         self._device = Device()
-        self._pipeline: Pipeline | None = None
-        self._opened = ""
-        self._proven = False  # a model has been loaded, so that the set-up is right
+        self._pipeline: OpenModel[str, Pipeline] = OpenModel()
         self._palettes = Palettes()
         self._folders: dict[str, str] = {}
         self._adapters: dict[Stamp, str] = {}
@@ -69,20 +70,19 @@ class Diffusion:
         self._device = device
         if device.gpu is None:  # images run one by one there, see pipeline.py
             self.spec = replace(self.spec, max_batch=1)
-        if not any(is_here(device.weights, model) for model in MODELS):
-            raise ConfigurationError(_missing(device, next(iter(MODELS))))
+        models = get_args(DiffusionModel)
+        if not any(is_here(device.weights, model) for model in models):
+            raise missing_model(models[0], device.weights)
         if device.diffusion.safety_checker and state(device.weights, repository(CHECKER)) == "missing":
-            raise ConfigurationError(_missing(device, CHECKER))
+            raise missing_model(CHECKER, device.weights)
 
-    def work_edge(self, options: Options) -> int | None:
+    def work_edge(self, options: DiffusionStylize) -> int | None:
         """The result's size, as long as the model wants to see no more than that."""
-        assert isinstance(options, DiffusionStylize)  # noqa: S101  # for mypy
         if options.long_edge is None or options.crop is not None:
             return None
         return max(options.long_edge, 2 * options.size)  # the longer side of a bucket of 4 to 1
 
-    def fingerprint(self, options: Options) -> str:
-        assert isinstance(options, DiffusionStylize)  # noqa: S101  # for mypy
+    def fingerprint(self, options: DiffusionStylize) -> str:
         weights = self._device.weights
         parts = [f"{options.model} {self._folder(options.model)}"]
         parts += [f"{lora.name} {self._adapter(find(weights, lora.name))}" for lora in options.loras]
@@ -95,16 +95,15 @@ class Diffusion:
         return ", ".join([*parts, f"revision {REVISION}"])
 
     @translated("preparing the image")
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-        options: DiffusionStylize = inputs.options
+    def prepare(self, picture: Picture, inputs: Inputs[DiffusionStylize]) -> Styling:
+        options = inputs.options
         if options.crop is not None:
             width, height = map(int, options.crop.split("x"))
             picture = replace(picture, pixels=cropped(picture.pixels, (width, height)))
         room = bucket(picture.size, options.size, COMPILED_MULTIPLE if self._device.compile else MULTIPLE)
         small = resize(picture.pixels, inside(picture.size, room))
         pixels = laid_in(flatten(small, HIDDEN), room)
-        seed = item_seed(options, inputs.item.index, inputs.item.source)
-        assert seed is not None  # noqa: S101  # these options have one
+        seed = diffusion_seed(options, inputs.item.index, inputs.item.source)
         palette = self._palettes.of(options.reference, inputs.read) if options.reference else None
         canvas = Canvas(pixels, edges_of(pixels, options.canny_low, options.canny_high), seed)
         footprint = f"{room[0]}x{room[1]} {dtype_of(self._device)}"
@@ -114,25 +113,22 @@ class Diffusion:
         plan = Plan(picture, fit(picture.size, options.long_edge), palette)
         return _work(Sample(canvas, options, footprint), plan, evidence)
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: Sample[DiffusionStylize, Canvas]) -> Hashable:
         return sample.options, sample.data.edges.shape
 
-    def together(self, options: Options) -> bool:
-        assert isinstance(options, DiffusionStylize)  # noqa: S101  # for mypy
+    def together(self, options: DiffusionStylize) -> bool:
         return self._device.gpu is not None and not options.deterministic
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
-        options: DiffusionStylize = samples[0].options  # of all of them, as for their size
-        return list(self._open(options.model).run([sample.data for sample in samples], options))
+    def run(self, samples: Sequence[Sample[DiffusionStylize, Canvas]]) -> list[Made | ImageError]:
+        options = samples[0].options  # the group key sees to it that all have the same
+        return self._open(options.model).run([sample.data for sample in samples], options)
 
     def relieve(self, level: int) -> bool:
-        """Take the first `level` measures that save memory, and no others; False where there are not so many."""
-        return self._pipeline is not None and self._pipeline.relieve(level)
+        return self._pipeline.current is not None and self._pipeline.current.relieve(level)
 
     @translated("bringing the image to its size")
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        plan: Plan = work.state
-        made: Made = outputs[0]
+    def finish(self, work: Styling, outputs: Sequence[Made]) -> Picture:
+        plan, (made,) = work.plan, outputs
         if made.prompt_cut:
             work.notes.append(CUT)
         rgb = resize(taken_out(made.pixels, plan.picture.size), plan.size)
@@ -144,18 +140,12 @@ class Diffusion:
         return replace(plan.picture, pixels=rgb)
 
     def _open(self, model: str) -> Pipeline:
-        try:
-            if self._pipeline is None or model != self._opened:
-                if not is_here(self._device.weights, model):
-                    raise ConfigurationError(_missing(self._device, model))
-                self._pipeline = None  # before the next one is loaded: two need not fit
-                self._pipeline, self._opened = Pipeline(model, self._device), model
-        except ConfigurationError as error:
-            if not self._proven:
-                raise  # at the node's start: it can't work like this
-            raise OperationFailed(error.message) from error
-        self._proven = True
-        return self._pipeline
+        return self._pipeline.get(lambda: model, self._load)
+
+    def _load(self, model: str) -> Pipeline:
+        if not is_here(self._device.weights, model):
+            raise missing_model(model, self._device.weights)
+        return Pipeline(model, self._device)
 
     def _folder(self, model: str) -> str:
         """A model's digest, looked up once: what is loaded stays, whatever happens to its files."""
@@ -171,20 +161,16 @@ class Diffusion:
         return self._adapters[now]
 
 
-def _work(sample: Sample, plan: Plan, evidence: Evidence) -> Work:
+def _work(sample: Sample[DiffusionStylize, Canvas], plan: Plan, evidence: Evidence) -> Styling:
     """One image's, whose other tries begin from other noise."""
 
-    def again() -> Work:
-        canvas: Canvas = sample.data
+    def retry() -> Styling:
+        canvas = sample.data
         return _work(replace(sample, data=replace(canvas, seed=next_seed(canvas.seed))), plan, evidence)
 
-    return Work([sample], state=plan, evidence=evidence, again=again)
+    return Work([sample], plan=plan, evidence=evidence, retry=retry)
 
 
 def edges_of(rgb: Pixels, low: int, high: int) -> Grey:
     """Edges 0 or 255 [h, w] of RGB [h, w, 3]: Canny, A Computational Approach to Edge Detection, IEEE TPAMI 8(6), 1986."""
     return np.asarray(cv2.Canny(rgb, low, high), np.uint8)
-
-
-def _missing(device: Device, model: str) -> str:
-    return f"the model {model} is not in {device.weights}: `imagemill models pull {model}` fetches it"

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import cv2
 import numpy as np
 
-from imagemill.shared.engines import Options
 from imagemill.shared.options.stylize import OpencvStylize
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
 from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
-from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Work
+from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
 
 REVISION = 1
 """Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
 TILE = 2048  # pixels; the filters take 130 bytes for each they see at a time
-OWN_SIGMAS = {"stylization": (60.0, 0.45), "pencil-sketch": (60.0, 0.07), "detail": (10.0, 0.15)}
+SHADE = 0.05  # brightness of a pencil sketch, as OpenCV's own demo has it
+SIGMAS = {"stylization": (60.0, 0.45), "pencil-sketch": (60.0, 0.07), "detail": (10.0, 0.15)}
 MARGIN = 3.0  # times sigma_s; a pixel further off than this changes nothing
 
 
@@ -40,7 +39,10 @@ class Plan:
     strength: float
 
 
-class Stylize:
+Styling = Work[OpencvStylize, Canvas, Plan]
+
+
+class Stylize(Operation[OpencvStylize, Canvas, Pixels, Plan]):
     """stylization and detailEnhance (Gastal, Oliveira, SIGGRAPH 2011), pencilSketch, colour transfer (Reinhard et al. 2001).
 
     Large pictures go through the filters in tiles, so that memory stays flat; time grows with the pixels.
@@ -54,34 +56,27 @@ class Stylize:
     def load(self, device: Device) -> None:
         set_up(device)
 
-    def work_edge(self, options: Options) -> int | None:
-        return options.long_edge if isinstance(options, OpencvStylize) else None
+    def work_edge(self, options: OpencvStylize) -> int | None:
+        return options.long_edge
 
-    def fingerprint(self, options: Options) -> str:  # noqa: ARG002  # the same for all
+    def fingerprint(self, options: OpencvStylize) -> str:  # noqa: ARG002
         return fingerprint(REVISION)
 
     @translated("scaling the image")
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-        options: OpencvStylize = inputs.options
+    def prepare(self, picture: Picture, inputs: Inputs[OpencvStylize]) -> Styling:
+        options = inputs.options
         pixels = resize(picture.pixels, fit(picture.size, options.long_edge))
         reference = self._palettes.of(options.reference, inputs.read) if options.reference else None
         plan, evidence = Plan(replace(picture, pixels=pixels), options.strength), Evidence(recoloured=reference is not None)
-        return Work([Sample(Canvas(pixels, reference), options)], state=plan, evidence=evidence)
-
-    def group_key(self, sample: Sample) -> Hashable:  # noqa: ARG002  # samples run one by one
-        return self.spec.name
-
-    def together(self, options: Options) -> bool:  # noqa: ARG002  # samples run one by one
-        return False
+        return Work([Sample(Canvas(pixels, reference), options)], plan=plan, evidence=evidence)
 
     @translated("applying the style")
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[OpencvStylize, Canvas]]) -> list[Pixels]:
         return [styled(sample.data, sample.options) for sample in samples]
 
     @translated("blending the style with the image")
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        plan: Plan = work.state
-        (rgb,) = outputs
+    def finish(self, work: Styling, outputs: Sequence[Pixels]) -> Picture:
+        plan, (rgb,) = work.plan, outputs
         source, share = plan.picture.pixels, plan.strength
         if share < 1:
             rgb = np.asarray(cv2.addWeighted(rgb, share, np.ascontiguousarray(source[..., :3]), 1 - share, 0), np.uint8)
@@ -93,7 +88,7 @@ def styled(canvas: Canvas, options: OpencvStylize) -> Pixels:
     if canvas.reference is not None:
         return transferred(canvas.pixels, canvas.reference)
     bgr = cv2.cvtColor(np.ascontiguousarray(canvas.pixels[..., :3]), cv2.COLOR_RGB2BGR)  # the filters weigh channels as BGR
-    reach, _ = _sigmas(options)
+    reach, _ = SIGMAS[options.style]
     margin = math.ceil(MARGIN * reach) + 2  # the filters take differences of neighbours
     height, width = bgr.shape[:2]
     made = np.empty_like(bgr)
@@ -107,18 +102,9 @@ def styled(canvas: Canvas, options: OpencvStylize) -> Pixels:
 
 
 def _filtered(bgr: Pixels, options: OpencvStylize) -> Pixels:
-    reach, alike = _sigmas(options)
+    reach, alike = SIGMAS[options.style]
     if options.style == "pencil-sketch":
-        grey, made = cv2.pencilSketch(bgr, sigma_s=reach, sigma_r=alike, shade_factor=options.shade)
+        grey, made = cv2.pencilSketch(bgr, sigma_s=reach, sigma_r=alike, shade_factor=SHADE)
         return np.asarray(made if options.colour else cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), np.uint8)
     apply = cv2.detailEnhance if options.style == "detail" else cv2.stylization
     return np.asarray(apply(bgr, sigma_s=reach, sigma_r=alike), np.uint8)
-
-
-def _sigmas(options: OpencvStylize) -> tuple[float, float]:
-    """The given sigmas, else the style's own."""
-    reach, alike = OWN_SIGMAS[options.style]
-    return (
-        reach if options.sigma_s is None else options.sigma_s,
-        alike if options.sigma_r is None else options.sigma_r,
-    )

@@ -37,10 +37,8 @@ class Palettes:
         self._known: OrderedDict[str, tuple[weakref.ref[Pixels], Colours]] = OrderedDict()
         self._measuring = threading.Lock()
 
-    def of(self, url: str, read: Callable[[str], Picture] | None) -> Colours:
+    def of(self, url: str, read: Callable[[str], Picture]) -> Colours:
         """The colours of the reference at `url`. Raises BadReference, or the error itself where trying again can help."""
-        if read is None:
-            raise BadReference(f"the reference {shown(url)} can't be read here")
         try:
             pixels = read(url).pixels
         except ImageError as error:

@@ -26,7 +26,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from imagemill.shared.errors import ConfigurationError, ImageError, OperationFailed, OutOfMemory, UnsafeContent, sentence
 from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.hardware.errors import is_short_of_memory
+from imagemill.worker.hardware.errors import is_out_of_memory
 from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.hardware.torch_device import torch_device, torch_dtype
 from imagemill.worker.imaging.picture import Grey, Pixels
@@ -195,7 +195,7 @@ class Pipeline:
                 **_from_disk(base, dtype),
             ).to(self._device)
         except (MemoryError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            if is_short_of_memory(error):
+            if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
             again = f"`imagemill models verify` checks it, `imagemill models pull {names}` fetches it"
             raise ConfigurationError(
@@ -268,6 +268,6 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if is_short_of_memory(error):
+        if is_out_of_memory(error):
             raise OutOfMemory(f"there was not enough memory for the model: {sentence(error)}") from error
         raise

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagemill.shared.messages import JOB_SPEC, Job
+from imagemill.shared.messages import Job
 from imagemill.worker.checking.measures import Pair
 from imagemill.worker.checking.quality import Checked, check, lacking, sharpened
 from imagemill.worker.imaging.picture import Picture, Pixels
@@ -29,7 +29,7 @@ LIMITS = {"least_sharpness": 0.6, "most_cast": 2.0}
 
 def job(operation: str, **quality: Any) -> Job:
     fields = {"operation": operation, "output": {"url": "s3://results/x"}, "policy": {"quality": quality}}
-    return JOB_SPEC.validate_python(fields)
+    return Job.model_validate(fields)
 
 
 def checked(result: Pixels, source: Pixels, operation: str = "stylize", evidence: Evidence = PLAIN, **quality: Any) -> Checked:

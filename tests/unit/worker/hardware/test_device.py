@@ -1,4 +1,4 @@
-"""Which GPU a child sees, and its share of the cores."""
+"""The GPU that a child sees, and its share of the cores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from imagemill.shared.errors import ConfigurationError
 from imagemill.worker.hardware.device import Device, pin, share_of_cores, visible_gpu, visible_gpus
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -13,7 +14,7 @@ THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever `pin` sets is as it was afterwards."""
+    """Restores every variable that `pin` sets."""
     for name in ("CUDA_VISIBLE_DEVICES", *THREADS, "MALLOC_ARENA_MAX", "HF_HUB_OFFLINE", "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.setenv(name, "before")
         monkeypatch.delenv(name)
@@ -31,27 +32,27 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         (0, "MIG-GPU-1/1/0", "MIG-GPU-1/1/0"),
     ],
 )
-def test_a_gpu_is_counted_among_those_that_are_visible(gpu: int, mask: str | None, pinned: str) -> None:
+def test_gpu_index_counts_visible_gpus(gpu: int, mask: str | None, pinned: str) -> None:
     assert visible_gpu(gpu, mask) == pinned
 
 
-@pytest.mark.parametrize(("gpu", "mask", "left"), [(2, "4,5", 2), (0, "", 0), (0, " ", 0), (0, "-1", 0), (1, "3,-1,4", 1)])
-def test_a_gpu_that_the_mask_hides_is_not_there(gpu: int, mask: str, left: int) -> None:
-    assert len(visible_gpus(mask)) == left
-    with pytest.raises(ValueError, match=f"there is no GPU {gpu}: CUDA_VISIBLE_DEVICES={mask} leaves {left}"):
+@pytest.mark.parametrize(("gpu", "mask", "count"), [(2, "4,5", 2), (0, "", 0), (0, " ", 0), (0, "-1", 0), (1, "3,-1,4", 1)])
+def test_hidden_gpu_is_refused(gpu: int, mask: str, count: int) -> None:
+    assert len(visible_gpus(mask)) == count
+    with pytest.raises(ConfigurationError, match=f"GPU {gpu} does not exist: CUDA_VISIBLE_DEVICES='{mask}' exposes {count}"):
         visible_gpu(gpu, mask)
 
 
-def test_a_child_of_a_gpu_sees_that_gpu_and_keeps_to_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_child_sees_one_gpu_and_its_share_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     pin(Device(gpu=1, threads=3))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
-    assert os.environ["HF_HUB_OFFLINE"] == "1", "a worker fetches no weights"
+    assert os.environ["HF_HUB_OFFLINE"] == "1", "a worker downloads no weights"
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == ("3", "1", "3")
 
 
 @pytest.mark.parametrize("mask", [None, "0,1"])
-def test_a_child_of_the_cpu_sees_no_gpu(mask: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_child_sees_no_gpu(mask: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if mask is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
     pin(Device(threads=2))
@@ -59,19 +60,21 @@ def test_a_child_of_the_cpu_sees_no_gpu(mask: str | None, monkeypatch: pytest.Mo
     assert os.environ["OMP_NUM_THREADS"] == "2"
 
 
-@pytest.mark.parametrize(("operator", "kept"), [(None, "1"), ("8", "8")])
-def test_the_operators_own_number_of_arenas_stays(operator: str | None, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if operator is not None:
-        monkeypatch.setenv("MALLOC_ARENA_MAX", operator)
+@pytest.mark.parametrize(("preset", "expected"), [(None, "1"), ("8", "8")])
+def test_pin_keeps_malloc_arena_max_of_the_operator(preset: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if preset is not None:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", preset)
     pin(Device())
-    assert os.environ["MALLOC_ARENA_MAX"] == kept
+    assert os.environ["MALLOC_ARENA_MAX"] == expected
 
 
 @pytest.mark.parametrize(("cores", "children", "share"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (2, 8, 1), (1, 1, 1)])
-def test_cores_are_shared_and_nobody_gets_none(cores: int, children: int, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_shared_with_at_least_one_each(
+    cores: int, children: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     assert share_of_cores(children) == share
 
 
-def test_names_of_devices() -> None:
+def test_device_names() -> None:
     assert [Device().name, Device(gpu=0).name, Device(gpu=3).name] == ["cpu", "gpu0", "gpu3"]

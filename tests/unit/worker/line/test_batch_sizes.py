@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from imagemill.shared.errors import OutOfMemory
 from imagemill.worker.hardware.memory import HostMemory
 from imagemill.worker.line.batch_sizes import PATIENCE, SHARE, BatchSizes, Known, kind_of
-from imagemill.worker.line.batching import run_batch
 from imagemill.worker.operations.base import Sample
+from tests.batches import run_batch
 from tests.devices import SHORT, FakeGpu, Frugal, Hungry
 
 KIND = "'numbers'"

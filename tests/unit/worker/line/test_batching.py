@@ -18,8 +18,9 @@ from imagemill.shared.errors import DeviceLost, ImageError, InternalError, Opera
 from imagemill.shared.messages import Policy
 from imagemill.worker.line import batching
 from imagemill.worker.line.batch_sizes import BatchSizes, Known
-from imagemill.worker.line.batching import Batcher, Slot, cap, run_batch, run_parts
+from imagemill.worker.line.batching import Batcher, Slot, cap, run_parts
 from imagemill.worker.operations.base import Sample
+from tests.batches import run_batch
 from tests.devices import DEAD, HARMLESS, FakeGpu
 from tests.fakes import Invert
 

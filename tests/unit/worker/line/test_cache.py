@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.engines import ENGINES, parse_options
 from imagemill.shared.errors import ConfigurationError
-from imagemill.shared.messages import JOB_SPEC, Item, Job
+from imagemill.shared.messages import Item, Job
 from imagemill.shared.options.base import ADDRESSES
 from imagemill.shared.quality import Measures
 from imagemill.shared.s3 import make_client
@@ -25,7 +25,6 @@ from imagemill.shared.settings import FileSettings, S3Settings, Settings
 from imagemill.worker.imaging.codec import Encoded
 from imagemill.worker.line import cache as module
 from imagemill.worker.line.cache import Cache, Remembered
-from imagemill.worker.operations.base import LASTING_NOTES
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.store import Store, open_store
 from tests.fakes import Invert
@@ -63,7 +62,7 @@ def spec(wanted: Wanted, **others: Any) -> Job:
     options = parse_options(operation, given.get("engine", "opencv"), {k: v for k, v in given.items() if k != "engine"})
     output = {"url": wanted.store, "format": wanted.form, "quality": wanted.quality, "icc": wanted.icc}
     output |= {"key": others.pop("key", "{index}")}
-    return JOB_SPEC.validate_python({"operation": operation, "options": options, "output": output, **others})
+    return Job.model_validate({"operation": operation, "options": options, "output": output, **others})
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +206,7 @@ def test_images_that_need_a_picture_at_an_address_have_no_key(
 
 def test_every_option_that_can_be_an_address_is_known_as_one() -> None:
     """An option that takes any text is one: colours, models and methods have a pattern or a list."""
-    models = [model for engines in ENGINES.values() for model in engines.values()]
+    models = [engine.options for engine in ENGINES]
     free = {
         name
         for model in models
@@ -228,7 +227,7 @@ def test_an_engine_that_can_not_tell_what_it_is_gets_no_key(error: Exception, ca
 @pytest.mark.parametrize("operation", ["remove-background", "inpaint", "stylize"])
 def test_opencv_engines_tell_library_and_revision(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = create(operation, "opencv")
-    options = ENGINES[operation]["opencv"]()  # type: ignore[index]
+    options = parse_options(operation, "opencv", {})
     before = engine.fingerprint(options)
     assert before == create(operation, "opencv").fingerprint(options)
     home = importlib.import_module(type(engine).__module__)
@@ -305,7 +304,7 @@ REMEMBERED = st.builds(
     st.sampled_from(["png", "jpeg", "webp"]),
     st.integers(1, 10**9),
     st.tuples(st.integers(1, 65_535), st.integers(1, 65_535)),
-    st.lists(st.sampled_from(sorted(LASTING_NOTES)), max_size=2).map(tuple),
+    st.lists(st.sampled_from(["empty_cutout", "repaired_seed"]), max_size=2).map(tuple),
     st.none() | st.builds(Measures, kept=st.floats(0, 9), look=st.none() | st.tuples(*[st.floats(-100, 100)] * 6)),
 )
 
@@ -336,11 +335,6 @@ def test_it_is_forgotten_with_the_outputs_and_takes_little_room(redis_server: Em
     assert 2 * 86_400 - 60 < raw.ttl(stored) <= 2 * 86_400
     assert len(stored) + raw.strlen(stored) < 160
     cache.close()
-
-
-def test_results_that_may_be_owed_to_haste_are_not_remembered(cache: Cache) -> None:
-    cache.put("hasty", replace(RESULT, notes=("empty_cutout", "a_deadline_was_missed")))
-    assert cache.get("hasty") is None
 
 
 def test_what_has_no_key_is_neither_asked_for_nor_remembered(cache: Cache, raw: Any) -> None:

@@ -9,8 +9,10 @@ import uuid
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import MagicMock
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -22,20 +24,22 @@ from PIL import Image
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import BrokerUnavailable, DeviceLost, OperationFailed, OutOfMemory, StorageUnavailable
-from imagemill.shared.ledger import Ledger
-from imagemill.shared.messages import JOB_SPEC, Item, Row
+from imagemill.shared.messages import Item, Job, Row
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes, Known
-from imagemill.worker.line.line import Flow
+from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.line import Line
 from imagemill.worker.line.pixel_budget import PixelBudget
-from imagemill.worker.operations.base import Inputs, Sample, Spec, Work
+from imagemill.worker.line.stages import Context
+from imagemill.worker.operations.base import Inputs, Sample, Spec, Untouched, Work
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.store import open_store
 from tests.conftest import photo
 from tests.devices import DEAD, FakeGpu
 from tests.fakes import Invert
-from tests.services import Handler, ImageServer, answers, failing, html, reply
+from tests.ledgers import Ledger
+from tests.services.images import Handler, ImageServer, answers, failing, html, reply
 from tests.workers import wait_until
 
 FETCH: dict[str, Any] = {"allow_networks": ["127.0.0.0/8"], "total_timeout": 20}
@@ -65,7 +69,7 @@ class Bench:
         self.images.routes |= {f"/{n}.png": photo(n) for n in range(count)}
         return self.items([f"/{n}.png" for n in range(count)])
 
-    def flow(
+    def line(
         self,
         operation: Invert,
         items: list[Item],
@@ -81,15 +85,15 @@ class Bench:
         batch: str = "throughput",
         quality: dict[str, Any] | None = None,
         **options: Any,
-    ) -> Flow:
-        """A flow for the job, which is made at the first call."""
+    ) -> Line:
+        """A line for the job, which is made at the first call."""
         fields = {
             "operation": kind,
             "output": {"url": self.folder.as_uri(), "format": form, "key": "{index}"},
             "options": options,
             "policy": {"attempts": attempts, "batch": batch, "quality": quality or {}},
         }
-        spec = JOB_SPEC.validate_python(fields)
+        spec = Job.model_validate(fields)
         if not self.fetchers:
             self.ledger.open_job(self.job, spec)
             self.ledger.add_chunks(self.job, [(0, items)])
@@ -101,18 +105,11 @@ class Bench:
             worker=WorkerSettings(look_ahead=look_ahead, batch_wait=wait),
         )
         self.fetchers.append(Fetcher(settings.fetch, files, no_s3))
-        return Flow(
-            self.job,
-            spec,
-            operation=operation,
-            ledger=self.ledger,
-            fetcher=self.fetchers[-1],
-            store=open_store(spec.output.url, s3=no_s3, files=files, s3_settings=S3Settings()),
-            settings=settings,
-            node=node,
-            stop=self.stop,
-            sizes=sizes,
+        store = open_store(spec.output.url, s3=no_s3, files=files, s3_settings=S3Settings())
+        context = Context.of(
+            self.job, spec, settings, operation=operation, fetcher=self.fetchers[-1], store=store, stop=self.stop
         )
+        return Line(context, ledger=self.ledger, settings=settings, node=node, sizes=sizes)
 
     def rows(self) -> list[Row]:
         return list(self.ledger.rows(self.job))
@@ -161,22 +158,22 @@ def source(number: int) -> np.ndarray:
 
 
 @contextmanager
-def running(flow: Flow, items: list[Item]) -> Iterator[None]:
+def running(line: Line, items: list[Item]) -> Iterator[None]:
     """The flow in a thread; on leaving it must end by itself."""
-    thread = threading.Thread(target=flow.run, args=(items,), daemon=True)
+    thread = threading.Thread(target=line.run, args=(items,), daemon=True)
     thread.start()
     yield
     thread.join(60)
-    assert not thread.is_alive(), "the flow hangs"
+    assert not thread.is_alive(), "the line hangs"
 
 
 class Bands(Invert):
     """Four samples per image, each a band of rows, which share batches with any other of their shape."""
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-        return Work([Sample(band, None) for band in np.array_split(picture.pixels, 4)], state=picture)
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
+        return Work([Sample(band, None) for band in np.array_split(picture.pixels, 4)], plan=picture)
 
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
         return Picture(np.vstack(outputs))
 
 
@@ -190,24 +187,24 @@ class Faulty(Invert):
         if stage == self.stage and index == 1 and self.fault is not None:
             raise self.fault
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
         index = inputs.item.index
         self._at("prepare", index)
         if self.stage == "empty" and index == 1:
-            return Work([])
-        return Work([Sample((index, picture.pixels), None)], state=(index, picture))
+            return Work([], plan=None)
+        return Work([Sample((index, picture.pixels), None)], plan=(index, picture))
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: Sample[Any, Any]) -> Hashable:
         self._at("group", sample.data[0])
         return "all"
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         for sample in samples:
             self._at("run", sample.data[0])
         return [255 - sample.data[1] for sample in samples]
 
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        index, picture = work.state
+    def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
+        index, picture = work.plan
         self._at("finish", index)
         return Picture(outputs[0], picture.format)
 
@@ -221,14 +218,14 @@ class Gate(Invert):
         self.at, self.begun = at, 0
         self.inside, self.open = threading.Event(), threading.Event()
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         self.begun += 1
         if self.begun == self.at:
             self.inside.set()
             assert self.open.wait(60)
         return super().run(samples)
 
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
         assert self.inside.wait(20), "the device waits for a result to be stored"
         return super().finish(work, outputs)
 
@@ -239,7 +236,7 @@ class Gate(Invert):
 @pytest.mark.parametrize("operation", [Invert, Bands])
 def test_each_image_gets_its_own_result_and_one_record(operation: type[Invert], bench: Bench) -> None:
     items = bench.photos(20)
-    bench.flow(operation(), items).run(items)
+    bench.line(operation(), items).run(items)
     rows = bench.rows()
     for row in rows:
         assert np.array_equal(pixels(row), 255 - source(row.index))
@@ -251,9 +248,9 @@ def test_each_image_gets_its_own_result_and_one_record(operation: type[Invert], 
 def test_a_chunk_that_comes_twice_is_counted_once(bench: Bench) -> None:
     items = bench.photos(4)
     for node, counted in (("here", 4), ("there", 0)):
-        flow = bench.flow(Invert(), items, node=node)
-        flow.run(items)
-        assert (flow.records.done, flow.records.failed) == (counted, 0)
+        line = bench.line(Invert(), items, node=node)
+        line.run(items)
+        assert (line.records.done, line.records.failed) == (counted, 0)
     assert sorted(bench.entries()) == [0, 1, 2, 3]
     assert {row.result.node for row in bench.rows() if row.result} == {"here"}
 
@@ -261,7 +258,7 @@ def test_a_chunk_that_comes_twice_is_counted_once(bench: Bench) -> None:
 def test_a_record_tells_what_it_took(bench: Bench) -> None:
     bench.images.routes["/a.png"] = failing(1, 503, photo(1))
     items = bench.items(["/a.png"])
-    bench.flow(Invert(), items).run(items)
+    bench.line(Invert(), items).run(items)
     (row,) = bench.rows()
     result = row.result
     assert result is not None
@@ -305,10 +302,10 @@ def test_a_bad_image_fails_alone_with_the_code_of_what_went_wrong(
     bench.images.routes["/1.png"] = route(stage)
     if stage == "store":
         (bench.folder / "1.webp").mkdir(parents=True)
-    flow = bench.flow(Faulty(stage, fault), items, form="webp")
-    flow.run(items)
+    line = bench.line(Faulty(stage, fault), items, form="webp")
+    line.run(items)
     assert bench.codes() == ["done", code, "done", "done", "done"]
-    assert (flow.records.done, flow.records.failed) == (4, 1)
+    assert (line.records.done, line.records.failed) == (4, 1)
     bad = bench.rows()[1]
     assert bad.message
     assert bad.attempts == 1
@@ -317,13 +314,13 @@ def test_a_bad_image_fails_alone_with_the_code_of_what_went_wrong(
 
 def test_an_image_whose_tile_fails_is_recorded_once(bench: Bench) -> None:
     class Blemish(Bands):
-        def run(self, samples: Sequence[Sample]) -> list[Any]:
+        def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
             if any(np.array_equal(sample.data, source(1)[:18]) for sample in samples):
                 raise OperationFailed("this tile can't be done")
             return super().run(samples)
 
     items = bench.photos(4)
-    bench.flow(Blemish(), items).run(items)
+    bench.line(Blemish(), items).run(items)
     assert bench.codes() == ["done", "operation_failed", "done", "done"]
     assert sorted(bench.entries()) == [0, 1, 2, 3]
 
@@ -343,7 +340,7 @@ class Sized(Invert):
         self.sizes: list[int] = []
         self.ran = threading.Event()
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         self.gpu.take(800 * len(samples))
         self.sizes.append(len(samples))
         self.ran.set()
@@ -357,7 +354,7 @@ def test_on_a_gpu_a_batch_is_as_large_as_fits_and_as_the_policy_allows(
     room: int, batch: str, expected: list[int], bench: Bench
 ) -> None:
     items, operation = bench.photos(12), Sized(room)
-    bench.flow(operation, items, sizes=operation.known, wait=60, batch=batch, threads=3).run(items)
+    bench.line(operation, items, sizes=operation.known, wait=60, batch=batch, threads=3).run(items)
     assert operation.sizes == expected
     assert bench.codes() == ["done"] * 12
 
@@ -368,7 +365,7 @@ def test_a_record_tells_how_many_images_went_through_the_model_together(together
     items, operation = bench.photos(6), Sized(room=4)
     operation.together = lambda _: together  # type: ignore[method-assign]
     operation.known = BatchSizes(operation.gpu, {repr((72, 96, 3)): Known({1: 500}, fits=8)})
-    bench.flow(operation, items, sizes=operation.known, wait=60, threads=3).run(items)
+    bench.line(operation, items, sizes=operation.known, wait=60, threads=3).run(items)
     assert operation.sizes == [3, 3]
     batches = [row.result.batch for row in bench.rows() if row.result]
     assert batches == [3 if together else 1] * 6
@@ -382,19 +379,19 @@ def test_no_image_waits_for_long_because_another_is_slow(bench: Bench) -> None:
         reply(handler, 200, photo(3))
 
     bench.images.routes["/3.png"] = slow
-    bench.flow(operation, items, sizes=operation.known, wait=0.1).run(items)
+    bench.line(operation, items, sizes=operation.known, wait=0.1).run(items)
     assert sum(operation.sizes) == 4
     assert bench.codes() == ["done"] * 4
 
 
 def test_a_lost_device_ends_it_and_fails_no_image(bench: Bench) -> None:
     class Poisoned(Invert):
-        def run(self, samples: Sequence[Sample]) -> list[Any]:
+        def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
             raise DEAD["illegal access"]()
 
     items = bench.photos(6)
     with pytest.raises(DeviceLost):
-        bench.flow(Poisoned(), items).run(items)
+        bench.line(Poisoned(), items).run(items)
     assert bench.codes() == ["pending"] * 6
 
 
@@ -404,7 +401,7 @@ def test_a_lost_device_ends_it_and_fails_no_image(bench: Bench) -> None:
 def test_while_one_image_is_on_the_device_the_next_are_fetched_and_the_last_is_stored(bench: Bench) -> None:
     items = bench.photos(6)
     operation = Gate(at=2)
-    with running(bench.flow(operation, items), items):
+    with running(bench.line(operation, items), items):
         assert operation.inside.wait(60)
         wait_until(lambda: len(bench.recorded()) == 1, "the image before it is stored and recorded")
         wait_until(lambda: sum(bench.images.hits.values()) == 6, "the images behind it are fetched")
@@ -422,17 +419,17 @@ class Counting(Invert):
         self.fetched, self.counting = fetched, threading.Lock()
         self.held = self.most = 0
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
         with self.counting:
             self.held += picture.size[0] * picture.size[1]
             self.most = max(self.most, self.held)
         return super().prepare(picture, inputs)
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         wait_until(self.fetched, "all images are there to be decoded")
         return super().run(samples)
 
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
         with self.counting:
             self.held -= outputs[0].shape[0] * outputs[0].shape[1]
         return super().finish(work, outputs)
@@ -442,14 +439,14 @@ class Counting(Invert):
 def test_never_more_pixels_are_decoded_than_the_look_ahead(most: int, bench: Bench) -> None:
     items = bench.photos(15)
     operation = Counting(lambda: sum(bench.images.hits.values()) == 15)
-    bench.flow(operation, items, look_ahead=most * SIZE + SIZE // 2).run(items)
+    bench.line(operation, items, look_ahead=most * SIZE + SIZE // 2).run(items)
     assert operation.most <= most * SIZE
     assert bench.codes() == ["done"] * 15
 
 
 def test_an_image_larger_than_the_look_ahead_is_done_all_the_same(bench: Bench) -> None:
     items = bench.photos(5)
-    bench.flow(Invert(), items, look_ahead=SIZE - 1).run(items)
+    bench.line(Invert(), items, look_ahead=SIZE - 1).run(items)
     assert bench.codes() == ["done"] * 5
 
 
@@ -525,17 +522,17 @@ class Lucky(Invert):
         self.tries = tries
         self.seeds: list[int] = []
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
         return self._with_seed(picture, 0)
 
     def _with_seed(self, picture: Picture, seed: int) -> Work:
         samples = [Sample((picture.pixels, seed), None)]
-        return Work(samples, state=picture, notes=[f"seed_{seed}"], again=lambda: self._with_seed(picture, seed + 1))
+        return Work(samples, plan=picture, notes=[f"seed_{seed}"], retry=lambda: self._with_seed(picture, seed + 1))
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: Sample[Any, Any]) -> Hashable:
         return sample.data[0].shape
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         self.seeds += [seed for _, seed in (sample.data for sample in samples)]
         return [self.tries[seed](pixels) for pixels, seed in (sample.data for sample in samples)]
 
@@ -554,7 +551,7 @@ def fails(pixels: np.ndarray) -> np.ndarray:
 
 def test_a_result_is_measured_and_flagged(bench: Bench) -> None:
     items = bench.photos(3)
-    bench.flow(Lucky(blank), items).run(items)
+    bench.line(Lucky(blank), items).run(items)
     for row in bench.rows():
         assert row.result is not None
         assert row.result.notes == ("seed_0", "flag:blank")
@@ -564,7 +561,7 @@ def test_a_result_is_measured_and_flagged(bench: Bench) -> None:
 
 def test_without_the_check_nothing_is_measured(bench: Bench) -> None:
     items = bench.photos(1)
-    bench.flow(Lucky(blank), items, quality={"mode": "off"}).run(items)
+    bench.line(Lucky(blank), items, quality={"mode": "off"}).run(items)
     (row,) = bench.rows()
     assert row.result is not None
     assert (row.result.quality, row.result.notes) == (None, ("seed_0",))
@@ -585,11 +582,11 @@ def test_a_bad_result_is_tried_once_more_and_the_better_one_stays(
 ) -> None:
     items = bench.photos(7)
     operation = Lucky(*tries)
-    flow = bench.flow(operation, items, quality={"mode": "repair", **ALL_BLANK}, threads=2, look_ahead=2 * SIZE)
-    with running(flow, items):
+    line = bench.line(operation, items, quality={"mode": "repair", **ALL_BLANK}, threads=2, look_ahead=2 * SIZE)
+    with running(line, items):
         pass
     assert sorted(set(operation.seeds)) == [0, 1]
-    assert (flow.records.done, flow.records.failed) == (7, 0)
+    assert (line.records.done, line.records.failed) == (7, 0)
     assert sorted(bench.entries()) == list(range(7))
     better = tries[notes[0] == "seed_1"]
     for row in bench.rows():
@@ -602,21 +599,21 @@ def test_a_bad_result_is_tried_once_more_and_the_better_one_stays(
 def test_what_is_only_flagged_or_good_is_not_tried_again(quality: dict[str, Any], bench: Bench) -> None:
     items = bench.photos(3)
     operation = Lucky(same, same)
-    bench.flow(operation, items, quality=quality).run(items)
+    bench.line(operation, items, quality=quality).run(items)
     assert operation.seeds == [0, 0, 0]
     assert bench.codes() == ["done"] * 3
 
 
 def test_a_second_try_that_cannot_be_batched_leaves_the_first(bench: Bench) -> None:
     class Ungrouped(Lucky):
-        def group_key(self, sample: Sample) -> Hashable:
+        def group_key(self, sample: Sample[Any, Any]) -> Hashable:
             if sample.data[1]:
                 raise MemoryError
             return super().group_key(sample)
 
     items = bench.photos(3)
     operation = Ungrouped(blank, same)
-    with running(bench.flow(operation, items, quality={"mode": "repair", **ALL_BLANK}), items):
+    with running(bench.line(operation, items, quality={"mode": "repair", **ALL_BLANK}), items):
         pass
     assert operation.seeds == [0, 0, 0]
     for row in bench.rows():
@@ -629,20 +626,20 @@ def test_a_second_try_that_cannot_be_batched_leaves_the_first(bench: Bench) -> N
 def test_an_image_that_fails_is_not_tried_again(bench: Bench) -> None:
     items = bench.photos(2)
     operation = Lucky(fails, same)
-    with running(bench.flow(operation, items, quality={"mode": "repair"}), items):
+    with running(bench.line(operation, items, quality={"mode": "repair"}), items):
         pass
     assert bench.codes() == ["operation_failed"] * 2
 
 
 def test_a_stop_keeps_the_first_try(bench: Bench) -> None:
     class Stops(Lucky):
-        def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+        def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
             bench.stop.set()
             return super().finish(work, outputs)
 
     items = bench.photos(1)
     operation = Stops(blank, same)
-    with running(bench.flow(operation, items, quality={"mode": "repair"}), items):
+    with running(bench.line(operation, items, quality={"mode": "repair"}), items):
         pass
     assert operation.seeds == [0]
     assert bench.codes() == ["done"]
@@ -654,7 +651,7 @@ def test_a_stop_keeps_the_first_try(bench: Bench) -> None:
 def test_a_stop_finishes_what_is_on_the_device_and_leaves_the_rest_without_a_record(bench: Bench) -> None:
     items = bench.photos(12)
     operation = Gate()
-    with running(bench.flow(operation, items, threads=2, look_ahead=SIZE), items):
+    with running(bench.line(operation, items, threads=2, look_ahead=SIZE), items):
         assert operation.inside.wait(60)
         bench.stop.set()
         operation.open.set()
@@ -672,7 +669,7 @@ def test_a_stop_makes_no_failure_of_an_image_that_would_have_been_tried_again(wh
 
     bench.images.routes |= {"/a.png": photo(1), "/busy.png": busy}
     items = bench.items([{"source": "/a.png"} | {what: "/busy.png"}])
-    bench.flow(Masked(), items, kind="inpaint").run(items)
+    bench.line(Masked(), items, kind="inpaint").run(items)
     assert bench.codes() == ["pending"]
 
 
@@ -681,12 +678,12 @@ def test_without_its_ledger_it_stops_and_raises(own_redis: EmbeddedRedis, images
     bench = Bench(ledger, images, tmp_path / "out")
     items = bench.photos(30)
     operation = Gate()
-    flow = bench.flow(operation, items, threads=1, look_ahead=SIZE)
+    line = bench.line(operation, items, threads=1, look_ahead=SIZE)
     raised: list[Exception] = []
 
     def run() -> None:
         try:
-            flow.run(items)
+            line.run(items)
         except BrokerUnavailable as error:
             raised.append(error)
 
@@ -697,7 +694,7 @@ def test_without_its_ledger_it_stops_and_raises(own_redis: EmbeddedRedis, images
     operation.open.set()
     thread.join(120)
     assert len(raised) == 1
-    assert (flow.records.done, flow.records.failed) == (0, 0)
+    assert (line.records.done, line.records.failed) == (0, 0)
     assert sum(images.hits.values()) < 30
     ledger.close()
     bench.fetchers[0].close()
@@ -707,12 +704,12 @@ def test_without_its_ledger_it_stops_and_raises(own_redis: EmbeddedRedis, images
 @pytest.mark.parametrize("error", [SoftTimeLimitExceeded(), SystemExit(1)], ids=lambda e: type(e).__name__)
 def test_when_the_chunks_time_is_up_it_ends_at_once_and_fails_no_image(error: BaseException, bench: Bench) -> None:
     class Endless(Invert):
-        def run(self, samples: Sequence[Sample]) -> list[Any]:
+        def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
             raise error
 
     items = bench.photos(12)
     with pytest.raises(type(error)):
-        bench.flow(Endless(), items, threads=4, look_ahead=SIZE).run(items)
+        bench.line(Endless(), items, threads=4, look_ahead=SIZE).run(items)
     assert bench.codes() == ["pending"] * 12
     assert sum(bench.images.hits.values()) < 12
 
@@ -726,7 +723,7 @@ class Order(Invert):
     def __init__(self) -> None:
         self.order: list[int] = []
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
         self.order.append(inputs.item.index)
         return super().prepare(picture, inputs)
 
@@ -734,14 +731,14 @@ class Order(Invert):
 def test_after_a_crash_images_go_one_by_one_the_least_tried_first_and_the_deadly_is_given_up(bench: Bench) -> None:
     items = bench.photos(5)
     operation = Order()
-    flow = bench.flow(operation, items, attempts=3)
+    line = bench.line(operation, items, attempts=3)
     for index, times in ((0, 1), (1, 2), (3, 1)):
         for _ in range(times):
             bench.ledger.count_attempt(bench.job, index)
-    flow.run_alone(items, lost=3)
+    line.run_alone(items, lost=3)
     assert operation.order == [2, 4, 0, 3]
     assert bench.codes() == ["done", "worker_lost", "done", "done", "done"]
-    assert (flow.records.done, flow.records.failed) == (4, 1)
+    assert (line.records.done, line.records.failed) == (4, 1)
     lost = bench.rows()[1]
     assert (lost.attempts, bench.images.hits["/1.png"]) == (3, 0)
     assert "died 3 times" in (lost.message or "")
@@ -751,24 +748,24 @@ def test_after_a_crash_images_go_one_by_one_the_least_tried_first_and_the_deadly
 
 def test_nobody_is_given_up_for_a_neighbours_crash(bench: Bench) -> None:
     items = bench.photos(3)
-    bench.flow(Invert(), items, attempts=1).run_alone(items, lost=1)
+    bench.line(Invert(), items, attempts=1).run_alone(items, lost=1)
     assert bench.codes() == ["done"] * 3
 
 
 @pytest.mark.parametrize("reached", [False, True])
 def test_a_stop_uses_up_nobodys_attempts(reached: bool, bench: Bench) -> None:
     class Stops(Invert):
-        def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+        def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
             if not reached:
                 bench.stop.set()
             return super().prepare(picture, inputs)
 
-        def run(self, samples: Sequence[Sample]) -> list[Any]:
+        def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
             bench.stop.set()
             return super().run(samples)
 
     items = bench.photos(4)
-    bench.flow(Stops(), items).run_alone(items, lost=1)
+    bench.line(Stops(), items).run_alone(items, lost=1)
     assert bench.codes() == ["done" if reached else "pending", "pending", "pending", "pending"]
     assert bench.ledger.attempts(bench.job, range(4)) == {0: int(reached), 1: 0, 2: 0, 3: 0}
 
@@ -781,11 +778,11 @@ class Masked(Invert):
 
     spec = Spec("inpaint", "opencv", needs_mask=True, max_batch=4)
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
         level = 0 if inputs.mask is None else int(inputs.mask.max())
         corner = picture.pixels.copy()
         corner[0, 0] = 255 - level
-        return Work([Sample(corner, None)], state=picture)
+        return Work([Sample(corner, None)], plan=picture)
 
 
 def mask(level: int) -> bytes:
@@ -798,14 +795,14 @@ def test_a_jobs_mask_is_fetched_once_and_an_images_own_comes_before_it(bench: Be
     items = bench.photos(6)
     bench.images.routes |= {"/job.png": mask(200), "/own.png": mask(100)}
     items[2] = items[2].model_copy(update={"mask": bench.images.url("/own.png")})
-    bench.flow(Masked(), items, kind="inpaint", mask=bench.images.url("/job.png")).run(items)
+    bench.line(Masked(), items, kind="inpaint", mask=bench.images.url("/job.png")).run(items)
     assert [int(pixels(row)[0, 0, 0]) for row in bench.rows()] == [200, 200, 100, 200, 200, 200]
     assert bench.images.hits["/job.png"] == bench.images.hits["/own.png"] == 1
 
 
 def test_an_operation_without_masks_fetches_none(bench: Bench) -> None:
     items = [bench.photos(1)[0].model_copy(update={"mask": bench.images.url("/own.png")})]
-    bench.flow(Invert(), items).run(items)
+    bench.line(Invert(), items).run(items)
     assert bench.codes() == ["done"]
     assert bench.images.hits["/own.png"] == 0
 
@@ -815,7 +812,7 @@ def test_a_bad_mask_is_said_to_be_the_mask(bad: Any, bench: Bench) -> None:
     items = bench.photos(3)
     bench.images.routes["/bad.png"] = bad
     items[1] = items[1].model_copy(update={"mask": bench.images.url("/bad.png?Signature=secret")})
-    bench.flow(Masked(), items, kind="inpaint").run(items)
+    bench.line(Masked(), items, kind="inpaint").run(items)
     assert bench.codes() == ["done", "bad_mask", "done"]
     message = bench.rows()[1].message or ""
     assert "/bad.png" in message
@@ -824,7 +821,7 @@ def test_a_bad_mask_is_said_to_be_the_mask(bad: Any, bench: Bench) -> None:
 
 def test_a_bad_mask_of_the_job_is_asked_for_once(bench: Bench) -> None:
     items = bench.photos(5)
-    bench.flow(Masked(), items, kind="inpaint", mask=bench.images.url("/none.png")).run(items)
+    bench.line(Masked(), items, kind="inpaint", mask=bench.images.url("/none.png")).run(items)
     assert bench.codes() == ["bad_mask"] * 5
     assert bench.images.hits["/none.png"] == 1
 
@@ -835,13 +832,13 @@ def test_a_bad_mask_of_the_job_is_asked_for_once(bench: Bench) -> None:
 class Nothing(Invert):
     """Finds nothing to do, and says so."""
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-        return Work([], untouched=True, notes=["empty_mask"])
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
+        return Untouched(("empty_mask",))
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         raise AssertionError("nothing was to be done")
 
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
         raise AssertionError("nothing was done")
 
 
@@ -873,11 +870,11 @@ def test_an_untouched_image_keeps_its_own_bytes_where_the_format_allows(
 ) -> None:
     bench.images.routes |= {"/a": data, "/b.png": photo(2)}
     items = bench.items(["/a"])
-    flow = bench.flow(Nothing(), items, form=form)
-    flow.run(items)
+    line = bench.line(Nothing(), items, form=form)
+    line.run(items)
     (row,) = bench.rows()
     result = row.result
-    assert (bench.codes(), flow.records.done) == (["done"], 1)
+    assert (bench.codes(), line.records.done) == (["done"], 1)
     assert result is not None
     assert result.notes == ("empty_mask",)
     assert result.output_size == ((72, 96) if data == turned(1) else (96, 72))
@@ -892,22 +889,32 @@ def test_an_untouched_image_keeps_its_own_bytes_where_the_format_allows(
 @pytest.mark.timeout(60)
 def test_a_stop_while_an_untouched_image_is_stored_leaves_it_and_holds_up_nobody(bench: Bench) -> None:
     items = bench.photos(3)
-    flow = bench.flow(Nothing(), items, form="same", threads=2, look_ahead=SIZE)
+    line = bench.line(Nothing(), items, form="same", threads=2, look_ahead=SIZE)
 
     def refuse(*_: Any) -> NoReturn:
         bench.stop.set()
         raise StorageUnavailable("try later")
 
-    flow.store.put = refuse  # type: ignore[method-assign]
-    flow.run(items)
+    line.context.store.put = refuse  # type: ignore[method-assign]
+    line.run(items)
     assert bench.codes() == ["pending"] * 3
 
 
-def test_samples_of_an_untouched_image_are_a_fault(bench: Bench) -> None:
-    class Both(Nothing):
-        def prepare(self, picture: Picture, inputs: Inputs) -> Work:
-            return Work([Sample(picture.pixels, None)], untouched=True)
+# --- reuse ---
 
+
+@pytest.mark.parametrize(("note", "remembered"), [("repaired_seed", True), ("a_deadline_was_missed", False)])
+def test_result_is_remembered_only_when_its_notes_are_lasting(note: str, remembered: bool, bench: Bench) -> None:
+    class Noted(Invert):
+        def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
+            work: Any = super().prepare(picture, inputs)
+            work.notes.append(note)
+            return work
+
+    cache = MagicMock(spec=Cache)
+    cache.get.return_value = None
     items = bench.photos(1)
-    bench.flow(Both(), items).run(items)
-    assert bench.codes() == ["internal_error"]
+    line = bench.line(Noted(), items)
+    line.context = replace(line.context, cache=cache)
+    line.run(items)
+    assert cache.put.called == remembered

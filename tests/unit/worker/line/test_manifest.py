@@ -14,12 +14,13 @@ import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import StorageRefused
-from imagemill.shared.ledger import Lease, Ledger
-from imagemill.shared.messages import MANIFEST, Item, ItemResult, Output, StylizeJob
+from imagemill.shared.ledger.leasing import Lease
+from imagemill.shared.messages import MANIFEST, Item, ItemResult, Job, Output
 from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
 from imagemill.shared.settings import FileSettings
 from imagemill.worker.line.manifest import write_manifest
 from imagemill.worker.transfer.store import FolderStore
+from tests.ledgers import Ledger
 
 pytestmark = pytest.mark.integration
 
@@ -65,11 +66,11 @@ def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> StylizeJob:
-    return StylizeJob(output=Output(url=tmp_path.as_uri()), options=OpencvStylize(style="pencil-sketch"))
+def spec(tmp_path: Path) -> Job:
+    return Job(operation="stylize", output=Output(url=tmp_path.as_uri()), options=OpencvStylize(style="pencil-sketch"))
 
 
-def begin(ledger: Ledger, spec: StylizeJob, *results: ItemResult) -> None:
+def begin(ledger: Ledger, spec: Job, *results: ItemResult) -> None:
     """The job in two chunks, with these results."""
     ledger.open_job(JOB, spec)
     ledger.add_chunks(JOB, [(0, ITEMS[:2]), (1, ITEMS[2:])])
@@ -82,7 +83,7 @@ def store_in(folder: Path) -> FolderStore:
     return FolderStore(folder.as_uri(), FileSettings(write_roots=(folder,)))
 
 
-def written(ledger: Ledger, spec: StylizeJob, folder: Path) -> list[dict[str, Any]]:
+def written(ledger: Ledger, spec: Job, folder: Path) -> list[dict[str, Any]]:
     assert write_manifest(JOB, spec, ledger, store_in(folder)) == (folder / JOB / "manifest.jsonl").as_uri()
     assert [path.name for path in (folder / JOB).iterdir()] == ["manifest.jsonl"]
     text = (folder / JOB / "manifest.jsonl").read_text(encoding="utf-8")
@@ -90,7 +91,7 @@ def written(ledger: Ledger, spec: StylizeJob, folder: Path) -> list[dict[str, An
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_each_row_of_the_list_has_its_line_in_the_lists_order(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+def test_each_row_of_the_list_has_its_line_in_the_lists_order(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE, FAILED, ItemResult(index=2, state="done", output="s3://results/x/2.png"))
     lines = written(ledger, spec, tmp_path)
     assert [(line["index"], line["item"], line["source"]) for line in lines] == [
@@ -100,7 +101,7 @@ def test_each_row_of_the_list_has_its_line_in_the_lists_order(ledger: Ledger, sp
     assert lines[1]["mask"] == "https://a.example/m.png"
 
 
-def test_a_line_tells_how_its_result_came_about(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+def test_a_line_tells_how_its_result_came_about(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE, FAILED)
     line = written(ledger, spec, tmp_path)[0]
     known = {
@@ -130,7 +131,7 @@ def test_a_line_tells_how_its_result_came_about(ledger: Ledger, spec: StylizeJob
 
 def test_a_line_tells_the_seed_where_there_is_one_and_the_engine_s_weights(ledger: Ledger, tmp_path: Path) -> None:
     options = DiffusionStylize(seed=7, seed_policy="per-item")
-    spec = StylizeJob(output=Output(url=tmp_path.as_uri()), options=options)
+    spec = Job(operation="stylize", output=Output(url=tmp_path.as_uri()), options=options)
     begin(ledger, spec, DONE, FAILED)
     write_manifest(JOB, spec, ledger, store_in(tmp_path), "sd15-canny 0123")
     lines = [json.loads(line) for line in (tmp_path / JOB / "manifest.jsonl").read_text().splitlines()]
@@ -141,18 +142,18 @@ def test_a_line_tells_the_seed_where_there_is_one_and_the_engine_s_weights(ledge
 
 
 def test_a_line_tells_the_seed_that_its_result_was_made_with(ledger: Ledger, tmp_path: Path) -> None:
-    spec = StylizeJob(output=Output(url=tmp_path.as_uri()), options=DiffusionStylize(seed=7))
+    spec = Job(operation="stylize", output=Output(url=tmp_path.as_uri()), options=DiffusionStylize(seed=7))
     begin(ledger, spec, DONE.model_copy(update={"notes": ("repaired_seed",)}), FAILED)
     assert [written(ledger, spec, tmp_path)[index]["seed"] for index in (0, 1, 3)] == [8, 7, 8]
 
 
-def test_a_line_tells_the_size_of_its_batch_if_that_is_known(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+def test_a_line_tells_the_size_of_its_batch_if_that_is_known(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     copied = ItemResult(index=2, state="done", output="s3://results/x/2.png", notes=("cached",))
     begin(ledger, spec, DONE.model_copy(update={"batch": 8}), FAILED, copied)
     assert [line.get("batch") for line in written(ledger, spec, tmp_path)] == [8, None, None, 8]
 
 
-def test_a_failure_keeps_its_code_and_its_sentence(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+def test_a_failure_keeps_its_code_and_its_sentence(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE, FAILED)
     line = written(ledger, spec, tmp_path)[1]
     assert (line["code"], line["message"], line["node"]) == ("not_found", "there is no such image", "gpu1@a")
@@ -160,7 +161,7 @@ def test_a_failure_keeps_its_code_and_its_sentence(ledger: Ledger, spec: Stylize
     assert "output" not in line
 
 
-def test_a_duplicate_s_line_is_whole_and_names_whose_result_it_shares(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+def test_a_duplicate_s_line_is_whole_and_names_whose_result_it_shares(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE, FAILED)
     first, *_, duplicate = written(ledger, spec, tmp_path)
     assert duplicate.pop("duplicate_of") == 0
@@ -170,7 +171,7 @@ def test_a_duplicate_s_line_is_whole_and_names_whose_result_it_shares(ledger: Le
     }
 
 
-def test_what_a_cancelled_job_never_did_is_cancelled_and_not_pending(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+def test_what_a_cancelled_job_never_did_is_cancelled_and_not_pending(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE)
     assert ledger.cancel(JOB) == "stopped"
     lease = ledger.acquire(JOB, MANIFEST, task="t", token="t/1")
@@ -179,9 +180,7 @@ def test_what_a_cancelled_job_never_did_is_cancelled_and_not_pending(ledger: Led
     assert [line["state"] for line in lines] == ["done", "cancelled", "cancelled", "done"]
 
 
-def test_a_manifest_that_can_not_be_stored_says_why_and_leaves_nothing(
-    ledger: Ledger, spec: StylizeJob, tmp_path: Path
-) -> None:
+def test_a_manifest_that_can_not_be_stored_says_why_and_leaves_nothing(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE)
     folder = tmp_path / "elsewhere"
     with pytest.raises(StorageRefused, match="WRITE_ROOTS"):
@@ -189,7 +188,7 @@ def test_a_manifest_that_can_not_be_stored_says_why_and_leaves_nothing(
     assert not folder.exists()
 
 
-def test_written_again_it_is_replaced(ledger: Ledger, spec: StylizeJob, tmp_path: Path) -> None:
+def test_written_again_it_is_replaced(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE)
     assert [line["state"] for line in written(ledger, spec, tmp_path)][1] == "pending"
     ledger.record(JOB, FAILED)

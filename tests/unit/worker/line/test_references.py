@@ -15,7 +15,7 @@ from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.worker.line.references import References
 from imagemill.worker.transfer.fetch import Fetcher
 from tests.conftest import photo
-from tests.services import Handler, ImageServer, failing, html, reply
+from tests.services.images import Handler, ImageServer, failing, html, reply
 from tests.workers import wait_until
 
 

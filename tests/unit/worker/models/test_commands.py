@@ -14,14 +14,14 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from imagemill.producer.commands import SHORT_HELP, Commands
+from imagemill.producer.lazy_commands import SHORT_HELP, Commands
 from imagemill.worker.models import commands as module
 from imagemill.worker.models.catalogue import WEIGHTS, Weights, repository
 from imagemill.worker.models.files import variant
 from tests.generators import lama_checkpoint, lama_file, lama_script, lama_weights
 from tests.hub import COMMIT, Hub
 from tests.models import birefnet_like_onnx, u2net_onnx
-from tests.services import ImageServer, redirect
+from tests.services.images import ImageServer, redirect
 from tests.workers import ROOT
 
 Run = Callable[..., Result]

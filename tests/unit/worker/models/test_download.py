@@ -19,7 +19,7 @@ from imagemill.worker.models import download as module
 from imagemill.worker.models.catalogue import WEIGHTS, Weights
 from imagemill.worker.models.download import address, pull
 from imagemill.worker.models.files import path_of, put_on_record, state, variant
-from tests.services import Handler, ImageServer, answers, redirect, reply, start_reply
+from tests.services.images import Handler, ImageServer, answers, redirect, reply, start_reply
 from tests.workers import ROOT, clean_environment
 
 DATA = bytes(range(256)) * 8192  # 2 MiB: more than one block

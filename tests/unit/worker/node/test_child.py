@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.messages import JOB_SPEC, Chunk, Item
+from imagemill.shared.messages import Chunk, Item, Job
 from imagemill.shared.settings import FetchSettings, FileSettings, Settings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.line.batch_sizes import BatchSizes
@@ -20,7 +20,7 @@ from imagemill.worker.operations.base import Sample
 from tests.conftest import photo
 from tests.devices import FakeGpu
 from tests.fakes import Invert
-from tests.services import ImageServer
+from tests.services.images import ImageServer
 
 pytestmark = pytest.mark.integration
 
@@ -32,7 +32,7 @@ class Fills(Invert):
 
     gpu: FakeGpu
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         self.gpu.take(sum(sample.data.shape[0] * sample.data.shape[1] for sample in samples))
         return super().run(samples)
 
@@ -80,7 +80,7 @@ def worked(child: Child, images: ImageServer, folder: Path, count: int) -> str:
     items = [Item(index=number, source=images.url(f"/{number}.png")) for number in range(count)]
     job, spec = (
         f"child-{uuid.uuid4().hex[:12]}",
-        JOB_SPEC.validate_python({"operation": "stylize", "output": {"url": folder.as_uri()}}),
+        Job.model_validate({"operation": "stylize", "output": {"url": folder.as_uri()}}),
     )
     child.ledger.open_job(job, spec)
     child.ledger.add_chunks(job, [(0, items)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from click.testing import CliRunner, Result
 
 from imagemill.producer.cli import main
 from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.engines import find_engine
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.messages import Node
 from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.queues import worker_queues
 from imagemill.worker.node import doctor as module
 from imagemill.worker.operations import registry
-from tests.services import S3Server, free_ports
+from tests.services.s3 import S3Server, free_ports
 
 PASSWORD = "correct-horse"
 Doctor = Callable[..., Result]
@@ -172,7 +174,8 @@ def test_a_full_disk_is_a_warning(
 def test_an_engine_whose_library_is_missing(
     doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(registry.ENGINES, ("stylize", "opencv"), "no_such_library.engine:Stylize")
+    row = replace(find_engine("stylize", "opencv"), module="no_such_library.engine:Stylize")
+    monkeypatch.setattr(registry, "ENGINES", [row])
     result = doctor(own_redis.url, "--json", s3=s3_server)
     assert result.exit_code == 2
     finding = findings(result)["models"]

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.ledger import Lease, Ledger
-from imagemill.shared.messages import JOB_SPEC, Item
+from imagemill.shared.ledger.leasing import Lease
+from imagemill.shared.messages import Item, Job
 from imagemill.worker.node import lease as module
 from imagemill.worker.node.lease import LeaseKeeper
+from tests.ledgers import Ledger
 from tests.workers import wait_until
 
 
@@ -33,7 +34,7 @@ def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
 def leased(ledger: Ledger) -> Lease:
     """The lease of a new job's only chunk."""
     job = f"lease-{uuid.uuid4().hex[:12]}"
-    ledger.open_job(job, JOB_SPEC.validate_python({"operation": "stylize", "output": {"url": "s3://results/x"}}))
+    ledger.open_job(job, Job.model_validate({"operation": "stylize", "output": {"url": "s3://results/x"}}))
     ledger.add_chunks(job, [(0, [Item(index=0, source="https://example.com/a.png")])])
     ledger.seal(job, chunks=1, total=1, duplicates={})
     lease = ledger.acquire(job, 0, task="first", token="first/1")

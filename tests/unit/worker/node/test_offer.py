@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from celery import signals
 
-from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import OnnxSettings, Settings
 from imagemill.worker.main import Worker
@@ -17,7 +16,7 @@ from imagemill.worker.models.checksums import check
 from imagemill.worker.models.files import put_on_record, variant
 from imagemill.worker.models.repositories import folder_of
 from imagemill.worker.node.doctor import check_engines, check_models
-from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings, without_models
+from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +45,7 @@ def test_an_engine_without_models_is_one_lane_and_others_have_one_per_model_that
     assert lanes(known) == ["opencv", "rembg.u2netp", "rembg.silueta"]
     assert "u2net" in missing(known)["rembg"]
     assert not {"u2netp", "silueta", "bria-rmbg"} & set(missing(known)["rembg"])
-    assert without_models(known) == []
+    assert shortcomings(known) == []
 
 
 def test_a_model_of_several_folders_is_a_lane_where_all_of_them_are_here(tmp_path: Path) -> None:
@@ -75,7 +74,6 @@ def test_a_model_that_no_option_can_select_is_no_lane(tmp_path: Path) -> None:
 
 def test_an_engine_that_has_no_model_here_is_told_with_the_command_that_helps(tmp_path: Path) -> None:
     known = settings(tmp_path, "opencv", "rembg")
-    assert without_models(known) == ["rembg"]
     ((why, mend),) = shortcomings(known)
     assert str(tmp_path) in why
     assert mend == "imagemill models pull u2net"
@@ -89,7 +87,7 @@ def test_an_engine_that_has_no_model_here_is_told_with_the_command_that_helps(tm
         (["rembg"], {}, "imagemill models pull u2net"),
         (["rmbg"], {}, "did you mean 'rembg'"),
         (["rembg"], {"operations": ["inpaint"]}, "no model of the engine rembg"),
-        ([], {}, "nothing to listen to"),
+        ([], {}, "can't do any work"),
     ],
 )
 def test_a_node_with_nothing_to_listen_to_does_not_start(
@@ -101,12 +99,12 @@ def test_a_node_with_nothing_to_listen_to_does_not_start(
     with pytest.raises(SystemExit) as exit_:  # started by Celery's own command
         node._prepare_parent(sender=None)
     assert exit_.value.code == 2
-    assert "the node exits action=start reason=this node has nothing to listen to" in capsys.readouterr().err
+    assert "the node exits action=start reason=this node can't do any work" in capsys.readouterr().err
 
 
 def test_an_engine_that_does_none_of_the_operations_is_told(tmp_path: Path) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",), operations=["inpaint"])
-    assert "does none of the operations inpaint" in str(nothing_to_do(known))
+    assert "can do none of: inpaint" in str(nothing_to_do(known))
 
 
 def test_a_node_says_at_its_start_what_it_does_not_listen_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,13 +154,7 @@ def test_the_doctor_says_where_models_can_not_run_on_what_they_are_to_run_on(tmp
     assert "has no TensorrtExecutionProvider" in finding.found
 
 
-@pytest.fixture
-def fills(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is an engine lama, whatever its options are."""
-    monkeypatch.setitem(ENGINES["inpaint"], "lama", ENGINES["inpaint"]["opencv"])
-
-
-def test_a_node_listens_for_lama_where_its_converted_file_is(tmp_path: Path, fills: None) -> None:
+def test_a_node_listens_for_lama_where_its_converted_file_is(tmp_path: Path) -> None:
     known = settings(tmp_path, "lama", here=("lama.pt",))
     assert lanes(known) == []
     assert missing(known) == {"lama": ["lama"]}

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from imagemill.shared.engines import ENGINES, Options
-from imagemill.shared.messages import JOB_SPEC, Item
+from imagemill.shared.engines import engines_of
+from imagemill.shared.messages import Item, Job
+from imagemill.shared.options.base import EngineOptions
 from imagemill.worker.checking import quality
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit
-from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Work
+from imagemill.worker.operations.base import AnyOperation, Evidence, Inputs, Sample, Spec, Untouched, Work
 
 REFERENCE = "https://images.example/reference.png"
 OPAQUE = ("background", "background_image", "mask_only")
@@ -67,30 +68,44 @@ def hole(pixels: Pixels) -> Grey:
     return mask
 
 
-def inputs(operation: Operation, pixels: Pixels, options: Options) -> Inputs:
+def inputs(operation: AnyOperation, pixels: Pixels, options: EngineOptions) -> Inputs[Any]:
     item = Item(index=0, source="https://images.example/one.png")
     mask = hole(pixels) if operation.spec.needs_mask else None
     return Inputs(item, options, mask, {REFERENCE: Picture(scene(30, 30, seed=3))}.__getitem__)
 
 
-def prepared(operation: Operation, pixels: Pixels, options: Options) -> Work:
+@dataclass
+class Prepared:
+    """An image after `prepare`: its picture, and work unless there is nothing to do."""
+
+    picture: Picture
+    work: Work[Any, Any, Any] | Untouched
+
+    @property
+    def samples(self) -> Sequence[Sample[Any, Any]]:
+        return self.work.samples if isinstance(self.work, Work) else ()
+
+    @property
+    def evidence(self) -> Evidence:
+        return self.work.evidence if isinstance(self.work, Work) else Evidence()
+
+
+def prepared(operation: AnyOperation, pixels: Pixels, options: EngineOptions) -> Prepared:
     """`prepare` with a picture that is the operation's: `finish` may write into it."""
     picture = Picture(pixels, "jpeg", full_size=(pixels.shape[1], pixels.shape[0]))
     work = operation.prepare(picture, inputs(operation, pixels, options))
-    assert work.untouched == (not work.samples), "nothing is run on an untouched image, and something on all others"
-    if work.untouched:
-        work.state = picture  # which the flow has
-    if work.again is not None:
-        keys = [[operation.group_key(sample) for sample in one.samples] for one in (work, work.again())]
-        assert keys[0] == keys[1], "another try goes the same way"
-    return work
+    assert isinstance(work, Untouched) or work.samples, "an image that needs work has samples"
+    if isinstance(work, Work) and work.retry is not None:
+        keys = [[operation.group_key(sample) for sample in attempt.samples] for attempt in (work, work.retry())]
+        assert keys[0] == keys[1], "a second attempt goes the same way"
+    return Prepared(picture, work)
 
 
-def finished(operation: Operation, work: Work, outputs: Sequence[Any]) -> Picture:
-    return work.state if work.untouched else operation.finish(work, outputs)
+def finished(operation: AnyOperation, prepared: Prepared, outputs: Sequence[Any]) -> Picture:
+    return prepared.picture if isinstance(prepared.work, Untouched) else operation.finish(prepared.work, outputs)
 
 
-def take_through(operation: Operation, pixels: Pixels, options: Options) -> Result:
+def take_through(operation: AnyOperation, pixels: Pixels, options: EngineOptions) -> Result:
     """One image through all three steps, in batches no larger than the spec's."""
     given = pixels.copy()
     work = prepared(operation, given, options)
@@ -99,11 +114,12 @@ def take_through(operation: Operation, pixels: Pixels, options: Options) -> Resu
     picture = finished(operation, work, outputs)
     assert np.array_equal(given, pixels) or not work.evidence.comparable, "what is compared with its source leaves it alone"
     assert picture.format == "jpeg", "the source's format is carried through"
-    check_evidence(operation, picture, Picture(pixels), work, options)
-    return Result(picture.pixels, tuple(work.notes))
+    if isinstance(work.work, Work):
+        check_evidence(operation, picture, Picture(pixels), work.work, options)
+    return Result(picture.pixels, tuple(work.work.notes))
 
 
-def run_all(operation: Operation, samples: Sequence[Sample]) -> list[Any]:
+def run_all(operation: AnyOperation, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
     """`samples` through the device step: as the flow batches them, one group at a time."""
     outputs: list[Any] = [None] * len(samples)
     groups: dict[Any, list[int]] = {}
@@ -120,7 +136,7 @@ def run_all(operation: Operation, samples: Sequence[Sample]) -> list[Any]:
     return outputs
 
 
-def check(operation: Operation, options: Options) -> None:
+def check(operation: AnyOperation, options: EngineOptions) -> None:
     """All of the checks, for one set of options."""
     check_spec(operation.spec)
     for name, pixels in PICTURES.items():
@@ -131,11 +147,11 @@ def check(operation: Operation, options: Options) -> None:
 
 def check_spec(spec: Spec) -> None:
     """The spec names an engine that jobs can ask for."""
-    assert spec.engine in ENGINES[spec.name]
+    assert spec.engine in engines_of(spec.name)
     assert spec.max_batch >= 1
 
 
-def check_picture(operation: Operation, options: Options, name: str, pixels: Pixels) -> None:
+def check_picture(operation: AnyOperation, options: EngineOptions, name: str, pixels: Pixels) -> None:
     """One picture: what comes out is well-formed and repeatable."""
     edge = operation.work_edge(options)
     assert edge is None or edge >= 1, name
@@ -155,10 +171,12 @@ def check_picture(operation: Operation, options: Options, name: str, pixels: Pix
     assert again.notes == result.notes, name
 
 
-def check_evidence(operation: Operation, result: Picture, source: Picture, work: Work, options: Options) -> None:
+def check_evidence(
+    operation: AnyOperation, result: Picture, source: Picture, work: Work[Any, Any, Any], options: EngineOptions
+) -> None:
     """The result can be measured by what the work tells of it: every cut-out has its shares, every hole its size."""
     fields = {"operation": operation.spec.name, "options": options, "output": {"url": "s3://results/x"}}
-    found = quality.check(result, source, work, operation.spec, JOB_SPEC.validate_python(fields))
+    found = quality.check(result, source, work, operation.spec, Job.model_validate(fields))
     assert found.picture.pixels is result.pixels
     assert found.measures is not None
     assert (found.measures.opaque is not None) == operation.spec.makes_alpha
@@ -167,7 +185,7 @@ def check_evidence(operation: Operation, result: Picture, source: Picture, work:
     assert hole is None or not work.evidence.comparable
 
 
-def check_batches(operation: Operation, options: Options) -> None:
+def check_batches(operation: AnyOperation, options: EngineOptions) -> None:
     """A result does not depend on what else is in the batch, nor on the order."""
     alone = {name: take_through(operation, pixels, options).pixels for name, pixels in PICTURES.items()}
     for names in (list(PICTURES), list(PICTURES)[::-1]):
@@ -178,7 +196,7 @@ def check_batches(operation: Operation, options: Options) -> None:
             assert made.tobytes() == alone[name].tobytes(), f"{name}: another result in company"
 
 
-def check_threads(operation: Operation, options: Options) -> None:
+def check_threads(operation: AnyOperation, options: EngineOptions) -> None:
     """`prepare` and `finish` of several images at once, while `run` stays in one thread, change nothing."""
     pictures = list(PICTURES.values()) * 2
     expected = [take_through(operation, pixels, options).pixels.tobytes() for pixels in pictures]

@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from imagemill.shared.engines import Options, parse_options
+from imagemill.shared.engines import parse_options
+from imagemill.shared.options.stylize import OpencvStylize
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Work
 from tests.unit.worker.operations import conformance
 
+Inverting = Work[OpencvStylize, Pixels, Picture]
 
-class Inverted:
+
+class Inverted(Operation[OpencvStylize, Pixels, Pixels, Picture]):
     """The smallest honest operation: two samples per image, its upper and lower half."""
 
     spec = Spec("stylize", "opencv", max_batch=3)
@@ -24,52 +27,49 @@ class Inverted:
     def load(self, device: Device) -> None:
         pass
 
-    def work_edge(self, options: Options) -> int | None:
-        return None
+    def fingerprint(self, options: OpencvStylize) -> str:
+        return "revision 1"
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+    def prepare(self, picture: Picture, inputs: Inputs[OpencvStylize]) -> Inverting:
         half = len(picture.pixels) // 2
         rgb = picture.pixels[..., :3]
-        return Work([Sample(rgb[:half], inputs.options), Sample(rgb[half:], inputs.options)], state=picture)
+        return Work([Sample(rgb[:half], inputs.options), Sample(rgb[half:], inputs.options)], plan=picture)
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: Sample[OpencvStylize, Pixels]) -> Hashable:
         return sample.data.shape
 
-    def together(self, options: Options) -> bool:
-        return False
-
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[OpencvStylize, Pixels]]) -> list[Pixels]:
         return [255 - sample.data for sample in samples]
 
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        pixels = work.state.pixels.copy()
+    def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
+        pixels = work.plan.pixels.copy()
         pixels[..., :3] = np.concatenate(outputs)
-        return replace(work.state, pixels=pixels)
+        return replace(work.plan, pixels=pixels)
 
 
 class WritesIntoItsInput(Inverted):
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        work.state.pixels[0, 0] ^= 1
+    def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
+        work.plan.pixels[0, 0] ^= 1
         return super().finish(work, outputs)
 
 
 class DropsASample(Inverted):
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[OpencvStylize, Pixels]]) -> list[Pixels]:
         return super().run(samples)[: max(1, len(samples) - 1)]
 
 
 class DependsOnItsCompany(Inverted):
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[OpencvStylize, Pixels]]) -> list[Pixels]:
         return [output // len(samples) for output in super().run(samples)]
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: Sample[OpencvStylize, Pixels]) -> Hashable:
         return sample.data.shape[0] > 0
 
 
 class RemembersTheLastImage(Inverted):
     last = 0
 
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
+    def run(self, samples: Sequence[Sample[OpencvStylize, Pixels]]) -> list[Pixels]:
         outputs = [output ^ np.uint8(self.last) for output in super().run(samples)]
         self.last = 1 - self.last
         return outputs
@@ -78,39 +78,39 @@ class RemembersTheLastImage(Inverted):
 class SharesStateBetweenThreads(Inverted):
     work: Any = None
 
-    def prepare(self, picture: Picture, inputs: Inputs) -> Work:
+    def prepare(self, picture: Picture, inputs: Inputs[OpencvStylize]) -> Inverting:
         self.work = super().prepare(picture, inputs)
         return self.work
 
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
-        return super().finish(replace(work, state=self.work.state), outputs)
+    def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
+        return super().finish(replace(work, plan=self.work.plan), outputs)
 
 
 class LosesTheFormat(Inverted):
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
         return Picture(super().finish(work, outputs).pixels)
 
 
 class LosesAlpha(Inverted):
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
         made = super().finish(work, outputs)
         return replace(made, pixels=np.ascontiguousarray(made.pixels[..., :3]))
 
 
 class GivesFloats(Inverted):
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
         made = super().finish(work, outputs)
         return replace(made, pixels=made.pixels / 255)
 
 
 class GivesAView(Inverted):
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
         made = super().finish(work, outputs)
         return replace(made, pixels=made.pixels[:, ::-1])
 
 
 class ChangesTheSize(Inverted):
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
         made = super().finish(work, outputs)
         return replace(made, pixels=np.repeat(made.pixels, 2, axis=1))
 
@@ -118,7 +118,7 @@ class ChangesTheSize(Inverted):
 class NotesAtRandom(Inverted):
     count = 0
 
-    def finish(self, work: Work, outputs: Sequence[Any]) -> Picture:
+    def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
         self.count += 1
         work.notes.append(f"the {self.count}. image")
         return super().finish(work, outputs)
@@ -133,7 +133,7 @@ def test_the_kit_lets_an_honest_operation_pass() -> None:
 
 
 @pytest.mark.parametrize("broken", Inverted.__subclasses__(), ids=lambda kind: kind.__name__)
-def test_the_kit_finds_an_operation_that_breaks_the_contract(broken: type[Operation]) -> None:
+def test_the_kit_finds_an_operation_that_breaks_the_contract(broken: type[Inverted]) -> None:
     with pytest.raises((AssertionError, ValueError)):
         conformance.check(broken(), parse_options("stylize", "opencv", {}))
 
@@ -143,5 +143,5 @@ def test_a_pictures_size_is_width_and_height() -> None:
 
 
 def test_notes_of_one_image_are_not_anothers() -> None:
-    Work([]).notes.append("empty_cutout")
-    assert Work([]).notes == []
+    Work([], plan=None).notes.append("empty_cutout")
+    assert Work([], plan=None).notes == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from imagemill.shared.engines import parse_options
+from imagemill.shared.engines import ENGINES, parse_options
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.operations import registry
 from tests.generators import lama_file
@@ -17,10 +17,10 @@ from tests.unit.worker.operations import conformance
 MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("remove-background", "opencv"): [
         {"long_edge": 32, "feather": 0},
-        {"long_edge": "none", "background": "#ff8000", "work_edge": 64},
+        {"long_edge": "none", "background": "#ff8000"},
     ],
     ("remove-background", "rembg"): [
-        {"long_edge": 32, "clean_rim": False, "background": "#ff8000"},
+        {"long_edge": 32, "background": "#ff8000"},
         {"long_edge": "original", "background_image": conformance.REFERENCE},
         {"alpha_matting": True, "shadow": True},
         {"mask_only": True},
@@ -31,7 +31,7 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"mask_feather": 200, "radius": 15},
     ],
     ("inpaint", "lama"): [
-        {"mask_dilate": 2, "mask_feather": 3, "overlap": 128},
+        {"mask_dilate": 2, "mask_feather": 3},
         {"strategy": "tile", "tile": 512, "mask_feather": 200},
         {"strategy": "resize", "tile": 512},
         {"strategy": "whole"},
@@ -42,9 +42,8 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("stylize", "opencv"): [
         {"style": "pencil-sketch", "strength": 0.5, "long_edge": 40},
-        {"style": "pencil-sketch", "colour": True, "sigma_s": 0, "sigma_r": 0, "shade": 0},
-        {"style": "detail", "sigma_s": 0, "sigma_r": 0},
-        {"sigma_s": 200, "sigma_r": 1},
+        {"style": "pencil-sketch", "colour": True},
+        {"style": "detail"},
         {"style": "colour-transfer", "reference": conformance.REFERENCE},
     ],
 }
@@ -53,7 +52,8 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
 SMALL: dict[tuple[str, str], dict[str, Any]] = {("stylize", "diffusion"): {"size": 64, "steps": 1}}
 """Defaults that would take minutes, made small."""
 
-CASES = [(*pair, SMALL.get(pair, {}) | given) for pair in registry.ENGINES for given in ({}, *MORE.get(pair, []))]
+PAIRS = [(row.operation, row.name) for row in ENGINES]
+CASES = [(*pair, SMALL.get(pair, {}) | given) for pair in PAIRS for given in ({}, *MORE.get(pair, []))]
 
 
 @pytest.mark.parametrize(("operation", "engine", "given"), CASES, ids=lambda value: str(value))

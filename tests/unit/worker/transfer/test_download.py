@@ -12,7 +12,7 @@ from imagemill.shared.errors import ImageError, Timeout, Unreachable, Unsupporte
 from imagemill.shared.settings import FetchSettings
 from imagemill.worker.transfer.addresses import wire
 from imagemill.worker.transfer.download import Downloader, _Transfer, retry_after
-from tests.services import Handler, ImageServer, answers, reply
+from tests.services.images import Handler, ImageServer, answers, reply
 
 LOOPBACK = FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "connect_timeout": 5, "total_timeout": 20})
 

@@ -15,18 +15,7 @@ from imagemill.shared.errors import ImageError
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.worker.transfer import fetch
 from imagemill.worker.transfer.fetch import Fetched, Fetcher, pause
-from tests.services import (
-    Handler,
-    ImageServer,
-    answers,
-    endless,
-    failing,
-    html,
-    redirect,
-    reply,
-    start_reply,
-    truncated,
-)
+from tests.services.images import Handler, ImageServer, answers, endless, failing, html, redirect, reply, start_reply, truncated
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR and so on"
 LOOPBACK: dict[str, Any] = {"allow_networks": ["127.0.0.0/8", "::1/128"]}

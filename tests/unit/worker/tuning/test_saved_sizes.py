@@ -1,4 +1,4 @@
-"""The file of what was tuned: read back as it was written, and ignored where it is something else."""
+"""The file of saved batch sizes: written, read back, and ignored when malformed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from imagemill.worker.tuning.saved_sizes import path_of, read, write
 from tests.fakes import Invert
 
 GPU = "NVIDIA GeForce RTX 3090"
-FOUND = {"(512, 512)": Known(peaks={1: 10, 8: 70}, fits=8, fails=9, free=80)}
+SIZES = {"(512, 512)": Known(peaks={1: 10, 8: 70}, fits=8, fails=9, free=80)}
 OTHER = replace(Invert.spec, engine="other")
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    path = write(tmp_path, GPU, Invert.spec, FOUND)
+def test_written_sizes_are_read_back(tmp_path: Path) -> None:
+    path = write(tmp_path, GPU, Invert.spec, SIZES)
     assert path == tmp_path / "tuned" / "nvidia-geforce-rtx-3090.json"
-    assert read(tmp_path, GPU, Invert.spec) == FOUND
+    assert read(tmp_path, GPU, Invert.spec) == SIZES
     assert read(tmp_path, "another", Invert.spec) == read(tmp_path, GPU, OTHER) == {}
 
 
-def test_other_kinds_and_engines_are_kept(tmp_path: Path) -> None:
-    write(tmp_path, GPU, Invert.spec, FOUND)
+def test_write_keeps_other_kinds_and_engines(tmp_path: Path) -> None:
+    write(tmp_path, GPU, Invert.spec, SIZES)
     write(tmp_path, GPU, OTHER, {"x": Known(fits=1)})
     write(tmp_path, GPU, Invert.spec, {"y": Known(fits=2)})
-    assert read(tmp_path, GPU, Invert.spec) == {**FOUND, "y": Known(fits=2)}
+    assert read(tmp_path, GPU, Invert.spec) == {**SIZES, "y": Known(fits=2)}
     assert read(tmp_path, GPU, OTHER) == {"x": Known(fits=1)}
 
 
 @pytest.mark.parametrize("name", ["///", "..", "µ"])
-def test_whatever_the_device_is_called_the_file_is_in_its_folder(name: str, tmp_path: Path) -> None:
+def test_file_stays_in_its_folder_for_any_device_name(name: str, tmp_path: Path) -> None:
     assert path_of(tmp_path, name).parent == tmp_path / "tuned"
 
 
@@ -49,12 +49,12 @@ def test_whatever_the_device_is_called_the_file_is_in_its_folder(name: str, tmp_
         json.dumps({"version": 1, "engines": {"stylize/opencv": {"x": {"fits": "many"}}}}),
     ],
 )
-def test_anything_else_in_that_file_is_nothing(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_malformed_file_is_ignored_and_replaced(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = path_of(tmp_path, GPU)
     path.parent.mkdir()
     path.write_text(content)
     with caplog.at_level(logging.WARNING, "imagemill.worker.tuning.saved_sizes"):
         assert read(tmp_path, GPU, Invert.spec) == {}
     assert len(caplog.records) == ("stylize" in content and '"version": 1' in content)
-    write(tmp_path, GPU, Invert.spec, FOUND)
-    assert read(tmp_path, GPU, Invert.spec)["(512, 512)"] == FOUND["(512, 512)"]
+    write(tmp_path, GPU, Invert.spec, SIZES)
+    assert read(tmp_path, GPU, Invert.spec)["(512, 512)"] == SIZES["(512, 512)"]

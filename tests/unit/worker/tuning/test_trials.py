@@ -1,4 +1,4 @@
-"""Tuning ends at the batch that a node's own learning ends at, on a device that isn't there."""
+"""`imagemill tune` finds the same batch size as a running node would, on a fake GPU."""
 
 from __future__ import annotations
 
@@ -11,59 +11,57 @@ from imagemill.shared.options.stylize import OpencvStylize
 from imagemill.worker.hardware.memory import HostMemory
 from imagemill.worker.line.batch_sizes import SHARE, BatchSizes
 from imagemill.worker.operations.stylize.opencv import Stylize
-from imagemill.worker.tuning.trials import Tuning
+from imagemill.worker.tuning.trials import BatchTrials
 from tests.devices import SHORT, FakeGpu, Hungry
 
 
-def tuning(operation: Hungry, sizes: BatchSizes) -> Tuning:
-    return Tuning(operation, OpencvStylize(), sizes, (20, 10))
+def trials_of(operation: Hungry, sizes: BatchSizes) -> BatchTrials:
+    return BatchTrials(operation, OpencvStylize(), sizes, (20, 10))
 
 
 @pytest.mark.parametrize(
-    ("each", "base", "most", "found"), [(30, 100, 64, 23), (30, 100, 16, 16), (700, 0, 64, 1), (10, 0, 64, 64)]
+    ("each", "base", "most", "largest"), [(30, 100, 64, 23), (30, 100, 16, 16), (700, 0, 64, 1), (10, 0, 64, 64)]
 )
-def test_it_ends_at_the_largest_that_takes_its_share(each: int, base: int, most: int, found: int) -> None:
+def test_trials_end_at_the_largest_batch_within_its_share_of_memory(each: int, base: int, most: int, largest: int) -> None:
     gpu = FakeGpu(1000)
-    tries = list(tuning(Hungry(gpu, each, base), BatchSizes(gpu, measures=True)).tries(most, seconds=0))
-    assert all(one.fits and one.images_per_second for one in tries)
-    assert max(one.batch for one in tries) == found
-    assert found == most or base + (found + 1) * each > SHARE * 1000
-    assert [(one.batch, one.peak_bytes) for one in tries] == [(one.batch, base + each * one.batch) for one in tries]
+    trials = list(trials_of(Hungry(gpu, each, base), BatchSizes(gpu, measures=True)).run(most, seconds=0))
+    assert all(trial.fits and trial.images_per_second for trial in trials)
+    assert max(trial.batch for trial in trials) == largest
+    assert largest == most or base + (largest + 1) * each > SHARE * 1000
+    assert [trial.peak_bytes for trial in trials] == [base + each * trial.batch for trial in trials]
 
 
-@pytest.mark.parametrize("made", SHORT.values(), ids=SHORT)
-def test_where_measuring_tells_nothing_it_ends_at_the_largest_that_fits(made: Callable[[], Exception]) -> None:
-    gpu = FakeGpu(11, error=made, blind=True)
+@pytest.mark.parametrize("make", SHORT.values(), ids=SHORT)
+def test_trials_end_at_the_largest_batch_that_fits_when_peaks_are_unknown(make: Callable[[], Exception]) -> None:
+    gpu = FakeGpu(11, error=make, blind=True)
     sizes = BatchSizes(gpu, measures=True)
-    one = tuning(Hungry(gpu, each=1), sizes)
-    tries = {found.batch: found.fits for found in one.tries(64, seconds=0)}
-    assert tries == {1: True, 2: True, 4: True, 8: True, 16: False, 12: False, 10: True, 11: True}
-    assert (sizes.known(one.kind).fits, sizes.known(one.kind).fails) == (11, 12)
+    batches = trials_of(Hungry(gpu, each=1), sizes)
+    fits = {trial.batch: trial.fits for trial in batches.run(64, seconds=0)}
+    assert fits == {1: True, 2: True, 4: True, 8: True, 16: False, 12: False, 10: True, 11: True}
+    assert (sizes.known(batches.kind).fits, sizes.known(batches.kind).fails) == (11, 12)
 
 
-def test_nothing_fits() -> None:
+def test_one_trial_when_nothing_fits() -> None:
     gpu = FakeGpu(10)
-    (only,) = tuning(Hungry(gpu, each=11), BatchSizes(gpu, measures=True)).tries(64, seconds=0)
-    assert (only.batch, only.fits, only.peak_bytes) == (1, False, None)
+    (trial,) = trials_of(Hungry(gpu, each=11), BatchSizes(gpu, measures=True)).run(64, seconds=0)
+    assert (trial.batch, trial.fits, trial.peak_bytes) == (1, False, None)
 
 
-def test_on_a_cpu_it_measures_as_well() -> None:
-    tries = list(tuning(Hungry(FakeGpu(100), each=1), BatchSizes(HostMemory(), measures=True)).tries(4, seconds=0))
-    assert [one.batch for one in tries] == [1, 2, 4]
-    assert all(one.fits and one.peak_bytes is not None for one in tries)
+def test_trials_measure_on_a_cpu_too() -> None:
+    sizes = BatchSizes(HostMemory(), measures=True)
+    trials = list(trials_of(Hungry(FakeGpu(100), each=1), sizes).run(4, seconds=0))
+    assert [trial.batch for trial in trials] == [1, 2, 4]
+    assert all(trial.fits and trial.peak_bytes is not None for trial in trials)
 
 
-def test_a_reference_need_not_be_there() -> None:
+def test_trials_do_not_fetch_the_reference_image() -> None:
     options = OpencvStylize(style="colour-transfer", reference="s3://colours/one.png")
     sizes = BatchSizes(HostMemory(), measures=True)
-    (only,) = Tuning(Stylize(), options, sizes, (20, 10)).tries(1, seconds=0)
-    assert only.fits
+    (trial,) = BatchTrials(Stylize(), options, sizes, (20, 10)).run(1, seconds=0)
+    assert trial.fits
 
 
-def test_any_other_failure_is_no_finding() -> None:
-    def fail() -> Exception:
-        return OperationFailed("this can't be done")
-
-    gpu = FakeGpu(1, error=fail)
+def test_trials_raise_errors_other_than_out_of_memory() -> None:
+    gpu = FakeGpu(1, error=lambda: OperationFailed("the model failed"))
     with pytest.raises(OperationFailed):
-        list(tuning(Hungry(gpu, each=2), BatchSizes(gpu, measures=True)).tries(4, seconds=0))
+        list(trials_of(Hungry(gpu, each=2), BatchSizes(gpu, measures=True)).run(4, seconds=0))

@@ -16,11 +16,11 @@ from imagemill.shared.messages import Item
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.batching import run_batch
-from imagemill.worker.operations.base import Inputs, Work
+from imagemill.worker.operations.base import Inputs, Untouched
 from imagemill.worker.operations.inpaint import lama
 from imagemill.worker.operations.inpaint.lama import Crop, Lama, enlarged, shown
 from imagemill.worker.operations.inpaint.mask import EMPTY, LARGE, Region
+from tests.batches import run_batch
 from tests.fills import Continues
 from tests.unit.worker.operations.conformance import run_all
 
@@ -35,13 +35,13 @@ def operation(session: Continues, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "lama").mkdir()
     (tmp_path / "lama" / "lama.ckpt").write_bytes(b"the network is not what is tested here")
     monkeypatch.setattr(lama, "model_file", lambda *_: tmp_path / "lama" / "lama.ckpt")
-    monkeypatch.setattr(lama, "Session", lambda *_: session)
+    monkeypatch.setattr(lama, "LamaModel", lambda *_: session)
     made = Lama()
     made.load(Device(gpu=0, weights=tmp_path))  # batches
     return made
 
 
-def prepared(operation: Lama, pixels: Pixels, mask: Grey | None = None, boxes: Any = (), **options: Any) -> Work:
+def prepared(operation: Lama, pixels: Pixels, mask: Grey | None = None, boxes: Any = (), **options: Any) -> Any:
     item = Item(index=0, source="https://images.example/one.jpg", boxes=boxes)
     return operation.prepare(Picture(pixels.copy()), Inputs(item, parse_options("inpaint", "lama", options), mask))
 
@@ -81,7 +81,7 @@ def disc(height: int, width: int, radius: int) -> Grey:
     [
         (disc(700, 900, 100), {}, 1),
         (line(1200, 1500), {}, 4),
-        (line(1200, 1500), {"mask_dilate": 5, "mask_feather": 9, "overlap": 128}, 4),
+        (line(1200, 1500), {"mask_dilate": 5, "mask_feather": 9}, 4),
         (disc(1300, 1500, 500), {"tile": 512}, 9),
         (disc(1300, 1500, 500), {"tile": 512, "strategy": "tile", "mask_feather": 20}, 9),
         (disc(1300, 1500, 500), {"tile": 512, "strategy": "resize"}, 1),
@@ -189,7 +189,7 @@ def test_all_that_is_to_go_is_hidden_from_every_tile(operation: Lama) -> None:
 
 def test_an_empty_mask_is_untouched_and_a_large_one_flagged(operation: Lama, session: Continues) -> None:
     work = prepared(operation, slope(40, 50), np.zeros((40, 50), np.uint8), mask_dilate=5)
-    assert (work.untouched, work.samples, work.notes) == (True, [], [EMPTY])
+    assert work == Untouched((EMPTY,))
     mask = np.zeros((40, 50), np.uint8)
     mask[:20] = 255
     assert inpaint(operation, slope(40, 50), mask)[1] == [LARGE]
@@ -248,7 +248,7 @@ def test_a_file_that_is_pulled_anew_is_opened_anew(
     operation: Lama, session: Continues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    monkeypatch.setattr(lama, "Session", lambda path, _: opened.append(path) or session)
+    monkeypatch.setattr(lama, "LamaModel", lambda path, _: opened.append(path) or session)
     work = prepared(operation, slope(64, 64), boxes=("20,20,8,8",))
     operation.run(work.samples)
     operation.run(work.samples)

@@ -17,7 +17,7 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.operations.inpaint import lama_model as module
 from imagemill.worker.operations.inpaint.lama_generator import PREFIX, Generator
-from imagemill.worker.operations.inpaint.lama_model import Session
+from imagemill.worker.operations.inpaint.lama_model import LamaModel
 from tests.generators import lama_file, lama_weights
 
 CPU = Device(threads=1)
@@ -47,7 +47,7 @@ def pictures(count: int, height: int = 32, width: int = 48) -> tuple[list[Pixels
 
 def test_it_paints_what_the_generator_does(small: Path) -> None:
     sources, holes = pictures(3)
-    made = Session(small, CPU).run(sources, holes)
+    made = LamaModel(small, CPU).run(sources, holes)
     generator = Generator(lama_weights())
     for source, hole, one in zip(sources, holes, made, strict=True):
         mask = torch.from_numpy(hole / np.float32(255))[None, None]
@@ -62,13 +62,13 @@ def test_it_paints_what_the_generator_does(small: Path) -> None:
 
 def test_a_large_picture_is_painted_in_bands(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources, holes = pictures(1, 96, 64)
-    whole = Session(small, CPU).run(sources, holes)[0]
+    whole = LamaModel(small, CPU).run(sources, holes)[0]
     monkeypatch.setattr(module, "BAND", 64 * 16)
-    assert np.abs(Session(small, CPU).run(sources, holes)[0].astype(int) - whole).max() <= 1
+    assert np.abs(LamaModel(small, CPU).run(sources, holes)[0].astype(int) - whole).max() <= 1
 
 
 def test_what_lies_in_the_hole_is_not_looked_at_and_a_faint_mask_is_none(small: Path) -> None:
-    session = Session(small, CPU)
+    session = LamaModel(small, CPU)
     (source,), (hole,) = pictures(1)
     other = source.copy()
     other[hole > 0] = 255 - other[hole > 0]
@@ -81,17 +81,17 @@ def test_what_lies_in_the_hole_is_not_looked_at_and_a_faint_mask_is_none(small: 
 def test_what_it_is_given_stays_as_it_is_and_may_be_read_only_or_a_view(small: Path) -> None:
     sources, holes = pictures(1)
     before = sources[0].copy(), holes[0].copy()
-    wanted = Session(small, CPU).run(sources, holes)[0]
+    wanted = LamaModel(small, CPU).run(sources, holes)[0]
     wide = np.repeat(sources[0], 2, axis=1)
     view = wide[:, ::2]
     view.flags.writeable = False
-    assert np.array_equal(Session(small, CPU).run([view], holes)[0], wanted)
+    assert np.array_equal(LamaModel(small, CPU).run([view], holes)[0], wanted)
     assert np.array_equal(sources[0], before[0])
     assert np.array_equal(holes[0], before[1])
 
 
 def test_company_changes_nothing_and_nothing_is_nothing(small: Path) -> None:
-    session, (sources, holes) = Session(small, CPU), pictures(3)
+    session, (sources, holes) = LamaModel(small, CPU), pictures(3)
     together = session.run(sources, holes)
     for one, source, hole in zip(together[::-1], sources[::-1], holes[::-1], strict=True):
         assert np.array_equal(session.run([source], [hole])[0], one)
@@ -100,7 +100,7 @@ def test_company_changes_nothing_and_nothing_is_nothing(small: Path) -> None:
 
 def test_it_keeps_to_its_threads_and_leaves_the_random_numbers_alone(small: Path) -> None:
     before = torch.random.get_rng_state()
-    Session(small, Device(threads=2)).run(*pictures(1))
+    LamaModel(small, Device(threads=2)).run(*pictures(1))
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -110,7 +110,7 @@ def test_a_damaged_file_is_named(content: bytes | None, small: Path, tmp_path: P
     path = tmp_path / "lama.safetensors"
     path.write_bytes(small.read_bytes()[:-2000] if content is None else content)
     with pytest.raises(ConfigurationError) as caught:
-        Session(path, CPU)
+        LamaModel(path, CPU)
     assert str(path) in caught.value.message
     assert "imagemill models pull lama" in caught.value.message
 
@@ -119,14 +119,14 @@ def test_weights_of_something_else_are_named_with_what_to_do(tmp_path: Path) -> 
     path = tmp_path / "lama.safetensors"
     save_file({name: tensor for name, tensor in lama_weights().items() if ".bn_g." not in name}, path)
     with pytest.raises(ConfigurationError, match=r"not the weights of LaMa's generator.*models pull lama"):
-        Session(path, CPU)
+        LamaModel(path, CPU)
 
 
 def test_a_gpu_that_torch_cant_use_is_refused(small: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this torch can")
     with pytest.raises(ConfigurationError, match=r"was to run on gpu3, but .* can't"):
-        Session(small, Device(gpu=3))
+        LamaModel(small, Device(gpu=3))
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,9 @@ def test_pictures_share_a_batch_where_that_helps_in_each_type(
     dtype: torch.dtype, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources, holes = pictures(3)
-    wanted = Session(small, CPU).run(sources, holes)
+    wanted = LamaModel(small, CPU).run(sources, holes)
     monkeypatch.setattr(module, "dtype_of", lambda _: dtype)
-    session, sizes = Session(small, CPU), []
+    session, sizes = LamaModel(small, CPU), []
     session.batches = True  # as on a GPU
     paint = session._paint
 
@@ -178,9 +178,9 @@ def test_compiled_it_is_told_which_shapes_are_fixed(small: Path, monkeypatch: py
     monkeypatch.setattr(torch._dynamo, "mark_static", lambda _, axis: marked.append(("static", axis)))
     monkeypatch.setattr(torch._dynamo, "mark_dynamic", lambda _, axis: marked.append(("dynamic", axis)))
     sources, holes = pictures(2)
-    wanted = Session(small, CPU).run(sources, holes)
+    wanted = LamaModel(small, CPU).run(sources, holes)
     assert marked == []
-    session = Session(small, Device(threads=1, compile=True))
+    session = LamaModel(small, Device(threads=1, compile=True))
     session.batches = True
     made = session.run(sources, holes)
     assert marked == [("compiled", 0), ("static", 1), ("static", 2), ("static", 3), ("dynamic", 0)]
@@ -191,12 +191,12 @@ def test_what_are_no_colours_fails_the_picture(tmp_path: Path) -> None:
     path = tmp_path / "lama.safetensors"
     save_file(lama_weights() | {f"{PREFIX}17.bias": torch.tensor([0.0, float("nan"), 0.0])}, path)
     with pytest.raises(OperationFailed, match="no colours"):
-        Session(path, CPU).run(*pictures(1))
+        LamaModel(path, CPU).run(*pictures(1))
 
 
 def test_a_picture_of_another_size_fails_with_a_sentence(small: Path) -> None:
     with pytest.raises(OperationFailed, match="running the model lama failed"):
-        Session(small, CPU).run(*pictures(1, 8, 8))
+        LamaModel(small, CPU).run(*pictures(1, 8, 8))
 
 
 def too_large(_: Any) -> Tensor:
@@ -224,7 +224,7 @@ def raising(error: Exception) -> Callable[[Any], Tensor]:
 def test_running_out_of_memory_is_told_from_other_failures(
     paint: Callable[[Any], Tensor], small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Session(small, CPU)
+    session = LamaModel(small, CPU)
     with monkeypatch.context() as patched:
         patched.setattr(session, "_paint", paint)
         with pytest.raises(OutOfMemory, match="for running the model lama"):
@@ -240,7 +240,7 @@ def test_the_error_holds_none_of_the_memory_that_was_short(small: Path, monkeypa
         held.extend([weakref.ref(x), weakref.ref(large)])
         return too_large(large)
 
-    session = Session(small, CPU)
+    session = LamaModel(small, CPU)
     monkeypatch.setattr(session, "_paint", paint)
     with pytest.raises(OutOfMemory) as caught:
         session.run(*pictures(1))

@@ -13,7 +13,7 @@ from imagemill.shared.errors import BadMask
 from imagemill.shared.messages import Item
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
-from imagemill.worker.operations.base import Inputs
+from imagemill.worker.operations.base import Inputs, Untouched
 from imagemill.worker.operations.inpaint import opencv
 from imagemill.worker.operations.inpaint.mask import (
     EMPTY,
@@ -39,7 +39,9 @@ def inpaint(pixels: Pixels, mask: Grey | None = None, boxes: Any = (), **options
     operation.load(Device(threads=1))
     picture = Picture(pixels.copy())  # `finish` writes into it
     work = operation.prepare(picture, inputs(mask, boxes, **options))
-    return (picture if work.untouched else operation.finish(work, operation.run(work.samples))).pixels, work.notes
+    if isinstance(work, Untouched):
+        return picture.pixels, list(work.notes)
+    return operation.finish(work, operation.run(work.samples)).pixels, work.notes
 
 
 def slope(height: int, width: int, channels: int = 3) -> Pixels:

@@ -60,11 +60,10 @@ def cropped_by_box(hole: Grey) -> int:
     size=st.tuples(st.integers(1, 1800), st.integers(1, 1800)),
     marks=MARKS,
     longest=st.sampled_from([512, 768, 1024]),
-    overlap=st.sampled_from([64, 100, 128]),
     strategy=st.sampled_from(["auto", "tile", "resize", "whole"]),
 )
 def test_every_masked_pixel_is_filled_by_weights_that_add_up_to_one_and_no_tile_leaves_the_image(
-    size: tuple[int, int], marks: list[Mark], longest: int, overlap: int, strategy: str
+    size: tuple[int, int], marks: list[Mark], longest: int, strategy: str
 ) -> None:
     hole = hole_of(size, marks)
     made = plan(hole, strategy=strategy, longest=longest)
@@ -78,7 +77,7 @@ def test_every_masked_pixel_is_filled_by_weights_that_add_up_to_one_and_no_tile_
             assert all(16 > have - want >= 0 or have == 16 for have, want in zip(tile.size, sides(tile.area), strict=True))
     total, raw = np.zeros(size), np.zeros(size)
     everything = Region(slice(0, size[0]), slice(0, size[1]))
-    parts = list(weights(made.tiles, made.numbers, everything, overlap))
+    parts = list(weights(made.tiles, made.numbers, everything))
     for _, where, weight in parts:
         raw[where.rows, where.columns] += weight
     for _, where, weight in parts:

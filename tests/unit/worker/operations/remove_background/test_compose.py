@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import cv2
@@ -15,7 +16,7 @@ from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.operations.remove_background import compose as module
 from imagemill.worker.operations.remove_background.compose import ENLARGED, NO_SHADOW, compose
-from imagemill.worker.operations.remove_background.matting import TOO_LARGE
+from imagemill.worker.operations.remove_background.matting import TOO_LARGE, matted
 from imagemill.worker.operations.remove_background.opencv import EMPTY
 
 RED, GREEN = np.array((200, 40, 40)), np.array((40, 210, 60))
@@ -23,12 +24,14 @@ SIZE = (240, 160)  # width, height
 IMAGE = "https://images.example/behind.png"
 
 
-def made(pixels: Pixels, alpha: Grey, behind: Pixels | None = None, **options: Any) -> tuple[Pixels, list[str]]:
+def made(
+    pixels: Pixels, alpha: Grey, behind: Pixels | None = None, *, clean_rim: bool = True, **options: Any
+) -> tuple[Pixels, list[str]]:
     notes: list[str] = []
     before = pixels.copy(), alpha.copy()
     if behind is not None:
         options["background_image"] = IMAGE
-    result = compose(pixels, alpha, RembgRemoveBackground(**options), behind, notes)
+    result = compose(pixels, alpha, RembgRemoveBackground(**options), behind, notes, clean_rim=clean_rim)
     assert np.array_equal(pixels, before[0]), "the source is never changed"
     assert np.array_equal(alpha, before[1]), "nor is the matte"
     return result, notes
@@ -215,10 +218,11 @@ def test_an_empty_cut_out_says_so_and_keeps_its_size(options: dict[str, Any], fa
     assert (result[..., 3] == faint).all()
 
 
-def test_matting_beyond_its_cap_leaves_the_plain_cut_out() -> None:
+def test_matting_leaves_the_plain_cut_out_when_the_image_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "matted", partial(matted, most=10_000))
     pixels, alpha = scene()
     plain, _ = made(pixels, alpha)
-    result, notes = made(pixels, alpha, alpha_matting=True, matting_pixels=10_000)
+    result, notes = made(pixels, alpha, alpha_matting=True)
     assert notes == [TOO_LARGE]
     assert np.array_equal(result, plain)
 
@@ -371,7 +375,6 @@ def test_a_hundred_megapixels_take_little_beside_the_picture_and_the_result(opti
             "canvas": st.sampled_from([None, 16, 100]),
             "margin": st.sampled_from([0, 0.05, 0.5]),
             "shadow": st.booleans(),
-            "clean_rim": st.booleans(),
         }
     ),
 )

@@ -45,7 +45,7 @@ def furry(fore: tuple[int, int, int] = FRONT) -> tuple[Pixels, Any, Grey]:
 def run(pixels: Pixels, alpha: Grey, most: int = 1_000_000, seconds: float = 60) -> tuple[Grey, list[str]]:
     notes: list[str] = []
     before = alpha.copy()
-    result = matted(pixels, alpha, most, seconds, notes)
+    result = matted(pixels, alpha, notes, most=most, seconds=seconds)
     assert np.array_equal(alpha, before), "what is given is never changed"
     return result, notes
 

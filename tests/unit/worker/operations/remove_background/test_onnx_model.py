@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, Session, providers
+from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, OnnxModel, providers
 from tests.models import birefnet_like_onnx, u2net_onnx
 
 CPU = Device(threads=1)
@@ -83,7 +83,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_on_a_gpu_images_share_a_batch_where_its_axis_is_free(small: Path, sizes: list[int]) -> None:
-    session = Session(small, "u2net", GPU, 64)
+    session = OnnxModel(small, "u2net", GPU, 64)
     made = session.run(tensors(3))
     assert session.batches
     assert sizes == [3]
@@ -99,16 +99,16 @@ def test_before_a_session_on_a_gpu_the_libraries_that_pip_installed_are_loaded(
     steps: list[str] = []
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: steps.append("libraries"))
     monkeypatch.setattr(OnGpu, "get_providers", lambda _: steps.append("session") or ["CUDAExecutionProvider"])
-    Session(small, "u2net", GPU, 64)
+    OnnxModel(small, "u2net", GPU, 64)
     assert steps[:2] == ["libraries", "session"]
 
 
 def test_on_a_gpu_images_go_one_by_one_where_the_axis_is_fixed(fixed: Path, sizes: list[int], small: Path) -> None:
-    session = Session(fixed, "u2net", GPU, 64)
+    session = OnnxModel(fixed, "u2net", GPU, 64)
     made = session.run(tensors(3))
     assert not session.batches
     assert sizes == [1, 1, 1]
-    for one, other in zip(made, Session(small, "u2net", GPU, 64).run(tensors(3)), strict=True):
+    for one, other in zip(made, OnnxModel(small, "u2net", GPU, 64).run(tensors(3)), strict=True):
         assert np.allclose(one, other, atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_on_cpus_small_models_have_a_core_for_each_image(
     cores: int, size: int, lanes: int, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = watch_options(monkeypatch)
-    session = Session(small, "u2net", Device(threads=cores), size)
+    session = OnnxModel(small, "u2net", Device(threads=cores), size)
     assert opened[0].intra_op_num_threads == cores + 1 - lanes
     at_a_time = Barrier(lanes, timeout=60)
     run = session._run
@@ -134,27 +134,27 @@ def test_on_cpus_small_models_have_a_core_for_each_image(
 
 
 def test_a_reshape_that_holds_the_batch_is_no_trouble(tmp_path: Path) -> None:
-    session = Session(birefnet_like_onnx(tmp_path / "model.onnx", size=64), "birefnet-general", CPU, 64)
+    session = OnnxModel(birefnet_like_onnx(tmp_path / "model.onnx", size=64), "birefnet-general", CPU, 64)
     assert [output.shape for output in session.run(tensors(2))] == [(1, 64, 64)] * 2
 
 
 def test_the_first_of_several_outputs_is_the_matte(small: Path) -> None:
     (tensor,) = tensors(1)
     found = onnxruntime.InferenceSession(str(small), providers=["CPUExecutionProvider"]).run(None, {"input.1": tensor[None]})
-    (made,) = Session(small, "u2net", CPU, 64).run([tensor])
+    (made,) = OnnxModel(small, "u2net", CPU, 64).run([tensor])
     assert np.array_equal(made, found[0][0])
     assert not np.array_equal(made, found[1][0])
 
 
 def test_no_images_are_no_run(small: Path) -> None:
-    assert Session(small, "u2net", CPU, 64).run([]) == []
+    assert OnnxModel(small, "u2net", CPU, 64).run([]) == []
 
 
 def test_the_session_keeps_to_its_share_of_the_cores_and_gives_memory_back(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = watch_options(monkeypatch)
-    Session(small, "u2net", Device(threads=3), 1024)
+    OnnxModel(small, "u2net", Device(threads=3), 1024)
     (options,) = opened
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (3, 1)
     assert not options.enable_mem_pattern
@@ -166,7 +166,7 @@ def test_a_damaged_file_is_named_with_what_to_do(content: bytes | None, small: P
     path = tmp_path / "u2net.onnx"
     path.write_bytes(small.read_bytes()[:-2000] if content is None else content)
     with pytest.raises(ConfigurationError, match=r"u2net.*models pull u2net") as caught:
-        Session(path, "u2net", CPU, 64)
+        OnnxModel(path, "u2net", CPU, 64)
     assert str(path) in caught.value.message
     assert "\n" not in caught.value.message
 
@@ -174,12 +174,12 @@ def test_a_damaged_file_is_named_with_what_to_do(content: bytes | None, small: P
 @pytest.mark.parametrize("shapes", [[["b", 3]], [["b", 3, 8, 8], ["b", 1, 8, 8]]], ids=["no image", "two inputs"])
 def test_a_model_of_another_kind_is_refused(shapes: list[list[int | str]], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no model that makes a mask"):
-        Session(network(tmp_path / "u2net.onnx", *shapes), "u2net", CPU, 64)
+        OnnxModel(network(tmp_path / "u2net.onnx", *shapes), "u2net", CPU, 64)
 
 
 def test_what_onnxruntime_refuses_fails_the_image_with_a_sentence(small: Path) -> None:
     with pytest.raises(OperationFailed, match="the model u2net failed"):
-        Session(small, "u2net", CPU, 64).run(tensors(1, size=32))
+        OnnxModel(small, "u2net", CPU, 64).run(tensors(1, size=32))
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
@@ -187,7 +187,7 @@ def test_a_gpu_that_this_onnxruntime_cant_use_is_refused(provider: Literal["cuda
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime can")
     with pytest.raises(ConfigurationError, match=r"imagemill\[rembg-gpu\]"):
-        Session(small, "u2net", Device(provider=provider), 64)
+        OnnxModel(small, "u2net", Device(provider=provider), 64)
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(small: Path, monkeypatch
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
     monkeypatch.setattr(onnxruntime, "InferenceSession", FallsBack)
     with pytest.raises(ConfigurationError, match="could not start CUDAExecutionProvider"):
-        Session(small, "u2net", Device(provider="cuda"), 64)
+        OnnxModel(small, "u2net", Device(provider="cuda"), 64)
 
 
 def test_on_a_gpu_memory_is_limited_and_taken_as_needed() -> None:
@@ -235,7 +235,7 @@ def test_running_out_of_memory_is_told_from_other_failures(said: str, small: Pat
     def refuse(*_: Any) -> None:
         raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException(f"[ONNXRuntimeError] : 6 : {said}")
 
-    session = Session(small, "u2net", CPU, 64)
+    session = OnnxModel(small, "u2net", CPU, 64)
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", refuse)
     with pytest.raises(OutOfMemory, match="u2net"):
         session.run(tensors(1))

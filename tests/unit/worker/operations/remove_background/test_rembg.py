@@ -108,9 +108,12 @@ def test_exact_gives_the_pixels_of_rembgs_own_options(
     assert np.array_equal(made, np.broadcast_to(expected[..., : made.shape[2]], made.shape))
 
 
-def test_exact_with_matting_beyond_the_cap_is_the_plain_cut_out_and_says_so(weights: Path) -> None:
+def test_exact_matting_leaves_the_plain_cut_out_when_the_image_is_too_large(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LARGEST", 10_000)
     operation, pixels = loaded(weights), PICTURES["landscape"]
-    work = prepared(operation, pixels, exact=True, alpha_matting=True, matting_pixels=10_000)
+    work = prepared(operation, pixels, exact=True, alpha_matting=True)
     made = operation.finish(work, operation.run(work.samples)).pixels
     assert np.array_equal(made, cut(operation, pixels, exact=True))
     assert work.notes == ["matting_too_large"]
@@ -174,14 +177,14 @@ def test_a_chunk_that_asks_for_another_model_gets_it_and_the_first_one_is_droppe
     opened: list[str] = []
     alive: WeakSet[Any] = WeakSet()
 
-    class Watched(engine.Session):
+    class Watched(engine.OnnxModel):
         def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
             assert not alive, "two models are open"
             super().__init__(path, name, device, size)
             alive.add(self)
             opened.append(name)
 
-    monkeypatch.setattr(engine, "Session", Watched)
+    monkeypatch.setattr(engine, "OnnxModel", Watched)
     operation, pixels = loaded(weights), PICTURES["landscape"]
     assert opened == [], "loading opens none"
     first = cut(operation, pixels, model="u2net")
@@ -328,7 +331,7 @@ import numpy as np
 from imagemill.shared.messages import Item
 from imagemill.shared.engines import parse_options
 from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.batching import run_batch
+from tests.batches import run_batch
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.operations import registry
 from imagemill.worker.operations.base import Inputs

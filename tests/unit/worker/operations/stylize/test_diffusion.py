@@ -24,7 +24,6 @@ from imagemill.shared.settings import DiffusionSettings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.line.batch_sizes import BatchSizes, kind_of
-from imagemill.worker.line.batching import run_batch
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.repositories import folder_of
 from imagemill.worker.operations.base import Inputs, Work
@@ -33,6 +32,7 @@ from imagemill.worker.operations.stylize.buckets import bucket, inside
 from imagemill.worker.operations.stylize.diffusion import Diffusion
 from imagemill.worker.operations.stylize.palette import colours_of
 from imagemill.worker.operations.stylize.pipeline import Canvas, parts
+from tests.batches import run_batch
 from tests.devices import SHORT
 from tests.pipelines import lora_file, pipeline_folder
 from tests.unit.worker.operations.conformance import REFERENCE, scene
@@ -132,14 +132,14 @@ def test_the_noise_is_one_for_the_job_or_hangs_on_place_or_address(operation: Di
 
 def test_another_try_differs_in_its_seed_alone(operation: Diffusion) -> None:
     work = prepared(operation, seed=2**32 - 1)
-    assert work.again is not None
-    other = work.again()
+    assert work.retry is not None
+    other = work.retry()
     (one,), (two,) = work.samples, other.samples
     assert (one.data.seed, two.data.seed) == (2**32 - 1, 0)
     assert np.array_equal(one.data.pixels, two.data.pixels)
     assert np.array_equal(one.data.edges, two.data.edges)
     assert (two.options, two.footprint, operation.group_key(two)) == (one.options, one.footprint, operation.group_key(one))
-    assert (other.state, other.evidence) == (work.state, work.evidence)
+    assert (other.plan, other.evidence) == (work.plan, work.evidence)
     made = operation.finish(other, operation.run(other.samples)).pixels
     assert np.array_equal(made, styled(operation, seed=0))
 
@@ -164,7 +164,7 @@ def test_all_run_at_once_and_where_deterministic_one_at_a_time_with_such_algorit
 ) -> None:
     operation = loaded(weights)
     styled(operation)
-    pipeline = operation._pipeline
+    pipeline = operation._pipeline.current
     assert pipeline is not None
     monkeypatch.setattr(pipeline, "_on_cpu", False)  # so that batches are run as such
     seen: list[tuple[int, bool]] = []
@@ -198,7 +198,7 @@ def test_on_a_device_that_runs_batches_an_image_differs_little_in_company(
     operation = loaded(weights)
     works = [prepared(operation, scene(90, 120, seed=seed)) for seed in range(4)]
     alone = [operation.run(work.samples)[0].pixels for work in works]
-    monkeypatch.setattr(operation._pipeline, "_on_cpu", False)
+    monkeypatch.setattr(operation._pipeline.current, "_on_cpu", False)
     together = operation.run([work.samples[0] for work in works])
     assert max(np.abs(made.pixels.astype(int) - one).max() for made, one in zip(together, alone, strict=True)) <= 2
 
@@ -236,8 +236,8 @@ def test_as_many_steps_are_run_as_were_asked_for(
 ) -> None:
     styled(operation)
     calls: list[int] = []
-    assert operation._pipeline is not None
-    unet = operation._pipeline._text.unet
+    assert operation._pipeline.current is not None
+    unet = operation._pipeline.current._text.unet
     handle = unet.register_forward_hook(lambda *_: calls.append(1))
     try:
         styled(operation, strength=strength, steps=7)
@@ -248,9 +248,9 @@ def test_as_many_steps_are_run_as_were_asked_for(
 
 def test_without_guidance_the_model_sees_each_image_once_and_the_negative_prompt_is_idle(operation: Diffusion) -> None:
     styled(operation)
-    assert operation._pipeline is not None
+    assert operation._pipeline.current is not None
     sizes: list[int] = []
-    handle = operation._pipeline._text.unet.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    handle = operation._pipeline.current._text.unet.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     try:
         plain = styled(operation, cfg=1)
         styled(operation)
@@ -263,9 +263,9 @@ def test_without_guidance_the_model_sees_each_image_once_and_the_negative_prompt
 def test_a_prompt_is_encoded_once_per_job_and_a_long_one_is_noted(weights: Path) -> None:
     operation = loaded(weights)
     styled(operation)
-    assert operation._pipeline is not None
+    assert operation._pipeline.current is not None
     calls: list[int] = []
-    handle = operation._pipeline._text.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    handle = operation._pipeline.current._text.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(3):
         styled(operation)
     assert calls == []
@@ -275,7 +275,7 @@ def test_a_prompt_is_encoded_once_per_job_and_a_long_one_is_noted(weights: Path)
     assert len(calls) == 2
     for number in range(30):
         styled(operation, prompt=f"shoe {number}", steps=1)
-    assert len(operation._pipeline.prompts._known) <= 16
+    assert len(operation._pipeline.current.prompts._known) <= 16
     handle.remove()
 
 
@@ -381,7 +381,7 @@ def test_the_vae_works_in_tiles_above_a_size_and_when_memory_is_short(weights: P
     operation = loaded(weights)
     assert not operation.relieve(1), "nothing is loaded"
     plain = styled(operation)
-    pipe = operation._pipeline._text  # type: ignore[union-attr]
+    pipe = operation._pipeline.current._text  # type: ignore[union-attr]
     assert not pipe.vae.use_tiling
     monkeypatch.setattr(module, "TILED_ABOVE", 64 * 64 - 1)
     styled(operation, scene(50, 50))
@@ -413,7 +413,7 @@ def attention(pipe: Any) -> set[type]:
 def test_styles_are_adapters_of_one_model_and_the_least_recently_used_is_dropped(weights: Path) -> None:
     operation = loaded(weights, loras=2)
     plain = styled(operation)
-    pipeline = operation._pipeline
+    pipeline = operation._pipeline.current
     assert pipeline is not None
     red = styled(operation, loras="red:0.5")
     green = styled(operation, loras="green:0.5")
@@ -429,7 +429,7 @@ def test_styles_are_adapters_of_one_model_and_the_least_recently_used_is_dropped
     assert pipeline.loras.loaded == ["red", "green", "blue"], "one style may need more than the limit"
     assert difference(both, red) > 0.2
     assert np.array_equal(styled(operation), plain), "without adapters it is as it was"
-    assert operation._pipeline is pipeline
+    assert operation._pipeline.current is pipeline
 
 
 def test_a_lora_that_is_missing_or_does_not_fit_fails_its_images_alone(weights: Path, tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_when_the_chunks_time_is_up_no_lora_is_blamed(weights: Path, monkeypatch
     operation = loaded(weights)
     styled(operation)
     with monkeypatch.context() as patched:
-        patched.setattr(operation._pipeline._text, "load_lora_weights", late)  # type: ignore[union-attr]
+        patched.setattr(operation._pipeline.current._text, "load_lora_weights", late)  # type: ignore[union-attr]
         with pytest.raises(SoftTimeLimitExceeded):
             styled(operation, loras="red")
     assert np.array_equal(styled(operation, loras="red"), styled(loaded(weights), loras="red"))
@@ -512,14 +512,14 @@ def test_a_gpu_that_torch_does_not_find_is_no_silent_cpu(weights: Path) -> None:
 def test_output_that_is_no_number_fails_its_image_alone(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
     styled(operation)
-    decode = operation._pipeline._text.vae.decode  # type: ignore[union-attr]
+    decode = operation._pipeline.current._text.vae.decode  # type: ignore[union-attr]
     spoilt = iter([True, False])
 
     def broken(latents: torch.Tensor, **more: Any) -> Any:
         (images,) = decode(latents, **more)
         return (images * float("nan") if next(spoilt) else images,)
 
-    monkeypatch.setattr(operation._pipeline._text.vae, "decode", broken)  # type: ignore[union-attr]
+    monkeypatch.setattr(operation._pipeline.current._text.vae, "decode", broken)  # type: ignore[union-attr]
     bad, good = operation.run(prepared(operation).samples * 2)
     assert isinstance(bad, OperationFailed)
     assert np.array_equal(good.pixels, operation_pixels(loaded(operation._device.weights)))
@@ -544,7 +544,7 @@ def test_memory_that_runs_out_is_told_as_such(
         with pytest.raises(OutOfMemory, match="does not fit"):
             operation.run(prepared(operation).samples)
     styled(operation)
-    monkeypatch.setattr(operation._pipeline._text.unet, "forward", short)  # type: ignore[union-attr]
+    monkeypatch.setattr(operation._pipeline.current._text.unet, "forward", short)  # type: ignore[union-attr]
     with pytest.raises(OutOfMemory):
         operation.run(prepared(operation).samples)
 
@@ -552,7 +552,7 @@ def test_memory_that_runs_out_is_told_as_such(
 def test_the_safety_checker_refuses_an_image_and_its_weights_must_be_there(weights: Path, tmp_path: Path) -> None:
     operation = loaded(weights, safety_checker=True)
     outputs = operation.run(prepared(operation).samples)
-    checker = operation._pipeline._text.safety_checker  # type: ignore[union-attr]
+    checker = operation._pipeline.current._text.safety_checker  # type: ignore[union-attr]
     checker.concept_embeds_weights.data.fill_(-2.0)
     (refused,) = operation.run(prepared(operation).samples)
     checker.concept_embeds_weights.data.fill_(2.0)
@@ -599,7 +599,7 @@ def test_in_half_precision_the_image_is_about_the_same(
 
 def parts_of(operation: Diffusion) -> list[Any]:
     styled(operation)
-    pipe = operation._pipeline._text  # type: ignore[union-attr]
+    pipe = operation._pipeline.current._text  # type: ignore[union-attr]
     return [pipe.unet, pipe.controlnet, pipe.vae, pipe.text_encoder]
 
 
@@ -638,6 +638,6 @@ def test_transparency_is_kept_and_what_it_hides_is_not_seen(operation: Diffusion
 
 def test_a_picture_in_another_profile_keeps_it(operation: Diffusion) -> None:
     work = prepared(operation)
-    work.state = replace(work.state, picture=replace(work.state.picture, icc=b"profile", format="jpeg"))
+    work.plan = replace(work.plan, picture=replace(work.plan.picture, icc=b"profile", format="jpeg"))
     picture = operation.finish(work, operation.run(work.samples))
     assert (picture.icc, picture.format) == (b"profile", "jpeg")

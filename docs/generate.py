@@ -1,0 +1,325 @@
+"""Writes the parts of the documentation that describe code: `{{ settings }}` in a page becomes the table of all settings.
+
+mkdocs calls `on_page_markdown` for each page (see `hooks` in mkdocs.yml). Everything is read from the code that runs, so
+these parts cannot go stale; a mark without a function below fails the build.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import click
+import yaml
+from pydantic import BaseModel, SecretStr
+from pydantic.fields import FieldInfo
+
+import imagemill
+from imagemill.producer.cli import main
+from imagemill.producer.report import REMARKS
+from imagemill.shared import errors
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.messages import JOB_SPEC, Item, ItemResult, row
+from imagemill.shared.presets import Presets
+from imagemill.shared.quality import LIMITS, RULES, Measures, Quality
+from imagemill.shared.settings import Settings
+from imagemill.worker.line.manifest import manifest_line
+from imagemill.worker.models.catalogue import REPOSITORIES, WEIGHTS
+
+MARK = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """The page with its marks replaced."""
+    return MARK.sub(lambda mark: PARTS[mark[1]](), markdown)
+
+
+# --- settings and options ---------------------------------------------------------------------------------------------
+
+
+def settings() -> str:
+    """Every setting as its environment variable, with its default."""
+    return table(("`IMAGEMILL_...`", "default", "meaning"), _settings(Settings, ""))
+
+
+def _settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            yield from _settings(type(field.default), f"{prefix}{name.upper()}__")
+        else:
+            yield f"`{prefix}{name.upper()}`", _default(field), _meaning(field)
+
+
+def options() -> str:
+    """What `--set` takes, per operation and engine."""
+    parts = []
+    for operation, engines in ENGINES.items():
+        for engine, model in engines.items():
+            rows = [(f"`{name}`", _default(field), _meaning(field)) for name, field in fields(model) if name != "engine"]
+            parts.append(f"## {operation} with {engine}\n\n{model.__doc__}\n\n{table(('option', 'default', 'meaning'), rows)}")
+    return "\n\n".join(parts)
+
+
+def fields(model: type[BaseModel]) -> Iterable[tuple[str, FieldInfo]]:
+    """The fields of a model, by name."""
+    return model.model_fields.items()
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True) if not field.is_required() else None
+    if value is None or value == "":
+        return "" if value is None else "empty"
+    if isinstance(value, SecretStr):
+        return f"`{value.get_secret_value()}`"
+    if isinstance(value, tuple):
+        return f"`{json.dumps([str(part) for part in value])}`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    """A field's description, its choices and its range."""
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    text = field.description or ""
+    missing = [f"`{choice}`" for choice in choices if str(choice) not in text]
+    return text + (f"; one of {', '.join(f'`{choice}`' for choice in choices)}" if missing else "") + _range(field)
+
+
+def _range(field: FieldInfo) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [
+        f"{sign} {getattr(rule, name):,}" for rule in field.metadata for name, sign in signs.items() if hasattr(rule, name)
+    ]
+    return f" ({', '.join(bounds)})" if bounds else ""
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def command_line() -> str:
+    """Every command with its arguments and options."""
+    loaded = {entry.name: entry.load() for entry in entry_points(group="imagemill.commands")}
+    context = click.Context(main, info_name="imagemill")
+    commands = {name: loaded.get(name) or main.get_command(context, name) for name in main.list_commands(context)}
+    return "\n\n".join(part for name, command in commands.items() if command for part in _command(name, command, context))
+
+
+def _command(name: str, command: click.Command, parent: click.Context) -> Iterator[str]:
+    context = click.Context(command, info_name=name, parent=parent)
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    rows = []
+    for parameter in command.params:
+        record = parameter.get_help_record(context) if isinstance(parameter, click.Option) and not parameter.hidden else None
+        if record:
+            rows.append((f"`{record[0]}`", record[1]))
+    text = inspect.cleandoc(command.help or "").replace("\b\n", "").replace("\b", "")
+    yield f"## {context.command_path}\n\n```text\n{usage}\n```\n\n{text}"
+    if rows:
+        yield table(("option", "meaning"), rows)
+    if isinstance(command, click.Group):
+        for child in command.list_commands(context):
+            found = command.get_command(context, child)
+            if found:
+                yield from _command(child, found, context)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def error_codes() -> str:
+    """The codes of failed images."""
+    rows = [(f"`{kind.code}`", _doc(kind), "yes" if kind.retryable else "no") for kind in _leaves(errors.ImageError)]
+    return table(("code", "what happened", "a retry can help"), rows)
+
+
+def exit_codes() -> str:
+    """The codes of failed commands."""
+    kinds = [kind for kind in _tree(errors.ImagemillError) if not issubclass(kind, errors.ImageError)]
+    rows = [(f"`{kind.code}`", f"`{kind.__name__}`", _doc(kind), str(kind.exit_code)) for kind in kinds[1:]]
+    return table(("code", "exception", "what happened", "exit status"), rows)
+
+
+def _tree(kind: type[errors.ImagemillError]) -> list[type[errors.ImagemillError]]:
+    return [kind, *(below for child in kind.__subclasses__() for below in _tree(child) if child.__module__ == errors.__name__)]
+
+
+def _leaves(kind: type[errors.ImagemillError]) -> Iterator[type[errors.ImagemillError]]:
+    return (each for each in _tree(kind) if not each.__subclasses__())
+
+
+MANIFEST = {
+    "item": "stable id of the row: its place and a digest of its contents",
+    "index": "place in the submitted list, from 0",
+    "source": "URL of the source image",
+    "mask": "URL of the row's mask",
+    "duplicate_of": "index of the row whose result this row shares",
+    "state": "`done`, `failed` or `cancelled`",
+    "output": "URL of the result",
+    "code": "error code of a failed image ([list](errors.md))",
+    "message": "one sentence about the failure",
+    "attempts": "how often the image was tried",
+    "source_format": "format of the source: `jpeg`, `png`, ...",
+    "source_bytes": "size of the source file",
+    "source_size": "width and height of the source in pixels, after it was turned upright",
+    "output_bytes": "size of the result file",
+    "output_size": "width and height of the result in pixels",
+    "seconds": "time spent per stage",
+    "notes": "remarks and flags ([list](../operations.md#notes-and-flags))",
+    "node": "worker node that did the work",
+    "quality": "what the check measured ([list](#measurements))",
+    "job": "id of the job",
+    "operation": "operation of the job",
+    "options": "every option of the job, defaults included",
+    "versions": "versions of Python, imagemill and the libraries that affect results",
+    "seed": "seed of this image (`diffusion`)",
+    "fingerprint": "the engine's libraries and the digests of its weights",
+    "batch": "largest batch in which a sample of this image was processed; absent for `cached` results",
+}
+
+
+def manifest() -> str:
+    """The fields of a manifest's line, as the code that writes it makes them."""
+    item = Item(index=0, source="https://example.com/a.jpg", mask="https://example.com/m.png", duplicate_of=0)
+    optional: dict[str, Any] = {"source_format": "jpeg", "source_size": (1, 1), "output_size": (1, 1), "node": "cpu@host"}
+    optional |= {"output": "file:///a.png", "code": "timeout", "message": "", "quality": Measures()}
+    spec = JOB_SPEC.validate_python(
+        {"operation": "stylize", "options": {"engine": "diffusion"}, "output": {"url": "file:///results"}}
+    )
+    line = manifest_line("job", spec, row(item, ItemResult(index=0, state="done", **optional), ended=True), "digest")
+    if line.keys() != MANIFEST.keys():
+        raise ValueError(f"docs/generate.py: MANIFEST and the manifest differ: {line.keys() ^ MANIFEST.keys()}")
+    return table(("field", "meaning"), [(f"`{name}`", meaning) for name, meaning in MANIFEST.items()])
+
+
+def measurements() -> str:
+    """What the check measures."""
+    return table(("field", "meaning"), [(f"`{name}`", field.description or "") for name, field in fields(Measures)])
+
+
+def flags() -> str:
+    """What the check flags, beyond which limit."""
+    rows = []
+    for name, rule in RULES.items():
+        usual = ", ".join(f"{operation} {limits[name]:g}" for operation, limits in LIMITS.items() if name in limits)
+        about = (Quality.model_fields[name].description or "").partition(": ")[2]
+        rows.append((f"`flag:{rule.flag}`", rule.words, f"`{name}`", about, usual))
+    return table(("note", "meaning", "limit", "what it limits", "default"), rows)
+
+
+def notes() -> str:
+    """Notes other than flags."""
+    return table(("note", "meaning"), [(f"`{name}`", words) for name, words in sorted(REMARKS.items())])
+
+
+# --- presets and models -----------------------------------------------------------------------------------------------
+
+
+def presets() -> str:
+    """The presets that ship, with everything they set."""
+    known = Presets()
+    parts = []
+    for name in known.names():
+        preset = known.get(name)
+        contents = yaml.safe_dump({name: preset.resolved()}, sort_keys=False, allow_unicode=True, width=100)
+        parts.append(f"## {name}\n\n{preset.description}\n\n```yaml\n{contents}```")
+    return "\n\n".join(parts)
+
+
+def models() -> str:
+    """The models that `imagemill models pull` knows."""
+    rows = []
+    for each in (*WEIGHTS, *REPOSITORIES):
+        size = f"{each.about_bytes / 1e6:.0f} MB" if each.about_bytes else ""
+        rows.append((f"`{each.name}`", f"`{each.engine}`", size, each.licence, f"{each.source} {each.revision[:12]}"))
+    return table(("model", "engine", "size", "licence", "source, pinned to"), rows)
+
+
+# --- Python -----------------------------------------------------------------------------------------------------------
+
+
+def python_example() -> str:
+    """examples/submit.py; ruff would reformat an include inside a block of Python."""
+    code = (Path(__file__).parents[1] / "examples" / "submit.py").read_text(encoding="utf-8")
+    return f"```python\n{code}```"
+
+
+def python_api() -> str:
+    """Every name that `imagemill` exports."""
+    public = {name: getattr(imagemill, name) for name in sorted(imagemill.__all__, key="Client".__ne__)}  # it comes first
+    exceptions = {name for name, value in public.items() if inspect.isclass(value) and issubclass(value, Exception)}
+    return "\n\n".join(_public(name, value) for name, value in public.items() if name not in exceptions)
+
+
+def _public(name: str, value: Any) -> str:
+    if inspect.isfunction(value):
+        return f"## {name}\n\n```text\n{name}{_signature(value)}\n```\n\n{_doc(value)}"
+    if not inspect.isclass(value):  # an alias of a union
+        return f"## {name}\n\n`{' | '.join(part.__name__ for part in get_args(value))}`"
+    parts = [f"## {name}", _doc(value)]
+    if issubclass(value, BaseModel) and value is not Settings:
+        rows = [(f"`{field}`", f"`{_type(info)}`", _default(info), info.description or "") for field, info in fields(value)]
+        parts.append(table(("field", "type", "default", "meaning"), rows))
+    elif value is not Settings:
+        parts += [_member(name, *member) for member in vars(value).items() if not member[0].startswith("_")]
+        if not any(inspect.isfunction(member) for member in vars(value).values() if getattr(member, "__name__", "_")[0] != "_"):
+            parts[1:1] = [f"```text\n{name}{_signature(value)}\n```"]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _member(owner: str, name: str, value: Any) -> str:
+    if isinstance(value, property):
+        return f"### {owner}.{name} {{: #{owner}-{name} }}\n\n{_doc(value)}"
+    if not inspect.isfunction(value):
+        return ""
+    return f"### {owner}.{name} {{: #{owner}-{name} }}\n\n```text\n{name}{_signature(value)}\n```\n\n{_doc(value)}"
+
+
+def _signature(value: Callable[..., Any]) -> str:
+    signature = inspect.signature(value)
+    shown = [parameter for name, parameter in signature.parameters.items() if name != "self"]
+    return str(signature.replace(parameters=shown)).replace("'", "")
+
+
+def _type(field: FieldInfo) -> str:
+    kind = field.annotation
+    text = kind.__name__ if inspect.isclass(kind) and not get_args(kind) else str(kind)
+    return re.sub(
+        r"Annotated\[([\w.]+), .*\]",
+        r"\1",
+        re.sub(r"\b(typing|imagemill|shared|options|messages|quality|\w+)\.(?=\w)", "", text),
+    )
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------------------
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    titles = list(head)
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that neither ends its cell nor reads as HTML, outside of code."""
+    flat = " ".join(text.replace("|", "\\|").split())
+    return "".join(part if part.startswith("`") else part.replace("<", "&lt;") for part in re.split(r"(`[^`]*`)", flat))
+
+
+def _doc(value: Any) -> str:
+    return inspect.cleandoc(value.__doc__ or "")
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    part.__name__: part
+    for part in (
+        *(settings, options, command_line, error_codes, exit_codes, manifest, measurements, flags, notes, presets, models),
+        *(python_api, python_example),
+    )
+}

@@ -1,0 +1,80 @@
+"""The command group. Worker commands are imported only when they run, and errors become one line and an exit code."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from typing import Any
+
+import click
+
+from imagemill.shared.errors import ImagemillError, MissingExtra
+
+GROUP = "imagemill.commands"
+INTERRUPTED = 130
+
+# Kept here so that `imagemill --help` does not import packages that a producer may not have.
+SHORT_HELP = {
+    "worker": "Run a worker node: one per GPU, or one for the CPU.",
+    "models": "List, pull, verify and quantise model files.",
+    "tune": "Measure how large batches can be on a device, and how fast they are.",
+    "doctor": "Find problems with Redis, S3, disk and GPU, and how to fix them.",
+}
+
+
+class Commands(click.Group):
+    """A group that adds the commands of the `imagemill.commands` entry points."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands, sorted."""
+        return sorted({*super().list_commands(ctx), *(entry.name for entry in entry_points(group=GROUP))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command with this name; a command from an entry point is not imported yet."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            return command
+        return next((LazyCommand(entry) for entry in entry_points(group=GROUP, name=cmd_name)), None)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. An ImagemillError prints `error (code): message` and exits; other exceptions propagate."""
+        try:
+            return super().invoke(ctx)
+        except ImagemillError as error:
+            click.secho(f"error ({error.code}): ", fg="red", nl=False, err=True)
+            click.echo(error.message, err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+
+
+class LazyCommand(click.Command):
+    """A placeholder for an entry point's command, which is imported when it is called."""
+
+    def __init__(self, entry: EntryPoint) -> None:
+        super().__init__(entry.name, short_help=SHORT_HELP.get(entry.name, f"From {entry.value}."))
+        self._entry = entry
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The real command's context. Raises MissingExtra if a module it needs is not installed."""
+        return self._load().make_context(info_name, args, parent, **extra)
+
+    def _load(self) -> click.Command:
+        try:
+            command: click.Command = self._entry.load()
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "imagemill":
+                raise  # a bug in imagemill, not a missing package
+            raise MissingExtra(
+                f"`imagemill {self.name}` needs {error.name}, which is not installed: pip install 'imagemill[worker]'"
+            ) from error
+        return command
+
+
+def installed_version() -> str:
+    """The version of the installed distribution."""
+    try:
+        return version("imagemill")
+    except PackageNotFoundError:
+        return "unknown (not installed)"

@@ -1,0 +1,124 @@
+"""Submitting a job: check a list while it streams in, and cut it into chunks."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from imagemill.producer.sources import BadRow, SourceRow, parse, refused
+from imagemill.shared.errors import InvalidSource
+from imagemill.shared.messages import Item, Job
+from imagemill.shared.options.inpaint import InpaintOptions
+
+CHUNK_SECONDS = 20.0
+"""Seconds that one worker needs for a chunk."""
+UNKNOWN, SMALLEST, LARGEST = 32, 8, 256
+"""Images per chunk: while no rate is known, at least, at most."""
+MOST_BAD_ROWS = 1000
+"""Bad rows that are kept for messages; all are counted."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A queued job. `total` counts the accepted rows, `duplicates` those among them that share another row's result."""
+
+    job: str
+    total: int
+    chunks: int
+    duplicates: int
+    invalid: list[BadRow]
+    """The first of the skipped rows."""
+    invalid_count: int
+    nodes: int
+    """Running worker nodes that take chunks from this job's queue."""
+
+    @property
+    def served(self) -> bool:
+        """Whether a node can work on the job now; otherwise it waits for one."""
+        return self.nodes > 0
+
+
+def new_job_id() -> str:
+    """The UTC date and 32 random bits: `260730-1f0c9a3e`."""
+    return f"{datetime.now(UTC):%y%m%d}-{secrets.token_hex(4)}"
+
+
+def chunk_size(images: int | None, rates: list[float], nodes: int) -> int:
+    """Images per chunk: about 20 s of one worker's work, from 8 to 256.
+
+    `rates` are the images per second that workers on this queue measured; without any, a chunk has 32 images.
+    A job of known length is cut so that each of the `nodes` that can work on it gets a share.
+    """
+    known = sorted(rate for rate in rates if rate > 0 and math.isfinite(rate))
+    size = max(SMALLEST, round(min(LARGEST, CHUNK_SECONDS * known[len(known) // 2]))) if known else UNKNOWN
+    if images is None or nodes < 1:
+        return size
+    return max(1, min(size, math.ceil(images / nodes)))
+
+
+def _has_hole(item: Item, spec: Job) -> bool:
+    """Whether there is something to fill, for an inpainting job; True for other jobs."""
+    options = spec.options
+    return not isinstance(options, InpaintOptions) or bool(item.mask or item.boxes or options.mask or options.boxes)
+
+
+@dataclass
+class ListCheck:
+    """Validates the rows of a list as they stream in, and counts them."""
+
+    rows: int = 0
+    """Rows so far, including bad ones; also the next row's index."""
+    total: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+    bad_count: int = 0
+    first: dict[int, int] = field(default_factory=dict)
+    """First 64 bits of an item's digest -> index of the first item that has it."""
+    duplicates: dict[int, int] = field(default_factory=dict)
+    """Index of an item -> its number of duplicates."""
+    images: list[int] = field(default_factory=list)
+    """Images to process, per chunk."""
+
+    def accepted(self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool) -> Iterator[Item]:
+        """The items of valid rows. After a bad row, unless `skip_invalid`, the rest is only checked, not yielded."""
+        for row in sources:
+            item = self._accept(row, spec)
+            if item is not None and (skip_invalid or not self.bad_count):
+                yield item
+
+    def _accept(self, row: SourceRow | BadRow, spec: Job) -> Item | None:
+        """The row's item, or None if the row is bad."""
+        index, self.rows = self.rows, self.rows + 1
+        if isinstance(row, BadRow):
+            self._refuse(row)
+            return None
+        try:
+            item = parse(row, index)
+        except InvalidSource as error:
+            self._refuse(refused(row, error.message))
+            return None
+        if not _has_hole(item, spec):
+            self._refuse(refused(row, "needs a mask or boxes, from the row or the job"))
+            return None
+        self.total += 1
+        original = self.first.setdefault(int(item.digest[:16], 16), index)
+        if original == index:
+            return item
+        self.duplicates[original] = self.duplicates.get(original, 0) + 1
+        return item.model_copy(update={"duplicate_of": original})
+
+    def _refuse(self, row: BadRow) -> None:
+        self.bad_count += 1
+        if len(self.bad) < MOST_BAD_ROWS:
+            self.bad.append(row)
+
+    def error(self) -> InvalidSource:
+        """The reason why nothing was queued."""
+        if not self.bad_count:
+            return InvalidSource("the list has no images")
+        places = "; ".join(f"{row.place}: {row.reason}" for row in self.bad[:3])
+        more = f"; and {self.bad_count - 3:,} more" if self.bad_count > 3 else ""
+        rows = "1 invalid row" if self.bad_count == 1 else f"{self.bad_count:,} invalid rows"
+        return InvalidSource(f"{rows}, nothing was queued: {places}{more}", self.bad)

@@ -1,0 +1,71 @@
+"""What readers see of a job."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.errors import JobNotFound
+from imagemill.shared.ledger.leasing import WorkLedger
+from imagemill.shared.ledger.submitting import SubmitLedger
+from imagemill.shared.messages import MANIFEST
+from tests.unit.shared.ledger.jobs import done, failed, make_job, take
+
+pytestmark = pytest.mark.integration
+
+
+def test_rows_have_results_and_duplicates_share_them(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    job = make_job(producer, 3, duplicates=(0, 1, 2))
+    worker.record(job, done(0))
+    worker.record(job, failed(1))
+    before = [row.state for row in worker.rows(job)]
+    assert before == ["done", "failed", "pending"] * 2
+    assert producer.cancel(job) == "stopped"
+    writing = list(worker.rows(job))  # as the manifest is written from
+    worker.complete(take(worker, job, MANIFEST))
+    assert list(worker.rows(job)) == writing
+    assert [row.state for row in writing] == ["done", "failed", "cancelled"] * 2
+    assert [row.duplicate_of for row in writing] == [None] * 3 + [0, 1, 2]
+    assert writing[3].output == writing[0].output == "s3://results/x/0.png"
+    assert writing[4].code == "not_found"
+
+
+def test_follow_returns_results_in_order_of_recording(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job = make_job(producer, 3)
+    place, results = worker.follow(job, wait=0.01)
+    assert (place, results) == ("0", [])
+    recorder = threading.Timer(0.05, lambda: [worker.record(job, result) for result in (done(2), failed(0))])
+    recorder.start()
+    found: list[int] = []
+    while len(found) < 2:
+        place, results = worker.follow(job, since=place, wait=60.0)
+        found += [result.index for result in results]
+    assert found == [2, 0]
+    recorder.join()
+    assert worker.follow(job, since=place, wait=0.01) == (place, [])
+
+
+def test_long_wait_for_results_does_not_time_out(redis_server: EmbeddedRedis, raw: Any) -> None:
+    with closing(SubmitLedger(f"{redis_server.url}?socket_timeout=0.4")) as producer:
+        job = make_job(producer, 1)
+        assert producer.follow(job, wait=60.0) == ("0", [])
+
+
+def test_unknown_job_is_named_in_the_error(producer: SubmitLedger, worker: WorkLedger) -> None:
+    calls: list[Callable[[str], Any]] = [
+        worker.status,
+        worker.spec,
+        producer.cancel,
+        producer.retry,
+        lambda job: list(worker.rows(job)),
+    ]
+    for call in calls:
+        with pytest.raises(JobNotFound, match="260730-00000000"):
+            call("260730-00000000")
+    assert worker.acquire("260730-00000000", 0, task="t", token="t/1") == "gone"
+    assert worker.follow("260730-00000000", wait=0.01) == ("0", [])

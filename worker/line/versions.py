@@ -1,0 +1,24 @@
+"""The versions of everything installed here that decides a result."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = (
+    *("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg"),
+    *("onnxruntime", "torch", "diffusers", "transformers", "peft"),
+)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What is installed here of that which decides a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
