@@ -15,7 +15,7 @@ from imagemill.worker.checking.measures import Pair
 from imagemill.worker.checking.quality import Checked, check, lacking, sharpened
 from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.operations.base import Evidence, Spec, Work
-from tests.unit.worker.checking.test_measures import all_of, blurred, greyish, tinted
+from tests.unit.worker.checking.samples import all_of, blurred, greyish, tinted
 from tests.unit.worker.operations.conformance import PICTURES, hole
 
 SPECS = {

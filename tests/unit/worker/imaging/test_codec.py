@@ -1,86 +1,40 @@
-"""Decoding and encoding: correct colours and orientation or an error, never part of a picture."""
+"""Decoding: correct colours and orientation or an error, never part of a picture."""
 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image
 
 from imagemill.shared.errors import NotAnImage, OperationFailed, OutOfMemory, TooManyPixels, Truncated
-from imagemill.worker.imaging import codec, png
-from imagemill.worker.imaging.codec import choose_format, decode_mask, encode
-from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.imaging import codec
+from imagemill.worker.imaging.codec import encode
+from tests.unit.worker.imaging.samples import (
+    FRAMES,
+    LOSSLESS,
+    SRGB,
+    SWAPPED,
+    difference,
+    exif,
+    picture,
+    pixels,
+    png_by_hand,
+    png_chunk,
+    save,
+    scene,
+)
 
 # Pillow warns about TIFF tags beyond the end of a file; tests that cut and damage files check for the error instead.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
 
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-SWAPPED = SRGB.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
-"""sRGB with red and green swapped."""
-
-
-def scene(width: int = 64, height: int = 48, channels: int = 3) -> np.ndarray:
-    """Smooth colours with one dark corner; alpha, if any, rises from 0 at the left to 255."""
-    y, x = np.mgrid[:height, :width]
-    pixels = np.dstack([x * 200 / width + 30, y * 200 / height + 30, (x + y) * 200 / (width + height)])
-    pixels[: height // 4, : width // 4] /= 4
-    return np.dstack([pixels, x * 255 // max(1, width - 1)][: channels - 2]).astype(np.uint8)
-
-
-def save(kind: str, image: Image.Image | np.ndarray, **options: Any) -> bytes:
-    file = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
-    return file.getvalue()
-
-
-def picture(data: bytes, **options: Any) -> Picture:
-    return codec.decode(data, codec.probe(data, max_pixels=1_000_000), **options)
-
-
-def pixels(data: bytes, **options: Any) -> np.ndarray:
-    found = picture(data, **options).pixels
-    assert found.dtype == np.uint8
-    assert found.flags.c_contiguous
-    return found
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> float:
-    assert a.shape == b.shape
-    return float(np.abs(a.astype(int) - b).mean())
-
-
-def hand_made_png(width: int, height: int, depth: int, colour: int, rows: bytes, *more: tuple[bytes, bytes]) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    data = png.SIGNATURE
-    for kind, payload in ((b"IHDR", header), *more, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        data += struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-    return data
-
-
-def exif(orientation: int) -> bytes:
-    block = Image.Exif()
-    block[0x0112] = orientation
-    return block.tobytes()
-
-
-LOSSLESS: dict[str, dict[str, Any]] = {
-    "png": {},
-    "bmp": {},
-    "tiff": {},
-    "webp": {"lossless": True, "exact": True},
-    "avif": {"quality": 100, "subsampling": "4:4:4"},  # nearly lossless
-}
 STILLS = {
     "png": save("png", scene()),
     "png-palette": save("png", Image.fromarray(scene()).quantize(32)),
@@ -102,7 +56,6 @@ STILLS = {
     "tiff-jpeg": save("tiff", scene(), compression="jpeg"),
     "tiff-fax": save("tiff", Image.fromarray(scene()).convert("1"), compression="group4"),
 }
-FRAMES = {"save_all": True, "append_images": [Image.fromarray(255 - scene())]}
 ANIMATIONS = {kind: save(kind, scene(), **FRAMES) for kind in ("gif", "webp", "png", "tiff", "avif")}
 
 
@@ -137,7 +90,7 @@ def test_decode_keeps_upper_byte_of_16_bit_colour() -> None:
     for channels, colour in ((3, 2), (4, 6)):
         wide = np.stack([wanted[:, :, :channels], low[:, :, :channels]], axis=-1)
         rows = b"".join(b"\0" + row.tobytes() for row in wide)
-        assert (pixels(hand_made_png(64, 48, 16, colour, rows)) == wanted[:, :, :channels]).all()
+        assert (pixels(png_by_hand(64, 48, 16, colour, rows)) == wanted[:, :, :channels]).all()
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "tiff"])
@@ -174,7 +127,7 @@ def test_decode_converts_palette_with_transparency_to_rgba() -> None:
 def test_decode_converts_transparent_colour_to_alpha(
     depth: int, colour: int, rows: bytes, key: bytes, wanted: list[list[int]]
 ) -> None:
-    assert pixels(hand_made_png(2, 1, depth, colour, rows, (b"tRNS", key))).tolist() == [wanted]
+    assert pixels(png_by_hand(2, 1, depth, colour, rows, png_chunk(b"tRNS", key))).tolist() == [wanted]
 
 
 def test_decode_names_unsupported_pixel_format() -> None:
@@ -322,161 +275,6 @@ def test_decode_of_reduced_jpeg_matches_scaled_original(edge: int, subsampling: 
     found = pixels(data, edge=edge)
     whole = Image.fromarray(pixels(data)).resize((edge, edge * 3 // 4), Image.Resampling.BOX)
     assert difference(found[: edge * 3 // 4], np.array(whole)[: len(found)]) < 2.5
-
-
-# --- encoding ---
-
-
-@pytest.mark.parametrize("channels", [3, 4])
-def test_encode_png_is_lossless_and_clears_hidden_colour(channels: int) -> None:
-    wanted = scene(channels=channels)
-    made = encode(Picture(wanted), format="png", quality=1)
-    assert (made.format, made.content_type) == ("png", "image/png")
-    if channels == 4:
-        wanted[wanted[:, :, 3] == 0] = 0
-    assert (np.array(Image.open(io.BytesIO(made.data))) == wanted).all()
-
-
-@pytest.mark.parametrize("channels", [3, 4])
-def test_encode_webp_improves_with_quality_and_keeps_alpha(channels: int) -> None:
-    wanted = scene(channels=channels)
-    made = [encode(Picture(wanted), format="webp", quality=quality) for quality in (5, 50, 95)]
-    assert made[0].content_type == "image/webp"
-    read = [np.array(Image.open(io.BytesIO(one.data))) for one in made]
-    assert [len(one.data) for one in made] == sorted(len(one.data) for one in made)
-    errors = [difference(one[:, 1:, :3], wanted[:, 1:, :3]) for one in read]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 3
-    if channels == 4:
-        assert all((one[:, :, 3] == wanted[:, :, 3]).all() for one in read)
-
-
-def test_encode_webp_clears_hidden_colour() -> None:
-    secret = np.full((64, 64, 4), (255, 0, 0, 0), np.uint8)
-    secret[32:] = (0, 0, 255, 255)
-    assert np.array(Image.open(io.BytesIO(encode(Picture(secret), format="webp", quality=90).data)))[:16, :, 0].max() < 60
-
-
-def test_encode_jpeg_improves_with_quality_and_composites_over_white() -> None:
-    wanted = scene(channels=4)
-    over_white = wanted[:, :, :3] * (wanted[:, :, 3:] / 255) + 255 * (1 - wanted[:, :, 3:] / 255)
-    made = [encode(Picture(wanted), format="jpeg", quality=quality) for quality in (5, 50, 95)]
-    assert made[0].content_type == "image/jpeg"
-    errors = [difference(np.array(Image.open(io.BytesIO(one.data))), over_white) for one in made]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 2
-    assert len(made[0].data) < len(made[1].data) < len(made[2].data)
-
-
-def test_encode_does_not_modify_picture() -> None:
-    source = scene(channels=4)
-    for format in ("png", "webp", "jpeg"):  # noqa: A001
-        encode(Picture(source), format=format, quality=80)
-    assert (source == scene(channels=4)).all()
-
-
-@pytest.mark.parametrize(("format", "side", "name"), [("webp", 16_383, "WebP"), ("jpeg", 65_500, "JPEG")])
-def test_encode_rejects_sides_above_format_limit(format: str, side: int, name: str) -> None:  # noqa: A002
-    for size in ((1, side), (side, 1)):
-        data = encode(Picture(np.zeros((*size, 3), np.uint8)), format=format, quality=50).data
-        assert codec.probe(data, max_pixels=side).size == size[::-1]
-    for size in ((1, side + 1), (side + 1, 1)):
-        too_long = Picture(np.zeros((*size, 3), np.uint8))
-        with pytest.raises(OperationFailed, match=rf"{name} is limited to {side:,} .* has {side + 1:,}; use format png"):
-            encode(too_long, format=format, quality=50)
-        assert encode(too_long, format="png", quality=50).data.startswith(png.SIGNATURE)
-
-
-@pytest.mark.parametrize("kind", ["png", "jpeg"])
-@pytest.mark.parametrize("source", ["png", "jpeg", "tiff"])
-def test_encode_writes_grey_source_as_grey_unless_coloured(source: str, kind: str) -> None:
-    found = picture(save(source, Image.fromarray(scene(70, 600)).convert("L"), **LOSSLESS.get(source, {})))
-    assert found.grey
-    with Image.open(io.BytesIO(encode(found, format=kind, quality=100).data)) as image:
-        assert image.mode == "L"
-        assert np.abs(np.asarray(image).astype(int) - found.pixels[:, :, 0]).max() <= (0 if kind == "png" else 1)
-    assert Image.open(io.BytesIO(encode(found, format="webp", quality=90).data)).mode == "RGB"
-    coloured = found.pixels.copy()
-    coloured[-1, -1, 2] ^= 128
-    alpha = np.dstack([found.pixels, found.pixels[:, :, 0]])
-    for changed, mode in ((coloured, "RGB"), (alpha, "RGB" if kind == "jpeg" else "RGBA")):
-        made = encode(replace(found, pixels=changed), format=kind, quality=90).data
-        assert Image.open(io.BytesIO(made)).mode == mode
-    assert not picture(save(source, np.dstack([scene()[:, :, 0]] * 3))).grey, "colours that happen to be grey"
-
-
-def test_encode_reports_unknown_format_and_too_large_profile() -> None:
-    with pytest.raises(OperationFailed, match=r"'gif' \(valid: jpeg, png, webp\)"):
-        encode(Picture(scene()), format="gif", quality=80)
-    with pytest.raises(OperationFailed, match=r"can't be encoded as jpeg .*profile"):
-        encode(Picture(scene(), icc=bytes(255 * 65_519 + 1)), format="jpeg", quality=80)
-
-
-@pytest.mark.parametrize(
-    ("source", "wanted", "has_alpha", "chosen"),
-    [
-        ("jpeg", "same", False, "jpeg"),
-        ("jpeg", "same", True, "png"),
-        ("webp", "same", False, "webp"),
-        ("webp", "same", True, "webp"),
-        *((source, "same", alpha, "png") for source in ("png", "gif", "bmp", "tiff", "avif") for alpha in (False, True)),
-        *(("jpeg", wanted, alpha, wanted) for wanted in ("png", "webp", "jpeg") for alpha in (False, True)),
-    ],
-)
-def test_choose_format_follows_source_if_possible(
-    source: str, wanted: Literal["same", "png", "webp", "jpeg"], has_alpha: bool, chosen: str
-) -> None:
-    assert choose_format(source, wanted, has_alpha) == chosen
-
-
-# --- masks ---
-
-HOLE = np.where(np.hypot(*np.mgrid[-24:24, -32:32]) < 12, np.uint8(255), np.uint8(0))
-MASKS: dict[str, Callable[[], bytes]] = {
-    "grey": lambda: save("png", HOLE),
-    "rgb": lambda: save("png", np.dstack([HOLE] * 3)),
-    "palette": lambda: save("gif", HOLE),
-    "one-bit": lambda: save("png", Image.fromarray(HOLE).convert("1")),
-    "16-bit": lambda: save("png", Image.fromarray(HOLE.astype(np.uint16) * 257)),
-    "alpha-over-black": lambda: save("png", np.dstack([HOLE * 0] * 3 + [HOLE])),
-    "alpha-over-white": lambda: save("png", np.dstack([HOLE * 0 + 255] * 3 + [HOLE])),
-    "alpha-over-what-is-hidden": lambda: save("png", np.dstack([255 - HOLE, HOLE // 9, HOLE // 5, HOLE])),
-    "painted-on-transparent": lambda: save("webp", np.dstack([HOLE] * 4), lossless=True),
-    "grey-with-alpha-1": lambda: save("png", np.dstack([HOLE] * 3 + [HOLE * 0 + 255])),
-    "profile": lambda: save("png", np.dstack([HOLE] * 3), icc_profile=SWAPPED),
-    "jpeg": lambda: save("jpeg", HOLE, quality=100),
-    "tiff": lambda: save("tiff", HOLE),
-}
-
-
-@pytest.mark.parametrize("kind", MASKS)
-def test_decode_mask_reads_every_kind_alike(kind: str) -> None:
-    found = decode_mask(MASKS[kind](), max_pixels=10_000)
-    assert (found.dtype, found.shape) == (np.dtype(np.uint8), HOLE.shape)
-    assert found.flags.c_contiguous
-    assert np.abs(found.astype(int) - HOLE).max() <= (16 if kind == "jpeg" else 0)
-
-
-def test_decode_mask_keeps_levels_and_applies_orientation() -> None:
-    levels = np.arange(48 * 64).reshape(48, 64).astype(np.uint8)
-    assert (decode_mask(save("png", levels), max_pixels=10_000) == levels).all()
-    turned = decode_mask(save("png", levels, exif=exif(6)), max_pixels=10_000)
-    assert (turned == np.rot90(levels, -1)).all()
-
-
-def test_decode_mask_uses_brightness_over_black_for_several_colours() -> None:
-    strokes = np.zeros((1, 5, 4), np.uint8)
-    strokes[0] = [(255, 255, 255, 255), (0, 0, 0, 255), (255, 255, 255, 128), (200, 200, 200, 127), (255, 255, 255, 0)]
-    assert decode_mask(save("png", strokes), max_pixels=10).tolist() == [[255, 0, 128, 100, 0]]
-
-
-def test_decode_mask_raises_errors_of_probe_and_decode() -> None:
-    with pytest.raises(TooManyPixels):
-        decode_mask(MASKS["grey"](), max_pixels=HOLE.size - 1)
-    with pytest.raises(Truncated):
-        decode_mask(MASKS["grey"]()[:-20], max_pixels=10_000)
-    with pytest.raises(NotAnImage):
-        decode_mask(b"<html>", max_pixels=10_000)
 
 
 # --- pictures identical to their file ---

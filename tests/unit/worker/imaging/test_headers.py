@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imagemill.shared.errors import EmptyFile, ImageError, NotAnImage, OutOfMemory, TooManyPixels, Truncated
-from imagemill.worker.imaging import headers
+from imagemill.worker.imaging import headers, png
 from imagemill.worker.imaging.headers import FORMATS, Header, check_size, open_checked, orientation, probe, sniff, translated
+from tests.unit.worker.imaging.samples import png_chunk
 
 ROOT = Path(__file__).resolve().parents[4]
 LIMIT = 64_000_000
@@ -195,11 +196,8 @@ def white_png(side: int) -> bytes:
     total = (side * (1 + 3 * side)) % 65_521
     last = b"\x03\0" + struct.pack(">HH", total, 1)  # an empty last block and the Adler-32 of that many zeros
     pixels = first + again * (side // rows - 1) + last
-    data = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    for kind, payload in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
-        data += struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-    return data
+    return png.SIGNATURE + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
 
 
 JPEG, GIF, WEBP, BMP = FILES["jpeg"], FILES["gif"], FILES["webp"], FILES["bmp"]

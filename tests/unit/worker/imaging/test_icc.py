@@ -10,11 +10,9 @@ import pytest
 from PIL import ImageCms
 
 from imagemill.worker.imaging import icc
+from tests.unit.worker.imaging.samples import SRGB, SWAPPED
 
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-SWAPPED = SRGB.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
-"""sRGB with red and green swapped."""
 
 
 def profile(kind: bytes, space: bytes, pcs: bytes, tags: dict[bytes, bytes]) -> bytes:

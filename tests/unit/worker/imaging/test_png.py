@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from imagemill.shared.errors import NotAnImage, Truncated
 from imagemill.worker.imaging import png
+from tests.unit.worker.imaging.samples import png_by_hand, png_chunk
 
 GREY, RGB, PALETTE = 0, 2, 3
 
@@ -25,17 +26,7 @@ def read(data: bytes) -> np.ndarray:
     return np.array(image)
 
 
-def chunk(kind: bytes, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-
-
-def by_hand(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes) -> bytes:
-    """A PNG of unfiltered `rows`, with `more` chunks before its pixels."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return b"".join([png.SIGNATURE, header, *more, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
-
-
-SMALL = by_hand(1, 1, 8, GREY, b"\0\x80")
+SMALL = png_by_hand(1, 1, 8, GREY, b"\0\x80")
 
 
 @st.composite
@@ -109,7 +100,9 @@ def test_encode_embeds_profile() -> None:
 
 def test_read_header_returns_size_exif_and_profile() -> None:
     profile, exif = b"p" * 300, b"MM\0*anything"
-    data = by_hand(1, 1, 8, GREY, b"\0\x80", chunk(b"iCCP", b"name\0\0" + zlib.compress(profile)), chunk(b"eXIf", exif))
+    data = png_by_hand(
+        1, 1, 8, GREY, b"\0\x80", png_chunk(b"iCCP", b"name\0\0" + zlib.compress(profile)), png_chunk(b"eXIf", exif)
+    )
     assert png.read_header(data) == ((1, 1), exif, profile)
 
 
@@ -125,13 +118,13 @@ def test_read_header_returns_size_exif_and_profile() -> None:
     ids=["empty", "nothing", "no-deflate", "cut", "too-large"],
 )
 def test_read_header_ignores_bad_profile(payload: bytes) -> None:
-    data = by_hand(1, 1, 8, GREY, b"\0\x80", chunk(b"iCCP", payload))
+    data = png_by_hand(1, 1, 8, GREY, b"\0\x80", png_chunk(b"iCCP", payload))
     assert png.read_header(data) == ((1, 1), None, None)
     assert read(png.checked(data)[0]).tolist() == [[0x80]]
 
 
 def test_read_header_inflates_huge_profile_in_little_memory() -> None:
-    data = by_hand(1, 1, 8, GREY, b"\0\x80", chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(60_000_000), 1)))
+    data = png_by_hand(1, 1, 8, GREY, b"\0\x80", png_chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(60_000_000), 1)))
     tracemalloc.start()
     try:
         assert png.read_header(data)[2] is None
@@ -155,9 +148,9 @@ def test_checked_ignores_data_after_end() -> None:
     "data",
     [
         png.SIGNATURE + SMALL[33:],  # no header
-        png.SIGNATURE + chunk(b"tEXt", b"a\0b") + SMALL[8:],  # not first
+        png.SIGNATURE + png_chunk(b"tEXt", b"a\0b") + SMALL[8:],  # not first
         SMALL[:33] + SMALL[8:],  # twice
-        png.SIGNATURE + chunk(b"IHDR", SMALL[16:28]) + SMALL[33:],  # too short
+        png.SIGNATURE + png_chunk(b"IHDR", SMALL[16:28]) + SMALL[33:],  # too short
     ],
 )
 def test_read_header_requires_one_complete_header_first(data: bytes) -> None:
@@ -166,7 +159,7 @@ def test_read_header_requires_one_complete_header_first(data: bytes) -> None:
 
 
 def test_number_of_chunks_is_limited() -> None:
-    text = chunk(b"tEXt", b"a\0b")
+    text = png_chunk(b"tEXt", b"a\0b")
     assert png.read_header(SMALL[:33] + text * (png.MAX_CHUNKS - 3) + SMALL[33:])[0] == (1, 1)
     with pytest.raises(NotAnImage, match="100,000 chunks"):
         png.read_header(SMALL[:33] + text * (png.MAX_CHUNKS - 2) + SMALL[33:])
@@ -174,7 +167,7 @@ def test_number_of_chunks_is_limited() -> None:
 
 @pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"])
 def test_checked_detects_wrong_checksum_in_pixel_chunk(kind: bytes) -> None:
-    data = by_hand(1, 1, 8, PALETTE, b"\0\0", chunk(b"PLTE", b"abc"), chunk(b"tRNS", b"x"))
+    data = png_by_hand(1, 1, 8, PALETTE, b"\0\0", png_chunk(b"PLTE", b"abc"), png_chunk(b"tRNS", b"x"))
     start, end = next((start, end) for found, start, end in png.chunks(data) if found == kind)
     flipped = bytearray(data)
     flipped[end if kind == b"IEND" else start] ^= 1
@@ -183,9 +176,9 @@ def test_checked_detects_wrong_checksum_in_pixel_chunk(kind: bytes) -> None:
 
 
 def test_checked_drops_other_chunks_even_if_broken() -> None:
-    broken = bytearray(chunk(b"zTXt", b"key\0\0" + zlib.compress(b"text")))
+    broken = bytearray(png_chunk(b"zTXt", b"key\0\0" + zlib.compress(b"text")))
     broken[-1] ^= 255
-    data = SMALL[:33] + bytes(broken) + chunk(b"acTL", bytes(8)) + chunk(b"fcTL", b"?") + SMALL[33:]
+    data = SMALL[:33] + bytes(broken) + png_chunk(b"acTL", bytes(8)) + png_chunk(b"fcTL", b"?") + SMALL[33:]
     assert png.checked(data) == (SMALL, None)
 
 
@@ -203,7 +196,7 @@ def test_checked_drops_other_chunks_even_if_broken() -> None:
     ],
 )
 def test_colour_key_matches_grey_at_every_depth(depth: int, samples: list[int], key: int, wanted: list[int]) -> None:
-    data = by_hand(2, 1, depth, GREY, bytes([0, *samples]), chunk(b"tRNS", struct.pack(">H", key)))
+    data = png_by_hand(2, 1, depth, GREY, bytes([0, *samples]), png_chunk(b"tRNS", struct.pack(">H", key)))
     pixels, found = png.checked(data)
     assert found is not None
     grey = read(pixels)
@@ -219,7 +212,7 @@ def test_colour_key_must_match_all_channels(depth: int) -> None:
 
 
 def test_checked_keeps_palette_transparency() -> None:
-    data = by_hand(1, 1, 8, PALETTE, b"\0\0", chunk(b"PLTE", b"abc"), chunk(b"tRNS", b"x"))
+    data = png_by_hand(1, 1, 8, PALETTE, b"\0\0", png_chunk(b"PLTE", b"abc"), png_chunk(b"tRNS", b"x"))
     assert png.checked(data) == (data, None)
 
 

@@ -18,13 +18,10 @@ from imagemill.shared.errors import NotFound, StorageRefused, StorageUnavailable
 from imagemill.shared.messages import Item, check_key
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.worker.transfer.store import FolderStore, open_store, render_key
+from tests.unit.worker.transfer.samples import no_s3
 
 JOB = "260730-1f0c9a3e"
 DEFAULT = "{job}/{index:06d}-{name}"
-
-
-def no_s3() -> NoReturn:
-    raise AssertionError("the S3 client was requested")
 
 
 def open_folder(url: str, *roots: Path) -> Any:
