@@ -27,8 +27,8 @@ def diffusion_seed(options: DiffusionStylize, index: int, source: str) -> int:
         case "per-item":
             return (options.seed + index) % SEEDS
         case "url":
-            address = urlsplit(source)._replace(query="", fragment="").geturl()
-            return int.from_bytes(hashlib.sha256(f"{options.seed} {address}".encode()).digest()[:4], "big")
+            url = urlsplit(source)._replace(query="", fragment="").geturl()
+            return int.from_bytes(hashlib.sha256(f"{options.seed} {url}".encode()).digest()[:4], "big")
 
 
 def next_seed(seed: int) -> int:
