@@ -130,13 +130,6 @@ class Bench:
 
 
 @pytest.fixture
-def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
-    ledger = Ledger(redis_server.url)
-    yield ledger
-    ledger.close()
-
-
-@pytest.fixture
 def bench(ledger: Ledger, images: ImageServer, tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(ledger, images, tmp_path / "out")
     yield bench
