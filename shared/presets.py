@@ -120,7 +120,8 @@ def _validated(name: str, file: Path, values: Written) -> Preset:
     try:
         preset = Preset.model_validate({**values, "name": name, "file": file})
         options = find_engine(preset.operation, preset.engine).options
-        for section, model in {"options": options, "output": Output, "policy": Policy}.items():
+        models: dict[str, type[Model]] = {"options": options, "output": Output, "policy": Policy}
+        for section, model in models.items():
             path = (section,)
             fields = getattr(preset, section)
             _check_names(section, fields, model, values)
