@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,8 @@ from click.testing import CliRunner, Result
 from imagemill.producer.cli import main
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.fleet import Fleet
 from imagemill.shared.settings import Settings
-from tests.ledgers import Ledger
 from tests.unit.producer.jobs import Invoke
-
-
-@pytest.fixture
-def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
-    ledger = Ledger(redis_server.url)
-    yield ledger
-    ledger.close()
-
-
-@pytest.fixture
-def fleet(redis_server: EmbeddedRedis) -> Iterator[Fleet]:
-    fleet = Fleet(redis_server.url)
-    yield fleet
-    fleet.close()
 
 
 @pytest.fixture

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 
-from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import StorageRefused
 from imagemill.shared.ledger.leasing import Lease
 from imagemill.shared.messages import MANIFEST, Item, ItemResult, Job, Output
@@ -22,7 +19,7 @@ from imagemill.worker.line.manifest import write_manifest
 from imagemill.worker.transfer.store import FolderStore
 from tests.ledgers import Ledger
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
 JOB = "260730-1f0c9a3e"
 ITEMS = [
@@ -54,15 +51,6 @@ FAILED = ItemResult(
     seconds={"fetch": 0.125},
     node="gpu1@a",
 )
-
-
-@pytest.fixture
-def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
-    with redis.Redis.from_url(redis_server.url) as client:
-        client.flushall()
-    made = Ledger(redis_server.url)
-    yield made
-    made.close()
 
 
 @pytest.fixture
