@@ -1,12 +1,12 @@
-# make demo     sets up .venv-demo (no torch) and runs the main job on real photos
+# make demo     sets up .venv-demo (no torch) and runs every operation on real photos
 # make test     sets up .venv (everything) and runs the tests
-# make venv     .venv alone; .venv/bin/imagemill is the command
+# make venv     only .venv; .venv/bin/imagemill is the command
 # make check    format, lint and types
 # make bench    the benchmarks
-# make clean    removes all that these make
+# make clean    removes everything these targets create
 #
-# ARGS reaches the program: make demo ARGS="--images ~/photos", make test ARGS="tests/unit -x"
-# Another Python: make test PYTHON=python3.12
+# ARGS is passed on: make demo ARGS="--images ~/photos", make test ARGS="tests/unit -x"
+# With another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3
 ARGS ?=
@@ -34,13 +34,13 @@ clean:
 	rm -rf .venv .venv-demo .services demo-output build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# A stamp is as old as the last complete installation, so a second run installs nothing.
+# The stamp is written after a complete installation, so a second run installs nothing.
 .venv/.installed: EXTRAS = dev
 .venv-demo/.installed: EXTRAS = demo
 %/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
 	  'imagemill needs Python 3.11 or newer with venv (on Debian: apt install python3-venv). $(PYTHON) is not:' \
-	  'name another one with PYTHON=python3.12.' >&2; exit 1; }
+	  'choose another one, for example with PYTHON=python3.12.' >&2; exit 1; }
 	@echo 'Setting up $(@D) with imagemill[$(EXTRAS)] ...'
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install -qq --disable-pip-version-check -e '.[$(EXTRAS)]' -c constraints.txt
