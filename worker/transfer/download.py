@@ -47,7 +47,7 @@ NO_TLS = (
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A server's response. `headers` has lower-case names; `body` is empty unless the status is 200 or 203."""
 
     status: int
@@ -73,14 +73,14 @@ class Downloader:
         self._lock = threading.Lock()
         self._closed = False
 
-    def get(self, target: Target, label: str, seconds: float) -> Answer:
+    def get(self, target: Target, label: str, seconds: float) -> Response:
         """Request `target` once, without following redirects; `label` names it in errors.
 
         Raises Timeout, Unreachable, ForbiddenAddress, TooLarge, Truncated or UnsupportedUrl if no complete response arrives.
         Error statuses are returned, even if their body is incomplete.
         """
         transfer = _Transfer(target, self._settings)
-        with self._lent() as handle:
+        with self._handle() as handle:
             try:
                 self._prepare(handle, transfer, seconds)
                 handle.perform()
@@ -89,7 +89,7 @@ class Downloader:
                     raise transfer.explain(error, label) from error
             finally:
                 transfer.close()
-        return Answer(transfer.status, transfer.headers, b"".join(transfer.blocks))
+        return Response(transfer.status, transfer.headers, b"".join(transfer.blocks))
 
     def close(self) -> None:
         """Close all connections; handles in use are closed when their request ends."""
@@ -100,7 +100,7 @@ class Downloader:
             handle.close()
 
     @contextmanager
-    def _lent(self) -> Iterator[pycurl.Curl]:
+    def _handle(self) -> Iterator[pycurl.Curl]:
         with self._lock:
             handle = self._idle.pop() if self._idle else pycurl.Curl()
         try:
@@ -225,9 +225,9 @@ class _Transfer:
         return Unreachable(f"{label}: the connection failed ({reason})")
 
 
-def status_error(answer: Answer, label: str) -> ImageError | None:
+def status_error(response: Response, label: str) -> ImageError | None:
     """The error for a response's status; None for success."""
-    status = answer.status
+    status = response.status
     if status in OK:
         return None
     if status in (401, 403):
@@ -238,7 +238,7 @@ def status_error(answer: Answer, label: str) -> ImageError | None:
         return Timeout(f"{label}: the server timed out (status 408)")
     if status == 429 or 500 <= status < 600:
         error = ServerError(f"{label}: server error or overload (status {status})")
-        error.retry_after = retry_after(answer.headers.get("retry-after", ""))
+        error.retry_after = retry_after(response.headers.get("retry-after", ""))
         return error
     return HttpError(f"{label}: unexpected status {status}")
 
