@@ -23,18 +23,7 @@ if TYPE_CHECKING:
         ServiceUnavailable,
         UsageError,
     )
-    from imagemill.shared.messages import (
-        InpaintJob,
-        Item,
-        ItemResult,
-        Job,
-        JobStatus,
-        Output,
-        Policy,
-        RemoveBackgroundJob,
-        Row,
-        StylizeJob,
-    )
+    from imagemill.shared.messages import Item, ItemResult, Job, JobStatus, Output, Policy, Row
     from imagemill.shared.settings import Settings, load_settings
 
 __all__ = [
@@ -43,7 +32,6 @@ __all__ = [
     "Client",
     "ConfigurationError",
     "ImagemillError",
-    "InpaintJob",
     "InvalidOption",
     "InvalidPreset",
     "InvalidSource",
@@ -55,12 +43,10 @@ __all__ = [
     "MissingExtra",
     "Output",
     "Policy",
-    "RemoveBackgroundJob",
     "Row",
     "ServiceUnavailable",
     "Settings",
     "SourceRow",
-    "StylizeJob",
     "Submission",
     "UsageError",
     "load_settings",
@@ -70,10 +56,7 @@ __all__ = [
 _MODULES = {
     "producer.client": ("Client", "Submission"),
     "producer.sources": ("BadRow", "SourceRow", "read_sources"),
-    "shared.messages": (
-        *("InpaintJob", "Item", "ItemResult", "Job", "JobStatus", "Output", "Policy"),
-        *("RemoveBackgroundJob", "Row", "StylizeJob"),
-    ),
+    "shared.messages": ("Item", "ItemResult", "Job", "JobStatus", "Output", "Policy", "Row"),
     "shared.settings": ("Settings", "load_settings"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,4 +1,4 @@
-"""`imagemill worker`: what it runs, and what it says to wrong flags."""
+"""`imagemill worker`: the node that it runs, and its errors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from imagemill.worker.node import logs
 
 
 class Node:
-    """Stands for a node, which would run until it is told to stop."""
+    """Replaces a node, which would run until it is stopped."""
 
     started: ClassVar[list[tuple[Settings, dict[str, Any]]]] = []
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def run(self, **given: Any) -> int:
-        self.started.append((self.settings, given))
+    def run(self, **arguments: Any) -> int:
+        self.started.append((self.settings, arguments))
         return 7
 
 
@@ -32,6 +32,7 @@ class Node:
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("IMAGEMILL_")]:
         monkeypatch.delenv(name)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(Node, "started", [])
     monkeypatch.setattr(cli, "Worker", Node)
 
@@ -43,16 +44,16 @@ def imagemill_worker(*flags: str, **settings: str) -> Result:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "say where to run: --gpu N, --gpus all or --cpu"),
-        (["--gpu", "0", "--cpu"], "say where to run"),
-        (["--gpus", "all", "--cpu"], "say where to run"),
-        (["--gpu", "0", "--gpus", "all"], "say where to run"),
-        (["--gpu", "0", "--concurrency", "2"], "--concurrency goes with --cpu"),
-        (["--gpus", "all", "--concurrency", "2"], "--concurrency goes with --cpu"),
-        (["--gpus", "all", "--name", "big"], "--name goes with one node"),
-        (["--cpu", "--operations", "stylise"], "no operation 'stylise'; did you mean 'stylize'?"),
-        (["--cpu", "--operations", " , "], "--operations names none (valid: remove-background, inpaint, stylize)"),
-        (["--cpu", "--operations", ""], "--operations names none"),
+        ([], "choose a device: --gpu N, --gpus all or --cpu"),
+        (["--gpu", "0", "--cpu"], "choose a device"),
+        (["--gpus", "all", "--cpu"], "choose a device"),
+        (["--gpu", "0", "--gpus", "all"], "choose a device"),
+        (["--gpu", "0", "--concurrency", "2"], "--concurrency requires --cpu"),
+        (["--gpus", "all", "--concurrency", "2"], "--concurrency requires --cpu"),
+        (["--gpus", "all", "--name", "big"], "--name requires a single node"),
+        (["--cpu", "--operations", "stylise"], "unknown operation 'stylise'; did you mean 'stylize'?"),
+        (["--cpu", "--operations", " , "], "--operations is empty (valid: remove-background, inpaint, stylize)"),
+        (["--cpu", "--operations", ""], "--operations is empty"),
         (["--gpu", "-1"], "'--gpu'"),
         (["--gpu", "first"], "'--gpu'"),
         (["--gpus", "2"], "'--gpus'"),
@@ -60,22 +61,31 @@ def imagemill_worker(*flags: str, **settings: str) -> Result:
         (["--cpus"], "No such option"),
     ],
 )
-def test_wrong_flags_are_told_in_a_sentence_and_start_nothing(flags: list[str], sentence: str) -> None:
+def test_worker_refuses_wrong_flags_with_a_sentence(flags: list[str], sentence: str) -> None:
     result = imagemill_worker(*flags)
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert Node.started == []
 
 
-def test_all_gpus_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_all_fails_when_the_host_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(logs, "set_up", lambda **_: None)  # the logs of this process are pytest's
+    monkeypatch.setattr(logs, "set_up", lambda **_: None)  # pytest configures the logs of this process
     result = imagemill_worker("--gpus", "all")
     assert result.exit_code == 2
-    assert "no GPU was found: is the driver installed?" in result.stderr
+    assert "no GPU found; check the driver" in result.stderr
 
 
-def test_a_wrong_setting_is_named() -> None:
+@pytest.mark.parametrize("mask", ["", "4"])
+def test_worker_refuses_a_hidden_gpu(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    result = imagemill_worker("--gpu", "1")
+    assert result.exit_code == 2
+    assert "GPU 1 does not exist" in result.stderr
+    assert Node.started == []
+
+
+def test_worker_names_an_invalid_setting() -> None:
     result = imagemill_worker("--cpu", WORKER__LEASE_SECONDS="soon")
     assert result.exit_code == 2
     assert "IMAGEMILL_WORKER__LEASE_SECONDS" in result.stderr
@@ -91,13 +101,13 @@ def test_a_wrong_setting_is_named() -> None:
         (["--cpu", "--concurrency", "1", "--name", "cpu@here"], None, "cpu@here", 1),
     ],
 )
-def test_what_the_flags_start(flags: list[str], gpu: int | None, name: str, concurrency: int) -> None:
+def test_flags_choose_gpu_name_and_concurrency(flags: list[str], gpu: int | None, name: str, concurrency: int) -> None:
     result = imagemill_worker(*flags, WORKER__GPU="6", WORKER__OPERATIONS='["stylize"]')
-    assert result.exit_code == 7, "the node's own status"
-    ((settings, given),) = Node.started
-    assert settings.worker.gpu == gpu, "the flag says where, whatever the environment does"
+    assert result.exit_code == 7, "the exit status of the node"
+    ((settings, arguments),) = Node.started
+    assert settings.worker.gpu == gpu, "the flag overrides the environment"
     assert settings.worker.operations == ("stylize",)
-    assert given == {"name": name, "concurrency": concurrency}
+    assert arguments == {"name": name, "concurrency": concurrency}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +118,7 @@ def test_what_the_flags_start(flags: list[str], gpu: int | None, name: str, conc
         (["--operations", "stylize, inpaint,"], ("stylize", "inpaint")),
     ],
 )
-def test_which_operations_a_node_offers(flags: list[str], operations: tuple[str, ...]) -> None:
+def test_operations_flag_chooses_the_operations(flags: list[str], operations: tuple[str, ...]) -> None:
     imagemill_worker("--cpu", *flags)
     ((settings, _),) = Node.started
     assert settings.worker.operations == operations

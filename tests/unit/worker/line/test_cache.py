@@ -90,7 +90,7 @@ def key(wanted: Wanted, item: dict[str, Any] | None = None, **others: Any) -> st
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("stylize", {}),
     ("stylize", {"style": "detail"}),
-    ("stylize", {"sigma_s": 60}),
+    ("stylize", {"strength": 0.5}),
     ("stylize", {"colour": True}),
     ("inpaint", {}),
     ("inpaint", {"radius": 5.5}),
@@ -221,7 +221,7 @@ def test_an_engine_that_can_not_tell_what_it_is_gets_no_key(error: Exception, ca
     nobody = Cache("redis://127.0.0.1:1/0", 60)
     item = Item(index=0, source="https://a.example/1.jpg")
     assert [nobody.key(b"image", item, spec(Wanted()), Engine(error)) for _ in range(3)] == [None] * 3
-    assert [record.getMessage() for record in caplog.records] == ["results are not remembered"]
+    assert [record.getMessage() for record in caplog.records] == ["results are not cached"]
 
 
 @pytest.mark.parametrize("operation", ["remove-background", "inpaint", "stylize"])
@@ -377,7 +377,7 @@ def test_a_redis_that_is_away_harms_nothing_and_is_told_of_once(
     for _ in range(3):
         assert cache.get("key") is None
         cache.put("key", RESULT)
-    assert complaints(caplog) == ["results are not remembered"]
+    assert complaints(caplog) == ["results are not cached"]
     own_redis.start()
     cache.put("key", RESULT)
     assert cache.get("key") == RESULT
@@ -396,7 +396,7 @@ def test_a_redis_that_is_full_harms_nothing_and_still_tells_what_it_knows(
         cache.put("new", RESULT)
         assert cache.get("known") == RESULT
     assert cache.get("new") is None
-    assert complaints(caplog) == ["results are not remembered"]
+    assert complaints(caplog) == ["results are not cached"]
     cache.close()
 
 

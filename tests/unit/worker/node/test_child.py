@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import Chunk, Item, Job
 from imagemill.shared.settings import FetchSettings, FileSettings, Settings
 from imagemill.worker.hardware.device import Device
@@ -82,9 +83,11 @@ def worked(child: Child, images: ImageServer, folder: Path, count: int) -> str:
         f"child-{uuid.uuid4().hex[:12]}",
         Job.model_validate({"operation": "stylize", "output": {"url": folder.as_uri()}}),
     )
-    child.ledger.open_job(job, spec)
-    child.ledger.add_chunks(job, [(0, items)])
-    child.ledger.seal(job, chunks=1, total=count, duplicates={})
+    producer = SubmitLedger.of(child.settings)
+    producer.open_job(job, spec)
+    producer.add_chunks(job, [(0, items)])
+    producer.seal(job, chunks=1, total=count, duplicates={})
+    producer.close()
     return child.work(Chunk(job=job, number=0, images=count), task="task", tell=lambda *_: None)
 
 

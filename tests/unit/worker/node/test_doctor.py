@@ -1,4 +1,4 @@
-"""`imagemill doctor`: what is wrong, how to mend it, and an exit status for scripts."""
+"""`imagemill doctor`: its findings, fixes and exit statuses."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Doctor = Callable[..., Result]
 
 @pytest.fixture
 def doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Doctor:
-    """Runs `imagemill doctor` in an empty folder, with S3 where nobody listens unless it is told otherwise."""
+    """Runs `imagemill doctor` in an empty folder; without an `s3` argument, the S3 endpoint is unreachable."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith(("IMAGEMILL_", "AWS_"))]:
         monkeypatch.delenv(name)
@@ -46,13 +46,13 @@ def doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Doctor:
     return run
 
 
-def nobody(user: str = "") -> str:
-    """An address where no Redis listens."""
+def unreachable(user: str = "") -> str:
+    """The URL of a Redis that isn't running."""
     return f"redis://{user}127.0.0.1:{free_ports(1)[0]}/0"
 
 
 def findings(result: Result) -> dict[str, dict[str, Any]]:
-    """By check, the last of each."""
+    """The last finding of each check."""
     return {finding["check"]: finding for finding in map(json.loads, result.stdout.splitlines())}
 
 
@@ -61,7 +61,7 @@ def node(ready: bool = True) -> Node:
     return Node(node="cpu@here", host="here", pid=1, device="cpu", queues=queues, children=2, ready=ready)
 
 
-def test_all_is_well(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
+def test_doctor_reports_ok_for_every_check(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
     fleet = Fleet(own_redis.url)
     fleet.report_node(node())
     fleet.close()
@@ -71,23 +71,23 @@ def test_all_is_well(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Serv
     assert {check: finding["state"] for check, finding in found.items()} == dict.fromkeys(
         ("redis", "workers", "s3", "disk", "models", "gpu"), "ok"
     )
-    assert all(finding.keys() == {"check", "state", "found", "mend"} and finding["mend"] == "" for finding in found.values())
+    assert all(finding.keys() == {"check", "state", "found", "fix"} and finding["fix"] == "" for finding in found.values())
     assert found["workers"]["found"] == "cpu@here: 2 children, ready"
     for text in (result.output, doctor(own_redis.url, s3=s3_server).output):
         assert s3_server.secret_key not in text
 
 
-def test_redis_is_gone_and_how_to_mend_it(doctor: Doctor) -> None:
-    result = doctor(nobody(f":{PASSWORD}@"))
+def test_doctor_suggests_a_fix_when_redis_is_unreachable(doctor: Doctor) -> None:
+    result = doctor(unreachable(f":{PASSWORD}@"))
     assert result.exit_code == 3
     text = " ".join(result.output.split())
     assert "failed redis:" in text
-    assert "mend: start Redis, or set IMAGEMILL_REDIS_URL to where it is" in text
-    assert "models: stylize (opencv)" in text, "the other checks are made all the same"
+    assert "fix: start Redis, or set IMAGEMILL_REDIS_URL" in text
+    assert "models: stylize (opencv)" in text, "the other checks still run"
     assert PASSWORD not in text
 
 
-def test_a_wrong_password_is_told_without_it(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
+def test_doctor_never_prints_the_redis_password(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
     with redis.Redis.from_url(own_redis.url) as raw:
         raw.config_set("requirepass", PASSWORD)
     wrong = own_redis.url.replace("://", "://:battery-staple@")
@@ -102,14 +102,14 @@ def test_a_wrong_password_is_told_without_it(doctor: Doctor, own_redis: Embedded
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "found", "mend"),
+    ("option", "value", "found", "fix"),
     [
-        ("appendonly", "no", "a restart forgets all jobs", "--appendonly yes"),
-        ("maxmemory-policy", "allkeys-lru", "it may evict jobs", "--maxmemory-policy noeviction"),
+        ("appendonly", "no", "all jobs are lost on a restart", "--appendonly yes"),
+        ("maxmemory-policy", "allkeys-lru", "may evict jobs", "--maxmemory-policy noeviction"),
     ],
 )
-def test_a_redis_that_may_forget_is_a_warning(
-    option: str, value: str, found: str, mend: str, doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server
+def test_doctor_warns_when_redis_may_lose_jobs(
+    option: str, value: str, found: str, fix: str, doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server
 ) -> None:
     with redis.Redis.from_url(own_redis.url) as raw:
         raw.config_set(option, value)
@@ -118,14 +118,14 @@ def test_a_redis_that_may_forget_is_a_warning(
     finding = findings(result)["redis"]
     assert finding["state"] == "warning"
     assert found in finding["found"]
-    assert mend in finding["mend"]
+    assert fix in finding["fix"]
 
 
 @pytest.mark.parametrize(
-    ("reported", "said"), [(None, "no node listens to 9 of the queues"), (node(ready=False), "cpu@here: 2 children, loading")]
+    ("reported", "message"), [(None, "9 queues have no node"), (node(ready=False), "cpu@here: 2 children, loading")]
 )
-def test_nobody_would_work_on_a_job_yet(
-    reported: Node | None, said: str, doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server
+def test_doctor_warns_when_no_node_is_ready(
+    reported: Node | None, message: str, doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server
 ) -> None:
     if reported:
         fleet = Fleet(own_redis.url)
@@ -135,43 +135,43 @@ def test_nobody_would_work_on_a_job_yet(
     assert result.exit_code == 0
     finding = findings(result)["workers"]
     assert finding["state"] == "warning"
-    assert said in finding["found"]
+    assert message in finding["found"]
 
 
-def test_s3_is_gone(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
+def test_doctor_fails_when_s3_is_unreachable(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
     result = doctor(own_redis.url, "--json")
     assert result.exit_code == 3
     finding = findings(result)["s3"]
     assert finding["state"] == "failed"
     assert finding["found"].count("http://127.0.0.1") == 1
-    assert "IMAGEMILL_S3__ENDPOINT_URL" in finding["mend"]
+    assert "IMAGEMILL_S3__ENDPOINT_URL" in finding["fix"]
     assert PASSWORD not in result.output
 
 
-def test_keys_that_may_list_nothing_are_a_warning(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
+def test_doctor_only_warns_when_s3_denies_access(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
     result = doctor(own_redis.url, "--json", s3=s3_server, AWS_SECRET_ACCESS_KEY=PASSWORD)
     assert result.exit_code == 0
     assert findings(result)["s3"]["state"] == "warning"
     assert PASSWORD not in result.output
 
 
-def test_an_s3_address_that_is_none(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
+def test_doctor_reports_an_invalid_s3_endpoint(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
     result = doctor(own_redis.url, "--json", IMAGEMILL_S3__ENDPOINT_URL="minio:9000")
     assert result.exit_code in (2, 3)
-    assert isinstance(result.exception, SystemExit), "a sentence, no traceback"
+    assert isinstance(result.exception, SystemExit), "a message instead of a traceback"
     assert "minio:9000" in result.output
 
 
-def test_a_full_disk_is_a_warning(
+def test_doctor_warns_when_the_disk_is_nearly_full(
     doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LEAST_DISK", 2**62)
     finding = findings(doctor(own_redis.url, "--json", s3=s3_server))["disk"]
     assert finding["state"] == "warning"
-    assert "TMPDIR" in finding["mend"]
+    assert "TMPDIR" in finding["fix"]
 
 
-def test_an_engine_whose_library_is_missing(
+def test_doctor_fails_when_the_library_of_an_engine_is_missing(
     doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = replace(find_engine("stylize", "opencv"), module="no_such_library.engine:Stylize")
@@ -183,13 +183,13 @@ def test_an_engine_whose_library_is_missing(
     assert "pip install 'imagemill[worker]'" in finding["found"]
 
 
-def test_the_canary_needs_redis_and_a_node_of_this_host(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
+def test_canary_fails_without_redis_or_without_a_node_on_this_host(doctor: Doctor, own_redis: EmbeddedRedis) -> None:
     fleet = Fleet(own_redis.url)
     fleet.report_node(node().model_copy(update={"host": "another"}))
     fleet.close()
-    for url, mend in ((own_redis.url, "look at the worker's log"), (nobody(), "start Redis")):
+    for url, fix in ((own_redis.url, "look at the worker's log"), (unreachable(), "start Redis")):
         result = doctor(url, "--worker", "--json")
         assert result.exit_code == 3
         (finding,) = findings(result).values()
         assert (finding["check"], finding["state"]) == ("worker", "failed")
-        assert mend in finding["mend"]
+        assert fix in finding["fix"]

@@ -1,4 +1,4 @@
-"""The lease is kept while a chunk is worked on, and the work stops when there is a reason to."""
+"""LeaseKeeper renews the lease of the current chunk, and signals when to stop working on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.workers import wait_until
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "EVERY", 0.01)
+    monkeypatch.setattr(module, "RENEWAL_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def ledger(redis_server: EmbeddedRedis) -> Iterator[Ledger]:
 
 
 def leased(ledger: Ledger) -> Lease:
-    """The lease of a new job's only chunk."""
+    """The lease of the only chunk of a new job."""
     job = f"lease-{uuid.uuid4().hex[:12]}"
     ledger.open_job(job, Job.model_validate({"operation": "stylize", "output": {"url": "s3://results/x"}}))
     ledger.add_chunks(job, [(0, [Item(index=0, source="https://example.com/a.png")])])
@@ -43,69 +43,69 @@ def leased(ledger: Ledger) -> Lease:
 
 
 class Watched:
-    """What a keeper is given, and what it does with it."""
+    """A LeaseKeeper with its arguments; counts the renewals."""
 
     def __init__(self, ledger: Ledger, lease: Lease, lease_seconds: float = 60) -> None:
         self.stop, self.stopping = threading.Event(), threading.Event()
-        self.told = 0
+        self.renewals = 0
         self.keeper = LeaseKeeper(
-            ledger, lease, lease_seconds=lease_seconds, stop=self.stop, stopping=self.stopping.is_set, tell=self.tell
+            ledger, lease, lease_seconds=lease_seconds, stop=self.stop, stopping=self.stopping.is_set, tell=self.count
         )
 
-    def tell(self) -> None:
-        self.told += 1
+    def count(self) -> None:
+        self.renewals += 1
 
-    def turns(self, more: int) -> None:
-        """Return when it has renewed the lease that many times more."""
-        enough = self.told + more
-        wait_until(lambda: self.told >= enough, f"{more} renewals")
+    def wait_for_renewals(self, more: int) -> None:
+        """Return after `more` further renewals."""
+        enough = self.renewals + more
+        wait_until(lambda: self.renewals >= enough, f"{more} renewals")
 
 
-def test_while_nothing_happens_the_lease_is_kept_and_progress_is_told(ledger: Ledger) -> None:
+def test_keeper_renews_the_lease_and_reports_progress(ledger: Ledger) -> None:
     lease = leased(ledger)
     watched = Watched(ledger, lease)
     with watched.keeper:
-        end = time.monotonic() + 2.5  # longer than the ledger's lease
-        wait_until(lambda: time.monotonic() > end, "the lease would have ended")
+        end = time.monotonic() + 2.5  # longer than the lease
+        wait_until(lambda: time.monotonic() > end, "an unrenewed lease would have expired")
         assert ledger.acquire(lease.job, 0, task="second", token="second/1") == "held"
-    assert watched.told > 2
+    assert watched.renewals > 2
     assert (watched.stop.is_set(), watched.keeper.reason) == (False, None)
     assert not any(thread.name == "lease" for thread in threading.enumerate())
 
 
-def test_a_cancelled_job_stops(ledger: Ledger) -> None:
+def test_keeper_stops_when_the_job_is_cancelled(ledger: Ledger) -> None:
     lease = leased(ledger)
     watched = Watched(ledger, lease)
     with watched.keeper:
-        watched.turns(2)
+        watched.wait_for_renewals(2)
         assert not watched.stop.is_set()
         ledger.cancel(lease.job)
         assert watched.stop.wait(60)
     assert watched.keeper.reason == "cancelled"
 
 
-def test_a_chunk_that_another_worker_has_stops(ledger: Ledger) -> None:
+def test_keeper_stops_when_another_worker_takes_the_lease(ledger: Ledger) -> None:
     lease = leased(ledger)
     watched = Watched(ledger, lease)
     with watched.keeper:
-        watched.turns(2)
-        # The same task once more: its message came back, so this process is taken for dead.
+        watched.wait_for_renewals(2)
+        # The same task again: Celery redelivered its message, assuming that this process had died.
         assert isinstance(ledger.acquire(lease.job, 0, task="first", token="first/2"), Lease)
         assert watched.stop.wait(60)
     assert watched.keeper.reason == "lost"
 
 
-def test_a_stopping_node_stops_and_keeps_the_lease_while_the_current_images_end(ledger: Ledger) -> None:
+def test_keeper_of_a_stopping_node_renews_the_lease_until_its_images_are_done(ledger: Ledger) -> None:
     lease = leased(ledger)
     watched = Watched(ledger, lease)
     with watched.keeper:
         watched.stopping.set()
         assert watched.stop.wait(60)
         assert watched.keeper.reason == "stopping"
-        watched.turns(3)
+        watched.wait_for_renewals(3)
         assert ledger.acquire(lease.job, 0, task="second", token="second/1") == "held"
         ledger.cancel(lease.job)
-        wait_until(lambda: watched.keeper.reason == "cancelled", "a better reason comes first")
+        wait_until(lambda: watched.keeper.reason == "cancelled", "cancellation overrides stopping")
 
 
 def outages(caplog: pytest.LogCaptureFixture) -> int:
@@ -113,7 +113,7 @@ def outages(caplog: pytest.LogCaptureFixture) -> int:
 
 
 class Clock:
-    """Stands for the module `time`, in a keeper whose hours pass in no time."""
+    """Replaces the module `time` in a keeper."""
 
     now = 0.0
 
@@ -121,7 +121,7 @@ class Clock:
         return self.now
 
 
-def test_redis_may_be_away_for_less_than_the_lease_and_no_longer(
+def test_keeper_survives_outages_of_redis_shorter_than_the_lease(
     own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
@@ -135,21 +135,21 @@ def test_redis_may_be_away_for_less_than_the_lease_and_no_longer(
 
     with caplog.at_level(logging.WARNING), watched.keeper:
         clock.now = 100
-        watched.turns(2)
+        watched.wait_for_renewals(2)
         own_redis.stop()
-        told = watched.told
+        renewals = watched.renewals
         fails_twice()
         clock.now = 119
         fails_twice()
-        assert watched.told <= told + 1, "progress is told where Redis answers"
+        assert watched.renewals <= renewals + 1, "no progress is reported while Redis is down"
         own_redis.start()
-        watched.turns(3)
+        watched.wait_for_renewals(3)
         assert (watched.stop.is_set(), watched.keeper.reason) == (False, None)
         own_redis.kill()
         clock.now = 138
         fails_twice()
         assert not watched.stop.is_set()
         clock.now = 140
-        assert watched.stop.wait(60), "by now the chunk may be another's"
+        assert watched.stop.wait(60), "another worker may have the chunk by now"
     assert watched.keeper.reason == "lost"
     ledger.close()

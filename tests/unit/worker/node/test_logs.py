@@ -1,4 +1,4 @@
-"""Logs as text for people and as JSON lines for programs."""
+"""Logs as text and as JSON lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def fail() -> None:
         logging.getLogger("imagemill.worker.line.line").exception("image failed", extra={"item": "000001"})
 
 
-def test_a_line_of_json_has_the_message_and_what_it_is_about(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_line_has_message_and_fields(capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up(as_json=True)
     logging.getLogger("imagemill.node").info("chunk %s", "done", extra={"action": "chunk", "done": 3, "path": Ellipsis})
     (line,) = lines(capsys)
@@ -35,7 +35,7 @@ def test_a_line_of_json_has_the_message_and_what_it_is_about(capsys: pytest.Capt
     }  # fmt: skip
 
 
-def test_a_traceback_stays_in_its_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_line_contains_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up(as_json=True)
     fail()
     (line,) = lines(capsys)
@@ -44,19 +44,19 @@ def test_a_traceback_stays_in_its_line_of_json(capsys: pytest.CaptureFixture[str
     assert "RuntimeError: two\nlines" in line["trace"]
 
 
-def test_text_is_one_line_with_its_fields_and_the_traceback_below(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_has_fields_on_one_line_and_the_traceback_below(capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up(as_json=False)
-    logging.getLogger("imagemill.node").warning("chunk put off", extra={"action": "chunk", "job": "a-b", "chunk": 3})
+    logging.getLogger("imagemill.node").warning("chunk postponed", extra={"action": "chunk", "job": "a-b", "chunk": 3})
     fail()
     first, second, *trace = capsys.readouterr().err.splitlines()
     assert " WARNING " in first
-    assert first.endswith(" chunk put off action=chunk job=a-b chunk=3")
+    assert first.endswith(" chunk postponed action=chunk job=a-b chunk=3")
     assert second.endswith(" image failed item=000001")
     assert trace[0].startswith("Traceback")
     assert trace[-2:] == ["RuntimeError: two", "lines"]
 
 
-def test_what_others_tell_in_passing_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_log_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up(as_json=True)
     logging.getLogger("botocore.hooks").info("an event")
     logging.getLogger("worker").debug("a detail")
@@ -64,7 +64,7 @@ def test_what_others_tell_in_passing_is_left_out(capsys: pytest.CaptureFixture[s
     assert [line["message"] for line in lines(capsys)] == ["a problem"]
 
 
-def test_setting_up_twice_does_not_log_twice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_set_up_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     logs.set_up(as_json=False)
     logs.set_up(as_json=True)
     logging.getLogger("worker").info("once")

@@ -12,8 +12,8 @@ from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import OnnxSettings, Settings
 from imagemill.worker.main import Worker
 from imagemill.worker.models.catalogue import MODELS, repository
-from imagemill.worker.models.checksums import check
-from imagemill.worker.models.files import put_on_record, variant
+from imagemill.worker.models.checksums import hash_file
+from imagemill.worker.models.files import record_variant, variant
 from imagemill.worker.models.repositories import folder_of
 from imagemill.worker.node.doctor import check_engines, check_models
 from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
@@ -109,10 +109,10 @@ def test_an_engine_that_does_none_of_the_operations_is_told(tmp_path: Path) -> N
 
 def test_a_node_says_at_its_start_what_it_does_not_listen_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "imagemill.worker.main")
-    Worker(settings(tmp_path, "opencv", "rembg"))._tell_of_models()
-    Worker(settings(tmp_path, "rembg", here=("u2net",)))._tell_of_models()
+    Worker(settings(tmp_path, "opencv", "rembg"))._log_engines()
+    Worker(settings(tmp_path, "rembg", here=("u2net",)))._log_engines()
     no_model, none_here, some_here = caplog.records
-    assert (no_model.levelname, vars(no_model)["mend"]) == ("WARNING", "imagemill models pull u2net")
+    assert (no_model.levelname, vars(no_model)["fix"]) == ("WARNING", "imagemill models pull u2net")
     assert "u2net" in vars(none_here)["models"]
     assert "u2net" not in vars(some_here)["models"]
     assert "silueta" in vars(some_here)["models"]
@@ -121,30 +121,30 @@ def test_a_node_says_at_its_start_what_it_does_not_listen_for(tmp_path: Path, ca
 def test_the_doctor_speaks_of_models_only_where_an_engine_needs_them(tmp_path: Path) -> None:
     assert list(check_models(settings(tmp_path, "opencv"))) == []
     (finding,) = check_models(settings(tmp_path, "opencv", "rembg"))
-    assert (finding.state, finding.mend) == ("failed", "imagemill models pull u2net")
+    assert (finding.state, finding.fix) == ("failed", "imagemill models pull u2net")
     here, absent = check_models(settings(tmp_path, "rembg", here=("u2net",)))
     assert (here.state, here.found) == ("ok", "rembg: u2net")
     assert "silueta" in absent.found
-    assert absent.mend == "imagemill models pull NAME"
+    assert absent.fix == "imagemill models pull NAME"
 
 
 def test_the_doctor_warns_where_8_bits_are_asked_for_and_not_here(tmp_path: Path) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",), int8=True)
     assert [finding.found for finding in check_models(known) if finding.state == "warning"] == [
-        "u2net is not here in 8 bits, and runs in 32"
+        "u2net has no 8-bit version, so it runs in 32 bits"
     ]
     original = tmp_path / "rembg" / "u2net.onnx"
     variant(original, "int8").touch()
-    put_on_record(original, "int8", accepted=True, told={})
+    record_variant(original, "int8", accepted=True, details={})
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
 
 
 def test_the_doctor_warns_of_a_file_that_verify_found_to_be_another(tmp_path: Path) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",))
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
-    check(tmp_path / "rembg" / "u2net.onnx", "md5:")
+    hash_file(tmp_path / "rembg" / "u2net.onnx", "md5:")
     (warned,) = (finding for finding in check_models(known) if finding.state == "warning")
-    assert (warned.found, warned.mend) == ("u2net is not the published file", "imagemill models pull u2net")
+    assert (warned.found, warned.fix) == ("u2net is not the published file", "imagemill models pull u2net")
 
 
 def test_the_doctor_says_where_models_can_not_run_on_what_they_are_to_run_on(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_node_listens_for_lama_where_its_converted_file_is(tmp_path: Path) -> 
     assert shortcomings(known) == [(f"no model of the engine lama is in {tmp_path / 'lama'}", "imagemill models pull lama")]
     assert "imagemill models pull lama" in str(nothing_to_do(known))
     (finding,) = check_models(known)
-    assert (finding.state, finding.mend) == ("failed", "imagemill models pull lama")
+    assert (finding.state, finding.fix) == ("failed", "imagemill models pull lama")
     known = settings(tmp_path, "lama", here=("lama.safetensors",), int8=True)
     assert lanes(known) == ["lama.lama"]
     assert Worker(known).queues == [f"imagemill.inpaint.lama.lama{priority}" for priority in (".high", "", ".low")]

@@ -1,4 +1,4 @@
-"""Which GPUs a host has, without touching one; tests/integration/test_supervisor.py runs nodes on them."""
+"""Finding the GPUs of a host; tests/integration/test_supervisor.py runs nodes on them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def stand_in(path: Path, lines: str, status: int = 0) -> None:
-    """An `nvidia-smi` that lists these GPUs, and only when it is asked for a list."""
+def fake_nvidia_smi(path: Path, lines: str, status: int = 0) -> None:
+    """Create an `nvidia-smi` that prints `lines` for `-L` and fails otherwise."""
     script = path / "nvidia-smi"
     script.write_text(f'#!/bin/sh\n[ "$*" = "-L" ] || exit 9\nprintf %s "{lines}"\nexit {status}\n')
     script.chmod(0o755)
@@ -29,17 +29,17 @@ def stand_in(path: Path, lines: str, status: int = 0) -> None:
 @pytest.mark.parametrize(
     ("lines", "status", "found"), [(TWO, 0, [0, 1]), ("", 0, []), ("No devices were found", 6, []), (TWO, 9, [])]
 )
-def test_the_driver_is_asked(lines: str, status: int, found: list[int], path: Path) -> None:
-    stand_in(path, lines, status)
+def test_find_gpus_counts_the_gpus_that_nvidia_smi_lists(lines: str, status: int, found: list[int], path: Path) -> None:
+    fake_nvidia_smi(path, lines, status)
     assert find_gpus() == found
 
 
-def test_a_host_without_a_driver_has_none() -> None:
+def test_find_gpus_returns_none_without_nvidia_smi() -> None:
     assert find_gpus() == []
 
 
-def test_a_driver_that_cannot_be_run_counts_as_none(path: Path) -> None:
-    stand_in(path, TWO)
+def test_find_gpus_returns_none_when_nvidia_smi_cannot_run(path: Path) -> None:
+    fake_nvidia_smi(path, TWO)
     (path / "nvidia-smi").chmod(0o644)
     assert find_gpus() == []
 
@@ -48,9 +48,9 @@ def test_a_driver_that_cannot_be_run_counts_as_none(path: Path) -> None:
     ("mask", "found"),
     [("4,5,6", [0, 1, 2]), ("GPU-8932f937, GPU-e02f", [0, 1]), ("", []), (" ", []), ("-1", []), ("1,-1,2", [0])],
 )
-def test_a_mask_says_how_many_there_are_for_us(
+def test_find_gpus_respects_cuda_visible_devices(
     mask: str, found: list[int], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in(path, TWO)
+    fake_nvidia_smi(path, TWO)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
     assert find_gpus() == found

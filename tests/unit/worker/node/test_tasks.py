@@ -1,4 +1,4 @@
-"""What becomes of a message: an answer in a word, and an acknowledgement in any case."""
+"""The Celery tasks: every message gets a result and is acknowledged."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ TASK = "imagemill.stylize"
 
 
 class Child:
-    """Stands for the loaded child of this process: notes its chunks, tells progress, and does `what`."""
+    """Replaces the loaded child of this process: records its chunks, reports progress, and runs `behaviour`."""
 
-    def __init__(self, what: Callable[[], str] = lambda: "done") -> None:
-        self.what = what
+    def __init__(self, behaviour: Callable[[], str] = lambda: "done") -> None:
+        self.behaviour = behaviour
         self.chunks: list[Chunk] = []
         self.canaries: list[str] = []
 
@@ -47,7 +47,7 @@ class Child:
         self.chunks.append(chunk)
         tell(12, 0)
         tell(12, 3)
-        return self.what()
+        return self.behaviour()
 
 
 def app_for(child: Callable[[], Any], url: str | None = None) -> Celery:
@@ -59,16 +59,16 @@ def app_for(child: Callable[[], Any], url: str | None = None) -> Celery:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The progress that Flower would show."""
-    told: list[str] = []
+def progress(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The progress messages that Flower would show."""
+    messages: list[str] = []
 
     def send(self: EventDispatcher, kind: str, *, uuid: str, retry: bool, result: str) -> None:
         assert (kind, bool(uuid), retry) == ("task-progress", True, False)
-        told.append(result)
+        messages.append(result)
 
     monkeypatch.setattr(EventDispatcher, "send", send)
-    return told
+    return messages
 
 
 def deliver(app: Celery, payload: dict[str, Any], task: str = TASK) -> str:
@@ -76,20 +76,22 @@ def deliver(app: Celery, payload: dict[str, Any], task: str = TASK) -> str:
 
 
 @pytest.mark.parametrize("task", [TASK, "imagemill.inpaint", "imagemill.remove-background", MANIFEST_TASK])
-def test_a_chunk_is_worked_on_and_its_progress_told(task: str, told: list[str]) -> None:
+def test_task_works_on_the_chunk_and_reports_progress(task: str, progress: list[str]) -> None:
     child = Child()
     assert deliver(app_for(lambda: child), GOOD, task) == "done"
     assert child.chunks == [Chunk(job="260730-1f0c9a3e", number=3, images=32)]
-    assert told == ["12 of 32 images", "15 of 32 images, 3 failed"]
+    assert progress == ["12 of 32 images", "15 of 32 images, 3 failed"]
 
 
-def test_progress_that_cannot_be_told_stops_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_task_continues_when_progress_cannot_be_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def send(*_: Any, **__: Any) -> None:
         raise OperationalError("connection refused")
 
     monkeypatch.setattr(EventDispatcher, "send", send)
     assert deliver(app_for(Child), GOOD) == "done"
-    assert [record.message for record in caplog.records] == ["progress not told"] * 2
+    assert [record.message for record in caplog.records] == ["progress not reported"] * 2
 
 
 @pytest.mark.parametrize(
@@ -97,8 +99,8 @@ def test_progress_that_cannot_be_told_stops_nothing(monkeypatch: pytest.MonkeyPa
     [{"job": "../../etc"}, {"number": "x"}, {"number": -2}, {"images": None}, {"version": 2}, {"surprise": 1}],
     ids=str,
 )
-def test_a_malformed_message_is_refused_with_the_reason(
-    change: dict[str, Any], told: list[str], caplog: pytest.LogCaptureFixture
+def test_task_refuses_a_malformed_message(
+    change: dict[str, Any], progress: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     child = Child()
     assert deliver(app_for(lambda: child), GOOD | change) == "refused"
@@ -109,17 +111,17 @@ def test_a_malformed_message_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize(
-    ("error", "answer"), [(JobNotFound("there is no job"), "gone"), (BrokerUnavailable("Redis: gone"), "put off")]
+    ("error", "answer"), [(JobNotFound("there is no job"), "gone"), (BrokerUnavailable("Redis: gone"), "postponed")]
 )
-def test_what_the_ledger_settles_is_no_failure_of_the_task(error: Exception, answer: str, told: list[str]) -> None:
+def test_task_succeeds_when_the_chunk_is_gone_or_redis_is_down(error: Exception, answer: str, progress: list[str]) -> None:
     def fail() -> str:
         raise error
 
     assert deliver(app_for(lambda: Child(fail)), GOOD) == answer
 
 
-def test_a_process_whose_device_is_lost_ends(
-    told: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_process_ends_when_its_device_is_lost(
+    progress: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ended: list[bool] = []
 
@@ -129,28 +131,28 @@ def test_a_process_whose_device_is_lost_ends(
     monkeypatch.setattr(tasks, "end_process", lambda: ended.append(True))
     deliver(app_for(lambda: Child(fail)), GOOD)
     assert ended == [True]
-    (said,) = caplog.records
-    assert (said.levelname, said.reason) == ("CRITICAL", "illegal memory access")  # type: ignore[attr-defined]
+    (record,) = caplog.records
+    assert (record.levelname, record.reason) == ("CRITICAL", "illegal memory access")  # type: ignore[attr-defined]
 
 
-def test_the_canary_is_answered_by_the_loaded_child() -> None:
+def test_canary_is_answered_by_the_loaded_child() -> None:
     child = Child()
     assert deliver(app_for(lambda: child), {"token": "abc"}, CANARY_TASK) == "alive"
     assert child.canaries == ["abc"]
 
 
-def test_a_process_without_engines_answers_nothing() -> None:
+def test_canary_fails_before_the_engines_are_loaded() -> None:
     result = app_for(not_loaded).tasks[CANARY_TASK].apply(kwargs={"token": "abc"})
     assert result.failed()
     assert "no engines loaded" in str(result.result)
 
 
 @pytest.mark.integration
-def test_whatever_comes_of_a_message_it_leaves_the_queue(own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
-    """A real consumer: refused, malformed beyond refusal, failed, and done at last."""
+def test_messages_leave_the_queue_whatever_their_result(own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
+    """With a real consumer: a refused message, a malformed one, a failing one, and one that succeeds."""
 
     def fail() -> str:
-        raise ZeroDivisionError("a fault of ours")
+        raise ZeroDivisionError("a bug")
 
     outcomes = iter([fail, lambda: "done"])
     children: list[Child] = []
