@@ -27,7 +27,7 @@ from imagemill.shared.s3 import S3Client, split, translate
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.shared.urls import BUCKET, check_source_url, shown
 from imagemill.worker.transfer.addresses import wire
-from imagemill.worker.transfer.download import Response, Downloader, status_error
+from imagemill.worker.transfer.download import Downloader, Response, status_error
 from imagemill.worker.transfer.files import read_file
 
 FIRST_PAUSE = 0.5
