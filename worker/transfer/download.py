@@ -149,8 +149,7 @@ class _Transfer:
     headers: dict[str, str] = field(default_factory=dict)
     blocks: list[bytes] = field(default_factory=list)
     size: int = 0
-    opened: int = 0
-    refused: int = 0
+    refused: bool = False
     sockets: list[socket.socket] = field(default_factory=list)
 
     def open_socket(self, _purpose: int, address: Any) -> socket.socket | int:
@@ -163,14 +162,13 @@ class _Transfer:
             if address.family not in (socket.AF_INET, socket.AF_INET6) or not allowed(
                 address.addr[0], self.target.host, self.target.port, self.settings
             ):
-                self.refused += 1
+                self.refused = True
                 return int(pycurl.SOCKET_BAD)
-            opened = socket.socket(address.family, address.socktype, address.protocol)
+            new = socket.socket(address.family, address.socktype, address.protocol)
         except (OSError, ValueError):  # no IPv6 or no descriptors left: curl tries the next address
             return int(pycurl.SOCKET_BAD)
-        self.opened += 1
-        self.sockets.append(opened)  # curl works on a duplicate; close ours afterwards
-        return opened
+        self.sockets.append(new)  # curl works on a duplicate; ours is closed afterwards
+        return new
 
     def on_header(self, line: bytes) -> None:
         """Handle a header line; a status line starts a new response, for example after 100 or 103."""
@@ -196,8 +194,8 @@ class _Transfer:
 
     def close(self) -> None:
         """Close our copies of the sockets passed to curl."""
-        for opened in self.sockets:
-            opened.close()
+        for each in self.sockets:
+            each.close()
 
     def explain(self, error: pycurl.error, label: str) -> ImageError:
         """The ImageError for a failed transfer without an error status."""
@@ -205,13 +203,13 @@ class _Transfer:
         limit = self.settings.max_bytes
         if number == pycurl.E_FILESIZE_EXCEEDED or self.size > limit:
             return TooLarge(f"{label} exceeds the limit of {limit} bytes")
-        if self.refused and not self.opened:
+        if self.refused and not self.sockets:
             return ForbiddenAddress(
                 f"{label} is in a private or reserved network; an operator can allow it "
                 "with IMAGEMILL_FETCH__ALLOW_HOSTS or IMAGEMILL_FETCH__ALLOW_NETWORKS"
             )
         if number == pycurl.E_OPERATION_TIMEDOUT:
-            return Timeout(f"{label} timed out: {'incomplete response' if self.opened else 'no connection'}")
+            return Timeout(f"{label} timed out: {'incomplete response' if self.sockets else 'no connection'}")
         if number == pycurl.E_COULDNT_RESOLVE_HOST:
             return Unreachable(f"{label}: can't resolve host {self.target.host!r}")
         if number in NO_TLS:
