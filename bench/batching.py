@@ -1,20 +1,18 @@
-"""What batching costs per image: sorting into groups, sizing, and the run's bookkeeping, with a model that does nothing.
+"""CPU time that batching takes per image: grouping, choosing sizes and running, with a model that does nothing.
 
     python -m bench.batching [ROUNDS]
 
-CPU microseconds of one thread, on the machine's own memory (as CPU engines have it) and on a GPU that isn't there.
+Measured on one thread, once with host memory, as on CPU nodes, and once with a fake GPU.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
 from typing import Any
 
+from bench.figures import Figure, figure, print_figures
 from imagemill.worker.hardware.memory import HostMemory, Memory, Peak
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.batching import Batcher
@@ -23,11 +21,9 @@ from tests.batches import run_batch
 
 IMAGES, BATCH = 4096, 16
 
-Figure = dict[str, Any]
-
 
 class Nothing:
-    """Gives each sample back. Of an operation it has what batching asks for."""
+    """Returns each sample unchanged. It implements only the parts of an operation that batching uses."""
 
     spec = Spec("stylize", "opencv", max_batch=BATCH)
 
@@ -39,7 +35,7 @@ class Nothing:
 
 
 class Gpu:
-    """Of endless memory, which costs nothing to ask."""
+    """The memory of a fake GPU, which never fills up and answers at once."""
 
     name, grows = "none", True
 
@@ -55,25 +51,15 @@ class Gpu:
 
 
 def run(rounds: int = 15) -> list[Figure]:
-    """Measure `rounds` times; per figure its name, the median, no goal, unit, and how many rounds."""
-    memories: dict[str, Memory] = {"a CPU, where nobody waits": HostMemory(), "a GPU, without what its library takes": Gpu()}
-    found: dict[str, list[float]] = {name: [] for name in memories}
+    memories: dict[str, Memory] = {"a CPU": HostMemory(), "a GPU, without its library's calls": Gpu()}
+    times: dict[str, list[float]] = {name: [] for name in memories}
     for number in range(rounds + 1):
         for name, memory in memories.items():
-            taken = _microseconds(BatchSizes(memory))
+            spent = _microseconds(BatchSizes(memory))
             if number:
-                found[name].append(taken)
-    return [
-        {
-            "name": f"batching: CPU per image, batches of up to {BATCH} on {name}",
-            "value": float(f"{median(values):.3g}"),
-            "goal": None,
-            "unit": "us",
-            "holds": None,
-            "rounds": len(values),
-        }
-        for name, values in found.items()
-    ]
+                times[name].append(spent)
+    name = f"batching: CPU per image, batches of up to {BATCH} on"
+    return [figure(f"{name} {kind}", values, "us") for kind, values in times.items()]
 
 
 def _microseconds(sizes: BatchSizes) -> float:
@@ -91,5 +77,4 @@ def _microseconds(sizes: BatchSizes) -> float:
 
 
 if __name__ == "__main__":
-    for figure in run(*(int(argument) for argument in sys.argv[1:2])):
-        print(json.dumps(figure))
+    print_figures(run)

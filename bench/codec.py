@@ -1,17 +1,15 @@
-"""How fast pictures are read, scaled and written, beside Pillow doing the same on the same pixels.
+"""How fast the codec decodes, scales and encodes, compared with Pillow on the same pixels.
 
     python -m bench.codec [ROUNDS]
 
-Each round runs both sides of every comparison, one after the other, on one core; a value is the ratio of their
-medians. The photo is one of scikit-image's, mirrored up to size: enlarging it would leave it with less detail per
-pixel than photos have, and such smooth pictures are easier on JPEG and, against our PNGs, up to 20 % kinder to Pillow's.
+Each round runs both sides of every comparison in turn, on one core; the value is the ratio of their medians. The photo
+is one of scikit-image's, tiled by mirroring. Enlarging it instead would leave less detail per pixel than photos have,
+and such smooth images suit JPEG and improve Pillow's PNGs by up to 20 % relative to ours.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
+from bench.figures import Figure, figure, print_figures
 from imagemill.worker.imaging import codec
 from imagemill.worker.imaging.picture import Picture, Pixels
 
@@ -32,7 +31,7 @@ LANCZOS = Image.Resampling.LANCZOS
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two ways to the same end, and how many times faster ours should be."""
+    """Two implementations of one task, and how many times faster ours should be."""
 
     name: str
     goal: float
@@ -40,8 +39,7 @@ class Comparison:
     theirs: Callable[[], Any]
 
 
-def run(rounds: int = 5) -> list[dict[str, Any]]:
-    """Measure `rounds` times; per figure its name, the value, goal, unit, whether the goal holds, and how many rounds."""
+def run(rounds: int = 5) -> list[Figure]:
     photo = Picture(_photo(4000, 3000))
     file = codec.encode(photo, format="jpeg", quality=90).data
     cut_out = Picture(_cut_out(EDGE))
@@ -56,31 +54,27 @@ def run(rounds: int = 5) -> list[dict[str, Any]]:
         figures = _measure(comparisons, rounds)
     finally:
         cv2.setNumThreads(threads)
-    name = "PNG of a 1600 x 1600 cut-out: bytes, times Pillow's"
-    value = float(f"{len(_png(cut_out)) / len(_pillow_png(cut_out)):.4g}")
-    figures.insert(1, {"name": name, "value": value, "goal": 1.15, "unit": "x", "holds": value <= 1.15, "rounds": 1})
+    size = len(_png(cut_out)) / len(_pillow_png(cut_out))
+    figures.insert(1, figure("PNG of a 1600 x 1600 cut-out: bytes, times Pillow's", size, "x", 1.15, at_most=True))
     return figures
 
 
-def _measure(comparisons: list[Comparison], rounds: int) -> list[dict[str, Any]]:
+def _measure(comparisons: list[Comparison], rounds: int) -> list[Figure]:
     seconds: list[tuple[list[float], list[float]]] = [([], []) for _ in comparisons]
-    for one in comparisons:  # tables, caches and memory are there before the first measured round
-        one.ours()
-        one.theirs()
+    for comparison in comparisons:  # warm up tables, caches and memory
+        comparison.ours()
+        comparison.theirs()
     for number in range(rounds):
-        for one, (ours, theirs) in zip(comparisons, seconds, strict=True):
-            sides = [(one.ours, ours), (one.theirs, theirs)]
+        for comparison, (ours, theirs) in zip(comparisons, seconds, strict=True):
+            sides = [(comparison.ours, ours), (comparison.theirs, theirs)]
             for work, times in reversed(sides) if number % 2 else sides:
                 start = time.perf_counter()
                 work()
                 times.append(time.perf_counter() - start)
-    figures = []
-    for one, (ours, theirs) in zip(comparisons, seconds, strict=True):
-        value = float(f"{median(theirs) / median(ours):.4g}")
-        figures.append(
-            {"name": one.name, "value": value, "goal": one.goal, "unit": "x", "holds": value >= one.goal, "rounds": rounds}
-        )
-    return figures
+    return [
+        figure(comparison.name, median(theirs) / median(ours), "x", comparison.goal, rounds=rounds)
+        for comparison, (ours, theirs) in zip(comparisons, seconds, strict=True)
+    ]
 
 
 def _photo(width: int, height: int) -> Pixels:
@@ -90,7 +84,7 @@ def _photo(width: int, height: int) -> Pixels:
 
 
 def _cut_out(side: int) -> Pixels:
-    """The photo in an ellipse with soft edges over half the area; hidden colour cleared, so both sides write the same."""
+    """The photo in an ellipse with soft edges that covers half the area; transparent pixels are black, as both sides write."""
     y, x = (np.mgrid[:side, :side] + 0.5) / side * 2 - 1
     alpha = np.clip((1 - np.hypot(x / 0.7, y / 0.9)) * side / 16, 0, 1) * 255
     pixels = np.dstack([_photo(side, side), alpha.astype(np.uint8)])
@@ -126,5 +120,4 @@ def _pillow_scaled(picture: Picture) -> Pixels:
 
 
 if __name__ == "__main__":
-    for figure in run(*(int(argument) for argument in sys.argv[1:2])):
-        print(json.dumps(figure))
+    print_figures(run)

@@ -1,24 +1,25 @@
-"""How soon a node works: from import to first image, for the engine alone and for one that imports rembg whole.
+"""How fast a node starts, from import to first image: the rembg engine compared with the rembg library.
 
-Each start is a process of its own, the two sides by turns; the model is U2Net's small sibling, so that what is measured
-is the start and not the model.
+    python -m bench.coldstart [ROUNDS]
+
+Each start is a new process, and the two sides alternate. The model is u2netp, U2Net's small version, so that the start
+dominates and not the model.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from bench.figures import Figure, figure, print_figures
 from tests.models import u2net_onnx
 
 GOAL = 0.5
 MODEL = "u2netp"
-WIDTH = 10  # 1.1 M parameters, as u2netp has
+WIDTH = 10  # 1.1 M parameters, like u2netp
 
 OURS = """
 from pathlib import Path
@@ -53,36 +54,25 @@ TIMED = "import time as _time\n_start = _time.perf_counter()\n{}\nprint(_time.pe
 
 
 def seconds(program: str, weights: Path) -> float:
-    """From before the first import to after the first image, in a new process; the interpreter's own start is not in it."""
+    """Time from the first import to the first image in a new process, without the interpreter's start."""
     environment = {**os.environ, "U2NET_HOME": str(weights / "rembg"), "MODEL_CHECKSUM_DISABLED": "1"}
     command = [sys.executable, "-W", "ignore", "-c", TIMED.format(program), str(weights), MODEL]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def run(rounds: int = 5) -> list[dict[str, Any]]:
-    """The figures, for a table of benchmarks."""
+def run(rounds: int = 5) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         u2net_onnx(Path(folder) / "rembg" / f"{MODEL}.onnx", width=WIDTH)
-        seconds(OURS, Path(folder)), seconds(THEIRS, Path(folder))  # files into the page cache, numba's code into its own
+        seconds(OURS, Path(folder)), seconds(THEIRS, Path(folder))  # fill the page cache and numba's cache
         pairs = [(seconds(OURS, Path(folder)), seconds(THEIRS, Path(folder))) for _ in range(rounds)]
-    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-    ratio = statistics.median(one / other for one, other in pairs)
     name = "start of a rembg node, import to first image"
     return [
-        {
-            "name": f"{name}: engine / rembg whole",
-            "value": ratio,
-            "goal": GOAL,
-            "unit": "",
-            "holds": ratio <= GOAL,
-            "rounds": rounds,
-        },
-        {"name": f"{name}: engine", "value": ours, "goal": None, "unit": "s", "holds": None, "rounds": rounds},
-        {"name": f"{name}: rembg whole", "value": theirs, "goal": None, "unit": "s", "holds": None, "rounds": rounds},
+        figure(f"{name}: engine / rembg library", [ours / theirs for ours, theirs in pairs], "", GOAL, at_most=True),
+        figure(f"{name}: engine", [ours for ours, _ in pairs], "s"),
+        figure(f"{name}: rembg library", [theirs for _, theirs in pairs], "s"),
     ]
 
 
 if __name__ == "__main__":
-    for figure in run():
-        print(f"{figure['name']}: {figure['value']:.3f} {figure['unit']}".rstrip())
+    print_figures(run)

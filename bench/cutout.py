@@ -1,9 +1,9 @@
-"""How good the cut-outs are: remove-background against reference mattes, image by image.
+"""Quality of remove-background's cut-outs, compared with reference mattes.
 
     python -m bench.cutout --images FOLDER [--engine opencv] [--sheet FILE.png]
 
-FOLDER holds `NAME.jpg` (or .png, .webp) and beside it `NAME.MODEL.png`, whose alpha is the reference. Images
-without a reference are cut and shown on the sheet but not counted.
+FOLDER holds `NAME.jpg` (or .png, .webp) and, for reference, `NAME.MODEL.png`, whose alpha is used. Images without a
+reference appear on the sheet but are not counted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from bench.figures import Figure, figure
 from imagemill.shared.engines import parse_options
 from imagemill.shared.messages import Item
 from imagemill.worker.hardware.device import Device, share_of_cores
@@ -26,14 +27,14 @@ from imagemill.worker.imaging.scale import resize
 from imagemill.worker.operations import registry
 from imagemill.worker.operations.base import Inputs
 
-GOAL_IOU = 0.6  # what the opencv engine must not fall below on the photos it was tuned with
+GOAL_IOU = 0.6  # for the opencv engine, on the photos it was tuned on
 TILE = 480
 MAGENTA = np.array([[[255, 0, 255]]], np.uint8)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One image's outcome; `iou` and `difference` (mean absolute difference of alpha, 0..1) are None without a reference."""
+    """The result of one image. `iou` and `difference` (mean absolute difference of alpha, 0..1) need a reference."""
 
     name: str
     source: Pixels
@@ -52,13 +53,13 @@ def read(path: Path) -> Pixels:
 
 
 def pairs(images: Path) -> list[tuple[Path, Path | None]]:
-    """Each image of a folder with its reference, by name."""
+    """Each image of a folder with its reference, in order of name."""
     kinds = (".jpg", ".jpeg", ".png", ".webp")
-    found = [path for path in sorted(images.iterdir()) if path.suffix.lower() in kinds and "." not in path.stem]
-    return [(path, next(iter(sorted(images.glob(f"{path.stem}.*.png"))), None)) for path in found]
+    images_found = [path for path in sorted(images.iterdir()) if path.suffix.lower() in kinds and "." not in path.stem]
+    return [(path, next(iter(sorted(images.glob(f"{path.stem}.*.png"))), None)) for path in images_found]
 
 
-def cut(operation: Any, path: Path, reference: Path | None, engine: str) -> Cut:
+def cut_out(operation: Any, path: Path, reference: Path | None, engine: str) -> Cut:
     source = read(path)
     options = parse_options("remove-background", engine, {})
     item = Item(index=0, source=f"https://bench.example/{path.name}")
@@ -68,64 +69,55 @@ def cut(operation: Any, path: Path, reference: Path | None, engine: str) -> Cut:
     seconds = time.perf_counter() - started
     if reference is None:
         return Cut(path.stem, source, result, None, seconds, None, None)
-    alpha, wanted = result[..., 3], read(reference)[..., 3]
-    wanted = resize(np.ascontiguousarray(wanted), (alpha.shape[1], alpha.shape[0]))
-    ours, theirs = alpha > 127, wanted > 127
+    alpha, expected = result[..., 3], read(reference)[..., 3]
+    expected = resize(np.ascontiguousarray(expected), (alpha.shape[1], alpha.shape[0]))
+    ours, theirs = alpha > 127, expected > 127
     iou = float((ours & theirs).sum() / max(1, (ours | theirs).sum()))
-    difference = float(np.abs(alpha.astype(int) - wanted).mean() / 255)
-    return Cut(path.stem, source, result, wanted, seconds, iou, difference)
+    difference = float(np.abs(alpha.astype(int) - expected).mean() / 255)
+    return Cut(path.stem, source, result, expected, seconds, iou, difference)
 
 
 def measure(images: Path, engine: str = "opencv") -> list[Cut]:
     operation = registry.create("remove-background", engine)
     operation.load(Device(threads=share_of_cores(1)))
-    return [cut(operation, path, reference, engine) for path, reference in pairs(images)]
+    return [cut_out(operation, path, reference, engine) for path, reference in pairs(images)]
 
 
-def summary(cuts: list[Cut], engine: str = "opencv") -> list[dict[str, Any]]:
-    rated = [one for one in cuts if one.iou is not None and one.difference is not None]
-    if not rated:
-        raise SystemExit("there are no images with a reference (NAME.jpg and NAME.MODEL.png) in the folder")
-    iou = float(np.mean([one.iou for one in rated]))
-    difference = float(np.mean([one.difference for one in rated]))
-    seconds = float(np.median([one.seconds for one in cuts]))
-    count, name = len(rated), f"remove-background ({engine})"
+def summary(cuts: list[Cut], engine: str = "opencv") -> list[Figure]:
+    ious = [cut.iou for cut in cuts if cut.iou is not None]
+    differences = [cut.difference for cut in cuts if cut.difference is not None]
+    if not ious:
+        raise SystemExit("the folder has no image with a reference (NAME.jpg and NAME.MODEL.png)")
+    name = f"remove-background ({engine})"
     return [
-        {"name": f"{name}: mean IoU", "value": iou, "goal": GOAL_IOU, "unit": "", "holds": iou >= GOAL_IOU, "rounds": count},
-        {
-            "name": f"{name}: mean alpha difference",
-            "value": difference,
-            "goal": None,
-            "unit": "",
-            "holds": None,
-            "rounds": count,
-        },
-        {"name": f"{name}: median time", "value": seconds, "goal": None, "unit": "s", "holds": None, "rounds": len(cuts)},
+        figure(f"{name}: mean IoU", float(np.mean(ious)), "", GOAL_IOU, rounds=len(ious)),
+        figure(f"{name}: mean alpha difference", float(np.mean(differences)), rounds=len(differences)),
+        figure(f"{name}: median time", [cut.seconds for cut in cuts], "s"),
     ]
 
 
-def run(images: Path) -> list[dict[str, Any]]:
-    """The figures of the opencv engine on a folder, for a table of benchmarks."""
+def run(images: Path) -> list[Figure]:
+    """Measure the opencv engine on a folder."""
     return summary(measure(images))
 
 
 def sheet(cuts: list[Cut]) -> Pixels:
-    """Source, cut-out on a checkerboard and on magenta, and reference, one row per image."""
+    """One row per image: source, cut-out on a checkerboard and on magenta, reference."""
     y, x = np.mgrid[:TILE, :TILE] // 12
     checks = np.where(((x + y) % 2)[..., None] > 0, 235, 180).astype(np.uint8)
     rows = []
-    for one in cuts:
-        reference = one.reference if one.reference is not None else np.zeros(one.result.shape[:2], np.uint8)
-        tiles = [_tile(one.source[..., :3]), _tile(_on(one.result, checks)), _tile(_on(one.result, MAGENTA))]
+    for cut in cuts:
+        reference = cut.reference if cut.reference is not None else np.zeros(cut.result.shape[:2], np.uint8)
+        tiles = [_tile(cut.source[..., :3]), _tile(_on(cut.result, checks)), _tile(_on(cut.result, MAGENTA))]
         rows.append(np.hstack([*tiles, _tile(np.repeat(reference[..., None], 3, axis=2))]))
     return np.vstack(rows)
 
 
-def _on(result: Pixels, ground: NDArray[np.uint8]) -> Pixels:
-    times = [-(-result.shape[axis] // ground.shape[axis]) for axis in (0, 1)]
-    ground = np.tile(ground, (*times, 1))[: result.shape[0], : result.shape[1]]
+def _on(result: Pixels, background: NDArray[np.uint8]) -> Pixels:
+    times = [-(-result.shape[axis] // background.shape[axis]) for axis in (0, 1)]
+    background = np.tile(background, (*times, 1))[: result.shape[0], : result.shape[1]]
     alpha = result[..., 3:] / np.float32(255)
-    return np.rint(result[..., :3] * alpha + ground * (1 - alpha)).astype(np.uint8)
+    return np.rint(result[..., :3] * alpha + background * (1 - alpha)).astype(np.uint8)
 
 
 def _tile(pixels: Pixels) -> Pixels:
@@ -142,16 +134,16 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--engine", default="opencv")
     parser.add_argument("--sheet", type=Path)
-    given = parser.parse_args()
-    cuts = measure(given.images, given.engine)
-    for one in cuts:
-        rated = "no reference" if one.iou is None else f"IoU {one.iou:.3f}  alpha difference {one.difference:.3f}"
-        print(f"{one.name:<24} {one.seconds:6.2f} s  {rated}")
-    for figure in summary(cuts, given.engine):
-        print(f"{figure['name']}: {figure['value']:.3f} {figure['unit']}".rstrip())
-    if given.sheet:
-        Image.fromarray(sheet(cuts)).save(given.sheet)
-        print(f"sheet: {given.sheet}")
+    arguments = parser.parse_args()
+    cuts = measure(arguments.images, arguments.engine)
+    for cut in cuts:
+        rating = "no reference" if cut.iou is None else f"IoU {cut.iou:.3f}  alpha difference {cut.difference:.3f}"
+        print(f"{cut.name:<24} {cut.seconds:6.2f} s  {rating}")
+    for result in summary(cuts, arguments.engine):
+        print(f"{result['name']}: {result['value']:.3f} {result['unit']}".rstrip())
+    if arguments.sheet:
+        Image.fromarray(sheet(cuts)).save(arguments.sheet)
+        print(f"sheet: {arguments.sheet}")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,29 @@
-"""How much of LaMa's work the plan saves, beside one pass on the whole image and IOPaint's crops; memory; seams.
+"""How much of LaMa's work tiles save, compared with the whole image and with IOPaint's crops; memory; seams.
 
     python -m bench.inpaint [ROUNDS]
 
-The network is LaMa's generator as published, 51.0 M parameters, with random weights: what is in a picture makes no
-difference to its speed, only the picture's size does. So each way of cutting a 24-megapixel image up is timed by its
-sizes: the network is timed at the sizes of SIDES, by turns, and at others in between in proportion to the pixels.
-The pass on the whole image takes 18 GB and is extrapolated from the largest side. Planning and pasting are ours alone
-and are added to our side as measured.
+The network is LaMa's generator as published, 51.0 M parameters, with random weights, as its speed depends only on the
+size of the picture. Each way to split a 24-megapixel image is therefore timed by its tile sizes: the network is timed
+at SIDES, and the time per pixel interpolated for the sizes in between. A pass over the whole image would take 18 GB,
+so it is extrapolated from the largest side. Only our side plans and pastes; that time is measured and added.
 
-Peak memory is that of a real worker's process, on JPEGs with masks, over what it holds when it has just started.
+Peak memory is that of a real worker process on JPEGs with masks, in excess of the idle process.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 from skimage import data
 
+from bench.figures import Figure, figure, print_figures
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
@@ -38,7 +35,7 @@ from imagemill.worker.imaging import codec
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.operations.base import Inputs
 from imagemill.worker.operations.inpaint.lama import Lama
-from imagemill.worker.operations.inpaint.lama_model import Session
+from imagemill.worker.operations.inpaint.lama_model import LamaModel
 from imagemill.worker.operations.inpaint.tiles import CONTEXT, plan
 from tests.fills import Continues
 from tests.generators import FULL, lama_file
@@ -48,21 +45,19 @@ HEIGHT, WIDTH = 4000, 6000
 SIDES = (256, 448, 512, 1024)
 SHARE = 0.02
 MEMORY = {12: (3000, 4000), 48: (6000, 8000), 100: (8200, 12200)}
-"""Megapixels, and (height, width)."""
-LARGEST_PART = 832  # side in pixels of the largest hole that takes one tile
+"""(height, width) by megapixels."""
+LARGEST_PART = 832  # side in pixels of the largest hole that fits into one tile
 
-Figure = dict[str, Any]
 Cost = Callable[[int, int], float]
 
 
 def run(rounds: int = 5) -> list[Figure]:
-    """Measure `rounds` times; per figure its name, the median, goal, unit, whether the goal holds, and how many rounds."""
     with tempfile.TemporaryDirectory() as folder:
         weights = lama_file(Path(folder) / "weights" / "lama" / "lama.safetensors", **FULL).parents[1]
-        figures = _memory(Path(folder), weights)  # first, as this process holds no model yet
+        figures = _memory(Path(folder), weights)  # first, before this process loads a model
         device = Device(threads=share_of_cores(1), weights=weights)
-        session = Session(weights / "lama" / "lama.safetensors", device)
-        _seconds(session)  # what is prepared for a shape is made at its first run
+        session = LamaModel(weights / "lama" / "lama.safetensors", device)
+        _seconds(session)  # warm up every shape
         costs = [_seconds(session) for _ in range(rounds)]
         figures += _ways(costs) + _batches(session, rounds)
         operation = Lama()
@@ -70,17 +65,11 @@ def run(rounds: int = 5) -> list[Figure]:
         return figures + _areas(operation, rounds) + [_step()]
 
 
-def _figure(name: str, values: list[float], goal: float | None, unit: str, *, least: bool = True) -> Figure:
-    value = median(values)
-    holds = None if goal is None else (value >= goal if least else value <= goal)
-    return {"name": name, "value": value, "goal": goal, "unit": unit, "holds": holds, "rounds": len(values)}
-
-
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
 def compact(height: int, width: int, count: int, share: float = SHARE) -> Grey:
-    """So many discs, evenly spread, that make up a share of the image."""
+    """`count` evenly spaced discs that cover a share of the image."""
     hole = np.zeros((height, width), np.uint8)
     radius = round((share * height * width / count / np.pi) ** 0.5)
     across = -(-count // 2)
@@ -91,14 +80,14 @@ def compact(height: int, width: int, count: int, share: float = SHARE) -> Grey:
 
 
 def scratch(height: int, width: int) -> Grey:
-    """From one corner nearly to the other."""
+    """A line from one corner almost to the opposite one."""
     hole = np.zeros((height, width), np.uint8)
     cv2.line(hole, (0, height // 20), (width - 1, height - height // 20), 255, 12)
     return hole
 
 
 def cable(height: int, width: int) -> Grey:
-    """From the left edge to the right one, hanging through."""
+    """A sagging line from the left edge to the right one."""
     hole, x = np.zeros((height, width), np.uint8), np.arange(width)
     y = height * (0.1 + 0.5 * x / width + 0.3 * np.sin(np.pi * x / width))
     cv2.polylines(hole, [np.stack([x, y], axis=1).astype(np.int32)[:, None]], False, 255, 24)
@@ -117,7 +106,7 @@ def caption(height: int, width: int) -> Grey:
 
 
 def crops(hole: Grey) -> list[tuple[int, int]]:
-    """(height, width) of what IOPaint runs: per outline its box with CONTEXT all around, padded to multiples of 8."""
+    """(height, width) of IOPaint's crops: the box of each outline plus CONTEXT on all sides, padded to multiples of 8."""
     outlines, _ = cv2.findContours(hole, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     boxes = [cv2.boundingRect(outline) for outline in outlines]
     return [
@@ -126,7 +115,7 @@ def crops(hole: Grey) -> list[tuple[int, int]]:
     ]
 
 
-# --- the ways to cut an image up --------------------------------------------------------------------------------------
+# --- ways to split an image --------------------------------------------------------------------------------------
 
 
 def _ways(costs: list[Cost]) -> list[Figure]:
@@ -145,16 +134,16 @@ def _ways(costs: list[Cost]) -> list[Figure]:
         ours = [around + sum(cost(*size) for size in sizes) for cost in costs]
         theirs = [sum(cost(*size) for size in crops(hole)) for cost in costs]
         if goal == 1.0:
-            ratios = [one / mine for one, mine in zip(whole, ours, strict=True)]
-            figures.append(_figure(f"{name}, {masks}: one pass on all of it (extrapolated) / tiles", ratios, 10.0, "x"))
-        ratios = [one / mine for one, mine in zip(theirs, ours, strict=True)]
-        figures.append(_figure(f"{name}, {masks}: crops by box / tiles", ratios, goal, "x"))
-        figures.append(_figure(f"{name}, {masks}: tiles", ours, None, "s"))
+            ratios = [whole_seconds / our_seconds for whole_seconds, our_seconds in zip(whole, ours, strict=True)]
+            figures.append(figure(f"{name}, {masks}: whole image (extrapolated) / tiles", ratios, "x", 10.0))
+        ratios = [their_seconds / our_seconds for their_seconds, our_seconds in zip(theirs, ours, strict=True)]
+        figures.append(figure(f"{name}, {masks}: crops by box / tiles", ratios, "x", goal))
+        figures.append(figure(f"{name}, {masks}: tiles", ours, "s"))
     return figures
 
 
-def _seconds(session: Session) -> Cost:
-    """Seconds of the network for a size, from one round of measurements."""
+def _seconds(session: LamaModel) -> Cost:
+    """Measure the network once per side; the seconds it takes for any size."""
     spent = []
     for side in SIDES:
         picture, hole = np.full((side, side, 3), 90, np.uint8), np.zeros((side, side), np.uint8)
@@ -167,7 +156,7 @@ def _seconds(session: Session) -> Cost:
 
 
 def _around(hole: Grey) -> float:
-    """Seconds of planning and pasting, with a network that takes no time."""
+    """Seconds spent on planning and pasting, measured with a network that does nothing."""
     operation = Lama()
     operation._open = lambda _: _Nothing()  # type: ignore[assignment,method-assign,return-value]
     pixels = np.full((*hole.shape, 3), 90, np.uint8)
@@ -185,7 +174,7 @@ class _Nothing:
 ITEM = Item(index=0, source="https://bench.example/one.jpg")
 
 
-def _batches(session: Session, rounds: int) -> list[Figure]:
+def _batches(session: LamaModel, rounds: int) -> list[Figure]:
     pictures, holes = [np.full((256, 256, 3), 90, np.uint8)] * 4, [np.full((256, 256), 255, np.uint8)] * 4
     ratios = []
     for _ in range(rounds):
@@ -195,14 +184,14 @@ def _batches(session: Session, rounds: int) -> list[Figure]:
         for picture, hole in zip(pictures, holes, strict=True):
             session.run([picture], [hole])
         ratios.append((time.perf_counter() - middle) / (middle - start))
-    return [_figure("inpaint, tiles of 256 on a CPU: one at a time / four at a time", ratios, None, "x")]
+    return [figure("inpaint, tiles of 256 on a CPU: one by one / four in a batch", ratios, "x")]
 
 
-# --- time against areas -----------------------------------------------------------------------------------------------
+# --- time by area -----------------------------------------------------------------------------------------------
 
 
 def _areas(operation: Lama, rounds: int) -> list[Figure]:
-    """Decode to encode: 1 to 8 holes in one image, and one hole in images of 3 to 48 megapixels."""
+    """Time that 1 or 8 holes add to an image, and that one hole adds to images of 3 or 48 megapixels."""
     holes, sizes = [], []
     for _ in range(rounds):
         bare, one, eight = (_through(operation, _jpeg(3000, 4000), _dots(3000, 4000, count)) for count in (0, 1, 8))
@@ -212,8 +201,8 @@ def _areas(operation: Lama, rounds: int) -> list[Figure]:
         filled = [_through(operation, file, _dots(*size, 1)) for file, size in ((small, (1500, 2000)), (large, (6000, 8000)))]
         sizes.append((filled[1] - plain[1]) / (filled[0] - plain[0]))
     return [
-        _figure("inpaint, 12 MP: 8 holes / 8 times one hole, without decode and encode", holes, 1.1, "", least=False),
-        _figure("inpaint, one hole: 48 MP / 3 MP, without decode and encode", sizes, 1.5, "", least=False),
+        figure("inpaint, 12 MP: 8 holes / 8 times one hole, without decode and encode", holes, "", 1.1, at_most=True),
+        figure("inpaint, one hole: 48 MP / 3 MP, without decode and encode", sizes, "", 1.5, at_most=True),
     ]
 
 
@@ -245,7 +234,7 @@ def _jpeg(height: int, width: int) -> bytes:
 
 
 def _memory(folder: Path, weights: Path) -> list[Figure]:
-    """Of a real node on images of 12, 48 and 100 megapixels, each with holes that take the largest tiles that fit."""
+    """Memory of a real node on images of 12, 48 and 100 megapixels, with holes that take the largest tiles that fit."""
     redis = EmbeddedRedis(folder / "redis")
     redis.start()
     environment = clean_environment(
@@ -262,7 +251,7 @@ def _memory(folder: Path, weights: Path) -> list[Figure]:
         with WorkerProcess(environment, folder, name="memory") as node:
             node.wait_ready(240)
             (child,) = node.children()
-            idle = _held(child, "VmRSS")
+            idle = _used(child, "VmRSS")
             peaks = {}
             for megapixels, (height, width) in MEMORY.items():
                 count = -(-round(SHARE * height * width) // LARGEST_PART**2)
@@ -270,20 +259,20 @@ def _memory(folder: Path, weights: Path) -> list[Figure]:
                 sources = folder / f"{megapixels}.jpg", folder / f"{megapixels}.png"
                 sources[0].write_bytes(_jpeg(height, width))
                 Image.fromarray(hole).save(sources[1], compress_level=1)
-                Path(f"/proc/{child}/clear_refs").write_text("5")  # forgets the peak so far
+                Path(f"/proc/{child}/clear_refs").write_text("5")  # reset the peak
                 _fill(redis.url, folder, *sources)
-                peaks[megapixels] = _held(child, "VmHWM") - idle
+                peaks[megapixels] = _used(child, "VmHWM") - idle
     finally:
         redis.stop()
     pixels = {size: height * width for size, (height, width) in MEMORY.items()}
-    grown = (peaks[100] - peaks[12]) / (3 * (pixels[100] - pixels[12]) / 1e6)
-    name = f"inpaint, {SHARE:.0%} masked: MB over the idle node"
+    growth = (peaks[100] - peaks[12]) / (3 * (pixels[100] - pixels[12]) / 1e6)
+    name = f"inpaint, {SHARE:.0%} masked: memory in excess of the idle node"
     return [
         *(
-            _figure(f"{name} at {size} MP", [peak], 1200.0 if size == 100 else None, "MB", least=False)
+            figure(f"{name} at {size} MP", peak, "MB", 1200.0 if size == 100 else None, at_most=True)
             for size, peak in peaks.items()
         ),
-        _figure("inpaint, 12 to 100 MP: growth / bytes of the pixels", [grown], 4.0, "x", least=False),
+        figure("inpaint, 12 to 100 MP: growth of memory / of the pixels' bytes", growth, "x", 4.0, at_most=True),
     ]
 
 
@@ -296,8 +285,8 @@ def _squares(height: int, width: int, count: int) -> Grey:
     return hole
 
 
-def _held(pid: int, field: str) -> float:
-    """MB, from /proc."""
+def _used(pid: int, field: str) -> float:
+    """A field of /proc/PID/status in MB."""
     (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / 1e6
 
@@ -318,9 +307,9 @@ def _fill(redis_url: str, folder: Path, source: Path, mask: Path) -> None:
 
 
 def _step() -> Figure:
-    """The largest step between neighbours in what many tiles have filled, beyond that of the gradient itself.
+    """The largest step between neighbouring pixels filled by several tiles, beyond that of the gradient itself.
 
-    With a network that continues gradients: with random weights LaMa's own fills have nothing to do with one another.
+    It takes a fake network that continues gradients; with random weights, LaMa's fills are unrelated to each other.
     """
     truth = np.linspace(20, 235, 2400)[None, :, None] * 0.7 + np.linspace(0, 60, 1600)[:, None, None] + np.zeros(3)
     steps = []
@@ -329,13 +318,12 @@ def _step() -> Figure:
         operation._open = lambda _: Continues()  # type: ignore[assignment,method-assign,return-value]
         pixels[hole > 0] = 0
         work = operation.prepare(Picture(pixels), Inputs(ITEM, parse_options("inpaint", "lama", {"tile": 512}), hole))
-        made = operation.finish(work, [operation.run([sample])[0] for sample in work.samples]).pixels
-        off = np.where(hole[..., None] > 0, made - truth, 0.0)
+        result = operation.finish(work, [operation.run([sample])[0] for sample in work.samples]).pixels
+        error = np.where(hole[..., None] > 0, result - truth, 0.0)
         inside = cv2.erode(hole, np.ones((3, 3), np.uint8))[..., None] > 0
-        steps += [float(np.abs(np.diff(off, axis=axis, prepend=0) * inside).max()) for axis in (0, 1)]
-    return _figure("inpaint, gradient through tile borders: largest step, of 255", [max(steps)], 1.0, "", least=False)
+        steps += [float(np.abs(np.diff(error, axis=axis, prepend=0) * inside).max()) for axis in (0, 1)]
+    return figure("inpaint, gradient across tile borders: largest step, of 255", max(steps), "", 1.0, at_most=True)
 
 
 if __name__ == "__main__":
-    for figure in run(*(int(argument) for argument in sys.argv[1:2])):
-        print(json.dumps(figure))
+    print_figures(run)

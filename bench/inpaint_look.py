@@ -1,10 +1,10 @@
-"""How fills look: source, mask, result, another tool's result where there is one, and the rim four times enlarged.
+"""A sheet of inpainting results: source, mask, result, another tool's result, and the rim enlarged four times.
 
     python -m bench.inpaint_look FOLDER [--engine opencv] [--set key=value]... [--sheet FILE.png]
 
 FOLDER holds `NAME.jpg` (or .png, .webp) with `NAME.mask.png` or `NAME.OTHER.jpg`, another tool's result; without a
-mask, what the other tool has changed is filled. The sheet has one row per image. `lama` takes the model that
-`imagemill models pull lama` has put where nodes look for it.
+mask, the pixels that the other tool changed are filled. The sheet has one row per image. `lama` needs the model that
+`imagemill models pull lama` installs.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from PIL import Image
 
 from bench.cutout import read
 from imagemill.producer.spec import option_values
-from imagemill.shared.engines import Options, parse_options
+from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import ImagemillError
 from imagemill.shared.messages import Item
+from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.settings import load_settings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.operations import registry
-from imagemill.worker.operations.base import Inputs, Operation
+from imagemill.worker.operations.base import AnyOperation, Inputs
 
 TILE = 480
 TIMES = 4
-CHANGED = 24  # levels of 255 by which another tool's pixel differs where it has filled; JPEG alone makes less
+CHANGED = 24  # a pixel that differs by more levels than this was filled by the other tool; JPEG alone differs less
 MAGENTA = (255, 0, 255)
 
 Example = tuple[str, Pixels, Grey, Pixels | None]
 
 
 def examples(folder: Path) -> list[Example]:
-    """Name, picture, mask and the other tool's result."""
+    """Name, picture, mask and, if there is one, the other tool's result of each image."""
     kinds = (".jpg", ".jpeg", ".png", ".webp")
-    found = []
+    loaded = []
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in kinds or "." in path.stem:
             continue
@@ -48,15 +49,15 @@ def examples(folder: Path) -> list[Example]:
         picture = read(path)[..., :3]
         other = read(others[0])[..., :3] if others else None
         if masks:
-            found.append((path.stem, picture, np.ascontiguousarray(read(masks[0])[..., 0]), other))
+            loaded.append((path.stem, picture, np.ascontiguousarray(read(masks[0])[..., 0]), other))
         elif other is not None and other.shape == picture.shape:
             changed = (cv2.absdiff(picture, other).max(axis=2) > CHANGED).astype(np.uint8) * 255
             changed = cv2.morphologyEx(changed, cv2.MORPH_OPEN, np.ones((2, 2), np.uint8))
-            found.append((path.stem, picture, np.asarray(cv2.dilate(changed, np.ones((7, 7), np.uint8)), np.uint8), other))
-    return found
+            loaded.append((path.stem, picture, np.asarray(cv2.dilate(changed, np.ones((7, 7), np.uint8)), np.uint8), other))
+    return loaded
 
 
-def filled(operation: Operation, picture: Pixels, mask: Grey, options: Options) -> Pixels:
+def filled(operation: AnyOperation, picture: Pixels, mask: Grey, options: EngineOptions) -> Pixels:
     item = Item(index=0, source="https://bench.example/one.png")
     work = operation.prepare(Picture(picture.copy()), Inputs(item, options, mask))
     outputs = [output for sample in work.samples for output in operation.run([sample])]
@@ -64,20 +65,20 @@ def filled(operation: Operation, picture: Pixels, mask: Grey, options: Options) 
 
 
 def row(example: Example, result: Pixels) -> Pixels:
-    """One image's tiles, side by side."""
+    """The tiles of one image, side by side."""
     _, picture, mask, other = example
     hole = resize(mask, (picture.shape[1], picture.shape[0])) > 127
     marked = picture // 2
     marked[hole] = MAGENTA
     spot = seam(hole.astype(np.uint8))
-    shown = [_tile(picture), _tile(marked), _tile(result)]
-    shown.append(_tile(other) if other is not None else np.full((TILE, TILE, 3), 64, np.uint8))
-    shown += [_tile(np.repeat(np.repeat(one[spot], TIMES, axis=0), TIMES, axis=1)) for one in (marked, result)]
-    return np.hstack(shown)
+    tiles = [_tile(picture), _tile(marked), _tile(result)]
+    tiles.append(_tile(other) if other is not None else np.full((TILE, TILE, 3), 64, np.uint8))
+    tiles += [_tile(np.repeat(np.repeat(pixels[spot], TIMES, axis=0), TIMES, axis=1)) for pixels in (marked, result)]
+    return np.hstack(tiles)
 
 
 def seam(hole: Grey) -> tuple[slice, slice]:
-    """Where most of the rim is, in a square that fills a tile when it is enlarged."""
+    """The square with the most rim in it that fills a tile once enlarged."""
     side = TILE // TIMES
     rim = cv2.morphologyEx(hole, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)).astype(np.float32)
     most = cv2.boxFilter(rim, -1, (side, side), normalize=False, borderType=cv2.BORDER_CONSTANT)
@@ -99,19 +100,19 @@ def main() -> None:
     parser.add_argument("--engine", default="opencv")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="options")
     parser.add_argument("--sheet", type=Path, default=Path("inpaint.png"))
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        options = parse_options("inpaint", given.engine, option_values(given.options, None))
-        operation = registry.create("inpaint", given.engine)
+        options = parse_options("inpaint", arguments.engine, option_values(arguments.options, None))
+        operation = registry.create("inpaint", arguments.engine)
         operation.load(Device.of(load_settings(), 1))
     except ImagemillError as error:
         raise SystemExit(error.message) from error
-    found = examples(given.images)
-    if not found:
-        raise SystemExit(f"there are no images with a mask (NAME.jpg and NAME.mask.png) in {given.images}")
-    sheet = np.vstack([row(one, filled(operation, one[1], one[2], options)) for one in found])
-    Image.fromarray(sheet).save(given.sheet)
-    print(f"{', '.join(name for name, *_ in found)}: {given.sheet}")
+    loaded = examples(arguments.images)
+    if not loaded:
+        raise SystemExit(f"no image in {arguments.images} has a mask (NAME.jpg and NAME.mask.png)")
+    sheet = np.vstack([row(example, filled(operation, example[1], example[2], options)) for example in loaded])
+    Image.fromarray(sheet).save(arguments.sheet)
+    print(f"{', '.join(name for name, *_ in loaded)}: {arguments.sheet}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Whether memory stays flat: 3,000 images of mixed sizes through the rembg engine, in chunks and threads as a child does it.
+"""Whether memory stays flat while the rembg engine processes 3,000 images of mixed sizes.
 
-What a process holds is read between chunks, when no image is on its way.
+    python -m bench.memory [ROUNDS]
+
+Chunks and threads are like those of a worker's child. Memory is read between chunks, when no image is in progress.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
+from bench.figures import Figure, figure, print_figures
 from tests.models import u2net_onnx
 
 GOAL = 1.05
@@ -38,7 +40,7 @@ from imagemill.worker.imaging.picture import Picture
 operation = registry.create("remove-background", "rembg")
 operation.load(device)
 inputs = Inputs(Item(index=0, source="https://bench.example/one.png"), parse_options("remove-background", "rembg", {}))
-# Mostly small ones, so that it takes minutes and not an hour, and some of several megapixels.
+# Mostly small, so that it takes minutes and not an hour; some have several megapixels.
 edges = np.exp(np.random.default_rng(0).uniform(np.log(64), np.log(800), (images, 2))).astype(int)
 edges[::50] *= 4
 
@@ -72,27 +74,23 @@ for start in range(0, images, chunk):
 
 
 def measure(weights: Path, images: int, first: int) -> tuple[float, float]:
-    """MB that a process holds after `first` images and after all of them: medians of as many chunks, up to there."""
+    """MB in use during the first and the last `first` images of one process, as medians over their chunks."""
     command = [sys.executable, "-c", PROGRAM, str(weights), str(images), str(CHUNK)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    held, some = [float(line) for line in done.stdout.split()], first // CHUNK
-    return statistics.median(held[:some]), statistics.median(held[-some:])
+    used, chunks = [float(line) for line in done.stdout.split()], first // CHUNK
+    return statistics.median(used[:chunks]), statistics.median(used[-chunks:])
 
 
-def run(rounds: int = 1) -> list[dict[str, Any]]:
-    """The figures, for a table of benchmarks."""
+def run(rounds: int = 1) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         u2net_onnx(Path(folder) / "rembg" / "u2net.onnx")
         pairs = [measure(Path(folder), IMAGES, FIRST) for _ in range(rounds)]
-    ratio = statistics.median(late / early for early, late in pairs)
-    late = statistics.median(late for _, late in pairs)
     name = f"memory of a rembg node after {IMAGES} images"
     return [
-        {"name": f"{name} / after {FIRST}", "value": ratio, "goal": GOAL, "unit": "", "holds": ratio <= GOAL, "rounds": rounds},
-        {"name": name, "value": late, "goal": None, "unit": "MB", "holds": None, "rounds": rounds},
+        figure(f"{name} / after {FIRST}", [late / early for early, late in pairs], "", GOAL, at_most=True),
+        figure(name, [late for _, late in pairs], "MB"),
     ]
 
 
 if __name__ == "__main__":
-    for figure in run():
-        print(f"{figure['name']}: {figure['value']:.3f} {figure['unit']}".rstrip())
+    print_figures(run)

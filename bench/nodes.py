@@ -1,4 +1,4 @@
-"""Real workers as processes of their own, ours and the tutorial's, and how fast each works through photos."""
+"""Real worker processes, ours and the tutorial's, and how long each takes for a list of photos."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench"}
 
 
 def environment(redis_url: str, servers: Servers, weights: Path, **more: str) -> dict[str, str]:
-    """The variables of a node that has the rembg engine alone, u2net in `weights`, and may fetch from the loopback."""
+    """Environment variables of a node that has only the rembg engine, with u2net in `weights`, and may fetch from loopback."""
     return clean_environment(
         IMAGEMILL_REDIS_URL=redis_url,
         IMAGEMILL_S3__ENDPOINT_URL=servers.s3,
@@ -46,42 +46,42 @@ def environment(redis_url: str, servers: Servers, weights: Path, **more: str) ->
 
 
 class Jobs:
-    """Submits jobs on one Redis, each in so many `chunks`, and says how long their images took."""
+    """Submits jobs of `chunks` chunks each on one Redis, and waits for them."""
 
     def __init__(self, redis_url: str, spec: Job = SPEC, chunks: int = 1) -> None:
         settings = load_settings(redis_url=redis_url)
         self._spec, self._chunks = spec, chunks
         self.client, self._fleet, self._redis = Client(settings), Fleet(redis_url), redis.Redis.from_url(redis_url)
 
-    def submit(self, addresses: list[str]) -> str:
-        """The job. The rates that the producer cuts its list by are set so that a chunk lasts 20 s."""
-        self._redis.delete("imagemill:rates")  # what the nodes have measured
-        rate = len(addresses) / self._chunks / CHUNK_SECONDS
+    def submit(self, urls: list[str]) -> str:
+        """Submit a job and return its id. The node's rate is overridden, so that the producer makes `chunks` chunks."""
+        self._redis.delete("imagemill:rates")
+        rate = len(urls) / self._chunks / CHUNK_SECONDS
         self._fleet.report_rate(queue_name(self._spec.operation, self._spec.lane), "bench", rate)
-        rows = (SourceRow(f"row {number}", {"source": address}) for number, address in enumerate(addresses))
+        rows = (SourceRow(f"row {number}", {"source": url}) for number, url in enumerate(urls))
         submission = self.client.submit(rows, self._spec)
         assert submission.chunks == self._chunks, submission
         return submission.job
 
     def await_images(self, job: str) -> dict[str, float]:
-        """Return when the last image is recorded; the mean seconds of each stage."""
-        found = []
-        for status, results in self.client.watch(job):
-            found += results
+        """Wait until the last image is recorded; return the mean seconds of each stage."""
+        rows = []
+        for status, new in self.client.watch(job):
+            rows += new
             if status.done + status.failed == status.total:
                 break
-        failed = [result for result in found if result.state == "failed"]
+        failed = [row for row in rows if row.state == "failed"]
         assert not failed, f"{len(failed)} images failed: {failed[0].code}: {failed[0].message}"
-        stages = {stage for result in found for stage in result.seconds}
-        return {stage: sum(result.seconds.get(stage, 0.0) for result in found) / len(found) for stage in sorted(stages)}
+        stages = {stage for row in rows for stage in row.seconds}
+        return {stage: sum(row.seconds.get(stage, 0.0) for row in rows) / len(rows) for stage in sorted(stages)}
 
     def await_end(self, job: str) -> None:
-        """Return when the job is over, its manifest included."""
+        """Wait until the job is over and its manifest written."""
         assert self.client.wait(job, 60).over
 
 
 class OurNode:
-    """`imagemill worker --cpu --concurrency 1`, or with more children, each of which gets a chunk of every job."""
+    """`imagemill worker --cpu` with so many children, each of which gets a chunk of every job."""
 
     def __init__(self, environment: dict[str, str], folder: Path, spec: Job = SPEC, children: int = 1) -> None:
         self._worker = WorkerProcess(environment, folder, name=f"ours-{folder.name}", concurrency=children)
@@ -96,17 +96,17 @@ class OurNode:
     def __exit__(self, *_: object) -> None:
         self._worker.stop()
 
-    def seconds(self, addresses: list[str]) -> float:
-        """From before the submission to the last image's record."""
+    def seconds(self, urls: list[str]) -> float:
+        """Time from submission until the last image is recorded."""
         start = time.perf_counter()
-        job = self.jobs.submit(addresses)
+        job = self.jobs.submit(urls)
         self.stages = self.jobs.await_images(job)
         spent = time.perf_counter() - start
         self.jobs.await_end(job)
         return spent
 
     def cpu(self) -> float:
-        """CPU seconds of the node's processes so far."""
+        """CPU seconds that the node's processes have used so far."""
         return cpu_of(self._worker.process.pid)
 
 
@@ -114,7 +114,7 @@ class TutorialNode:
     """`celery worker --concurrency 1` on bench/tutorial.py."""
 
     def __init__(self, redis_url: str, servers: Servers, model: Path, folder: Path) -> None:
-        home = folder / "rembg"  # as rembg has it: one folder with its files
+        home = folder / "rembg"
         home.mkdir()
         (home / "u2net.onnx").symlink_to(model)
         self._environment = clean_environment(
@@ -132,7 +132,7 @@ class TutorialNode:
         from celery import Celery
 
         self._app: Any = Celery("tutorial", broker=self._redis_url, backend=self._redis_url, set_as_current=False)
-        wait_until(lambda: self._app.control.ping(timeout=0.5), f"the tutorial's worker answers; log: {self._log}")
+        wait_until(lambda: self._app.control.ping(timeout=0.5), f"the tutorial's worker answered; log: {self._log}")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,22 +140,22 @@ class TutorialNode:
         self._process.wait()
         self._app.close()
 
-    def seconds(self, addresses: list[str], **how: bool) -> float:
-        """From before the first message to the last result."""
+    def seconds(self, urls: list[str], **options: bool) -> float:
+        """Time from the first message to the last result."""
         start = time.perf_counter()
         name = "tutorial.remove_background"
-        asked = [self._app.send_task(name, args=[address, f"{next(self._keys)}.png"], kwargs=how) for address in addresses]
-        for one in asked:
-            one.get(timeout=120)
+        results = [self._app.send_task(name, args=[url, f"{next(self._keys)}.png"], kwargs=options) for url in urls]
+        for result in results:
+            result.get(timeout=120)
         return time.perf_counter() - start
 
     def cpu(self) -> float:
-        """CPU seconds of the worker's processes so far."""
+        """CPU seconds that the worker's processes have used so far."""
         return cpu_of(self._process.pid)
 
 
 def cpu_of(pid: int) -> float:
-    """CPU seconds of a process and its children so far."""
+    """CPU seconds that a process and its descendants have used so far."""
     root = psutil.Process(pid)
     times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
+    return sum(used.user + used.system for used in times)

@@ -1,51 +1,34 @@
-"""CPU time that an image costs around its model, and a put to S3: ours beside the same as tutorials have it.
+"""CPU time per image outside the model, and per upload to S3, compared with the way tutorials do it.
 
     python -m bench.overhead [ROUNDS]
 
-The model is a null model: it takes and gives what U^2-Net does, and gives every image the same soft ellipse in about
-no time. Both workers are really there, with Celery and Redis; counted are the CPU seconds of all of their processes.
+The model is a null model: it has U^2-Net's input and outputs, and returns the same soft ellipse for every image in
+almost no time. Both workers are real, with Celery and Redis; the CPU time of all their processes counts.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
+from bench.figures import Figure, figure, print_figures
 from bench.servers import Servers, photos
 
 OURS, TUTORIAL, PUTS = 32, 6, 60
-"""Images, images and uploads per round."""
+"""Images on our side, images on the tutorial's side, and uploads, per round."""
 OBJECT = 150_000
-"""Bytes of an upload."""
-
-Figure = dict[str, Any]
+"""Bytes per upload."""
 
 
 def run(rounds: int = 5) -> list[Figure]:
-    """Measure `rounds` times; per figure its name, the median, goal, unit, whether the goal holds, and how many rounds."""
     with tempfile.TemporaryDirectory() as folder, Servers(photos(), put_delay=0.0) as servers:
         return [*_images(Path(folder), servers, rounds), *_puts(servers, rounds)]
-
-
-def _figure(name: str, values: list[float], goal: float | None, unit: str) -> Figure:
-    value = median(values)
-    return {
-        "name": name,
-        "value": float(f"{value:.4g}"),
-        "goal": goal,
-        "unit": unit,
-        "holds": None if goal is None else value >= goal,
-        "rounds": len(values),
-    }
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -56,7 +39,7 @@ def _images(folder: Path, servers: Servers, rounds: int) -> list[Figure]:
     from imagemill.producer.embedded_redis import EmbeddedRedis
 
     model = null_model(folder / "weights" / "rembg" / "u2net.onnx")
-    found: dict[str, list[float]] = {"ours": [], "tutorial": [], "scaled": []}
+    cpu: dict[str, list[float]] = {"ours": [], "tutorial": [], "scaled": []}
     with EmbeddedRedis(folder / "redis") as redis:
         settings = environment(redis.url, servers, folder / "weights")
         url = redis.url.removesuffix("/0") + "/1"
@@ -64,28 +47,27 @@ def _images(folder: Path, servers: Servers, rounds: int) -> list[Figure]:
             sides: dict[str, tuple[Any, int, Callable[[list[str]], float]]] = {
                 "ours": (ours, OURS, ours.seconds),
                 "tutorial": (tutorial, TUTORIAL, tutorial.seconds),
-                "scaled": (tutorial, TUTORIAL, lambda addresses: tutorial.seconds(addresses, scaled_decode=True)),
+                "scaled": (tutorial, TUTORIAL, lambda urls: tutorial.seconds(urls, scaled_decode=True)),
             }
             for number in range(rounds + 1):
                 for side, (node, images, work) in sides.items():
                     before = node.cpu()
                     work(servers.fresh(images if number else 4, delay=0.0))
-                    if number:  # before, sessions and caches are made
-                        found[side].append(1000 * (node.cpu() - before) / images)
+                    if number:  # the first round fills caches
+                        cpu[side].append(1000 * (node.cpu() - before) / images)
     name = "CPU per image with a null model"
-    times = {
-        side: [theirs / mine for theirs, mine in zip(found[side], found["ours"], strict=True)]
-        for side in ("tutorial", "scaled")
-    }
+    tutorial_ratios, scaled_ratios = (
+        [theirs / ours for theirs, ours in zip(cpu[side], cpu["ours"], strict=True)] for side in ("tutorial", "scaled")
+    )
     return [
-        _figure(f"{name}: a tutorial's worker takes so many times ours", times["tutorial"], 7.0, "x"),
-        _figure(f"{name}: a tutorial's that decodes at a smaller size", times["scaled"], None, "x"),
-        _figure(f"{name}: ours", found["ours"], None, "ms"),
+        figure(f"{name}: a tutorial's worker / ours", tutorial_ratios, "x", 7.0),
+        figure(f"{name}: a tutorial's worker with scaled decoding / ours", scaled_ratios, "x"),
+        figure(f"{name}: ours", cpu["ours"], "ms"),
     ]
 
 
 def null_model(path: Path) -> Path:
-    """U^2-Net's input and outputs, [batch, 3, 320, 320] and [batch, 1, 320, 320], with nothing but an ellipse in between."""
+    """Save a model with U^2-Net's input, [batch, 3, 320, 320], and outputs, [batch, 1, 320, 320], that returns an ellipse."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -94,7 +76,7 @@ def null_model(path: Path) -> Path:
     constants = {"ellipse": ellipse, "none": np.zeros(1, np.float32), "first": np.array([0]), "axes": np.array([1])}
     constants["next"] = np.array([1])
     nodes = [
-        helper.make_node("Slice", ["input.1", "first", "next", "axes"], ["red"]),  # so that the batch is in the shape
+        helper.make_node("Slice", ["input.1", "first", "next", "axes"], ["red"]),  # keeps the batch dimension
         helper.make_node("Mul", ["red", "none"], ["zero"]),
         helper.make_node("Add", ["zero", "ellipse"], ["1959"]),
         *(helper.make_node("Identity", ["1959"], [str(name)]) for name in range(1960, 1966)),
@@ -115,7 +97,7 @@ def null_model(path: Path) -> Path:
 
 
 def _puts(servers: Servers, rounds: int) -> list[Figure]:
-    """One thread; its process's CPU time."""
+    """CPU time of this process, with one thread."""
     import boto3
 
     from bench.nodes import KEYS
@@ -138,23 +120,22 @@ def _puts(servers: Servers, rounds: int) -> list[Figure]:
         new_client(boto3.Session())
 
     sides: list[tuple[Callable[[], None], int]] = [(ours, PUTS), (new_client, PUTS // 6), (new_session, 3)]
-    found: list[list[float]] = [[] for _ in sides]
+    cpu: list[list[float]] = [[] for _ in sides]
     for number in range(rounds + 1):
-        for (put, times), spent in zip(sides, found, strict=True):
+        for (put, times), spent in zip(sides, cpu, strict=True):
             start = time.process_time()
             for _ in range(times):
                 put()
             if number:
                 spent.append(1000 * (time.process_time() - start) / times)
-    client_ratios, session_ratios = ([one / mine for one, mine in zip(side, found[0], strict=True)] for side in found[1:])
+    client_ratios, session_ratios = ([theirs / mine for theirs, mine in zip(side, cpu[0], strict=True)] for side in cpu[1:])
     name = "S3 put of 150 kB, CPU"
     return [
-        _figure(f"{name}: a new client per call takes so many times ours", client_ratios, 8.0, "x"),
-        _figure(f"{name}: a new session and client per call", session_ratios, None, "x"),
-        _figure(f"{name}: ours", found[0], None, "ms"),
+        figure(f"{name}: a new client per call / ours", client_ratios, "x", 8.0),
+        figure(f"{name}: a new session and client per call / ours", session_ratios, "x"),
+        figure(f"{name}: ours", cpu[0], "ms"),
     ]
 
 
 if __name__ == "__main__":
-    for figure in run(*(int(argument) for argument in sys.argv[1:2])):
-        print(json.dumps(figure))
+    print_figures(run)

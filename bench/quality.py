@@ -1,25 +1,22 @@
-"""The quality gate: does the drift check find what was planted, and what does measuring cost.
+"""The quality check: whether drift detection finds planted outliers, and what the check costs.
 
     python -m bench.quality [ROUNDS]
 
-Drift: 200 photos in one look, of which 5 are spoilt: two tinted, two in another style, one blurred. The photos are cut
-from five of scikit-image's, mirrored, lightened and darkened at random; each round has others. Looks, measures and
-judgement are those that jobs get: the opencv engine, the check and the report's outliers.
+Drift: 200 photos in one look, of which 5 are spoilt: two tinted, two in another style, one blurred. The photos are
+crops of five of scikit-image's, mirrored, lightened and darkened at random, and differ from round to round. The opencv
+engine, the check and the report's outliers are the same as in jobs.
 
-Cost: CPU time of the check, for a cut-out beside that of reading its 12-megapixel JPEG and writing its PNG.
+Cost: CPU time of the check; for a cut-out also relative to decoding its 12-megapixel JPEG and encoding its PNG.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import cv2
@@ -27,6 +24,7 @@ import numpy as np
 import skimage
 from PIL import Image
 
+from bench.figures import Figure, figure, print_figures
 from imagemill.producer.outliers import outliers
 from imagemill.shared.engines import parse_options
 from imagemill.shared.messages import Item, ItemResult, Job, Row, compact, row
@@ -48,36 +46,28 @@ LOOKS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "detail": ({"style": "detail"}, {"style": "stylization"}, {"style": "pencil-sketch"}),
     "stylization": ({}, {"style": "pencil-sketch"}, OTHER_TRANSFER),
 }
-"""A look, and two others that strays have."""
+"""Options of each look, and of the two styles of its outliers."""
 BLUR = EDGE / 128  # pixels
 FIRST_SEED = 100  # those below 20 were used to find the limits
 TINTS = ((0, 0, -16), (0, -16, 0))  # in CIELAB: blue, green
 
-Figure = dict[str, Any]
-
 
 def run(rounds: int = 5) -> list[Figure]:
-    """Measure `rounds` times; per figure its name, value, goal, unit, whether the goal holds, and how many rounds."""
-    found, wrong = [], []
+    hits, false_alarms = [], []
     jobs = [(look, seed) for seed in range(FIRST_SEED, FIRST_SEED + rounds) for look in LOOKS]
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
         for rows, planted in pool.map(job, *zip(*jobs, strict=True)):
-            named = set(outliers(rows))
-            found.append(len(named & planted))
-            wrong.append(len(named - planted))
+            reported = set(outliers(rows))
+            hits.append(len(reported & planted))
+            false_alarms.append(len(reported - planted))
     cv2.setNumThreads(1)
-    made = f"drift, {rounds} x {len(LOOKS)} jobs of {IMAGES}"
+    name = f"drift, {rounds} x {len(LOOKS)} jobs of {IMAGES}"
     return [
-        _figure(f"{made}: planted outliers found, of {PLANTED} (least)", min(found), PLANTED, "", rounds, least=True),
-        _figure(f"{made}: found in all, of {len(found) * PLANTED}", sum(found), None, "", rounds, least=True),
-        _figure(f"{made}: others named (most)", max(wrong), 0, "", rounds, least=False),
+        figure(f"{name}: planted outliers found, of {PLANTED} (minimum)", min(hits), "", PLANTED, rounds=rounds),
+        figure(f"{name}: planted outliers found in total, of {len(hits) * PLANTED}", sum(hits), rounds=rounds),
+        figure(f"{name}: false alarms (maximum)", max(false_alarms), "", 0, at_most=True, rounds=rounds),
         *_costs(rounds),
     ]
-
-
-def _figure(name: str, value: float, goal: float | None, unit: str, rounds: int, *, least: bool) -> Figure:
-    holds = None if goal is None else (value >= goal if least else value <= goal)
-    return {"name": name, "value": float(f"{value:.4g}"), "goal": goal, "unit": unit, "holds": holds, "rounds": rounds}
 
 
 # --- drift ------------------------------------------------------------------------------------------------------------
@@ -85,14 +75,14 @@ def _figure(name: str, value: float, goal: float | None, unit: str, rounds: int,
 
 @dataclass(frozen=True)
 class Stray:
-    """How an image is spoilt: by other options, or afterwards."""
+    """How an image is spoilt: by other options, or by a change to its result."""
 
     options: dict[str, Any]
     spoil: Callable[[Pixels], Pixels] = lambda pixels: pixels
 
 
 def job(look: str, seed: int) -> tuple[list[Row], set[int]]:
-    """The rows of a job as its worker records them, and which of them were planted."""
+    """The rows of a job as a worker records them, and the indexes of the planted outliers."""
     own, *others = LOOKS[look]
     strays = [Stray(own, lambda pixels, tint=tint: tinted(pixels, tint)) for tint in TINTS]
     strays += [Stray(other) for other in others]
@@ -111,7 +101,7 @@ def job(look: str, seed: int) -> tuple[list[Row], set[int]]:
 
 
 def styled(operation: Any, picture: Picture, item: Item, stray: Stray) -> Measures | None:
-    """What is measured of an image, as in the flow."""
+    """The measures of an image, taken as in the flow."""
     options = parse_options("stylize", "opencv", stray.options)
     spec = Job.model_validate({"operation": "stylize", "output": {"url": "s3://bench/x"}, "options": options})
     work = operation.prepare(picture, Inputs(item, options, None, lambda url: Picture(_shipped(REFERENCES[url]))))
@@ -120,7 +110,7 @@ def styled(operation: Any, picture: Picture, item: Item, stray: Stray) -> Measur
 
 
 def photo(rng: np.random.Generator) -> Pixels:
-    """A square part of a photo, RGB [320, 320, 3]."""
+    """A random square crop of a photo, RGB uint8 [320, 320, 3]."""
     pixels = _shipped(PHOTOS[rng.integers(len(PHOTOS))])
     side = int(min(pixels.shape[:2]) * rng.uniform(0.5, 0.95))
     top, left = (rng.integers(length - side + 1) for length in pixels.shape[:2])
@@ -143,9 +133,10 @@ def _shipped(name: str) -> Pixels:
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-def _beside(result: Pixels, source: Pixels, large: Pixels, rounds: int) -> Figure:
+def _relative_cost(result: Pixels, source: Pixels, large: Pixels, rounds: int) -> Figure:
     spec = Job.model_validate({"operation": "remove-background", "output": {"url": "s3://bench/x"}})
-    made, file = Spec("remove-background", "opencv", makes_alpha=True), codec.encode(Picture(large), format="jpeg", quality=90)
+    engine = Spec("remove-background", "opencv", makes_alpha=True)
+    file = codec.encode(Picture(large), format="jpeg", quality=90)
     header = codec.probe(file.data, max_pixels=64_000_000)
     ratios = []
     for _ in range(rounds + 1):
@@ -153,10 +144,9 @@ def _beside(result: Pixels, source: Pixels, large: Pixels, rounds: int) -> Figur
         codec.decode(file.data, header, edge=1600)
         codec.encode(Picture(result), format="png", quality=90)
         middle = time.process_time()
-        check(Picture(result), Picture(source), Work([]), made, spec)
+        check(Picture(result), Picture(source), Work([]), engine, spec)
         ratios.append((time.process_time() - middle) / (middle - start))
-    name = "check of a cut-out / its decoding and encoding, CPU"
-    return _figure(name, median(ratios[1:]), None, "", rounds, least=False)
+    return figure("check of a cut-out / its decoding and encoding, CPU", ratios[1:])
 
 
 def _costs(rounds: int) -> list[Figure]:
@@ -169,27 +159,23 @@ def _costs(rounds: int) -> list[Figure]:
     sides = {
         "a cut-out of 1600 x 1200": (np.dstack([photo, alpha]), photo, Evidence(), "remove-background"),
         "a styled image of 1600 x 1200": (photo, photo, Evidence(), "stylize"),
-        "an inpainting of 4000 x 3000, 2 % filled": (large, large, Evidence(comparable=False, hole=hole), "inpaint"),
+        "an inpainted image of 4000 x 3000, 2 % filled": (large, large, Evidence(comparable=False, hole=hole), "inpaint"),
     }
-    figures = [_beside(*sides["a cut-out of 1600 x 1200"][:2], large, 10 * rounds)]
+    figures = [_relative_cost(*sides["a cut-out of 1600 x 1200"][:2], large, 10 * rounds)]
     for name, (result, source, evidence, operation) in sides.items():
         spec = Job.model_validate({"operation": operation, "output": {"url": "s3://bench/x"}})
-        made = Spec(spec.operation, "opencv", makes_alpha=operation == "remove-background", restyles=operation == "stylize")
+        engine = Spec(spec.operation, "opencv", makes_alpha=operation == "remove-background", restyles=operation == "stylize")
         work = Work([], evidence=evidence)
         times = []
         for _ in range(10 * rounds + 1):
             start = time.process_time()
-            checked = check(Picture(result), Picture(source), work, made, spec)
+            checked = check(Picture(result), Picture(source), work, engine, spec)
             times.append(1000 * (time.process_time() - start))
         bare = ItemResult(index=0, state="done")
-        grown = len(compact(bare.model_copy(update={"quality": checked.measures}))) - len(compact(bare))
-        figures += [
-            _figure(f"check of {name}: CPU", median(times[1:]), None, "ms", rounds, least=False),
-            _figure(f"check of {name}: Redis", grown, None, "bytes", rounds, least=False),
-        ]
+        added = len(compact(bare.model_copy(update={"quality": checked.measures}))) - len(compact(bare))
+        figures += [figure(f"check of {name}: CPU", times[1:], "ms"), figure(f"check of {name}: Redis", added, "bytes")]
     return figures
 
 
 if __name__ == "__main__":
-    for figure in run(*(int(argument) for argument in sys.argv[1:2])):
-        print(json.dumps(figure))
+    print_figures(run)

@@ -1,8 +1,8 @@
-"""A source of photos and an S3 endpoint on the loopback, in one process of their own that is light enough not to show.
+"""A photo server and an S3 endpoint on loopback, in one separate process that uses little CPU.
 
 with Servers(photos, put_delay=0.05) as servers:
-    servers.photo(number, delay=0.1)   # an address; every number's bytes are different
-    servers.s3                         # the endpoint: takes any PUT, has any bucket, keeps nothing
+    servers.photo(number, delay=0.1)   # a URL; each number has different bytes
+    servers.s3                         # the endpoint, which accepts any PUT to any bucket and keeps nothing
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ WIDTH, HEIGHT = 4000, 3000
 
 
 def photos() -> list[bytes]:
-    """12-megapixel JPEGs at quality 90, about 3 MB each: scikit-image's photos, mirrored up to size."""
-    made = []
+    """12-megapixel JPEGs at quality 90, about 3 MB each: scikit-image's photos, tiled by mirroring."""
+    files = []
     for source in (data.astronaut(), data.coffee(), data.rocket(), data.chelsea()):
         more = ((0, HEIGHT - source.shape[0]), (0, WIDTH - source.shape[1]), (0, 0))
         pixels = np.pad(source, more, mode="symmetric")
         done, file = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 90])
         assert done
-        made.append(file.tobytes())
-    return made
+        files.append(file.tobytes())
+    return files
 
 
 class Servers:
-    """Both, from entering to leaving; `put_delay` is seconds that each PUT takes."""
+    """Runs both servers while entered; each PUT takes `put_delay` seconds."""
 
     def __init__(self, files: list[bytes], *, put_delay: float) -> None:
         self._files, self._put_delay, self._next = files, put_delay, 0
@@ -54,22 +54,22 @@ class Servers:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()  # it leaves when nobody holds the other end
+        self._process.stdin.close()  # the process ends when its stdin is closed
         self._process.wait()
         self._folder.cleanup()
 
     def photo(self, number: int, *, delay: float) -> str:
-        """The address of a photo whose answer begins after `delay` seconds."""
+        """URL of a photo whose response starts after `delay` seconds."""
         return f"{self.source}/{round(delay * 1000)}/{number % len(self._files)}/{number}.jpg"
 
     def fresh(self, count: int, *, delay: float) -> list[str]:
-        """So many addresses that were not given before: no result of theirs can be remembered."""
+        """URLs that were not returned before, so that no result can come from the cache."""
         first, self._next = self._next, self._next + count
         return [self.photo(number, delay=delay) for number in range(first, first + count)]
 
 
 class _Http(asyncio.Protocol):
-    """HTTP/1.1 as far as the clients here need it: one request after the other, connections kept, bodies counted."""
+    """As much HTTP/1.1 as the clients here need: sequential requests on kept-alive connections."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
@@ -98,14 +98,14 @@ class _Http(asyncio.Protocol):
             self.respond(*self._request)
 
     def later(self, seconds: float, *parts: bytes) -> None:
-        """Write an answer after a while."""
+        """Write a response after some seconds."""
         if seconds > 0:
             asyncio.get_running_loop().call_later(seconds, self._transport.writelines, parts)
         else:
             self._transport.writelines(parts)
 
     def respond(self, method: str, path: str) -> None:
-        """Answer a request that has arrived whole; each server has its own."""
+        """Respond to a complete request."""
         raise NotImplementedError
 
 
@@ -113,7 +113,7 @@ class _Source(_Http):
     files: tuple[bytes, ...] = ()
 
     def respond(self, method: str, path: str) -> None:
-        """`/milliseconds/photo/number.jpg`; the number goes into a comment inside the file."""
+        """Serve `/MILLISECONDS/PHOTO/NUMBER.jpg`, with the number in a comment inside the file."""
         _, delay, photo, number = path.split("/")
         assert method == "GET"
         file, mark = memoryview(self.files[int(photo)]), number.encode()

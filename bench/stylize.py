@@ -1,12 +1,13 @@
-"""How well the line feeds Stable Diffusion: a whole node beside bare diffusers loops on the same cores, small pipeline.
+"""How well the line feeds Stable Diffusion: a whole node compared with bare diffusers loops on the same cores.
 
     python -m bench.stylize [ROUNDS]
 
-The pipeline is tests/pipelines.py's: the real parts at a fraction of their width, 512 x 512, 10 steps with guidance, so
-that an image takes seconds on a core. Photos are 12-megapixel JPEGs, results 512 pixels long; the source waits 100 ms per
-GET, the store 50 ms per PUT. On each side every core has a process with one thread, as the engine works on CPUs: on the
-bare side a loop around diffusers' own pipeline, whose tensors and embeddings are there already. Its processes are pinned
-as a node's are, memory allocator and all: without that they take a third longer.
+The pipeline comes from tests/pipelines.py: the real architecture at a fraction of the width. It runs at 512 x 512 with
+10 steps and guidance, which takes seconds per image on a core. Photos are 12-megapixel JPEGs, results have a long edge
+of 512 pixels; the source waits 100 ms per GET, the store 50 ms per PUT. On both sides each core has a process with one
+thread, like the engine on CPUs. On the bare side it loops over diffusers' own pipeline with prepared tensors and
+embeddings. Its processes are pinned and set up like a node's, memory allocator included; otherwise they take a third
+longer.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.feeding import Figure, _Process, _say
+from bench.feeding import Partner, reply
+from bench.figures import Figure, figure, print_figures
 from bench.nodes import OurNode, cpu_of, environment
 from bench.servers import Servers, photos
 from imagemill.shared.messages import Job, Output
@@ -38,7 +40,6 @@ SPEC = Job(
 
 
 def run(rounds: int = 5) -> list[Figure]:
-    """Measure `rounds` times; per figure its name, the median, goal, unit, whether the goal holds, and how many rounds."""
     from imagemill.producer.embedded_redis import EmbeddedRedis
     from tests.pipelines import pipeline_folder
 
@@ -64,21 +65,23 @@ def run(rounds: int = 5) -> list[Figure]:
         def bare() -> tuple[float, float]:
             before, start = sum(loop.cpu() for loop in loops), time.perf_counter()
             for loop in loops:
-                loop.tell(images=IMAGES_PER_CORE)
+                loop.send(images=IMAGES_PER_CORE)
             for loop in loops:
-                loop.hear()
+                loop.receive()
             seconds = time.perf_counter() - start
             return images / seconds, (sum(loop.cpu() for loop in loops) - before) / images
 
-        found = [_round({"bare": bare, "ours": ours}, number) for number in range(rounds)]
-        step = [loops[0].ask(steps=4) for _ in range(rounds)]
-    ratio = median(one["ours"][0] / one["bare"][0] for one in found)
-    cpu = median(one["bare"][1] / one["ours"][1] for one in found)
+        results = [_round({"bare": bare, "ours": ours}, number) for number in range(rounds)]
+        step_ratios = [loops[0].ask(steps=4)["ratio"] for _ in range(rounds)]
+    rates = {side: [result[side][0] for result in results] for side in ("bare", "ours")}
+    rate_ratios = [ours / bare for ours, bare in zip(rates["ours"], rates["bare"], strict=True)]
+    cpu_ratios = [result["bare"][1] / result["ours"][1] for result in results]
     return [
-        _figure("whole path, times bare diffusers loops", ratio, rounds, goal=0.95),
-        _figure("CPU of a bare loop, times the whole path's (bears other work on the machine)", cpu, rounds),
-        _figure("device step, times a bare call of the pipeline", median(one["ratio"] for one in step), rounds),
-        *(_figure(name, median(one[name][0] for one in found), rounds, unit="images/s") for name in ("ours", "bare")),
+        figure("stylize: whole path / bare diffusers loops", rate_ratios, "x", 0.95),
+        figure("stylize: CPU of a bare loop / of the whole path (little affected by other load)", cpu_ratios, "x"),
+        figure("stylize: device step / bare call of the pipeline", step_ratios, "x"),
+        figure("stylize: whole path", rates["ours"], "images/s"),
+        figure("stylize: bare diffusers loops", rates["bare"], "images/s"),
     ]
 
 
@@ -88,20 +91,8 @@ def _round(sides: dict[str, Callable[[], tuple[float, float]]], number: int) -> 
     return {name: sides[name]() for name in order}
 
 
-def _figure(name: str, value: float, rounds: int, *, goal: float | None = None, unit: str = "x") -> Figure:
-    holds = None if goal is None else value >= goal
-    return {
-        "name": f"stylize: {name}",
-        "value": float(f"{value:.4g}"),
-        "goal": goal,
-        "unit": unit,
-        "holds": holds,
-        "rounds": rounds,
-    }
-
-
-class _Bare(_Process):
-    """This module as another process."""
+class _Bare(Partner):
+    """The bare loop in another process."""
 
     def __init__(self, weights: str, environment: dict[str, str], folder: Path) -> None:
         folder.mkdir()
@@ -109,7 +100,7 @@ class _Bare(_Process):
         self._command = [sys.executable, "-m", "bench.stylize", "bare", weights]
 
     def cpu(self) -> float:
-        """CPU seconds so far."""
+        """CPU seconds used so far."""
         return cpu_of(self._process.pid)
 
 
@@ -154,15 +145,15 @@ def _run_bare(weights: Path) -> None:
         )
 
     engine, canvas = Pipeline("sd15-canny", Device(weights=weights)), Canvas(pixels, edges, 42)
-    _say(ready=True)
+    reply(ready=True)
     for line in sys.stdin:
-        told = json.loads(line)
-        if "images" in told:
-            for _ in range(told["images"]):
+        message = json.loads(line)
+        if "images" in message:
+            for _ in range(message["images"]):
                 call(options.timesteps)
-            _say(done=True)
-        else:  # the engine's device step beside a bare call, in turn
-            few = options.model_copy(update={"steps": told["steps"]})
+            reply(done=True)
+        else:  # alternate the engine's device step and a bare call
+            few = options.model_copy(update={"steps": message["steps"]})
             spent: dict[str, list[float]] = {"ours": [], "bare": []}
             for turn in range(10):
                 name, start = ("ours", "bare")[turn % 2], time.process_time()
@@ -171,12 +162,11 @@ def _run_bare(weights: Path) -> None:
                 else:
                     call(few.timesteps)
                 spent[name].append(time.process_time() - start)
-            _say(ratio=median(spent["bare"][1:]) / median(spent["ours"][1:]))
+            reply(ratio=median(spent["bare"][1:]) / median(spent["ours"][1:]))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bare"]:
         _run_bare(Path(sys.argv[2]))
     else:
-        for one in run(*(int(argument) for argument in sys.argv[1:2])):
-            print(json.dumps(one))
+        print_figures(run)

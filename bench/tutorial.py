@@ -1,6 +1,6 @@
-"""The worker as tutorials have it, to measure ours beside: one image per message, one at a time, clients made per call.
+"""A worker like those in tutorials, for comparison: one image per message, one after the other, a new S3 client per image.
 
-Its session is made once and images are capped at 1600 pixels: what people who run rembg in a queue soon learn to do.
+It keeps its rembg session and scales images down to 1600 pixels, as people who run rembg in a queue soon learn to do.
 
     celery -A bench.tutorial worker --concurrency 1
 """
@@ -22,7 +22,7 @@ _sessions: list[Any] = []
 
 @app.task(name="tutorial.remove_background")  # type: ignore[untyped-decorator]
 def remove_background(url: str, key: str, scaled_decode: bool = False) -> str:
-    """Fetch, cut out, store. With `scaled_decode` Pillow may decode the JPEG at a smaller size, as few programs let it."""
+    """Fetch, cut out and store. With `scaled_decode` Pillow decodes JPEGs at a reduced size, which few programs use."""
     from rembg import new_session, remove
 
     if not _sessions:

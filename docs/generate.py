@@ -24,13 +24,14 @@ from imagemill.producer.cli import main
 from imagemill.producer.report import REMARKS
 from imagemill.shared import errors
 from imagemill.shared.engines import ENGINES
-from imagemill.shared.messages import JOB_SPEC, Item, ItemResult, row
+from imagemill.shared.messages import Item, ItemResult, Job, row
 from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, Measures, Quality
 from imagemill.shared.settings import Settings
 from imagemill.worker.line.manifest import manifest_line
-from imagemill.worker.models.catalogue import REPOSITORIES, WEIGHTS
+from imagemill.worker.models.catalogue import REPOSITORIES, WEIGHTS, Repository, Weights
 
+ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"^\{\{ (\w+) \}\}$", re.MULTILINE)
 
 
@@ -58,10 +59,10 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...]]:
 def options() -> str:
     """What `--set` takes, per operation and engine."""
     parts = []
-    for operation, engines in ENGINES.items():
-        for engine, model in engines.items():
-            rows = [(f"`{name}`", _default(field), _meaning(field)) for name, field in fields(model) if name != "engine"]
-            parts.append(f"## {operation} with {engine}\n\n{model.__doc__}\n\n{table(('option', 'default', 'meaning'), rows)}")
+    for engine in ENGINES:
+        rows = [(f"`{name}`", _default(field), _meaning(field)) for name, field in fields(engine.options) if name != "engine"]
+        about = table(("option", "default", "meaning"), rows)
+        parts.append(f"## {engine.operation} with {engine.name}\n\n{_doc(engine.options)}\n\n{about}")
     return "\n\n".join(parts)
 
 
@@ -188,9 +189,8 @@ def manifest() -> str:
     item = Item(index=0, source="https://example.com/a.jpg", mask="https://example.com/m.png", duplicate_of=0)
     optional: dict[str, Any] = {"source_format": "jpeg", "source_size": (1, 1), "output_size": (1, 1), "node": "cpu@host"}
     optional |= {"output": "file:///a.png", "code": "timeout", "message": "", "quality": Measures()}
-    spec = JOB_SPEC.validate_python(
-        {"operation": "stylize", "options": {"engine": "diffusion"}, "output": {"url": "file:///results"}}
-    )
+    job = {"operation": "stylize", "options": {"engine": "diffusion"}, "output": {"url": "file:///results"}}
+    spec = Job.model_validate(job)
     line = manifest_line("job", spec, row(item, ItemResult(index=0, state="done", **optional), ended=True), "digest")
     if line.keys() != MANIFEST.keys():
         raise ValueError(f"docs/generate.py: MANIFEST and the manifest differ: {line.keys() ^ MANIFEST.keys()}")
@@ -234,7 +234,8 @@ def presets() -> str:
 def models() -> str:
     """The models that `imagemill models pull` knows."""
     rows = []
-    for each in (*WEIGHTS, *REPOSITORIES):
+    entries: tuple[Weights | Repository, ...] = (*WEIGHTS, *REPOSITORIES)
+    for each in entries:
         size = f"{each.about_bytes / 1e6:.0f} MB" if each.about_bytes else ""
         rows.append((f"`{each.name}`", f"`{each.engine}`", size, each.licence, f"{each.source} {each.revision[:12]}"))
     return table(("model", "engine", "size", "licence", "source, pinned to"), rows)
@@ -245,8 +246,14 @@ def models() -> str:
 
 def python_example() -> str:
     """examples/submit.py; ruff would reformat an include inside a block of Python."""
-    code = (Path(__file__).parents[1] / "examples" / "submit.py").read_text(encoding="utf-8")
-    return f"```python\n{code}```"
+    return f"```python\n{(ROOT / 'examples/submit.py').read_text(encoding='utf-8')}```"
+
+
+def engine_example() -> str:
+    """The engine that the tests add, without the lines that start it."""
+    code = (ROOT / "tests/extra_engine.py").read_text(encoding="utf-8")
+    _, start, rest = code.partition("from __future__")
+    return f"```python\n{start}{rest.partition('if __name__')[0].rstrip()}\n```"
 
 
 def python_api() -> str:
@@ -259,8 +266,6 @@ def python_api() -> str:
 def _public(name: str, value: Any) -> str:
     if inspect.isfunction(value):
         return f"## {name}\n\n```text\n{name}{_signature(value)}\n```\n\n{_doc(value)}"
-    if not inspect.isclass(value):  # an alias of a union
-        return f"## {name}\n\n`{' | '.join(part.__name__ for part in get_args(value))}`"
     parts = [f"## {name}", _doc(value)]
     if issubclass(value, BaseModel) and value is not Settings:
         rows = [(f"`{field}`", f"`{_type(info)}`", _default(info), info.description or "") for field, info in fields(value)]
@@ -320,6 +325,6 @@ PARTS: dict[str, Callable[[], str]] = {
     part.__name__: part
     for part in (
         *(settings, options, command_line, error_codes, exit_codes, manifest, measurements, flags, notes, presets, models),
-        *(python_api, python_example),
+        *(python_api, python_example, engine_example),
     )
 }

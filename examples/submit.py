@@ -10,11 +10,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from imagemill import Client, Output, RemoveBackgroundJob, load_settings, read_sources
+from imagemill import Client, Job, Output, load_settings, read_sources
 
 
 def main(photos: str, results: str) -> None:
-    job = RemoveBackgroundJob(output=Output(url=Path(results).absolute().as_uri(), format="png"))
+    output = Output(url=Path(results).absolute().as_uri(), format="png")
+    job = Job(operation="remove-background", options={"engine": "opencv", "background": "#ffffff"}, output=output)
     with Client(load_settings()) as client:
         submission = client.submit(read_sources([photos], s3=client.s3), job)
         print(f"job {submission.job}: {submission.total} images")

@@ -109,16 +109,26 @@ def cancel(connect: Connect, job: str) -> None:
 @main.command()
 @click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A folder of your own photos.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), show_default=True)
-@click.option("--count", type=click.IntRange(min=1), help="Photos per job; default: all that ship, or 24 of --images.")
-@click.option("--keep", is_flag=True, help="Leave Redis, worker and photos running until Ctrl-C, to try commands on them.")
-def demo(images: Path | None, out: Path, count: int | None, keep: bool) -> None:
-    """Do the main job on this machine, with everything that it needs started and stopped.
+@click.option(
+    "--count", type=click.IntRange(min=1), help="Photos per job; by default all that are built in, or 24 of --images."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "opencv", "rembg"]),
+    default="auto",
+    show_default=True,
+    help="What cuts out; auto is both if the model u2netp (4.6 MB) can be downloaded, otherwise opencv.",
+)
+@click.option("--offline", is_flag=True, help="Download nothing: use u2netp only if it is already here.")
+@click.option("--keep", is_flag=True, help="Keep Redis, the worker and the photo server running until Ctrl-C.")
+def demo(out: Path, **options: Any) -> None:
+    """Try every operation on this machine; everything it needs is started and stopped.
 
-    Three jobs on real photos and a few deliberately bad addresses; results and report.html land in --out.
+    The jobs process real photos and a few deliberately bad URLs; results and report.html are written to --out.
     """
-    from imagemill.producer.demo import run
+    from imagemill.producer.demo import Options, run
 
-    sys.exit(run(out, images=images, count=count, keep=keep, console=terminal.make_console(stderr=True)))
+    sys.exit(run(out, Options(**options), terminal.make_console(stderr=True)))
 
 
 for command in (submit, watch, results, retry, report, presets):

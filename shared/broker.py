@@ -1,4 +1,4 @@
-"""Celery as imagemill uses it: every option that differs from Celery's default, with its reason."""
+"""Celery's configuration: every option that differs from the default, with the reason."""
 
 from __future__ import annotations
 
@@ -14,66 +14,66 @@ from imagemill.shared.queues import MANIFEST_TASK, manifest_queue, queue_name, t
 from imagemill.shared.settings import Settings
 
 KILL_MARGIN = 60.0
-"""Seconds between the soft and the hard time limit of a chunk."""
+"""Seconds between a chunk's soft and hard time limits."""
 
 
 def make_app(settings: Settings) -> Celery:
-    """The Celery application of a producer or a worker. Connects to nothing yet."""
+    """The Celery application of a producer or worker, not yet connected."""
     url = settings.redis_url.get_secret_value()
     hard = settings.worker.time_limit + KILL_MARGIN
-    # Above every time that a message can rightly stay unacknowledged, or Redis would hand it out twice.
+    # Longer than a message can legitimately stay unacknowledged, or it would be delivered twice.
     transport = {
         "visibility_timeout": int(2 * hard),
-        "unacked_restore_interval": 5,  # seconds between looks for messages past that; the default makes it 100
+        "unacked_restore_interval": 5,  # seconds between checks for messages past that; by default 100
         "unacked_restore_throttle": 1,
-        "unacked_mutex_expire": 30,  # a worker killed while it looked must not stop the others for 5 minutes
-        "priority_steps": [0],  # priorities are queues of their own (Redis' steps are approximate): fewer keys to poll
+        "unacked_mutex_expire": 30,  # a worker killed during its check must not block the others' for 5 minutes
+        "priority_steps": [0],  # each priority is its own queue (Redis' steps are approximate): fewer keys to poll
         "queue_order_strategy": "imagemill.shared.queues:PriorityRoundRobin",
-        "health_check_interval": 25,  # 0 would leave a consumer stuck on a half-open connection
-        "socket_timeout": 10,  # the default of 120 s is how long a dead Redis goes unnoticed
+        "health_check_interval": 25,  # 0 leaves a consumer stuck on a half-open connection
+        "socket_timeout": 10,  # with the default, a dead Redis goes unnoticed for 120 s
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
     }
     app = Celery("imagemill", broker=url, set_as_current=False)
     app.conf.update(
-        # Only JSON: a message from a stranger can't run code here.
+        # Only JSON: a forged message can't run code.
         accept_content=["json"],
         task_serializer="json",
         result_serializer="json",
-        # The ledger has the results; a second copy in Redis would have to expire separately.
+        # The ledger holds the results; a second copy would have to expire separately.
         task_ignore_result=True,
-        # A message is acknowledged when its chunk is recorded, so a dead worker's message comes back ...
+        # A message is acknowledged once its chunk is recorded, so it is redelivered if its worker dies ...
         task_acks_late=True,
-        # ... also when a child dies under it; the ledger counts attempts, as Redis counts no deliveries.
+        # ... or only its child process. The ledger counts attempts, since Redis does not count deliveries.
         task_reject_on_worker_lost=True,
-        # On a time-out: acknowledge; the ledger gives the chunk out again and counts. False would requeue without end.
+        # Acknowledge after a timeout: the ledger counts it and reissues the chunk. False would requeue forever.
         task_acks_on_failure_or_timeout=True,
-        # One message per child: what a node holds in reserve, another can't work on.
+        # One message per child process: other nodes can't work on prefetched messages.
         worker_prefetch_multiplier=1,
-        # True loses the task: terminated, marked revoked and acknowledged when Redis is gone for a moment.
+        # True loses tasks: when Redis disappears briefly, it terminates, revokes and acknowledges them.
         worker_cancel_long_running_tasks_on_connection_loss=False,
-        # The default of 4 s kills each replacement child that is still loading its models, for ever.
+        # The default of 4 s kills every replacement child while it loads its models.
         worker_proc_alive_timeout=settings.worker.load_timeout,
-        # The default in this Celery, said aloud: recycling by memory looks at a peak and would reload models after each chunk.
+        # This Celery's default, made explicit: recycling measures peak memory and would reload models after every chunk.
         worker_max_memory_per_child=None,
-        # On TERM our children finish their current images and give the rest back; QUIT waits this long and ends them.
+        # On TERM, children finish their current images and give back the rest; on QUIT they are ended after this time.
         worker_soft_shutdown_timeout=settings.worker.soft_shutdown,
         worker_enable_soft_shutdown_on_idle=True,
         task_time_limit=hard,
         task_soft_time_limit=settings.worker.time_limit,
-        # Redis may come up after us, or go away for as long as it likes.
+        # Redis may start after us, or disappear for any length of time.
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options=transport,
         visibility_timeout=int(2 * hard),
         redis_socket_timeout=10.0,
         redis_socket_keepalive=True,
-        # A producer hears within about 3 s that Redis is gone; what stands in the ledger is published later.
+        # A producer learns within about 3 s that Redis is down; the reaper publishes recorded chunks later.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1.0},
-        # Flower shows tasks by their events.
+        # Flower shows tasks from their events.
         worker_send_task_events=True,
         task_track_started=True,
-        # Logs are set up in imagemill.worker.main; Celery must not replace them.
+        # imagemill.worker.main configures logging; Celery must not replace it.
         worker_hijack_root_logger=False,
         task_default_queue="imagemill.default",
         task_create_missing_queues=True,
@@ -83,18 +83,18 @@ def make_app(settings: Settings) -> Celery:
 
 
 def queues(names: Iterable[str]) -> list[Queue]:
-    """Celery's queue objects for these names, in this order."""
+    """Celery's queues with these names, in this order."""
     return [Queue(name, routing_key=name) for name in names]
 
 
 class Publisher:
-    """Publishes chunks over one connection. Not thread-safe."""
+    """Publishes chunks. Not thread-safe."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
 
     def publish(self, chunks: Iterable[tuple[Chunk, Job]]) -> int:
-        """Publish chunks, each with its job's spec; how many. Raises BrokerUnavailable."""
+        """Publish chunks, each with its job's spec, over one connection; returns how many. Raises BrokerUnavailable."""
         count = 0
         try:
             with (
@@ -120,7 +120,7 @@ class Publisher:
 
 
 def _shown(chunk: Chunk) -> str:
-    """The arguments as Flower shows them: never a wall of addresses."""
+    """The arguments as Flower shows them, short and without URLs."""
     if chunk.number == MANIFEST:
         return f"job={chunk.job}"
     return f"job={chunk.job}, chunk={chunk.number}, images={chunk.images}"

@@ -1,4 +1,4 @@
-"""The connection to Redis that ledger and fleet use, and what its errors mean."""
+"""The connection to Redis of the ledger and the fleet."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from imagemill.shared.errors import BrokerUnavailable, sentence
 
 
 def connect(url: str) -> Any:
-    """A thread-safe client with bounded waits; it connects at the first command. Make one per process, after the fork."""
+    """A thread-safe client with timeouts, which connects on the first command. Create one per process, after the fork."""
     return redis.Redis.from_url(
         url, decode_responses=False, socket_timeout=10, socket_connect_timeout=5, health_check_interval=25
     )
 
 
 def longest_wait(client: Any) -> float:
-    """Seconds that a command may block; the client takes a connection that is silent for longer for dead."""
+    """Seconds that a command may block; the client drops a connection that stays silent for twice as long."""
     return float(client.connection_pool.connection_kwargs["socket_timeout"]) / 2
 
 
 @contextmanager
 def reachable() -> Iterator[None]:
-    """redis-py's errors become BrokerUnavailable at this boundary."""
+    """Turns redis-py's errors into BrokerUnavailable."""
     try:
         yield
     except redis.RedisError as error:
@@ -33,6 +33,6 @@ def reachable() -> Iterator[None]:
 
 
 def now_ms(client: Any) -> int:
-    """Milliseconds since the epoch by Redis' own clock, which all hosts share."""
+    """Milliseconds since the epoch by Redis' clock, which all hosts share."""
     seconds, micros = client.time()
     return int(seconds * 1000 + micros // 1000)

@@ -1,17 +1,17 @@
-"""Every error that imagemill raises on purpose, in one tree.
+"""All errors that imagemill raises deliberately.
 
     ImagemillError
-    ├── UsageError                   exit 2: what was asked for is wrong
+    ├── UsageError                   exit 2: the request is wrong
     │   ├── InvalidOption
     │   ├── InvalidPreset
     │   ├── InvalidSource
     │   ├── JobNotFound
     │   └── MissingExtra
-    ├── ConfigurationError           exit 2: how this process is set up is wrong
-    ├── ServiceUnavailable           exit 3: something that we depend on does not answer
+    ├── ConfigurationError           exit 2: the settings are wrong
+    ├── ServiceUnavailable           exit 3: a service does not respond
     │   └── BrokerUnavailable
-    ├── DeviceLost                   the process ends: its GPU answers it with errors only
-    └── ImageError                   one image fails, its neighbours do not
+    ├── DeviceLost                   the process must end: its GPU only returns errors
+    └── ImageError                   one image fails, the others do not
         ├── UnsupportedUrl  ForbiddenAddress  AccessDenied  NotFound  TooLarge  TooManyRedirects
         ├── Timeout  Unreachable  ServerError  HttpError          (fetch)
         ├── EmptyFile  NotAnImage  Truncated  TooManyPixels       (codec)
@@ -20,8 +20,9 @@
         ├── StorageUnavailable  StorageRefused                    (store)
         └── WorkerLost  InternalError                             (flow)
 
-Each leaf has a stable `code`, which is part of the public interface, and says whether trying
-again can help. Foreign exceptions are translated where they enter, with `raise ... from`.
+Each leaf has a `code`, which is public and stable, and `retryable`, whether a retry can help.
+Exceptions of libraries are translated where they enter, with `raise ... from`. The first line of a class's docstring
+says what its code means to a user, the rest what to do about it; the documentation prints both.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, ClassVar
 
 
 class ImagemillError(Exception):
-    """Base of all; `message` is one sentence for a person."""
+    """Base class; `message` is one sentence for a person."""
 
     code: ClassVar[str] = "error"
     retryable: ClassVar[bool] = False
@@ -43,28 +44,31 @@ class ImagemillError(Exception):
 
 
 class UsageError(ImagemillError):
-    """What was asked for can't be done as asked."""
+    """The request can't be carried out as given."""
 
     code = "usage"
     exit_code = 2
 
 
 class InvalidOption(UsageError):
-    """An option that does not exist, or a value outside its range."""
+    """An option does not exist, or its value is out of range."""
 
     code = "invalid_option"
 
 
 class InvalidPreset(UsageError):
-    """A preset that can't be read or used; the message begins with its file and line."""
+    """A preset can't be read or used.
+
+    The message starts with its file and line.
+    """
 
     code = "invalid_preset"
 
 
 class InvalidSource(UsageError):
-    """A list that can't be read, or rows of it that aren't images' addresses.
+    """The list of images can't be read, or some of its rows are not image URLs.
 
-    `rows` has the first bad ones, each with `place`, `reason` and `text` (imagemill.producer.sources.BadRow).
+    Fix these rows, or skip them with --skip-invalid. `rows` holds the first bad ones (imagemill.producer.sources.BadRow).
     """
 
     code = "invalid_source"
@@ -75,26 +79,32 @@ class InvalidSource(UsageError):
 
 
 class JobNotFound(UsageError):
-    """No job of that name; it may have expired."""
+    """There is no job with this ID; it may have expired."""
 
     code = "job_not_found"
 
 
 class MissingExtra(UsageError):
-    """A part of imagemill that isn't installed; the message has the install command."""
+    """A part of imagemill is not installed.
+
+    The message contains the install command.
+    """
 
     code = "missing_extra"
 
 
 class ConfigurationError(ImagemillError):
-    """This process is set up so that it can't work."""
+    """A setting is wrong or missing.
+
+    The message names the variable.
+    """
 
     code = "configuration"
     exit_code = 2
 
 
 class ServiceUnavailable(ImagemillError):
-    """Something that imagemill depends on does not answer."""
+    """A service that imagemill needs does not respond."""
 
     code = "service_unavailable"
     retryable = True
@@ -102,77 +112,89 @@ class ServiceUnavailable(ImagemillError):
 
 
 class BrokerUnavailable(ServiceUnavailable):
-    """Redis does not answer, refuses the password or is full."""
+    """Redis does not respond, rejects the password or is out of memory."""
 
     code = "broker_unavailable"
 
 
 class DeviceLost(ImagemillError):
-    """The device is of no more use to this process, which must end; another one may work on it."""
+    """The GPU returns only errors to this process, which must end; a new process may be able to use it."""
 
     code = "device_lost"
     retryable = True
 
 
 class ImageError(ImagemillError):
-    """One image fails; its neighbours do not. `tries` says how often it was tried before this was raised."""
+    """One image failed; the job's other images are not affected.
+
+    `tries` is how often it was tried before.
+    """
 
     code = "image_error"
     tries: int = 1
 
 
 class UnsupportedUrl(ImageError):
-    """A scheme other than http, https, s3 and file, or no host."""
+    """The URL's scheme is not http, https, s3 or file, or it has no host."""
 
     code = "unsupported_url"
 
 
 class ForbiddenAddress(ImageError):
-    """The address, or one it redirects to, lies where workers may not go."""
+    """Workers may not fetch from this URL or one it redirects to.
+
+    Allow private hosts with IMAGEMILL_FETCH__ALLOW_HOSTS, and folders with IMAGEMILL_FILES__READ_ROOTS.
+    """
 
     code = "forbidden_address"
 
 
 class AccessDenied(ImageError):
-    """The server answered 401 or 403."""
+    """The server denied access (status 401 or 403).
+
+    Use a presigned link, or check the S3 keys.
+    """
 
     code = "access_denied"
 
 
 class NotFound(ImageError):
-    """The server answered 404 or 410, or the file or object isn't there."""
+    """The image does not exist (status 404 or 410, or no such file or object)."""
 
     code = "not_found"
 
 
 class TooLarge(ImageError):
-    """More bytes than the limit."""
+    """The file is larger than IMAGEMILL_FETCH__MAX_BYTES."""
 
     code = "too_large"
 
 
 class TooManyRedirects(ImageError):
-    """More redirects than the limit."""
+    """The URL redirects more often than IMAGEMILL_FETCH__MAX_REDIRECTS."""
 
     code = "too_many_redirects"
 
 
 class Timeout(ImageError):
-    """The server did not connect, or did not finish, in time."""
+    """The download did not start or finish in time."""
 
     code = "timeout"
     retryable = True
 
 
 class Unreachable(ImageError):
-    """No such host, connection refused or broken off, or TLS failed."""
+    """The server can't be reached: unknown host, refused or lost connection, or a TLS error."""
 
     code = "unreachable"
     retryable = True
 
 
 class ServerError(ImageError):
-    """The server answered 5xx or 429; `retry_after` is how many seconds it asked to wait."""
+    """The server failed or is busy (status 5xx or 429).
+
+    `retry_after` is how many seconds it asked to wait.
+    """
 
     code = "server_error"
     retryable = True
@@ -180,91 +202,97 @@ class ServerError(ImageError):
 
 
 class HttpError(ImageError):
-    """The server answered with another status that is no success."""
+    """The server responded with an unexpected status."""
 
     code = "http_error"
 
 
 class EmptyFile(ImageError):
-    """Zero bytes."""
+    """The file is empty."""
 
     code = "empty_file"
 
 
 class NotAnImage(ImageError):
-    """The bytes are of no image format that imagemill reads."""
+    """The file is not in an image format that imagemill reads."""
 
     code = "not_an_image"
 
 
 class Truncated(ImageError):
-    """The image's data ends early or is damaged."""
+    """The image file is damaged or incomplete."""
 
     code = "truncated"
 
 
 class TooManyPixels(ImageError):
-    """More pixels than the limit; refused before they are decoded."""
+    """The image has more pixels than IMAGEMILL_WORKER__MAX_PIXELS; it was not decoded."""
 
     code = "too_many_pixels"
 
 
 class BadMask(ImageError):
-    """The mask is missing, unreadable, or does not fit its image."""
+    """The mask is missing or unreadable, or does not fit the image."""
 
     code = "bad_mask"
 
 
 class BadReference(ImageError):
-    """The job's reference image can't be read."""
+    """The reference image can't be read."""
 
     code = "bad_reference"
 
 
 class OperationFailed(ImageError):
-    """The operation can't be done on this image."""
+    """The operation can't process this image."""
 
     code = "operation_failed"
 
 
 class UnsafeContent(ImageError):
-    """The safety checker that the operator has turned on refused the result."""
+    """The safety checker rejected the result.
+
+    IMAGEMILL_DIFFUSION__SAFETY_CHECKER turns it on or off.
+    """
 
     code = "unsafe_content"
 
 
 class OutOfMemory(ImageError):
-    """The image does not fit into memory, even alone."""
+    """The image does not fit into memory, even in a batch of one."""
 
     code = "out_of_memory"
 
 
 class StorageUnavailable(ImageError):
-    """The store did not take the result, after retries."""
+    """The result could not be stored, even after retries."""
 
     code = "storage_unavailable"
     retryable = True
 
 
 class StorageRefused(ImageError):
-    """The store says no: no such bucket, no permission, a folder that isn't allowed."""
+    """The result may not be stored here: no such bucket, no permission, or a folder that is not allowed.
+
+    Allow folders with IMAGEMILL_FILES__WRITE_ROOTS.
+    """
 
     code = "storage_refused"
 
 
 class WorkerLost(ImageError):
-    """The worker process died each time it worked on this image."""
+    """The worker process died every time it processed this image."""
 
     code = "worker_lost"
 
 
 class InternalError(ImageError):
-    """A fault in imagemill; the worker's log has the traceback."""
+    """A bug in imagemill; the worker's log has the traceback."""
 
     code = "internal_error"
 
 
 def sentence(error: BaseException) -> str:
-    """The first line of an error, for logs and for wrapping foreign errors into a message."""
+    """The first line of an error's message, at most 300 characters, for logs and for the messages of our own errors."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]

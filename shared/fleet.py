@@ -1,11 +1,11 @@
-"""What is known of the nodes: who is there, how fast they are, and whether a child answers.
+"""The worker nodes: which are alive, how fast they are, and whether their child processes respond.
 
 Keys, all below `imagemill:`:
 
-    nodes            hash  node -> its last report
+    nodes            hash  node -> its latest report
     rates            hash  queue|node -> images per second
-    memory           hash  node -> highest share of its GPU's memory that was in use, and how often it was above 90 %
-    canary:{token}   list  one entry when the canary task has run
+    memory           hash  node -> peak share of GPU memory in use, and number of batches above 90 %
+    canary:{token}   list  one entry once the canary task has run
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from imagemill.shared.messages import Node
 from imagemill.shared.settings import Settings
 
 NODE_SECONDS = 20
-"""A node that has not reported itself for this long is taken for dead."""
+"""A node counts as dead when its latest report is older."""
 FORGET_SECONDS = 3600
 RATE_SECONDS = 3600
 CANARY_SECONDS = 600
 
 
 class Fleet:
-    """Thread-safe; make one per process, after the fork. Every method raises BrokerUnavailable when Redis can't be reached."""
+    """Reads and writes the state of nodes. Thread-safe; create one per process, after the fork.
+
+    Every method raises BrokerUnavailable when Redis is unreachable or refuses a command.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -32,27 +35,27 @@ class Fleet:
 
     @classmethod
     def of(cls, settings: Settings) -> Fleet:
-        """The fleet that `settings` name."""
+        """The fleet at the settings' Redis."""
         return cls(settings.redis_url.get_secret_value())
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._redis.close()
 
     @reachable()
     def report_node(self, node: Node) -> None:
-        """A node says that it is there."""
+        """Report that a node is alive, and its state."""
         stamped = node.model_copy(update={"seen": now_ms(self._redis) / 1000})
         self._redis.hset("imagemill:nodes", node.node, stamped.model_dump_json())
 
     @reachable()
     def forget_node(self, node: str) -> None:
-        """A node says that it stops."""
+        """Remove a node that is stopping."""
         self._redis.hdel("imagemill:nodes", node)
 
     @reachable()
     def nodes(self) -> list[Node]:
-        """The nodes that are alive, by name; those that have been silent for an hour are forgotten."""
+        """The live nodes, sorted by name; forgets nodes that have been silent for an hour."""
         now = now_ms(self._redis) / 1000
         known = [Node.model_validate_json(raw) for raw in self._redis.hvals("imagemill:nodes")]
         for node in known:
@@ -62,36 +65,36 @@ class Fleet:
 
     @reachable()
     def report_rate(self, queue: str, node: str, images_per_second: float) -> None:
-        """How fast a node works through a queue's images; remembered for an hour after the last report."""
+        """Report a node's speed on a queue; kept for an hour after the latest report."""
         self._redis.hset("imagemill:rates", f"{queue}|{node}", f"{images_per_second:.4g}")
         self._redis.expire("imagemill:rates", RATE_SECONDS)
 
     @reachable()
     def rates(self, queue: str) -> list[float]:
-        """Images per second of the nodes that have worked on a queue lately."""
+        """Images per second of each node that has recently worked on a queue."""
         known = self._redis.hgetall("imagemill:rates")
         return [float(rate) for field, rate in known.items() if field.decode().split("|")[0] == queue]
 
     @reachable()
     def report_memory(self, node: str, share: float, flagged: int) -> None:
-        """How full a node's GPU was at most, and how many batches took it above 90 %, since its engines were loaded."""
+        """Report a node's peak share of GPU memory and its number of batches above 90 %, since it loaded its engines."""
         self._redis.hset("imagemill:memory", node, f"{share:.3f} {flagged}")
         self._redis.expire("imagemill:memory", RATE_SECONDS)
 
     @reachable()
     def memory(self) -> dict[str, tuple[float, int]]:
-        """Per node that has worked lately what it reported: share and count."""
-        told = {node.decode(): raw.split() for node, raw in self._redis.hgetall("imagemill:memory").items()}
-        return {node: (float(share), int(flagged)) for node, (share, flagged) in told.items()}
+        """The latest (peak share, batches above 90 %) by node; kept for an hour after the latest report."""
+        reports = {node.decode(): raw.split() for node, raw in self._redis.hgetall("imagemill:memory").items()}
+        return {node: (float(share), int(flagged)) for node, (share, flagged) in reports.items()}
 
     @reachable()
     def answer_canary(self, token: str) -> None:
-        """A child says that it has run the canary task with this token."""
+        """Report that a child process has run the canary task with this token."""
         self._redis.lpush(f"imagemill:canary:{token}", 1)
         self._redis.expire(f"imagemill:canary:{token}", CANARY_SECONDS)
 
     @reachable()
     def await_canary(self, token: str, seconds: float) -> bool:
-        """Whether that happens within `seconds`."""
+        """Whether the canary task with this token runs within `seconds`."""
         with redis.Redis.from_url(self._url, socket_timeout=seconds + 5) as waiting:
             return waiting.blpop([f"imagemill:canary:{token}"], timeout=seconds) is not None

@@ -1,14 +1,13 @@
-"""S3 through boto3: clients, links, buckets, listings, and what botocore's errors mean.
+"""S3 through boto3: clients, presigned links, buckets, listings, and botocore's errors translated.
 
-boto3 takes half a second to import, so it is imported where it is needed and not by every command.
+boto3 takes half a second to import, so functions import it when they need it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from imagemill.shared.errors import (
@@ -16,6 +15,7 @@ from imagemill.shared.errors import (
     ConfigurationError,
     HttpError,
     ImageError,
+    ImagemillError,
     InvalidOption,
     InvalidSource,
     NotFound,
@@ -31,11 +31,11 @@ from imagemill.shared.errors import (
 from imagemill.shared.settings import S3Settings
 
 S3Client = Any
-"""A boto3 S3 client; boto3 makes the class at run time. Thread-safe, but not to be shared across a fork."""
+"""A boto3 S3 client, whose class boto3 creates at run time. Thread-safe, but don't share it across a fork."""
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 LONGEST_LINK = 7 * 24 * 3600
-"""Seconds; the limit of signature version 4."""
+"""Seconds; the maximum of signature version 4."""
 
 MISSING = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "404"})
 DENIED = frozenset(
@@ -50,39 +50,25 @@ DENIED = frozenset(
         "403",
     }
 )
-# BadDigest: the bytes were damaged on their way, so sending them again helps.
+# BadDigest: the bytes were damaged in transit, so a retry helps.
 BUSY = frozenset(
     {"SlowDown", "BadDigest", "InternalError", "ServiceUnavailable", "OperationAborted", "429", "500", "502", "503", "504"}
 )
-# MalformedXML: a server that takes the rules for another request, as Swift does.
+# MalformedXML: the server mistakes the rules for a different request, as Swift does.
 NO_LIFECYCLE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML"})
 SLOW = frozenset({"RequestTimeout", "408"})
 
 
 def make_client(settings: S3Settings) -> S3Client:
-    """A client with a session of its own: one per process, made after the fork.
+    """A client with its own session; create one per process, after the fork.
 
-    Raises ConfigurationError for an address, region or profile that boto3 can't use.
+    Raises ConfigurationError for an endpoint, region or profile that boto3 can't use.
     """
     return _client(settings, settings.endpoint_url)
 
 
-def lazy_client(settings: S3Settings) -> Callable[[], S3Client]:
-    """A function that gives the process's one client and makes it at its first call; thread-safe."""
-    lock = threading.Lock()
-    made: list[S3Client] = []
-
-    def client() -> S3Client:
-        with lock:
-            if not made:
-                made.append(make_client(settings))
-            return made[0]
-
-    return client
-
-
 def make_signer(settings: S3Settings) -> S3Client:
-    """A client for `presign` only: links carry the address under which browsers reach the server."""
+    """A client for `presign` only: its links use the URL at which browsers reach the server."""
     return _client(settings, settings.public_url or settings.endpoint_url)
 
 
@@ -96,17 +82,17 @@ def _client(settings: S3Settings, endpoint: str | None) -> S3Client:
         read_timeout=30,
         retries={"total_max_attempts": 4, "mode": "standard"},
         max_pool_connections=settings.connections,
-        # Unset, boto3 signs links for old regions with version 2, which newer servers refuse.
+        # By default boto3 signs links for old regions with version 2, which newer servers reject.
         signature_version="s3v4",
-        # The checksums that boto3 adds by default are unknown to older MinIO; we send Content-MD5.
+        # Older MinIO does not know the checksums that boto3 adds by default; we send Content-MD5.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        # MinIO and its like have no DNS name per bucket.
+        # MinIO and similar servers have no DNS name per bucket.
         s3={"addressing_style": "path" if endpoint else "auto"},
     )
     try:
         return boto3.Session().client("s3", endpoint_url=endpoint, region_name=settings.region, config=config)
-    except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no address
+    except (BotoCoreError, ValueError) as error:  # ValueError: the endpoint is not a URL
         raise ConfigurationError(f"S3 at {endpoint or 'AWS'}: {sentence(error)}") from error
 
 
@@ -115,14 +101,14 @@ def split(url: str) -> tuple[str, str]:
     scheme, mark, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme.lower() != "s3" or not mark or not bucket:
-        raise UnsupportedUrl(f"{url!r} is no s3://bucket/key")
+        raise UnsupportedUrl(f"{url!r} is not of the form s3://bucket/key")
     return bucket, key
 
 
 def presign(signer: S3Client, url: str, seconds: int) -> str:
-    """A link by which anyone can read `s3://bucket/key` for `seconds`, at most seven days."""
+    """A link with which anyone can read `s3://bucket/key` for `seconds`, at most seven days."""
     if not 1 <= seconds <= LONGEST_LINK:
-        raise InvalidOption(f"a link lasts 1 to {LONGEST_LINK} seconds, not {seconds}")
+        raise InvalidOption(f"a link can last 1 to {LONGEST_LINK} seconds, not {seconds}")
     bucket, key = split(url)
     with storing(url):
         link: str = signer.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds)
@@ -130,18 +116,18 @@ def presign(signer: S3Client, url: str, seconds: int) -> str:
 
 
 def ensure_bucket(client: S3Client, bucket: str, create: bool, region: str) -> None:
-    """The bucket is there afterwards: found, or made where `create` allows it.
+    """Check that a bucket exists; create it if it doesn't and `create` is set.
 
-    Raises StorageRefused where it is missing and may not be made, or belongs to someone else,
-    StorageUnavailable where the server does not answer.
+    Raises StorageRefused if it is missing and `create` is not set, or if it belongs to someone else;
+    StorageUnavailable if the server does not respond.
     """
     if _exists(client, bucket):
         return
     if not create:
-        raise StorageRefused(f"there is no bucket {bucket!r}; make it, or set IMAGEMILL_S3__CREATE_BUCKET=true")
+        raise StorageRefused(f"there is no bucket {bucket!r}; create it, or set IMAGEMILL_S3__CREATE_BUCKET=true")
     from botocore.exceptions import ClientError
 
-    # AWS refuses its oldest region as a location, and demands every other one.
+    # AWS rejects its oldest region as a location constraint and requires one for every other region.
     where = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
     with storing(f"bucket {bucket!r}"):
         try:
@@ -149,7 +135,7 @@ def ensure_bucket(client: S3Client, bucket: str, create: bool, region: str) -> N
         except ClientError as error:
             if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists", "OperationAborted"):
                 raise
-            client.head_bucket(Bucket=bucket)  # another worker was quicker, or it is someone else's: then this is refused
+            client.head_bucket(Bucket=bucket)  # raises unless it was another worker that created it
 
 
 def _exists(client: S3Client, bucket: str) -> bool:
@@ -163,21 +149,21 @@ def _exists(client: S3Client, bucket: str) -> bool:
                 return False
             if error.response["Error"]["Code"] not in DENIED:
                 raise
-            # Keys that may only write can't ask for the bucket itself; whether they may write is seen on writing.
+            # Write-only keys may not query the bucket; the first upload shows whether they may write.
     return True
 
 
 def expire_after(client: S3Client, bucket: str, prefix: str, days: int) -> None:
-    """Ask the server to delete what lies below `prefix` after `days`; its other lifecycle rules stay.
+    """Add a lifecycle rule that deletes objects below `prefix` after `days`; the bucket's other rules stay.
 
-    Asked again for the same prefix, the new number of days replaces the old. Raises InvalidOption
-    without a prefix, since that would empty the whole bucket.
+    A second call for the same prefix replaces the number of days. Raises InvalidOption
+    without a prefix, since the rule would empty the whole bucket.
     """
     from botocore.exceptions import ClientError
 
     prefix = prefix.strip("/")
     if not prefix or days < 1:
-        raise InvalidOption("expiry needs a prefix in the output's address and at least one day")
+        raise InvalidOption("expiry needs a prefix in the output URL and at least one day")
     rule_id = f"imagemill-{hashlib.sha256(prefix.encode()).hexdigest()[:16]}"
     rule = {"ID": rule_id, "Status": "Enabled", "Filter": {"Prefix": f"{prefix}/"}, "Expiration": {"Days": days}}
     with storing(f"the lifecycle rules of bucket {bucket!r}"):
@@ -187,9 +173,7 @@ def expire_after(client: S3Client, bucket: str, prefix: str, days: int) -> None:
         except ClientError as error:
             if error.response["Error"]["Code"] not in NO_LIFECYCLE:
                 raise
-            raise StorageRefused(
-                f"the S3 server of bucket {bucket!r} does not offer expiry; leave --expire-days out"
-            ) from error
+            raise StorageRefused(f"the S3 server of bucket {bucket!r} does not offer expiry; omit --expire-days") from error
 
 
 def _lifecycle_rules(client: S3Client, bucket: str) -> list[dict[str, Any]]:
@@ -205,21 +189,16 @@ def _lifecycle_rules(client: S3Client, bucket: str) -> list[dict[str, Any]]:
 
 
 def list_images(client: S3Client, url: str) -> Iterator[str]:
-    """The `s3://` addresses of the images below `s3://bucket/prefix`, page by page, in the order of their keys.
+    """The `s3://` URLs of the images below `s3://bucket/prefix`, page by page, in key order.
 
-    Raises InvalidSource where the bucket can't be listed, ServiceUnavailable where the server does not answer.
+    Raises InvalidSource if the bucket can't be listed, ServiceUnavailable if the server does not respond.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     bucket, prefix = split(url)
-    try:
+    with _translated(url, ServiceUnavailable, InvalidSource):
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for entry in page.get("Contents", []):
                 if _is_image(entry["Key"]):
                     yield f"s3://{bucket}/{entry['Key']}"
-    except (BotoCoreError, ClientError) as error:
-        found = translate(error, url)
-        raise (ServiceUnavailable if found.retryable else InvalidSource)(found.message) from error
 
 
 def _is_image(key: str) -> bool:
@@ -227,29 +206,33 @@ def _is_image(key: str) -> bool:
     return "." in name and f".{name.rpartition('.')[2].lower()}" in IMAGE_EXTENSIONS
 
 
+def storing(what: str) -> AbstractContextManager[None]:
+    """Turns botocore's errors into StorageUnavailable or StorageRefused."""
+    return _translated(what, StorageUnavailable, StorageRefused)
+
+
 @contextmanager
-def storing(what: str) -> Iterator[None]:
-    """Botocore's errors inside become StorageUnavailable or StorageRefused."""
+def _translated(what: str, unavailable: type[ImagemillError], refused: type[ImagemillError]) -> Iterator[None]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except (BotoCoreError, ClientError) as error:
-        found = translate(error, what)
-        raise (StorageUnavailable if found.retryable else StorageRefused)(found.message) from error
+        meaning = translate(error, what)
+        raise (unavailable if meaning.retryable else refused)(meaning.message) from error
 
 
 def translate(error: Exception, what: str) -> ImageError:
-    """What a BotoCoreError or ClientError means for reading `what`, an address or a name that may be shown."""
+    """The ImageError for a BotoCoreError or ClientError about `what`, a URL or name without secrets."""
     from botocore.exceptions import ClientError
 
     return _from_answer(error, what) if isinstance(error, ClientError) else _from_client(error, what)
 
 
 def _from_answer(error: Any, what: str) -> ImageError:
-    """The server answered, with an S3 error code or a bare status."""
-    told = error.response.get("Error", {})
-    code = str(told.get("Code", ""))
+    """The server answered with an S3 error code or just a status."""
+    body = error.response.get("Error", {})
+    code = str(body.get("Code", ""))
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if code == "NoSuchBucket":
         return NotFound(f"{what}: there is no such bucket")
@@ -258,27 +241,27 @@ def _from_answer(error: Any, what: str) -> ImageError:
     if code in DENIED or status in (401, 403):
         return AccessDenied(f"{what}: the S3 server refuses access ({code or status})")
     if code in SLOW:
-        return Timeout(f"{what}: the S3 server gave up waiting ({code})")
+        return Timeout(f"{what}: the S3 server timed out ({code})")
     if code == "NotImplemented" or status == 501:
-        return HttpError(f"{what}: this S3 server does not offer that (NotImplemented)")
+        return HttpError(f"{what}: this S3 server does not support the request (NotImplemented)")
     if code in BUSY or status == 429 or status >= 500:
-        return ServerError(f"{what}: the S3 server is in trouble ({code or status})")
-    return HttpError(f"{what}: the S3 server answered {code or status}")
+        return ServerError(f"{what}: the S3 server failed or is busy ({code or status})")
+    return HttpError(f"{what}: the S3 server responded {code or status}")
 
 
 def _from_client(error: Exception, what: str) -> ImageError:
-    """No answer, or the request was never sent. Botocore's own sentences name hosts and paths, no keys or signatures."""
+    """No answer, or no request was sent. Botocore's own messages contain hosts and paths, but no keys or signatures."""
     from botocore import exceptions as boto
 
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):
-        return Timeout(f"{what}: the S3 server did not answer in time")
+        return Timeout(f"{what}: the S3 server did not respond in time")
     network = boto.ConnectionError | boto.HTTPClientError
     if isinstance(error, network | boto.IncompleteReadError | boto.ChecksumError | boto.FlexibleChecksumError):
-        return Unreachable(f"{what}: no connection to the S3 server, or it broke off ({type(error).__name__})")
+        return Unreachable(f"{what}: no connection to the S3 server, or it was lost ({type(error).__name__})")
     keys = boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError | boto.ProfileNotFound
     tokens = boto.NoAuthTokenError | boto.TokenRetrievalError | boto.SSOError | boto.LoginError | boto.MetadataRetrievalError
     if isinstance(error, keys | tokens):
         return AccessDenied(f"{what}: no usable S3 keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, boto.ParamValidationError):
-        return UnsupportedUrl(f"{what} is no name that S3 accepts")
+        return UnsupportedUrl(f"{what} is not a name that S3 accepts")
     return HttpError(f"{what}: {sentence(error)}")

@@ -1,6 +1,6 @@
-"""Settings of producers and workers: from the environment, a `.env` file, or flags.
+"""Settings of producers and workers, from the environment, a `.env` file or flags.
 
-Built once in `cli` or `main` and passed on; nothing reads the environment at import.
+`cli` or `main` load them once and pass them on; importing a module reads no environment variables.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ BETWEEN = "__"
 
 
 def _from_json(value: object) -> object:
-    """A list as a variable holds it. Read here and not by pydantic-settings, whose errors don't name the variable."""
+    """A list, given as JSON. Not left to pydantic-settings, whose errors don't name the variable."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError:
-        raise ValueError('a JSON list is expected, such as ["one", "two"]') from None
+        raise ValueError('expected a JSON list, such as ["one", "two"]') from None
 
 
 LIST = BeforeValidator(_from_json)
@@ -37,7 +37,7 @@ LIST = BeforeValidator(_from_json)
 
 def _in_64s(size: str) -> str:
     if any(int(side) % 64 or int(side) == 0 for side in size.split("x")):
-        raise ValueError("the sides of a compiled model's size are multiples of 64")
+        raise ValueError("the width and height of a compiled model must be multiples of 64")
     return size
 
 
@@ -49,117 +49,131 @@ class Group(BaseModel):
 
 
 class S3Settings(Group):
-    """Where S3 is. Keys come from the AWS variables and files, as boto3 knows them."""
+    """The S3 server. Keys come from the AWS environment variables and files that boto3 reads."""
 
-    endpoint_url: str | None = Field(None, description="address of MinIO or another S3 server; empty is AWS")
-    public_url: str | None = Field(None, description="address under which browsers reach the S3 server, for presigned links")
+    endpoint_url: str | None = Field(None, description="URL of MinIO or another S3 server; empty: AWS")
+    public_url: str | None = Field(
+        None, description="URL at which browsers reach the S3 server, for presigned links; empty: the endpoint URL"
+    )
     region: str = Field("us-east-1", description="region of the buckets")
-    create_bucket: bool = Field(False, description="create a missing output bucket on demand")
-    connections: int = Field(32, ge=1, description="connections kept per process")
+    create_bucket: bool = Field(False, description="create the output bucket if it does not exist")
+    connections: int = Field(32, ge=1, description="connections per process")
 
 
 class FetchSettings(Group):
-    """Limits on downloads."""
+    """Limits on image downloads."""
 
-    connect_timeout: float = Field(5.0, gt=0, description="seconds to connect")
-    total_timeout: float = Field(60.0, gt=0, description="seconds for one download, redirects included")
-    max_bytes: int = Field(64 * 2**20, gt=0, description="bytes of one image file")
-    max_redirects: int = Field(5, ge=0, description="redirects followed")
+    connect_timeout: float = Field(5.0, gt=0, description="seconds to establish a connection")
+    total_timeout: float = Field(60.0, gt=0, description="seconds for one download, including redirects")
+    max_bytes: int = Field(64 * 2**20, gt=0, description="largest image file, in bytes")
+    max_redirects: int = Field(5, ge=0, description="most redirects to follow")
     allow_hosts: Annotated[tuple[str, ...], LIST] = Field(
-        (), description="hosts allowed although their address is private; JSON list"
+        (), description="hosts to allow although their addresses are private; JSON list"
     )
     allow_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], LIST] = Field(
-        (), description="networks allowed although private; JSON list"
+        (), description="private networks to allow; JSON list"
     )
-    threads: int = Field(16, ge=1, le=256, description="images fetched and prepared at a time, per child")
+    threads: int = Field(16, ge=1, le=256, description="images downloaded and prepared in parallel, per child process")
 
 
 class FileSettings(Group):
-    """Folders that file:// addresses may name; none by default."""
+    """Folders that file:// URLs may point to; none by default."""
 
-    read_roots: Annotated[tuple[Path, ...], LIST] = Field((), description="folders that images may be read from; JSON list")
-    write_roots: Annotated[tuple[Path, ...], LIST] = Field(
-        (), description="folders that results may be written below; JSON list"
-    )
+    read_roots: Annotated[tuple[Path, ...], LIST] = Field((), description="folders from which images may be read; JSON list")
+    write_roots: Annotated[tuple[Path, ...], LIST] = Field((), description="folders to which results may be written; JSON list")
 
 
 class WeightsSettings(Group):
-    """The models' files."""
+    """Model files."""
 
     folder: Path = Field(
-        Path("~/.cache/imagemill/weights"), description="where `imagemill models pull` puts them, and nodes read them"
+        Path("~/.cache/imagemill/weights"),
+        description="folder to which `imagemill models pull` downloads models, and from which nodes load them",
     )
-    mirror: str | None = Field(None, description="address of a server that has the files under their own hosts' paths")
+    mirror: str | None = Field(None, description="URL of a mirror that serves the model files under their original paths")
 
 
 class OnnxSettings(Group):
-    """How models run on onnxruntime."""
+    """Models on ONNX Runtime."""
 
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
-        "auto", description="what models run on: auto is cuda on a GPU's node, else cpu"
+        "auto", description="execution provider; auto: cuda on a node with a GPU, otherwise cpu"
     )
-    gpu_mem_limit: int | None = Field(None, gt=0, description="bytes of GPU memory that a session may take; empty is no limit")
-    int8: bool = Field(False, description="models in 8 bits, where `imagemill models quantize` has made them")
+    gpu_mem_limit: int | None = Field(None, gt=0, description="most GPU memory per session, in bytes; empty: no limit")
+    int8: bool = Field(False, description="use the 8-bit models that `imagemill models quantize` has created")
 
 
 class TorchSettings(Group):
-    """How models run on torch."""
+    """Models on PyTorch."""
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="what models calculate in on a GPU: auto is fp16, for lama bf16 where the GPU has it; on a CPU it is fp32",
+        description="precision of torch models on a GPU; auto: fp16, or bf16 for lama where the GPU supports it; "
+        "always fp32 on a CPU",
     )
-    compile: bool = Field(False, description="compile models for each shape that they meet, which takes a minute for each")
+    compile: bool = Field(False, description="compile models for each input shape, which takes about a minute per shape")
 
 
 class DiffusionSettings(Group):
-    """How Stable Diffusion runs."""
+    """Stable Diffusion."""
 
     warm_up: Annotated[tuple[WarmSize, ...], LIST] = Field(
-        ("512x512",), description="sizes, WIDTHxHEIGHT, that a compiled model is made ready for at the node's start; JSON list"
+        ("512x512",), description="sizes, as WIDTHxHEIGHT, for which models are compiled when the node starts; JSON list"
     )
-    loras: int = Field(8, ge=1, le=64, description="LoRAs kept in memory; the least recently used is dropped beyond that")
-    safety_checker: bool = Field(False, description="refuse results that the model's safety checker takes for unsafe")
+    loras: int = Field(8, ge=1, le=64, description="LoRAs kept in memory; the least recently used is dropped first")
+    safety_checker: bool = Field(False, description="reject results that the model's safety checker classifies as unsafe")
 
 
 class WorkerSettings(Group):
     """One worker node."""
 
-    gpu: int | None = Field(None, ge=0, description="index of the GPU this node is pinned to; empty is the CPU")
-    operations: Annotated[tuple[Operation, ...], LIST] = Field(OPERATIONS, description="operations this node offers; JSON list")
-    engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines this node loads; JSON list")
-    max_pixels: int = Field(64_000_000, gt=0, description="pixels of one image; more are refused before decoding")
-    look_ahead: int = Field(128_000_000, gt=0, description="decoded pixels held at a time, per child")
-    batch_wait: float = Field(0.05, ge=0, le=60, description="seconds that images wait for company on a GPU")
-    store_threads: int = Field(4, ge=1, le=64, description="images finished, encoded and uploaded at a time, per child")
-    reuse: bool = Field(True, description="remember results, and copy them where the same image is asked for again")
-    lease_seconds: float = Field(20.0, ge=2, description="a chunk whose worker is silent this long is given to another")
-    missing_seconds: float = Field(30.0, gt=0, description="a waiting chunk that no queue holds is published again after this")
-    time_limit: float = Field(1800.0, gt=0, description="seconds after which a chunk's process is killed")
-    soft_shutdown: float = Field(
-        60.0, ge=0, description="seconds a node waits for its images on SIGQUIT; on SIGTERM it finishes them"
+    gpu: int | None = Field(None, ge=0, description="index of the node's GPU; empty: CPU")
+    operations: Annotated[tuple[Operation, ...], LIST] = Field(
+        OPERATIONS, description="operations that the node offers; JSON list"
     )
-    load_timeout: float = Field(600.0, gt=0, description="seconds that loading the engines may take")
+    engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines that the node loads; JSON list")
+    max_pixels: int = Field(
+        64_000_000, gt=0, description="largest image, in pixels; larger ones are rejected before they are decoded"
+    )
+    look_ahead: int = Field(128_000_000, gt=0, description="most decoded pixels in memory, per child process")
+    batch_wait: float = Field(0.05, ge=0, le=60, description="seconds that a batch waits for more images on a GPU")
+    store_threads: int = Field(
+        4, ge=1, le=64, description="images postprocessed, encoded and uploaded in parallel, per child process"
+    )
+    reuse: bool = Field(True, description="remember results, and copy them when the same image is requested again")
+    lease_seconds: float = Field(
+        20.0, ge=2, description="seconds without a heartbeat after which another worker gets the chunk"
+    )
+    missing_seconds: float = Field(
+        30.0, gt=0, description="seconds before a chunk that is missing from its queue is republished"
+    )
+    time_limit: float = Field(1800.0, gt=0, description="most seconds for one chunk; its process is killed after that")
+    soft_shutdown: float = Field(
+        60.0, ge=0, description="seconds that a node gives its current images on SIGQUIT; on SIGTERM it always finishes them"
+    )
+    load_timeout: float = Field(600.0, gt=0, description="most seconds for loading the engines")
 
 
 class Settings(BaseSettings):
-    """Everything, as `IMAGEMILL_...` variables; groups are joined by two underscores."""
+    """All settings, as `IMAGEMILL_...` variables; two underscores separate group and name."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_nested_delimiter=BETWEEN,
         env_file=".env",
-        env_ignore_empty=True,  # `IMAGEMILL_WORKER__GPU=` is how a compose file leaves it at its default
+        env_ignore_empty=True,  # a compose file leaves a variable at its default with `IMAGEMILL_WORKER__GPU=`
         enable_decoding=False,
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
     )
 
-    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="the Redis that holds queue and ledger")
-    expire_days: float = Field(7.0, gt=0, description="days that Redis remembers a job")
-    log_json: bool = Field(False, description="logs as JSON lines")
-    presets: Path | None = Field(None, description="a file of presets beside those that ship")
+    redis_url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"), description="URL of the Redis that holds the queues and the ledger"
+    )
+    expire_days: float = Field(7.0, gt=0, description="days after which Redis forgets a job")
+    log_json: bool = Field(False, description="write logs as JSON lines")
+    presets: Path | None = Field(None, description="file with your own presets, in addition to those that ship")
     s3: S3Settings = S3Settings()
     fetch: FetchSettings = FetchSettings()
     files: FileSettings = FileSettings()
@@ -173,12 +187,12 @@ class Settings(BaseSettings):
     @classmethod
     def _check_redis_url(cls, url: SecretStr) -> SecretStr:
         if not _is_redis(url.get_secret_value()):
-            raise ValueError("an address redis://:PASSWORD@HOST:PORT/DATABASE is expected, odd characters percent-encoded")
+            raise ValueError("expected redis://:PASSWORD@HOST:PORT/DATABASE, with special characters percent-encoded")
         return url
 
 
 def load_settings(**overrides: object) -> Settings:
-    """Settings from environment, `.env` and `overrides`; ConfigurationError names the variable that is wrong."""
+    """Settings from the environment, `.env` and `overrides`. Raises ConfigurationError, which names the wrong variables."""
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:
@@ -186,10 +200,10 @@ def load_settings(**overrides: object) -> Settings:
 
 
 def _is_redis(url: str) -> bool:
-    """Whether both redis-py and kombu understand an address."""
+    """Whether both redis-py and kombu can parse a URL."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # raises ValueError where it is none
+        _ = parts.port  # raises ValueError for an invalid port
     except ValueError:
         return False
     database = parts.path.strip("/")
@@ -197,14 +211,14 @@ def _is_redis(url: str) -> bool:
 
 
 def _complaints(error: ValidationError) -> str:
-    """All that is wrong in one line, each with its variable."""
-    said: dict[str, str] = {}
+    """All errors in one line, each with its variable."""
+    complaints: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_context=False):
-        # What follows the names in `loc` is a place in a list, or which part of a union did not fit.
+        # The names in `loc` may be followed by a list index or a member of a union.
         names = takewhile(lambda part: isinstance(part, str) and part.isidentifier(), fault["loc"])
         variable = PREFIX + BETWEEN.join(map(str, names)).upper()
         reason = fault["msg"].removeprefix("Value error, ")
-        given = fault["input"]
-        told = isinstance(given, str | int | float) and len(str(given)) <= 80 and variable != f"{PREFIX}REDIS_URL"
-        said.setdefault(variable, f"{variable}: {reason[:1].lower()}{reason[1:]}{f', not {given!r}' if told else ''}")
-    return "; ".join(said.values())
+        value = fault["input"]
+        shown = isinstance(value, str | int | float) and len(str(value)) <= 80 and variable != f"{PREFIX}REDIS_URL"
+        complaints.setdefault(variable, f"{variable}: {reason[:1].lower()}{reason[1:]}{f', not {value!r}' if shown else ''}")
+    return "; ".join(complaints.values())

@@ -1,4 +1,4 @@
-"""LaMa's generator with random weights, in the files that it is published in: the real one's architecture, of any size."""
+"""LaMa's generator with random weights, in any size and in all formats that it is published in."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from torch import Tensor, nn
 from imagemill.worker.operations.inpaint.lama_generator import PREFIX, Generator
 
 FULL: dict[str, Any] = dict(width=64, blocks=18)
-"""The published one's: 51.0 million parameters."""
+"""The size of the published generator: 51.0 million parameters."""
 
 
 class _Random:
-    """Weights by name, so that signals neither die nor grow with depth, and batch norms that are no identity."""
+    """Random weights by name: signals neither vanish nor explode with depth, and batch norms are not the identity."""
 
     def __init__(self, seed: int) -> None:
-        self.made: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
         self._random = torch.Generator().manual_seed(seed)
 
     def conv(self, name: str, shape: tuple[int, int, int], *, gain: float = 1.0, up: bool = False, bias: bool = False) -> None:
-        """`shape` is channels out, channels in, and the kernel's side."""
+        """`shape` is output channels, input channels and kernel size."""
         out, into, side = shape
         size = (into, out, side, side) if up else (out, into, side, side)
         scale = gain * (2 / (into * side * side)) ** 0.5
-        self.made[f"{name}.weight"] = torch.randn(size, generator=self._random) * scale
+        self.weights[f"{name}.weight"] = torch.randn(size, generator=self._random) * scale
         if bias:
-            self.made[f"{name}.bias"] = torch.randn(out, generator=self._random) * 0.1
+            self.weights[f"{name}.bias"] = torch.randn(out, generator=self._random) * 0.1
 
     def norm(self, name: str, channels: int) -> None:
         def uniform(least: float, most: float) -> Tensor:
             return torch.rand(channels, generator=self._random) * (most - least) + least
 
-        self.made |= {
+        self.weights |= {
             f"{name}.weight": uniform(0.5, 1.5),
             f"{name}.bias": uniform(-0.2, 0.2),
             f"{name}.running_mean": uniform(-0.3, 0.3),
@@ -61,7 +61,7 @@ class _Random:
 
 
 def lama_weights(*, width: int = 4, blocks: int = 1, levels: int = 3, ratio: float = 0.75, seed: int = 0) -> dict[str, Tensor]:
-    """`generator.model...` to tensors; `levels` is how often the picture is halved, `ratio` the share of global channels."""
+    """Tensors by name, `generator.model...`; `levels` is the number of downsamplings, `ratio` the share of global channels."""
     random = _Random(seed)
     random.conv(f"{PREFIX}1.ffc.convl2l", (width, 4, 7))
     random.norm(f"{PREFIX}1.bn_l", width)
@@ -77,31 +77,31 @@ def lama_weights(*, width: int = 4, blocks: int = 1, levels: int = 3, ratio: flo
             random.norm(f"{name}.bn_g", wide)
     for place in range(levels + 2, levels + 2 + blocks):
         random.block(f"{PREFIX}{place}", deepest - wide, wide)
-    place = levels + blocks + 3  # after the step that joins the channels
+    place = levels + blocks + 3  # skip the layer that joins the channels
     for level in range(levels, 0, -1):
         random.conv(f"{PREFIX}{place}", (width << (level - 1), width << level, 3), gain=2, up=True, bias=True)
         random.norm(f"{PREFIX}{place + 1}", width << (level - 1))
         place += 3
     random.conv(f"{PREFIX}{place + 1}", (3, width, 7), bias=True)
-    return random.made
+    return random.weights
 
 
 def lama_file(path: Path, **size: Any) -> Path:
-    """Weights where nodes look for them, `{folder}/lama/lama.safetensors`, or anywhere else."""
+    """Write weights to `path`; nodes look for them in `{folder}/lama/lama.safetensors`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(lama_weights(**size), path)
     return path
 
 
 class Callback:
-    """Something of Lightning's or a trainer's own, such as a checkpoint keeps beside its weights."""
+    """An object that a checkpoint stores besides the weights, such as a trainer's or one of Lightning's."""
 
     def __init__(self, best: Tensor) -> None:
         self.best, self.again = best, self
 
 
 def lama_checkpoint(path: Path, **size: Any) -> Path:
-    """A file like upstream's best.ckpt: the generator among other networks, an optimizer's state and objects of a trainer."""
+    """A file like upstream's best.ckpt: the generator among other networks, optimizer state and a trainer's objects."""
     weights = lama_weights(**size)
     others = {"discriminator.model0.0.weight": torch.ones(3, 3), "loss_resnet_pl.impl.conv1.weight": torch.ones(2)}
     content = {
@@ -124,7 +124,7 @@ class _Trainer(nn.Module):
 
 
 class _Wrapper(nn.Module):
-    """As upstream's `bin/to_jit.py` wraps its trainer."""
+    """Wraps a trainer as upstream's `bin/to_jit.py` does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -136,11 +136,11 @@ class _Wrapper(nn.Module):
 
 
 def lama_script(path: Path, **size: Any) -> Path:
-    """A TorchScript archive like big-lama.pt, made by torch itself."""
+    """A TorchScript archive like big-lama.pt, written by torch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     wrapped = _Wrapper(_Trainer(Generator(lama_weights(**size))))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of all that makes TorchScript
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch deprecates TorchScript
         example = (torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16))
         torch.jit.save(torch.jit.trace(wrapped, example, check_trace=False), path)
     return path

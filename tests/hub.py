@@ -1,4 +1,4 @@
-"""A stand-in for the hub: one repository with files at one commit, as the hub's API and its addresses of files have them."""
+"""A fake Hugging Face Hub: one repository at one commit, with the hub's API and file URLs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors", ".bin", ".ckpt")
-"""What a repository keeps in LFS, so that its SHA-256 is known."""
+"""Suffixes of files in LFS, whose SHA-256 the hub gives."""
 
 
 class Hub:
-    """From entering to leaving. `files` may be changed meanwhile; what is in `lies` is served in place of a file."""
+    """Runs while entered. `files` can be changed meanwhile; `altered` content is served in place of a file's own."""
 
     def __init__(self, source: str, files: Mapping[str, bytes]) -> None:
-        self.source, self.files, self.lies = source, dict(files), dict[str, bytes]()
-        self.asked: list[str] = []
+        self.source, self.files, self.altered = source, dict(files), dict[str, bytes]()
+        self.requests: list[str] = []
 
     def __enter__(self) -> Hub:
         hub = self
@@ -50,9 +50,9 @@ class Hub:
         self._server.server_close()
 
     def answer(self, request: BaseHTTPRequestHandler, *, body: bool) -> None:
-        """One request, logged in `asked`."""
+        """Answer one request and log it in `requests`."""
         path = unquote(urlsplit(request.path).path)
-        self.asked.append(f"{request.command} {path}")
+        self.requests.append(f"{request.command} {path}")
         revisions = ("main", COMMIT)
         for revision in revisions:
             if path == f"/api/models/{self.source}/revision/{revision}":
@@ -61,7 +61,7 @@ class Hub:
                 return self._send(request, json.dumps(self._tree()).encode(), {"Content-Type": "application/json"}, body)
             name = path.removeprefix(f"/{self.source}/resolve/{revision}/")
             if name in self.files:
-                data = self.lies.get(name, self.files[name])
+                data = self.altered.get(name, self.files[name])
                 headers = {"ETag": f'"{self._etag(name)}"', "X-Repo-Commit": COMMIT, "Content-Type": "application/octet-stream"}
                 return self._send(request, data, headers, body)
         self._send(request, b"{}", {"X-Error-Code": "RevisionNotFound"}, body, status=404)
@@ -86,17 +86,17 @@ class Hub:
     def _info(self) -> dict[str, Any]:
         siblings = []
         for name, data in self.files.items():
-            told: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": self._etag(name)}
+            sibling: dict[str, Any] = {"rfilename": name, "size": len(data), "blobId": self._etag(name)}
             if name.endswith(LARGE):
-                told["lfs"] = {"sha256": self._etag(name), "size": len(data), "pointerSize": 130}
-            siblings.append(told)
+                sibling["lfs"] = {"sha256": self._etag(name), "size": len(data), "pointerSize": 130}
+            siblings.append(sibling)
         return {"id": self.source, "modelId": self.source, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
 
     def _tree(self) -> list[dict[str, Any]]:
-        made = []
+        tree = []
         for name, data in self.files.items():
-            told: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": self._etag(name)}
+            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": self._etag(name)}
             if name.endswith(LARGE):
-                told["lfs"] = {"oid": self._etag(name), "size": len(data), "pointerSize": 130}
-            made.append(told)
-        return made
+                entry["lfs"] = {"oid": self._etag(name), "size": len(data), "pointerSize": 130}
+            tree.append(entry)
+        return tree

@@ -1,7 +1,7 @@
-"""Models of rembg's families with random weights, as ONNX files: the real ones' architecture and format, quick to build.
+"""Small ONNX models with random weights in the architecture and format of rembg's model families.
 
 The U-shaped network is U^2-Net (Qin et al., "U^2-Net: Going Deeper with Nested U-Structure for Salient Object
-Detection", Pattern Recognition 106, 2020), batch normalisation folded into the convolutions as exporters do it.
+Detection", Pattern Recognition 106, 2020), with batch normalisation folded into the convolutions, as exporters do.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 17
 FULL_WIDTH = 64
 FULL_PARAMETERS = 44.0
-"""Millions of parameters that the published network has."""
+"""Millions of parameters of the published network."""
 
 SHARES = (0.02, 0.03, 0.05, 0.2, 0.6, 1.0)
-"""How much each side counts in the fused map, from the finest to the coarsest."""
+"""Weight of each side output in the fused map, from the finest to the coarsest."""
 
 SPREAD = 25.0
-"""Standard deviation of the fused map's logits; a fifth of it where they leave the network as they are."""
+"""Standard deviation of the fused map's logits; a fifth of it in models that output logits."""
 
 
 class Net:
-    """A graph that grows call by call; each method takes and gives names of tensors."""
+    """A graph under construction: each method adds nodes, and takes and returns names of tensors."""
 
     def __init__(self, width: int, seed: int, *, spread: float = SPREAD) -> None:
         self.width, self.spread, self.parameters = width, spread, 0
@@ -54,10 +54,10 @@ class Net:
         return name
 
     def conv(self, source: str, out: int, *, kernel: int = 3, stride: int = 1, dilation: int = 1, gain: float = 1.0) -> str:
-        """A convolution with He's initialisation, so that signals neither die nor grow with depth."""
+        """A convolution with He initialisation, so that signals neither vanish nor explode with depth."""
         fan_in = self.channels[source] * kernel * kernel
         weight = self._random.standard_normal((out, self.channels[source], kernel, kernel), np.float32)
-        weight -= weight.mean((1, 2, 3), keepdims=True)  # what is the same all over an image must not drown the rest
+        weight -= weight.mean((1, 2, 3), keepdims=True)  # a constant image must not dominate the output
         bias = 0.1 * self._random.standard_normal(out, np.float32)
         self.parameters += weight.size + bias.size
         weight *= np.float32(gain * np.sqrt(2.0 / fan_in))
@@ -80,17 +80,17 @@ class Net:
 
     def enlarge(self, source: str, factor: int) -> str:
         scales = self.constant(np.array([1, 1, factor, factor], np.float32))
-        how = dict(mode="linear", coordinate_transformation_mode="half_pixel")
-        return self.node("Resize", [source, "", scales], self.channels[source], **how)
+        attributes = dict(mode="linear", coordinate_transformation_mode="half_pixel")
+        return self.node("Resize", [source, "", scales], self.channels[source], **attributes)
 
     def join(self, *sources: str) -> str:
         return self.node("Concat", list(sources), sum(self.channels[source] for source in sources), axis=1)
 
-    def add(self, one: str, other: str) -> str:
-        return self.node("Add", [one, other], self.channels[one])
+    def add(self, first: str, second: str) -> str:
+        return self.node("Add", [first, second], self.channels[first])
 
     def rsu(self, source: str, depth: int, mid: int, out: int) -> str:
-        """A residual U-block, RSU-L of the paper: a small U-Net of `depth` levels, added to its own input layer."""
+        """The paper's residual U-block, RSU-L: a small U-Net of `depth` levels, added to its input layer."""
         mid, out = self.scaled(mid), self.scaled(out)
         inlet = self.block(source, out)
         levels = [self.block(inlet, mid)]
@@ -102,7 +102,7 @@ class Net:
         return self.add(self.block(self.join(now, levels[0]), out), inlet)
 
     def rsu_4f(self, source: str, mid: int, out: int) -> str:
-        """RSU-4F: dilated convolutions in place of pooling, for where the map is small already."""
+        """RSU-4F: dilated convolutions instead of pooling, for maps that are already small."""
         mid, out = self.scaled(mid), self.scaled(out)
         inlet = self.block(source, out)
         levels = [self.block(inlet, mid)]
@@ -114,7 +114,7 @@ class Net:
         return self.add(self.block(self.join(now, levels[0]), out), inlet)
 
     def u2net(self, source: str) -> list[str]:
-        """The nested U: logits of the fused map and of its six sides, each 1 channel at the size of `source`."""
+        """The nested U: logits of the fused map and of six side outputs, each with 1 channel and the size of `source`."""
         encoders = [(7, 32, 64), (6, 32, 128), (5, 64, 256), (4, 128, 512)]
         now, skips = source, []
         for depth, mid, out in encoders:
@@ -137,7 +137,7 @@ class Net:
         return [fused, *sides]
 
     def save(self, path: Path, source: tuple[str, list[int | str]], results: dict[str, str], size: int) -> Path:
-        """Write the graph with its input `source` (name, shape); `results` is output name to tensor, 1 channel each."""
+        """Write the graph with the input `source` (name, shape); `results` maps output names to 1-channel tensors."""
         self._settle(source, size)
         for result, tensor in results.items():
             self.nodes.append(helper.make_node("Identity", [tensor], [result]))
@@ -156,26 +156,25 @@ class Net:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
 
     def _settle(self, source: tuple[str, list[int | str]], size: int) -> None:
-        """Fuse the sides so that the map looks like a trained one: nearly all of it sure, in few large regions, a third inside.
+        """Set the fusing layer so that the map looks trained: mostly near 0 or 1, in few large regions, a third of it inside.
 
-        What comes after the network costs what it would on a real matte only then.
+        Only then does post-processing cost as much as for a real matte.
         """
         sides, weight, bias = self._fuse
         session = onnxruntime.InferenceSession(
             self._model(source, dict.fromkeys(sides)).SerializeToString(), providers=["CPUExecutionProvider"]
         )
-        maps = [found[0, 0] for found in session.run(None, {source[0]: _scene(size)})]
-        gains = np.array([share / max(found.std(), 1e-6) for share, found in zip(SHARES, maps, strict=True)])
+        maps = [output[0, 0] for output in session.run(None, {source[0]: _scene(size)})]
+        gains = np.array([share / max(side.std(), 1e-6) for share, side in zip(SHARES, maps, strict=True)])
         mixed = np.tensordot(gains, np.stack(maps), 1)
-        rim = np.ones_like(mixed, dtype=bool)
-        rim[size // 16 : -size // 16, size // 16 : -size // 16] = False
-        sharpness = (
-            self.spread / mixed.std() * (1 if mixed[rim].mean() < mixed[~rim].mean() else -1)
-        )  # the outside is at the border
+        border = np.ones_like(mixed, dtype=bool)
+        border[size // 16 : -size // 16, size // 16 : -size // 16] = False
+        sign = 1 if mixed[border].mean() < mixed[~border].mean() else -1  # the border is background
+        sharpness = sign * self.spread / mixed.std()
         threshold = np.quantile(mixed * sharpness, 0.67)
         for name, value in ((weight, (gains * sharpness).reshape(1, 6, 1, 1)), (bias, [-threshold])):
-            place = next(place for place, tensor in enumerate(self.weights) if tensor.name == name)
-            self.weights[place].CopyFrom(numpy_helper.from_array(np.asarray(value, np.float32), name))
+            index = next(index for index, tensor in enumerate(self.weights) if tensor.name == name)
+            self.weights[index].CopyFrom(numpy_helper.from_array(np.asarray(value, np.float32), name))
 
 
 def u2net_onnx(
@@ -183,20 +182,20 @@ def u2net_onnx(
 ) -> Path:
     """U^2-Net: input [batch, 3, size, size] float32; seven outputs [batch, 1, size, size] in 0..1, the fused map first.
 
-    `width` 64 is the published network; `size` is a multiple of 32. Without `dynamic` the batch axis is 1, but
-    nothing in the graph depends on that. The larger `spread`, the narrower the rims between subject and ground.
+    `width` 64 is the published network; `size` is a multiple of 32. Without `dynamic` the batch axis is fixed at 1, though
+    nothing in the graph depends on it. A larger `spread` gives sharper edges between subject and background.
     """
-    assert size % 32 == 0, "the sixth level halves five times"
+    assert size % 32 == 0, "the sixth level is 32 times smaller"
     net = Net(width, seed, spread=spread)
     net.channels["input.1"] = 3
     maps = [net.node("Sigmoid", [logits], 1) for logits in net.u2net("input.1")]
     assert width != FULL_WIDTH or round(net.parameters / 1e6, 1) == FULL_PARAMETERS, net.parameters
-    results = {str(1959 + place): tensor for place, tensor in enumerate(maps)}  # so they are called in rembg's file
+    results = {str(1959 + place): tensor for place, tensor in enumerate(maps)}  # the output names in rembg's file
     return net.save(path, ("input.1", ["batch" if dynamic else 1, 3, size, size]), results, size)
 
 
 def isnet_onnx(path: Path, *, width: int = 2, size: int = 1024, dynamic: bool = True, seed: int = 0) -> Path:
-    """IS-Net's shape: a halving layer, then the nested U; one output [batch, 1, size, size] in 0..1."""
+    """IS-Net's structure: a layer with stride 2, then the nested U; one output [batch, 1, size, size] in 0..1."""
     net = Net(width, seed)
     net.channels["input"] = 3
     logits, *_ = net.u2net(net.block("input", net.scaled(64), stride=2))
@@ -205,7 +204,7 @@ def isnet_onnx(path: Path, *, width: int = 2, size: int = 1024, dynamic: bool = 
 
 
 def birefnet_like_onnx(path: Path, *, width: int = 2, size: int = 1024, seed: int = 0) -> Path:
-    """BiRefNet's format: one output [1, 1, size, size] of logits. A reshape inside holds the batch axis to 1."""
+    """BiRefNet's format: one output [1, 1, size, size] of logits. A Reshape node fixes the batch axis at 1."""
     net = Net(width, seed, spread=SPREAD / 5)
     net.channels["input_image"] = 3
     inside = net.block("input_image", net.scaled(64), stride=2)
@@ -216,7 +215,7 @@ def birefnet_like_onnx(path: Path, *, width: int = 2, size: int = 1024, seed: in
 
 
 def _scene(size: int) -> NDArray[np.float32]:
-    """[1, 3, size, size], normalised: a dark subject before a bright ground, with some texture."""
+    """A dark subject on a bright background with some texture, normalised: [1, 3, size, size] float32."""
     down, across = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     inside = (across * across + (down * 0.8) ** 2 < 0.3) * 1.0
     texture = np.random.default_rng(1).standard_normal((3, size, size))
@@ -231,9 +230,9 @@ def _builder(model: str) -> Callable[[Path], Path]:
 
 
 def weights_folder(folder: Path, *models: str) -> Path:
-    """`folder`, with a small file for each of rembg's `models` where nodes look for them; what is there already stays.
+    """Add a small file for each of rembg's `models` that `folder` lacks, where nodes look for them; return `folder`.
 
-    Meant for a folder that lives as long as the tests, such as `tmp_path_factory.getbasetemp() / "weights"`.
+    Meant for a folder that all tests of a run share, such as `tmp_path_factory.getbasetemp() / "weights"`.
     """
     for model in models:
         path = folder / "rembg" / f"{model}.onnx"

@@ -1,4 +1,4 @@
-"""The flow with stand-ins in this process for network, store and ledger; decoding, preparing and encoding are real."""
+"""The flow with fake network, store and ledger; decoding, preparing and encoding are real."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from imagemill.worker.line.stages import Context
 from imagemill.worker.operations.base import AnyOperation
 
 GET, PUT = 0.1, 0.05
-"""Seconds that each image and each result take."""
+"""Seconds per download and per upload."""
 
 
 def through_the_line(
     operation: AnyOperation, spec: Job, files: Sequence[bytes], images: int, sizes: BatchSizes | None = None
 ) -> float:
-    """Images per second, of so many `images` that are the `files` in turn. Asserts that each of them is done."""
+    """Images per second of a job of `images` images, which are `files` over and over. Fails if an image fails."""
     ledger = _Ledger()
     settings = Settings(_env_file=None)  # type: ignore[call-arg]
     context = Context.of(
@@ -54,7 +54,7 @@ class _Fetched:
 
 
 class _Fetcher:
-    """The files in turn, each after a while, from memory."""
+    """Returns the files in turn, each after a delay."""
 
     def __init__(self, files: Sequence[bytes]) -> None:
         self._files = files
@@ -66,7 +66,7 @@ class _Fetcher:
 
 
 class _Store:
-    """Takes each result after a while, and keeps none."""
+    """Accepts each result after a delay and keeps none."""
 
     def check(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The Celery application for Flower: the broker and its options, without the worker's dependencies."""
+"""The Celery application that Flower watches: the broker and its settings, without the worker's dependencies."""
 
 from __future__ import annotations
 

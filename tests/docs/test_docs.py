@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 import pytest
+import yaml
 from click.testing import CliRunner
 from pydantic import BaseModel
 
@@ -176,6 +177,16 @@ def test_commands_in_running_text_exist(page: Path) -> None:
             parse(words)
 
 
+def test_ci_and_pre_commit_use_targets_and_tools_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    scripts = [(ROOT / name).read_text(encoding="utf-8") for name in (".github/workflows/ci.yml", ".ci/run")]
+    targets = {target for script in scripts for target in re.findall(r"\bmake (\w+)", script)}
+    assert {"check", "test"} <= targets
+    assert all(f"\n{target}:" in makefile for target in targets)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert [" ".join(hook["entry"].split()[:2]) in makefile for hook in hooks] == [True, True, True]
+
+
 def test_command_that_does_not_exist_is_noticed() -> None:
     for wrong in (["sumbit"], ["submit", "--no-such-flag"], ["models", "pul"], ["submit", "--format", "gif"]):
         with pytest.raises(click.ClickException):
@@ -190,7 +201,7 @@ def test_command_that_does_not_exist_is_noticed() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_options_and_limits_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    options = {name for engines in ENGINES.values() for model in engines.values() for name in model.model_fields}
+    options = {name for engine in ENGINES for name in engine.options.model_fields}
     assert set(re.findall(r"--set (\w+)=", text)) - {"NAME", "KEY"} <= options
     assert set(re.findall(r"--limit (\w+)=", text)) - {"NAME"} <= set(RULES)
 

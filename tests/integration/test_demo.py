@@ -1,4 +1,4 @@
-"""`imagemill demo` from outside: what it leaves in its folder, and that it leaves nothing running."""
+"""`imagemill demo` as a process: what it leaves in its folder, with and without a model, and that it leaves nothing running."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from PIL import Image
 
 from imagemill.producer.demo_site import PRIVATE
 from tests.conftest import photo
+from tests.models import u2net_onnx
+from tests.services.images import ImageServer
 from tests.services.redis import require_redis
+from tests.u2netp import PATH, python_path
 from tests.workers import ROOT, clean_environment, wait_until
 
 pytestmark = pytest.mark.integration
@@ -33,7 +36,6 @@ CODES = {
     "bomb.png": "too_many_pixels",
     PRIVATE.rpartition("/")[2]: "forbidden_address",
 }
-OPERATIONS = ("inpaint", "remove-background", "stylize")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,17 +47,24 @@ def command(out: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "imagemill.producer.cli", "demo", "--out", str(out), *flags]
 
 
-def environment() -> dict[str, str]:
-    """With settings of the user's own, of which the demo must make no use."""
-    return clean_environment(IMAGEMILL_REDIS_URL="redis://127.0.0.1:1/0", IMAGEMILL_WORKER__OPERATIONS='["stylize"]')
+def environment(out: Path, **settings: str) -> dict[str, str]:
+    """Settings of the user's that the demo must ignore, except for an empty weights folder."""
+    return clean_environment(
+        IMAGEMILL_REDIS_URL="redis://127.0.0.1:1/0",
+        IMAGEMILL_WORKER__OPERATIONS='["stylize"]',
+        IMAGEMILL_WEIGHTS__FOLDER=str(out.parent / "weights"),
+        **settings,
+    )
 
 
-def demo(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(out, *flags), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+def demo(out: Path, *flags: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(out, *flags), cwd=ROOT, env=environment(out) | settings, capture_output=True, text=True, timeout=120
+    )
 
 
 def alive(folder: Path) -> list[psutil.Process]:
-    """Processes that work in the folder or were told of it."""
+    """Processes that run in the folder or have it on their command line."""
     found = []
     for process in psutil.process_iter(["cwd", "cmdline"]):
         words = [process.info["cwd"] or "", *(process.info["cmdline"] or ())]
@@ -64,9 +73,9 @@ def alive(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def lines(out: Path, operation: str) -> list[dict[str, object]]:
-    """The manifest of an operation's job."""
-    (manifest,) = out.glob(f"results/{operation}/*/manifest.jsonl")
+def lines(out: Path, use: str) -> list[dict[str, object]]:
+    """The manifest of a job."""
+    (manifest,) = out.glob(f"results/{use}/*/manifest.jsonl")
     return [json.loads(line) for line in manifest.read_text().splitlines()]
 
 
@@ -74,8 +83,8 @@ def result(line: dict[str, object]) -> Path:
     return Path(unquote(str(line["output"]).removeprefix("file://")))
 
 
-def sources_beside(out: Path, line: dict[str, object]) -> Path:
-    """The file that the demo served under an address."""
+def source(out: Path, line: dict[str, object]) -> Path:
+    """The file that the demo served under a URL."""
     return out / unquote(str(line["source"])).partition("?")[0].split("/", 3)[3]
 
 
@@ -89,7 +98,7 @@ class Pictures(HTMLParser):
         self.sources += [value or "" for name, value in attrs if (tag, name) == ("img", "src")]
 
 
-# --- a whole demo ---
+# --- a whole demo, without the model ---
 
 
 @dataclass
@@ -101,39 +110,45 @@ class Demo:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     out = tmp_path_factory.mktemp("demo") / "out put"
-    return Demo(out, demo(out, "--count", "2"))
+    return Demo(out, demo(out, "--count", "2", "--offline"))
 
 
-def test_it_succeeds_and_says_where_to_look(finished: Demo) -> None:
+def test_demo_succeeds_and_names_its_report(finished: Demo) -> None:
     assert finished.ended.returncode == 0, finished.ended.stderr
     assert f"before and after: {finished.out}/report.html" in finished.ended.stdout
-    assert "only the 7 bad addresses per job failed" in finished.ended.stderr
+    assert "only the 7 bad URLs in each job failed" in finished.ended.stderr
     assert "Traceback" not in (finished.out / "worker.log").read_text()
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_only_the_bad_addresses_failed_each_with_its_code(operation: str, finished: Demo) -> None:
-    failed = {str(line["source"]).rpartition("/")[2]: line["code"] for line in lines(finished.out, operation) if "code" in line}
+def test_demo_without_model_explains_in_one_line_how_to_get_it(finished: Demo) -> None:
+    (line,) = [line for line in finished.ended.stderr.splitlines() if "u2netp" in line]
+    assert line.startswith("cutting out with opencv only")
+    assert "`imagemill models pull u2netp`" in line
+
+
+@pytest.mark.parametrize("use", ["opencv", "inpaint", "stylize"])
+def test_only_the_bad_urls_fail_each_with_its_code(use: str, finished: Demo) -> None:
+    failed = {str(line["source"]).rpartition("/")[2]: line["code"] for line in lines(finished.out, use) if "code" in line}
     assert failed == CODES
 
 
-@pytest.mark.parametrize(("operation", "count"), [("inpaint", 3), ("remove-background", 3), ("stylize", 2)])
-def test_every_photo_has_a_result_of_its_size(operation: str, count: int, finished: Demo) -> None:
-    done = [line for line in lines(finished.out, operation) if line["state"] == "done"]
+@pytest.mark.parametrize(("use", "count"), [("opencv", 3), ("inpaint", 3), ("stylize", 2)])
+def test_every_photo_has_a_result_of_its_size(use: str, count: int, finished: Demo) -> None:
+    done = [line for line in lines(finished.out, use) if line["state"] == "done"]
     assert len(done) == count
     for line in done:
-        with Image.open(result(line)) as after, Image.open(sources_beside(finished.out, line)) as before:
+        with Image.open(result(line)) as after, Image.open(source(finished.out, line)) as before:
             after.load()
             assert after.size == before.size
-            assert after.mode == ("RGBA" if operation == "remove-background" else "RGB")
-            assert after.tobytes() != before.convert(after.mode).tobytes(), "something was done"
+            assert after.mode == ("RGBA" if use == "opencv" else "RGB")
+            assert after.tobytes() != before.convert(after.mode).tobytes(), "the photo was changed"
 
 
-def test_the_report_shows_them_without_the_server(finished: Demo) -> None:
+def test_report_shows_all_pictures_without_the_server(finished: Demo) -> None:
     sources = Pictures(finished.out / "report.html").sources
-    assert len(sources) == 2 * (3 + 2 + 2)  # a duplicate is shown once
-    for source in sources:
-        with Image.open(finished.out / unquote(source)) as picture:
+    assert len(sources) == 2 * (2 + 3 + 2)  # a duplicate is shown once
+    for path in sources:
+        with Image.open(finished.out / unquote(path)) as picture:
             picture.load()
 
 
@@ -141,15 +156,57 @@ def test_nothing_is_left_running(finished: Demo) -> None:
     assert alive(finished.out) == []
 
 
+# --- with a model ---
+
+
+def test_model_is_downloaded_and_its_cut_outs_come_first_with_opencvs_beside_them(tmp_path: Path) -> None:
+    model = u2net_onnx(tmp_path / "u2netp.onnx").read_bytes()
+    path = python_path(model, tmp_path / "catalogue")
+    with ImageServer({PATH: model}) as mirror:
+        ended = demo(tmp_path / "out", "--count", "1", PYTHONPATH=path, IMAGEMILL_WEIGHTS__MIRROR=mirror.url(""))
+    assert ended.returncode == 0, ended.stderr
+    first, second, third = Pictures(tmp_path / "out" / "report.html").sources[:3]
+    assert first == "photos/flower.jpg"
+    assert second.startswith("results/rembg/")
+    assert third.startswith("results/opencv/")
+
+    again = demo(tmp_path / "out", "--count", "1", "--offline", "--engine", "rembg", PYTHONPATH=path)
+    assert again.returncode == 0, again.stderr
+    assert {path.name for path in (tmp_path / "out" / "results").iterdir()} == {"rembg", "inpaint", "stylize"}
+
+
+def test_demo_continues_with_opencv_when_the_mirror_sends_another_file(tmp_path: Path) -> None:
+    with ImageServer({PATH: b"another file"}) as mirror:
+        ended = demo(tmp_path / "out", "--count", "1", IMAGEMILL_WEIGHTS__MIRROR=mirror.url(""))
+        assert mirror.hits[PATH] > 0
+    assert ended.returncode == 0, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if "cutting out with opencv only" in line]
+    assert "checksum" in line
+    assert Pictures(tmp_path / "out" / "report.html").sources[1].startswith("results/opencv/")
+
+
+def test_required_model_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    ended = demo(tmp_path / "out", "--engine", "rembg", "--offline")
+    assert ended.returncode != 0
+    assert "the engine rembg needs the model u2netp: u2netp is missing" in ended.stderr
+    assert "`imagemill models pull u2netp`" in ended.stderr
+    assert alive(tmp_path / "out") == []
+
+
 # --- stopped in the middle ---
 
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A long demo, in a process group of its own, as a terminal starts it."""
-    with (tmp_path / "said").open("wb") as said:
+    """A long demo, in its own process group, as a terminal starts it."""
+    with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            command(tmp_path / "out", "--count", "500"), cwd=ROOT, env=environment(), stdout=said, stderr=said, process_group=0
+            command(tmp_path / "out", "--count", "500", "--engine", "opencv"),
+            cwd=ROOT,
+            env=environment(tmp_path / "out"),
+            stdout=log,
+            stderr=log,
+            process_group=0,
         )
     yield process
     process.kill()
@@ -162,26 +219,38 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     ("moment", "number", "status"),
     [("starting a Redis", signal.SIGINT, 130), (" images done", signal.SIGINT, 130), (" images done", signal.SIGTERM, 143)],
 )
-def test_ctrl_c_ends_everything(
+def test_signal_stops_every_process(
     moment: str, number: signal.Signals, status: int, started: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    said = tmp_path / "said"
+    log = tmp_path / "log"
 
     def reached() -> bool:
-        assert started.poll() is None, said.read_text()
-        return moment in said.read_text()
+        assert started.poll() is None, log.read_text()
+        return moment in log.read_text()
 
-    wait_until(reached, f"{moment}; what it said is in {said}")
+    wait_until(reached, f"{moment}; the log is {log}")
     os.killpg(started.pid, number)
-    assert started.wait(60) == status, said.read_text()
-    assert "Traceback" not in said.read_text()
+    assert started.wait(60) == status, log.read_text()
+    assert "Traceback" not in log.read_text()
     assert alive(tmp_path / "out") == []
 
 
-# --- photos and folders of one's own ---
+def test_ctrl_c_stops_the_download(tmp_path: Path) -> None:
+    with ImageServer() as mirror:
+        mirror.routes[PATH] = mirror.hang
+        process = subprocess.Popen(
+            command(tmp_path / "out"), env=environment(tmp_path / "out", IMAGEMILL_WEIGHTS__MIRROR=mirror.url("")), cwd=ROOT
+        )
+        assert mirror.stalled.wait(60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert alive(tmp_path / "out") == []
 
 
-def test_photos_of_ones_own_in_the_folder_of_an_earlier_demo(tmp_path: Path) -> None:
+# --- own photos and folders ---
+
+
+def test_own_photos_replace_the_results_of_an_earlier_demo(tmp_path: Path) -> None:
     out, own = tmp_path / "out", tmp_path / "my photos"
     for folder in (own, out / "results" / "stylize"):
         folder.mkdir(parents=True)
@@ -190,31 +259,31 @@ def test_photos_of_ones_own_in_the_folder_of_an_earlier_demo(tmp_path: Path) -> 
     (out / ".imagemill-demo").touch()
     (out / "results" / "stylize" / "old.png").touch()
     (out / "notes.txt").write_text("mine")
-    ended = demo(out, "--images", str(own))
+    ended = demo(out, "--images", str(own), "--engine", "opencv")
     assert ended.returncode == 0, ended.stderr
     assert not (out / "results" / "stylize" / "old.png").exists()
     assert (out / "notes.txt").read_text() == "mine"
     done = [line for line in lines(out, "stylize") if line["state"] == "done"]
     assert [result(line).name for line in done] == ["000000-a b.jpg", "000001-ü.png"]
-    assert len(Pictures(out / "report.html").sources) == 2 * (3 + 2 + 2)
+    assert len(Pictures(out / "report.html").sources) == 2 * (2 + 3 + 2)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_with_other_things_in_it_is_refused_untouched(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.jpg").write_bytes(photo(1))
     (tmp_path / "report.html").write_text("mine")
     before = snapshot(tmp_path)
     ended = demo(tmp_path)
     assert ended.returncode == 2
-    assert "is not empty and no demo's folder: name another one with --out" in ended.stderr
+    assert "choose another folder with --out" in ended.stderr
     assert snapshot(tmp_path) == before
 
 
-def test_a_folder_without_photos_is_refused(tmp_path: Path) -> None:
+def test_folder_without_photos_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     ended = demo(tmp_path / "out", "--images", str(tmp_path / "empty"))
     assert ended.returncode == 2

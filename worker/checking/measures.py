@@ -1,7 +1,7 @@
-"""What can be measured of a result: pure functions on arrays.
+"""Quality measures of a result: pure functions on arrays.
 
-A `Pair` is a result and its source at `EDGE` pixels, so that images of different sizes compare and a measure costs well
-under a millisecond of one core.
+A `Pair` holds a result and its source scaled to `EDGE` pixels, which makes images of different sizes comparable and keeps
+each measure well under a millisecond on one core.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from imagemill.shared.quality import Look
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.imaging.scale import fit
 
-EDGE = 512
-THIN = 3  # of the small picture, one pixel in three each way
-FEWEST = 64  # pixels; of fewer nothing is said
-SOLID, FAINT = 250, 5  # alpha from which a pixel is opaque, and above which it can be seen
-GREY, DARK = 10.0, 10.0  # chroma up to which, and L from which a pixel of the source tells a cast
-FLAT = 2.0  # variance of a Laplacian that rounding alone makes
-RING = 12  # pixels around a hole that are its surroundings
-FEW_EDGES = 0.005  # share of pixels; of fewer, in a picture of sky, it is chance which are found again
-NEAR = 2  # pixels by which two edges may miss each other
-CANNY = 100, 200  # thresholds, ControlNet's own
-POINTS = 4096  # places at which a border is looked at
+EDGE = 512  # longest edge, in pixels, of the pictures compared
+THIN = 3  # colours are sampled at every third pixel in each direction
+FEWEST = 64  # pixels needed for a measurement
+SOLID, FAINT = 250, 5  # a pixel is opaque from the first alpha, visible above the second
+GREY, DARK = 10.0, 10.0  # a source pixel is neutral below the first chroma, if brighter than the second L
+FLAT = 2.0  # Laplacian variance caused by rounding alone
+RING = 12  # width in pixels of a hole's surroundings
+FEW_EDGES = 0.005  # share of edge pixels (a picture of sky) below which agreement would be a matter of chance
+NEAR = 2  # pixels by which matching edges may be apart
+CANNY = 100, 200  # ControlNet's thresholds
+POINTS = 4096  # border pixels sampled
 
 Map = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A result and its `source` at one size, RGB [h, w, 3]. Without a source that is comparable, that is the result too.
+    """A result and its source at the same size, RGB [h, w, 3]; `source` is the result again if there is none to compare.
 
-    `solid` [h, w] is 255 where both are opaque, `alpha` [h, w] the result's, where it has one.
+    `solid` [h, w] is 255 where both are opaque, otherwise 0. `alpha` [h, w] is the result's, if it has one.
     """
 
     rgb: Pixels
@@ -47,18 +47,17 @@ class Pair:
 
     @classmethod
     def of(cls, result: Pixels, source: Pixels | None, alpha: Grey | None = None) -> Pair:
-        """From RGB or RGBA of any sizes; `alpha`, of any size, stands for that of a result on a background."""
+        """From RGB or RGBA of any size; `alpha`, of any size, is the matte of a result composited on a background."""
         size = fit((result.shape[1], result.shape[0]), EDGE)
-        made = small(result, size)
-        given = made if source is None else small(source, size)
-        (rgb, seen), (before, given_alpha) = _parted(made), _parted(given)
-        if seen is None and source is not None and alpha is not None:
-            seen = small(alpha, size)
+        rgb, own_alpha = _split(small(result, size))
+        source_rgb, source_alpha = (rgb, own_alpha) if source is None else _split(small(source, size))
+        if own_alpha is None and source is not None and alpha is not None:
+            own_alpha = small(alpha, size)
         solid = np.full(size[::-1], 255, np.uint8)
-        for one in (seen, given_alpha):
-            if one is not None:
-                solid &= np.asarray(cv2.threshold(one, SOLID - 1, 255, cv2.THRESH_BINARY)[1], np.uint8)
-        return cls(rgb, before, solid, seen)
+        for plane in (own_alpha, source_alpha):
+            if plane is not None:
+                solid &= np.asarray(cv2.threshold(plane, SOLID - 1, 255, cv2.THRESH_BINARY)[1], np.uint8)
+        return cls(rgb, source_rgb, solid, own_alpha)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -77,46 +76,46 @@ class Pair:
 
     @cached_property
     def labs(self) -> tuple[Map, Map, Grey]:
-        """Result and source in CIELAB, and `solid`, of one pixel in `THIN` each way: they tell colours as well as all."""
+        """Result and source in CIELAB, and `solid`, at every `THIN`th pixel: enough to measure colours."""
         rgb, source, solid = (plane[::THIN, ::THIN] for plane in (self.rgb, self.source, self.solid))
         return lab(rgb), lab(source), np.ascontiguousarray(solid)
 
 
-def _parted(pixels: Pixels) -> tuple[Pixels, Grey | None]:
-    """RGB, and alpha if there is one."""
+def _split(pixels: Pixels) -> tuple[Pixels, Grey | None]:
+    """RGB, and alpha if present."""
     if pixels.shape[2] == 3:
         return pixels, None
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB), np.uint8), np.asarray(cv2.extractChannel(pixels, 3), np.uint8)
 
 
 def small(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """`pixels` at `size`, each from four of its block: averaging all of a large picture takes twenty times as long.
+    """Scale `pixels` to `size` (width, height), interpolating four source pixels each, in a twentieth of the time of averaging.
 
-    What that adds of fine grain, it adds to result and source alike.
+    The grain this adds is the same in result and source.
     """
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def lab(rgb: Pixels) -> Map:
-    """CIELAB of RGB [h, w, 3]; L 0..100."""
+    """CIELAB, float32 with L from 0 to 100, of RGB uint8 [h, w, 3]."""
     return np.asarray(cv2.cvtColor(rgb.astype(np.float32) * np.float32(1 / 255), cv2.COLOR_RGB2LAB), np.float32)
 
 
 def sharpness(grey: Grey, where: Grey) -> float | None:
-    """Variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) over `where`, its rim left out; None where that is small."""
+    """Variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) inside mask `where`, without its rim; None if too small."""
     inner = cv2.erode(where, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_REPLICATE)
     if cv2.countNonZero(inner) < FEWEST:
         return None
     return float(cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S), mask=inner)[1][0, 0] ** 2)
 
 
-def kept(made: float | None, given: float | None) -> float | None:
-    """One sharpness over another."""
-    return (made + FLAT) / (given + FLAT) if made is not None and given is not None else None
+def kept(result: float | None, source: float | None) -> float | None:
+    """Sharpness of a result relative to its source; None if either is unknown."""
+    return (result + FLAT) / (source + FLAT) if result is not None and source is not None else None
 
 
 def entropy(grey: Grey, where: Grey) -> float | None:
-    """Shannon's, of the histogram over `where`, in bits."""
+    """Shannon entropy in bits of the histogram inside mask `where`; None if that is too small."""
     counts = cv2.calcHist([grey], [0], where, [256], [0, 256]).ravel()
     if counts.sum() < FEWEST:
         return None
@@ -125,57 +124,57 @@ def entropy(grey: Grey, where: Grey) -> float | None:
 
 
 def shift(pair: Pair) -> tuple[tuple[float, float, float], tuple[float, float]] | None:
-    """Mean L, a, b of what is near grey in the source, and by how much its a and b have moved; None without any."""
-    made, given, solid = pair.labs
-    light, a, b = cv2.split(given)
-    near = ((cv2.magnitude(a, b) < GREY) & (light > DARK) & (solid > 0)).view(np.uint8)
-    if cv2.countNonZero(near) < FEWEST:
+    """Mean L, a, b of the source's neutral pixels, and the change of their mean a and b; None if there are too few."""
+    result, source, solid = pair.labs
+    light, a, b = cv2.split(source)
+    neutral = ((cv2.magnitude(a, b) < GREY) & (light > DARK) & (solid > 0)).view(np.uint8)
+    if cv2.countNonZero(neutral) < FEWEST:
         return None
-    was, now = cv2.mean(given, near), cv2.mean(made, near)
-    return (was[0], was[1], was[2]), (now[1] - was[1], now[2] - was[2])
+    before, after = cv2.mean(source, neutral), cv2.mean(result, neutral)
+    return (before[0], before[1], before[2]), (after[1] - before[1], after[2] - before[2])
 
 
 def cast(pair: Pair) -> float | None:
-    """CIEDE2000 of `shift`, at the source's brightness: brighter or darker is no cast."""
-    found = shift(pair)
-    if found is None:
+    """Colour cast: CIEDE2000 of `shift` at the source's brightness, so that a change of brightness doesn't count."""
+    moved = shift(pair)
+    if moved is None:
         return None
-    (light, a, b), (da, db) = found
+    (light, a, b), (da, db) = moved
     return ciede2000((light, a, b), (light, a + da, b + db))
 
 
 def shares(alpha: Grey) -> tuple[float, float]:
-    """Share of opaque and of half-transparent pixels."""
+    """Shares of opaque and of partially transparent pixels."""
     opaque = int(np.count_nonzero(alpha >= SOLID))
     return opaque / alpha.size, (int(np.count_nonzero(alpha > FAINT)) - opaque) / alpha.size
 
 
 def edges(grey: Grey) -> Grey:
-    """Canny's, 255 on 0, with grain smoothed away before."""
+    """Canny edges, 255 on 0, after smoothing away grain."""
     return np.asarray(cv2.Canny(cv2.GaussianBlur(grey, (3, 3), 0), *CANNY), np.uint8)
 
 
-def edge_map(asked: Grey, size: tuple[int, int]) -> Grey:
-    """An edge map, 255 on 0, of any size at `size` (width, height)."""
-    return np.asarray(cv2.threshold(small(asked, size), 64, 255, cv2.THRESH_BINARY)[1], np.uint8)
+def edge_map(control: Grey, size: tuple[int, int]) -> Grey:
+    """Scale an edge map, 255 on 0, to `size` (width, height)."""
+    return np.asarray(cv2.threshold(small(control, size), 64, 255, cv2.THRESH_BINARY)[1], np.uint8)
 
 
-def agreement(found: Grey, asked: Grey) -> float | None:
-    """F-measure of one edge map against another of its size; None where few are asked for.
+def agreement(found: Grey, wanted: Grey) -> float | None:
+    """F-measure of edge map `found` against `wanted`, of the same size; None if few edges are wanted.
 
-    Martin, Fowlkes, Malik, IEEE TPAMI 26(5), 2004, with each edge pixel matched for itself.
+    Martin, Fowlkes, Malik, IEEE TPAMI 26(5), 2004, except that each edge pixel is matched independently.
     """
-    counts = cv2.countNonZero(found), cv2.countNonZero(asked)
-    if counts[1] < FEW_EDGES * asked.size:
+    counts = cv2.countNonZero(found), cv2.countNonZero(wanted)
+    if counts[1] < FEW_EDGES * wanted.size:
         return None
     square = np.ones((2 * NEAR + 1, 2 * NEAR + 1), np.uint8)
-    precision = cv2.countNonZero(cv2.bitwise_and(found, cv2.dilate(asked, square))) / max(counts[0], 1)
-    recall = cv2.countNonZero(cv2.bitwise_and(asked, cv2.dilate(found, square))) / counts[1]
+    precision = cv2.countNonZero(cv2.bitwise_and(found, cv2.dilate(wanted, square))) / max(counts[0], 1)
+    recall = cv2.countNonZero(cv2.bitwise_and(wanted, cv2.dilate(found, square))) / counts[1]
     return 2 * precision * recall / (precision + recall) if precision else 0.0
 
 
 def look(colours: Map, where: Grey) -> Look | None:
-    """Mean and deviation in CIELAB over `where`."""
+    """Mean and standard deviation in CIELAB inside mask `where`; None if that is too small."""
     if cv2.countNonZero(where) < FEWEST:
         return None
     mean, deviation = cv2.meanStdDev(colours, mask=where)
@@ -184,7 +183,7 @@ def look(colours: Map, where: Grey) -> Look | None:
 
 
 def rings(hole: Grey, size: tuple[int, int]) -> tuple[Grey, Grey]:
-    """At `size`: 255 in a hole [h, w] but for its rim, and 255 in what surrounds it."""
+    """Masks at `size` (width, height) of the inside of a `hole` [h, w], without its rim, and of its surroundings."""
     inside = small(hole, size)
     touched = cv2.dilate((inside > 0).astype(np.uint8) * 255, np.ones((3, 3), np.uint8))
     around = cv2.subtract(cv2.dilate(touched, np.ones((2 * RING + 1, 2 * RING + 1), np.uint8)), touched)
@@ -192,10 +191,10 @@ def rings(hole: Grey, size: tuple[int, int]) -> tuple[Grey, Grey]:
 
 
 def border_step(pixels: Pixels, hole: Grey) -> float | None:
-    """How steep a result is across its hole's border, over how steep it is just outside, along the same lines.
+    """Mean step across the border of a hole relative to the steps just outside, along the same lines; 1 is an invisible seam.
 
-    1 is a border that can't be told; a level of noise is added to both. `hole` [h, w] is of the result's size. None without
-    a border that has three pixels outside. At full size, at up to `POINTS` places: a seam is fine.
+    One level is added to both as noise. `hole` [h, w] has the result's size. None if the border nowhere has three pixels
+    outside it. Measured at full size, since seams are thin, at up to `POINTS` places.
     """
     contours, _ = cv2.findContours(hole, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     if not contours:
@@ -206,19 +205,19 @@ def border_step(pixels: Pixels, hole: Grey) -> float | None:
     for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0)):
         reach = [(y + n * down, x + n * right) for n in range(4)]
         far_y, far_x = reach[3]
-        fits = (far_y >= 0) & (far_y < hole.shape[0]) & (far_x >= 0) & (far_x < hole.shape[1])
-        lines = [(rows[fits], columns[fits]) for rows, columns in reach]
+        inside = (far_y >= 0) & (far_y < hole.shape[0]) & (far_x >= 0) & (far_x < hole.shape[1])
+        lines = [(rows[inside], columns[inside]) for rows, columns in reach]
         free = ~np.any([hole[place] > 0 for place in lines[1:]], axis=0)
         values = np.array([pixels[rows[free], columns[free], :3] for rows, columns in lines], np.int16)
-        steps = np.abs(np.diff(values, axis=0)).mean(axis=2)  # [3, places]: across, then twice outside
+        steps = np.abs(np.diff(values, axis=0)).mean(axis=2)  # [3, places]: one across, two outside
         across, outside, count = across + steps[0].sum(), outside + steps[1:].sum() / 2, count + steps.shape[1]
     return float((across / count + 1) / (outside / count + 1)) if count else None
 
 
 def ciede2000(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
-    """Difference of two CIELAB colours: Sharma, Wu, Dalal, Color Research and Application 30(1), 2005, equations 2 to 22.
+    """Difference between two CIELAB colours: Sharma, Wu, Dalal, Color Research and Application 30(1), 2005, equations 2 to 22.
 
-    scikit-image has it too, for 31 MB more in each process and 170 MB on disk.
+    scikit-image has it too, but costs 31 MB per process and 170 MB on disk.
     """
     (l1, a1, b1), (l2, a2, b2) = one, other
     mean_chroma = (math.hypot(a1, b1) + math.hypot(a2, b2)) / 2

@@ -1,4 +1,4 @@
-"""Is a result good enough? It is measured, judged by the job's limits, and where the job wants it mended."""
+"""Measure a result, compare it with the job's quality limits and, if the job wants it, repair it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from imagemill.worker.operations.base import Evidence, Spec, Work
 
 REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED = "repaired_cast", "repaired_sharpness", "repaired_seed"
 REPAIR_NOTES = frozenset({REPAIRED_CAST, REPAIRED_SHARPNESS, REPAIRED_SEED})
-"""Notes of what was repaired: a colour cast, a blur, or everything by another seed."""
+"""Notes on repairs: of a colour cast, of blur, or by running the operation again with another seed."""
 
 REVISION = 1
-"""Raise it when a repair gives other pixels than before: what is remembered is then forgotten."""
+"""Increase it when a repair produces different pixels: this invalidates cached results."""
 
-LIKE = 0.9  # of the source's sharpness that sharpening aims at
-MOST = 2.5  # of its own detail that is added to a picture; more makes halos, not detail
-STRIP = 256  # rows repaired at a time; floats take four times the bytes of the picture
+LIKE = 0.9  # share of the source's sharpness that sharpening aims for
+MOST = 2.5  # maximum amount of its own detail added to a picture; more produces halos instead of detail
+STRIP = 256  # rows repaired at once; as floats they take four times the memory
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A result with what was measured of it; `beyond` tells what is wrong with it, and how much (imagemill.shared.quality)."""
+    """A result with its measures; `beyond` maps each exceeded limit to the excess (see imagemill.shared.quality)."""
 
     picture: Picture
     notes: tuple[str, ...]
@@ -40,39 +40,40 @@ class Checked:
     beyond: dict[str, float] = field(default_factory=dict)
 
     def better_than(self, other: Checked) -> bool:
-        """Whether less is wrong with it, in all."""
+        """Whether the limits are exceeded by less in total."""
         return sum(self.beyond.values()) < sum(other.beyond.values())
 
 
 @translated("checking the result")
 def check(picture: Picture, source: Picture, work: Work[Any, Any, Any], operation: Spec, spec: Job) -> Checked:
-    """The result, measured and judged, and repaired where the job's policy says so and that makes it better.
+    """Measure a result and compare it with the job's limits; repair it if the policy asks for it and it improves the result.
 
-    Neither `picture` nor `source` is changed.
+    Neither `picture` nor `source` is modified.
     """
-    quality, notes = spec.policy.quality, tuple(work.notes)
+    quality, notes, evidence = spec.policy.quality, tuple(work.notes), work.evidence
     if quality.mode == "off":
         return Checked(picture, notes)
-    given = source.pixels if work.evidence.comparable else None  # which `finish` may have written into
-    pair = Pair.of(picture.pixels, given, work.evidence.alpha)
-    found = measured(picture.pixels, pair, work.evidence, operation)
-    checked = Checked(picture, notes, found, beyond(found, quality, spec.operation))
-    if quality.mode == "flag" or work.evidence.hole is not None or work.evidence.alpha is not None:
-        return checked  # around a hole all stays bit for bit, and so does a background that was asked for
+    reference = source.pixels if evidence.comparable else None  # otherwise `finish` may have overwritten it
+
+    def judged(candidate: Picture, notes: tuple[str, ...]) -> tuple[Checked, Pair]:
+        pair = Pair.of(candidate.pixels, reference, evidence.alpha)
+        measures = measured(candidate.pixels, pair, evidence, operation)
+        return Checked(candidate, notes, measures, beyond(measures, quality, spec.operation)), pair
+
+    best, pair = judged(picture, notes)
+    if quality.mode == "flag" or evidence.hole is not None or evidence.alpha is not None:
+        return best  # pixels around a hole, and a requested background, must stay bit-identical
     for flag, (note, repair) in REPAIRS.items():
-        if flag in checked.beyond:
-            pixels = repair(checked.picture.pixels, pair)
-            other = Pair.of(pixels, given, work.evidence.alpha)
-            found = measured(pixels, other, work.evidence, operation)
-            mended = replace(picture, pixels=pixels)
-            tried = Checked(mended, (*checked.notes, note), found, beyond(found, quality, spec.operation))
-            if tried.better_than(checked):
-                checked, pair = tried, other
-    return checked
+        if flag in best.beyond:
+            repaired = replace(picture, pixels=repair(best.picture.pixels, pair))
+            candidate, candidate_pair = judged(repaired, (*best.notes, note))
+            if candidate.better_than(best):
+                best, pair = candidate, candidate_pair
+    return best
 
 
 def measured(result: Pixels, pair: Pair, evidence: Evidence, operation: Spec) -> Measures:
-    """All that can be said of a result; `pair` is of it and its source."""
+    """All measures that apply to a result at full size; `pair` holds it and its source."""
     found = {"entropy": by.entropy(pair.grey, pair.solid)}
     looks: dict[str, Look | None] = {}
     if evidence.hole is not None:
@@ -90,18 +91,18 @@ def measured(result: Pixels, pair: Pair, evidence: Evidence, operation: Spec) ->
     if operation.makes_alpha and alpha is not None:
         found["opaque"], found["half"] = by.shares(alpha)
     if operation.restyles:
-        asked = by.edges(pair.source_grey) if evidence.edges is None else by.edge_map(evidence.edges, pair.size)
-        found["edges"] = by.agreement(by.edges(pair.grey), asked)
-        made, given, solid = pair.labs
-        looks = {"look": by.look(made, solid), "before": by.look(given, solid)}
+        wanted = by.edges(pair.source_grey) if evidence.edges is None else by.edge_map(evidence.edges, pair.size)
+        found["edges"] = by.agreement(by.edges(pair.grey), wanted)
+        colours, source_colours, solid = pair.labs
+        looks = {"look": by.look(colours, solid), "before": by.look(source_colours, solid)}
     return Measures.model_validate({**{name: _short(value) for name, value in found.items()}, **looks})
 
 
 def sharpened(pixels: Pixels, pair: Pair) -> Pixels:
-    """By an unsharp mask, as strong as it takes to be about as sharp as the source; only what can be seen counts."""
+    """Sharpen `pixels` with an unsharp mask until about as sharp as the source; transparent pixels have no influence."""
     amount, sigma = lacking(pair), max(1.0, max(pixels.shape[:2]) / EDGE)
     margin = math.ceil(3 * sigma)
-    made = pixels.copy()
+    result = pixels.copy()
     for top in range(0, len(pixels), STRIP):
         first = max(0, top - margin)
         part = pixels[first : top + STRIP + margin].astype(np.float32)
@@ -110,18 +111,18 @@ def sharpened(pixels: Pixels, pair: Pair) -> Pixels:
         blurred = cv2.GaussianBlur(rgb * weight, (0, 0), sigma) / share
         sharp = np.clip(rgb + amount * (rgb - blurred), 0, 255)
         rows = slice(top - first, top - first + STRIP)
-        np.copyto(made[top : top + STRIP, :, :3], np.rint(sharp[rows]).astype(np.uint8), where=weight[rows] > 0)
-    return made
+        np.copyto(result[top : top + STRIP, :, :3], np.rint(sharp[rows]).astype(np.uint8), where=weight[rows] > 0)
+    return result
 
 
 def lacking(pair: Pair) -> float:
-    """How much of its own detail (what a blur of one pixel takes away) a result lacks, 0 to `MOST`.
+    """The factor, 0 to `MOST`, by which to add a result's own detail (what a blur of one pixel removes).
 
-    With `amount` of it more, the Laplacian's variance is quadratic in `amount`: solved for `LIKE` times the source's.
+    The Laplacian's variance is quadratic in that factor; solved here for `LIKE` times the source's variance.
     """
-    grey, seen = pair.grey.astype(np.float32), pair.solid > 0
+    grey, solid = pair.grey.astype(np.float32), pair.solid > 0
     detail = grey - cv2.GaussianBlur(grey, (0, 0), 1)
-    own, more = (cv2.Laplacian(plane, cv2.CV_32F)[seen] for plane in (grey, detail))
+    own, more = (cv2.Laplacian(plane, cv2.CV_32F)[solid] for plane in (grey, detail))
     wanted = by.sharpness(pair.source_grey, pair.solid)
     if wanted is None or float(more.var()) < 1e-6:
         return 0.0
@@ -131,17 +132,17 @@ def lacking(pair: Pair) -> float:
 
 
 def without_cast(pixels: Pixels, pair: Pair) -> Pixels:
-    """With a and b in CIELAB moved back by as much as those of what was grey have moved; brightness stays."""
-    found = by.shift(pair)
-    if found is None:
+    """Remove a colour cast: undo in all pixels the change in CIELAB a and b of neutral ones; brightness stays."""
+    moved = by.shift(pair)
+    if moved is None:
         return pixels
-    _, (da, db) = found
-    made = pixels.copy()
+    _, (da, db) = moved
+    result = pixels.copy()
     for top in range(0, len(pixels), STRIP):
-        strip = made[top : top + STRIP, :, :3]
+        strip = result[top : top + STRIP, :, :3]
         colours = by.lab(strip) - np.array([0, da, db], np.float32)
         np.copyto(strip, np.rint(np.clip(cv2.cvtColor(colours, cv2.COLOR_LAB2RGB), 0, 1) * 255).astype(np.uint8))
-    return made
+    return result
 
 
 Repair = Callable[[Pixels, Pair], Pixels]
@@ -149,9 +150,9 @@ REPAIRS: dict[str, tuple[str, Repair]] = {
     "cast": (REPAIRED_CAST, without_cast),
     "blurred": (REPAIRED_SHARPNESS, sharpened),
 }
-"""What a result is flagged as, the note of its repair, and the repair."""
+"""For each flag that can be repaired, the note to add and the repair."""
 
 
 def _short(value: float | None) -> float | None:
-    """To three digits: it stands in Redis for each image."""
+    """Rounded to three digits to save space: Redis stores it for every image."""
     return None if value is None else float(f"{round(value, 3):.3g}")

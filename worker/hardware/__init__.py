@@ -1,0 +1,1 @@
+"""Which GPU or cores a child may use, their memory, and what their errors mean."""

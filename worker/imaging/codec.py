@@ -1,13 +1,11 @@
-"""Bytes to pixels and back: `probe` the header, `decode` to upright sRGB, `encode` fast.
+"""Image files to pixels and back: `probe` reads the header, `decode` gives upright sRGB, `encode` writes a file.
 
-Figures behind the choices are in bench/codec.py. Every error is an ImageError with a sentence.
+bench/codec.py measures the choices made here. Every failure is an ImageError.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,20 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from imagemill.shared.errors import NotAnImage, OperationFailed, OutOfMemory, sentence
+from imagemill.shared.errors import NotAnImage, OperationFailed, sentence
 from imagemill.worker.imaging import icc as profiles
-from imagemill.worker.imaging import jpeg, png
+from imagemill.worker.imaging import jpeg, opencv, png
 from imagemill.worker.imaging.headers import Header, open_checked, probe, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize, upright
 
 __all__ = ["Encoded", "Header", "choose_format", "decode", "decode_mask", "encode", "fit", "probe", "resize"]
 
-_WEBP_METHOD = 2  # of 0..6: half the time of 4 for a few per cent more bytes; 0 and 1 need 1.2 to 2 times the bytes
+_WEBP_METHOD = 2  # of 0 to 6: half the time of 4 for a few per cent more bytes; 0 and 1 give files 1.2 to 2 times larger
 _WEBP_SIDE, _JPEG_SIDE = 16_383, 65_500
 _STRIP = 256  # rows
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
-"""Of the formats that are written."""
+"""File extension of each output format."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +43,14 @@ class Encoded:
         return f"image/{self.format}"
 
 
-@contextmanager
-def _memory_checked() -> Iterator[None]:
-    """OpenCV's and numpy's complaint that memory is short, as OutOfMemory."""
-    try:
-        yield
-    except MemoryError as error:
-        raise OutOfMemory("the picture does not fit into memory") from error
-    except cv2.error as error:
-        if error.code == cv2.Error.StsNoMem:
-            raise OutOfMemory("the picture does not fit into memory") from error
-        raise OperationFailed(f"the picture can't be scaled or turned ({sentence(error)})") from error
-
-
 def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal["srgb", "keep"] = "srgb") -> Picture:
-    """The picture that `probe` found in `data`, upright, as uint8 RGB, or RGBA where it can be transparent.
+    """Decode the file that `probe` returned `header` for: upright, uint8, RGBA if it has transparency, otherwise RGB.
 
-    `edge` is the longest edge in pixels that the caller makes use of: a larger picture is scaled
-    down to exactly fit it (`full_size` tells the source's), never up. With `icc="keep"` the pixels
-    stay in their RGB profile, which `Picture.icc` then holds; grey and CMYK have no such profile
-    and are converted in any case. Of animations the first frame is taken.
+    A picture whose longest edge exceeds `edge` pixels is scaled down to fit it exactly; none is scaled up. With
+    `icc="keep"`, pixels stay in their RGB profile, which is returned as `Picture.icc`; greyscale and CMYK files are always
+    converted to sRGB. Only the first frame of an animation is decoded.
 
-    Raises Truncated (also for damage), NotAnImage for what the format allows and we don't read,
-    and OutOfMemory.
+    Raises Truncated (also for damaged files), NotAnImage for unsupported variants of a format, and OutOfMemory.
     """
     target = fit(header.stored_size, edge)
     with translated(header.format):
@@ -75,8 +58,8 @@ def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal
             pixels, mode = jpeg.decode(data, header.stored_size, target)
         else:
             pixels, mode = _by_pillow(data, header)
-    with _memory_checked():
-        if mode != "CMYK":  # its black is no alpha, which `resize` would weigh by
+    with opencv.translated("decoding the picture"):
+        if mode != "CMYK":  # `resize` would treat the fourth channel, black, as alpha
             pixels = np.ascontiguousarray(resize(pixels, target))
         kept = header.icc if icc == "keep" and profiles.space(header.icc) == "RGB" and mode != "CMYK" else None
         colours = profiles.as_rgb(pixels, mode) if kept else profiles.to_srgb(pixels, mode, header.icc)
@@ -87,18 +70,18 @@ def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal
         return Picture(colours, format=header.format, icc=kept, full_size=header.size, as_stored=as_stored, grey=grey)
 
 
-def _one_frame(data: bytes, format: str) -> bool:  # noqa: A002
-    """Whether a file of a format that we write too is no animation."""
-    if format == "png":
+def _one_frame(data: bytes, source_format: str) -> bool:
+    """Whether the file has a single frame and a format that we also write."""
+    if source_format == "png":
         return all(kind != b"acTL" for kind, _, _ in png.chunks(data))
-    return format == "jpeg" or (format == "webp" and (data[12:16] != b"VP8X" or not data[20] & 2))
+    return source_format == "jpeg" or (source_format == "webp" and (data[12:16] != b"VP8X" or not data[20] & 2))
 
 
 def _by_pillow(data: bytes, header: Header) -> tuple[NDArray[np.uint8], str]:
-    """Pixels and mode: L [h, w], or RGB, RGBA or CMYK [h, w, c]."""
+    """Pixels and their mode: L [h, w], or RGB, RGBA or CMYK [h, w, c]."""
     key = None
     if header.format == "png":
-        depth = data[24]  # of the first chunk, which `probe` has found to be the header
+        depth = data[24]  # `probe` has checked that the header is the first chunk
         data, key = png.checked(data)
     image = open_checked(data, header.format, header.stored_size)
     image.load()
@@ -110,11 +93,11 @@ def _by_pillow(data: bytes, header: Header) -> tuple[NDArray[np.uint8], str]:
 
 
 def _samples(image: Image.Image) -> tuple[NDArray[np.uint8], str]:
-    """A Pillow image as L, RGB, RGBA or CMYK; the upper byte of 16 bits."""
+    """Samples of a Pillow image as L, RGB, RGBA or CMYK; of 16-bit grey, the upper byte."""
     if image.mode.startswith("I;16"):
         return (np.array(image) >> 8).astype(np.uint8), "L"
     if image.mode in ("I", "F", "LAB", "HSV"):
-        raise NotAnImage(f"pixels of kind {image.mode!r} (32 bits, or Lab) are not supported")
+        raise NotAnImage(f"pixel format {image.mode!r} is not supported")
     if image.has_transparency_data:
         mode = "RGBA"
     elif image.mode in ("1", "L"):
@@ -125,28 +108,27 @@ def _samples(image: Image.Image) -> tuple[NDArray[np.uint8], str]:
 
 
 def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
-    """A mask from an image file of any format: uint8 [height, width], upright, its values as they are.
+    """Decode a mask from an image file of any format: uint8 [height, width], upright, without colour management.
 
-    Where the file is transparent in places, alpha is the mask if all that is visible has one
-    colour; else it is the brightness before black. No colour management. Raises what `probe`
-    and `decode` raise.
+    If the file has transparent parts and one single visible colour, the mask is its alpha; otherwise it is the brightness,
+    composited over black. Raises the errors of `probe` and `decode`.
     """
     pixels = decode(data, probe(data, max_pixels=max_pixels), icc="keep").pixels
-    with _memory_checked():
+    with opencv.translated("decoding the mask"):
         if pixels.shape[2] == 4 and int(pixels[:, :, 3].min()) < 255:
             alpha = pixels[:, :, 3]
-            seen = pixels[:, :, :3][alpha > 0]
-            if not len(seen) or (seen == seen[0]).all():
+            visible = pixels[:, :, :3][alpha > 0]
+            if not len(visible) or (visible == visible[0]).all():
                 return np.ascontiguousarray(alpha)
             pixels = flatten(pixels, 0)
         return np.asarray(cv2.cvtColor(pixels[:, :, :3], cv2.COLOR_RGB2GRAY), np.uint8)
 
 
 def choose_format(source_format: str, wanted: Literal["same", "png", "webp", "jpeg"], has_alpha: bool) -> str:
-    """The format to write: `wanted`, where `same` follows the source as far as it can.
+    """The output format: `wanted`, or for `same` the source's format if possible.
 
-    A JPEG that became transparent is written as PNG; GIF, BMP, TIFF and AVIF as PNG too. A
-    transparent picture that is wanted as JPEG stays JPEG: `encode` lays it over white.
+    With `same`, a JPEG that became transparent is written as PNG, and so are GIF, BMP, TIFF and AVIF. A transparent picture
+    explicitly wanted as JPEG stays JPEG: `encode` composites it over white.
     """
     if wanted != "same":
         return wanted
@@ -156,19 +138,20 @@ def choose_format(source_format: str, wanted: Literal["same", "png", "webp", "jp
 
 
 def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -> Encoded:  # noqa: A002
-    """`picture` as a file of `format` (png, webp or jpeg), its profile embedded where it has one.
+    """Encode `picture` as png, webp or jpeg, with its colour profile embedded if it has one.
 
-    PNG is lossless. `quality`, 1 to 100, is of JPEG and of (always lossy) WebP. What came grey and has no colours now is
-    written grey in PNG and JPEG. Colour under alpha 0 is cleared in WebP, and in PNG if `clear`; JPEG has no alpha, so it
-    shows the picture over white. Raises OperationFailed for sides that the format can't hold, and OutOfMemory.
+    `quality` (1 to 100) applies to JPEG and to WebP, which is always lossy; PNG is lossless. A greyscale source that gained
+    no colour is written as greyscale in PNG and JPEG. Colour under alpha 0 is cleared in WebP and, if `clear`, in PNG; JPEG
+    has no alpha, so the picture is composited over white. Raises OperationFailed if the picture is too large for the format
+    or can't be encoded, and OutOfMemory.
     """
     limit = {"webp": _WEBP_SIDE, "jpeg": _JPEG_SIDE}.get(format)
     if limit is not None and max(picture.size) > limit:
         name = "WebP" if format == "webp" else "JPEG"
         raise OperationFailed(
-            f"{name} holds at most {limit:,} pixels per side, this picture has {max(picture.size):,}; choose format png"
+            f"{name} is limited to {limit:,} pixels per side and this picture has {max(picture.size):,}; use format png"
         )
-    with _memory_checked():
+    with opencv.translated("encoding the picture"):
         pixels = picture.pixels[:, :, :1] if picture.grey and format != "webp" and _colourless(picture) else picture.pixels
         try:
             if format == "png":
@@ -179,14 +162,14 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
                 flat = flatten(pixels, 255) if pixels.shape[2] == 4 else pixels
                 data = jpeg.encode(np.ascontiguousarray(flat), quality, picture.icc)
             else:
-                raise OperationFailed(f"there is no output format {format!r} (valid: jpeg, png, webp)")
+                raise OperationFailed(f"unknown output format {format!r} (valid: jpeg, png, webp)")
         except (ValueError, OSError) as error:
-            raise OperationFailed(f"the picture can't be written as {format} ({sentence(error)})") from error
+            raise OperationFailed(f"the picture can't be encoded as {format} ({sentence(error)})") from error
     return Encoded(data, format)
 
 
 def _colourless(picture: Picture) -> bool:
-    """Whether it is opaque, and its three channels are one; looked at a strip at a time, since comparing takes memory."""
+    """Whether the picture is RGB with three equal channels, compared in strips to save memory."""
     strips = (picture.pixels[top : top + _STRIP] for top in range(0, picture.size[1], _STRIP))
     return picture.pixels.shape[2] == 3 and all((strip == strip[:, :, :1]).all() for strip in strips)
 

@@ -1,6 +1,6 @@
-"""What an image file says of itself: format, size, orientation, profile. Sniffed by content; no pixel is decoded.
+"""Read format, size, orientation and colour profile of an image file without decoding any pixels.
 
-The sizes are read here, and not by Pillow, where Pillow would allocate the picture on opening.
+Sizes are parsed here rather than by Pillow for formats whose pixels Pillow would allocate on opening.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_PIECES = 100_000
 MAX_BLOCKS = 1_000_000
 MAX_TAGS = 4_096
 
-# Pillow's classes are called by name: nothing else that Pillow can read is reachable (no EPS, no PDF, no FITS).
+# Naming Pillow's classes keeps its other decoders (EPS, PDF, FITS, ...) unreachable.
 _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
     "png": PngImageFile,
     "webp": WebPImageFile,
@@ -38,7 +38,7 @@ _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
     "tiff": TiffImageFile,
     "avif": AvifImageFile,
 }
-# What people send by mistake, to be told by name. (offset, bytes, name)
+# (offset, magic bytes, name) of files that people send by mistake; the error names them.
 _OTHERS = (
     (0, b"%PDF", "a PDF document"),
     (0, b"8BPS", "a Photoshop document"),
@@ -56,7 +56,7 @@ _OTHERS = (
 
 @dataclass(frozen=True)
 class Header:
-    """`size` is (width, height) upright; `orientation` (EXIF, 1 to 8) is what `decode` has still to apply."""
+    """Header of an image file: `size` is the upright (width, height), `orientation` (EXIF, 1 to 8) is applied by `decode`."""
 
     format: str
     size: tuple[int, int]
@@ -65,23 +65,21 @@ class Header:
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        """(width, height) as the file has it, before the orientation is applied."""
+        """(width, height) as stored in the file, before applying the orientation."""
         return (self.size[1], self.size[0]) if self.orientation >= 5 else self.size
 
 
 def probe(data: bytes, *, max_pixels: int) -> Header:
-    """The header of an image file of any supported format, from its content; its name doesn't count.
+    """Read the header of an image file in any supported format, recognised by content.
 
-    Raises EmptyFile, NotAnImage, Truncated (also for damage), or TooManyPixels when width times
-    height, or what the file would make the decoder allocate, is above `max_pixels`.
+    Raises EmptyFile, NotAnImage, Truncated (also for damaged files), or TooManyPixels if the picture, or anything else the
+    decoder would allocate for it, exceeds `max_pixels`.
     """
-    format = sniff(data)  # noqa: A001
-    with translated(format):
-        if format == "tiff":
-            _check_tiff(data, max_pixels)
+    kind = sniff(data)
+    with translated(kind):
         icc: bytes | None
         exif: bytes | None
-        match format:
+        match kind:
             case "jpeg":
                 size, exif, icc = jpeg.read_header(data)
             case "png":
@@ -90,18 +88,20 @@ def probe(data: bytes, *, max_pixels: int) -> Header:
                 size, exif, icc = _read_webp(data)
             case "gif":
                 size, exif, icc = _read_gif(data), None, None
-            case _:  # nothing is allocated on opening these
-                image = open_checked(data, format)
+            case _:
+                if kind == "tiff":
+                    _check_tiff(data, max_pixels)
+                image = open_checked(data, kind)  # allocates nothing for these formats
                 size, icc = image.size, image.info.get("icc_profile")
-                exif = image.info.get("exif") if format == "avif" else None  # Pillow turns a TIFF itself
+                exif = image.info.get("exif") if kind == "avif" else None  # Pillow rotates TIFFs itself
     check_size(size, max_pixels)
     turn = orientation(exif) if exif else 1
     icc = icc if isinstance(icc, bytes) and 128 <= len(icc) <= png.MAX_PROFILE else None
-    return Header(format, (size[1], size[0]) if turn >= 5 else size, turn, icc)
+    return Header(kind, (size[1], size[0]) if turn >= 5 else size, turn, icc)
 
 
 def check_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raise Truncated for a size of zero, TooManyPixels for one above `max_pixels`."""
+    """Raise Truncated if a side is zero, TooManyPixels if width times height exceeds `max_pixels`."""
     width, height = size
     if width < 1 or height < 1:
         raise Truncated(f"the image has no pixels ({width} x {height})")
@@ -110,9 +110,9 @@ def check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def sniff(data: bytes) -> str:
-    """The format, one of FORMATS, from the first bytes. Raises EmptyFile or NotAnImage."""
+    """Recognise the format, one of FORMATS, by the first bytes. Raises EmptyFile or NotAnImage."""
     if not data:
-        raise EmptyFile("the file has 0 bytes")
+        raise EmptyFile("the file is empty (0 bytes)")
     if data.startswith(b"\xff\xd8\xff"):
         return "jpeg"
     if data.startswith(png.SIGNATURE):
@@ -127,13 +127,14 @@ def sniff(data: bytes) -> str:
         return "tiff"
     if data[4:8] == b"ftyp" and any(brand in data[8:64] for brand in (b"avif", b"avis")):
         return "avif"
-    raise NotAnImage(f"the file is {_kind(data)}; only {', '.join(FORMATS)} can be read")
+    raise NotAnImage(f"the file is {_kind(data)}; supported formats are {', '.join(FORMATS)}")
 
 
 _BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
 
 
 def _kind(data: bytes) -> str:
+    """A description of a file that is not a supported image; completes `the file is ...`."""
     start = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return "a web page"
@@ -147,16 +148,16 @@ def _kind(data: bytes) -> str:
 
 
 @contextmanager
-def translated(format: str) -> Iterator[None]:  # noqa: A002
-    """Turn what decoders raise on bad data into Truncated, NotAnImage or OutOfMemory."""
-    name = {"webp": "WebP"}.get(format, format.upper())
+def translated(kind: str) -> Iterator[None]:
+    """Turn the exceptions that decoders raise on bad data into Truncated, NotAnImage or OutOfMemory."""
+    name = {"webp": "WebP"}.get(kind, kind.upper())
     try:
         yield
     except MemoryError as error:
-        raise OutOfMemory(f"the {name} file does not fit into memory") from error
+        raise OutOfMemory(f"not enough memory to decode the {name} file") from error
     except NotImplementedError as error:
-        raise NotAnImage(f"this kind of {name} file is not supported ({sentence(error)})") from error
-    # Pillow's plugins are Python code that trusts the bytes; what they run into on bad ones is any of these.
+        raise NotAnImage(f"this variant of {name} is not supported ({sentence(error)})") from error
+    # Pillow's plugins are Python code that trusts its input; on bad data they raise any of these.
     except (
         OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError,
         EOFError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -164,19 +165,19 @@ def translated(format: str) -> Iterator[None]:  # noqa: A002
         raise Truncated(f"the {name} file ends early or is damaged ({sentence(error)})") from error
 
 
-def open_checked(data: bytes, format: str, size: tuple[int, int] | None = None) -> ImageFile:  # noqa: A002
-    """Pillow's lazy image of `data`, its pixels not yet decoded; Truncated where it disagrees with `size`."""
-    # Pillow's own limit is one number per process, and below twice that it only warns. Ours is per call and has
-    # been checked when pixels are decoded. Always the same value, so threads can't get in each other's way.
+def open_checked(data: bytes, kind: str, size: tuple[int, int] | None = None) -> ImageFile:
+    """Open `data` with Pillow without decoding pixels. Raises Truncated if Pillow finds another size than `size`."""
+    # Pillow's own limit is global and only warns below twice its value. Ours is per call, and checked before pixels are
+    # decoded. Every thread sets the same value, so they can't interfere.
     Image.MAX_IMAGE_PIXELS = None
-    image = _OPENERS[format](io.BytesIO(data))
+    image = _OPENERS[kind](io.BytesIO(data))
     if size is not None and image.size != size:
-        raise Truncated(f"the file contradicts itself: {size[0]} x {size[1]} pixels, then {image.width} x {image.height}")
+        raise Truncated(f"the file has conflicting sizes: {size[0]} x {size[1]} and {image.width} x {image.height} pixels")
     return image
 
 
 def orientation(exif: bytes) -> int:
-    """The orientation, 1 to 8, from an EXIF block (a small TIFF file); 1 where it has none or is broken."""
+    """The orientation, 1 to 8, from an EXIF block (a small TIFF file); 1 if it is missing or invalid."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
@@ -189,12 +190,12 @@ def orientation(exif: bytes) -> int:
             if tag == 0x0112:
                 return value if kind == 3 and 1 <= value <= 8 else 1
     except struct.error:
-        pass  # broken metadata doesn't fail an image
+        pass  # broken metadata must not fail the image
     return 1
 
 
 def _read_webp(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None]:
-    """Size of the canvas, EXIF and profile. https://developers.google.com/speed/webp/docs/riff_container"""
+    """Canvas size, EXIF block and profile. https://developers.google.com/speed/webp/docs/riff_container"""
     size, exif, icc, position = None, None, None, 12
     for _ in range(MAX_PIECES):
         if position + 8 > len(data):
@@ -202,10 +203,7 @@ def _read_webp(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None
         kind, length = struct.unpack_from("<4sI", data, position)
         start = position + 8
         if kind == b"VP8X" and size is None:
-            wide, high = (
-                int.from_bytes(data[start + 4 : start + 7], "little"),
-                int.from_bytes(data[start + 7 : start + 10], "little"),
-            )
+            wide, high = (int.from_bytes(data[at : at + 3], "little") for at in (start + 4, start + 7))
             size = (wide + 1, high + 1)
         elif kind == b"VP8L" and size is None:
             (bits,) = struct.unpack_from("<I", data, start + 1)
@@ -219,18 +217,18 @@ def _read_webp(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None
             exif = data[start : start + length]
         position = start + length + (length & 1)
     if size is None:
-        raise Truncated("the WebP file ends within its header")
+        raise Truncated("the WebP file ends inside its header")
     return size, exif, icc
 
 
 def _read_gif(data: bytes) -> tuple[int, int]:
-    """Size of the canvas with its first frame, which may stick out. https://www.w3.org/Graphics/GIF/spec-gif89a.txt"""
+    """Size of canvas and first frame, which may extend beyond it. https://www.w3.org/Graphics/GIF/spec-gif89a.txt"""
     wide, high, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     extension = False
     for _ in range(MAX_BLOCKS):
         head = data[position]
-        if extension:  # its blocks each begin with their length; 0 ends it
+        if extension:  # each of its blocks begins with its length; length 0 ends the extension
             extension = head != 0
             position += 1 + head
         elif head == 0x2C:
@@ -245,7 +243,7 @@ def _read_gif(data: bytes) -> tuple[int, int]:
 
 
 def _check_tiff(data: bytes, max_pixels: int) -> None:
-    """Refuse a TIFF whose tags alone would make a decoder allocate much: the picture, one tile, or the list of pieces."""
+    """Reject a TIFF whose tags alone would make a decoder allocate too much: for the picture, a tile or the strip list."""
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     first, counter, entry, step = ("Q", "Q", "HHQ", 20) if big else ("I", "H", "HHI", 12)
@@ -253,7 +251,7 @@ def _check_tiff(data: bytes, max_pixels: int) -> None:
     (count,) = struct.unpack_from(order + counter, data, start)
     start += struct.calcsize(counter)
     if count > MAX_TAGS:
-        raise NotAnImage(f"the TIFF file has {count:,} tags; more than {MAX_TAGS:,} are refused")
+        raise NotAnImage(f"the TIFF file has {count:,} tags; the limit is {MAX_TAGS:,}")
     values: dict[int, int] = {}
     pieces = 0
     for at in range(start, start + step * count, step):
@@ -261,11 +259,11 @@ def _check_tiff(data: bytes, max_pixels: int) -> None:
         if tag in (273, 324):  # StripOffsets, TileOffsets
             pieces = max(pieces, length)
         elif tag in (256, 257, 322, 323):  # width and height of picture and tile
-            if kind not in (3, 4, 16):  # libtiff would take a size of any integer type
-                raise NotAnImage(f"a TIFF file whose sizes are of type {kind} is not supported")
+            if kind not in (3, 4, 16):  # libtiff would accept any integer type
+                raise NotAnImage(f"TIFF files with sizes of type {kind} are not supported")
             (value,) = struct.unpack_from(order + {3: "H", 4: "I", 16: "Q"}[kind], data, at + (12 if big else 8))
             values[tag] = max(value, values.get(tag, 1))
     if pieces > MAX_PIECES:
-        raise NotAnImage(f"the TIFF file is in {pieces:,} pieces; more than {MAX_PIECES:,} are refused")
+        raise NotAnImage(f"the TIFF file has {pieces:,} strips or tiles; the limit is {MAX_PIECES:,}")
     for wide, high in ((256, 257), (322, 323)):
         check_size((values.get(wide, 1), values.get(high, 1)), max_pixels)

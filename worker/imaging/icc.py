@@ -1,4 +1,4 @@
-"""Colour profiles: pixels in any profile to sRGB, by LittleCMS."""
+"""Convert pixels from any colour profile to sRGB with LittleCMS."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from PIL import Image, ImageCms
 from imagemill.worker.imaging.picture import Pixels
 
 _SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
-_SAME = 2  # levels of 255 that two ways to write down sRGB may differ by; nobody sees it
+_SAME = 2  # levels of 255 by which two encodings of sRGB may differ; the difference is invisible
 
 
 def space(icc: bytes | None) -> str | None:
-    """What a profile describes: RGB, L or CMYK; None for anything else and for no profile."""
+    """Colour space of a profile: RGB, L or CMYK; None for any other space and without a profile."""
     return _SPACES.get(icc[16:20]) if icc else None
 
 
 def to_srgb(pixels: NDArray[np.uint8], mode: str, icc: bytes | None) -> Pixels:
-    """`pixels` of mode L [h, w], RGB, RGBA or CMYK [h, w, c] (255 is full ink) in sRGB, as RGB or RGBA.
+    """Convert uint8 `pixels` of mode L [h, w], RGB, RGBA or CMYK [h, w, c] (255 is full ink) to sRGB, as RGB or RGBA.
 
-    A profile that is broken, or that describes another kind of colour than the pixels have, is
-    ignored: the pixels are taken as sRGB.
+    A profile that is broken or has the wrong colour space is ignored and the pixels are treated as sRGB.
     """
     described = space(icc)
     if icc is not None and described == "CMYK" and mode == "CMYK":
@@ -41,7 +40,7 @@ def to_srgb(pixels: NDArray[np.uint8], mode: str, icc: bytes | None) -> Pixels:
 
 
 def as_rgb(pixels: NDArray[np.uint8], mode: str) -> Pixels:
-    """`pixels` of mode L, RGB, RGBA or CMYK as RGB or RGBA, without colour management."""
+    """Convert `pixels` of mode L, RGB, RGBA or CMYK to RGB or RGBA without colour management."""
     if mode == "L":
         return np.repeat(pixels[:, :, None], 3, axis=2)
     if mode == "CMYK":
@@ -66,10 +65,10 @@ def _convert(pixels: NDArray[np.uint8], icc: bytes, mode: str) -> Pixels | None:
 
 @lru_cache(maxsize=16)
 def _transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from a profile to sRGB; None where there is nothing to do, or the profile is broken.
+    """The transform from a profile to sRGB; None if it would change nothing or the profile is broken.
 
-    Relative colorimetric with black point compensation, as image editors do. A job's photos share
-    a few profiles, so each is looked at once; LittleCMS allows threads to share a transform.
+    Relative colorimetric with black point compensation, as in image editors. Cached because a job's photos share a few
+    profiles; LittleCMS lets threads share a transform.
     """
     try:
         transform = ImageCms.buildTransform(
@@ -82,11 +81,11 @@ def _transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         )
         return None if mode != "CMYK" and _changes_nothing(transform, mode) else transform
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None  # a broken profile doesn't fail the image
+        return None  # a broken profile must not fail the image
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether it is sRGB to sRGB, tried on a grid of colours; names of profiles are no help, there are dozens."""
+    """Whether the profile is sRGB, tested on a grid of colours because sRGB profiles go by dozens of names."""
     steps = np.arange(0, 256, 15, dtype=np.uint8)
     if mode == "L":
         grid = steps[None]

@@ -1,4 +1,4 @@
-"""JPEG by libjpeg-turbo: the header without Pillow, scaled and strict decoding, encoding with a profile."""
+"""JPEG with libjpeg-turbo: parse headers, decode strictly and at reduced size, encode with a profile."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from imagemill.shared.errors import NotAnImage, Truncated, sentence
 
 MAX_SEGMENTS = 10_000
 MAX_SCANS = 100
-"""A progressive file has about ten scans; each costs time for the whole picture, however few bytes it has."""
+"""A normal progressive file has about ten scans; each costs a pass over the whole picture, however small the scan."""
 
 _SOS, _EOI, _APP0, _APP1, _APP2, _APP14, _APP15, _COM = 0xDA, 0xD9, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15; the three others are tables
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three excluded markers are tables
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _PROFILE = b"ICC_PROFILE\0"
 _PROFILE_PART = 65_533 - len(_PROFILE) - 2
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of each segment's payload, up to and including the first start of scan."""
+    """Yield (marker, start, end) of each segment's payload, up to and including the first start of scan."""
     position = 2
     for _ in range(MAX_SEGMENTS):
         position = data.find(b"\xff", position)
         while 0 <= position < len(data) - 1 and data[position + 1] == 0xFF:  # fill bytes
             position += 1
         if position < 0 or position + 4 > len(data):
-            raise Truncated("the JPEG file ends within its header")
+            raise Truncated("the JPEG file ends inside its header")
         marker = data[position + 1]
-        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # these have no payload
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # markers without payload
             position += 2
             continue
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         if marker == _EOI or end > len(data) or end < position + 4:
-            raise Truncated("the JPEG file ends before its picture begins")
+            raise Truncated("the JPEG file ends before its image data")
         yield marker, position + 4, end
         if marker == _SOS:
             return
@@ -48,9 +48,9 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def read_header(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None]:
-    """(width, height) as stored, the EXIF block and the ICC profile, where there are any.
+    """(width, height) as stored, EXIF block and ICC profile (each None if missing), without decoding.
 
-    Raises Truncated or NotAnImage. Nothing is decoded.
+    Raises Truncated or NotAnImage.
     """
     size, exif, parts = None, None, {}
     total = 0
@@ -71,7 +71,7 @@ def read_header(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | Non
 
 
 def _plain(data: bytes) -> bytes:
-    """The file without its comments and application segments, except Adobe's, which names the colour space."""
+    """The file without comments and application segments, except Adobe's, which specifies the colour space."""
     kept = [b"\xff\xd8"]
     for marker, start, end in _segments(data):
         if marker == _SOS:
@@ -82,14 +82,14 @@ def _plain(data: bytes) -> bytes:
 
 
 def _scans(data: bytes) -> int:
-    """How many scans the file has. Raises Truncated where it has none."""
+    """Number of scans in the file. Raises Truncated if it has none."""
     frame = None
     for marker, start, _ in _segments(data):
         if marker in _FRAMES and frame is None:
             frame = marker, data[start + 5]
         if marker == _SOS:
-            # All components in the first scan of a sequential file: libjpeg takes a second one for an error. The bytes of most
-            # files need not be searched, which is a tenth of the time that decoding them takes.
+            # If the first scan of a sequential file has all components, libjpeg treats a second scan as an error. Most files
+            # are like that, so they need no search, which would take a tenth of their decoding time.
             if frame is not None and frame[0] not in _PROGRESSIVE and data[start] == frame[1]:
                 return 1
             return data.count(b"\xff\xda", start, max(data.find(b"\xff\xd9", start), start)) + 1
@@ -97,9 +97,9 @@ def _scans(data: bytes) -> int:
 
 
 def shrink_factor(size: tuple[int, int], target: tuple[int, int]) -> int:
-    """The largest of 8, 4, 2 and 1 by which `size` can be divided and still cover `target`.
+    """The largest of 8, 4, 2 and 1 by which `size` can be divided while still covering `target`.
 
-    The fractions between (3/8, 5/8, ...) exist too, but have no SIMD code and take longer than they save.
+    libjpeg also offers fractions in between (3/8, 5/8, ...), but without SIMD code they cost more time than they save.
     """
     return next(f for f in (8, 4, 2, 1) if all(-(-have // f) >= want for have, want in zip(size, target, strict=True)))
 
@@ -107,7 +107,7 @@ def shrink_factor(size: tuple[int, int], target: tuple[int, int]) -> int:
 def _decode(data: bytes, size: tuple[int, int], target: tuple[int, int], *, strict: bool) -> tuple[NDArray[np.uint8], str]:
     height, width, space, _ = simplejpeg.decode_jpeg_header(data, strict=strict)
     if (width, height) != size:
-        raise Truncated(f"the JPEG file contradicts itself: {size[0]} x {size[1]} pixels, then {width} x {height}")
+        raise Truncated(f"the JPEG file has conflicting sizes: {size[0]} x {size[1]} and {width} x {height} pixels")
     mode = {"Gray": "L", "CMYK": "CMYK", "YCCK": "CMYK"}.get(space, "RGB")
     factor = shrink_factor(size, target)
     pixels = simplejpeg.decode_jpeg(
@@ -117,31 +117,30 @@ def _decode(data: bytes, size: tuple[int, int], target: tuple[int, int], *, stri
         min_height=-(-height // factor),
         strict=strict,
     )
-    if mode == "CMYK":  # stored inverted, as Adobe does; every known writer follows
+    if mode == "CMYK":  # stored inverted, as Adobe does and every known writer copies
         np.subtract(255, pixels, out=pixels)
     return pixels[:, :, 0] if mode == "L" else pixels, mode
 
 
 def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> tuple[NDArray[np.uint8], str]:
-    """Pixels of at least `target` (width, height), and their mode: L [h, w], RGB or CMYK [h, w, c], uint8.
+    """Decode pixels of at least `target` (width, height), with their mode: L [h, w], RGB or CMYK [h, w, c], uint8.
 
-    The picture comes at 1/2, 1/4 or 1/8 of `size` where that still covers `target`. 255 is full
-    ink in CMYK. Strict decoding refuses any oddity; those that leave the picture whole are let
-    through afterwards. Raises Truncated or NotAnImage, and what Pillow raises on damage, which
-    `headers.translated` turns into these.
+    The picture is decoded at 1/2, 1/4 or 1/8 of `size` if that still covers `target`. In CMYK, 255 is full ink. Strict
+    decoding rejects every irregularity; those that don't affect the picture are then tolerated. Raises Truncated or
+    NotAnImage, and on damage also Pillow's exceptions, which `headers.translated` converts.
     """
     scans = _scans(data)
     if scans > MAX_SCANS:
-        raise NotAnImage(f"the JPEG file has {scans:,} scans; more than {MAX_SCANS} are refused")
+        raise NotAnImage(f"the JPEG file has {scans:,} scans; the limit is {MAX_SCANS}")
     reason = ""
-    for metadata in (True, False):  # libjpeg may complain of it
+    for metadata in (True, False):  # libjpeg may reject the metadata alone
         source = data if metadata else _plain(data)
         try:
             return _decode(source, size, target, strict=True)
         except (ValueError, KeyError) as error:  # KeyError: simplejpeg knows fewer subsamplings than TurboJPEG
             reason = sentence(error)
             if "extraneous bytes before marker 0xd9" in reason:
-                # Only the first complaint is told: up to the end marker there was none, so the picture is whole.
+                # libjpeg reports only its first warning; it came at the end marker, so the picture is complete.
                 return _decode(source, size, target, strict=False)
             if "Corrupt JPEG data" in reason or "Premature end" in reason:
                 raise Truncated(f"the JPEG file ends early or is damaged ({reason})") from error
@@ -149,21 +148,21 @@ def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> tuple
 
 
 def _by_pillow(data: bytes, size: tuple[int, int], reason: str) -> tuple[NDArray[np.uint8], str]:
-    """Unusual subsampling, which TurboJPEG refuses and libjpeg reads."""
+    """Decode unusual subsampling, which libjpeg supports and TurboJPEG rejects."""
     image = JpegImageFile(io.BytesIO(data))
     if image.size != size or image.mode not in ("L", "RGB", "CMYK"):
-        raise NotAnImage(f"this kind of JPEG is not supported ({reason})")
+        raise NotAnImage(f"this variant of JPEG is not supported ({reason})")
     pixels = np.array(image)
-    # Pillow is silent where data is missing before an end marker; libjpeg fills that with mid grey.
+    # Pillow doesn't report data missing before the end marker; libjpeg fills the gap with mid grey.
     if image.mode != "CMYK" and (pixels[-1] == 128).all():
-        raise Truncated("the JPEG file ends early: its last row was never written")
+        raise Truncated("the JPEG file ends early: its last row is missing")
     return pixels, image.mode
 
 
 def encode(pixels: NDArray[np.uint8], quality: int, icc: bytes | None) -> bytes:
-    """A baseline JPEG of RGB `pixels` [h, w, 3] or grey ones [h, w, 1], with the profile if there is one.
+    """Encode RGB [h, w, 3] or grey [h, w, 1] uint8 `pixels` as baseline JPEG, with the profile if given.
 
-    4:2:0 below quality 90; from there on colour keeps its full resolution (4:4:4).
+    Chroma is subsampled (4:2:0) below quality 90 and kept at full resolution (4:4:4) from 90 up. Raises ValueError.
     """
     space, sampling = ("GRAY", "Gray") if pixels.shape[2] == 1 else ("RGB", "444" if quality >= 90 else "420")
     data: bytes = simplejpeg.encode_jpeg(pixels, quality=quality, colorspace=space, colorsubsampling=sampling)
@@ -176,5 +175,5 @@ def encode(pixels: NDArray[np.uint8], quality: int, icc: bytes | None) -> bytes:
         b"\xff\xe2" + struct.pack(">H", len(part) + len(_PROFILE) + 4) + _PROFILE + bytes([number, len(parts)]) + part
         for number, part in enumerate(parts, 1)
     ]
-    head = 4 + int.from_bytes(data[4:6], "big") if data[2:4] == b"\xff\xe0" else 2  # after JFIF, which comes first
+    head = 4 + int.from_bytes(data[4:6], "big") if data[2:4] == b"\xff\xe0" else 2  # JFIF, if present, must come first
     return data[:head] + b"".join(segments) + data[head:]

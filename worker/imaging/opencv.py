@@ -1,4 +1,4 @@
-"""What all users of OpenCV share: set-up and errors."""
+"""Set-up and error handling shared by everything that uses OpenCV."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ from imagemill.worker.hardware.device import Device
 
 
 def set_up(device: Device) -> None:
-    """Keep OpenCV to this child's share of the cores, and off OpenCL."""
+    """Limit OpenCV to this child's share of the cores and disable OpenCL."""
     cv2.setNumThreads(device.threads)
     cv2.ocl.setUseOpenCL(False)
 
 
 def fingerprint(revision: int) -> str:
-    """What decides an OpenCV engine's results besides image and options; `revision` is of its own code."""
+    """Identify what, besides image and options, determines an OpenCV engine's results; `revision` is that of its code."""
     return f"opencv {cv2.__version__}, revision {revision}"
 
 
 @contextmanager
 def translated(doing: str) -> Iterator[None]:
-    """Turn what OpenCV and numpy raise into our errors; also a decorator. `doing` completes `failed at ...`.
+    """Turn OpenCV's errors and MemoryError into OutOfMemory or OperationFailed; also usable as a decorator.
 
-    Raises OutOfMemory and OperationFailed.
+    `doing` names the activity in messages, such as `scaling the picture`.
     """
     try:
         yield
-    except MemoryError as error:
-        raise OutOfMemory(f"there was not enough memory for {doing}: {sentence(error)}") from error
-    except cv2.error as error:
-        if getattr(error, "code", None) == cv2.Error.StsNoMem:
-            raise OutOfMemory(f"there was not enough memory for {doing}: {sentence(error)}") from error
-        raise OperationFailed(f"failed at {doing}: {sentence(error)}") from error
+    except (MemoryError, cv2.error) as error:
+        if isinstance(error, MemoryError) or getattr(error, "code", None) == cv2.Error.StsNoMem:
+            raise OutOfMemory(f"not enough memory for {doing}: {sentence(error)}") from error
+        raise OperationFailed(f"{doing} failed: {sentence(error)}") from error

@@ -1,4 +1,4 @@
-"""PNG: its chunks walked and checked, and a fast encoder (up filter in numpy, deflate by ISA-L).
+"""PNG: chunk parsing and checking, and a fast encoder (up filter in numpy, deflate by ISA-L).
 
 Format: https://www.w3.org/TR/png-3/
 """
@@ -21,12 +21,12 @@ MAX_PROFILE = 4 * 2**20
 """Bytes of an ICC profile; the largest in use have about two million."""
 
 _UP = 2
-_STRIPE = 2**20  # bytes filtered and deflated at a time: they stay in the cache, and memory stays flat
+_STRIPE = 2**20  # bytes filtered and deflated at once: small enough for the CPU cache, and memory stays constant
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, start, end) of each chunk's payload up to IEND; Truncated where one is missing or cut short."""
+    """Yield (kind, start, end) of each chunk's payload up to IEND. Raises Truncated if one is missing or cut short."""
     position = len(SIGNATURE)
     for _ in range(MAX_CHUNKS):
         if position + 12 > len(data):
@@ -34,9 +34,9 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         length, kind = struct.unpack_from(">I4s", data, position)
         start, end = position + 8, position + 8 + length
         if end + 4 > len(data):
-            raise Truncated(f"the PNG file ends within its {kind.decode('latin-1')!r} chunk")
+            raise Truncated(f"the PNG file ends inside its {kind.decode('latin-1')!r} chunk")
         if (kind == b"IHDR") != (position == len(SIGNATURE)) or (kind == b"IHDR" and length != 13):
-            raise Truncated("the PNG file does not begin with its header")
+            raise Truncated("the PNG file does not start with a valid header")
         yield kind, start, end
         if kind == b"IEND":
             return
@@ -45,7 +45,7 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def read_header(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None]:
-    """(width, height), the EXIF block and the ICC profile, where there are any; nothing is decoded."""
+    """(width, height), EXIF block and ICC profile (each None if missing), without decoding. Raises as `chunks`."""
     size, exif, icc = (0, 0), None, None
     for kind, start, end in chunks(data):
         if kind == b"IHDR":
@@ -58,21 +58,21 @@ def read_header(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | Non
 
 
 def _profile(payload: bytes) -> bytes | None:
-    """The profile of an iCCP chunk: name, 0, method 0, deflated bytes. None where it is damaged or too large."""
+    """The profile in an iCCP chunk (name, 0, method 0, deflated bytes); None if it is damaged or too large."""
     _, _, packed = payload.partition(b"\0")
     inflate = zlib.decompressobj()
     try:
         profile = inflate.decompress(packed[1:], MAX_PROFILE)
     except zlib.error:
-        return None  # a broken profile doesn't fail the image
+        return None  # a broken profile must not fail the image
     return profile if inflate.eof else None
 
 
 def checked(data: bytes) -> tuple[bytes, bytes | None]:
-    """The file with its pixel chunks only, all check sums verified; and the colour key of a picture without palette.
+    """The file reduced to its pixel chunks, with all checksums verified, and the colour key of a picture without palette.
 
-    What is left out (text, profiles, further frames) can't trouble the decoder, and the key
-    (tRNS) is for `colour_key`, since decoders compare it at the wrong depth. Raises Truncated.
+    Without the other chunks (text, profiles, further frames), their contents can't fail the decoder. The key (tRNS) is
+    returned for `colour_key` because decoders compare it at the wrong depth. Raises Truncated.
     """
     view = memoryview(data)
     kept: list[bytes | memoryview] = [SIGNATURE]
@@ -81,7 +81,7 @@ def checked(data: bytes) -> tuple[bytes, bytes | None]:
         if kind not in _PIXEL_CHUNKS:
             continue
         if isal_zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
-            raise Truncated(f"the PNG file is damaged: wrong check sum of its {kind.decode()} chunk")
+            raise Truncated(f"the PNG file is damaged: wrong checksum in its {kind.decode()} chunk")
         if kind == b"IHDR":
             palette = data[start + 9] == 3
         if kind == b"tRNS" and not palette:
@@ -92,10 +92,10 @@ def checked(data: bytes) -> tuple[bytes, bytes | None]:
 
 
 def colour_key(pixels: NDArray[np.uint8 | np.uint16], key: bytes, depth: int) -> NDArray[np.uint8]:
-    """Alpha [h, w] uint8: 0 where `pixels` (L [h, w] or RGB [h, w, 3]) have the colour of `key`, else 255.
+    """Alpha, uint8 [h, w]: 0 where `pixels` (L [h, w] or RGB [h, w, 3]) equal the colour in `key`, otherwise 255.
 
-    `key` has 16 bits per channel at the file's `depth`. Of 16-bit colour only the upper bytes are
-    compared, as nothing else is decoded; 16-bit grey is compared whole when it comes as uint16.
+    `key` has 16 bits per channel at the file's bit `depth`. Of 16-bit colour only the upper bytes are compared, because
+    only they are decoded; 16-bit grey passed as uint16 is compared in full. Raises Truncated.
     """
     channels = 1 if pixels.ndim == 2 else 3
     if len(key) < 2 * channels:
@@ -113,17 +113,17 @@ def _chunk(kind: bytes, payload: bytes) -> bytes:
 
 
 def clear_hidden(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """RGBA pixels [h, w, 4] with 0 in all four channels where alpha is 0: nobody sees it and it costs bytes."""
+    """RGBA pixels [h, w, 4] with all four channels 0 where alpha is 0: invisible colour only costs bytes."""
     words = np.ascontiguousarray(pixels).view("<u4")
     cleared: NDArray[np.uint8] = (words * (words > 0x00FFFFFF)).view(np.uint8)
     return cleared
 
 
 def encode(pixels: NDArray[np.uint8], icc: bytes | None = None, *, clear: bool = True) -> bytes:
-    """A PNG of `pixels` (grey [h, w, 1], RGB [h, w, 3] or RGBA [h, w, 4], uint8), colour under alpha 0 cleared if `clear`.
+    """Encode uint8 `pixels` (grey [h, w, 1], RGB [h, w, 3] or RGBA [h, w, 4]); `clear` removes colour under alpha 0.
 
-    Each row is stored as its difference to the row above: one subtraction per byte, where
-    choosing the best filter per row costs most of an encoder's time.
+    Each row is stored as its difference from the row above: one subtraction per byte, whereas choosing the best filter for
+    each row takes most of an encoder's time.
     """
     height, width, channels = pixels.shape
     row_bytes = width * channels

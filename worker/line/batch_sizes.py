@@ -1,7 +1,7 @@
-"""How many samples fit: learned from what runs took and from where they failed, per kind of sample.
+"""How many samples fit into device memory, learned for each kind of sample from measured peaks and from failures.
 
-A kind is what decides a sample's memory on the device: `Sample.footprint`, else the group that it may share a batch
-with. All of it is of one operation, one engine and one device.
+A sample's kind is whatever decides how much memory it takes: its `footprint`, or else its group key. Everything here is
+about one engine of one operation on one device.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from imagemill.worker.operations.base import AnyOperation, Sample
 log = logging.getLogger(__name__)
 
 SHARE = 0.8
-"""Of the free memory, what a batch may be expected to take."""
+"""Share of the free memory that a batch may be expected to take."""
 HIGH = 0.9
-"""Of all the memory; a run that takes more is flagged."""
+"""Share of all memory above which a run is flagged."""
 PATIENCE = 32
-"""Full batches of the largest size that fits, before a larger one is tried again; doubled each time that fails."""
+"""Full batches of the largest size that fits, before a larger one is tried again; doubles each time that fails."""
 KINDS = 1000
-"""Kinds remembered; the oldest is forgotten."""
+"""Kinds remembered; beyond that, the oldest is forgotten."""
 
 
 def kind_of(operation: AnyOperation, sample: Sample[Any, Any]) -> str:
-    """What decides a sample's memory, as text that is the same in every process."""
+    """What decides how much memory a sample takes, as text that is the same in every process."""
     return sample.footprint or repr(operation.group_key(sample))
 
 
 @dataclass
 class Known:
-    """Of one kind: the least peak in bytes of each size that ran, the largest size that fits, and the least that failed.
+    """What is known of one kind: the lowest peak in bytes per batch size, the largest size that fits, the smallest that failed.
 
-    `free` is how much memory there was when it failed; `relief` is the level (Operation.relieve) at which one sample fits.
+    `free` is how much memory was free at that failure; `relief` is the level (Operation.relieve) at which one sample fits.
     """
 
     peaks: dict[PositiveInt, NonNegativeInt] = field(default_factory=dict)
@@ -50,9 +50,9 @@ class Known:
     waited: int = 0
 
     def expected(self, free: int) -> int | None:
-        """How many samples take no more than their share of `free`, by a line through the smallest and largest size.
+        """How many samples stay within their share of `free`, by a line through the smallest and largest measured sizes.
 
-        None where no memory was seen to be taken.
+        None if no run was seen to take memory.
         """
         (low, least), (high, most) = min(self.peaks.items()), max(self.peaks.items())
         slope = (most - least) / (high - low) if high > low else most / high
@@ -62,8 +62,11 @@ class Known:
         return int((SHARE * free - base) / slope + 1e-6) if slope > 0 else None
 
     def ceiling(self, free: int) -> int | None:
-        """The most that may be tried after something failed: half way to what failed, then what fits, and now and then,
-        or when memory was freed, one more. None where nothing failed."""
+        """The largest size to try after a failure; None if nothing failed.
+
+        That is halfway to the size that failed, then the size that fits, and once in a while, or when memory has been
+        freed, the failed size again.
+        """
         if self.fails is None:
             return None
         if self.fails - self.fits > 1:
@@ -74,11 +77,12 @@ class Known:
 
 
 class BatchSizes:
-    """The sizes of one operation's batches on one device; kept by its child, over all chunks. Used by one thread.
+    """The batch sizes of one engine on one device. A child keeps them across chunks; for one thread.
 
-    `known` is what it begins with; `measures` says whether runs are measured, by default where the memory `grows`.
+    It starts from `known`. `measures` says whether runs are measured; by default only where the memory `grows`, that is
+    where larger batches are faster.
 
-    `flagged` counts runs that took more than 90 % of the device's memory, and `top` is the largest share of it so far.
+    `flagged` counts runs that took more than 90 % of the device's memory; `top` is the largest share so far.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class BatchSizes:
         self._kinds = dict(known or {})
 
     def limit(self, kind: str, most: int) -> int:
-        """How many samples of a kind to run at a time, 1 to `most`."""
+        """How many samples of a kind to run at once, from 1 to `most`."""
         known = self._kinds.get(kind)
         if most == 1 or (known is None and not self.memory.grows):
             return most
@@ -104,17 +108,17 @@ class BatchSizes:
         if expected is not None:
             size = min(size, expected)
         if known.fits and (self.memory.grows or ceiling is not None):
-            size = min(size, 2 * known.fits)  # a line through few points is not trusted further
+            size = min(size, 2 * known.fits)  # don't trust a line through few points any further
         return max(1, size)
 
     def relief(self, kind: str) -> int:
-        """The level to run one sample of a kind at; 0 where it fits as it is, or should be tried to again."""
+        """The relief level at which to run one sample of a kind; 0 if it fits without, or if that should be tried again."""
         known = self._kinds.get(kind)
         return known.relief if known and known.relief and known.ceiling(self.memory.free()) == 0 else 0
 
     @contextmanager
     def running(self, kind: str, size: int) -> Iterator[None]:
-        """Around a run of `size` samples: learns from it, unless it raises."""
+        """Wraps a run of `size` samples and learns from it, unless it raises."""
         if not self._measures:
             yield
             if kind in self._kinds:
@@ -128,24 +132,24 @@ class BatchSizes:
         self._watch(kind, size, peak.share)
 
     def failed(self, kind: str, size: int) -> None:
-        """`size` samples of a kind did not fit, though memory was given back since."""
+        """Learn that `size` samples of a kind did not fit, even after caches were freed."""
         known = self.known(kind)
         if size <= known.fits:
-            known.fits = 0  # that was in better times
+            known.fits = 0  # it did fit when more memory was free
         elif known.fails == size:
             known.patience *= 2
         known.fails, known.waited, known.free = size, 0, self.memory.free()
         told = dict(action="memory", kind=kind, samples=size, free=known.free)
-        log.warning("a batch did not fit into memory", extra=told)
+        log.warning("batch did not fit into memory", extra=told)
 
     def relieved(self, kind: str, level: int) -> None:
-        """One sample of a kind fits at this level."""
+        """Learn that one sample of a kind fits at this level."""
         known = self.known(kind)
         known.relief = level
         known.waited += 1
 
     def known(self, kind: str) -> Known:
-        """What is known of a kind, to be added to."""
+        """What is known of a kind; the caller may add to it."""
         if kind not in self._kinds and len(self._kinds) >= KINDS:
             del self._kinds[next(iter(self._kinds))]
         return self._kinds.setdefault(kind, Known())
@@ -157,9 +161,9 @@ class BatchSizes:
         known.waited += size == known.fits
 
     def _watch(self, kind: str, size: int, share: float) -> None:
-        """Flag a run that came near the device's end; said once for every new height."""
+        """Flag a run that came close to the device's limit, and log every new high."""
         self.flagged += share > HIGH
         if share > max(HIGH, self.top + 0.01):
             told = dict(action="memory", kind=kind, samples=size, share=round(share, 3))
-            log.warning("more than 90 % of the device's memory was in use", extra=told)
+            log.warning("more than 90 % of device memory in use", extra=told)
         self.top = max(self.top, share)

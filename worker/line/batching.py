@@ -1,4 +1,4 @@
-"""What may share a batch, how large it may be and how long it waits for company, and what to do when a batch fails."""
+"""Which samples share a batch, how large it gets, how long it waits for more, and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 Owner = TypeVar("Owner")
 
 CAPS = {"quality": 4, "throughput": 64}
-"""The largest batch of each policy; an engine's own `max_batch` may be smaller."""
+"""The largest batch under each policy; an engine's own `max_batch` may be smaller."""
 
 
 def cap(policy: Policy, spec: Spec) -> int:
-    """The most samples that a batch may have, however much memory there is."""
+    """The most samples in a batch, regardless of memory."""
     return min(CAPS[policy.batch], spec.max_batch)
 
 
 @dataclass(frozen=True)
 class Slot(Generic[Owner]):
-    """One sample on its way to the device: the `place`-th of its owner's. `came` is when, by the monotonic clock."""
+    """One sample waiting for the device: number `place` of its owner's. It arrived at `came` on the monotonic clock."""
 
     owner: Owner
     place: int
@@ -42,7 +42,7 @@ class Slot(Generic[Owner]):
 
 @dataclass
 class _Group(Generic[Owner]):
-    """Samples that may share a batch. `limit` is how many of them fit, 0 where that is to be asked again."""
+    """Samples that may share a batch. `limit` is how many fit in memory; 0 means ask again."""
 
     kind: str
     slots: deque[Slot[Owner]] = field(default_factory=deque)
@@ -50,9 +50,10 @@ class _Group(Generic[Owner]):
 
 
 class Batcher(Generic[Owner]):
-    """Sorts samples into groups that may share a batch; gives the oldest group that is full or has waited `wait` seconds.
+    """Sorts samples into groups that may share a batch, and hands out the oldest group that is full or has waited long enough.
 
-    A batch has at most `most` samples, and no more than fit. Where larger ones are not faster nobody waits.
+    A batch has at most `most` samples, and no more than fit into memory. It waits up to `wait` seconds for more samples,
+    but only on devices where larger batches are faster.
     """
 
     def __init__(self, operation: AnyOperation, sizes: BatchSizes, most: int, wait: float = 0.0) -> None:
@@ -64,8 +65,8 @@ class Batcher(Generic[Owner]):
         return bool(self._groups)
 
     def add(self, owner: Owner, samples: Sequence[Sample[Any, Any]]) -> None:
-        """Queue an owner's samples."""
-        keys = [self._operation.group_key(sample) for sample in samples]  # all or none of them, should one raise
+        """Queue one owner's samples."""
+        keys = [self._operation.group_key(sample) for sample in samples]  # before any is queued, in case one raises
         now = time.monotonic()
         for place, (key, sample) in enumerate(zip(keys, samples, strict=True)):
             if key not in self._groups:
@@ -73,9 +74,9 @@ class Batcher(Generic[Owner]):
             self._groups[key].slots.append(Slot(owner, place, sample, now))
 
     def patience(self, *, coming: bool) -> float | None:
-        """How many seconds to wait for more samples before `take`; None while there is nothing to take.
+        """How many seconds to wait for more samples before `take`; None if there is nothing to take yet.
 
-        `coming` says whether more can come; without that nobody waits.
+        `coming` says whether more samples can arrive; if not, there is no wait.
         """
         if not self._groups:
             return None if coming else 0.0
@@ -85,12 +86,12 @@ class Batcher(Generic[Owner]):
         return max(0.0, oldest + self._wait - time.monotonic())
 
     def take(self) -> list[Slot[Owner]]:
-        """The next batch, 1 or more samples of one group; only when there is one."""
+        """The next batch: one or more samples of one group. Call it only if there is one."""
         key, group = self._next()
         limit = self._limit(group)
         batch = [group.slots.popleft() for _ in range(min(limit, len(group.slots)))]
         for one in self._groups.values():
-            one.limit = 0  # the run may teach better
+            one.limit = 0  # this run may change what is known
         if group.slots:
             self._groups.move_to_end(key)
         else:
@@ -98,13 +99,13 @@ class Batcher(Generic[Owner]):
         return batch
 
     def drain(self) -> list[Owner]:
-        """Empty it; the owners whose samples were in it, each once."""
+        """Remove everything, and return the owners of the removed samples, each once."""
         owners = {id(slot.owner): slot.owner for group in self._groups.values() for slot in group.slots}
         self._groups.clear()
         return list(owners.values())
 
     def _next(self) -> tuple[Hashable, _Group[Owner]]:
-        """The first group that need not wait; the first of all where each could."""
+        """The first group that should not wait any longer, or simply the first."""
         late = time.monotonic() - self._wait
         groups = self._groups.items()
         return next(
@@ -122,11 +123,11 @@ class Batcher(Generic[Owner]):
 def run_parts(
     operation: AnyOperation, samples: Sequence[Sample[Any, Any]], sizes: BatchSizes
 ) -> Iterator[list[Any | ImageError]]:
-    """The device step on a batch, part by part as they ran: per sample its output, or the error of that sample alone.
+    """Run a batch on the device; yields its parts as they ran: for each sample its output, or that sample's own error.
 
-    When memory runs out the batch is halved, and `sizes` remembers; on any other error each sample is run alone, so that
-    a bad image does not take its neighbours along. Raises SoftTimeLimitExceeded when the chunk's time is up, and
-    DeviceLost when the device is of no more use to this process: neither is an image's fault.
+    When memory runs out, the batch is halved and `sizes` learns from it. On any other error each sample is run alone, so
+    that a bad image does not take its neighbours down. Raises SoftTimeLimitExceeded when the chunk's time is up, and
+    DeviceLost when this process can't use the device any more: neither is an image's fault.
     """
     kind = kind_of(operation, samples[0])
     over, step = 0, len(samples)
@@ -135,7 +136,7 @@ def run_parts(
         level = sizes.relief(kind) if len(part) == 1 else 0
         made = _relieved(operation, part, sizes, level) if level else attempt(operation, part, sizes, kind)
         if isinstance(made, OutOfMemory) and not level:
-            give_up_caches()  # out of the except block: its frames no longer hold the batch's tensors
+            give_up_caches()  # outside the except block, whose frames hold the batch's tensors
             sizes.failed(kind, len(part))
             made = made if len(part) > 1 else _relieved(operation, part, sizes, 1, made)
         if isinstance(made, list) or len(part) == 1:
@@ -148,7 +149,7 @@ def run_parts(
 def attempt(
     operation: AnyOperation, samples: Sequence[Sample[Any, Any]], sizes: BatchSizes, kind: str
 ) -> list[Any] | ImageError:
-    """One run: an output per sample, or what went wrong, without the frames that hold the batch's tensors.
+    """One run: an output per sample, or the error, without the frames that hold the batch's tensors.
 
     Raises SoftTimeLimitExceeded and DeviceLost.
     """
@@ -179,7 +180,7 @@ def _relieved(
     level: int,
     failure: OutOfMemory | None = None,
 ) -> list[Any] | ImageError:
-    """One sample, which did not fit, with measures that save memory: at `level`, then at higher ones. They end with it."""
+    """Run one sample that did not fit with memory-saving measures, at `level` and then above. They end with this run."""
     made: list[Any] | ImageError = failure or OutOfMemory(f"{operation.spec.name} ran out of memory")
     kind = kind_of(operation, alone[0])
     try:

@@ -1,9 +1,8 @@
-"""Results remembered: the same image asked for again, in any job, is copied inside the store and not computed.
+"""Earlier results: when the same image is asked for again, in any job, its result is copied instead of computed.
 
-All that decides a result's bytes is hashed into a key; under it Redis holds where the result lies and what it is, for
-as long as it remembers jobs. Nothing here fails an image: what is in doubt is computed. Not remembered are images with
-a mask by address and jobs with options that are addresses (`ADDRESSES`), since other bytes may lie there
-tomorrow.
+Everything that decides a result's bytes is hashed into a key. Under it, Redis keeps where the result is and what it is,
+for as long as it keeps jobs. Nothing here fails an image: when in doubt, the result is computed. Images with a
+mask at a URL and jobs with options that are URLs (`ADDRESSES`) are left out, because the bytes there may change.
 """
 
 from __future__ import annotations
@@ -39,20 +38,20 @@ from imagemill.worker.transfer.store import Store
 log = logging.getLogger(__name__)
 
 REVISION = 4
-"""Raise it when decoding, scaling or encoding make other bytes of the same image."""
+"""Raise it when decoding, scaling or encoding gives the same image different bytes."""
 
 AROUND = ("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg")
-"""Packages that decide a result whatever the engine; each engine names its own in its `fingerprint`."""
+"""Packages that affect the result of every engine; each engine names its own in its `fingerprint`."""
 
-KEY_BYTES = 21  # 168 bits, 28 characters: with the prefix as much as Redis gives a key of this size anyway
-QUIET = 600.0  # seconds between complaints
+KEY_BYTES = 21  # 168 bits, 28 characters: with the prefix, Redis allocates no more than for a shorter key
+QUIET = 600.0  # seconds between warnings
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """A result in a store: its address, MD5 in hex, format (png, jpeg or webp), bytes, (width, height) and notes.
+    """A result in a store: its URL, MD5 in hex, format (png, jpeg or webp), bytes, (width, height) and notes.
 
-    `measures` is None where it was not checked. What it is flagged as is not remembered: that is for each job to judge.
+    `measures` is None if it was not checked. Flags are not kept: each job judges the measures by its own limits.
     """
 
     output: str
@@ -67,12 +66,12 @@ class Remembered:
     def of(
         cls, encoded: Encoded, *, output: str, size: tuple[int, int], notes: tuple[str, ...], measures: Measures | None
     ) -> Remembered:
-        """A file that was just stored at `output`."""
+        """The entry for a file that has just been stored at `output`."""
         md5 = hashlib.md5(encoded.data, usedforsecurity=False).hexdigest()
         return cls(output, md5, encoded.format, len(encoded.data), size, notes, measures)
 
     def copied(self, store: Store, key: str) -> Remembered | None:
-        """The same result under a key of `store`; None if it is gone or can't be copied, whatever the reason."""
+        """The same result under a key of `store`; None if it no longer exists or can't be copied, for whatever reason."""
         try:
             return replace(self, output=store.copy(self.output, key, f"image/{self.format}", md5=self.md5))
         except ImageError as error:
@@ -81,34 +80,34 @@ class Remembered:
 
 
 class Cache:
-    """Thread-safe; make one per process, after the fork. `ttl` is in seconds."""
+    """Thread-safe. Make one per process, after the fork. `ttl` is in seconds."""
 
     def __init__(self, url: str, ttl: float) -> None:
         self._redis = connect(url)
-        self._redis.set_retry(Retry(NoBackoff(), 1))  # once more on a connection that went stale; no image waits longer
+        self._redis.set_retry(Retry(NoBackoff(), 1))  # one retry for a stale connection; no image waits longer
         self._ttl_ms = max(1, int(ttl * 1000))
-        self._complained = -QUIET
+        self._warned = -QUIET
 
     @classmethod
     def of(cls, settings: Settings) -> Cache | None:
-        """The cache that `settings` name; None where the operator has turned it off."""
+        """The cache that the settings describe; None if the operator has turned it off."""
         if not settings.worker.reuse:
             return None
         return cls(settings.redis_url.get_secret_value(), settings.expire_days * 86_400)
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._redis.close()
 
     def key(self, data: bytes, item: Item, spec: Job, operation: AnyOperation) -> str | None:
-        """What stands for the result of this image file: equal keys, equal bytes. None if it can't be remembered."""
+        """The key of this image file's result: equal keys mean equal bytes. None if the result must not be reused."""
         options, wanted = spec.options.model_dump(mode="json"), spec.policy.quality
         if item.mask is not None or any(options.get(name) is not None for name in ADDRESSES):
             return None
         try:
             engine = operation.fingerprint(spec.options)
         except (ImagemillError, OSError) as error:
-            self._complain(error)
+            self._warn(error)
             return None
         decides = {
             "source": hashlib.sha256(data).hexdigest(),
@@ -120,38 +119,38 @@ class Cache:
             "engine": engine,
             "repair": [REPAIRS, wanted.model_dump()] if wanted.mode == "repair" else None,
             "around": [REVISION, *(versions().get(name) for name in AROUND)],
-            "store": urlsplit(spec.output.url).scheme,  # copies are made within one, so each remembers its own
+            "store": urlsplit(spec.output.url).scheme,  # copies are made within one kind of store, so each has its own entries
         }
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).digest()
         return base64.urlsafe_b64encode(digest[:KEY_BYTES]).decode()
 
     def get(self, key: str | None) -> Remembered | None:
-        """What is remembered under a key, if Redis can be asked and knows; `copied` finds out whether it is still there."""
+        """The entry under a key, if Redis answers and has one; `copied` finds out whether the result still exists."""
         raw: bytes | None = None
         if key is not None:
-            with self._spared():
+            with self._tolerated():
                 raw = self._redis.get(_name(key))
         return _unpacked(raw) if raw is not None else None
 
     def put(self, key: str | None, result: Remembered) -> None:
-        """Remember a result that is safely stored, instead of what was remembered before."""
+        """Save the entry of a result that is safely stored, replacing any earlier one."""
         if key is not None:
-            with self._spared():
+            with self._tolerated():
                 self._redis.set(_name(key), _packed(result), px=self._ttl_ms)
 
     @contextmanager
-    def _spared(self) -> Iterator[None]:
-        """Redis' troubles inside end here: away, or full."""
+    def _tolerated(self) -> Iterator[None]:
+        """Redis errors inside, such as a full or unreachable server, end here."""
         try:
             yield
         except redis.RedisError as error:
-            self._complain(error)
+            self._warn(error)
 
-    def _complain(self, error: Exception) -> None:
-        """Once, not for each image."""
-        if time.monotonic() - self._complained >= QUIET:
-            self._complained = time.monotonic()
-            log.warning("results are not remembered", extra={"action": "reuse", "reason": sentence(error)})
+    def _warn(self, error: Exception) -> None:
+        """Once in a while, not for every image."""
+        if time.monotonic() - self._warned >= QUIET:
+            self._warned = time.monotonic()
+            log.warning("results are not cached", extra={"action": "reuse", "reason": sentence(error)})
 
 
 def _name(key: str) -> str:
@@ -166,7 +165,7 @@ def _packed(result: Remembered) -> bytes:
 
 
 def _unpacked(raw: bytes) -> Remembered | None:
-    """None for what another version may have left there."""
+    """None for an entry of another version."""
     try:
         fields: list[Any] = json.loads(raw)
         output, md5, form, size, width, height, measures, *notes = fields

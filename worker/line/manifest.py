@@ -1,4 +1,4 @@
-"""The record of a job that outlives Redis: one JSON line per image, beside the outputs."""
+"""A job's record that outlives Redis: one JSON line per image, stored beside the results."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from imagemill.worker.transfer.store import Store
 
 
 def write_manifest(job: str, spec: Job, ledger: ReadLedger, store: Store, fingerprint: str | None = None) -> str:
-    """Write `{job}/manifest.jsonl` and return its address. Raises an ImageError of the store.
+    """Write `{job}/manifest.jsonl` and return its URL. Raises the store's ImageErrors.
 
-    `fingerprint` is this node's engine's: its libraries and its weights' digests.
+    `fingerprint` is that of this node's engine: its libraries and its weights' digests.
     """
     store.check()
     with tempfile.TemporaryDirectory() as folder:
@@ -31,17 +31,17 @@ def write_manifest(job: str, spec: Job, ledger: ReadLedger, store: Store, finger
 
 
 def manifest_line(job: str, spec: Job, row: Row, fingerprint: str | None = None) -> dict[str, Any]:
-    """An image with all that is known of how its result came about."""
+    """Everything known about one image's result and how it was made."""
     line = row.model_dump(exclude_none=True)
     if row.result is not None:
         told = {"source_format", "source_bytes", "source_size", "output_bytes", "output_size", "seconds", "notes", "node"}
         line |= row.result.model_dump(include={*told, "quality"}, exclude_none=True)
     line |= {"job": job, "operation": spec.operation, "options": spec.options.model_dump(mode="json"), "versions": versions()}
-    # A duplicate has the result, and so the seed, of the row that it repeats.
+    # A duplicate shares the result, and so the seed, of the row that it repeats.
     seed = item_seed(spec.options, row.index if row.duplicate_of is None else row.duplicate_of, row.source)
     if seed is not None and row.result is not None and REPAIRED_SEED in row.result.notes:
         seed = next_seed(seed)
     line |= {name: value for name, value in (("seed", seed), ("fingerprint", fingerprint)) if value is not None}
-    if row.result is not None and row.state == "done" and CACHED not in row.result.notes:  # a copy's is not known
+    if row.result is not None and row.state == "done" and CACHED not in row.result.notes:  # unknown for a copy
         line["batch"] = row.result.batch
     return line

@@ -1,4 +1,4 @@
-"""How many decoded pixels a child may hold at a time."""
+"""How many decoded pixels a child may hold at once."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from imagemill.shared.errors import InternalError
 
 
 class PixelBudget:
-    """How many decoded pixels may be held at a time; first come, first served.
+    """Room for `total` decoded pixels, given out first come, first served. Thread-safe.
 
-    An image larger than the whole budget is let in alone.
+    An image larger than the whole budget gets in when it is alone.
     """
 
     def __init__(self, total: int) -> None:
         self._total = total
         self._used = 0
         self._closed = False
-        self._turn = Lock()  # one waits at a time, so that small images can't overtake a large one for ever
+        self._turn = Lock()  # one waits at a time, so that small images can't keep overtaking a large one
         self._changed = Condition()
 
     def acquire(self, pixels: int) -> None:
-        """Wait until there is room."""
+        """Wait until there is room. Raises InternalError once the budget is closed."""
         with self._turn, self._changed:
             self._changed.wait_for(lambda: self._closed or self._used == 0 or self._used + pixels <= self._total)
             if self._closed:
@@ -29,13 +29,13 @@ class PixelBudget:
             self._used += pixels
 
     def release(self, pixels: int) -> None:
-        """Make room again."""
+        """Give room back."""
         with self._changed:
             self._used -= pixels
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Turn away whoever waits, since nobody will make room any more."""
+        """Turn away everyone who is waiting, because nobody will release anything any more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,5 +1,4 @@
-"""Pictures beside an image: those that a whole job uses (a mask, a colour reference), fetched and decoded once per chunk,
-and an image's own mask."""
+"""Images that another image needs: a job's mask or colour reference, fetched once per chunk, and an item's own mask."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ T = TypeVar("T")
 
 
 class References:
-    """Thread-safe. An address that fails fails for each caller of this chunk, without being fetched again."""
+    """Thread-safe. A URL that fails is not fetched again for this chunk: every image that needs it gets the same error."""
 
     def __init__(self, fetcher: Fetcher, *, max_pixels: int, attempts: int, stop: Event | None = None) -> None:
         self._fetcher, self._max_pixels, self._attempts, self._stop = fetcher, max_pixels, attempts, stop or Event()
@@ -29,7 +28,7 @@ class References:
         self._masks: dict[str, Future[Grey]] = {}
 
     def picture(self, url: str) -> Picture:
-        """The picture at `url` in sRGB. Raises the ImageError of fetching or decoding it."""
+        """The image at `url` in sRGB. Raises the ImageError of fetching or decoding it."""
         return self._once(self._pictures, url, self._decode)
 
     def mask(self, url: str) -> Grey:
@@ -37,9 +36,9 @@ class References:
         return self._once(self._masks, url, self._decode_mask)
 
     def mask_of(self, item: Item, options: EngineOptions) -> Grey | None:
-        """The item's own mask, else the job's, else None.
+        """The item's own mask, or the job's, or None.
 
-        Any trouble with it is a BadMask, but for a download that `stop` cut short.
+        Raises BadMask for anything wrong with it, except for a download that `stop` cut short.
         """
         url = item.mask or getattr(options, "mask", None)
         if url is None:
@@ -60,6 +59,7 @@ class References:
         return codec.decode(data, codec.probe(data, max_pixels=self._max_pixels))
 
     def _once(self, known: dict[str, Future[T]], url: str, decode: Callable[[bytes], T]) -> T:
+        """The decoded image at `url`, fetched by whoever asks first; the others wait for that."""
         with self._lock:
             future = known.get(url)
             mine = future is None
@@ -68,6 +68,6 @@ class References:
         if mine:
             try:
                 future.set_result(decode(self._fetcher.fetch(url, attempts=self._attempts).data))
-            except BaseException as error:  # noqa: BLE001  # handed to every caller by result()
+            except BaseException as error:  # noqa: BLE001  # result() raises it for everyone
                 future.set_exception(error)
         return future.result()

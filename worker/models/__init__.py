@@ -1,0 +1,1 @@
+"""The models' files: what there is, downloading, converting, checking."""

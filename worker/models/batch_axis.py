@@ -1,8 +1,8 @@
-"""Sets a model's batch axis free where it is fixed at 1, if the model then still gives the same.
+"""Frees a model's batch axis if it is fixed at 1, provided that the model's output stays the same.
 
-Exporters write the batch size that they were shown into the graph: as its input's first dimension, and as
-constants of its Reshape nodes. Both are rewritten, and the result is tried: only a graph that gives for
-one image what the original gives, and for two images what it gives for each of them, is kept.
+Exporters write the batch size of their example into the graph: as the first dimension of its inputs, and as constants of
+its Reshape nodes. Both are rewritten. The new graph is kept only if it returns the original's output for one image, and for
+two images what the original returns for each.
 """
 
 from __future__ import annotations
@@ -21,47 +21,48 @@ from numpy.typing import NDArray
 
 from imagemill.shared.errors import sentence
 from imagemill.worker.models.checksums import digest
-from imagemill.worker.models.files import made_of, put_on_record, variant
+from imagemill.worker.models.files import record_variant, variant, variant_record
 
 Outcome = Literal["free", "made", "refused", "killed"]
-"""The original's axis is free; a file with a free one was made; none could be made that gives the same; the trial was ended."""
+"""The original's axis is free; a variant with a free axis was made; none has the same output; the trial was killed."""
 
 TOLERANCE = 1e-3
-"""How far an output may be off, as a share of its span from smallest to largest: a quarter of one of 255 greys."""
+"""Largest permitted difference, as a share of an output's range: a quarter of one of 255 grey levels."""
 ROUNDING = 1e-4
-"""And as a share of its largest value, for outputs that hardly vary."""
+"""The same as a share of the largest value, for outputs that hardly vary."""
 
 BATCH = "batch"
 SIDE = 320
-"""Length of the input's axes whose length is free."""
+"""Length used for free input axes in the trial."""
 
 
 def free(original: Path) -> Outcome:
-    """Make `{name}.dynamic.onnx` beside a model where that is needed and possible, and put on record what came of it.
+    """Make `{name}.dynamic.onnx` next to a model if it is needed and possible, and record the outcome.
 
-    What is on record is not tried again. The trial takes the memory of two images, so it runs in a process of its own
-    that the kernel ends first; then nothing is put on record. Raises ModuleNotFoundError where onnx or onnxruntime is
-    not installed.
+    A recorded outcome is not tried again. The trial needs memory for two images, so it runs in its own process, which the
+    kernel kills first if memory runs out; then nothing is recorded. Raises ModuleNotFoundError without onnx or onnxruntime.
     """
-    import onnx  # noqa: F401  # said here rather than in the other process
+    import onnx  # noqa: F401  # fails here rather than in the other process
     import onnxruntime  # noqa: F401
 
-    made = made_of(original, "dynamic")
-    if made.get("original") == digest(original) and (made.get("outcome") != "made" or variant(original, "dynamic").is_file()):
-        outcome: Outcome = made["outcome"]
+    record = variant_record(original, "dynamic")
+    if record.get("original") == digest(original) and (
+        record.get("outcome") != "made" or variant(original, "dynamic").is_file()
+    ):
+        outcome: Outcome = record["outcome"]
         return outcome
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_me_first) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prefer_as_oom_victim) as pool:
         try:
-            outcome, told = pool.submit(make, original, variant(original, "dynamic")).result()
+            outcome, reason = pool.submit(make, original, variant(original, "dynamic")).result()
         except BrokenProcessPool:
             _part(variant(original, "dynamic")).unlink(missing_ok=True)
             return "killed"
-    put_on_record(original, "dynamic", accepted=outcome == "made", told={"outcome": outcome, "told": told})
+    record_variant(original, "dynamic", accepted=outcome == "made", details={"outcome": outcome, "reason": reason})
     return outcome
 
 
 def make(original: Path, target: Path) -> tuple[Outcome, str]:
-    """Write the model with a free batch axis to `target`, if it is fixed and this can be done; and a sentence about it."""
+    """Write the model with a free batch axis to `target` if needed and possible; return the outcome and its reason."""
     import onnx
 
     part = _part(target)
@@ -72,15 +73,15 @@ def make(original: Path, target: Path) -> tuple[Outcome, str]:
         _rewrite(model)
         onnx.save(model, part)
         del model
-        off = difference(original, part)
-        if off is not None:
-            return "refused", off
+        reason = difference(original, part)
+        if reason is not None:
+            return "refused", reason
         part.replace(target)
-    except Exception as error:  # noqa: BLE001  # whatever onnx and onnxruntime raise on a graph that they can't work with
+    except Exception as error:  # noqa: BLE001  # onnx and onnxruntime raise anything on a graph that they can't handle
         return "refused", sentence(error)
     finally:
         part.unlink(missing_ok=True)
-    return "made", f"the same within {TOLERANCE:g} of each output's span, for one image and for two"
+    return "made", f"same output within {TOLERANCE:g} of its range, for one image and for two"
 
 
 def _part(target: Path) -> Path:
@@ -88,18 +89,18 @@ def _part(target: Path) -> Path:
 
 
 def difference(original: Path, changed: Path) -> str | None:
-    """In what a model with a free batch axis differs from its original beyond the tolerance; None where in nothing."""
+    """Compare a model with a free batch axis to its original; None if the outputs agree, else a sentence."""
     images = [{name: _picture(seed, shape) for name, shape in _shapes(original)} for seed in (1, 2)]
     wanted = [_run(original, [image]) for image in images]
     cases = [("one image", [images[0]], [wanted[0]]), ("two images", images, wanted)]
-    for what, batch, singles in cases:
-        for place, found in enumerate(_run(changed, batch)):
-            expected = np.concatenate([single[place] for single in singles])
-            if found.shape != expected.shape:
-                return f"for {what} output {place} is {found.shape}, not {expected.shape}"
-            off, allowed = float(np.abs(found - expected).max()), _allowed(expected)
-            if not off <= allowed:  # true of NaN, too
-                return f"for {what} output {place} is off by {off:.2g}, and {allowed:.2g} is allowed"
+    for count, batch, singles in cases:
+        for number, output in enumerate(_run(changed, batch)):
+            expected = np.concatenate([single[number] for single in singles])
+            if output.shape != expected.shape:
+                return f"for {count} output {number} has shape {output.shape}, not {expected.shape}"
+            error, allowed = float(np.abs(output - expected).max()), _allowed(expected)
+            if not error <= allowed:  # also true for NaN
+                return f"for {count} output {number} differs by {error:.2g}, more than {allowed:.2g}"
     return None
 
 
@@ -109,11 +110,11 @@ def _allowed(expected: NDArray[np.float32]) -> float:
 
 
 def _run(model: Path, images: list[dict[str, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
-    """The model's outputs for a batch. A session per call: two at once would take twice the memory."""
+    """The model's outputs for a batch. One session at a time: two would take twice the memory."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # a graph that can't run is an answer, not a mishap
+    options.log_severity_level = 4  # a graph that can't run is an expected outcome
     options.enable_cpu_mem_arena = False
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     outputs: list[NDArray[np.float32]] = session.run(
@@ -123,7 +124,7 @@ def _run(model: Path, images: list[dict[str, NDArray[np.float32]]]) -> list[NDAr
 
 
 def _picture(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Smooth blobs, as a prepared photo has them; on noise alone a model's output is often flat, which shows no difference."""
+    """Smooth waves and noise, like a prepared photo: from pure noise a model's output is often flat, hiding differences."""
     random = np.random.default_rng(seed)
     picture = random.standard_normal(shape).astype(np.float32) * np.float32(0.1)
     waves = [np.sin(np.linspace(0, random.uniform(3, 12), length, dtype=np.float32)) for length in shape[2:]]
@@ -140,18 +141,18 @@ def _shapes(model: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _inputs(model: Any) -> list[Any]:
-    """A graph's inputs without its weights, which old exporters list there too."""
+    """A graph's inputs, without the weights that old exporters list among them."""
     weights = {weight.name for weight in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in weights]
 
 
 def _length(value: Any, axis: int) -> int:
-    """Of an input's axis; 0 where it is free."""
+    """Length of an input's axis; 0 if it is free."""
     return int(value.type.tensor_type.shape.dim[axis].dim_value)
 
 
 def _rewrite(model: Any) -> None:
-    """In place: the first axis of inputs and outputs is free, and Reshape nodes take it from what they are given."""
+    """Free the first axis of inputs and outputs in place, and let Reshape nodes infer it from their input."""
     import onnx
     from onnx import numpy_helper
 
@@ -171,20 +172,20 @@ def _rewrite(model: Any) -> None:
         for axis, length in enumerate(shape[1:], start=1):
             if length == -1 and axis < len(lengths) and lengths[axis]:
                 shape[axis] = lengths[axis]
-        # The batch is the slowest axis, alone or as a factor of the first one: what is over goes there.
-        # Where no batch goes through (a table of positions), nothing is over, and the shape stays what it was.
+        # The batch is the slowest axis, alone or as a factor of the first, so the first length is the one to infer.
+        # Without a batch in the input, such as for a table of positions, the inferred length is the old one.
         if len(shape) and shape[0] > 0 and -1 not in shape[1:]:
             shape[0] = -1
-            name = f"{BATCH}_free_shape_{number}"  # of its own: others may share the constant
+            name = f"{BATCH}_free_shape_{number}"  # a new constant: other nodes may share the old one
             model.graph.initializer.append(numpy_helper.from_array(shape, name))
             node.input[1] = name
     for value in [*_inputs(model), *model.graph.output]:
         if len(value.type.tensor_type.shape.dim):
             value.type.tensor_type.shape.dim[0].dim_param = BATCH
-    del model.graph.value_info[:]  # of the old sizes
+    del model.graph.value_info[:]  # they have the old sizes
 
 
-def _end_me_first() -> None:
+def _prefer_as_oom_victim() -> None:
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     os.nice(5)

@@ -1,4 +1,4 @@
-"""The models imagemill knows: where each is published, pinned and with checksums."""
+"""Every model that imagemill can use: where it is published, pinned to a version, with its checksum and licence."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ SANSTER = "https://github.com/Sanster/models/releases/download"
 MB = 1_000_000
 
 CONVERTED = ("lama",)
-"""Engines whose models are published in a format that may hold code: nodes load the safetensors file made of it, alone."""
+"""Engines whose models are published in a format that can contain code: nodes only load the safetensors file made from it."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One file. `checksum` is `md5:...` or `sha256:...`, as its publisher gives it.
+    """A model published as one file.
 
-    `revision` is the tag or commit that `url` is pinned to. `about_bytes` is its size to three
-    digits, to show and to look for room on the disk; None where it isn't known. What isn't
-    `commercial` may not be used commercially: it is pulled only by its name and with its licence
-    accepted, and no option selects it.
+    `revision` is the tag or commit that `url` is pinned to, and `checksum` is the publisher's `md5:...` or `sha256:...`.
+    `about_bytes` is the size to three digits, for progress bars and the check for free space; None if unknown. Unless
+    `commercial`, the licence forbids commercial use: pulling the model takes its name and an accepted licence, and no
+    option selects it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Weights:
 def _rembg(
     name: str, checksum: str, licence: str, about_bytes: int, *, file: str | None = None, commercial: bool = True
 ) -> Weights:
-    """A file of the release that rembg itself downloads from, with the checksum that rembg has for it."""
+    """A file of the release that rembg downloads from, with rembg's checksum."""
     file, tag = file or f"{name}.onnx", "v0.0.0"
     url = f"{REMBG}/{tag}/{file}"
     return Weights(name, "rembg", file, "danielgatis/rembg", tag, url, checksum, licence, about_bytes, commercial)
@@ -69,24 +69,25 @@ WEIGHTS: tuple[Weights, ...] = (
         commercial=False,
     ),
     Weights(
-        "lama",
-        "lama",
-        "big-lama.pt",
-        "Sanster/models",
-        "add_big_lama",
-        f"{SANSTER}/add_big_lama/big-lama.pt",
-        "md5:e3aa4aaa15225a33ec84f9f4bc47e500",
-        "Apache-2.0",
-        205 * MB,
+        name="lama",
+        engine="lama",
+        file="big-lama.pt",
+        source="Sanster/models",
+        revision="add_big_lama",
+        url=f"{SANSTER}/add_big_lama/big-lama.pt",
+        checksum="md5:e3aa4aaa15225a33ec84f9f4bc47e500",
+        licence="Apache-2.0",
+        about_bytes=205 * MB,
     ),
 )
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of the hub, or a part of it; `files` are patterns of what is loaded: safetensors, and small JSON and text.
+    """A model published as a repository on the Hugging Face Hub.
 
-    `revision` is the commit it is pinned to. `about_bytes` is what is downloaded, to two digits.
+    `revision` is the pinned commit. `files` are patterns for the files that nodes load: safetensors, small JSON and text.
+    `about_bytes` is their total size to two digits.
     """
 
     name: str
@@ -98,13 +99,17 @@ class Repository:
     about_bytes: int
 
 
-_SD15 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", "CreativeML OpenRAIL-M")
+SD15 = dict(
+    engine="diffusion",
+    source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+    licence="CreativeML OpenRAIL-M",
+)
 
 REPOSITORIES: tuple[Repository, ...] = (
     Repository(
-        "sd15",
-        "diffusion",
-        *_SD15,
+        name="sd15",
+        **SD15,
         files=(
             "model_index.json",
             "scheduler/*.json",
@@ -115,36 +120,35 @@ REPOSITORIES: tuple[Repository, ...] = (
         about_bytes=2130 * MB,
     ),
     Repository(
-        "controlnet-canny",
-        "diffusion",
-        "lllyasviel/control_v11p_sd15_canny",
-        "115a470d547982438f70198e353a921996e2e819",
-        "CreativeML OpenRAIL-M",
+        name="controlnet-canny",
+        engine="diffusion",
+        source="lllyasviel/control_v11p_sd15_canny",
+        revision="115a470d547982438f70198e353a921996e2e819",
+        licence="CreativeML OpenRAIL-M",
         files=("config.json", "diffusion_pytorch_model.fp16.safetensors"),
         about_bytes=720 * MB,
     ),
     Repository(
-        "lcm-lora-sdv1-5",
-        "diffusion",
-        "latent-consistency/lcm-lora-sdv1-5",
-        "cf2fced511dbe7e26c8d1d397e728fbab875db4b",
-        "OpenRAIL++",
+        name="lcm-lora-sdv1-5",
+        engine="diffusion",
+        source="latent-consistency/lcm-lora-sdv1-5",
+        revision="cf2fced511dbe7e26c8d1d397e728fbab875db4b",
+        licence="OpenRAIL++",
         files=("pytorch_lora_weights.safetensors",),
         about_bytes=130 * MB,
     ),
     Repository(
-        "sd15-safety-checker",
-        "diffusion",
-        *_SD15,
+        name="sd15-safety-checker",
+        **SD15,
         files=("safety_checker/config.json", "safety_checker/*.fp16.safetensors", "feature_extractor/*.json"),
         about_bytes=610 * MB,
     ),
 )
 
 MODELS: dict[str, tuple[str, ...]] = {model: parts for engine in ENGINES for model, parts in engine.models.items()}
-"""What each model that a job can select is loaded from: names of entries above."""
+"""The catalogue entries that each model a job can select is loaded from, by name."""
 
 
 def repository(name: str) -> Repository:
-    """The row of this name."""
-    return next(one for one in REPOSITORIES if one.name == name)
+    """The repository called `name`."""
+    return next(entry for entry in REPOSITORIES if entry.name == name)

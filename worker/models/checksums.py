@@ -1,25 +1,26 @@
-"""Checksums of the models' files, computed once and remembered beside them."""
+"""Checksums of model files, computed once and remembered next to each file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from imagemill.worker.transfer.atomic import replacing
+
 BLOCK = 1 << 20
 
 
-class Sums:
-    """The SHA-256 of bytes that come in blocks, and beside it the sum that a publisher gives."""
+class Hasher:
+    """Hashes blocks of bytes with SHA-256 and with the algorithm of a publisher's checksum, such as `md5:...`."""
 
-    def __init__(self, like: str = "sha256:") -> None:
-        self._algorithm = like.partition(":")[0]
-        # Not for security: that a file is the pinned one also hangs on TLS, and some publishers give an MD5 alone.
+    def __init__(self, checksum: str = "sha256:") -> None:
+        self._algorithm = checksum.partition(":")[0]
+        # Some publishers only give an MD5, so the integrity of a download also depends on TLS.
         self._published = hashlib.new(self._algorithm, usedforsecurity=False)
         self._sha256 = hashlib.sha256()
 
@@ -38,8 +39,8 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known of a file as long as its size and time are these; `checksum` is empty where it was not computed."""
+class FileSums:
+    """Checksums of a file, valid while it has this size and modification time; `checksum` is empty if not computed."""
 
     sha256: str
     size: int
@@ -48,78 +49,73 @@ class Known:
 
 
 def digest(path: Path) -> str:
-    """A file's SHA-256 in hex, remembered beside it until its size or time of change differ. Raises OSError."""
-    remembered = known(path)
-    return remembered.sha256 if remembered else check(path, "sha256:").sha256
+    """A file's SHA-256 in hex, read from the file only if its size or modification time has changed. Raises OSError."""
+    remembered = remembered_sums(path)
+    return remembered.sha256 if remembered else hash_file(path).sha256
 
 
 def with_digest(path: Path) -> tuple[Path, str]:
-    """A file and its digest: another key than before as soon as the file is replaced."""
+    """A file and its digest: a cache key that changes when the file is replaced. Raises OSError."""
     return path, digest(path)
 
 
-def known(path: Path) -> Known | None:
-    """What is remembered of a file as it is now; None where nothing is. Raises OSError where there is no file."""
+def remembered_sums(path: Path) -> FileSums | None:
+    """The remembered checksums of a file that has not changed since, or None. Raises OSError if the file is missing."""
     status, remembered = path.stat(), _unwritten.get(path)
-    with suppress(TypeError):  # nothing, or something else, is in that file
-        remembered = Known(**read_json(_sidecar(path)))
+    with suppress(TypeError):  # the file of sums is missing or holds something else
+        remembered = FileSums(**read_json(sums_path(path)))
     if remembered is not None and (remembered.size, remembered.mtime_ns) == (status.st_size, status.st_mtime_ns):
         return remembered
     return None
 
 
-def check(path: Path, like: str) -> Known:
-    """Read a whole file, and remember its sums; `like` is a checksum whose kind is computed beside SHA-256. Raises OSError."""
-    sums, before = Sums(like), path.stat()
-    for block in blocks(path):
-        sums.update(block)
-    found = Known(sums.sha256, before.st_size, before.st_mtime_ns, sums.checksum)
+def hash_file(path: Path, checksum: str = "sha256:") -> FileSums:
+    """Read a whole file, compute SHA-256 and the kind of sum that `checksum` is, and remember both. Raises OSError."""
+    hasher, before = Hasher(checksum), path.stat()
+    for block in read_blocks(path):
+        hasher.update(block)
+    sums = FileSums(hasher.sha256, before.st_size, before.st_mtime_ns, hasher.checksum)
     after = path.stat()
     if (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
-        remember(path, found)
-    return found
+        remember(path, sums)
+    return sums
 
 
-def remember(path: Path, found: Known) -> None:
-    """Write a file's sums beside it; where that can't be written they are remembered by this process."""
+def remember(path: Path, sums: FileSums) -> None:
+    """Write a file's checksums next to it, or keep them in this process if the folder is read-only."""
     try:
-        write_json(_sidecar(path), asdict(found))
+        write_json(sums_path(path), asdict(sums))
     except OSError:
-        _unwritten[path] = found
+        _unwritten[path] = sums
 
 
-_unwritten: dict[Path, Known] = {}
-"""Sums of files in folders that are read-only: a node asks for them at each image."""
+_unwritten: dict[Path, FileSums] = {}
+"""Checksums of files in read-only folders: nodes need them for every image."""
 
 
-def blocks(path: Path) -> Iterator[bytes]:
-    """A file's bytes, a part at a time."""
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, in blocks."""
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             yield block
 
 
-def _sidecar(path: Path) -> Path:
+def sums_path(path: Path) -> Path:
+    """The file that remembers a file's checksums."""
     return path.with_name(f"{path.name}.sums.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON object; empty where it is missing or no such thing."""
+    """A small JSON object; empty if the file is missing or holds anything else."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a small JSON file at once: several processes may write the same. Raises OSError."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(json.dumps(content))
-    written = Path(file.name)
-    try:
-        written.chmod(0o644)  # a worker may run as another user
-        written.replace(path)
-    except BaseException:
-        written.unlink()
-        raise
+    """Replace a small JSON file atomically, because several processes may write it. Raises OSError."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(content))
+        part.chmod(0o644)  # workers may run as another user

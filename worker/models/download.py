@@ -1,10 +1,9 @@
-"""Download of a model's file: resumed where it was broken off, checked while it comes, in place only when it is right."""
+"""Download of a model file: resumed after an interruption, hashed on arrival, and published only if its checksum matches."""
 
 from __future__ import annotations
 
 import fcntl
 import http.client
-import os
 import re
 import shutil
 import time
@@ -14,83 +13,108 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from imagemill.shared.errors import ConfigurationError, ServiceUnavailable, sentence
 from imagemill.shared.settings import WeightsSettings
 from imagemill.shared.urls import shown
 from imagemill.worker.models.catalogue import Weights
-from imagemill.worker.models.checksums import BLOCK, Known, Sums, blocks, check, known, read_json, remember, write_json
-from imagemill.worker.models.files import forget_variants, path_of
+from imagemill.worker.models.checksums import (
+    BLOCK,
+    FileSums,
+    Hasher,
+    hash_file,
+    read_blocks,
+    read_json,
+    remember,
+    remembered_sums,
+    write_json,
+)
+from imagemill.worker.models.files import path_of, remove_variants
+from imagemill.worker.transfer.atomic import publish
 
 MAX_BYTES = 8 * 2**30
-"""No model that imagemill knows of is nearly as large: a server that sends more sends something else."""
+"""Far more than any model in the catalogue has: a server that sends more is sending something else."""
 SPARE = 64 * 2**20
-"""Bytes of the disk that a download leaves free."""
-SILENCE = 60.0
-"""Seconds that a server may say nothing."""
+"""Bytes of disk space that a download leaves free."""
+TIMEOUT = 60.0
+"""Seconds without an answer or data after which a connection counts as broken."""
 PAUSES = (1.0, 3.0, 10.0)
-"""Seconds before each further try, when one has brought nothing new."""
+"""Seconds before each retry; the count starts again when a try has brought new data."""
 
-Tell = Callable[[int, int | None], None]
-"""Called with the bytes that are there, and how many there will be where that is known."""
+Outcome = Literal["present", "pulled"]
+Progress = Callable[[int, int | None], None]
+"""Called with the number of bytes on disk and the total, if known."""
 
 
 class _Interrupted(Exception):
-    """The connection broke off; `reason` is a sentence. The rest may come with another try."""
+    """A try failed with this message; the next may get the rest."""
 
 
-def address(weights: Weights, settings: WeightsSettings) -> str:
-    """Where a file is fetched from: with a mirror, the mirror's scheme, host and path before the file's own path.
-
-    Raises ConfigurationError for a mirror that is no http(s) address.
-    """
+def mirror_url(settings: WeightsSettings) -> str | None:
+    """The configured mirror without a trailing slash, if any. Raises ConfigurationError if it isn't an http(s) URL."""
     if settings.mirror is None:
-        return weights.url
+        return None
     mirror = urlsplit(settings.mirror)
     if mirror.scheme not in ("http", "https") or not mirror.netloc:
-        raise ConfigurationError(f"IMAGEMILL_WEIGHTS__MIRROR is no http or https address: {shown(settings.mirror)}")
-    return urlunsplit((mirror.scheme, mirror.netloc, mirror.path.rstrip("/") + urlsplit(weights.url).path, "", ""))
+        raise ConfigurationError(f"IMAGEMILL_WEIGHTS__MIRROR is not an http or https URL: {shown(settings.mirror)}")
+    return f"{mirror.scheme}://{mirror.netloc}{mirror.path.rstrip('/')}"
+
+
+def url_of(weights: Weights, settings: WeightsSettings) -> str:
+    """The URL to download from: a mirror serves each file under the path it has on its own host."""
+    mirror = mirror_url(settings)
+    return weights.url if mirror is None else mirror + urlsplit(weights.url).path
+
+
+def check_space(folder: Path, name: str, size: int, *, present: int = 0) -> None:
+    """Raise ConfigurationError if `size` bytes are too many for a model, or don't fit on the disk; `present` are there."""
+    if size > MAX_BYTES:
+        raise ConfigurationError(f"{name} has {size / 1e9:.0f} GB, more than any model has: this is not the pinned one")
+    free, needed = shutil.disk_usage(folder).free, size - present + SPARE
+    if free < needed:
+        message = f"{folder} has {free / 1e6:.0f} MB free and {name} needs {needed / 1e6:.0f} MB"
+        raise ConfigurationError(f"{message}: free some space, or set IMAGEMILL_WEIGHTS__FOLDER to a larger disk")
 
 
 def pull(
     weights: Weights,
     settings: WeightsSettings,
-    tell: Tell = lambda *_: None,
+    progress: Progress = lambda *_: None,
     *,
     waiting: Callable[[], None] = lambda: None,
     pauses: tuple[float, ...] = PAUSES,
-) -> Literal["there", "pulled"]:
-    """See to it that a model's file is there and is the pinned one; `there` means that it was.
+) -> Outcome:
+    """Make sure that a model's file is on disk and is the pinned one; `present` means that nothing had to be downloaded.
 
-    Several processes may do so at once: one downloads, `waiting` is called in the others. Environment proxies are used.
-    Raises ServiceUnavailable where the server can't be reached or breaks off again and again (what has come is kept, and
-    the next pull goes on from there), ConfigurationError where it has no such file, where the file is not the
-    pinned one (which is removed), and where it can't be written.
+    If several processes do this at once, one downloads and `waiting` is called in the others. Proxies from the environment
+    are used. Raises ServiceUnavailable if the server can't be reached or keeps breaking the connection (the next pull
+    resumes from what has arrived), and ConfigurationError if it doesn't have the file, if the checksum is wrong (the file
+    is deleted) or if the folder can't be written.
     """
-    path, url = path_of(weights, settings), address(weights, settings)
+    path, url = path_of(weights, settings), url_of(weights, settings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path, waiting):
             if path.is_file() and _is_right(path, weights):
-                return "there"
-            _Download(weights, url, path, tell).run(pauses)
-            forget_variants(path)
+                return "present"
+            _Download(weights, url, path, progress).run(list(pauses))
+            remove_variants(path)
     except OSError as error:
         raise ConfigurationError(f"{path} can't be written: {sentence(error)}") from error
     return "pulled"
 
 
 def _is_right(path: Path, weights: Weights) -> bool:
-    found = known(path)
-    if found is None or found.checksum != weights.checksum:
-        found = check(path, weights.checksum)
-    return found.checksum == weights.checksum
+    sums = remembered_sums(path)
+    if sums is None or sums.checksum != weights.checksum:
+        sums = hash_file(path, weights.checksum)
+    return sums.checksum == weights.checksum
 
 
 @contextmanager
 def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Alone with this file among all processes. The kernel gives the lock back when its holder dies."""
+    """Hold a lock between processes on this file; the kernel releases it if the process dies."""
     with path.with_name(f".{path.name}.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,20 +125,21 @@ def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 class _Download:
-    """One file on its way; the caller holds its lock."""
+    """One download; the caller holds the file's lock."""
 
-    def __init__(self, weights: Weights, url: str, path: Path, tell: Tell) -> None:
-        self.weights, self.url, self.path, self.tell = weights, url, path, tell
+    def __init__(self, weights: Weights, url: str, path: Path, progress: Progress) -> None:
+        self.weights, self.url, self.path, self.progress = weights, url, path, progress
         self.part = path.with_name(f"{path.name}.part")
         self.notes = path.with_name(f"{path.name}.part.json")
-        self.sums = Sums(weights.checksum)
-        self.opener = _opener()
+        self.hasher = Hasher(weights.checksum)
+        # Only _Redirects decides where to go, so urllib's handlers for ftp: and file: are out of reach.
+        self.opener = urllib.request.build_opener(_Redirects)
 
-    def run(self, pauses: tuple[float, ...]) -> None:
-        """Download, check, and put the file in its place."""
-        left = list(pauses)
-        most = size = self._resume()
-        while self.sums.checksum != self.weights.checksum:  # it may be all there, and only its name missing
+    def run(self, pauses: list[float]) -> None:
+        """Download with retries, check, publish."""
+        left, size = list(pauses), self._resume()
+        most = size
+        while self.hasher.checksum != self.weights.checksum:  # an earlier pull may have got everything
             try:
                 self._try(size)
                 break
@@ -123,150 +148,115 @@ class _Download:
                 if size > most:
                     most, left = size, list(pauses)
                 if not left:
-                    own = self.url == self.weights.url
-                    kept = f"; {size / 1e6:.0f} MB are kept, the next pull goes on from there" if size else ""
-                    other = "; IMAGEMILL_WEIGHTS__MIRROR may name another server that has it" if own else ""
-                    raise ServiceUnavailable(f"{shown(self.url)}: {error}{kept}{other}") from error
+                    kept = f"; the {size / 1e6:.0f} MB so far are kept, and the next pull resumes from there" if size else ""
+                    hint = "; IMAGEMILL_WEIGHTS__MIRROR can name a mirror" if self.url == self.weights.url else ""
+                    raise ServiceUnavailable(f"{shown(self.url)}: {error}{kept}{hint}") from error
                 time.sleep(left.pop(0))
-        self._finish()
+        self._publish()
 
     def _resume(self) -> int:
-        """How many bytes are there to go on from; they are read again for the checksum."""
-        self.sums = Sums(self.weights.checksum)
-        if not self.part.is_file():
+        """The number of bytes to resume from; hashes them again."""
+        self.hasher = Hasher(self.weights.checksum)
+        if not self.part.is_file() or not self._version():
+            self._discard()
             return 0
-        if not self._remembered():
-            self._forget()
-            return 0
-        for block in blocks(self.part):
-            self.sums.update(block)
+        for block in read_blocks(self.part):
+            self.hasher.update(block)
         return self.part.stat().st_size
 
-    def _remembered(self) -> str:
-        """The version that the part is of, as If-Range wants it; empty where it can't be told."""
-        found = read_json(self.notes)
-        version = found.get("version")
-        return version if found.get("url") == self.url and isinstance(version, str) else ""
+    def _version(self) -> str:
+        """The version that the part belongs to, as If-Range takes it; empty if unknown."""
+        notes = read_json(self.notes)
+        return str(notes.get("version") or "") if notes.get("url") == self.url else ""
 
-    def _forget(self) -> None:
+    def _discard(self) -> None:
         self.part.unlink(missing_ok=True)
         self.notes.unlink(missing_ok=True)
 
     def _try(self, size: int) -> None:
-        """Ask for the file, or for what is missing of it, and write what comes."""
-        with self._answer(size) as answer:
+        """Request the file, or the rest from byte `size`, and append it to the part."""
+        with self._request(size) as answer:
             size, total = self._agree(answer, size)
-            self._check_room(size, total)
+            check_space(self.path.parent, self.path.name, total or self.weights.about_bytes or 0, present=size)
             with self.part.open("ab") as file:
-                self.tell(size, total)
-                while block := self._read(answer):
+                self.progress(size, total)
+                while block := _read(answer):
                     size += len(block)
                     if size > (MAX_BYTES if total is None else total):
-                        self._forget()
+                        self._discard()
                         raise ConfigurationError(f"{shown(self.url)} sends more than it announced, or than any model has")
                     file.write(block)
-                    self.sums.update(block)
-                    self.tell(size, total)
-                file.flush()
-                os.fsync(file.fileno())
+                    self.hasher.update(block)
+                    self.progress(size, total)
         if total is not None and size < total:
-            raise _Interrupted(f"the connection broke off at {size} of {total} bytes")
+            raise _Interrupted(f"the connection broke after {size} of {total} bytes")
 
-    def _answer(self, size: int) -> Any:
+    def _request(self, size: int) -> Any:
         headers = {"User-Agent": "imagemill", "Accept-Encoding": "identity"}
         if size:
-            headers |= {"Range": f"bytes={size}-", "If-Range": self._remembered()}
-        request = urllib.request.Request(self.url, headers=headers)  # noqa: S310  # the opener knows http and https alone
+            headers |= {"Range": f"bytes={size}-", "If-Range": self._version()}
+        request = urllib.request.Request(self.url, headers=headers)  # noqa: S310  # url_of only returns http and https
         try:
-            return self.opener.open(request, timeout=SILENCE)
+            return self.opener.open(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:  # what we have is no beginning of what there is
-                self._forget()
-                raise _Interrupted("it refuses to go on from where we were") from error
-            if error.code >= 500 or error.code == http.client.TOO_MANY_REQUESTS:
-                raise _Interrupted(f"the server answers {error.code}") from error
-            raise ConfigurationError(f"{shown(self.url)}: the server answers {error.code}: {error.reason}") from error
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:  # the part is not the beginning of this file
+                self._discard()
+            elif error.code < 500 and error.code != http.client.TOO_MANY_REQUESTS:
+                raise ConfigurationError(f"{shown(self.url)}: the server answers {error.code}: {error.reason}") from error
+            raise _Interrupted(f"the server answers {error.code}") from error
         except http.client.InvalidURL as error:
-            raise ConfigurationError(f"{shown(self.url)} is no address: {sentence(error)}") from error
+            raise ConfigurationError(f"{shown(self.url)} is not a valid URL: {sentence(error)}") from error
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise _Interrupted(sentence(getattr(error, "reason", None) or error)) from error
 
     def _agree(self, answer: Any, size: int) -> tuple[int, int | None]:
-        """From where the server goes on, and how large the whole is; starts anew where it doesn't go on from `size`."""
-        version = _version(answer.headers)
+        """The offset at which the answer starts, `size` or 0, and the size of the whole file if known."""
+        version = _version_in(answer.headers)
         if size and answer.status == http.client.PARTIAL_CONTENT:
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-            if span and int(span[1]) == size and version in ("", self._remembered()):
+            if span and int(span[1]) == size and version in ("", self._version()):
                 return size, int(span[2])
-            self._forget()  # another version of the file, or another part than we asked for
+            self._discard()  # another version of the file, or another range than requested
             raise _Interrupted("the file has changed on the server")
-        self._forget()
-        self.sums = Sums(self.weights.checksum)
+        self._discard()
+        self.hasher = Hasher(self.weights.checksum)
         write_json(self.notes, {"url": self.url, "version": version})
         length = answer.headers.get("Content-Length", "")
         return 0, int(length) if length.isdecimal() else None
 
-    def _check_room(self, size: int, total: int | None) -> None:
-        whole = total or self.weights.about_bytes or 0
-        if whole > MAX_BYTES:
-            raise ConfigurationError(f"{shown(self.url)} is {whole / 1e9:.0f} GB large: that is no model's file")
-        free, needed = shutil.disk_usage(self.path.parent).free, whole - size + SPARE
-        if free < needed:
-            message = f"{self.path.parent} has {free / 1e6:.0f} MB free and {self.path.name} needs {needed / 1e6:.0f} MB"
-            raise ConfigurationError(f"{message}: free some, or set IMAGEMILL_WEIGHTS__FOLDER to a larger disk")
-
-    def _read(self, answer: Any) -> bytes:
-        try:
-            return bytes(answer.read(BLOCK))
-        except (http.client.HTTPException, OSError) as error:
-            raise _Interrupted(f"the connection broke off: {sentence(error)}") from error
-
-    def _finish(self) -> None:
-        """Only the right file gets its name."""
-        if self.sums.checksum != self.weights.checksum:
-            self._forget()
+    def _publish(self) -> None:
+        """Give the file its name if its checksum is right."""
+        if self.hasher.checksum != self.weights.checksum:
+            self._discard()
             raise ConfigurationError(
-                f"{shown(self.url)} is not the file that was asked for and was removed: "
-                f"its checksum is {self.sums.checksum}, not {self.weights.checksum}"
+                f"{shown(self.url)} is not the published file and was deleted: "
+                f"its checksum is {self.hasher.checksum}, not {self.weights.checksum}"
             )
         status = self.part.stat()
-        self.part.replace(self.path)
-        remember(self.path, Known(self.sums.sha256, status.st_size, status.st_mtime_ns, self.sums.checksum))
+        publish(self.part, self.path)
+        remember(self.path, FileSums(self.hasher.sha256, status.st_size, status.st_mtime_ns, self.hasher.checksum))
         self.notes.unlink(missing_ok=True)
-        folder = os.open(self.path.parent, os.O_RDONLY)  # the rename outlives a loss of power
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
-def _version(headers: Any) -> str:
-    """A strong ETag, or else the time of the last change: what If-Range takes."""
+def _read(answer: Any) -> bytes:
+    try:
+        return bytes(answer.read(BLOCK))
+    except (http.client.HTTPException, OSError) as error:
+        raise _Interrupted(f"the connection broke: {sentence(error)}") from error
+
+
+def _version_in(headers: Any) -> str:
+    """What If-Range takes: a strong ETag, or else the time of the last change; empty without either."""
     tag = str(headers.get("ETag") or "")
     return tag if tag and not tag.startswith("W/") else str(headers.get("Last-Modified") or "")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, since releases redirect to a file store, but never from https to http or to another scheme."""
+
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        """Releases are redirected to a store of files; never from TLS to a connection that anybody can change."""
         allowed = ("https",) if urlsplit(req.full_url).scheme == "https" else ("http", "https")
         if urlsplit(newurl).scheme not in allowed:
             raise ConfigurationError(f"{shown(req.full_url)} redirects to {shown(newurl)}, which is not {allowed[0]}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """http and https, redirects, the environment's proxies; no files and no FTP, which urllib would read too."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        _Redirects(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-        urllib.request.UnknownHandler(),
-    ):
-        opener.add_handler(handler)
-    return opener

@@ -1,37 +1,39 @@
-"""The models' files: where they come from, pinned and with checksums. Workers load from disk and never download."""
+"""Where model files lie on disk and which of them a node loads. Nodes never download."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from imagemill.shared.settings import WeightsSettings
 from imagemill.worker.models.catalogue import CONVERTED, Weights
-from imagemill.worker.models.checksums import _sidecar, digest, known, read_json, write_json
+from imagemill.worker.models.checksums import digest, hash_file, read_json, remembered_sums, sums_path, write_json
 
 Kind = Literal["dynamic", "int8", "safetensors"]
-"""What is made of a model here: its batch axis set free (models.batch_axis), its weights in 8 bits (models.quantize), or in
-a format that holds nothing but numbers (models.conversion)."""
+"""A variant made from a published file: with a free batch axis (models.batch_axis), with 8-bit weights (models.quantize),
+or in a format that can't contain code (models.conversion)."""
 KINDS: tuple[Kind, ...] = ("dynamic", "int8", "safetensors")
 State = Literal["missing", "there", "unconverted", "unchecked", "damaged"]
 
 
 def path_of(weights: Weights, settings: WeightsSettings) -> Path:
-    """Where a model's file lies, or would, as it is published: `{folder}/{engine}/{name}.onnx`."""
+    """Where the published file belongs: `{folder}/{engine}/{name}.onnx`."""
     return settings.folder.expanduser() / weights.engine / f"{weights.name}{Path(weights.file).suffix}"
 
 
-def needed(weights: Weights, settings: WeightsSettings) -> Path:
-    """The file without which no node can run a model: its own, or where it is converted the one made of it."""
+def required_file(weights: Weights, settings: WeightsSettings) -> Path:
+    """The file that a node needs in order to run a model: the published one, or the one converted from it."""
     path = path_of(weights, settings)
     return variant(path, "safetensors") if weights.engine in CONVERTED else path
 
 
 def model_file(folder: Path, engine: str, name: str, *, int8: bool = False) -> Path:
-    """The file that a node loads for a model: in 8 bits if wanted and there, else with a free batch axis, else as it came.
+    """The file that a node loads: 8-bit if wanted and present, else with a free batch axis, else as published.
 
-    `folder` is the weights' folder. A file that was made of another original than the one there is passed over. Of engines
-    that are `CONVERTED` it is what was made of the original, whether that is there or not.
+    `folder` is the weights folder. Variants of an earlier original are skipped. For `CONVERTED` engines this is always the
+    converted file, whether or not the original is still there.
     """
     if engine in CONVERTED:
         return folder / engine / f"{name}.safetensors"
@@ -41,54 +43,91 @@ def model_file(folder: Path, engine: str, name: str, *, int8: bool = False) -> P
 
 
 def variant(original: Path, kind: Kind) -> Path:
-    """Where lies what is made of a model: `u2net.int8.onnx`, `lama.safetensors`."""
+    """Where a variant of a published file belongs: `u2net.int8.onnx`, `lama.safetensors`."""
     if kind == "safetensors":
         return original.with_suffix(".safetensors")
     return original.with_suffix(f".{kind}{original.suffix}")
 
 
 def is_current(original: Path, kind: Kind) -> bool:
-    """Whether there is such a file, made of the original that is there."""
-    made = made_of(original, kind)
-    return made.get("accepted") is True and variant(original, kind).is_file() and made.get("original") == digest(original)
+    """Whether the variant exists, was accepted and was made from the present original."""
+    record = variant_record(original, kind)
+    return record.get("accepted") is True and variant(original, kind).is_file() and record.get("original") == digest(original)
 
 
-def made_of(original: Path, kind: Kind) -> dict[str, Any]:
-    """What is on record about a file that was made of a model, or that was refused; empty where nothing is."""
-    return read_json(_record(original, kind))
+def variant_record(original: Path, kind: Kind) -> dict[str, Any]:
+    """The record of the last attempt to make a variant; empty if there was none."""
+    return read_json(_record_path(original, kind))
 
 
-def put_on_record(original: Path, kind: Kind, *, accepted: bool, told: dict[str, Any]) -> None:
-    """Remember what came of making a file, with its digest and the original's, and `told`, what was measured."""
+def record_variant(original: Path, kind: Kind, *, accepted: bool, details: dict[str, Any]) -> None:
+    """Record an attempt to make a variant: its outcome, the SHA-256 of both files, and `details`."""
     file = variant(original, kind)
     sums = {"original": digest(original) if original.is_file() else None, "sha256": digest(file) if accepted else None}
-    write_json(_record(original, kind), {"accepted": accepted, **sums, **told})
+    write_json(_record_path(original, kind), {"accepted": accepted, **sums, **details})
 
 
-def forget_variants(original: Path) -> None:
-    """Remove what was made of a model."""
+def remove_variants(original: Path) -> None:
+    """Delete all variants of a file, and their records."""
     for kind in KINDS:
         file = variant(original, kind)
-        for path in (file, _sidecar(file), _record(original, kind)):
+        for path in (file, sums_path(file), _record_path(original, kind)):
             path.unlink(missing_ok=True)
 
 
 def state(weights: Weights, settings: WeightsSettings) -> State:
-    """What is known of a model's file without reading it.
+    """The state of a model's files, without reading them.
 
-    `unchecked` is one that neither pull nor verify has seen, `unconverted` one that is there but not what nodes load.
+    `unchecked`: neither pull nor verify has read the file. `unconverted`: the file that nodes load is still to be made.
     """
-    loadable = needed(weights, settings).is_file()
+    loadable = required_file(weights, settings).is_file()
     try:
-        found = known(path_of(weights, settings))
+        sums = remembered_sums(path_of(weights, settings))
     except OSError:
-        return "unchecked" if loadable else "missing"  # of somebody's own, converted
+        return "unchecked" if loadable else "missing"  # converted from the operator's own file
     if not loadable:
         return "unconverted"
-    if found is None or found.checksum.partition(":")[0] != weights.checksum.partition(":")[0]:
+    if sums is None or sums.checksum.partition(":")[0] != weights.checksum.partition(":")[0]:
         return "unchecked"
-    return "there" if found.checksum == weights.checksum else "damaged"
+    return "there" if sums.checksum == weights.checksum else "damaged"
 
 
-def _record(original: Path, kind: Kind) -> Path:
+def describe(weights: Weights, settings: WeightsSettings) -> dict[str, Any]:
+    """A model's catalogue entry with its state, path, size in bytes and current variants."""
+    original, path = path_of(weights, settings), required_file(weights, settings)
+    also = [kind for kind in KINDS if original.is_file() and is_current(original, kind)]
+    size = path.stat().st_size if path.is_file() else None
+    return {**asdict(weights), "state": state(weights, settings), "path": str(path), "bytes": size, "also": also}
+
+
+def verify(weights: Weights, settings: WeightsSettings) -> Iterator[tuple[bool, str]]:
+    """Read a model's file and its variants; yield for each whether it is correct, and a sentence. Raises OSError."""
+    path, fix = path_of(weights, settings), f"imagemill models pull {weights.name}"
+    if state(weights, settings) == "missing":
+        yield False, f"{weights.name} is missing: {fix}"
+        return
+    original = None
+    if path.is_file():
+        sums = hash_file(path, weights.checksum)
+        original = sums.sha256
+        if sums.checksum == weights.checksum:
+            yield True, f"{weights.name}: correct ({sums.checksum}, sha256:{sums.sha256})"
+        else:
+            yield False, f"{path} is not the published file: its checksum is {sums.checksum}, not {weights.checksum}: {fix}"
+    for kind in KINDS:
+        file, record = variant(path, kind), variant_record(path, kind)
+        if not file.is_file():
+            continue
+        sha256 = hash_file(file).sha256
+        if not record and original is None:
+            yield True, f"{file.name}: not made by imagemill, nothing to compare it with (sha256:{sha256})"
+        elif record.get("original") != original:
+            yield False, f"{file} was made from another {path.name} and is not used: delete it"
+        elif record.get("sha256") != sha256:
+            yield False, f"{file} has changed since it was made: delete it and make it again"
+        else:
+            yield True, f"{file.name}: correct (sha256:{sha256})"
+
+
+def _record_path(original: Path, kind: Kind) -> Path:
     return original.with_name(f"{variant(original, kind).name}.made.json")

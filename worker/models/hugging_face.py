@@ -1,117 +1,91 @@
-"""Download of a repository of the hub: pinned to a commit, checked against the hub's own sums, and those put on record."""
+"""Download of a repository from the Hugging Face Hub: pinned to a commit, checked against the hub's checksums, recorded."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
 from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
 from imagemill.shared.settings import WeightsSettings
-from imagemill.shared.urls import shown
 from imagemill.worker.models.catalogue import Repository
 from imagemill.worker.models.checksums import read_json, write_json
-from imagemill.worker.models.download import MAX_BYTES, SPARE
-from imagemill.worker.models.repositories import RECORD, folder_of, state, sums, wanted
+from imagemill.worker.models.download import Outcome, check_space, mirror_url
+from imagemill.worker.models.repositories import RECORD, folder_of, matching, sha256_and_blob, state
 
 HUB = "https://huggingface.co"
 
 
-def pull(one: Repository, settings: WeightsSettings, revision: str | None = None) -> Literal["there", "pulled"]:
-    """See to it that a repository's files are there and are those of its commit; `there` means that they were.
+def pull(entry: Repository, settings: WeightsSettings, revision: str | None = None) -> Outcome:
+    """Make sure that a repository's files are on disk; `present` means that nothing had to be downloaded.
 
-    `revision`, a commit, tag or branch, goes before the pinned one; what it was resolved to is put on record. Raises
-    ServiceUnavailable where the hub can't be reached (what has come is kept), and ConfigurationError where it has no such
-    thing, where a file is not what the hub says it is (which is removed), and where the disk can't take it.
+    `revision`, a commit, tag or branch, overrides the pinned commit; the commit it resolves to is recorded. Raises
+    ServiceUnavailable if the hub can't be reached (files that have arrived are kept), and ConfigurationError if it
+    doesn't have the files, if a checksum is wrong (the file is deleted) or if the folder can't be written.
     """
     weights = settings.folder.expanduser()
-    folder, asked = folder_of(weights, one), revision or one.revision
-    record = read_json(folder / RECORD)
-    if record.get("commit") == asked and state(weights, one) == "there":
-        return "there"
-    endpoint = _endpoint(settings)
+    folder, asked = folder_of(weights, entry), revision or entry.revision
+    if read_json(folder / RECORD).get("commit") == asked and state(weights, entry) == "there":
+        return "present"
+    endpoint = mirror_url(settings) or HUB
     try:
-        commit, files = _listed(one, endpoint, asked)
+        commit, files = _files_at(entry, endpoint, asked)
         folder.mkdir(parents=True, exist_ok=True)
-        _check_room(one, folder, files)
-        (folder / RECORD).unlink(missing_ok=True)  # until all is there again
+        present = sum(file["size"] or 0 for name, file in files.items() if (folder / name).is_file())
+        check_space(folder, entry.name, sum(file["size"] or 0 for file in files.values()), present=present)
+        (folder / RECORD).unlink(missing_ok=True)  # until the folder is complete again
         if not sys.stderr.isatty():
             huggingface_hub.utils.disable_progress_bars()
         huggingface_hub.snapshot_download(
-            one.source, revision=commit, allow_patterns=list(files), local_dir=folder, endpoint=endpoint, token=False
+            entry.source, revision=commit, allow_patterns=list(files), local_dir=folder, endpoint=endpoint, token=False
         )
-        told = {name: _checked(folder / name, expected) for name, expected in files.items()}
-        write_json(folder / RECORD, {"repository": one.source, "asked": asked, "commit": commit, "files": told})
+        checked = {name: _checked(folder / name, expected) for name, expected in files.items()}
+        write_json(folder / RECORD, {"repository": entry.source, "asked": asked, "commit": commit, "files": checked})
     except ImagemillError:
         raise
     except Exception as error:
-        raise _translated(error, f"{one.source} at {asked}", folder) from error
+        raise _translated(error, f"{entry.source} at {asked}", folder) from error
     return "pulled"
 
 
-def _listed(one: Repository, endpoint: str, revision: str) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The commit that a revision is, and of the files that are loaded size and sum: of LFS SHA-256, of others git's."""
-    info = huggingface_hub.HfApi(endpoint=endpoint, token=False).model_info(one.source, revision=revision, files_metadata=True)
+def _files_at(entry: Repository, endpoint: str, revision: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The commit that a revision resolves to, and size and checksum of each file to load: SHA-256 in LFS, else git's."""
+    hub = huggingface_hub.HfApi(endpoint=endpoint, token=False)
+    info = hub.model_info(entry.source, revision=revision, files_metadata=True)
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
-    names = wanted(one, siblings)
-    missing = [pattern for pattern in one.files if not wanted(one, [*names], pattern)]
+    missing = [pattern for pattern in entry.files if not matching(siblings, [pattern])]
     if not info.sha or any(pattern.endswith(".safetensors") for pattern in missing):
-        raise ConfigurationError(f"{one.source} at {revision} has no {', '.join(missing) or 'commit'}")
+        raise ConfigurationError(f"{entry.source} at {revision} has no {', '.join(missing) or 'commit'}")
     files = {}
-    for name in names:
-        found = siblings[name]
-        checksum = f"sha256:{found.lfs.sha256}" if found.lfs else f"git:{found.blob_id}"
-        files[name] = {"size": found.lfs.size if found.lfs else found.size, "hub": checksum}
+    for name in matching(siblings, entry.files):
+        sibling = siblings[name]
+        if sibling.lfs:
+            files[name] = {"size": sibling.lfs.size, "hub": f"sha256:{sibling.lfs.sha256}"}
+        else:
+            files[name] = {"size": sibling.size, "hub": f"git:{sibling.blob_id}"}
     return info.sha, files
 
 
 def _checked(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """What is put on record of a file that is right; one that isn't is removed."""
-    sha256, blob = sums(path)
-    kind, _, wanted_sum = expected["hub"].partition(":")
-    if wanted_sum != {"sha256": sha256, "git": blob}[kind]:
+    """The record of a file with the right checksum; a file with another one is deleted."""
+    sha256, blob = sha256_and_blob(path)
+    if expected["hub"] not in (f"sha256:{sha256}", f"git:{blob}"):
         path.unlink()
-        raise ConfigurationError(f"{path} is not the file that the hub says it is and was removed: {expected['hub']} is wanted")
+        raise ConfigurationError(f"{path} does not match the hub's checksum, {expected['hub']}, and was deleted")
     return {**expected, "size": path.stat().st_size, "sha256": sha256}
 
 
-def _check_room(one: Repository, folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    needed = sum(told["size"] or 0 for told in files.values())
-    if needed > MAX_BYTES:
-        raise ConfigurationError(f"{one.source} is {needed / 1e9:.0f} GB large: that is not what was pinned")
-    missing = sum(told["size"] or 0 for name, told in files.items() if not (folder / name).is_file())
-    free = shutil.disk_usage(folder).free
-    if free < missing + SPARE:
-        message = f"{folder} has {free / 1e6:.0f} MB free and {one.name} needs {(missing + SPARE) / 1e6:.0f} MB"
-        raise ConfigurationError(f"{message}: free some, or set IMAGEMILL_WEIGHTS__FOLDER to a larger disk")
-
-
-def _endpoint(settings: WeightsSettings) -> str:
-    """The hub, or the mirror that has it under its own paths."""
-    if settings.mirror is None:
-        return HUB
-    if urlsplit(settings.mirror).scheme not in ("http", "https") or not urlsplit(settings.mirror).netloc:
-        raise ConfigurationError(f"IMAGEMILL_WEIGHTS__MIRROR is no http or https address: {shown(settings.mirror)}")
-    return settings.mirror.rstrip("/")
-
-
 def _translated(error: Exception, what: str, folder: Path) -> Exception:
-    """Our error for what the hub's library raises; what is none of its business as it is."""
+    """Our error for one that the hub's library raised; errors from elsewhere are returned unchanged."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OSError) and error.errno is not None and status is None:
         return ConfigurationError(f"{folder} can't be written: {sentence(error)}")
     if isinstance(error, HFValidationError) or (status is not None and status < 500 and status != 429):
         return ConfigurationError(f"the hub has no {what}: {sentence(error)}")
-    library = type(error).__module__.partition(".")[0]
-    if (
-        isinstance(error, OSError)
-        or status is not None
-        or library.startswith(("huggingface_hub", "httpx", "httpcore", "hf_xet"))
-    ):
-        return ServiceUnavailable(f"the hub does not give {what}: {sentence(error)}")
+    from_library = type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore", "hf_xet"))  # also httpx2
+    if isinstance(error, OSError) or status is not None or from_library:
+        return ServiceUnavailable(f"the hub does not deliver {what}: {sentence(error)}")
     return error

@@ -1,7 +1,8 @@
-"""Makes a model in 8 bits, calibrated on one's own images, and keeps it only if its masks are nearly the same.
+"""Quantises a model to 8 bits, calibrated on the user's images, and keeps the result only if its masks are nearly the same.
 
-QDQ as onnxruntime's documentation recommends it for CPUs: activations uint8, weights int8 per channel, after its own
-pre-processing (shapes inferred, graph optimised); https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+Uses QDQ as onnxruntime's documentation recommends for CPUs: uint8 activations and int8 weights per channel, after its own
+pre-processing (shape inference, graph optimisation);
+https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
 from __future__ import annotations
@@ -18,33 +19,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.shared.errors import ConfigurationError, ImageError, MissingExtra, UsageError
+from imagemill.shared.errors import ConfigurationError, ImageError, UsageError
 from imagemill.worker.imaging.codec import decode
 from imagemill.worker.imaging.headers import probe
 from imagemill.worker.imaging.picture import Pixels
-from imagemill.worker.models.files import model_file, put_on_record, variant
+from imagemill.worker.models.files import model_file, record_variant, variant
 from imagemill.worker.operations.remove_background.model_families import FAMILIES, Family
 
 LEAST, MOST = 5, 250
-"""Images to calibrate on and to compare with; more than the most bring nothing but time."""
+"""Number of images to calibrate on and compare with; more only take time."""
 HELD_BACK = 5
-"""One image in so many is not calibrated on, at least two in all: on these the masks are compared."""
+"""One image in this many, and at least two, are held back from calibration to compare masks on."""
 INSIDE = 0.5
-"""From this matte value on a pixel belongs to the mask."""
+"""Matte value from which a pixel belongs to the mask."""
 EDGE = 2048
-"""Longest edge of the decoded images in pixels; above what any model looks at."""
+"""Longest edge of decoded images in pixels; more than any model's input."""
 MAX_PIXELS = 100_000_000
 
-Tell = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
+Progress = Callable[[str, int, int], None]
+"""Called with the current step, how many of its items are done, and how many it has."""
 
 
 @dataclass(frozen=True)
 class Report:
     """How the 8-bit model compares with the original on the images held back.
 
-    `iou` is the mean over them of the masks' intersection over union, `worst` the least of them; times are
-    medians in milliseconds of one image on all cores, measured in turns.
+    `iou` is the mean of the masks' intersection over union, `worst` the lowest, and `wanted` the lowest accepted mean.
+    Times are medians in milliseconds per image on all cores, the two models taking turns.
     """
 
     model: str
@@ -64,52 +65,70 @@ class Report:
     def speed_up(self) -> float:
         return self.fp32_ms / self.int8_ms
 
+    def summary(self) -> str:
+        """Four lines for a person."""
+        skipped = f"; skipped {self.passed_over} files" if self.passed_over else ""
+        return "\n".join(
+            (
+                f"calibrated on {self.calibrated} images, compared on {self.held_back} others{skipped}",
+                f"masks: mean IoU {self.iou:.4f}, lowest {self.worst:.4f}; the mean must be at least {self.wanted:g}",
+                f"speed: {self.int8_ms:.0f} ms per image instead of {self.fp32_ms:.0f} ms, {self.speed_up:.2f} times as fast",
+                f"size: {self.int8_bytes / 1e6:.1f} MB instead of {self.fp32_bytes / 1e6:.1f} MB",
+            )
+        )
+
 
 def quantize(
-    name: str, folder: Path, images: Path, *, engine: str = "rembg", accept: float = 0.98, tell: Tell = lambda *_: None
+    name: str,
+    folder: Path,
+    images: Path,
+    *,
+    engine: str = "rembg",
+    accept: float = 0.98,
+    progress: Progress = lambda *_: None,
 ) -> Report:
-    """Write `{name}.int8.onnx` beside a model if the mean IoU on the images held back is at least `accept`.
+    """Write `{name}.int8.onnx` next to a model if the mean IoU on the images held back is at least `accept`.
 
-    `folder` is the weights' folder, `images` one with images of the kind that the model will work on. A file that was
-    accepted earlier stays where this one is refused. Raises UsageError for too few images or a model that has no
-    such form, ConfigurationError where the model isn't there, and MissingExtra.
+    `folder` is the weights folder and `images` a folder of typical images. If the new file is rejected, an earlier one
+    stays. Raises UsageError for too few images or a model that can't be quantised, and ConfigurationError if the model is
+    missing.
     """
     original = folder / engine / f"{name}.onnx"
     if name not in FAMILIES:
-        raise UsageError(f"{name} can't be made in 8 bits")
+        raise UsageError(f"{name} can't be quantised: imagemill doesn't know how to prepare images for it")
     if not original.is_file():
         raise ConfigurationError(f"{name} is not in {original.parent}: imagemill models pull {name}")
-    source = model_file(folder, engine, name)  # with a free batch axis where that was made
+    source = model_file(folder, engine, name)  # the variant with a free batch axis, if there is one
     calibration, held_back, passed_over = divide(images)
     target = variant(original, "int8")
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=original.parent) as place:
-        made = Path(place) / target.name
-        _make(source, made, FAMILIES[name], calibration, tell)
-        compared = _compare(source, made, FAMILIES[name], held_back, tell)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=original.parent) as work:
+        quantised = Path(work) / target.name
+        _quantize(source, quantised, FAMILIES[name], calibration, progress)
+        compared = _compare(source, quantised, FAMILIES[name], held_back, progress)
         report = Report(
             name,
             compared["iou"] >= accept,
             wanted=accept,
             fp32_bytes=source.stat().st_size,
-            int8_bytes=made.stat().st_size,
+            int8_bytes=quantised.stat().st_size,
             calibrated=len(calibration),
             held_back=len(held_back),
             passed_over=passed_over,
             **compared,
         )
         if report.accepted:
-            made.replace(target)
-            put_on_record(original, "int8", accepted=True, told=asdict(report))
+            quantised.replace(target)
+            record_variant(original, "int8", accepted=True, details=asdict(report))
     return report
 
 
 def divide(images: Path) -> tuple[list[Path], list[Path], int]:
-    """The images of a folder to calibrate on, those held back, and how many of its files were passed over.
+    """A folder's images to calibrate on, those held back, and the number of files that were skipped.
 
-    In the order of their contents' hashes, which is by chance and always the same: neighbours in a folder resemble
-    each other. The same image twice counts once, so that none is on both sides.
+    Images are sorted by the hash of their content, which is random but reproducible, because neighbours in a folder resemble
+    each other. Duplicates are skipped, so no image is on both sides. Raises UsageError for too few images.
     """
-    found: dict[str, Path] = {}
+    by_hash: dict[str, Path] = {}
     passed_over = 0
     for path in sorted(path for path in images.rglob("*") if path.is_file()):
         data = path.read_bytes()
@@ -118,15 +137,15 @@ def divide(images: Path) -> tuple[list[Path], list[Path], int]:
         except ImageError:
             passed_over += 1
             continue
-        passed_over += found.setdefault(hashlib.sha256(data).hexdigest(), path) is not path
-    paths = list(islice((found[key] for key in sorted(found) if _is_whole(found[key])), MOST))
+        passed_over += by_hash.setdefault(hashlib.sha256(data).hexdigest(), path) is not path
+    paths = list(islice((path for _, path in sorted(by_hash.items()) if _decodes(path)), MOST))
     if len(paths) < LEAST:
-        raise UsageError(f"{images} has {len(paths)} different images; at least {LEAST} are needed, and 100 are better")
+        raise UsageError(f"{images} has {len(paths)} different images: at least {LEAST} are needed, and 100 are better")
     count = max(2, len(paths) // HELD_BACK)
-    return paths[count:], paths[:count], passed_over + len(found) - len(paths)
+    return paths[count:], paths[:count], passed_over + len(by_hash) - len(paths)
 
 
-def _is_whole(path: Path) -> bool:
+def _decodes(path: Path) -> bool:
     try:
         _pixels(path)
     except ImageError:
@@ -135,14 +154,14 @@ def _is_whole(path: Path) -> bool:
 
 
 def overlap(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Intersection over union of two mattes' masks; 1 where both are empty."""
+    """Intersection over union of two mattes' masks; 1 if both are empty."""
     first, second = one >= INSIDE, other >= INSIDE
     union = np.count_nonzero(first | second)
     return float(np.count_nonzero(first & second) / union) if union else 1.0
 
 
 def _tensor(path: Path, family: Family) -> NDArray[np.float32]:
-    """[1, 3, size, size], prepared as the engine prepares it."""
+    """An image as model input, [1, 3, size, size], prepared as the engine does."""
     return family.tensor(_pixels(path))[None]
 
 
@@ -152,58 +171,56 @@ def _pixels(path: Path) -> Pixels:
 
 
 class _Reader:
-    """What onnxruntime's calibration asks for its inputs, one after the other; each is prepared when it is wanted."""
+    """Supplies onnxruntime's calibration with inputs, preparing each one on request."""
 
-    def __init__(self, name: str, family: Family, paths: Sequence[Path], tell: Tell) -> None:
-        self.name, self.tell, self.total, self.done = name, tell, len(paths), 0
+    def __init__(self, name: str, family: Family, paths: Sequence[Path], progress: Progress) -> None:
+        self.name, self.progress, self.total, self.done = name, progress, len(paths), 0
         self._tensors: Iterator[NDArray[np.float32]] = (_tensor(path, family) for path in paths)
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        self.tell("calibrating", self.done, self.total)
+        self.progress("calibrating", self.done, self.total)
         self.done += 1
         tensor = next(self._tensors, None)
         return None if tensor is None else {self.name: tensor}
 
 
-def _make(source: Path, made: Path, family: Family, calibration: Sequence[Path], tell: Tell) -> None:
+def _quantize(source: Path, target: Path, family: Family, calibration: Sequence[Path], progress: Progress) -> None:
     """Pre-process, calibrate, quantise."""
-    try:
-        from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-    except ModuleNotFoundError as error:
-        raise MissingExtra(f"this needs {error.name}, which is not installed: pip install 'imagemill[rembg]'") from error
-    prepared = made.with_name("prepared.onnx")
-    tell("preparing the graph", 0, 1)
-    quant_pre_process(source, prepared, skip_symbolic_shape=True)  # symbolic shapes are for transformers with free lengths
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = target.with_name("prepared.onnx")
+    progress("preparing the graph", 0, 1)
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)  # only transformers with free lengths need symbolic shapes
     quantize_static(
         prepared,
-        made,
-        _Reader(_session(source).get_inputs()[0].name, family, calibration, tell),
+        target,
+        _Reader(_session(source).get_inputs()[0].name, family, calibration, progress),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         reduce_range=not has_vnni(),
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
-        # Without CalibMaxIntermediateOutputs, which in onnxruntime 1.31 drops what it should merge.
+        # Without CalibMaxIntermediateOutputs: in onnxruntime 1.31 it drops ranges that it should merge.
         calibrate_method=CalibrationMethod.MinMax,
     )
     prepared.unlink()
 
 
 def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU adds products of 8 bits without saturating; one that doesn't needs weights of 7 bits."""
+    """Whether this CPU adds 8-bit products without saturating; otherwise weights must have 7 bits."""
     try:
         return any(name in cpuinfo.read_text() for name in ("avx512_vnni", "avx_vnni"))
     except OSError:
         return False
 
 
-def _compare(source: Path, made: Path, family: Family, held_back: Sequence[Path], tell: Tell) -> dict[str, Any]:
-    sessions = {"fp32": _session(source), "int8": _session(made)}
+def _compare(source: Path, quantised: Path, family: Family, held_back: Sequence[Path], progress: Progress) -> dict[str, Any]:
+    sessions = {"fp32": _session(source), "int8": _session(quantised)}
     seconds: dict[str, list[float]] = {kind: [] for kind in sessions}
     overlaps = []
     for number, path in enumerate(held_back):
-        tell("comparing", number, len(held_back))
+        progress("comparing", number, len(held_back))
         tensor, mattes = _tensor(path, family), []
         for kind, session in sessions.items():
             feed = {session.get_inputs()[0].name: tensor}

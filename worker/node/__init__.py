@@ -1,0 +1,1 @@
+"""A worker node: its processes, tasks and leases, and what it offers."""

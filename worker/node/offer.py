@@ -7,7 +7,7 @@ from imagemill.shared.options.base import nearest
 from imagemill.shared.queues import worker_queues
 from imagemill.shared.settings import Settings
 from imagemill.worker.models.catalogue import REPOSITORIES, WEIGHTS
-from imagemill.worker.models.files import needed
+from imagemill.worker.models.files import required_file
 from imagemill.worker.models.repositories import state
 
 
@@ -67,6 +67,6 @@ def _rows(engine: str) -> list[Engine]:
 def _all_here(parts: tuple[str, ...], settings: Settings) -> bool:
     """Whether every file that a model is loaded from is on this host's disk."""
     folder = settings.weights.folder.expanduser()
-    return all(needed(weights, settings.weights).is_file() for weights in WEIGHTS if weights.name in parts) and all(
+    return all(required_file(weights, settings.weights).is_file() for weights in WEIGHTS if weights.name in parts) and all(
         state(folder, repository) != "missing" for repository in REPOSITORIES if repository.name in parts
     )

@@ -1,4 +1,4 @@
-"""Which hosts and addresses a download may go to, and web addresses as they are put on the wire."""
+"""Decide which addresses a download may connect to, and put URLs into the form that is requested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imagemill.shared.errors import UnsupportedUrl
 from imagemill.shared.settings import FetchSettings
 from imagemill.shared.urls import shown
 
-# IANA's special-purpose registries, and what `ipaddress.is_global` lets pass although it leads inside.
+# IANA's special-purpose registries, plus networks that lead inside although `ipaddress.is_global` accepts them.
 NOT_PUBLIC_V4 = tuple(
     ip_network(text)
     for text in (
@@ -35,8 +35,8 @@ NOT_PUBLIC_V4 = tuple(
         "240.0.0.0/4",  # reserved, and broadcast
     )
 )
-# Only this part of IPv6 is handed out as public. Outside it lie loopback, v4-compatible (::/96), NAT64 (64:ff9b::/96 and
-# 64:ff9b:1::/48), unique local, link-local and multicast.
+# Only this part of IPv6 is allocated as public. The rest includes loopback, IPv4-compatible (::/96), NAT64 (64:ff9b::/96
+# and 64:ff9b:1::/48), unique local, link-local and multicast.
 PUBLIC_V6 = ip_network("2000::/3")
 NOT_PUBLIC_V6 = tuple(
     ip_network(text)
@@ -49,7 +49,7 @@ NOT_PUBLIC_V6 = tuple(
 )
 
 HOST = re.compile(r"[a-z0-9_.-]{1,253}")
-# What browsers send as it is; all other characters are percent-encoded.
+# Characters that browsers send unencoded; all others are percent-encoded.
 PLAIN = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in '"#<>\\`{}')
 PORTS = {"http": 80, "https": 443}
 
@@ -57,9 +57,9 @@ PORTS = {"http": 80, "https": 443}
 def allowed(address: str | IPv4Address | IPv6Address, host: str, port: int, settings: FetchSettings) -> bool:
     """Whether a download from `host`:`port` may connect to `address`.
 
-    Public addresses are; others only where the operator lists the host (`host` or `host:port`, as
-    written in the address, IPv6 in brackets) or a network that holds the address. An IPv4 address
-    inside an IPv6 one (::ffff:0:0/96) is judged as IPv4, since that is where the system connects.
+    Public addresses are always allowed; others only if the operator lists the host (`host` or `host:port` as in the URL,
+    IPv6 in brackets) or a network containing the address. IPv4-mapped IPv6 addresses (::ffff:0:0/96) are treated as IPv4,
+    since the system connects to the IPv4 address.
     """
     ip = ip_address(address) if isinstance(address, str) else address
     if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
@@ -73,7 +73,7 @@ def allowed(address: str | IPv4Address | IPv6Address, host: str, port: int, sett
 
 
 def is_public(ip: IPv4Address | IPv6Address) -> bool:
-    """Whether an address is one of the public internet and can't stand for another one behind a gateway."""
+    """Whether an address belongs to the public internet and can't reach another one through a gateway."""
     if isinstance(ip, IPv4Address):
         return ip.is_global and not any(ip in network for network in NOT_PUBLIC_V4)
     return ip.is_global and ip in PUBLIC_V6 and not any(ip in network for network in NOT_PUBLIC_V6)
@@ -81,7 +81,7 @@ def is_public(ip: IPv4Address | IPv6Address) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """A web address in ASCII, with the host (IPv6 in brackets) and port that it leads to."""
+    """A URL in ASCII, with its host (IPv6 in brackets) and port."""
 
     url: str
     host: str
@@ -89,19 +89,19 @@ class Target:
 
 
 def wire(url: str) -> Target:
-    """An http or https address as it is requested: host in IDNA, path and query percent-encoded, no fragment.
+    """An http or https URL as requested: host in IDNA, path and query percent-encoded, no fragment.
 
-    It is put together from its parts, so that libcurl can't read another host out of it than we did.
-    Raises UnsupportedUrl for a host that can't be one.
+    The URL is rebuilt from its parts so that libcurl can't parse a different host from it. Raises UnsupportedUrl if the
+    URL or its host is invalid.
     """
     try:
         parts = urlsplit(url)
-        if "@" in parts.netloc or "%" in parts.netloc:  # a user, an encoded host or an interface: parsers disagree on these
+        if "@" in parts.netloc or "%" in parts.netloc:  # credentials, encoded host, zone ID: parsers disagree on these
             raise ValueError("more than host and port")
         host = _ascii_host(parts.hostname or "")
         port = parts.port or PORTS[parts.scheme]
     except (ValueError, KeyError) as error:
-        raise UnsupportedUrl(f"{shown(url)} is no web address") from error
+        raise UnsupportedUrl(f"{shown(url)} is not a valid URL") from error
     at = host if port == PORTS[parts.scheme] else f"{host}:{port}"
     query = f"?{_encoded(parts.query)}" if parts.query else ""
     return Target(f"{parts.scheme}://{at}{_encoded(parts.path) or '/'}{query}", host, port)
@@ -114,11 +114,11 @@ def _ascii_host(host: str) -> str:
     labels = idna.uts46_remap(host, std3_rules=False).split(".")
     name = ".".join(label if label.isascii() else f"xn--{label.encode('punycode').decode()}" for label in labels)
     if not HOST.fullmatch(name):
-        raise ValueError(f"{host!r} is no host")
+        raise ValueError(f"{host!r} is not a valid host")
     return name
 
 
 def _encoded(text: str) -> str:
-    """Percent-encoded where needed; what is encoded already stays, a lone % becomes %25."""
-    # surrogateescape: a redirect's raw bytes go back as they came
+    """Percent-encode where needed; existing escapes stay, a lone % becomes %25."""
+    # surrogateescape: raw bytes of a Location header are sent back unchanged
     return re.sub("%(?![0-9A-Fa-f]{2})", "%25", quote(text, safe=PLAIN, errors="surrogateescape"))

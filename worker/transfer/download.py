@@ -1,4 +1,4 @@
-"""One HTTP request with libcurl: limits while it runs, kept connections, and what curl's failures mean."""
+"""HTTP requests with libcurl: limits during the transfer, reused connections, and errors."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ from imagemill.worker.transfer.addresses import Target, allowed
 OK = (200, 203)
 REDIRECTS = (301, 302, 303, 307, 308)
 ERROR_BODY = 65_536
-"""Bytes of an error's page that are read to keep its connection; beyond, the connection is cheaper to give up."""
+"""Bytes of an error page to read so that its connection can be reused; for more, closing the connection is cheaper."""
 
-NO_HOST = (pycurl.E_COULDNT_RESOLVE_HOST,)
 NO_TLS = (
     pycurl.E_SSL_CONNECT_ERROR,
     pycurl.E_PEER_FAILED_VERIFICATION,
@@ -45,12 +44,11 @@ NO_TLS = (
     pycurl.E_SSL_ISSUER_ERROR,
     pycurl.E_SSL_INVALIDCERTSTATUS,
 )
-BAD_URL = (pycurl.E_URL_MALFORMAT, pycurl.E_UNSUPPORTED_PROTOCOL)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a server said. `headers` has lower-case names; `body` is empty unless the status is 200 or 203."""
+class Response:
+    """A server's response. `headers` has lower-case names; `body` is empty unless the status is 200 or 203."""
 
     status: int
     headers: dict[str, str]
@@ -58,14 +56,14 @@ class Answer:
 
     @property
     def location(self) -> str | None:
-        """Where it redirects to, as the server wrote it."""
+        """The redirect target exactly as sent, if this is a redirect."""
         return self.headers.get("location") if self.status in REDIRECTS else None
 
 
 class Downloader:
-    """Curl handles with their open connections, lent to one request at a time; the latest used goes first.
+    """A thread-safe pool of curl handles with their open connections, most recently used first.
 
-    For one process, made after the fork; thread-safe.
+    Belongs to one process; create it after the fork.
     """
 
     def __init__(self, settings: FetchSettings) -> None:
@@ -75,26 +73,26 @@ class Downloader:
         self._lock = threading.Lock()
         self._closed = False
 
-    def get(self, target: Target, label: str, seconds: float) -> Answer:
+    def get(self, target: Target, label: str, seconds: float) -> Response:
         """Request `target` once, without following redirects; `label` names it in errors.
 
-        Raises Timeout, Unreachable, ForbiddenAddress, TooLarge, Truncated or UnsupportedUrl where there is
-        no whole answer; an error status is an answer, and for it a body cut short does not matter.
+        Raises Timeout, Unreachable, ForbiddenAddress, TooLarge, Truncated or UnsupportedUrl if no complete response arrives.
+        Error statuses are returned, even if their body is incomplete.
         """
         transfer = _Transfer(target, self._settings)
-        with self._lent() as handle:
+        with self._handle() as handle:
             try:
                 self._prepare(handle, transfer, seconds)
                 handle.perform()
             except pycurl.error as error:
                 if transfer.status in OK or transfer.status < 200:
-                    raise transfer.meaning(error, label) from error
+                    raise transfer.explain(error, label) from error
             finally:
                 transfer.close()
-        return Answer(transfer.status, transfer.headers, b"".join(transfer.blocks))
+        return Response(transfer.status, transfer.headers, b"".join(transfer.blocks))
 
     def close(self) -> None:
-        """Close all connections; a handle that is lent out closes when it comes back."""
+        """Close all connections; handles in use are closed when their request ends."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -102,13 +100,13 @@ class Downloader:
             handle.close()
 
     @contextmanager
-    def _lent(self) -> Iterator[pycurl.Curl]:
+    def _handle(self) -> Iterator[pycurl.Curl]:
         with self._lock:
             handle = self._idle.pop() if self._idle else pycurl.Curl()
         try:
             yield handle
         finally:
-            handle.reset()  # forgets options and callbacks, keeps connections
+            handle.reset()  # clears options and callbacks, keeps connections
             with self._lock:
                 keep = not self._closed
                 if keep:
@@ -122,17 +120,17 @@ class Downloader:
             (pycurl.URL, transfer.target.url),
             (pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
             (pycurl.FOLLOWLOCATION, 0),
-            (pycurl.PROXY, ""),  # also ignores http_proxy and its like: a proxy would connect where we can't see
+            (pycurl.PROXY, ""),  # overrides http_proxy and the like: we couldn't check where a proxy connects
             (pycurl.NOPROXY, "*"),
-            (pycurl.NOSIGNAL, 1),  # signals and threads don't mix; names are resolved in curl's own thread
+            (pycurl.NOSIGNAL, 1),  # signals and threads don't mix; curl resolves names in a thread of its own
             (pycurl.USERAGENT, self._agent),
-            # Ask for the bytes as they are, but undo what a server compresses unasked; the limits count what comes out.
+            # Ask for uncompressed bytes, but decode what a server compresses anyway; size limits count decoded bytes.
             (pycurl.HTTPHEADER, ["Accept-Encoding: identity"]),
             (pycurl.ACCEPT_ENCODING, "gzip, deflate"),
             (pycurl.CAINFO, certifi.where()),
             (pycurl.CONNECTTIMEOUT_MS, max(1, int(min(settings.connect_timeout, seconds) * 1000))),
             (pycurl.TIMEOUT_MS, max(1, int(seconds * 1000))),
-            (pycurl.MAXFILESIZE_LARGE, settings.max_bytes),  # by Content-Length, before the body
+            (pycurl.MAXFILESIZE_LARGE, settings.max_bytes),  # checks Content-Length, before the body
             (pycurl.BUFFERSIZE, 262_144),
             (pycurl.OPENSOCKETFUNCTION, transfer.open_socket),
             (pycurl.HEADERFUNCTION, transfer.on_header),
@@ -143,7 +141,7 @@ class Downloader:
 
 @dataclass
 class _Transfer:
-    """What curl calls back during one request. Nothing here may raise: pycurl could only print it."""
+    """Curl's callbacks for one request. They must not raise: pycurl could only print the exception."""
 
     target: Target
     settings: FetchSettings
@@ -151,31 +149,29 @@ class _Transfer:
     headers: dict[str, str] = field(default_factory=dict)
     blocks: list[bytes] = field(default_factory=list)
     size: int = 0
-    opened: int = 0
-    refused: int = 0
+    refused: bool = False
     sockets: list[socket.socket] = field(default_factory=list)
 
     def open_socket(self, _purpose: int, address: Any) -> socket.socket | int:
-        """Curl is about to connect to `address`: the one place that decides whether it may.
+        """Decide whether curl may connect to `address`; the only place where this is decided.
 
-        It is the address itself and not a name, so neither a redirect, nor a DNS answer that
-        changes, nor an odd spelling of a number gets past it. Kept connections came through here.
+        It sees the resolved address, so redirects, changing DNS answers and odd spellings of numeric addresses can't bypass
+        it. Reused connections passed this check when they were opened.
         """
         try:
             if address.family not in (socket.AF_INET, socket.AF_INET6) or not allowed(
                 address.addr[0], self.target.host, self.target.port, self.settings
             ):
-                self.refused += 1
+                self.refused = True
                 return int(pycurl.SOCKET_BAD)
-            opened = socket.socket(address.family, address.socktype, address.protocol)
-        except (OSError, ValueError):  # no IPv6 here, or no descriptor left: curl tries the next address
+            new = socket.socket(address.family, address.socktype, address.protocol)
+        except (OSError, ValueError):  # no IPv6 or no descriptors left: curl tries the next address
             return int(pycurl.SOCKET_BAD)
-        self.opened += 1
-        self.sockets.append(opened)  # curl works on a duplicate; ours is closed afterwards
-        return opened
+        self.sockets.append(new)  # curl works on a duplicate; ours is closed afterwards
+        return new
 
     def on_header(self, line: bytes) -> None:
-        """A status line begins a new answer (after 100 or 103), else it is a field of the present one."""
+        """Handle a header line; a status line starts a new response, for example after 100 or 103."""
         if line.startswith(b"HTTP/"):
             code = line.split(maxsplit=2)[1:2]
             self.status = int(code[0]) if code and code[0].isdigit() else 0
@@ -186,7 +182,7 @@ class _Transfer:
             self.headers[name.strip().lower()] = value.strip()
 
     def on_body(self, block: bytes) -> int:
-        """Bytes taken; another number than its length ends the transfer."""
+        """Take a block of the body; returning anything but its length aborts the transfer."""
         self.size += len(block)
         if self.status in OK:
             if self.size > self.settings.max_bytes:
@@ -197,56 +193,56 @@ class _Transfer:
         return len(block)
 
     def close(self) -> None:
-        """Close our duplicates of the sockets that curl was given."""
-        for opened in self.sockets:
-            opened.close()
+        """Close our copies of the sockets passed to curl."""
+        for each in self.sockets:
+            each.close()
 
-    def meaning(self, error: pycurl.error, label: str) -> ImageError:
-        """The error of ours for a request that curl gave up; called where no error status explains more."""
+    def explain(self, error: pycurl.error, label: str) -> ImageError:
+        """The ImageError for a failed transfer without an error status."""
         number, reason = error.args[0], str(error.args[1]).strip()
         limit = self.settings.max_bytes
         if number == pycurl.E_FILESIZE_EXCEEDED or self.size > limit:
-            return TooLarge(f"{label} has more than {limit} bytes, the limit")
-        if self.refused and not self.opened:
+            return TooLarge(f"{label} exceeds the limit of {limit} bytes")
+        if self.refused and not self.sockets:
             return ForbiddenAddress(
-                f"{label} lies in a private or reserved network; an operator can allow it "
+                f"{label} is in a private or reserved network; an operator can allow it "
                 "with IMAGEMILL_FETCH__ALLOW_HOSTS or IMAGEMILL_FETCH__ALLOW_NETWORKS"
             )
         if number == pycurl.E_OPERATION_TIMEDOUT:
-            return Timeout(f"{label} was too slow: {'no whole answer' if self.opened else 'no connection'} in time")
-        if number in NO_HOST:
-            return Unreachable(f"{label}: there is no host {self.target.host!r}, or its name server does not answer")
+            return Timeout(f"{label} timed out: {'incomplete response' if self.sockets else 'no connection'}")
+        if number == pycurl.E_COULDNT_RESOLVE_HOST:
+            return Unreachable(f"{label}: can't resolve host {self.target.host!r}")
         if number in NO_TLS:
-            return Unreachable(f"{label}: no secure connection ({reason})")
-        if number in BAD_URL:
-            return UnsupportedUrl(f"{label} is no web address ({reason})")
+            return Unreachable(f"{label}: TLS connection failed ({reason})")
+        if number in (pycurl.E_URL_MALFORMAT, pycurl.E_UNSUPPORTED_PROTOCOL):
+            return UnsupportedUrl(f"{label} is not a valid URL ({reason})")
         if number == pycurl.E_BAD_CONTENT_ENCODING:
-            return Truncated(f"{label} was sent with damaged compression")
+            return Truncated(f"{label}: the compressed response is damaged")
         if number == pycurl.E_COULDNT_CONNECT:
-            return Unreachable(f"{label}: {self.target.host}:{self.target.port} refuses connections or can't be reached")
-        return Unreachable(f"{label}: the connection broke off ({reason})")
+            return Unreachable(f"{label}: can't connect to {self.target.host}:{self.target.port}")
+        return Unreachable(f"{label}: the connection failed ({reason})")
 
 
-def status_error(answer: Answer, label: str) -> ImageError | None:
-    """The error that an answer's status stands for; None for success."""
-    status = answer.status
+def status_error(response: Response, label: str) -> ImageError | None:
+    """The error for a response's status; None for success."""
+    status = response.status
     if status in OK:
         return None
     if status in (401, 403):
-        return AccessDenied(f"{label}: the server refuses access (status {status})")
+        return AccessDenied(f"{label}: access denied (status {status})")
     if status in (404, 410):
-        return NotFound(f"{label} does not exist (status {status})")
+        return NotFound(f"{label} was not found (status {status})")
     if status == 408:
-        return Timeout(f"{label}: the server gave up waiting (status 408)")
+        return Timeout(f"{label}: the server timed out (status 408)")
     if status == 429 or 500 <= status < 600:
-        error = ServerError(f"{label}: the server is in trouble or busy (status {status})")
-        error.retry_after = retry_after(answer.headers.get("retry-after", ""))
+        error = ServerError(f"{label}: server error or overload (status {status})")
+        error.retry_after = retry_after(response.headers.get("retry-after", ""))
         return error
-    return HttpError(f"{label}: the server answered with status {status} and no image")
+    return HttpError(f"{label}: unexpected status {status}")
 
 
 def retry_after(value: str) -> float:
-    """Seconds that a Retry-After header asks for, from a number or a date; 0 where there is none or it makes no sense."""
+    """Seconds to wait according to a Retry-After header, a number or a date; 0 if it is empty or invalid."""
     if value.isascii() and value.isdigit():
         return float(value)
     try:
@@ -259,5 +255,5 @@ def retry_after(value: str) -> float:
 def _user_agent() -> str:
     try:
         return f"imagemill/{version('imagemill')}"
-    except PackageNotFoundError:  # run from a checkout that isn't installed
+    except PackageNotFoundError:  # running from a checkout that isn't installed
         return "imagemill"

@@ -1,4 +1,4 @@
-"""From an image's address to its bytes: http, https, s3 and file, with limits, redirects and retries."""
+"""Fetch images from http, https, s3 and file URLs, with limits, redirects and retries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count
 from urllib.parse import urljoin, urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -28,7 +27,7 @@ from imagemill.shared.s3 import S3Client, split, translate
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.shared.urls import BUCKET, check_source_url, shown
 from imagemill.worker.transfer.addresses import wire
-from imagemill.worker.transfer.download import Answer, Downloader, status_error
+from imagemill.worker.transfer.download import Downloader, Response, status_error
 from imagemill.worker.transfer.files import read_file
 
 FIRST_PAUSE = 0.5
@@ -46,9 +45,9 @@ class Fetched:
 
 
 class Fetcher:
-    """One per process, made after the fork; any number of threads may fetch at a time.
+    """Fetches images; thread-safe. Create one per process, after the fork.
 
-    `s3` gives the process's client; it is asked for at the first s3:// address.
+    `s3` returns the process's client and is called when the first s3:// URL is fetched.
     """
 
     def __init__(self, settings: FetchSettings, files: FileSettings, s3: Callable[[], S3Client]) -> None:
@@ -58,13 +57,15 @@ class Fetcher:
         self._downloader = Downloader(settings)
 
     def fetch(self, url: str, *, attempts: int = 1, stop: threading.Event | None = None) -> Fetched:
-        """The bytes behind an address, after up to `attempts` tries where trying again can help.
+        """Fetch a URL, retrying errors that may be temporary, with growing pauses, up to `attempts` tries in all.
 
-        Between tries it waits with growing pauses; when `stop` is set meanwhile, the last error is raised
-        at once. Raises an ImageError (fetch branch) whose `tries` says how many were made.
+        Once `stop` is set, the last error is raised without further tries. Raises an ImageError (fetch branch) with the
+        number of `tries` made.
         """
         stop = stop or threading.Event()
-        for tries in count(1):
+        tries = 0
+        while True:
+            tries += 1
             try:
                 return Fetched(self._once(url), tries)
             except ImageError as error:
@@ -72,7 +73,6 @@ class Fetcher:
                 wait = pause(tries, getattr(error, "retry_after", 0.0))
                 if not error.retryable or tries >= attempts or stop.wait(wait):
                     raise
-        raise AssertionError("unreachable")
 
     def close(self) -> None:
         """Close the connections."""
@@ -95,25 +95,25 @@ class Fetcher:
         return data
 
     def _web(self, url: str) -> bytes:
-        """Follow redirects ourselves: each target is checked, and all share one total time."""
+        """Fetch over HTTP; follows redirects itself to check each target and apply one total timeout to all."""
         deadline = time.monotonic() + self._settings.total_timeout
         current, label = url, shown(url)
         for _ in range(self._settings.max_redirects + 1):
             target = wire(current)
             left = deadline - time.monotonic()
             if left <= 0:
-                raise Timeout(f"{label}: its redirects took longer than {self._settings.total_timeout:g} s")
-            answer = self._downloader.get(target, label, left)
-            if answer.location is None:
-                return image_body(answer, label)
-            current = redirected(target.url, answer.location, label)
+                raise Timeout(f"{label} timed out after {self._settings.total_timeout:g} s of redirects")
+            response = self._downloader.get(target, label, left)
+            if response.location is None:
+                return image_body(response, label)
+            current = redirected(target.url, response.location, label)
             label = f"{shown(url)} (redirected to {shown(current)})"
-        raise TooManyRedirects(f"{shown(url)} redirects more than {self._settings.max_redirects} times")
+        raise TooManyRedirects(f"{shown(url)} has more than {self._settings.max_redirects} redirects")
 
     def _object(self, url: str) -> bytes:
         bucket, key = split(url)
         if not BUCKET.fullmatch(bucket) or not key:
-            raise UnsupportedUrl(f"{shown(url)} names no bucket and object that S3 could have")
+            raise UnsupportedUrl(f"{shown(url)} is not a valid S3 URL: it needs a bucket and a key")
         limit = self._settings.max_bytes
         deadline = time.monotonic() + self._settings.total_timeout
         blocks, size = [], 0
@@ -127,48 +127,50 @@ class Fetcher:
                     blocks.append(block)
                     size += len(block)
                     if size > limit:
-                        raise TooLarge(f"{shown(url)} has more than {limit} bytes, the limit")
+                        raise TooLarge(f"{shown(url)} exceeds the limit of {limit} bytes")
                     if time.monotonic() > deadline:
-                        raise Timeout(f"{shown(url)} was too slow: no whole object in {self._settings.total_timeout:g} s")
+                        raise Timeout(f"{shown(url)} timed out after {self._settings.total_timeout:g} s")
         except (BotoCoreError, ClientError) as error:
             raise translate(error, shown(url)) from error
         return b"".join(blocks)
 
 
 def redirected(base: str, location: str, label: str) -> str:
-    """The absolute, encoded address that a Location header means; only http and https are followed."""
+    """The absolute, encoded URL of a Location header; only http and https are allowed."""
     try:
         target = urljoin(base, location)
         scheme = urlsplit(target).scheme
         if scheme not in ("http", "https"):
-            raise ForbiddenAddress(f"{label} redirects to a {scheme}:// address; only http and https are followed")
+            raise ForbiddenAddress(f"{label} redirects to a {scheme}:// URL; only http and https are followed")
         check_source_url(target)
     except ValueError as error:
-        raise UnsupportedUrl(f"{label} redirects to what is no address") from error
+        raise UnsupportedUrl(f"{label} redirects to an invalid URL") from error
     return wire(target).url
 
 
-def image_body(answer: Answer, label: str) -> bytes:
-    """The body of a successful answer that isn't a web page; a wrong image type in the header is no error."""
-    error = status_error(answer, label)
+def image_body(response: Response, label: str) -> bytes:
+    """The body of a response. Raises an ImageError for an error status, and NotAnImage for a web page."""
+    error = status_error(response, label)
     if error is not None:
         raise error
-    kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-    # Mislabelled images exist; a page of text has no zero byte, and an image always has some at its start.
-    said_html = kind in ("text/html", "application/xhtml+xml") and b"\0" not in answer.body[:4096]
-    if answer.body and (said_html or HTML.match(answer.body[:4096])):
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # Some servers label images as HTML. Text has no zero bytes; images always have some near their start.
+    labelled_html = kind in ("text/html", "application/xhtml+xml") and b"\0" not in response.body[:4096]
+    if response.body and (labelled_html or HTML.match(response.body[:4096])):
         raise NotAnImage(f"{label} is a web page (HTML), not an image")
-    return answer.body
+    return response.body
 
 
 def cut_short(error: ImageError, stop: threading.Event, attempts: int) -> bool:
-    """Whether a download failed only because `stop` kept it from being tried again."""
+    """Whether a failed download would have been retried if `stop` had not been set."""
     return stop.is_set() and error.retryable and error.tries < attempts
 
 
 def pause(tries: int, asked: float = 0.0) -> float:
-    """Seconds to wait after the `tries`-th failure: 0.5, 1, 2 ... at most 8, shortened at random by up to half
-    so that many workers don't return together; at least what the server `asked` for, also at most 8."""
+    """Seconds to wait after `tries` failures: 0.5, 1, 2, ... up to 8, or longer if the server `asked` for it, again up to 8.
+
+    Shortened at random by up to half, so that many workers don't retry in step.
+    """
     grown = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (tries - 1))
-    spread = grown * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
+    spread = grown * random.uniform(0.5, 1.0)  # noqa: S311  # not for security
     return max(spread, min(asked, LONGEST_PAUSE))

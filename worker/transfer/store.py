@@ -1,4 +1,4 @@
-"""Where results go: an S3 bucket or a folder, under keys that are the same at every try."""
+"""Store results in an S3 bucket or a folder, under keys that are the same on every attempt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from imagemill.shared.urls import check_output_url, safe_name
 from imagemill.worker.transfer.atomic import replacing
 from imagemill.worker.transfer.files import is_below, open_at_once, path_of
 
-# What an operator can mend by changing folder or rights; everything else may pass, such as a full disk.
+# Errors that an operator has to fix by changing the folder or its permissions; others, such as a full disk, may pass.
 REFUSALS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
@@ -32,46 +32,46 @@ CHANGED = {"PreconditionFailed", "412"}
 
 
 class Store(Protocol):
-    """Takes results; the same key again replaces what is there. Any number of threads may use it."""
+    """Stores results; thread-safe. Storing under an existing key replaces its content."""
 
     def check(self) -> None:
-        """Raises StorageRefused where it is clear beforehand that nothing can be stored here."""
+        """Raise StorageRefused if nothing can be stored here, as far as can be determined in advance."""
 
     def put(self, key: str, data: bytes, content_type: str) -> str:
-        """Write bytes below the output's address; returns the full address once they are safe.
+        """Write bytes below the output URL and return their full URL once they are stored durably.
 
-        Raises StorageUnavailable where trying again can help, else StorageRefused.
+        Raises StorageUnavailable if a retry may help, otherwise StorageRefused.
         """
 
     def put_file(self, key: str, path: Path, content_type: str) -> str:
-        """The same for the contents of a file, which need not fit into memory (at most 5 GB on S3)."""
+        """Like `put` for a file's content, which need not fit into memory (at most 5 GB on S3)."""
 
     def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
-        """Write what lies at `source`, an address that `put` returned, in this job or another, below this output's address.
+        """Copy an earlier result, from a URL that `put` returned in this or another job, below this output URL.
 
-        Raises NotFound unless bytes of that MD5 (in hex) lie there, in a place that this store reaches; else as `put`.
-        After an error the key may hold what it held before, nothing or other bytes, until `put` replaces them.
+        Raises NotFound if `source` is out of this store's reach or doesn't have that MD5 (in hex); otherwise raises as `put`.
+        After an error the key may hold its previous content, nothing or other bytes, until `put` replaces them.
         """
 
 
 def open_store(url: str, *, s3: Callable[[], S3Client], files: FileSettings, s3_settings: S3Settings) -> Store:
-    """The store behind `s3://bucket/prefix` or `file:///folder`; `s3` gives the process's client.
+    """Open the store at `s3://bucket/prefix` or `file:///folder`; `s3` returns the process's client.
 
-    Raises StorageRefused for another address.
+    Raises StorageRefused for any other URL.
     """
     try:
         check_output_url(url)
     except ValueError as error:
-        raise StorageRefused(f"results can't go to {url!r}: {error}") from error
+        raise StorageRefused(f"can't store results at {url!r}: {error}") from error
     if urlsplit(url).scheme == "s3":
         return S3Store(url, s3(), s3_settings)
     return FolderStore(url, files)
 
 
 def render_key(template: str, *, job: str, item: Item, extension: str) -> str:
-    """The key of an item's result: the output's template filled in, and the extension (without dot) behind it.
+    """The key of an item's result: the output's template with its fields filled in, plus the extension (without dot).
 
-    The name is the item's own or the source's, made safe, so that a key never leaves its prefix.
+    `{name}` is the item's or the source's name, sanitised so that a key never leaves its prefix.
     """
     fields: dict[str, str | int] = {"job": job, "index": item.index, "item": item.id, "name": _name(item)}
 
@@ -86,11 +86,11 @@ def _name(item: Item) -> str:
     if item.name is None:
         return safe_name(item.source)
     has_extension = Path(item.name).suffix.lower() in IMAGE_EXTENSIONS
-    return safe_name(item.name if has_extension else f"{item.name}.")  # `v1.5` is a name, not a file of type 5
+    return safe_name(item.name if has_extension else f"{item.name}.")  # `v1.5` is a name without extension
 
 
 class S3Store:
-    """A prefix of a bucket. Every object is sent with its MD5, which the server verifies."""
+    """A prefix in a bucket. Each object is sent with its MD5, which the server verifies."""
 
     def __init__(self, url: str, client: S3Client, settings: S3Settings) -> None:
         self._bucket, self._prefix = split(url.rstrip("/"))
@@ -101,7 +101,7 @@ class S3Store:
         self._checked = False
 
     def check(self) -> None:
-        """See Store. Asks the server once, and makes the bucket where the operator allows it."""
+        """See Store. Asks the server once and, if the operator allows it, creates the bucket."""
         with self._checking:
             if not self._checked:
                 try:
@@ -109,7 +109,7 @@ class S3Store:
                 except StorageRefused as error:
                     self._refusal = error
                 except StorageUnavailable:
-                    return  # it may be back when the first result is ready; `put` tries more than once
+                    return  # may be back by the time the first result is ready; `put` retries
                 self._checked = True
         if self._refusal is not None:
             raise StorageRefused(self._refusal.message)
@@ -129,9 +129,9 @@ class S3Store:
             return self._put(key, file, digest, content_type)
 
     def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
-        """See Store. The server copies, within one bucket or from another that the worker's keys may read.
+        """See Store. The server copies, within the bucket or from another that the worker's keys may read.
 
-        Where it encrypts with KMS, an ETag is no MD5, and nothing is ever found to be the same.
+        With KMS encryption an ETag is not an MD5, so nothing can be copied.
         """
         from botocore.exceptions import ClientError
 
@@ -146,19 +146,19 @@ class S3Store:
                     Key=full_key,
                     CopySource={"Bucket": bucket, "Key": source_key},
                     CopySourceIfMatch=f'"{md5}"',
-                    MetadataDirective="REPLACE",  # also what lets a result be copied onto itself
+                    MetadataDirective="REPLACE",  # also required for copying an object onto itself
                     ContentType=content_type,
                 )
             except ClientError as error:
                 if error.response["Error"]["Code"] in MISSING | CHANGED:
-                    raise NotFound(f"{source} is gone or has changed") from error
+                    raise NotFound(f"{source} was deleted or has changed") from error
                 raise
-        if copied["CopyObjectResult"]["ETag"].strip('"') != md5:  # it changed between the server's check and its copy
+        if copied["CopyObjectResult"]["ETag"].strip('"') != md5:  # changed between the server's check and its copy
             raise NotFound(f"{source} has changed")
         return url
 
     def _place(self, key: str) -> tuple[str, str]:
-        """The whole key, and its address."""
+        """The full key and its URL."""
         full_key = f"{self._prefix}/{key}" if self._prefix else key
         return full_key, f"s3://{self._bucket}/{full_key}"
 
@@ -172,7 +172,7 @@ class S3Store:
 
 
 class FolderStore:
-    """A folder below one of the operator's write roots. A file appears whole or not at all."""
+    """A folder below one of the operator's write roots. Files are written atomically."""
 
     def __init__(self, url: str, files: FileSettings) -> None:
         self._folder = path_of(url)
@@ -180,10 +180,10 @@ class FolderStore:
 
     def check(self) -> None:
         """See Store."""
-        with _folder_errors(f"results can't go to {self._folder}"):
+        with _folder_errors(f"can't store results in {self._folder}"):
             self._check(self._folder)
 
-    def put(self, key: str, data: bytes, content_type: str) -> str:  # noqa: ARG002  # files have no content type
+    def put(self, key: str, data: bytes, content_type: str) -> str:  # noqa: ARG002  # files have none
         """See Store."""
         return self._write(key, lambda file: file.write(data))
 
@@ -197,18 +197,18 @@ class FolderStore:
         return self._write(key, copy)
 
     def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:  # noqa: ARG002
-        """See Store. Both files lie below the write roots."""
+        """See Store. Both files must be below the write roots."""
         with self._open(source) as file:
             return self._write(key, lambda target: _copy_checked(file, target, md5, source))
 
     def _open(self, source: str) -> BinaryIO:
-        """A result of an earlier job. Raises NotFound."""
+        """Open an earlier result. Raises NotFound."""
         try:
             if urlsplit(source).scheme != "file":
                 raise NotFound(f"{source} is not in a folder")
             path = path_of(source).resolve(strict=True)
             if not is_below(path, self._roots):
-                raise NotFound(f"{source} is not below a folder that IMAGEMILL_FILES__WRITE_ROOTS allows")
+                raise NotFound(f"{source} is not in a folder allowed by IMAGEMILL_FILES__WRITE_ROOTS")
             return open(path, "rb", opener=open_at_once)
         except (OSError, ValueError, RuntimeError) as error:
             raise NotFound(f"{source} can't be read: {sentence(error)}") from error
@@ -216,7 +216,7 @@ class FolderStore:
     def _write(self, key: str, fill: Callable[[IO[bytes]], object]) -> str:
         target = self._folder / key
         with _folder_errors(f"{target} can't be written"):
-            folder = self._check(target.parent)  # after every link on the way, and before anything is made
+            folder = self._check(target.parent)  # with links resolved, before creating anything
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / target.name) as part, part.open("xb") as file:
                 fill(file)
@@ -225,9 +225,7 @@ class FolderStore:
     def _check(self, folder: Path) -> Path:
         real = folder.resolve()
         if not is_below(real, self._roots):
-            raise StorageRefused(
-                f"results may not go to {folder}: it is not below a folder that IMAGEMILL_FILES__WRITE_ROOTS allows"
-            )
+            raise StorageRefused(f"{folder} is not in a folder allowed by IMAGEMILL_FILES__WRITE_ROOTS")
         return real
 
 
@@ -244,7 +242,7 @@ def _copy_checked(source: BinaryIO, target: IO[bytes], md5: str, name: str) -> N
 def _folder_errors(what: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: links in a circle
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: symlink loop
         number = error.errno if isinstance(error, OSError) else errno.EINVAL
         reason = (error.strerror if isinstance(error, OSError) else None) or sentence(error)
         kind = StorageRefused if number in REFUSALS else StorageUnavailable

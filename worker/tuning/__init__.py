@@ -1,0 +1,1 @@
+"""The `imagemill tune` command: how many images fit on a device at once."""

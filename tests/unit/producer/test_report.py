@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from imagemill.producer.outliers import Outlier
-from imagemill.producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, JobPage, allowed, render, worded
+from imagemill.producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, Comparison, JobPage, allowed, render, worded
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.messages import Item, ItemResult, Job, JobStatus, Policy, Row, row
 from imagemill.worker.checking.quality import REPAIR_NOTES
@@ -173,6 +173,31 @@ def test_page_of_several_jobs_begins_with_an_overview() -> None:
     links = [href for href in shown.all("a", "href") if href]
     assert links == ["#job-1", "#job-2"]
     assert shown.all("section", "id") == ["job-1", "job-2"]
+
+
+def test_comparison_shows_the_other_engines_result_beside_its_own_labelled() -> None:
+    rows = [done(0), done(1)]
+    job = Job.model_validate(
+        {
+            "operation": "remove-background",
+            "output": {"url": "s3://results/x"},
+            "options": {"engine": "rembg", "model": "u2netp"},
+        }
+    )
+    comparison = Comparison("opencv", {f"{A}1.jpg": "https://s3.example/results/other.png"})
+    shown = Page(
+        render([JobPage(status(rows), job, rows, comparison=comparison)], picture=lambda url: url.replace("s3:", "https:"))
+    )
+    labels = [text for text in shown.words if text in ("before", "rembg u2netp", "opencv")]
+    assert labels[-5:] == ["before", "rembg u2netp", "before", "rembg u2netp", "opencv"]
+    assert shown.pictures[-1] == "https://s3.example/results/other.png"
+
+
+def test_pictures_come_before_figures_and_failures_when_there_is_a_lead() -> None:
+    rows = [done(0), failed(1)]
+    shown = Page(render([JobPage(status(rows), spec(), rows)] * 2, picture=lambda url: url, lead="Look at this."))
+    order = [shown.text.index(text) for text in ("Look at this.", "Before and after", "Images 2", "Failures", "Operation")]
+    assert order == sorted(order)
 
 
 def test_empty_job_renders() -> None:

@@ -39,7 +39,7 @@ def test_progress_is_one_line_per_tenth_without_a_terminal() -> None:
     assert followed.status.state == "done"
     lines = out.getvalue().splitlines()
     assert len(lines) == 12  # ten tenths, the failure, all of them
-    assert "stylize running: 10 of 100 images done" in lines[1]
+    assert "stylize (opencv) running: 10 of 100 images done" in lines[1]
 
 
 def test_failures_are_printed_literally_without_control_characters() -> None:

@@ -1,4 +1,4 @@
-"""Redis for the tests of this room, emptied before each, and both sides of its ledger and fleet."""
+"""Both sides of the ledger and the fleet, on an emptied Redis."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.ledger.submitting import SubmitLedger
-
-
-@pytest.fixture
-def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
-    with redis.Redis.from_url(redis_server.url, decode_responses=True) as client:
-        client.flushall()
-        yield client
 
 
 @pytest.fixture

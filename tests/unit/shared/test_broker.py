@@ -1,4 +1,4 @@
-"""Celery as it is set up: what the promises rest on, and what is published."""
+"""Celery's configuration, as far as our guarantees depend on it, and published messages."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ def publisher(redis_server: EmbeddedRedis, raw: Any) -> Publisher:
 
 
 def published(raw: Any) -> dict[str, list[dict[str, Any]]]:
-    """The messages on each queue, first to be taken first."""
+    """The messages of each queue, in delivery order."""
     return {name: [json.loads(text) for text in reversed(raw.lrange(name, 0, -1))] for name in raw.keys("imagemill.*")}
 
 
 # --- the configuration ------------------------------------------------------------------------
 
 
-def test_a_stranger_s_message_can_not_run_code() -> None:
+def test_only_json_messages_are_accepted() -> None:
     conf = make_app(settings_for()).conf
     assert list(conf.accept_content) == ["json"]
     assert conf.task_serializer == conf.event_serializer == "json"
 
 
 @pytest.mark.parametrize(("time_limit", "load_timeout"), [(1800.0, 600.0), (60.0, 3600.0), (20_000.0, 5.0)])
-def test_no_message_that_is_worked_on_is_handed_out_twice(time_limit: float, load_timeout: float) -> None:
+def test_message_in_progress_is_not_redelivered(time_limit: float, load_timeout: float) -> None:
     conf = make_app(settings_for(time_limit=time_limit, load_timeout=load_timeout)).conf
     visible = conf.broker_transport_options["visibility_timeout"]
     assert visible == conf.visibility_timeout
     assert time_limit == conf.task_soft_time_limit < conf.task_time_limit < visible
     assert conf.worker_soft_shutdown_timeout < visible
-    assert conf.worker_proc_alive_timeout == load_timeout  # else a child that loads its models is killed again and again
+    assert conf.worker_proc_alive_timeout == load_timeout  # or children are killed while they load models
 
 
-def test_a_message_is_acknowledged_when_its_work_is_recorded_and_comes_back_when_its_worker_dies() -> None:
+def test_message_is_acknowledged_late_and_redelivered_when_its_worker_dies() -> None:
     conf = make_app(settings_for()).conf
     assert conf.task_acks_late is True
     assert conf.task_reject_on_worker_lost is True
@@ -70,7 +70,7 @@ def test_a_message_is_acknowledged_when_its_work_is_recorded_and_comes_back_when
     assert conf.task_ignore_result is True
 
 
-def test_a_redis_that_is_gone_is_noticed_soon_and_waited_for_without_end() -> None:
+def test_lost_redis_is_noticed_soon_and_awaited_without_limit() -> None:
     conf = make_app(settings_for()).conf
     options = conf.broker_transport_options
     assert 0 < options["socket_connect_timeout"] <= options["socket_timeout"] <= 30
@@ -84,7 +84,7 @@ def test_a_redis_that_is_gone_is_noticed_soon_and_waited_for_without_end() -> No
     assert longest < 10
 
 
-def test_the_order_of_queues_is_ours_and_kombu_finds_it() -> None:
+def test_kombu_uses_our_queue_order() -> None:
     options = make_app(settings_for()).conf.broker_transport_options
     module, _, name = options["queue_order_strategy"].partition(":")
     ours = getattr(importlib.import_module(module), name)
@@ -93,11 +93,11 @@ def test_the_order_of_queues_is_ours_and_kombu_finds_it() -> None:
     assert options["priority_steps"] == [0]
 
 
-def test_queues_are_bound_to_their_own_names() -> None:
+def test_queues_are_bound_to_their_names() -> None:
     assert [(queue.name, queue.routing_key) for queue in queues(["a", "b"])] == [("a", "a"), ("b", "b")]
 
 
-def test_what_flower_and_celery_show_of_the_configuration_has_no_password() -> None:
+def test_displayed_configuration_contains_no_password() -> None:
     app = make_app(settings_for())
     shown = [repr(app), repr(app.connection_for_write()), app.connection_for_write().as_uri(), app.conf.humanize()]
     assert "hush" not in " ".join([*shown, str(app.conf.table(with_defaults=True))])
@@ -132,7 +132,7 @@ def test_what_flower_and_celery_show_of_the_configuration_has_no_password() -> N
         ),
     ],
 )
-def test_each_message_goes_to_its_queue(publisher: Publisher, raw: Any, spec: Job, number: int, queue: str, task: str) -> None:
+def test_message_goes_to_its_queue(publisher: Publisher, raw: Any, spec: Job, number: int, queue: str, task: str) -> None:
     assert publisher.publish([(chunk(number), spec)]) == 1
     ((name, (message,)),) = published(raw).items()
     assert name == queue
@@ -143,7 +143,7 @@ def test_each_message_goes_to_its_queue(publisher: Publisher, raw: Any, spec: Jo
 
 
 @pytest.mark.integration
-def test_messages_are_small_and_tell_people_what_they_are(publisher: Publisher, raw: Any) -> None:
+def test_messages_are_small_and_readable_in_flower(publisher: Publisher, raw: Any) -> None:
     publisher.publish(
         [(chunk(3), Job(operation="stylize", output=OUT)), (chunk(MANIFEST, 0), Job(operation="stylize", output=OUT))]
     )
@@ -156,8 +156,8 @@ def test_messages_are_small_and_tell_people_what_they_are(publisher: Publisher, 
 
 
 @pytest.mark.integration
-def test_a_large_job_keeps_its_order_and_takes_no_more_connections_than_a_small_one(publisher: Publisher, raw: Any) -> None:
-    gc.collect()  # connections that earlier tests left
+def test_large_job_keeps_its_order_and_needs_few_connections(publisher: Publisher, raw: Any) -> None:
+    gc.collect()  # closes connections of earlier tests
     before, more = len(raw.client_list()), []
 
     def chunks(count: int) -> Iterator[tuple[Chunk, Job]]:
@@ -171,19 +171,19 @@ def test_a_large_job_keeps_its_order_and_takes_no_more_connections_than_a_small_
         assert publisher.publish(chunks(count)) == count
         (messages,) = published(raw).values()
         arguments = [json.loads(base64.b64decode(message["body"]))[1] for message in messages]
-        assert [one["number"] for one in arguments] == list(range(count))
-    assert max(more) <= 2  # kombu's: one to ask whether Redis is there, one for the messages
+        assert [chunk["number"] for chunk in arguments] == list(range(count))
+    assert max(more) <= 2  # kombu's: one to check Redis, one for the messages
 
 
 @pytest.mark.integration
-def test_nothing_to_publish_is_no_error(publisher: Publisher, raw: Any) -> None:
+def test_publishing_nothing_is_not_an_error(publisher: Publisher, raw: Any) -> None:
     assert publisher.publish([]) == 0
     assert published(raw) == {}
 
 
-@pytest.mark.timeout(30)  # the promise is seconds; Celery's own default is to try for ever
+@pytest.mark.timeout(30)  # seconds are promised; Celery's default is to retry forever
 @pytest.mark.parametrize("url", ["redis://:hush@127.0.0.1:1/0", "redis://:hush@no.such.host.invalid:6379/0"])
-def test_without_redis_publishing_fails_in_seconds_and_tells_no_password(url: str) -> None:
+def test_publishing_without_redis_fails_within_seconds_and_hides_the_password(url: str) -> None:
     with pytest.raises(BrokerUnavailable, match=r"^Redis: ") as caught:
         Publisher(make_app(settings_for(url))).publish([(chunk(), Job(operation="stylize", output=OUT))])
     assert "hush" not in f"{caught.value!r} {caught.value.__cause__!r}"
@@ -191,7 +191,7 @@ def test_without_redis_publishing_fails_in_seconds_and_tells_no_password(url: st
 
 @pytest.mark.integration
 @pytest.mark.timeout(60)
-def test_a_redis_that_refuses_goes_away_and_comes_back(own_redis: EmbeddedRedis) -> None:
+def test_publisher_survives_a_refusing_and_restarting_redis(own_redis: EmbeddedRedis) -> None:
     publisher = Publisher(make_app(settings_for(own_redis.url)))
     messages = [(chunk(), Job(operation="stylize", output=OUT))]
     assert publisher.publish(messages) == 1
@@ -211,7 +211,7 @@ def test_a_redis_that_refuses_goes_away_and_comes_back(own_redis: EmbeddedRedis)
 
 
 @pytest.mark.integration
-def test_what_the_caller_raises_while_publishing_is_the_callers(publisher: Publisher) -> None:
+def test_errors_of_the_caller_pass_through(publisher: Publisher) -> None:
     def interrupted() -> Iterator[tuple[Chunk, Job]]:
         yield chunk(), Job(operation="stylize", output=OUT)
         raise KeyboardInterrupt

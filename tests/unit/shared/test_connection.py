@@ -1,4 +1,4 @@
-"""The connection to Redis: bounded waits, and errors of ours that tell no password."""
+"""The connection to Redis: timeouts, and errors without passwords."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imagemill.shared.errors import BrokerUnavailable
 
 
 @pytest.mark.integration
-def test_what_a_redis_refuses_is_unavailable_too(own_redis: EmbeddedRedis) -> None:
+def test_refused_commands_raise_broker_unavailable(own_redis: EmbeddedRedis) -> None:
     with redis.Redis.from_url(own_redis.url) as admin:
         admin.config_set("requirepass", "correct")
     wrong: Any
@@ -32,19 +32,19 @@ def test_what_a_redis_refuses_is_unavailable_too(own_redis: EmbeddedRedis) -> No
 
 
 @pytest.mark.integration
-def test_time_is_in_milliseconds_by_redis_own_clock(redis_server: EmbeddedRedis) -> None:
+def test_now_is_in_milliseconds_by_redis_clock(redis_server: EmbeddedRedis) -> None:
     with connect(redis_server.url) as client:
         before, _ = client.time()
         assert before * 1000 <= now_ms(client) <= (client.time()[0] + 1) * 1000
 
 
-def test_what_is_no_error_of_redis_passes() -> None:
+def test_other_errors_pass_through() -> None:
     with pytest.raises(KeyError), reachable():
-        raise KeyError("ours")
+        raise KeyError("not from Redis")
 
 
-def test_no_command_waits_for_ever() -> None:
+def test_every_command_has_a_timeout() -> None:
     client = connect("redis://127.0.0.1:1/0")
-    waits = client.connection_pool.connection_kwargs
-    assert 0 < waits["socket_connect_timeout"] <= waits["socket_timeout"] <= 30
-    assert 0 < longest_wait(client) < waits["socket_timeout"]
+    options = client.connection_pool.connection_kwargs
+    assert 0 < options["socket_connect_timeout"] <= options["socket_timeout"] <= 30
+    assert 0 < longest_wait(client) < options["socket_timeout"]

@@ -1,4 +1,4 @@
-"""The tree of errors: what users see of it stays as it is."""
+"""The tree of errors, whose codes and exit codes are public."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def names(kinds: list[type[ImagemillError]]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ALL, ids=names(ALL))
-def test_an_error_survives_pickling(kind: type[ImagemillError]) -> None:
+def test_error_survives_pickling(kind: type[ImagemillError]) -> None:
     again = pickle.loads(pickle.dumps(kind("the mask of 'a.jpg' is missing")))  # noqa: S301  # our own bytes
     assert type(again) is kind
     assert again.message == str(again) == "the mask of 'a.jpg' is missing"
 
 
-def test_an_invalid_source_keeps_its_rows_when_pickled() -> None:
+def test_invalid_source_keeps_its_rows_when_pickled() -> None:
     again = pickle.loads(pickle.dumps(InvalidSource("2 rows", ["stdin:1", "stdin:2"])))  # noqa: S301  # our own bytes
     assert (again.message, again.rows) == ("2 rows", ("stdin:1", "stdin:2"))
 
 
-def test_every_class_has_a_code_of_its_own() -> None:
+def test_every_class_has_its_own_code() -> None:
     codes = [kind.__dict__.get("code") for kind in ALL]
     assert None not in codes, "a class inherits its parent's code"
     assert len(set(codes)) == len(codes)
     assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", code) for code in codes)
 
 
-def test_the_codes_that_programs_rely_on() -> None:
+def test_public_codes_exist() -> None:
     public = {
         "invalid_option", "invalid_source", "job_not_found", "missing_extra", "configuration", "broker_unavailable",
         "unsupported_url", "forbidden_address", "access_denied", "not_found", "too_large", "too_many_redirects",
@@ -51,22 +51,29 @@ def test_the_codes_that_programs_rely_on() -> None:
 
 
 @pytest.mark.parametrize("kind", ALL, ids=names(ALL))
-def test_the_tree_in_the_docstring_names_every_error_below_its_parent(kind: type[ImagemillError]) -> None:
+def test_docstring_shows_every_error_below_its_parent(kind: type[ImagemillError]) -> None:
     lines = TREE.splitlines()
-    (place,) = [n for n, line in enumerate(lines) if re.search(rf"\b{kind.__name__}\b", line)]
+    (row,) = [n for n, line in enumerate(lines) if re.search(rf"\b{kind.__name__}\b", line)]
     if kind is ImagemillError:
         return
     parent = kind.__mro__[1].__name__
-    depth = re.search(r"\w", lines[place]).start()  # type: ignore[union-attr]  # the name itself is in the line
-    above = next(line for line in reversed(lines[:place]) if (word := re.search(r"\w", line)) and word.start() < depth)
+    depth = re.search(r"\w", lines[row]).start()  # type: ignore[union-attr]  # the name itself is in the line
+    above = next(line for line in reversed(lines[:row]) if (word := re.search(r"\w", line)) and word.start() < depth)
     assert re.search(rf"\b{parent}\b", above)
 
 
-def test_the_docstring_names_nothing_that_is_not_there() -> None:
+def test_docstring_shows_no_unknown_errors() -> None:
     drawn = re.findall(
         r"\b(?:[A-Z][a-z0-9]+)+\b", re.sub(r"^    .*?(exit \d).*$", lambda m: m.group().split("exit")[0], TREE, flags=re.M)
     )
-    assert set(drawn) - {"Every"} == set(names(ALL))
+    assert set(drawn) - {"All"} == set(names(ALL))
+
+
+@pytest.mark.parametrize("kind", ALL, ids=names(ALL))
+def test_docstring_starts_with_one_sentence_for_the_documentation(kind: type[ImagemillError]) -> None:
+    first = (kind.__doc__ or "").splitlines()[0]
+    assert first[0].isupper()
+    assert first.endswith(".")
 
 
 def test_exit_codes_and_retries() -> None:
@@ -85,5 +92,5 @@ def test_exit_codes_and_retries() -> None:
         (ValueError("\n \n"), "ValueError"),
     ],
 )
-def test_sentence_is_one_line_of_bounded_length(error: Exception, text: str) -> None:
+def test_sentence_is_one_short_line(error: Exception, text: str) -> None:
     assert sentence(error) == text

@@ -1,4 +1,4 @@
-"""What the nodes tell of themselves, on a real Redis."""
+"""Reports of nodes, on a real Redis."""
 
 from __future__ import annotations
 
@@ -22,36 +22,35 @@ def node(name: str, **changes: Any) -> Node:
     return Node.model_validate({**fields, **changes})
 
 
-def test_nodes_are_listed_by_name_as_they_reported_themselves_last(fleet: Fleet) -> None:
+def test_nodes_are_sorted_by_name_with_their_latest_reports(fleet: Fleet) -> None:
     assert fleet.nodes() == []
-    for one in (node("gpu1@a"), node("gpu0@a", ready=False), node("gpu0@a", ready=True, pid=7)):
-        fleet.report_node(one)
-    found = fleet.nodes()
-    assert [one.model_copy(update={"seen": 0.0}) for one in found] == [node("gpu0@a", pid=7), node("gpu1@a")]
+    for report in (node("gpu1@a"), node("gpu0@a", ready=False), node("gpu0@a", ready=True, pid=7)):
+        fleet.report_node(report)
+    assert [report.model_copy(update={"seen": 0.0}) for report in fleet.nodes()] == [node("gpu0@a", pid=7), node("gpu1@a")]
 
 
-def test_a_silent_node_is_taken_for_dead_by_redis_clock(fleet: Fleet, raw: Any) -> None:
+def test_silent_node_counts_as_dead_by_redis_clock(fleet: Fleet, raw: Any) -> None:
     for name in ("cpu@a", "cpu@b"):
-        fleet.report_node(node(name, seen=9e12))  # what a host's own clock says does not count
-    (one, other) = fleet.nodes()
+        fleet.report_node(node(name, seen=9e12))  # the host's own clock does not count
+    (first, second) = fleet.nodes()
     seconds, _ = raw.time()
-    assert abs(one.seen - seconds) < 60
-    raw.hset("imagemill:nodes", "cpu@b", other.model_copy(update={"seen": other.seen - NODE_SECONDS}).model_dump_json())
-    assert [found.node for found in fleet.nodes()] == ["cpu@a"]
+    assert abs(first.seen - seconds) < 60
+    raw.hset("imagemill:nodes", "cpu@b", second.model_copy(update={"seen": second.seen - NODE_SECONDS}).model_dump_json())
+    assert [node.node for node in fleet.nodes()] == ["cpu@a"]
     assert raw.hexists("imagemill:nodes", "cpu@b")
-    raw.hset("imagemill:nodes", "cpu@b", other.model_copy(update={"seen": other.seen - 3601}).model_dump_json())
-    assert [found.node for found in fleet.nodes()] == ["cpu@a"]
+    raw.hset("imagemill:nodes", "cpu@b", second.model_copy(update={"seen": second.seen - 3601}).model_dump_json())
+    assert [node.node for node in fleet.nodes()] == ["cpu@a"]
     assert not raw.hexists("imagemill:nodes", "cpu@b")
 
 
-def test_a_node_that_signs_off_is_gone_at_once(fleet: Fleet) -> None:
+def test_forgotten_node_disappears_at_once(fleet: Fleet) -> None:
     fleet.report_node(node("cpu@a"))
     fleet.forget_node("cpu@a")
     fleet.forget_node("cpu@never")
     assert fleet.nodes() == []
 
 
-def test_rates_are_of_one_queue_and_each_nodes_latest(fleet: Fleet, raw: Any) -> None:
+def test_rates_are_each_nodes_latest_on_one_queue(fleet: Fleet, raw: Any) -> None:
     for queue, name, rate in (
         (QUEUE, "cpu@a", 1.0),
         (QUEUE, "cpu@a", 2.5),
@@ -65,7 +64,7 @@ def test_rates_are_of_one_queue_and_each_nodes_latest(fleet: Fleet, raw: Any) ->
     assert RATE_SECONDS - 60 < raw.ttl("imagemill:rates") <= RATE_SECONDS
 
 
-def test_how_full_a_gpu_was_is_told_by_its_node(fleet: Fleet, raw: Any) -> None:
+def test_memory_is_each_nodes_latest(fleet: Fleet, raw: Any) -> None:
     fleet.report_memory("gpu0@a", 0.5, 0)
     fleet.report_memory("gpu0@a", 0.931, 12)
     fleet.report_memory("gpu1@a", 0.25, 0)
@@ -73,7 +72,7 @@ def test_how_full_a_gpu_was_is_told_by_its_node(fleet: Fleet, raw: Any) -> None:
     assert RATE_SECONDS - 60 < raw.ttl("imagemill:memory") <= RATE_SECONDS
 
 
-def test_a_canary_is_heard_by_whoever_waits_for_it_and_only_by_them(fleet: Fleet, raw: Any) -> None:
+def test_canary_answers_only_its_own_token(fleet: Fleet, raw: Any) -> None:
     answer = threading.Timer(0.05, fleet.answer_canary, args=["mine"])
     answer.start()
     assert fleet.await_canary("mine", 30)
@@ -98,7 +97,7 @@ CALLS: dict[str, Callable[[Fleet], Any]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_without_redis_each_call_says_so(name: str) -> None:
+def test_call_raises_broker_unavailable_without_redis(name: str) -> None:
     fleet = Fleet("redis://:secret@127.0.0.1:1/0")
     with pytest.raises(BrokerUnavailable, match=r"^Redis: ") as caught:
         CALLS[name](fleet)

@@ -1,4 +1,4 @@
-"""S3 without a server: addresses, links, rules, and what botocore's errors mean."""
+"""S3 without a server: URLs, links, lifecycle rules, and botocore's errors translated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from imagemill.shared.s3 import (
     LONGEST_LINK,
     ensure_bucket,
     expire_after,
-    lazy_client,
     list_images,
     make_client,
     make_signer,
@@ -60,7 +59,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stub() -> Iterator[Stubber]:
-    """A client whose every answer the test gives; what is asked and not answered fails."""
+    """A client with prepared answers; any other request fails."""
     with Stubber(make_client(MINIO)) as stubber:
         yield stubber
         stubber.assert_no_pending_responses()
@@ -78,17 +77,17 @@ def stub() -> Iterator[Stubber]:
         ("s3://bucket//a", ("bucket", "/a")),
     ],
 )
-def test_addresses(url: str, parts: tuple[str, str]) -> None:
+def test_split(url: str, parts: tuple[str, str]) -> None:
     assert split(url) == parts
 
 
 @pytest.mark.parametrize("url", ["", "bucket/key", "https://bucket/key", "s3:/bucket/key", "s3://", "s3:///key"])
-def test_what_is_no_address_in_s3(url: str) -> None:
+def test_split_rejects_other_urls(url: str) -> None:
     with pytest.raises(errors.UnsupportedUrl):
         split(url)
 
 
-def test_links_name_the_public_address_and_hold_no_secret() -> None:
+def test_link_uses_the_public_url_and_contains_no_secret() -> None:
     signer = make_signer(S3Settings(endpoint_url="http://minio.internal:9000", public_url="https://photos.example"))
     link = urlsplit(presign(signer, "s3://results/a b/ü?.png", 600))
     assert (link.netloc, link.path) == ("photos.example", "/results/a%20b/%C3%BC%3F.png")
@@ -99,12 +98,12 @@ def test_links_name_the_public_address_and_hold_no_secret() -> None:
 
 
 @pytest.mark.parametrize("seconds", [-1, 0, LONGEST_LINK + 1])
-def test_a_link_that_could_not_work_is_not_made(seconds: int) -> None:
+def test_presign_rejects_invalid_durations(seconds: int) -> None:
     with pytest.raises(InvalidOption, match=f"1 to {LONGEST_LINK} seconds"):
         presign(make_signer(MINIO), "s3://results/a.png", seconds)
 
 
-def test_without_keys_the_variables_to_set_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_variables_to_set_when_keys_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StorageRefused, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
@@ -112,47 +111,39 @@ def test_without_keys_the_variables_to_set_are_named(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("settings", [{"endpoint_url": "minio:9000"}, {"region": "not a region"}])
-def test_a_server_that_can_not_be_is_an_error_of_the_configuration(settings: dict[str, str]) -> None:
+def test_unusable_endpoint_or_region_is_a_configuration_error(settings: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match=r"^S3 at "):
         make_client(S3Settings.model_validate(settings))
-
-
-def test_a_process_makes_its_client_once_and_only_when_it_needs_it() -> None:
-    client = lazy_client(MINIO)
-    assert client() is client()
-    broken = lazy_client(S3Settings(endpoint_url="minio:9000"))
-    with pytest.raises(ConfigurationError):
-        broken()
 
 
 # --- buckets and rules ------------------------------------------------------------------------
 
 
-def test_a_missing_bucket_is_made_only_where_that_is_allowed(stub: Stubber) -> None:
+def test_missing_bucket_is_refused_unless_it_may_be_created(stub: Stubber) -> None:
     stub.add_client_error("head_bucket", "404", http_status_code=404)
     with pytest.raises(StorageRefused, match=r"there is no bucket 'results'.*IMAGEMILL_S3__CREATE_BUCKET"):
         ensure_bucket(stub.client, "results", create=False, region="us-east-1")
 
 
 @pytest.mark.parametrize(
-    ("region", "asked"),
+    ("region", "location"),
     [("us-east-1", {}), ("eu-central-1", {"CreateBucketConfiguration": {"LocationConstraint": "eu-central-1"}})],
 )
-def test_a_bucket_is_made_in_its_region(stub: Stubber, region: str, asked: dict[str, Any]) -> None:
+def test_bucket_is_created_in_its_region(stub: Stubber, region: str, location: dict[str, Any]) -> None:
     stub.add_client_error("head_bucket", "404", http_status_code=404)
-    stub.add_response("create_bucket", {}, {"Bucket": "results", **asked})
+    stub.add_response("create_bucket", {}, {"Bucket": "results", **location})
     ensure_bucket(stub.client, "results", create=True, region=region)
 
 
 @pytest.mark.parametrize("code", ["BucketAlreadyOwnedByYou", "BucketAlreadyExists", "OperationAborted"])
-def test_two_workers_may_make_the_same_bucket_at_once(stub: Stubber, code: str) -> None:
+def test_two_workers_may_create_the_same_bucket_at_once(stub: Stubber, code: str) -> None:
     stub.add_client_error("head_bucket", "404", http_status_code=404)
     stub.add_client_error("create_bucket", code, http_status_code=409)
     stub.add_response("head_bucket", {})
     ensure_bucket(stub.client, "results", create=True, region="us-east-1")
 
 
-def test_somebody_else_s_bucket_is_refused(stub: Stubber) -> None:
+def test_bucket_of_another_account_is_refused(stub: Stubber) -> None:
     stub.add_client_error("head_bucket", "404", http_status_code=404)
     stub.add_client_error("create_bucket", "BucketAlreadyExists", http_status_code=409)
     stub.add_client_error("head_bucket", "403", http_status_code=403)
@@ -164,24 +155,24 @@ def rule(prefix: str, days: int, name: Any = ANY) -> dict[str, Any]:
     return {"ID": name, "Status": "Enabled", "Filter": {"Prefix": prefix}, "Expiration": {"Days": days}}
 
 
-def test_expiry_leaves_the_other_rules_and_replaces_its_own(stub: Stubber) -> None:
-    theirs = rule("logs/", 3, "somebody else's")
+def test_expiry_keeps_other_rules_and_replaces_its_own(stub: Stubber) -> None:
+    foreign = rule("logs/", 3, "another tool's")
     ours = rule("jobs/a/", 7)
-    asked: list[Any] = []
+    requests: list[Any] = []
     stub.client.meta.events.register(
-        "provide-client-params.s3.PutBucketLifecycleConfiguration", lambda params, **_: asked.append(params)
+        "provide-client-params.s3.PutBucketLifecycleConfiguration", lambda params, **_: requests.append(params)
     )
     stub.add_client_error("get_bucket_lifecycle_configuration", "NoSuchLifecycleConfiguration", http_status_code=404)
     stub.add_response(
         "put_bucket_lifecycle_configuration", {}, {"Bucket": "results", "LifecycleConfiguration": {"Rules": [ours]}}
     )
     expire_after(stub.client, "results", "/jobs/a/", 7)
-    (mine,) = asked[0]["LifecycleConfiguration"]["Rules"]
-    stub.add_response("get_bucket_lifecycle_configuration", {"Rules": [mine, theirs]}, {"Bucket": "results"})
+    (mine,) = requests[0]["LifecycleConfiguration"]["Rules"]
+    stub.add_response("get_bucket_lifecycle_configuration", {"Rules": [mine, foreign]}, {"Bucket": "results"})
     stub.add_response(
         "put_bucket_lifecycle_configuration",
         {},
-        {"Bucket": "results", "LifecycleConfiguration": {"Rules": [theirs, {**mine, "Expiration": {"Days": 30}}]}},
+        {"Bucket": "results", "LifecycleConfiguration": {"Rules": [foreign, {**mine, "Expiration": {"Days": 30}}]}},
     )
     expire_after(stub.client, "results", "jobs/a", 30)
     stub.add_response("get_bucket_lifecycle_configuration", {"Rules": [mine]}, {"Bucket": "results"})
@@ -190,14 +181,14 @@ def test_expiry_leaves_the_other_rules_and_replaces_its_own(stub: Stubber) -> No
     expire_after(stub.client, "results", "jobs/b", 7)
 
 
-def test_rules_that_can_not_be_read_are_not_overwritten(stub: Stubber) -> None:
+def test_unreadable_rules_are_not_overwritten(stub: Stubber) -> None:
     stub.add_client_error("get_bucket_lifecycle_configuration", "AccessDenied", http_status_code=403)
     with pytest.raises(StorageRefused, match="lifecycle rules of bucket 'results'"):
         expire_after(stub.client, "results", "jobs/a", 7)
 
 
 @pytest.mark.parametrize("code", ["NotImplemented", "MethodNotAllowed", "MalformedXML"])
-def test_a_server_without_expiry_is_said_to_have_none(stub: Stubber, code: str) -> None:
+def test_error_when_the_server_does_not_offer_expiry(stub: Stubber, code: str) -> None:
     stub.add_response("get_bucket_lifecycle_configuration", {})
     stub.add_client_error("put_bucket_lifecycle_configuration", code, http_status_code=400)
     with pytest.raises(StorageRefused, match="does not offer expiry"):
@@ -205,7 +196,7 @@ def test_a_server_without_expiry_is_said_to_have_none(stub: Stubber, code: str) 
 
 
 @pytest.mark.parametrize(("prefix", "days"), [("", 7), ("/", 7), ("jobs", 0), ("jobs", -1)])
-def test_expiry_never_empties_a_whole_bucket(stub: Stubber, prefix: str, days: int) -> None:
+def test_expiry_needs_a_prefix_and_a_day(stub: Stubber, prefix: str, days: int) -> None:
     with pytest.raises(InvalidOption, match="needs a prefix"):
         expire_after(stub.client, "results", prefix, days)
 
@@ -213,13 +204,13 @@ def test_expiry_never_empties_a_whole_bucket(stub: Stubber, prefix: str, days: i
 # --- listing ----------------------------------------------------------------------------------
 
 
-def test_images_are_listed_page_by_page_in_the_order_of_their_keys(stub: Stubber) -> None:
+def test_images_are_listed_page_by_page_in_key_order(stub: Stubber) -> None:
     first = ["in/", "in/a.JPG", "in/b.jpeg", "in/c.txt", "in/.png", "in/png", "in/x.png/", "in/d.tar.webp"]
     pages = [{"IsTruncated": True, "NextContinuationToken": "next", "Contents": [{"Key": key} for key in first]}]
     pages += [{"IsTruncated": False, "Contents": [{"Key": "in/ü ?.png"}]}]
     stub.add_response("list_objects_v2", pages[0], {"Bucket": "photos", "Prefix": "in"})
     found = list_images(stub.client, "s3://photos/in")
-    assert next(found) == "s3://photos/in/a.JPG"  # before the second page is asked for
+    assert next(found) == "s3://photos/in/a.JPG"  # before the second page is requested
     stub.add_response("list_objects_v2", pages[1], {"Bucket": "photos", "Prefix": "in", "ContinuationToken": "next"})
     assert [url.removeprefix("s3://photos/") for url in found] == ["in/b.jpeg", "in/.png", "in/d.tar.webp", "in/ü ?.png"]
 
@@ -228,7 +219,7 @@ def test_images_are_listed_page_by_page_in_the_order_of_their_keys(stub: Stubber
     ("code", "status", "kind"),
     [("NoSuchBucket", 404, InvalidSource), ("AccessDenied", 403, InvalidSource), ("SlowDown", 503, ServiceUnavailable)],
 )
-def test_a_prefix_that_can_not_be_listed(stub: Stubber, code: str, status: int, kind: type[Exception]) -> None:
+def test_listing_errors(stub: Stubber, code: str, status: int, kind: type[Exception]) -> None:
     stub.add_client_error("list_objects_v2", code, http_status_code=status)
     with pytest.raises(kind, match="s3://photos/in"):
         list(list_images(stub.client, "s3://photos/in"))
@@ -253,7 +244,7 @@ def test_a_prefix_that_can_not_be_listed(stub: Stubber, code: str, status: int, 
         ("RequestTimeout", 400, errors.Timeout),
         ("SlowDown", 503, errors.ServerError),
         ("InternalError", 500, errors.ServerError),
-        ("InternalError", 200, errors.ServerError),  # S3 may change its mind in the body of a 200
+        ("InternalError", 200, errors.ServerError),  # S3 can report an error in the body of a 200
         ("BadDigest", 400, errors.ServerError),
         ("", 502, errors.ServerError),
         ("429", 429, errors.ServerError),
@@ -262,14 +253,14 @@ def test_a_prefix_that_can_not_be_listed(stub: Stubber, code: str, status: int, 
         ("", 0, errors.HttpError),
     ],
 )
-def test_each_answer_has_its_error(code: str, status: int, kind: type[ImageError]) -> None:
+def test_answers_are_translated(code: str, status: int, kind: type[ImageError]) -> None:
     answer = {"Error": {"Code": code, "Message": "AWSAccessKeyId=AKIDEXAMPLE Signature=hush"}}
     error = ClientError({**answer, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")  # type: ignore[arg-type]
-    found = translate(error, "s3://photos/a.png")
-    assert type(found) is kind
-    assert found.message.startswith("s3://photos/a.png")
-    assert "AKIDEXAMPLE" not in found.message
-    assert "hush" not in found.message
+    meaning = translate(error, "s3://photos/a.png")
+    assert type(meaning) is kind
+    assert meaning.message.startswith("s3://photos/a.png")
+    assert "AKIDEXAMPLE" not in meaning.message
+    assert "hush" not in meaning.message
 
 
 def subclasses(kind: type[Exception]) -> set[type[Exception]]:
@@ -279,9 +270,9 @@ def subclasses(kind: type[Exception]) -> set[type[Exception]]:
 
 ALL = sorted(subclasses(BotoCoreError), key=lambda kind: kind.__name__)
 SIGNED = "https://s3.example/photos/a.png?X-Amz-Credential=AKIDEXAMPLE&X-Amz-Signature=hush"
-TELLING = {"endpoint_url", "error", "request", "response", "proxy_url"}
-"""What of an error's fields may hold an address with its signature."""
-BROKEN_OFF = (
+LEAKING = {"endpoint_url", "error", "request", "response", "proxy_url"}
+"""Fields of botocore's errors that may contain a signed URL."""
+RETRYABLE = (
     boto.HTTPClientError,
     boto.ConnectionError,
     boto.IncompleteReadError,
@@ -291,30 +282,30 @@ BROKEN_OFF = (
 ABOUT_KEYS = re.compile("Credential|AuthToken|TokenRetrieval|SSO|Login|MetadataRetrieval|ProfileNotFound")
 
 
-def made(kind: type[Exception]) -> Exception:
+def example(kind: type[Exception]) -> Exception:
     fields = {name for _, name, _, _ in string.Formatter().parse(kind.fmt) if name}  # type: ignore[attr-defined]
     if kind is boto.WaiterError:
         return kind(name="w", reason="r", last_response={"Error": {"Message": SIGNED}})  # type: ignore[call-arg]
-    return kind(**{name: SIGNED if name in TELLING else name for name in fields})
+    return kind(**{name: SIGNED if name in LEAKING else name for name in fields})
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
-def test_each_of_botocores_own_errors_has_its_meaning_and_tells_no_key(kind: type[Exception]) -> None:
-    error = made(kind)
-    found = translate(error, "s3://photos/a.png")
-    assert found.message.startswith("s3://photos/a.png")
-    assert "AKIDEXAMPLE" not in found.message
-    assert "hush" not in found.message
-    assert "\n" not in found.message
-    assert found.retryable == issubclass(kind, BROKEN_OFF)
-    assert isinstance(found, errors.Timeout) == issubclass(kind, boto.ConnectTimeoutError | boto.ReadTimeoutError)
+def test_botocore_errors_are_translated_without_keys(kind: type[Exception]) -> None:
+    error = example(kind)
+    meaning = translate(error, "s3://photos/a.png")
+    assert meaning.message.startswith("s3://photos/a.png")
+    assert "AKIDEXAMPLE" not in meaning.message
+    assert "hush" not in meaning.message
+    assert "\n" not in meaning.message
+    assert meaning.retryable == issubclass(kind, RETRYABLE)
+    assert isinstance(meaning, errors.Timeout) == issubclass(kind, boto.ConnectTimeoutError | boto.ReadTimeoutError)
     if ABOUT_KEYS.search(kind.__name__) and kind is not boto.UnknownCredentialError:
-        assert isinstance(found, errors.AccessDenied)
-    stored = errors.StorageUnavailable if found.retryable else errors.StorageRefused
+        assert isinstance(meaning, errors.AccessDenied)
+    stored = errors.StorageUnavailable if meaning.retryable else errors.StorageRefused
     with pytest.raises(stored, match=r"^s3://photos/a\.png"), storing("s3://photos/a.png"):
         raise error
 
 
-def test_errors_of_ours_pass_through() -> None:
+def test_other_errors_pass_through() -> None:
     with pytest.raises(KeyError), storing("s3://photos/a.png"):
-        raise KeyError("ours")
+        raise KeyError("not botocore's")

@@ -1,4 +1,4 @@
-"""Settings: from the environment, a `.env` file or arguments; what is wrong is named, and secrets stay secret."""
+"""Settings from the environment, a `.env` file or arguments; errors name the variable, and secrets stay secret."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ URL = "redis://:hush@redis.example:6379/1"
 
 
 @pytest.fixture(autouse=True)
-def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing of this machine's own settings."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hide this machine's own settings."""
     for name in os.environ:
         if name.startswith("IMAGEMILL_"):
             monkeypatch.delenv(name)
@@ -28,13 +28,13 @@ def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def value(settings: Settings, name: str) -> Any:
-    found: Any = settings
+    value: Any = settings
     for part in name.removeprefix("IMAGEMILL_").lower().split("__"):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
-def test_without_any_variable_everything_has_a_default_that_lets_nobody_in() -> None:
+def test_defaults_are_complete_and_grant_no_access() -> None:
     settings = load_settings()
     assert settings.redis_url.get_secret_value() == "redis://127.0.0.1:6379/0"
     assert settings.worker.gpu is None
@@ -62,17 +62,17 @@ def test_without_any_variable_everything_has_a_default_that_lets_nobody_in() -> 
     ],
 )
 @pytest.mark.parametrize("where", ["environment", ".env"])
-def test_variables(monkeypatch: pytest.MonkeyPatch, where: str, name: str, text: str, read: Any) -> None:
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, where: str, name: str, text: str, read: Any) -> None:
     if where == "environment":
         monkeypatch.setenv(name, text)
     else:
         Path(".env").write_text(f"UNRELATED=1\n{name}='{text}'\n")
     settings = load_settings()
     assert value(settings, name.upper()) == read
-    assert settings.fetch.max_redirects == 5  # its neighbours stay as they are
+    assert settings.fetch.max_redirects == 5  # the group's other settings keep their defaults
 
 
-def test_the_environment_stands_above_the_file_and_arguments_above_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_overrides_the_file_and_arguments_override_both(monkeypatch: pytest.MonkeyPatch) -> None:
     Path(".env").write_text("IMAGEMILL_EXPIRE_DAYS=1\nIMAGEMILL_WORKER__GPU=1\nIMAGEMILL_LOG_JSON=true\n")
     monkeypatch.setenv("IMAGEMILL_EXPIRE_DAYS", "2")
     monkeypatch.setenv("IMAGEMILL_WORKER__LEASE_SECONDS", "2")
@@ -81,7 +81,7 @@ def test_the_environment_stands_above_the_file_and_arguments_above_both(monkeypa
     assert (settings.log_json, settings.redis_url.get_secret_value()) == (False, URL)
 
 
-def test_an_empty_variable_leaves_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_means_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("REDIS_URL", "WORKER__GPU", "S3__ENDPOINT_URL", "FETCH__ALLOW_HOSTS", "EXPIRE_DAYS"):
         monkeypatch.setenv(f"IMAGEMILL_{name}", "")
     assert load_settings() == Settings(_env_file=None)  # type: ignore[call-arg]
@@ -97,22 +97,20 @@ def test_an_empty_variable_leaves_the_default(monkeypatch: pytest.MonkeyPatch) -
         ("IMAGEMILL_WORKER__GPU", "first", "valid integer"),
         ("IMAGEMILL_WORKER__LEASE_SECONDS", "0.1", "greater than or equal to 2"),
         ("IMAGEMILL_WORKER__OPERATIONS", '["stylise"]', "'stylize', not 'stylise'"),
-        ("IMAGEMILL_WORKER__OPERATIONS", "stylize", "a JSON list is expected"),
+        ("IMAGEMILL_WORKER__OPERATIONS", "stylize", "expected a JSON list"),
         ("IMAGEMILL_WORKER__OPERATIONS", '{"stylize": 1}', "tuple"),
         ("IMAGEMILL_WORKER__SPEED", "fast", "not permitted"),
         ("IMAGEMILL_WORKER", "fast", "dictionary"),
-        ("IMAGEMILL_FETCH__ALLOW_HOSTS", "images.internal", "a JSON list is expected"),
+        ("IMAGEMILL_FETCH__ALLOW_HOSTS", "images.internal", "expected a JSON list"),
         ("IMAGEMILL_FETCH__ALLOW_NETWORKS", '["10.0.0.0/99"]', "not a valid IPv4 network, not '10.0.0.0/99'"),
-        ("IMAGEMILL_FILES__WRITE_ROOTS", "/srv/out", "a JSON list is expected"),
+        ("IMAGEMILL_FILES__WRITE_ROOTS", "/srv/out", "expected a JSON list"),
         ("IMAGEMILL_S3__CREATE_BUCKET", "perhaps", "boolean"),
         ("IMAGEMILL_REDIS_URL", "redis.example:6379", "redis://"),
         ("IMAGEMILL_REDIS_URL", "http://redis.example", "redis://"),
         ("IMAGEMILL_REDIS_URL", "redis://redis.example:6379/first", "redis://"),
     ],
 )
-def test_a_wrong_value_names_its_variable_and_what_is_wrong(
-    monkeypatch: pytest.MonkeyPatch, name: str, text: str, reason: str
-) -> None:
+def test_error_names_the_variable_and_the_reason(monkeypatch: pytest.MonkeyPatch, name: str, text: str, reason: str) -> None:
     monkeypatch.setenv(name, text)
     with pytest.raises(ConfigurationError) as caught:
         load_settings()
@@ -122,20 +120,20 @@ def test_a_wrong_value_names_its_variable_and_what_is_wrong(
     assert caught.value.message.count("IMAGEMILL_") == 1
 
 
-def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_all_wrong_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORKER__GPU", "S3__CONNECTIONS", "EXPIRE_DAYS"):
         monkeypatch.setenv(f"IMAGEMILL_{name}", "none")
     with pytest.raises(ConfigurationError) as caught:
         load_settings()
-    said = [part.partition(":")[0] for part in caught.value.message.split("; ")]
-    assert sorted(said) == ["IMAGEMILL_EXPIRE_DAYS", "IMAGEMILL_S3__CONNECTIONS", "IMAGEMILL_WORKER__GPU"]
+    names = [part.partition(":")[0] for part in caught.value.message.split("; ")]
+    assert sorted(names) == ["IMAGEMILL_EXPIRE_DAYS", "IMAGEMILL_S3__CONNECTIONS", "IMAGEMILL_WORKER__GPU"]
 
 
 @pytest.mark.parametrize(
     "url",
     ["redis://:hush/hush@redis.example:6379/0", "redis://:hush@redis.example:hush", "hush", "amqp://u:hush@redis.example/0"],
 )
-def test_a_password_is_never_shown_even_where_the_address_is_wrong(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+def test_error_hides_the_password_of_an_invalid_url(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     monkeypatch.setenv("IMAGEMILL_REDIS_URL", url)
     with pytest.raises(ConfigurationError, match="percent-encoded") as caught:
         load_settings()
@@ -143,18 +141,18 @@ def test_a_password_is_never_shown_even_where_the_address_is_wrong(monkeypatch: 
 
 
 @pytest.mark.parametrize("url", [URL, "rediss://user:pa%2Fss@redis.example/0", "redis://redis.example", "redis://[::1]:6379/"])
-def test_addresses_of_redis(url: str) -> None:
+def test_redis_urls(url: str) -> None:
     assert load_settings(redis_url=url).redis_url.get_secret_value() == url
 
 
-def test_settings_printed_or_dumped_show_no_password() -> None:
+def test_printed_and_dumped_settings_show_no_password() -> None:
     settings = load_settings(redis_url=URL)
     for text in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_dump())):
         assert "hush" not in text
-    assert pickle.loads(pickle.dumps(settings)) == settings  # noqa: S301  # our own bytes
+    assert pickle.loads(pickle.dumps(settings)) == settings  # noqa: S301  # our own data
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_frozen() -> None:
     settings = load_settings()
     for holder, name in ((settings, "redis_url"), (settings.worker, "gpu"), (settings.s3, "region")):
         with pytest.raises(ValidationError, match="frozen"):

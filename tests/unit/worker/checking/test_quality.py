@@ -1,4 +1,4 @@
-"""The check: what is flagged, what is mended, and that mending never makes a result worse."""
+"""The quality check: flags, repairs, and that a repair never makes a result worse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from imagemill.worker.checking.measures import Pair
 from imagemill.worker.checking.quality import Checked, check, lacking, sharpened
 from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.operations.base import Evidence, Spec, Work
-from tests.unit.worker.checking.test_measures import all_of, blurred, greyish, tinted
+from tests.unit.worker.checking.samples import all_of, blurred, greyish, tinted
 from tests.unit.worker.operations.conformance import PICTURES, hole
 
 SPECS = {
@@ -33,7 +33,7 @@ def job(operation: str, **quality: Any) -> Job:
 
 
 def checked(result: Pixels, source: Pixels, operation: str = "stylize", evidence: Evidence = PLAIN, **quality: Any) -> Checked:
-    work = Work([], notes=["enlarged"], evidence=evidence)
+    work = Work([], None, notes=["enlarged"], evidence=evidence)
     return check(Picture(result, "jpeg"), Picture(source), work, SPECS[operation], job(operation, **quality))
 
 
@@ -41,7 +41,7 @@ def total(found: Checked) -> float:
     return sum(found.beyond.values())
 
 
-def test_off_measures_nothing_and_leaves_all_as_it_is() -> None:
+def test_check_does_nothing_when_off() -> None:
     pixels = greyish()
     found = checked(pixels, pixels, mode="off")
     assert found.picture.pixels is pixels
@@ -56,7 +56,7 @@ def test_off_measures_nothing_and_leaves_all_as_it_is() -> None:
         ("stylize", {"sharpness", "kept", "entropy", "cast", "edges", "look", "before"}),
     ],
 )
-def test_each_operation_has_its_measures(operation: str, measures: set[str]) -> None:
+def test_check_takes_measures_of_operation(operation: str, measures: set[str]) -> None:
     pixels = greyish()
     found = checked(pixels, pixels, operation).measures
     assert found is not None
@@ -64,7 +64,7 @@ def test_each_operation_has_its_measures(operation: str, measures: set[str]) -> 
     assert (found.kept, found.cast) == (1, 0)
 
 
-def test_a_cut_out_has_shares_and_a_hole_a_step() -> None:
+def test_check_measures_alpha_of_cut_out_and_step_around_hole() -> None:
     pixels = greyish()
     alpha = np.zeros(pixels.shape[:2], np.uint8)
     alpha[:, :80], alpha[:, 80:112] = 255, 100
@@ -79,7 +79,7 @@ def test_a_cut_out_has_shares_and_a_hole_a_step() -> None:
     assert set(found.measures.model_dump(exclude_none=True)) == {"sharpness", "kept", "entropy", "step"}
 
 
-def test_a_smeared_fill_is_less_sharp_than_what_surrounds_it() -> None:
+def test_check_compares_sharpness_of_fill_with_surroundings() -> None:
     pixels = greyish()
     mask = hole(pixels)
     smeared = np.where(mask[..., None] > 0, blurred(pixels, 4), pixels)
@@ -90,7 +90,7 @@ def test_a_smeared_fill_is_less_sharp_than_what_surrounds_it() -> None:
         assert least < measures.kept < most
 
 
-def test_only_the_subject_is_compared_where_there_is_another_background() -> None:
+def test_check_compares_subject_only_when_background_was_replaced() -> None:
     pixels = greyish()
     alpha = all_of(pixels)
     alpha[:, 160:] = 0
@@ -102,7 +102,7 @@ def test_only_the_subject_is_compared_where_there_is_another_background() -> Non
     assert "cast" in checked(blue, pixels, "remove-background").beyond
 
 
-def test_what_was_moved_is_not_compared_place_by_place() -> None:
+def test_check_skips_comparison_when_not_comparable() -> None:
     pixels = greyish()
     moved = np.ascontiguousarray(tinted(pixels, 30, 30)[100:, 100:])
     measures = checked(moved, pixels, "remove-background", Evidence(comparable=False, alpha=all_of(pixels))).measures
@@ -117,31 +117,31 @@ def test_what_was_moved_is_not_compared_place_by_place() -> None:
         (lambda pixels: tinted(pixels, 0, 7), "cast", "repaired_cast"),
     ],
 )
-def test_a_flaw_is_flagged_or_mended(spoil: Any, flag: str, note: str) -> None:
+def test_check_flags_or_repairs_flaw(spoil: Any, flag: str, note: str) -> None:
     pixels = greyish()
     bad = spoil(pixels)
     flagged = checked(bad, pixels, **LIMITS)
     assert (set(flagged.beyond), flagged.notes) == ({flag}, ("enlarged",))
     assert flagged.picture.pixels is bad
-    mended = checked(bad, pixels, mode="repair", **LIMITS)
-    assert (mended.beyond, mended.notes) == ({}, ("enlarged", note))
-    assert mended.picture.format == "jpeg"
-    distances = [np.abs(made.astype(int) - pixels).mean() for made in (mended.picture.pixels, bad)]
-    assert distances[0] < distances[1], "nearer to the source than before"
+    repaired = checked(bad, pixels, mode="repair", **LIMITS)
+    assert (repaired.beyond, repaired.notes) == ({}, ("enlarged", note))
+    assert repaired.picture.format == "jpeg"
+    distances = [np.abs(made.astype(int) - pixels).mean() for made in (repaired.picture.pixels, bad)]
+    assert distances[0] < distances[1], "closer to the source than before"
 
 
-def test_colours_that_were_asked_for_are_no_cast() -> None:
+def test_check_measures_no_cast_when_recoloured() -> None:
     pixels = greyish()
     made = checked(tinted(pixels, 0, 7), pixels, "stylize", Evidence(recoloured=True), mode="repair", **LIMITS)
     assert made.measures is not None
     assert (made.measures.cast, made.beyond, made.notes) == (None, {}, ("enlarged",))
 
 
-def test_two_flaws_are_both_mended() -> None:
+def test_check_repairs_two_flaws() -> None:
     pixels = greyish()
-    mended = checked(tinted(blurred(pixels, 0.7), 5, 5), pixels, mode="repair", **LIMITS)
-    assert mended.notes == ("enlarged", "repaired_cast", "repaired_sharpness")
-    assert mended.beyond == {}
+    repaired = checked(tinted(blurred(pixels, 0.7), 5, 5), pixels, mode="repair", **LIMITS)
+    assert repaired.notes == ("enlarged", "repaired_cast", "repaired_sharpness")
+    assert repaired.beyond == {}
 
 
 @settings(max_examples=40)
@@ -152,7 +152,7 @@ def test_two_flaws_are_both_mended() -> None:
     name=st.sampled_from(["scene", *PICTURES]),
     least=st.floats(0, 3),
 )
-def test_repair_never_makes_it_worse(sigma: float, tint: tuple[float, float], alpha: int, name: str, least: float) -> None:
+def test_repair_never_makes_result_worse(sigma: float, tint: tuple[float, float], alpha: int, name: str, least: float) -> None:
     source = PICTURES.get(name, greyish(120, 160))
     result = tinted(source[..., :3], *tint)
     if sigma > 0.2:
@@ -164,17 +164,17 @@ def test_repair_never_makes_it_worse(sigma: float, tint: tuple[float, float], al
     before = result.tobytes(), source.tobytes()
     limits = {"least_sharpness": least, "most_cast": 1.0}
     flagged = checked(result, source, **limits)
-    mended = checked(result, source, mode="repair", **limits)
-    assert total(mended) <= total(flagged)
+    repaired = checked(result, source, mode="repair", **limits)
+    assert total(repaired) <= total(flagged)
     assert (result.tobytes(), source.tobytes()) == before
-    assert mended.picture.pixels.shape == result.shape
-    if len(mended.notes) == 1:
-        assert mended.picture.pixels is result
+    assert repaired.picture.pixels.shape == result.shape
+    if len(repaired.notes) == 1:
+        assert repaired.picture.pixels is result
     if result.shape[2] == 4:
-        assert np.array_equal(mended.picture.pixels[..., 3], result[..., 3])
+        assert np.array_equal(repaired.picture.pixels[..., 3], result[..., 3])
 
 
-def test_what_is_not_in_the_hole_is_never_touched() -> None:
+def test_repair_leaves_inpainted_picture_unchanged() -> None:
     pixels = greyish()
     mask = hole(pixels)
     smeared = np.where(mask[..., None] > 0, blurred(pixels, 4), pixels)
@@ -183,7 +183,7 @@ def test_what_is_not_in_the_hole_is_never_touched() -> None:
     assert found.picture.pixels is smeared
 
 
-def test_a_background_that_was_asked_for_is_never_touched() -> None:
+def test_repair_leaves_requested_background_unchanged() -> None:
     pixels = greyish()
     alpha = all_of(pixels)
     alpha[:, 160:] = 0
@@ -193,7 +193,7 @@ def test_a_background_that_was_asked_for_is_never_touched() -> None:
     assert found.picture.pixels is tint
 
 
-def test_sharpening_a_cut_out_gives_it_no_halo() -> None:
+def test_sharpening_adds_no_halo_to_cut_out() -> None:
     source = greyish(300, 300)
     alpha = np.zeros((300, 300), np.uint8)
     cv2.circle(alpha, (150, 150), 100, 255, -1)
@@ -202,7 +202,7 @@ def test_sharpening_a_cut_out_gives_it_no_halo() -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.5, 0.7, 0.9])
-def test_a_picture_is_sharpened_by_what_it_lacks(sigma: float) -> None:
+def test_sharpening_restores_sharpness_of_source(sigma: float) -> None:
     pixels = greyish(600, 480)
     measures = checked(blurred(pixels, sigma), pixels, mode="repair", least_sharpness=0.8).measures
     assert measures is not None
@@ -210,7 +210,7 @@ def test_a_picture_is_sharpened_by_what_it_lacks(sigma: float) -> None:
     assert 0.8 < measures.kept < 1.1
 
 
-def test_strips_leave_no_seams() -> None:
+def test_sharpening_in_strips_leaves_no_seams() -> None:
     pixels = blurred(greyish(600, 64), 1)
     pair = Pair.of(pixels, greyish(600, 64))
     amount = lacking(pair)

@@ -1,4 +1,4 @@
-"""What a file says of itself: sniffed by content, bombs refused before memory is spent, sentences for people."""
+"""Reading headers: format recognition by content, rejection of decompression bombs, clear errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imagemill.shared.errors import EmptyFile, ImageError, NotAnImage, OutOfMemory, TooManyPixels, Truncated
-from imagemill.worker.imaging import headers
+from imagemill.worker.imaging import headers, png
 from imagemill.worker.imaging.headers import FORMATS, Header, check_size, open_checked, orientation, probe, sniff, translated
+from tests.unit.worker.imaging.samples import png_chunk
 
 ROOT = Path(__file__).resolve().parents[4]
 LIMIT = 64_000_000
@@ -42,14 +43,14 @@ def patched(data: bytes, place: int, layout: str, *values: int) -> bytes:
 
 
 def tiff(*entries: tuple[int, int, int, int], big: bool = False, order: str = "<") -> bytes:
-    """A TIFF of (tag, type, count, value), the last of which may point to the zeros that follow."""
+    """A TIFF with entries (tag, type, count, value); values may point into the zeros that follow."""
     mark = b"II" if order == "<" else b"MM"
     if big:
         head = mark + struct.pack(order + "HHHQQ", 43, 8, 0, 16, len(entries))
         table = b"".join(struct.pack(order + "HHQQ", *entry) for entry in entries)
     else:
         head = mark + struct.pack(order + "HIH", 42, 8, len(entries))
-        # a short stands left-aligned in its four bytes
+        # a short is left-aligned in its four bytes
         table = b"".join(
             struct.pack(order + "HHI", *entry[:3])
             + (struct.pack(order + "HH", entry[3], 0) if entry[1] in (3, 8) else struct.pack(order + "I", entry[3]))
@@ -59,7 +60,7 @@ def tiff(*entries: tuple[int, int, int, int], big: bool = False, order: str = "<
 
 
 def grey_tiff(width: int, height: int, *more: tuple[int, int, int, int], kind: int = 4, packing: int = 5) -> bytes:
-    """An LZW-packed (or other) grey TIFF that says of itself what the arguments say."""
+    """A grey TIFF, LZW-compressed by default, whose tags claim the given values."""
     basic = [(256, kind, 1, width), (257, kind, 1, height), (258, 3, 1, 8), (259, 3, 1, packing), (262, 3, 1, 1)]
     return tiff(*sorted([*basic, (277, 3, 1, 1), *more]))
 
@@ -72,7 +73,7 @@ TILE = ((324, 4, 1, 200), (325, 4, 1, 4000))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_is_known_by_its_content_whatever_its_name(kind: str) -> None:
+def test_probe_recognises_format_by_content(kind: str) -> None:
     assert sniff(FILES[kind]) == kind
     assert probe(FILES[kind], max_pixels=64 * 48) == Header(kind, (64, 48))
     with pytest.raises(TooManyPixels, match=r"64 x 48 pixels, more than the limit of 3,071"):
@@ -92,15 +93,15 @@ def test_every_format_is_known_by_its_content_whatever_its_name(kind: str) -> No
         ("tiff", save("tiff", big_tiff=True)),
         ("tiff", tiff((256, 3, 1, 64), (257, 3, 1, 48), (262, 3, 1, 1), (273, 4, 1, 200), order=">")),
         ("jpeg", save("jpeg", progressive=True)),
-        ("bmp", patched(save("bmp"), 22, "<i", -48)),  # from top to bottom
+        ("bmp", patched(save("bmp"), 22, "<i", -48)),  # stored top to bottom
     ],
 )
-def test_their_variants_too(kind: str, data: bytes) -> None:
+def test_probe_recognises_variant(kind: str, data: bytes) -> None:
     assert probe(data, max_pixels=LIMIT) == Header(kind, (64, 48))
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "description"),
     [
         (b"<!DOCTYPE html><html>", "a web page"),
         (b"\xef\xbb\xbf\r\n  <HTML lang=en>", "a web page"),
@@ -122,19 +123,19 @@ def test_their_variants_too(kind: str, data: bytes) -> None:
         (b"%!PS-Adobe-3.0 EPSF", "a PostScript document"),  # Pillow would run Ghostscript
     ],
 )
-def test_what_is_no_image_is_told_by_name(data: bytes, said: str) -> None:
+def test_probe_names_unsupported_file_type(data: bytes, description: str) -> None:
     with pytest.raises(NotAnImage) as caught:
         probe(data, max_pixels=LIMIT)
-    assert caught.value.message.startswith(f"the file is {said}")
-    assert caught.value.message.endswith("; only jpeg, png, webp, gif, bmp, tiff, avif can be read")
+    assert caught.value.message.startswith(f"the file is {description}")
+    assert caught.value.message.endswith("; supported formats are jpeg, png, webp, gif, bmp, tiff, avif")
 
 
-def test_an_empty_file_is_told_as_such() -> None:
+def test_probe_raises_empty_file() -> None:
     with pytest.raises(EmptyFile, match="0 bytes"):
         probe(b"", max_pixels=LIMIT)
 
 
-def test_nothing_else_that_pillow_can_read_is_reachable() -> None:
+def test_probe_rejects_other_pillow_formats() -> None:
     for kind in ("ppm", "ico", "tga", "pcx", "sgi", "dds", "msp"):
         image = SCENE.convert("1") if kind == "msp" else SCENE
         with pytest.raises(NotAnImage):
@@ -163,12 +164,12 @@ def test_orientation_is_read_in_both_byte_orders(order: str, value: int, wanted:
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60), st.integers(0, 40))
 @example(b"II*\0\xff\xff\xff\xff", 0)
-def test_broken_metadata_never_fails_an_image(noise: bytes, kept: int) -> None:
+def test_orientation_is_valid_for_broken_exif(noise: bytes, kept: int) -> None:
     assert 1 <= orientation(exif(6)[:kept] + noise) <= 8
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "avif"])
-def test_size_is_upright_and_says_what_is_stored(kind: str) -> None:
+def test_header_has_upright_and_stored_size(kind: str) -> None:
     header = probe(save(kind, exif=exif(6), icc_profile=b"p" * 129), max_pixels=LIMIT)
     assert (header.size, header.orientation, header.stored_size) == ((48, 64), 6, (64, 48))
     header = probe(save(kind, exif=exif(3)), max_pixels=LIMIT)
@@ -176,7 +177,7 @@ def test_size_is_upright_and_says_what_is_stored(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "avif", "tiff"])
-def test_a_profile_is_found_unless_it_is_too_small_to_be_one(kind: str) -> None:
+def test_probe_returns_profile_of_at_least_128_bytes(kind: str) -> None:
     profile = bytes(range(256)) * 2
     assert probe(save(kind, icc_profile=profile), max_pixels=LIMIT).icc == profile
     assert probe(save(kind, icc_profile=profile[:127]), max_pixels=LIMIT).icc is None
@@ -186,20 +187,17 @@ def test_a_profile_is_found_unless_it_is_too_small_to_be_one(kind: str) -> None:
 
 
 def white_png(side: int) -> bytes:
-    """A true PNG of one colour, three bytes per pixel: its deflate blocks are one block, repeated."""
+    """A valid PNG of one colour, three bytes per pixel: a single deflate block, repeated."""
     rows = 100
     block = bytes(rows * (1 + 3 * side))
     pack = zlib.compressobj(9)
     first = pack.compress(block) + pack.flush(zlib.Z_FULL_FLUSH)
     again = pack.compress(block) + pack.flush(zlib.Z_FULL_FLUSH)
     total = (side * (1 + 3 * side)) % 65_521
-    last = b"\x03\0" + struct.pack(">HH", total, 1)  # an empty last block, Adler-32 of so many zeros
+    last = b"\x03\0" + struct.pack(">HH", total, 1)  # an empty last block and the Adler-32 of that many zeros
     pixels = first + again * (side // rows - 1) + last
-    data = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    for kind, payload in ((b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")):
-        data += struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-    return data
+    return png.SIGNATURE + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
 
 
 JPEG, GIF, WEBP, BMP = FILES["jpeg"], FILES["gif"], FILES["webp"], FILES["bmp"]
@@ -229,9 +227,9 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "gif-blocks": (lambda: GIF[:FRAME] + b"\0" * (headers.MAX_BLOCKS + 1) + GIF[FRAME:], "not_an_image"),
 }
 
-# No more than 64 MiB of address space beyond what Python and the codec themselves take: whoever asks for more
-# gets MemoryError, which would come out as another code.
-IN_A_SMALL_WORLD = """
+# Limits the address space to 64 MiB more than Python and the codec need: a larger allocation raises MemoryError and would
+# give another error code.
+WITH_LITTLE_MEMORY = """
 import json, os, resource, sys
 from pathlib import Path
 from imagemill.shared.errors import ImageError
@@ -251,27 +249,27 @@ print(json.dumps(codes))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
-def test_decompression_bombs_are_refused_before_memory_is_spent(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory limit needs Linux")
+def test_decompression_bombs_are_rejected_without_allocating_memory(tmp_path: Path) -> None:
     folder, plain = tmp_path / "bombs", tmp_path / "plain.tif"
     folder.mkdir()
     plain.write_bytes(save("tiff", compression="tiff_lzw"))
     for name, (make, _) in BOMBS.items():
         (folder / name).write_bytes(make())
-    said = subprocess.run(
-        [sys.executable, "-c", IN_A_SMALL_WORLD, folder, plain], capture_output=True, text=True, check=True, cwd=ROOT
+    process = subprocess.run(
+        [sys.executable, "-c", WITH_LITTLE_MEMORY, folder, plain], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert json.loads(said.stdout) == {name: code for name, (_, code) in sorted(BOMBS.items())}
+    assert json.loads(process.stdout) == {name: code for name, (_, code) in sorted(BOMBS.items())}
 
 
-def test_the_bomb_is_a_picture_indeed() -> None:
-    """Else it might be refused for another reason."""
+def test_png_bomb_is_a_valid_picture() -> None:
+    """Otherwise it might be rejected for another reason."""
     data = white_png(300)
     assert probe(data, max_pixels=90_000) == Header("png", (300, 300))
     assert not np.array(Image.open(io.BytesIO(data))).any()
 
 
-def test_a_size_of_zero_is_damage() -> None:
+def test_zero_size_is_truncated() -> None:
     for size in ((0, 5), (5, 0)):
         with pytest.raises(Truncated, match="no pixels"):
             check_size(size, LIMIT)
@@ -279,18 +277,18 @@ def test_a_size_of_zero_is_damage() -> None:
         probe(patched(FILES["png"], 16, ">I", 0), max_pixels=LIMIT)
 
 
-def test_a_gif_without_a_picture_is_an_error() -> None:
+def test_gif_without_picture_is_truncated() -> None:
     with pytest.raises(Truncated, match="no picture"):
         probe(GIF[:FRAME] + b"\x3b", max_pixels=LIMIT)
 
 
-def test_a_second_opinion_on_the_size_must_agree() -> None:
+def test_open_checked_rejects_conflicting_size() -> None:
     assert open_checked(FILES["webp"], "webp", (64, 48)).size == (64, 48)
-    with pytest.raises(Truncated, match="contradicts itself: 64 x 49 pixels, then 64 x 48"):
+    with pytest.raises(Truncated, match="64 x 49 and 64 x 48"):
         open_checked(FILES["webp"], "webp", (64, 49))
 
 
-# --- foreign exceptions ---
+# --- decoder exceptions ---
 
 
 @pytest.mark.parametrize(
@@ -311,14 +309,14 @@ def test_a_second_opinion_on_the_size_must_agree() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_whatever_a_decoder_raises_becomes_an_error_of_ours(raised: Exception, kind: type[ImageError]) -> None:
+def test_decoder_exception_is_translated(raised: Exception, kind: type[ImageError]) -> None:
     with pytest.raises(kind, match="WebP") as caught, translated("webp"):
         raise raised
     assert caught.value.__cause__ is raised
 
 
 @pytest.mark.parametrize("raised", [TooManyPixels("x"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
-def test_our_own_errors_and_the_users_pass(raised: BaseException) -> None:
+def test_image_error_and_interrupt_are_not_translated(raised: BaseException) -> None:
     with pytest.raises(type(raised)) as caught, translated("png"):
         raise raised
     assert caught.value is raised

@@ -1,4 +1,4 @@
-"""Colour profiles: the colour that was meant arrives, and a bad profile fails nothing."""
+"""Colour profiles: correct colours, and bad profiles never fail an image."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ import pytest
 from PIL import ImageCms
 
 from imagemill.worker.imaging import icc
+from tests.unit.worker.imaging.samples import SRGB, SWAPPED
 
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
-SWAPPED = SRGB.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
-"""sRGB but for one thing: what it calls red is green, and the other way round."""
 
 
 def profile(kind: bytes, space: bytes, pcs: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """An ICC profile of version 2, from its tags."""
+    """An ICC version 2 profile with the given tags."""
     table, body, start = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
     for name, payload in tags.items():
         table += struct.pack(">4sII", name, start + len(body), len(payload))
@@ -29,13 +27,13 @@ def profile(kind: bytes, space: bytes, pcs: bytes, tags: dict[bytes, bytes]) -> 
 
 
 def dark_grey() -> bytes:
-    """Grey whose levels are light to the power of 1 / 1.8, as on old Macs."""
+    """A grey profile with gamma 1.8, as on old Macs."""
     white = b"XYZ \0\0\0\0" + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
     return profile(b"mntr", b"GRAY", b"XYZ ", {b"wtpt": white, b"kTRC": b"curv" + struct.pack(">IIH", 0, 1, round(1.8 * 256))})
 
 
 def press() -> bytes:
-    """An imaginary press: cyan prints as mid grey, black as black, magenta and yellow as nothing."""
+    """A CMYK profile in which cyan prints mid grey, black prints black, magenta and yellow are invisible."""
     ramp = bytes(range(256))
     corners = bytearray()
     for inks in range(16):  # the first ink changes slowest
@@ -52,7 +50,7 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def from_light(light: np.ndarray) -> np.ndarray:
-    """sRGB levels of an amount of light (0..1): IEC 61966-2-1."""
+    """sRGB levels of linear light from 0 to 1 (IEC 61966-2-1)."""
     return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
@@ -61,11 +59,11 @@ def from_light(light: np.ndarray) -> np.ndarray:
     [(SRGB, "RGB"), (dark_grey(), "L"), (press(), "CMYK"), (LAB, None), (b"", None), (None, None), (b"short", None)],
     ids=["rgb", "grey", "cmyk", "lab", "empty", "none", "short"],
 )
-def test_a_profile_says_what_it_describes(data: bytes | None, space: str | None) -> None:
+def test_space_of_profile(data: bytes | None, space: str | None) -> None:
     assert icc.space(data) == space
 
 
-def test_colours_are_converted_and_alpha_is_not() -> None:
+def test_to_srgb_converts_colours_but_not_alpha() -> None:
     pixels = noise(20, 30, 4)
     pixels[0, :3, :3] = np.eye(3) * 255
     got = icc.to_srgb(pixels, "RGBA", SWAPPED)
@@ -75,29 +73,29 @@ def test_colours_are_converted_and_alpha_is_not() -> None:
     assert (icc.to_srgb(np.ascontiguousarray(pixels[:, :, :3]), "RGB", SWAPPED) == got[:, :, :3]).all()
 
 
-def test_what_is_srgb_already_stays_as_it_is_to_the_bit() -> None:
+def test_to_srgb_leaves_srgb_unchanged() -> None:
     pixels = noise(20, 30, 4)
     at = SRGB.index(b"rXYZ") + 4
     red = struct.unpack_from(">I", SRGB, at)[0] + 8
-    other = SRGB[: red + 3] + bytes([SRGB[red + 3] + 16]) + SRGB[red + 4 :]  # another writer's idea of sRGB's red
+    other = SRGB[: red + 3] + bytes([SRGB[red + 3] + 16]) + SRGB[red + 4 :]  # sRGB's red as another program rounds it
     assert (icc.to_srgb(pixels, "RGBA", SRGB) == pixels).all()
     assert (icc.to_srgb(pixels, "RGBA", other) == pixels).all()
     assert (icc.to_srgb(pixels, "RGBA", None) == pixels).all()
 
 
-def test_grey_in_a_grey_profile_has_its_own_brightness() -> None:
+def test_to_srgb_applies_grey_profile() -> None:
     levels = np.arange(256, dtype=np.uint8)[None]
     got = icc.to_srgb(levels, "L", dark_grey())
     assert got.shape == (1, 256, 3)
     assert np.abs(got - from_light((levels / 255) ** 1.8)[:, :, None]).max() <= 2
-    # the same where a decoder made three channels of it, with or without alpha
+    # the same when a decoder returned three equal channels, with or without alpha
     three = np.repeat(levels[:, :, None], 3, axis=2)
     assert (icc.to_srgb(three, "RGB", dark_grey()) == got).all()
     faint = icc.to_srgb(np.dstack([three, levels]), "RGBA", dark_grey())
     assert (faint == np.dstack([got, levels])).all()
 
 
-def test_ink_is_converted_by_its_profile() -> None:
+def test_to_srgb_applies_cmyk_profile() -> None:
     inks = np.zeros((1, 5, 4), np.uint8)
     inks[0, 1, 0] = inks[0, 2, 1] = inks[0, 3, 2] = inks[0, 4, 3] = 255
     got = icc.to_srgb(inks, "CMYK", press())[0].astype(int)
@@ -109,7 +107,7 @@ def test_ink_is_converted_by_its_profile() -> None:
     assert black <= 3
 
 
-def test_without_a_profile_ink_is_what_screens_make_of_it() -> None:
+def test_to_srgb_converts_cmyk_without_usable_profile() -> None:
     inks = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 0], [0, 0, 255, 0], [0, 0, 0, 255]]], np.uint8)
     for unfit in (None, SWAPPED, dark_grey(), b"x" * 200):
         got = icc.to_srgb(inks, "CMYK", unfit)[0].tolist()
@@ -121,24 +119,24 @@ def test_without_a_profile_ink_is_what_screens_make_of_it() -> None:
     [SRGB[:200], SRGB[:20] + b"x" * 300, press(), dark_grey(), LAB, b"x" * 128, b"\0" * 16 + b"RGB " + bytes(108)],
     ids=["cut", "overwritten", "of-ink", "of-grey", "lab", "text", "zeros"],
 )
-def test_a_profile_that_is_broken_or_of_another_kind_is_ignored(bad: bytes) -> None:
+def test_to_srgb_ignores_broken_or_mismatched_profile(bad: bytes) -> None:
     pixels = noise(20, 30, 3)
     assert (icc.to_srgb(pixels, "RGB", bad) == pixels).all()
 
 
-def test_grey_pixels_in_a_colour_profile_stay_grey() -> None:
+def test_to_srgb_keeps_grey_pixels_grey_in_colour_profile() -> None:
     levels = noise(20, 30)
     got = icc.to_srgb(levels, "L", SWAPPED)
     assert np.abs(got.astype(int) - levels[:, :, None]).max() <= 2
 
 
-def test_grey_becomes_three_equal_channels() -> None:
+def test_as_rgb_repeats_grey_channel() -> None:
     levels = noise(5, 6)
     assert (icc.as_rgb(levels, "L") == levels[:, :, None]).all()
     assert icc.as_rgb(levels, "L").shape == (5, 6, 3)
 
 
-def test_threads_share_a_profile() -> None:
+def test_threads_can_share_a_profile() -> None:
     pixels = noise(100, 100, 3)
     wanted = icc.to_srgb(pixels, "RGB", SWAPPED)
     with ThreadPoolExecutor(4) as pool:

@@ -9,7 +9,7 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import set_up, translated
 
 
-def test_set_up_keeps_to_the_share_of_cores() -> None:
+def test_set_up_limits_threads_and_disables_opencl() -> None:
     before = cv2.getNumThreads()
     try:
         set_up(Device(threads=1))
@@ -19,13 +19,13 @@ def test_set_up_keeps_to_the_share_of_cores() -> None:
         cv2.setNumThreads(before)
 
 
-def test_opencv_errors_become_ours() -> None:
-    with pytest.raises(OperationFailed, match="failed at resizing") as caught, translated("resizing"):
+def test_opencv_error_is_translated() -> None:
+    with pytest.raises(OperationFailed, match="resizing failed") as caught, translated("resizing"):
         cv2.resize(np.zeros((2, 2, 3), np.uint8), (0, 0))
     assert isinstance(caught.value.__cause__, cv2.error)
 
 
-def test_lack_of_memory_is_told_apart() -> None:
+def test_memory_error_is_translated() -> None:
     @translated("filling")
     def starve() -> None:
         raise MemoryError("Unable to allocate 9 GiB")
@@ -34,11 +34,11 @@ def test_lack_of_memory_is_told_apart() -> None:
         starve()
 
 
-def test_opencv_lack_of_memory_is_told_apart() -> None:
+def test_opencv_out_of_memory_is_translated() -> None:
     with pytest.raises(OutOfMemory), translated("resizing"):
         cv2.resize(np.zeros((1, 1, 3), np.uint8), (2**31 - 1, 2**31 - 1))
 
 
-def test_other_errors_pass() -> None:
+def test_other_errors_are_not_translated() -> None:
     with pytest.raises(ZeroDivisionError), translated("counting"):
         1 / 0  # noqa: B018

@@ -1,4 +1,4 @@
-"""PNG: what goes in comes out again, whoever reads it; and what is damaged is said to be."""
+"""PNG: lossless for every reader, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from imagemill.shared.errors import NotAnImage, Truncated
 from imagemill.worker.imaging import png
+from tests.unit.worker.imaging.samples import png_by_hand, png_chunk
 
 GREY, RGB, PALETTE = 0, 2, 3
 
@@ -25,17 +26,7 @@ def read(data: bytes) -> np.ndarray:
     return np.array(image)
 
 
-def chunk(kind: bytes, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
-
-
-def by_hand(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes) -> bytes:
-    """A PNG of unfiltered `rows`, with further chunks before its pixels."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return b"".join([png.SIGNATURE, header, *more, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")])
-
-
-SMALL = by_hand(1, 1, 8, GREY, b"\0\x80")
+SMALL = png_by_hand(1, 1, 8, GREY, b"\0\x80")
 
 
 @st.composite
@@ -48,7 +39,7 @@ def pictures(draw: st.DrawFn) -> np.ndarray:
 
 @settings(max_examples=100, deadline=None)
 @given(pictures())
-def test_all_that_is_seen_comes_back_bit_for_bit_and_the_hidden_is_cleared(pixels: np.ndarray) -> None:
+def test_encode_is_lossless_and_clears_hidden_pixels(pixels: np.ndarray) -> None:
     before = pixels.copy()
     got = read(png.encode(pixels))
     assert (pixels == before).all()
@@ -62,21 +53,21 @@ def test_all_that_is_seen_comes_back_bit_for_bit_and_the_hidden_is_cleared(pixel
 
 @pytest.mark.parametrize("channels", [3, 4])
 @pytest.mark.parametrize("size", [(1, 1), (1, 777), (777, 1), (300_000, 3), (3, 100_000), (701, 603)])
-def test_every_shape_comes_back(size: tuple[int, int], channels: int) -> None:
-    # Some are larger than the stripe that is packed at a time, one has rows that are.
+def test_encode_handles_every_shape(size: tuple[int, int], channels: int) -> None:
+    # Some pictures, and the rows of one, exceed the stripe that is compressed at once.
     pixels = np.random.default_rng(4).integers(1, 256, (size[1], size[0], channels), np.uint8)
     data = png.encode(pixels)
     assert (read(data) == pixels).all()
     assert png.read_header(data) == (size, None, None)
 
 
-def test_a_part_of_a_larger_array_is_written_as_it_looks() -> None:
+def test_encode_handles_non_contiguous_array() -> None:
     whole = np.random.default_rng(5).integers(1, 256, (50, 60, 4), np.uint8)
     assert (read(png.encode(whole[3:40:2, 5:50])) == whole[3:40:2, 5:50]).all()
     assert (read(png.encode(whole[:, :, :3])) == whole[:, :, :3]).all()
 
 
-def test_files_are_correct_to_the_byte() -> None:
+def test_encode_writes_valid_chunks() -> None:
     data = png.encode(np.random.default_rng(6).integers(0, 256, (600, 700, 4), np.uint8), b"profile")
     kinds, pixels = [], b""
     for kind, start, end in png.chunks(data):
@@ -87,17 +78,17 @@ def test_files_are_correct_to_the_byte() -> None:
     assert kinds[-1] == b"IEND"
     assert set(kinds[2:-1]) == {b"IDAT"}
     assert end + 4 == len(data)
-    assert len(zlib.decompress(pixels)) == 600 * (1 + 700 * 4)  # zlib verifies the check sum
+    assert len(zlib.decompress(pixels)) == 600 * (1 + 700 * 4)  # zlib verifies the checksum
 
 
-def test_a_smooth_picture_gets_small_and_a_flat_one_tiny() -> None:
+def test_encode_compresses_smooth_and_flat_pictures() -> None:
     y, x = np.mgrid[:256, :256]
     smooth = np.dstack([x, y, (x + y) // 2]).astype(np.uint8)
     assert len(png.encode(smooth)) < smooth.nbytes // 20
     assert len(png.encode(np.full((1000, 1000, 3), 77, np.uint8))) < 20_000
 
 
-def test_a_profile_is_embedded_and_found_again() -> None:
+def test_encode_embeds_profile() -> None:
     profile = np.random.default_rng(7).bytes(5000)
     data = png.encode(np.zeros((2, 2, 3), np.uint8), profile)
     assert png.read_header(data)[2] == profile
@@ -107,9 +98,11 @@ def test_a_profile_is_embedded_and_found_again() -> None:
 # --- reading ---
 
 
-def test_the_header_has_size_exif_and_profile() -> None:
+def test_read_header_returns_size_exif_and_profile() -> None:
     profile, exif = b"p" * 300, b"MM\0*anything"
-    data = by_hand(1, 1, 8, GREY, b"\0\x80", chunk(b"iCCP", b"name\0\0" + zlib.compress(profile)), chunk(b"eXIf", exif))
+    data = png_by_hand(
+        1, 1, 8, GREY, b"\0\x80", png_chunk(b"iCCP", b"name\0\0" + zlib.compress(profile)), png_chunk(b"eXIf", exif)
+    )
     assert png.read_header(data) == ((1, 1), exif, profile)
 
 
@@ -124,14 +117,14 @@ def test_the_header_has_size_exif_and_profile() -> None:
     ],
     ids=["empty", "nothing", "no-deflate", "cut", "too-large"],
 )
-def test_a_bad_profile_is_left_out_and_never_fails_the_image(payload: bytes) -> None:
-    data = by_hand(1, 1, 8, GREY, b"\0\x80", chunk(b"iCCP", payload))
+def test_read_header_ignores_bad_profile(payload: bytes) -> None:
+    data = png_by_hand(1, 1, 8, GREY, b"\0\x80", png_chunk(b"iCCP", payload))
     assert png.read_header(data) == ((1, 1), None, None)
     assert read(png.checked(data)[0]).tolist() == [[0x80]]
 
 
-def test_a_profile_that_unpacks_to_much_takes_little_memory() -> None:
-    data = by_hand(1, 1, 8, GREY, b"\0\x80", chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(60_000_000), 1)))
+def test_read_header_inflates_huge_profile_in_little_memory() -> None:
+    data = png_by_hand(1, 1, 8, GREY, b"\0\x80", png_chunk(b"iCCP", b"name\0\0" + zlib.compress(bytes(60_000_000), 1)))
     tracemalloc.start()
     try:
         assert png.read_header(data)[2] is None
@@ -142,12 +135,12 @@ def test_a_profile_that_unpacks_to_much_takes_little_memory() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, len(SMALL) - 1))
-def test_a_file_without_its_end_is_truncated(length: int) -> None:
+def test_chunks_raises_truncated_on_cut_file(length: int) -> None:
     with pytest.raises(Truncated):
         list(png.chunks(SMALL[:length]))
 
 
-def test_what_follows_the_end_doesnt_matter() -> None:
+def test_checked_ignores_data_after_end() -> None:
     assert png.checked(SMALL + b"anything")[0] == SMALL
 
 
@@ -155,26 +148,26 @@ def test_what_follows_the_end_doesnt_matter() -> None:
     "data",
     [
         png.SIGNATURE + SMALL[33:],  # no header
-        png.SIGNATURE + chunk(b"tEXt", b"a\0b") + SMALL[8:],  # not first
+        png.SIGNATURE + png_chunk(b"tEXt", b"a\0b") + SMALL[8:],  # not first
         SMALL[:33] + SMALL[8:],  # twice
-        png.SIGNATURE + chunk(b"IHDR", SMALL[16:28]) + SMALL[33:],  # too short
+        png.SIGNATURE + png_chunk(b"IHDR", SMALL[16:28]) + SMALL[33:],  # too short
     ],
 )
-def test_the_header_comes_first_once_and_whole(data: bytes) -> None:
+def test_read_header_requires_one_complete_header_first(data: bytes) -> None:
     with pytest.raises(Truncated, match="header"):
         png.read_header(data)
 
 
-def test_chunks_without_end_are_refused() -> None:
-    text = chunk(b"tEXt", b"a\0b")
+def test_number_of_chunks_is_limited() -> None:
+    text = png_chunk(b"tEXt", b"a\0b")
     assert png.read_header(SMALL[:33] + text * (png.MAX_CHUNKS - 3) + SMALL[33:])[0] == (1, 1)
     with pytest.raises(NotAnImage, match="100,000 chunks"):
         png.read_header(SMALL[:33] + text * (png.MAX_CHUNKS - 2) + SMALL[33:])
 
 
 @pytest.mark.parametrize("kind", [b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"])
-def test_a_wrong_check_sum_where_the_pixels_are_is_damage(kind: bytes) -> None:
-    data = by_hand(1, 1, 8, PALETTE, b"\0\0", chunk(b"PLTE", b"abc"), chunk(b"tRNS", b"x"))
+def test_checked_detects_wrong_checksum_in_pixel_chunk(kind: bytes) -> None:
+    data = png_by_hand(1, 1, 8, PALETTE, b"\0\0", png_chunk(b"PLTE", b"abc"), png_chunk(b"tRNS", b"x"))
     start, end = next((start, end) for found, start, end in png.chunks(data) if found == kind)
     flipped = bytearray(data)
     flipped[end if kind == b"IEND" else start] ^= 1
@@ -182,14 +175,14 @@ def test_a_wrong_check_sum_where_the_pixels_are_is_damage(kind: bytes) -> None:
         png.checked(bytes(flipped))
 
 
-def test_what_isnt_pixels_doesnt_reach_the_decoder_broken_or_not() -> None:
-    broken = bytearray(chunk(b"zTXt", b"key\0\0" + zlib.compress(b"text")))
+def test_checked_drops_other_chunks_even_if_broken() -> None:
+    broken = bytearray(png_chunk(b"zTXt", b"key\0\0" + zlib.compress(b"text")))
     broken[-1] ^= 255
-    data = SMALL[:33] + bytes(broken) + chunk(b"acTL", bytes(8)) + chunk(b"fcTL", b"?") + SMALL[33:]
+    data = SMALL[:33] + bytes(broken) + png_chunk(b"acTL", bytes(8)) + png_chunk(b"fcTL", b"?") + SMALL[33:]
     assert png.checked(data) == (SMALL, None)
 
 
-# --- the colour that stands for nothing ---
+# --- transparent colour ---
 
 
 @pytest.mark.parametrize(
@@ -202,10 +195,8 @@ def test_what_isnt_pixels_doesnt_reach_the_decoder_broken_or_not() -> None:
         (16, [1, 200, 1, 201], 0x01C9, [255, 0]),  # differs in its lower byte only
     ],
 )
-def test_a_grey_that_is_transparent_is_found_at_every_depth(
-    depth: int, samples: list[int], key: int, wanted: list[int]
-) -> None:
-    data = by_hand(2, 1, depth, GREY, bytes([0, *samples]), chunk(b"tRNS", struct.pack(">H", key)))
+def test_colour_key_matches_grey_at_every_depth(depth: int, samples: list[int], key: int, wanted: list[int]) -> None:
+    data = png_by_hand(2, 1, depth, GREY, bytes([0, *samples]), png_chunk(b"tRNS", struct.pack(">H", key)))
     pixels, found = png.checked(data)
     assert found is not None
     grey = read(pixels)
@@ -214,23 +205,23 @@ def test_a_grey_that_is_transparent_is_found_at_every_depth(
 
 
 @pytest.mark.parametrize("depth", [8, 16])
-def test_a_colour_that_is_transparent_must_match_in_all_channels(depth: int) -> None:
+def test_colour_key_must_match_all_channels(depth: int) -> None:
     pixels = np.array([[[10, 20, 30], [10, 20, 31], [10, 20, 30]]], np.uint8)
     key = struct.pack(">HHH", *((level << 8 | 7 if depth == 16 else level) for level in (10, 20, 30)))
     assert png.colour_key(pixels, key, depth).tolist() == [[0, 255, 0]]
 
 
-def test_a_palettes_transparency_is_left_to_the_decoder() -> None:
-    data = by_hand(1, 1, 8, PALETTE, b"\0\0", chunk(b"PLTE", b"abc"), chunk(b"tRNS", b"x"))
+def test_checked_keeps_palette_transparency() -> None:
+    data = png_by_hand(1, 1, 8, PALETTE, b"\0\0", png_chunk(b"PLTE", b"abc"), png_chunk(b"tRNS", b"x"))
     assert png.checked(data) == (data, None)
 
 
-def test_a_key_that_is_too_short_is_damage() -> None:
+def test_colour_key_raises_truncated_on_short_key() -> None:
     with pytest.raises(Truncated, match="tRNS"):
         png.colour_key(np.zeros((1, 1, 3), np.uint8), b"\0\1\0\1", 8)
 
 
-def test_another_writers_text_and_filters_are_no_obstacle() -> None:
+def test_checked_accepts_other_text_and_filters() -> None:
     text = PngImagePlugin.PngInfo()
     text.add_text("Title", "a" * 2000, zip=True)
     pixels = np.random.default_rng(8).integers(0, 256, (64, 64, 3), np.uint8)
@@ -239,7 +230,7 @@ def test_another_writers_text_and_filters_are_no_obstacle() -> None:
     assert (read(png.checked(file.getvalue())[0]) == pixels).all()
 
 
-def test_hidden_colour_stays_where_it_is_not_to_be_cleared() -> None:
+def test_encode_keeps_hidden_colour_unless_cleared() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 4), np.uint8)
     pixels[::2, :, 3] = 0
     with Image.open(io.BytesIO(png.encode(pixels, clear=False))) as image:

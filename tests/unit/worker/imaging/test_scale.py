@@ -1,4 +1,4 @@
-"""Sizes and turns: exact sizes, the right way up, and no dark rim around what is cut out."""
+"""Scaling and rotation: exact sizes, correct orientation and no dark rim around cut-outs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ few = st.integers(1, 60)
 
 @settings(deadline=None)
 @given(sides, sides, sides)
-def test_what_is_too_large_fits_its_edge_exactly_and_keeps_its_shape(width: int, height: int, edge: int) -> None:
+def test_fit_shrinks_to_edge_and_keeps_aspect(width: int, height: int, edge: int) -> None:
     new = fit((width, height), edge)
     if max(width, height) <= edge:
         assert new == (width, height)
@@ -32,11 +32,11 @@ def test_what_is_too_large_fits_its_edge_exactly_and_keeps_its_shape(width: int,
         ((3000, 4000), 1600, (1200, 1600)),
         ((100, 50), 100, (100, 50)),
         ((100, 50), None, (100, 50)),
-        ((1000, 3), 100, (100, 1)),  # never nothing
-        ((1000, 15), 100, (100, 2)),  # half is rounded up
+        ((1000, 3), 100, (100, 1)),  # at least one pixel
+        ((1000, 15), 100, (100, 2)),  # halves are rounded up
     ],
 )
-def test_sizes_that_people_ask_for(size: tuple[int, int], edge: int | None, wanted: tuple[int, int]) -> None:
+def test_fit_of_common_sizes(size: tuple[int, int], edge: int | None, wanted: tuple[int, int]) -> None:
     assert fit(size, edge) == wanted
 
 
@@ -53,7 +53,7 @@ def test_sizes_that_people_ask_for(size: tuple[int, int], edge: int | None, want
         (8, [[3, 6], [2, 5], [1, 4]]),
     ],
 )
-def test_every_orientation_of_a_camera(orientation: int, wanted: list[list[int]]) -> None:
+def test_upright_applies_every_orientation(orientation: int, wanted: list[list[int]]) -> None:
     stored = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
     assert upright(stored, orientation).tolist() == wanted
     for channels in (3, 4):
@@ -64,7 +64,7 @@ def test_every_orientation_of_a_camera(orientation: int, wanted: list[list[int]]
 
 @settings(deadline=None)
 @given(few, few, few, few, st.sampled_from([(), (3,), (4,)]), st.integers(0, 255), st.integers(1, 255))
-def test_one_colour_stays_that_colour_at_any_size(
+def test_resize_keeps_uniform_colour(
     width: int, height: int, new_width: int, new_height: int, channels: tuple[int, ...], level: int, alpha: int
 ) -> None:
     pixels = np.full((height, width, *channels), level, np.uint8)
@@ -76,21 +76,21 @@ def test_one_colour_stays_that_colour_at_any_size(
     assert np.abs(new.astype(int) - pixels[0, 0]).max() == 0
 
 
-def test_the_same_size_changes_nothing() -> None:
+def test_resize_to_same_size_changes_nothing() -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (7, 9, 4), np.uint8)
     assert (resize(pixels, (9, 7)) == pixels).all()
 
 
-def test_smaller_is_the_mean_of_what_it_covers() -> None:
+def test_resize_averages_when_shrinking() -> None:
     pixels = np.random.default_rng(2).integers(0, 256, (40, 60, 3), np.uint8)
     means = pixels.reshape(10, 4, 20, 3, 3).mean(axis=(1, 3))
     assert np.abs(resize(pixels, (20, 10)) - means).max() <= 0.51
 
 
-def test_larger_is_smooth_and_never_wraps_around() -> None:
+def test_resize_is_smooth_and_does_not_overflow_when_enlarging() -> None:
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[:, 1] = 255
-    pixels[:, :, 3] = 254  # not opaque, so that colour is weighed
+    pixels[:, :, 3] = 254  # not opaque, so that colours are weighted by alpha
     new = resize(pixels, (40, 2))[0, :, 0].astype(int)
     assert (np.diff(new[8:32]) >= 0).all()
     assert new[:8].max() < 30
@@ -98,7 +98,7 @@ def test_larger_is_smooth_and_never_wraps_around() -> None:
 
 
 def rim(hidden: int) -> Array:
-    """A red disc, its edge soft, over colour `hidden` that nobody sees."""
+    """A red disc with a soft edge; the transparent pixels have grey level `hidden`."""
     y, x = np.mgrid[:64, :64] - 31.5
     alpha = np.clip((24 - np.hypot(x, y)) * 100, 0, 255)
     pixels = np.zeros((64, 64, 4), np.uint8)
@@ -109,21 +109,21 @@ def rim(hidden: int) -> Array:
 
 
 @pytest.mark.parametrize("size", [(20, 20), (31, 47), (64, 10), (100, 90)])
-def test_a_cut_out_gets_neither_a_dark_nor_a_light_rim(size: tuple[int, int]) -> None:
+def test_resize_gives_cut_out_no_rim(size: tuple[int, int]) -> None:
     for hidden in (0, 255):
         scaled = resize(rim(hidden), size)
         seen = scaled[scaled[:, :, 3] > 8].astype(int)
         assert np.abs(seen[:, :3] - [200, 40, 40]).max() <= 2
-        assert (scaled[:, :, 3] % 255 > 0).any()  # there are soft pixels that could have gone wrong
+        assert (scaled[:, :, 3] % 255 > 0).any()  # there are partially transparent pixels to get wrong
     assert (resize(rim(0), size)[:, :, 3] == resize(rim(255), size)[:, :, 3]).all()
 
 
-def test_the_faintest_pixel_keeps_its_hue() -> None:
+def test_resize_keeps_hue_of_faintest_pixel() -> None:
     pixels = np.full((8, 8, 4), (250, 120, 30, 1), np.uint8)
     assert np.abs(resize(pixels, (3, 5)).astype(int) - (250, 120, 30, 1)).max() <= 1
 
 
-def test_an_opaque_picture_scales_as_one_without_alpha() -> None:
+def test_resize_treats_opaque_rgba_like_rgb() -> None:
     pixels = np.random.default_rng(3).integers(0, 256, (33, 21, 4), np.uint8)
     pixels[:, :, 3] = 255
     for size in ((10, 11), (50, 60)):
@@ -132,7 +132,7 @@ def test_an_opaque_picture_scales_as_one_without_alpha() -> None:
         assert (new[:, :, 3] == 255).all()
 
 
-def test_pictures_longer_than_a_short_integer_scale_and_turn() -> None:
+def test_resize_and_upright_handle_sides_above_16_bits() -> None:
     pixels = np.zeros((3, 70_000, 3), np.uint8)
     pixels[:, 35_000:] = 255
     small = resize(pixels, (700, 1))

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from imagemill.worker.models import batch_axis
 from imagemill.worker.models.batch_axis import difference, free, make
 from imagemill.worker.models.checksums import digest
-from imagemill.worker.models.files import made_of, model_file, variant
+from imagemill.worker.models.files import model_file, variant, variant_record
 from tests.models import birefnet_like_onnx, u2net_onnx
 
 SHAPE = [1, 3, 8, 8]
@@ -41,7 +41,7 @@ def outcome_of(original: Path) -> tuple[str, str]:
     return make(original, variant(original, "dynamic"))
 
 
-def test_a_fixed_axis_is_set_free_beside_the_original_and_batches_give_the_same(tmp_path: Path) -> None:
+def test_free_makes_a_variant_that_takes_batches_with_the_same_output(tmp_path: Path) -> None:
     original = birefnet_like_onnx(tmp_path / "rembg" / "birefnet-general.onnx", size=64)
     before = digest(original)
     assert free(original) == "made"
@@ -49,15 +49,15 @@ def test_a_fixed_axis_is_set_free_beside_the_original_and_batches_give_the_same(
     assert chosen == variant(original, "dynamic")
     assert (batch_of(original), batch_of(chosen)) == (1, "batch")
     images = np.random.default_rng(0).standard_normal((3, 3, 64, 64)).astype(np.float32)
-    one, many = (onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (original, chosen))
-    singles = [one.run(None, {"input_image": image[None]})[0] for image in images]
-    np.testing.assert_allclose(many.run(None, {"input_image": images})[0], np.concatenate(singles), atol=1e-3)
+    fixed, freed = (onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]) for path in (original, chosen))
+    singles = [fixed.run(None, {"input_image": image[None]})[0] for image in images]
+    np.testing.assert_allclose(freed.run(None, {"input_image": images})[0], np.concatenate(singles), atol=1e-3)
     assert digest(original) == before
-    assert made_of(original, "dynamic")["sha256"] == digest(chosen)
+    assert variant_record(original, "dynamic")["sha256"] == digest(chosen)
     assert not list(original.parent.glob("*.part"))
 
 
-def test_what_is_on_record_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_does_not_repeat_a_recorded_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = u2net_onnx(tmp_path / "fixed.onnx", size=32, dynamic=False)
     good = u2net_onnx(tmp_path / "good.onnx", size=32)
     assert (free(fixed), free(good)) == ("made", "free")
@@ -65,19 +65,19 @@ def test_what_is_on_record_is_not_tried_again(tmp_path: Path, monkeypatch: pytes
     assert (free(fixed), free(good)) == ("made", "free")
 
 
-def test_a_trial_that_is_killed_leaves_the_original_and_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_trial_leaves_the_original_and_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = u2net_onnx(tmp_path / "rembg" / "u2net.onnx", size=32, dynamic=False)
     with monkeypatch.context() as patch:
-        patch.setattr(batch_axis, "_end_me_first", end_now)
+        patch.setattr(batch_axis, "_prefer_as_oom_victim", exit_in_the_trial)
         assert free(original) == "killed"
-    assert not made_of(original, "dynamic")
-    assert [path for path in original.parent.iterdir() if path.suffix != ".json"] == [original], "nothing stays behind"
+    assert not variant_record(original, "dynamic")
+    assert [path for path in original.parent.iterdir() if path.suffix != ".json"] == [original]
     assert model_file(tmp_path, "rembg", "u2net") == original
     assert free(original) == "made"
 
 
-def end_now() -> None:
-    """As the kernel does to a process that takes too much, once it has made the file that is tried."""
+def exit_in_the_trial() -> None:
+    """End the process as the kernel does when memory runs out, once the file to try has been written."""
     import os
 
     batch_axis.difference = lambda *_: os._exit(9)  # type: ignore[assignment]
@@ -88,7 +88,7 @@ def end_now() -> None:
     [
         ([helper.make_node("Reshape", ["x", "s"], ["r"]), helper.make_node("Relu", ["r"], ["y"])], [("s", [1, 3, 64])]),
         ([helper.make_node("Reshape", ["x", "s"], ["r"]), helper.make_node("Relu", ["r"], ["y"])], [("s", [1, 3, -1])]),
-        # Windows, as Swin transformers make them: the batch is a factor of the first axis, and comes back as one of its own.
+        # Windows as in Swin transformers: the batch is a factor of the first axis, and then an axis of its own again.
         (
             [
                 helper.make_node("Reshape", ["x", "apart"], ["a"]),
@@ -97,7 +97,7 @@ def end_now() -> None:
             ],
             [("apart", [12, 4, 4]), ("together", [1, 3, 8, 8])],
         ),
-        # A table without the batch, added to every image.
+        # A table without a batch axis, added to every image.
         (
             [helper.make_node("Reshape", ["table", "s"], ["t"]), helper.make_node("Add", ["x", "t"], ["y"])],
             [("table", [0.5] * 8), ("s", [1, 1, 1, 8])],
@@ -105,7 +105,7 @@ def end_now() -> None:
     ],
     ids=["whole", "inferred", "windows", "table"],
 )
-def test_reshapes_that_hold_the_batch_are_rewritten(
+def test_make_rewrites_reshapes_that_fix_the_batch_size(
     tmp_path: Path, nodes: list[onnx.NodeProto], constants: list[tuple[str, list[int]]]
 ) -> None:
     original = graph(tmp_path / "net.onnx", *nodes, constants=constants)
@@ -118,27 +118,27 @@ MEAN = helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "told"),
+    ("nodes", "expected"),
     [
         ([ZEROS, helper.make_node("Concat", ["x", "c"], ["y"], axis=1)], "Concat"),  # can't be run with two images
-        ([MEAN, helper.make_node("Add", ["x", "m"], ["y"])], "for two images output 0 is off by"),
-        ([MEAN, helper.make_node("Relu", ["m"], ["y"])], "for two images output 0 is (1, 3, 8, 8)"),
+        ([MEAN, helper.make_node("Add", ["x", "m"], ["y"])], "for two images output 0 differs by"),
+        ([MEAN, helper.make_node("Relu", ["m"], ["y"])], "for two images output 0 has shape (1, 3, 8, 8)"),
     ],
     ids=["fails", "mixes", "merges"],
 )
-def test_a_graph_that_gives_something_else_stays_as_it_came(tmp_path: Path, nodes: list[onnx.NodeProto], told: str) -> None:
-    outcome, why = outcome_of(graph(tmp_path / "net.onnx", *nodes))
+def test_make_refuses_a_graph_whose_output_changes(tmp_path: Path, nodes: list[onnx.NodeProto], expected: str) -> None:
+    outcome, reason = outcome_of(graph(tmp_path / "net.onnx", *nodes))
     assert outcome == "refused"
-    assert told in why
+    assert expected in reason
     assert {path.name for path in tmp_path.iterdir()} == {"net.onnx"}
 
 
-def test_a_file_that_is_no_model_is_told_and_left(tmp_path: Path) -> None:
-    (tmp_path / "net.onnx").write_bytes(b"no model")
+def test_free_refuses_a_file_that_is_not_a_model(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(b"not a model")
     assert free(tmp_path / "net.onnx") == "refused"
 
 
-def test_a_difference_is_measured_against_the_outputs_span(tmp_path: Path) -> None:
+def test_difference_is_relative_to_the_range_of_the_output(tmp_path: Path) -> None:
     def scaled(name: str, factor: float) -> Path:
         scale = helper.make_node("Constant", [], ["c"], value_float=factor)
         return graph(tmp_path / name, scale, helper.make_node("Mul", ["x", "c"], ["y"]))

@@ -27,18 +27,27 @@ from tests.workers import ROOT
 Run = Callable[..., Result]
 
 
-@pytest.fixture
-def published(tmp_path: Path, images: ImageServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Weights]:
-    """Three models of rembg's release and LaMa on a server with its layout, the mirror of an empty folder; by name."""
-    made = {
-        "u2net": u2net_onnx(tmp_path / "published" / "u2net.onnx", size=32),
-        "birefnet-general": birefnet_like_onnx(tmp_path / "published" / "birefnet.onnx", size=64),
-        "bria-rmbg": u2net_onnx(tmp_path / "published" / "bria.onnx", size=32, seed=1),
-        "lama": lama_script(tmp_path / "published" / "big-lama.pt"),
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Small files of three of rembg's models and of LaMa, by name."""
+    folder = tmp_path_factory.mktemp("published")
+    paths = {
+        "u2net": u2net_onnx(folder / "u2net.onnx", size=32),
+        "birefnet-general": birefnet_like_onnx(folder / "birefnet.onnx", size=64),
+        "bria-rmbg": u2net_onnx(folder / "bria.onnx", size=32, seed=1),
+        "lama": lama_script(folder / "big-lama.pt"),
     }
+    return {name: path.read_bytes() for name, path in paths.items()}
+
+
+@pytest.fixture
+def published(
+    model_files: dict[str, bytes], tmp_path: Path, images: ImageServer, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Weights]:
+    """Serves `model_files` from a mirror like the real server, with an empty weights folder; their entries by name."""
     rows = []
-    for row in (row for row in WEIGHTS if row.name in made):
-        data = made[row.name].read_bytes()
+    for row in (row for row in WEIGHTS if row.name in model_files):
+        data = model_files[row.name]
         path = row.url.removeprefix("https://github.com")
         images.routes |= {path: redirect(f"/assets/{row.name}"), f"/assets/{row.name}": data}
         kind = row.checksum.partition(":")[0]
@@ -52,7 +61,7 @@ def published(tmp_path: Path, images: ImageServer, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def run() -> Run:
-    """`imagemill models ...`, with the exit codes that `imagemill` gives."""
+    """Runs `imagemill models ...` with the exit codes of `imagemill`."""
     group = Commands("imagemill")
     group.add_command(module.models)
     return lambda *words: CliRunner().invoke(group, ["models", *words])
@@ -62,41 +71,39 @@ def listed(run: Run) -> dict[str, dict[str, object]]:
     return {row["name"]: row for row in map(json.loads, run("list", "--json").stdout.splitlines())}
 
 
-def test_the_command_is_installed_and_has_its_line_of_help() -> None:
+def test_command_is_installed_and_has_short_help() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["imagemill.commands"]
     assert isinstance(EntryPoint("models", scripts["models"], "imagemill.commands").load(), click.Group)
     assert set(SHORT_HELP) == set(scripts)
 
 
-def test_what_is_pulled_is_listed_and_verified(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+def test_pulled_model_is_listed_and_verified(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
     assert {row["state"] for row in listed(run).values()} == {"missing"}
-    assert "no model is in" in run("verify").stdout
+    assert "no models in" in run("verify").stdout
     done = run("pull", "u2net")
     assert done.exit_code == 0, done.output
-    assert f"u2net: pulled, its checksum is right: {tmp_path}/weights/rembg/u2net.onnx" in done.stdout
+    assert f"u2net: pulled, checksum correct: {tmp_path}/weights/rembg/u2net.onnx" in done.stdout
     rows = listed(run)
     assert (rows["u2net"]["state"], rows["u2net"]["bytes"]) == ("there", published["u2net"].about_bytes)
     assert rows["bria-rmbg"]["state"] == "missing"
-    assert "u2net: right (md5:" in run("verify").stdout
-    assert "is there already" in run("pull", "u2net").stdout
+    assert "u2net: correct (md5:" in run("verify").stdout
+    assert "already there" in run("pull", "u2net").stdout
 
 
-def test_the_table_shows_every_model_with_state_and_licence(run: Run, published: dict[str, Weights]) -> None:
+def test_list_shows_state_and_licence_of_every_model(run: Run, published: dict[str, Weights]) -> None:
     run("pull", "u2net")
-    shown = run("list").stdout
+    table = run("list").stdout
     for name, words in {"u2net": ["there", "Apache-2.0"], "bria-rmbg": ["missing", "non-commercial"]}.items():
-        (line,) = [line for line in shown.splitlines() if line.split()[:1] == [name]]
+        (line,) = [line for line in table.splitlines() if line.split()[:1] == [name]]
         assert all(word in line for word in words), line
 
 
-def test_an_engine_s_models_come_without_those_that_may_not_be_used_commercially(
-    run: Run, published: dict[str, Weights]
-) -> None:
+def test_pull_of_an_engine_skips_non_commercial_models(run: Run, published: dict[str, Weights]) -> None:
     assert run("pull", "--engine", "rembg", "--accept-licence").exit_code == 0
     assert {name for name, row in listed(run).items() if row["state"] == "there"} == {"u2net", "birefnet-general"}
 
 
-def test_a_non_commercial_model_is_pulled_by_name_with_its_licence_accepted(run: Run, published: dict[str, Weights]) -> None:
+def test_non_commercial_model_is_pulled_by_name_after_accepting_its_licence(run: Run, published: dict[str, Weights]) -> None:
     refused = run("pull", "bria-rmbg")
     assert (refused.exit_code, "--accept-licence" in refused.stderr) == (2, True)
     assert listed(run)["bria-rmbg"]["state"] == "missing"
@@ -104,48 +111,48 @@ def test_a_non_commercial_model_is_pulled_by_name_with_its_licence_accepted(run:
     assert listed(run)["bria-rmbg"]["state"] == "there"
 
 
-def test_a_fixed_batch_axis_is_set_free_and_said_once(run: Run, published: dict[str, Weights]) -> None:
+def test_pull_frees_a_fixed_batch_axis_and_reports_it_once(run: Run, published: dict[str, Weights]) -> None:
     first = run("pull", "birefnet-general", "u2net")
-    assert first.stdout.count("batch axis was fixed at 1; made a file with a free one") == 1
+    assert first.stdout.count("batch axis was fixed at 1; made a variant that takes batches") == 1
     assert listed(run)["birefnet-general"]["also"] == ["dynamic"]
     assert listed(run)["u2net"]["also"] == []
     assert "batch axis" not in run("pull", "birefnet-general").stdout
-    assert "birefnet-general.dynamic.onnx: right" in run("verify").stdout
+    assert "birefnet-general.dynamic.onnx: correct" in run("verify").stdout
 
 
-def test_a_trial_of_the_batch_axis_that_was_killed_is_told_and_made_again(
+def test_killed_trial_of_the_batch_axis_is_reported_and_repeated(
     run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("imagemill.worker.models.batch_axis.free", lambda _: "killed")
-        assert "not known whether it takes batches" in run("pull", "birefnet-general").stdout
-    assert "made a file with a free one" in run("pull", "birefnet-general").stdout
+        assert "the trial was killed" in run("pull", "birefnet-general").stdout
+    assert "made a variant that takes batches" in run("pull", "birefnet-general").stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["u2nett"], "there is no model 'u2nett'; did you mean 'u2net'?"),
-        ([], "say which"),
+        ([], "name a model"),
         (["--engine", "opencv"], "'opencv' is not"),
     ],
 )
-def test_a_pull_of_nothing_that_exists_is_wrong_usage(
-    run: Run, published: dict[str, Weights], words: list[str], told: str
+def test_pull_of_an_unknown_model_is_a_usage_error(
+    run: Run, published: dict[str, Weights], words: list[str], message: str
 ) -> None:
     done = run("pull", *words)
-    assert (done.exit_code, told in done.stderr) == (2, True), done.output
+    assert (done.exit_code, message in done.stderr) == (2, True), done.output
 
 
-def test_a_file_that_is_not_the_published_one_is_refused(run: Run, published: dict[str, Weights], images: ImageServer) -> None:
+def test_pull_refuses_a_file_with_a_wrong_checksum(run: Run, published: dict[str, Weights], images: ImageServer) -> None:
     images.routes["/assets/u2net"] = b"something else"
     done = run("pull", "u2net")
     assert done.exit_code == 2
-    assert "is not the file that was asked for and was removed" in done.stderr
+    assert "is not the published file and was deleted" in done.stderr
     assert listed(run)["u2net"]["state"] == "missing"
 
 
-def test_verify_names_what_is_wrong_and_how_to_mend_it(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+def test_verify_reports_a_damaged_file_and_how_to_fix_it(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
     run("pull", "u2net", "birefnet-general")
     original = tmp_path / "weights" / "rembg" / "u2net.onnx"
     original.write_bytes(original.read_bytes()[:-1])
@@ -154,32 +161,32 @@ def test_verify_names_what_is_wrong_and_how_to_mend_it(run: Run, published: dict
     assert done.exit_code == 1
     assert f"{original} is not the published file" in done.stderr
     assert done.stderr.rstrip().endswith("imagemill models pull u2net")
-    assert "birefnet-general: right" in done.stdout
+    assert "birefnet-general: correct" in done.stdout
     assert listed(run)["u2net"]["state"] == "damaged"
     assert run("pull", "u2net").exit_code == 0
     assert run("verify").exit_code == 0
 
 
-def test_verify_looks_at_what_was_made_of_a_model_too(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+def test_verify_checks_variants_too(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
     run("pull", "birefnet-general")
     original = tmp_path / "weights" / "rembg" / "birefnet-general.onnx"
-    made = variant(original, "dynamic")
-    right = made.read_bytes()
-    made.write_bytes(right[:-1])
+    file = variant(original, "dynamic")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1])
     done = run("verify", "birefnet-general")
     assert (done.exit_code, "has changed since it was made" in done.stderr) == (1, True)
-    made.write_bytes(right)
+    file.write_bytes(content)
     assert run("verify").exit_code == 0
     original.write_bytes(b"other")
-    assert "was made of another birefnet-general.onnx" in run("verify").stderr
+    assert "was made from another birefnet-general.onnx" in run("verify").stderr
 
 
-def test_verify_of_a_named_model_that_is_missing_fails(run: Run, published: dict[str, Weights]) -> None:
+def test_verify_of_a_missing_model_fails(run: Run, published: dict[str, Weights]) -> None:
     done = run("verify", "u2net")
     assert (done.exit_code, "u2net is missing: imagemill models pull u2net" in done.stderr) == (1, True)
 
 
-def test_without_onnx_a_pull_still_ends_well(run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull_succeeds_without_onnx(run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     done = run("pull", "birefnet-general")
     assert (done.exit_code, "pip install 'imagemill[rembg]'" in done.stderr) == (0, True)
@@ -190,7 +197,7 @@ def test_without_onnx_a_pull_still_ends_well(run: Run, published: dict[str, Weig
 
 
 def files(folder: Path) -> set[str]:
-    """The visible files that the models' commands have left, but for what is remembered of them."""
+    """The visible files in LaMa's folder, except remembered checksums."""
     return {path.name for path in (folder / "weights" / "lama").iterdir() if not path.name.startswith(".")} - {
         f"{name}.sums.json" for name in ("lama.pt", "lama.safetensors")
     }
@@ -200,22 +207,22 @@ def test_lama_is_pulled_and_converted_once(run: Run, published: dict[str, Weight
     done = run("pull", "lama")
     loaded = tmp_path / "weights" / "lama" / "lama.safetensors"
     assert done.exit_code == 0, done.output
-    assert f"lama: pulled, its checksum is right: {tmp_path}/weights/lama/lama.pt" in done.stdout
-    assert f"million numbers): {loaded}" in done.stdout
+    assert f"lama: pulled, checksum correct: {tmp_path}/weights/lama/lama.pt" in done.stdout
+    assert f"million parameters): {loaded}" in done.stdout
     assert load_file(loaded).keys() == lama_weights().keys()
     assert files(tmp_path) == {"lama.pt", "lama.safetensors", "lama.safetensors.made.json"}
     row = listed(run)["lama"]
     assert (row["state"], row["path"], row["bytes"]) == ("there", str(loaded), loaded.stat().st_size)
     again = run("pull", "--engine", "lama")
-    assert "is there already" in again.stdout
+    assert "already there" in again.stdout
     assert "converted" not in again.stdout
     verified = run("verify")
     assert verified.exit_code == 0
-    assert "lama: right (md5:" in verified.stdout
-    assert "lama.safetensors: right (sha256:" in verified.stdout
+    assert "lama: correct (md5:" in verified.stdout
+    assert "lama.safetensors: correct (sha256:" in verified.stdout
 
 
-def test_lama_is_converted_again_where_that_file_is_missing_or_of_another(
+def test_lama_is_converted_again_if_the_converted_file_is_missing(
     run: Run, published: dict[str, Weights], images: ImageServer, tmp_path: Path
 ) -> None:
     run("pull", "lama")
@@ -231,7 +238,7 @@ def test_lama_is_converted_again_where_that_file_is_missing_or_of_another(
 
 
 @pytest.mark.parametrize("write", [lama_checkpoint, lama_script, lama_file])
-def test_lama_can_be_had_from_a_file_of_ones_own(
+def test_lama_can_be_converted_from_the_users_file(
     write: Callable[..., Path], run: Run, published: dict[str, Weights], images: ImageServer, tmp_path: Path
 ) -> None:
     run("pull", "lama")
@@ -245,56 +252,56 @@ def test_lama_can_be_had_from_a_file_of_ones_own(
     assert files(tmp_path) == {"lama.safetensors", "lama.safetensors.made.json"}
     assert listed(run)["lama"]["state"] == "unchecked"
     verified = run("verify")
-    assert (verified.exit_code, "lama.safetensors: right" in verified.stdout) == (0, True), verified.output
+    assert (verified.exit_code, "lama.safetensors: correct" in verified.stdout) == (0, True), verified.output
 
 
-def test_a_safetensors_file_that_somebody_put_there_is_used_as_it_is(
-    run: Run, published: dict[str, Weights], tmp_path: Path
-) -> None:
+def test_safetensors_file_from_elsewhere_is_unchecked(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
     path = lama_file(tmp_path / "weights" / "lama" / "lama.safetensors")
     assert listed(run)["lama"]["state"] == "unchecked"
     verified = run("verify")
-    assert (verified.exit_code, "put here by somebody" in verified.stdout) == (0, True), verified.output
+    assert (verified.exit_code, "not made by imagemill" in verified.stdout) == (0, True), verified.output
     assert path.is_file()
 
 
 @pytest.mark.parametrize("words", [["u2net"], ["lama", "u2net"], [], ["lama", "--engine", "lama"]])
-def test_only_lama_can_be_had_from_a_file(words: list[str], run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+def test_only_lama_is_converted_from_a_file(words: list[str], run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
     own = lama_file(tmp_path / "own.safetensors")
     done = run("pull", *words, "--from", str(own))
-    assert (done.exit_code, "goes with one model that is converted (lama)" in done.stderr) == (2, True), done.output
+    assert (done.exit_code, "needs exactly one model that is converted (lama)" in done.stderr) == (2, True), done.output
 
 
-def test_a_file_of_something_else_takes_nothing_away(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+def test_failed_conversion_keeps_the_present_model(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
     run("pull", "lama")
     (tmp_path / "own").write_bytes(b"something else")
     done = run("pull", "lama", "--from", str(tmp_path / "own"))
-    assert (done.exit_code, "no file of LaMa's weights" in done.stderr) == (2, True), done.output
+    assert (done.exit_code, "no LaMa weights" in done.stderr) == (2, True), done.output
     assert run("verify", "lama").exit_code == 0
     assert listed(run)["lama"]["state"] == "there"
 
 
-def test_without_torch_lama_is_pulled_and_told_how_to_convert_it(
+def test_pull_of_lama_without_torch_prints_the_install_command(
     run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
         patched.delitem(sys.modules, "imagemill.worker.models.conversion", raising=False)
         patched.setitem(sys.modules, "torch", None)
         done = run("pull", "lama")
-    assert (done.exit_code, "torch is not installed: pip install 'imagemill[lama]'" in done.stderr) == (2, True), done.output
+    assert (done.exit_code, "torch, which is not installed: pip install 'imagemill[lama]'" in done.stderr) == (2, True), (
+        done.output
+    )
     assert listed(run)["lama"]["state"] == "unconverted"
     assert run("pull", "lama").exit_code == 0
     assert listed(run)["lama"]["state"] == "there"
 
 
-def test_lama_is_not_for_8_bits(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+def test_lama_cannot_be_quantised(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
     done = run("quantize", "lama", "--images", str(tmp_path))
-    assert (done.exit_code, "can't be made in 8 bits" in done.stderr) == (2, True), done.output
+    assert (done.exit_code, "can't be quantised" in done.stderr) == (2, True), done.output
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The repository of the LCM LoRA on a stand-in for the hub, the mirror of an empty folder."""
+    """The LCM LoRA's repository on a fake hub as the mirror, and an empty weights folder."""
     with Hub(
         repository("lcm-lora-sdv1-5").source, {"pytorch_lora_weights.safetensors": b"an adapter", "a.bin": b"no"}
     ) as server:
@@ -303,24 +310,25 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield server
 
 
-def test_a_model_of_the_hub_is_pulled_listed_and_verified(run: Run, hub: Hub, tmp_path: Path) -> None:
+def test_model_from_the_hub_is_pulled_listed_and_verified(run: Run, hub: Hub, tmp_path: Path) -> None:
     name = "lcm-lora-sdv1-5"
     refused = run("pull", name)
-    assert refused.exit_code == 2, "the stand-in does not have the pinned commit"
+    assert refused.exit_code == 2  # the fake hub does not have the pinned commit
     assert "the hub has no latent-consistency/lcm-lora-sdv1-5 at cf2fced5" in refused.stderr
     done = run("pull", name, "--revision", "main")
-    assert f"{name}: pulled, commit {COMMIT}, checked: {tmp_path}/weights/diffusion/{name}" in done.stdout, done.output
+    folder = tmp_path / "weights" / "diffusion" / name
+    assert f"{name}: pulled, commit {COMMIT}, checksums correct: {folder}" in done.stdout, done.output
     row = listed(run)[name]
     assert (row["state"], row["licence"]) == ("there", "OpenRAIL++")
-    assert f"{name}: right (commit {COMMIT})" in run("verify").stdout
-    (tmp_path / "weights" / "diffusion" / name / "pytorch_lora_weights.safetensors").write_bytes(b"an adaptor")
+    assert f"{name}: correct (commit {COMMIT})" in run("verify").stdout
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"an adaptor")
     wrong = run("verify")
     assert wrong.exit_code == 1
-    assert "is not the file that was pulled: its SHA-256 is" in wrong.stderr
+    assert "has changed since it was pulled: its SHA-256 is" in wrong.stderr
     assert f"imagemill models pull {name}" in wrong.stderr
 
 
-def test_a_model_that_is_made_of_two_repositories_is_one_name(run: Run, hub: Hub) -> None:
+def test_model_of_two_repositories_has_one_name(run: Run, hub: Hub) -> None:
     done = run("pull", "sd15-canny")
     assert done.exit_code == 2
     assert "the hub has no stable-diffusion-v1-5/stable-diffusion-v1-5 at 451f4fe1" in done.stderr
@@ -328,11 +336,11 @@ def test_a_model_that_is_made_of_two_repositories_is_one_name(run: Run, hub: Hub
 
 
 @pytest.mark.parametrize("words", [["u2net"], ["sd15-canny"], []])
-def test_a_revision_is_for_one_repository(run: Run, words: list[str]) -> None:
+def test_revision_needs_exactly_one_repository(run: Run, words: list[str]) -> None:
     done = run("pull", *words, "--revision", "main")
-    assert (done.exit_code, "--revision is for one" in done.stderr) == (2, True)
+    assert (done.exit_code, "--revision needs exactly one" in done.stderr) == (2, True)
 
 
-def test_a_model_of_the_hub_has_no_8_bits(run: Run, tmp_path: Path) -> None:
+def test_model_from_the_hub_cannot_be_quantised(run: Run, tmp_path: Path) -> None:
     done = run("quantize", "sd15", "--images", str(tmp_path))
-    assert (done.exit_code, "can't be made in 8 bits" in done.stderr) == (2, True)
+    assert (done.exit_code, "can't be quantised" in done.stderr) == (2, True)

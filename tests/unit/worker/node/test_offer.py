@@ -12,8 +12,8 @@ from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import OnnxSettings, Settings
 from imagemill.worker.main import Worker
 from imagemill.worker.models.catalogue import MODELS, repository
-from imagemill.worker.models.checksums import check
-from imagemill.worker.models.files import put_on_record, variant
+from imagemill.worker.models.checksums import hash_file
+from imagemill.worker.models.files import record_variant, variant
 from imagemill.worker.models.repositories import folder_of
 from imagemill.worker.node.doctor import check_engines, check_models
 from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
@@ -135,14 +135,14 @@ def test_the_doctor_warns_where_8_bits_are_asked_for_and_not_here(tmp_path: Path
     ]
     original = tmp_path / "rembg" / "u2net.onnx"
     variant(original, "int8").touch()
-    put_on_record(original, "int8", accepted=True, told={})
+    record_variant(original, "int8", accepted=True, details={})
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
 
 
 def test_the_doctor_warns_of_a_file_that_verify_found_to_be_another(tmp_path: Path) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",))
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
-    check(tmp_path / "rembg" / "u2net.onnx", "md5:")
+    hash_file(tmp_path / "rembg" / "u2net.onnx", "md5:")
     (warned,) = (finding for finding in check_models(known) if finding.state == "warning")
     assert (warned.found, warned.fix) == ("u2net is not the published file", "imagemill models pull u2net")
 

@@ -76,17 +76,17 @@ PUBLIC += ["::ffff:8.8.8.8", "2001:4860:4860::8888"]
 
 
 @pytest.mark.parametrize("address", REFUSED)
-def test_addresses_that_lead_inside_are_refused(address: str) -> None:
+def test_non_public_address_is_not_allowed(address: str) -> None:
     assert not allowed(address, "example.org", 80, FetchSettings())
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_public_addresses_are_allowed(address: str) -> None:
+def test_public_address_is_allowed(address: str) -> None:
     assert allowed(address, "example.org", 80, FetchSettings())
 
 
 @given(st.ip_addresses(v=4))
-def test_an_ipv4_address_inside_ipv6_is_never_public_where_it_alone_is_not(inner: IPv4Address) -> None:
+def test_embedded_ipv4_address_is_not_public_and_mapped_one_is_treated_as_ipv4(inner: IPv4Address) -> None:
     number = int(inner)
     wrapped = [IPv6Address(number), IPv6Address(0x0064_FF9B << 96 | number), IPv6Address(0x2002 << 112 | number << 80)]
     assert not any(is_public(ip) for ip in wrapped)
@@ -94,7 +94,7 @@ def test_an_ipv4_address_inside_ipv6_is_never_public_where_it_alone_is_not(inner
 
 
 @given(st.ip_addresses())
-def test_no_multicast_private_or_reserved_address_is_public(ip: IPv4Address | IPv6Address) -> None:
+def test_special_address_is_not_public(ip: IPv4Address | IPv6Address) -> None:
     inside = ip.is_private or ip.is_multicast or ip.is_loopback or ip.is_link_local or ip.is_unspecified
     assert not (inside and is_public(ip))
 
@@ -112,11 +112,11 @@ def test_no_multicast_private_or_reserved_address_is_public(ip: IPv4Address | IP
         ("[::1]:80", "[::1]", 81, False),
     ],
 )
-def test_hosts_that_the_operator_lists(entry: str, host: str, port: int, expected: bool) -> None:
+def test_listed_host_is_allowed(entry: str, host: str, port: int, expected: bool) -> None:
     assert allowed("10.0.0.5", host, port, FetchSettings(allow_hosts=(entry,))) is expected
 
 
-def test_networks_that_the_operator_lists() -> None:
+def test_listed_network_is_allowed() -> None:
     settings = FetchSettings.model_validate({"allow_networks": ["10.1.0.0/16", "fd00::/8"]})
     assert allowed("10.1.2.3", "h", 80, settings)
     assert allowed("::ffff:10.1.2.3", "h", 80, settings)
@@ -145,7 +145,7 @@ def test_networks_that_the_operator_lists() -> None:
         ("http://example.org/x?Signature=a%2Bb%3D&k=[1]", "http://example.org/x?Signature=a%2Bb%3D&k=[1]"),
     ],
 )
-def test_addresses_are_encoded_for_the_wire(url: str, expected: str) -> None:
+def test_wire_encodes_url(url: str, expected: str) -> None:
     assert wire(url).url == expected
 
 
@@ -166,13 +166,13 @@ def test_addresses_are_encoded_for_the_wire(url: str, expected: str) -> None:
         "ftp://example.org/",
     ],
 )
-def test_hosts_that_can_be_none_are_refused(url: str) -> None:
+def test_wire_rejects_invalid_url(url: str) -> None:
     with pytest.raises(UnsupportedUrl):
         wire(url)
 
 
 @given(st.text())
-def test_whatever_is_asked_goes_out_as_plain_ascii_for_the_host_that_was_read(text: str) -> None:
+def test_wire_gives_stable_ascii_url_for_any_path(text: str) -> None:
     try:
         target = wire(f"http://example.org/{text}")
     except UnsupportedUrl:
@@ -185,7 +185,7 @@ def test_whatever_is_asked_goes_out_as_plain_ascii_for_the_host_that_was_read(te
 
 
 @given(st.text(max_size=40))
-def test_another_parser_reads_the_same_host_out_of_it(text: str) -> None:
+def test_wire_gives_host_that_urlsplit_reads_from_url(text: str) -> None:
     try:
         target = wire(f"http://{text}/")
     except UnsupportedUrl:

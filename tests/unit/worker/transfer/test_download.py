@@ -22,7 +22,7 @@ def downloader() -> Downloader:
     return Downloader(LOOPBACK)
 
 
-def test_a_connection_is_kept_and_used_again(downloader: Downloader, images: ImageServer) -> None:
+def test_downloader_reuses_connection(downloader: Downloader, images: ImageServer) -> None:
     images.routes["/a"] = b"one"
     images.routes["/b"] = answers(404, b"no")
     for path in ("/a", "/b", "/a", "/b", "/a"):
@@ -31,11 +31,11 @@ def test_a_connection_is_kept_and_used_again(downloader: Downloader, images: Ima
     downloader.close()
 
 
-def test_threads_do_not_wait_for_each_other(downloader: Downloader, images: ImageServer) -> None:
+def test_downloader_serves_threads_concurrently(downloader: Downloader, images: ImageServer) -> None:
     together = threading.Barrier(8)
 
     def meet(handler: Handler) -> None:
-        together.wait(20)  # passes only when eight requests are here at once
+        together.wait(20)  # passes only once eight requests are running
         reply(handler, 200, handler.path.encode())
 
     images.routes["/meet"] = meet
@@ -46,7 +46,9 @@ def test_threads_do_not_wait_for_each_other(downloader: Downloader, images: Imag
     downloader.close()
 
 
-def test_what_is_sent(downloader: Downloader, images: ImageServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_has_expected_headers_and_ignores_proxies(
+    downloader: Downloader, images: ImageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     images.routes["/a"] = answers(200, b"x", headers={"Set-Cookie": "id=1"})
@@ -59,7 +61,7 @@ def test_what_is_sent(downloader: Downloader, images: ImageServer, monkeypatch: 
     downloader.close()
 
 
-def test_nothing_of_one_request_is_left_in_the_next(downloader: Downloader, images: ImageServer) -> None:
+def test_request_does_not_inherit_previous_response(downloader: Downloader, images: ImageServer) -> None:
     images.routes["/a"] = answers(200, b"long body", headers={"X-Only-Here": "1"})
     images.routes["/b"] = answers(404, b"not found")
     assert downloader.get(wire(images.url("/a")), "x", 20).headers["x-only-here"] == "1"
@@ -69,7 +71,7 @@ def test_nothing_of_one_request_is_left_in_the_next(downloader: Downloader, imag
     downloader.close()
 
 
-def test_headers_before_the_final_answer_do_not_count() -> None:
+def test_headers_of_interim_response_are_dropped() -> None:
     transfer = _Transfer(wire("http://example.org/"), LOOPBACK)
     for line in (b"HTTP/1.1 103 Early Hints\r\n", b"Location: /wrong\r\n", b"\r\n", b"HTTP/2 200 \r\n", b"X-Odd: \xff\r\n"):
         transfer.on_header(line)
@@ -77,7 +79,7 @@ def test_headers_before_the_final_answer_do_not_count() -> None:
     assert set(transfer.headers) == {"x-odd"}
 
 
-def test_a_closed_downloader_closes_what_comes_back(downloader: Downloader, images: ImageServer) -> None:
+def test_closed_downloader_closes_handle_after_its_request(downloader: Downloader, images: ImageServer) -> None:
     images.routes["/stall"] = images.hang
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(downloader.get, wire(images.url("/stall")), "x", 20)
@@ -89,19 +91,18 @@ def test_a_closed_downloader_closes_what_comes_back(downloader: Downloader, imag
     assert downloader._idle == []
 
 
-def test_every_failure_of_curl_has_a_meaning() -> None:
+def test_every_curl_error_is_explained() -> None:
     transfer = _Transfer(wire("http://example.org/"), LOOPBACK)
-    transfer.opened = 1
     for name in dir(pycurl):
         if name.startswith("E_"):
-            meaning = transfer.meaning(pycurl.error(getattr(pycurl, name), "reason"), "LABEL")
-            assert type(meaning) is not ImageError
-            assert "LABEL" in meaning.message
-    assert isinstance(transfer.meaning(pycurl.error(pycurl.E_OPERATION_TIMEDOUT, ""), "x"), Timeout)
-    assert isinstance(transfer.meaning(pycurl.error(pycurl.E_URL_MALFORMAT, ""), "x"), UnsupportedUrl)
+            explained = transfer.explain(pycurl.error(getattr(pycurl, name), "reason"), "LABEL")
+            assert type(explained) is not ImageError
+            assert "LABEL" in explained.message
+    assert isinstance(transfer.explain(pycurl.error(pycurl.E_OPERATION_TIMEDOUT, ""), "x"), Timeout)
+    assert isinstance(transfer.explain(pycurl.error(pycurl.E_URL_MALFORMAT, ""), "x"), UnsupportedUrl)
 
 
-def test_retry_after_is_a_number_or_a_date() -> None:
+def test_retry_after_accepts_number_or_date() -> None:
     assert retry_after("3") == 3
     assert retry_after("") == 0
     assert retry_after("soon") == 0

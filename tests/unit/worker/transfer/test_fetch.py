@@ -4,9 +4,8 @@ import gzip
 import pickle
 import socket
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -15,14 +14,12 @@ from imagemill.shared.errors import ImageError
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.worker.transfer import fetch
 from imagemill.worker.transfer.fetch import Fetched, Fetcher, pause
-from tests.services.images import Handler, ImageServer, answers, endless, failing, html, redirect, reply, start_reply, truncated
-
-PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR and so on"
-LOOPBACK: dict[str, Any] = {"allow_networks": ["127.0.0.0/8", "::1/128"]}
+from tests.services.images import Handler, ImageServer, answers, endless, failing, html, reply, start_reply, truncated
+from tests.unit.worker.transfer.samples import LOOPBACK, PNG, MakeFetcher, caught, no_s3
 
 
 class Stop(threading.Event):
-    """An event that notes how long it was waited for, and that nobody waits for in truth."""
+    """An event that records requested waits instead of waiting."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,50 +30,18 @@ class Stop(threading.Event):
         return self.is_set()
 
 
-def no_s3() -> NoReturn:
-    raise AssertionError("S3 was asked")
-
-
-MakeFetcher = Callable[..., Fetcher]
-
-
-@pytest.fixture
-def make() -> Iterator[MakeFetcher]:
-    made: list[Fetcher] = []
-
-    def one(**settings: Any) -> Fetcher:
-        made.append(Fetcher(FetchSettings.model_validate(settings), FileSettings(), no_s3))
-        return made[-1]
-
-    yield one
-    for fetcher in made:
-        fetcher.close()
-
-
-@pytest.fixture
-def fetcher(make: MakeFetcher) -> Fetcher:
-    return make(**LOOPBACK, total_timeout=20)
-
-
-def caught(fetcher: Fetcher, url: str, kind: type[ImageError], **options: Any) -> ImageError:
-    with pytest.raises(kind) as info:
-        fetcher.fetch(url, **options)
-    assert type(info.value) is kind
-    return info.value
-
-
-def test_an_image_comes_as_it_is(fetcher: Fetcher, images: ImageServer) -> None:
+def test_fetch_returns_bytes_unchanged(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = PNG
     assert fetcher.fetch(images.url("/a.png")) == Fetched(PNG, 1)
 
 
-def test_an_image_of_another_type_or_none_is_no_error(fetcher: Fetcher, images: ImageServer) -> None:
+def test_content_type_of_image_is_ignored(fetcher: Fetcher, images: ImageServer) -> None:
     for kind in ("image/jpeg", "application/octet-stream", "text/plain", "text/html", ""):
         images.routes["/a.jpg"] = answers(200, PNG, kind)
         assert fetcher.fetch(images.url("/a.jpg")).data == PNG
 
 
-def test_odd_characters_reach_the_server_encoded(fetcher: Fetcher, images: ImageServer) -> None:
+def test_url_is_percent_encoded_for_server(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/b/%C3%BC%20%E7%94%BB.png"] = PNG
     assert fetcher.fetch(images.url("/a/../b/ü 画.png?k=ä b")).data == PNG
     assert images.last_path == "/b/%C3%BC%20%E7%94%BB.png?k=%C3%A4%20b"
@@ -96,12 +61,14 @@ def test_odd_characters_reach_the_server_encoded(fetcher: Fetcher, images: Image
         (204, errors.HttpError),
         (206, errors.HttpError),
         (304, errors.HttpError),
-        (302, errors.HttpError),  # without a place to go to
+        (302, errors.HttpError),  # without a Location header
         (400, errors.HttpError),
         (451, errors.HttpError),
     ],
 )
-def test_each_status_has_its_error(fetcher: Fetcher, images: ImageServer, status: int, kind: type[ImageError]) -> None:
+def test_status_maps_to_error_without_secrets(
+    fetcher: Fetcher, images: ImageServer, status: int, kind: type[ImageError]
+) -> None:
     images.routes["/a.png"] = answers(status, b"" if status in (204, 304) else PNG)
     error = caught(fetcher, images.url("/a.png?token=secret"), kind)
     assert str(status) in error.message
@@ -119,24 +86,24 @@ def test_each_status_has_its_error(fetcher: Fetcher, images: ImageServer, status
         html("<!-- x --> <html>", kind="image/jpeg"),
     ],
 )
-def test_a_web_page_is_not_an_image(fetcher: Fetcher, images: ImageServer, route: Any) -> None:
+def test_web_page_is_not_an_image(fetcher: Fetcher, images: ImageServer, route: Any) -> None:
     images.routes["/a.png"] = route
     assert "web page" in caught(fetcher, images.url("/a.png"), errors.NotAnImage).message
 
 
-def test_an_empty_body(fetcher: Fetcher, images: ImageServer) -> None:
+def test_empty_body_is_empty_file(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = b""
     caught(fetcher, images.url("/a.png"), errors.EmptyFile)
 
 
-def test_a_body_that_ends_early_is_tried_again(fetcher: Fetcher, images: ImageServer) -> None:
+def test_incomplete_body_is_retried(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = truncated(PNG, 3)
     error = caught(fetcher, images.url("/a.png"), errors.Unreachable, attempts=2, stop=Stop())
     assert error.tries == 2
     assert images.hits["/a.png"] == 2
 
 
-def test_the_size_limit_holds_before_and_during_the_body(make: MakeFetcher, images: ImageServer) -> None:
+def test_size_limit_applies_before_and_during_body(make: MakeFetcher, images: ImageServer) -> None:
     fetcher = make(**LOOPBACK, max_bytes=100_000)
     images.routes["/announced"] = endless(length=10_000_000_000)
     images.routes["/unannounced"] = endless()
@@ -147,7 +114,7 @@ def test_the_size_limit_holds_before_and_during_the_body(make: MakeFetcher, imag
     assert len(fetcher.fetch(images.url("/exact")).data) == 100_000
 
 
-def test_an_error_page_of_any_size_is_still_that_error(make: MakeFetcher, images: ImageServer) -> None:
+def test_large_error_page_keeps_its_status_error(make: MakeFetcher, images: ImageServer) -> None:
     fetcher = make(**LOOPBACK, max_bytes=1000)
 
     def large(handler: Handler) -> None:
@@ -159,7 +126,7 @@ def test_an_error_page_of_any_size_is_still_that_error(make: MakeFetcher, images
     caught(fetcher, images.url("/a.png"), errors.NotFound)
 
 
-def test_compression_that_nobody_asked_for_is_undone_within_the_limit(make: MakeFetcher, images: ImageServer) -> None:
+def test_unrequested_compression_is_decoded_within_size_limit(make: MakeFetcher, images: ImageServer) -> None:
     fetcher = make(**LOOPBACK, max_bytes=1_000_000)
     packed = {"Content-Encoding": "gzip"}
     images.routes["/a.png"] = answers(200, gzip.compress(PNG), headers=packed)
@@ -170,16 +137,16 @@ def test_compression_that_nobody_asked_for_is_undone_within_the_limit(make: Make
     caught(fetcher, images.url("/damaged.png"), errors.Truncated)
 
 
-def test_a_server_that_stalls_or_trickles_is_given_up(make: MakeFetcher, images: ImageServer) -> None:
+def test_stalled_or_trickling_response_times_out(make: MakeFetcher, images: ImageServer) -> None:
     fetcher = make(**LOOPBACK, total_timeout=0.3)
     images.routes["/stall"] = images.hang
     images.routes["/trickle"] = images.trickle(PNG * 100)
     for path in ("/stall", "/trickle"):
-        assert "too slow" in caught(fetcher, images.url(path), errors.Timeout).message
+        assert "timed out" in caught(fetcher, images.url(path), errors.Timeout).message
     assert images.stalled.is_set()
 
 
-def test_the_total_time_includes_redirects(make: MakeFetcher, images: ImageServer) -> None:
+def test_total_timeout_includes_redirects(make: MakeFetcher, images: ImageServer) -> None:
     fetcher = make(**LOOPBACK, total_timeout=0.4, max_redirects=1000)
 
     def slow(handler: Handler) -> None:
@@ -191,8 +158,8 @@ def test_the_total_time_includes_redirects(make: MakeFetcher, images: ImageServe
     assert images.hits["/slow"] < 20
 
 
-def test_a_host_that_never_answers_the_connection(make: MakeFetcher) -> None:
-    with socket.socket() as full:  # a queue of one, filled: the next connection stays unanswered
+def test_unanswered_connection_times_out(make: MakeFetcher) -> None:
+    with socket.socket() as full:  # a full queue: the next connection stays unanswered
         full.bind(("127.0.0.1", 0))
         full.listen(0)
         address = full.getsockname()
@@ -206,130 +173,26 @@ def test_a_host_that_never_answers_the_connection(make: MakeFetcher) -> None:
     assert error.retryable
 
 
-def test_nobody_listens(fetcher: Fetcher) -> None:
+def test_closed_port_is_unreachable(fetcher: Fetcher) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         error = caught(fetcher, f"http://127.0.0.1:{closed.getsockname()[1]}/a.png", errors.Unreachable)
-    assert "refuses connections" in error.message
+    assert "can't connect" in error.message
 
 
-def test_a_host_that_does_not_exist(fetcher: Fetcher) -> None:
+def test_unknown_host_is_unreachable(fetcher: Fetcher) -> None:
     assert "no-such-host.invalid" in caught(fetcher, "http://no-such-host.invalid/a.png", errors.Unreachable).message
 
 
-def test_a_server_without_tls(fetcher: Fetcher, images: ImageServer) -> None:
+def test_server_without_tls_is_unreachable(fetcher: Fetcher, images: ImageServer) -> None:
     url = images.url("/a.png").replace("http:", "https:")
-    assert "secure" in caught(fetcher, url, errors.Unreachable).message
+    assert "TLS" in caught(fetcher, url, errors.Unreachable).message
 
 
-# --- redirects ---
+# --- retries ---
 
 
-def test_redirects_are_followed_to_their_end(fetcher: Fetcher, images: ImageServer) -> None:
-    images.routes["/1"] = redirect("/2?q=1", 301)
-    images.routes["/2"] = redirect("3", 307)
-    images.routes["/3"] = redirect(images.url("/ü x.png"), 308)
-    images.routes["/%C3%BC%20x.png"] = PNG
-    assert fetcher.fetch(images.url("/1")) == Fetched(PNG, 1)
-
-
-def test_the_limit_of_redirects_is_exact(make: MakeFetcher, images: ImageServer) -> None:
-    images.routes.update({f"/{n}": redirect(f"/{n + 1}") for n in range(3)})
-    images.routes["/3"] = PNG
-    assert make(**LOOPBACK, max_redirects=3).fetch(images.url("/0")).data == PNG
-    caught(make(**LOOPBACK, max_redirects=2), images.url("/0"), errors.TooManyRedirects)
-
-
-def test_a_loop_ends(fetcher: Fetcher, images: ImageServer) -> None:
-    images.routes["/loop"] = redirect("/loop")
-    error = caught(fetcher, images.url("/loop"), errors.TooManyRedirects, attempts=3)
-    assert images.hits["/loop"] == 6
-    assert error.tries == 1
-
-
-@pytest.mark.parametrize(
-    "location", ["file:///etc/passwd", "s3://bucket/key", "gopher://127.0.0.1:6379/_INFO", "data:image/png,x"]
-)
-def test_redirects_to_other_schemes_are_refused(fetcher: Fetcher, images: ImageServer, location: str) -> None:
-    images.routes["/a.png"] = redirect(location)
-    caught(fetcher, images.url("/a.png"), errors.ForbiddenAddress)
-
-
-@pytest.mark.parametrize("location", ["http://user:hunter2@127.0.0.1/", "http://[::1/", "http://a b/", "http://x%00y/"])
-def test_redirects_to_no_address(fetcher: Fetcher, images: ImageServer, location: str) -> None:
-    images.routes["/a.png"] = redirect(location)
-    assert "hunter2" not in caught(fetcher, images.url("/a.png"), errors.UnsupportedUrl).message
-
-
-def test_an_error_after_a_redirect_names_both_addresses_without_queries(fetcher: Fetcher, images: ImageServer) -> None:
-    images.routes["/a.png"] = redirect("/gone.png?Signature=secret")
-    message = caught(fetcher, images.url("/a.png"), errors.NotFound).message
-    assert "/a.png" in message
-    assert "/gone.png" in message
-    assert "secret" not in message
-
-
-# --- no way into the private network ---
-
-
-@pytest.mark.parametrize(
-    "host",
-    [
-        "127.0.0.1",
-        "localhost",
-        "LOCALHOST.",
-        "2130706433",
-        "0x7f.1",
-        "0177.0.0.1",
-        "127.1",
-        "0",
-        "[::ffff:127.0.0.1]",
-        "[::1]",
-        "[::]",
-    ],
-)
-def test_loopback_is_refused_however_it_is_written(make: MakeFetcher, images: ImageServer, host: str) -> None:
-    images.routes["/a.png"] = PNG
-    error = caught(make(), images.url("/a.png", host), errors.ForbiddenAddress, attempts=3)
-    assert "IMAGEMILL_FETCH__ALLOW_HOSTS" in error.message
-    assert error.tries == 1
-    assert images.connections == 0
-
-
-@pytest.mark.parametrize("host", ["10.0.0.1", "169.254.169.254", "[fd00:ec2::254]", "224.0.0.1", "[64:ff9b::a00:1]"])
-def test_private_networks_are_refused_without_a_connection(make: MakeFetcher, host: str) -> None:
-    caught(make(), f"http://{host}/latest/meta-data", errors.ForbiddenAddress)
-
-
-def test_a_redirect_into_the_private_network_is_refused(make: MakeFetcher, images: ImageServer) -> None:
-    with ImageServer({"/secret": PNG}) as inside:
-        fetcher = make(allow_hosts=[f"127.0.0.1:{images.port}"])
-        for location in (inside.url("/secret"), inside.url("/secret", "localhost"), inside.url("/secret", "0x7f000001")):
-            images.routes["/a.png"] = redirect(location)
-            assert "redirected" in caught(fetcher, images.url("/a.png"), errors.ForbiddenAddress).message
-        assert inside.connections == 0
-    assert images.hits["/a.png"] == 3
-
-
-def test_the_host_that_is_allowed_is_a_name_and_not_its_address(make: MakeFetcher, images: ImageServer) -> None:
-    images.routes["/a.png"] = PNG
-    fetcher = make(allow_hosts=["localhost"])
-    assert fetcher.fetch(images.url("/a.png", "localhost")).data == PNG
-    # the connection that is open now belongs to the name; the address alone gets no use of it
-    caught(fetcher, images.url("/a.png"), errors.ForbiddenAddress)
-
-
-def test_an_address_that_was_allowed_once_is_judged_again_for_another_name(make: MakeFetcher, images: ImageServer) -> None:
-    images.routes["/a.png"] = PNG
-    fetcher = make(allow_hosts=["127.0.0.1"])
-    fetcher.fetch(images.url("/a.png"))
-    caught(fetcher, images.url("/a.png", "localhost"), errors.ForbiddenAddress)
-
-
-# --- tries ---
-
-
-def test_trouble_that_passes_is_tried_again(fetcher: Fetcher, images: ImageServer) -> None:
+def test_temporary_error_is_retried_after_growing_pauses(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = failing(2, 503, PNG)
     stop = Stop()
     assert fetcher.fetch(images.url("/a.png"), attempts=3, stop=stop) == Fetched(PNG, 3)
@@ -337,21 +200,21 @@ def test_trouble_that_passes_is_tried_again(fetcher: Fetcher, images: ImageServe
     assert 0.25 <= stop.waits[0] <= 0.5 <= stop.waits[1] <= 1.0
 
 
-def test_the_number_of_tries_is_known_after_a_failure_and_survives_pickling(fetcher: Fetcher, images: ImageServer) -> None:
+def test_error_keeps_number_of_tries_when_pickled(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = answers(500)
     error = caught(fetcher, images.url("/a.png"), errors.ServerError, attempts=4, stop=Stop())
     assert error.tries == images.hits["/a.png"] == 4
     assert pickle.loads(pickle.dumps(error)).tries == 4  # noqa: S301
 
 
-def test_what_cannot_get_better_is_tried_once(fetcher: Fetcher, images: ImageServer) -> None:
+def test_permanent_error_is_not_retried(fetcher: Fetcher, images: ImageServer) -> None:
     stop = Stop()
     assert caught(fetcher, images.url("/missing"), errors.NotFound, attempts=5, stop=stop).tries == 1
     assert images.hits["/missing"] == 1
     assert stop.waits == []
 
 
-def test_a_stop_ends_the_waiting(fetcher: Fetcher, images: ImageServer) -> None:
+def test_stop_prevents_retry(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = answers(503)
     stop = Stop()
     stop.set()
@@ -359,7 +222,7 @@ def test_a_stop_ends_the_waiting(fetcher: Fetcher, images: ImageServer) -> None:
 
 
 @pytest.mark.parametrize(("asked", "least", "most"), [("3", 3, 3), ("3600", 8, 8), ("0", 0.25, 0.5), ("nonsense", 0.25, 0.5)])
-def test_the_server_says_when_to_come_back(
+def test_retry_after_sets_pause_within_limits(
     fetcher: Fetcher, images: ImageServer, asked: str, least: float, most: float
 ) -> None:
     images.routes["/a.png"] = failing(1, 429, PNG, {"Retry-After": asked})
@@ -368,7 +231,7 @@ def test_the_server_says_when_to_come_back(
     assert least <= stop.waits[0] <= most
 
 
-def test_pauses_grow_to_eight_seconds() -> None:
+def test_pause_grows_to_eight_seconds() -> None:
     for tries, longest in ((1, 0.5), (2, 1), (3, 2), (4, 4), (5, 8), (6, 8), (60, 8)):
         assert longest / 2 <= pause(tries) <= longest
 
@@ -379,16 +242,16 @@ def test_pauses_grow_to_eight_seconds() -> None:
 @pytest.mark.parametrize(
     "url", ["ftp://a/b", "a.png", "", "http://", "http://user:hunter2@example.org/", "http://a\nb/", "file://host/a"]
 )
-def test_what_is_no_address_of_ours(fetcher: Fetcher, url: str) -> None:
+def test_unsupported_url_is_rejected_without_secrets(fetcher: Fetcher, url: str) -> None:
     assert "hunter2" not in caught(fetcher, url, errors.UnsupportedUrl).message
 
 
 @pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "s3://-/key", "s3://UPPER/key"])
-def test_no_object_of_s3(fetcher: Fetcher, url: str) -> None:
+def test_invalid_s3_url_is_rejected(fetcher: Fetcher, url: str) -> None:
     caught(fetcher, url, errors.UnsupportedUrl)
 
 
-def test_files_are_read_below_the_roots_only(tmp_path: Path) -> None:
+def test_file_url_is_read_below_roots_only(tmp_path: Path) -> None:
     (tmp_path / "a b.png").write_bytes(PNG)
     (tmp_path / "empty.png").touch()
     fetcher = Fetcher(FetchSettings(max_bytes=1000), FileSettings(read_roots=(tmp_path,)), no_s3)
@@ -399,7 +262,7 @@ def test_files_are_read_below_the_roots_only(tmp_path: Path) -> None:
     caught(Fetcher(FetchSettings(), FileSettings(), no_s3), url, errors.ForbiddenAddress)
 
 
-def test_the_first_bytes_tell_a_page_from_an_image() -> None:
+def test_html_pattern_matches_pages_only() -> None:
     assert fetch.HTML.match(b"<!DocType html>")
     assert not fetch.HTML.match(b"<svg>")
     assert not fetch.HTML.match(PNG)

@@ -18,7 +18,7 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def test_files_below_a_root_are_read(root: Path) -> None:
+def test_file_below_root_is_read(root: Path) -> None:
     name = root / "100% with spaces, ü?#.png"
     name.write_bytes(b"odd")
     assert read_file((root / "a.png").as_uri(), [root], 100) == b"image"
@@ -26,20 +26,20 @@ def test_files_below_a_root_are_read(root: Path) -> None:
     assert read_file(f"file://localhost{root}/a.png", [root], 100) == b"image"
 
 
-def test_without_roots_nothing_is_read_and_the_setting_is_named(root: Path) -> None:
+def test_error_names_setting_when_no_roots_are_set(root: Path) -> None:
     with pytest.raises(ForbiddenAddress, match="IMAGEMILL_FILES__READ_ROOTS"):
         read_file((root / "a.png").as_uri(), [], 100)
 
 
 @pytest.mark.parametrize("way", ["../secret.png", "%2e%2e/secret.png", "x/../../secret.png", "link.png", "folder/secret.png"])
-def test_ways_out_of_the_root_are_refused(root: Path, way: str) -> None:
+def test_path_out_of_root_is_forbidden(root: Path, way: str) -> None:
     (root / "link.png").symlink_to(root.parent / "secret.png")
     (root / "folder").symlink_to(root.parent)
     with pytest.raises(ForbiddenAddress):
         read_file(f"file://{root}/{way}", [root], 100)
 
 
-def test_a_sibling_whose_name_begins_like_the_root_is_outside(root: Path) -> None:
+def test_sibling_with_root_as_name_prefix_is_forbidden(root: Path) -> None:
     sibling = root.parent / "in-other"
     sibling.mkdir()
     (sibling / "a.png").write_bytes(b"x")
@@ -47,7 +47,7 @@ def test_a_sibling_whose_name_begins_like_the_root_is_outside(root: Path) -> Non
         read_file((sibling / "a.png").as_uri(), [root], 100)
 
 
-def test_nobody_learns_what_exists_outside(root: Path) -> None:
+def test_error_does_not_reveal_whether_file_outside_exists(root: Path) -> None:
     messages = []
     for name in ("secret.png", "missing.png"):
         with pytest.raises(ForbiddenAddress) as caught:
@@ -56,7 +56,7 @@ def test_nobody_learns_what_exists_outside(root: Path) -> None:
     assert messages[0] == messages[1]
 
 
-def test_a_link_changed_between_check_and_opening_gets_nobody_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_swapped_before_opening_is_forbidden(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     link = root / "link.png"
     link.symlink_to(root / "a.png")
     real_open = os.open
@@ -71,7 +71,7 @@ def test_a_link_changed_between_check_and_opening_gets_nobody_out(root: Path, mo
         read_file(link.as_uri(), [root], 100)
 
 
-def test_links_that_stay_inside_and_linked_roots_work(root: Path) -> None:
+def test_link_inside_root_and_linked_root_work(root: Path) -> None:
     (root / "link.png").symlink_to("a.png")
     linked_root = root.parent / "linked"
     linked_root.symlink_to(root)
@@ -79,43 +79,43 @@ def test_links_that_stay_inside_and_linked_roots_work(root: Path) -> None:
     assert read_file((linked_root / "a.png").as_uri(), [linked_root], 100) == b"image"
 
 
-def test_only_regular_files_are_read(root: Path) -> None:
-    os.mkfifo(root / "pipe.png")  # opening it must not wait for a writer
+def test_pipe_and_folder_are_forbidden(root: Path) -> None:
+    os.mkfifo(root / "pipe.png")  # opening it must not block until there is a writer
     for name in ("pipe.png", "."):
         with pytest.raises(ForbiddenAddress, match="regular"):
             read_file(f"file://{root}/{name}", [root], 100)
 
 
-def test_what_is_missing(root: Path) -> None:
+def test_missing_file_is_not_found(root: Path) -> None:
     for name in ("b.png", "a.png/b.png", "a%00.png"):
         with pytest.raises(NotFound):
             read_file(f"file://{root}/{name}", [root], 100)
 
 
-def test_links_in_a_circle_are_an_error_of_ours(root: Path) -> None:
+def test_symlink_loop_is_not_found(root: Path) -> None:
     (root / "circle.png").symlink_to("circle.png")
     with pytest.raises(NotFound):
         read_file((root / "circle.png").as_uri(), [root], 100)
 
 
-def test_the_limit_is_exact(root: Path) -> None:
+def test_size_limit_is_exact(root: Path) -> None:
     assert read_file((root / "a.png").as_uri(), [root], 5) == b"image"
     with pytest.raises(TooLarge, match="5 bytes; the limit is 4"):
         read_file((root / "a.png").as_uri(), [root], 4)
 
 
-def test_a_file_that_says_nothing_of_its_size_is_limited_while_it_is_read() -> None:
-    with pytest.raises(TooLarge):  # the kernel's files have a size of 0
+def test_size_limit_applies_while_reading_file_that_reports_size_zero() -> None:
+    with pytest.raises(TooLarge):  # files in /proc report size 0
         read_file("file:///proc/cpuinfo", [Path("/proc")], 10)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission(root: Path) -> None:
+def test_unreadable_file_is_access_denied(root: Path) -> None:
     (root / "a.png").chmod(0)
     with pytest.raises(AccessDenied):
         read_file((root / "a.png").as_uri(), [root], 100)
 
 
-def test_a_root_contains_itself(root: Path) -> None:
+def test_root_is_below_itself(root: Path) -> None:
     assert is_below(root, [root])
     assert not is_below(root.parent, [root])

@@ -1,4 +1,4 @@
-"""Where results go: whole or not at all, under keys of their own, and only where the operator allows it."""
+"""Storing results: atomically, under distinct keys, and only where the operator allows it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,10 @@ from imagemill.shared.errors import NotFound, StorageRefused, StorageUnavailable
 from imagemill.shared.messages import Item, check_key
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.worker.transfer.store import FolderStore, open_store, render_key
+from tests.unit.worker.transfer.samples import no_s3
 
 JOB = "260730-1f0c9a3e"
 DEFAULT = "{job}/{index:06d}-{name}"
-
-
-def no_s3() -> NoReturn:
-    raise AssertionError("S3 was asked")
 
 
 def open_folder(url: str, *roots: Path) -> Any:
@@ -65,7 +62,7 @@ def files(folder: Path) -> dict[str, bytes]:
         ("all/{item}", {}, f"all/{Item(index=12, source='https://a.example/b.jpg').id}.png"),
     ],
 )
-def test_keys(template: str, fields: dict[str, Any], key: str) -> None:
+def test_render_key_fills_template(template: str, fields: dict[str, Any], key: str) -> None:
     item = Item.model_validate({"index": 12, "source": "https://a.example/b.jpg", **fields})
     assert render_key(template, job=JOB, item=item, extension="png") == key
     assert render_key(template, job=JOB, item=item, extension=".png") == key
@@ -82,7 +79,7 @@ NAMES = (
 
 @st.composite
 def templates(draw: st.DrawFn) -> str:
-    """Any template that a job may have."""
+    """Any valid template."""
     template = "".join(draw(st.lists(PARTS, min_size=1, max_size=6)))
     try:
         return check_key(template)
@@ -95,7 +92,7 @@ def templates(draw: st.DrawFn) -> str:
 @example(DEFAULT, (1, "a"), (2, "a"))
 @example("{index}-{name}", (1, "1-a"), (11, "a"))
 @example("{name}/{index}", (1, "a/1"), (11, "a"))
-def test_two_images_of_a_job_never_share_a_key_nor_leave_their_folder(
+def test_render_key_gives_distinct_keys_inside_prefix(
     template: str, one: tuple[int, str | None], other: tuple[int, str | None]
 ) -> None:
     assume(one[0] != other[0])
@@ -109,39 +106,39 @@ def test_two_images_of_a_job_never_share_a_key_nor_leave_their_folder(
         assert path.suffix == ".png" or path.name == ".png"
         assert key.isprintable()
         assert "\\" not in key
-        if template.count("{name}") < 2:  # a file's name may have 255 bytes
+        if template.count("{name}") < 2:  # a file name is limited to 255 bytes
             assert max(len(part.encode()) for part in path.parts) <= 255
         assert key.count("/") == template.count("/")
         assert key == render_key(template, job="1111", item=items[keys.index(key)], extension="png")
 
 
 @pytest.mark.parametrize("template", ["{index}{name}", "{name}{index}", "{index:02d}5{name}", "{name}{job}{index}"])
-def test_a_template_by_which_two_images_could_share_a_key_is_refused(template: str) -> None:
+def test_check_key_rejects_ambiguous_template(template: str) -> None:
     with pytest.raises(ValueError, match="separator between"):
         check_key(template)
 
 
-# --- a folder ---------------------------------------------------------------------------------
+# --- folders ---------------------------------------------------------------------------------
 
 
-def test_results_are_files_below_the_folder_at_the_address_that_is_told(root: Path) -> None:
+def test_put_writes_file_and_returns_its_url(root: Path) -> None:
     store = open_folder(f"file://localhost{root}/a%20b", root)
     store.check()
-    told = store.put("x/ü ?#.png", b"image", "image/png")
-    assert told == (root / "a b" / "x" / "ü ?#.png").as_uri()
+    url = store.put("x/ü ?#.png", b"image", "image/png")
+    assert url == (root / "a b" / "x" / "ü ?#.png").as_uri()
     assert files(root) == {"a b/x/ü ?#.png": b"image"}
-    assert store.put("x/ü ?#.png", b"again", "image/png") == told
+    assert store.put("x/ü ?#.png", b"again", "image/png") == url
     assert files(root) == {"a b/x/ü ?#.png": b"again"}
 
 
-def test_a_file_is_stored_like_bytes(store: FolderStore, root: Path, tmp_path: Path) -> None:
+def test_put_file_stores_content(store: FolderStore, root: Path, tmp_path: Path) -> None:
     source = tmp_path / "manifest"
     source.write_bytes(os.urandom(3 << 20))
     assert store.put_file("j/manifest.jsonl", source, "application/x-ndjson") == (root / "j/manifest.jsonl").as_uri()
     assert files(root) == {"j/manifest.jsonl": source.read_bytes()}
 
 
-def test_results_may_be_read_by_whoever_the_umask_lets(store: FolderStore, root: Path) -> None:
+def test_put_respects_umask(store: FolderStore, root: Path) -> None:
     before = os.umask(0o027)
     try:
         store.put("a.png", b"image", "image/png")
@@ -150,7 +147,7 @@ def test_results_may_be_read_by_whoever_the_umask_lets(store: FolderStore, root:
     assert stat.S_IMODE((root / "a.png").stat().st_mode) == 0o640
 
 
-def test_nobody_ever_sees_a_part_of_a_result(store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_puts_are_atomic_and_synced(store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [bytes([n]) * 300_000 for n in range(8)]
     store.put("a.png", contents[0], "image/png")
     seen: set[bytes] = set()
@@ -169,13 +166,13 @@ def test_nobody_ever_sees_a_part_of_a_result(store: FolderStore, root: Path, mon
     for writer in writers:
         writer.join()
     assert seen <= set(contents)
-    assert len(synced) == 2 * len(contents)  # the file before it appears, and the folder that names it
+    assert len(synced) == 2 * len(contents)  # each file, then its folder
     assert list(files(root)) == ["a.png"]
     assert files(root)["a.png"] in contents
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
-def test_nothing_is_left_of_what_could_not_be_written(
+def test_failed_put_keeps_old_file_and_leaves_nothing_behind(
     store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     store.put("a.png", b"before", "image/png")
@@ -189,9 +186,7 @@ def test_nothing_is_left_of_what_could_not_be_written(
     assert files(root) == {"a.png": b"before"}
 
 
-def test_nothing_is_left_when_the_worker_is_interrupted(
-    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_put_leaves_nothing_behind(store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_source: IO[bytes], file: IO[bytes], _size: int) -> NoReturn:
         file.write(b"half")
         raise KeyboardInterrupt
@@ -202,7 +197,7 @@ def test_nothing_is_left_when_the_worker_is_interrupted(
     assert files(root) == {}
 
 
-def test_without_write_roots_nothing_is_written_and_the_setting_is_named(root: Path) -> None:
+def test_error_names_setting_when_no_write_roots_are_set(root: Path) -> None:
     store = open_folder(root.as_uri())
     for call in (store.check, lambda: store.put("a.png", b"image", "image/png")):
         with pytest.raises(StorageRefused, match="IMAGEMILL_FILES__WRITE_ROOTS"):
@@ -212,7 +207,7 @@ def test_without_write_roots_nothing_is_written_and_the_setting_is_named(root: P
 
 @pytest.fixture
 def outside(root: Path) -> Iterator[Path]:
-    """A folder that nothing may appear in."""
+    """A folder that must stay empty."""
     folder = root.parent / "out-side"
     folder.mkdir()
     yield folder
@@ -222,7 +217,7 @@ def outside(root: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     "url", ["{outside}", "{outside}/deeper", "{root}/link", "{root}/link/deeper", "{root}/%2e%2e/out-side"]
 )
-def test_a_folder_outside_the_roots_is_refused_before_anything_is_made(root: Path, outside: Path, url: str) -> None:
+def test_folder_outside_roots_is_refused_before_creating_anything(root: Path, outside: Path, url: str) -> None:
     (root / "link").symlink_to(outside)
     store = open_folder(url.format(root=root.as_uri(), outside=outside.as_uri()), root)
     for call in (store.check, lambda: store.put("a/b.png", b"image", "image/png")):
@@ -231,14 +226,14 @@ def test_a_folder_outside_the_roots_is_refused_before_anything_is_made(root: Pat
 
 
 @pytest.mark.parametrize("key", ["link/a.png", "link/deeper/a.png", "../out-side/a.png", "x/../../out-side/a.png"])
-def test_no_key_leads_out_of_the_roots(store: FolderStore, root: Path, outside: Path, key: str) -> None:
+def test_key_out_of_roots_is_refused(store: FolderStore, root: Path, outside: Path, key: str) -> None:
     (root / "link").symlink_to(outside)
     store.check()
     with pytest.raises(StorageRefused, match="WRITE_ROOTS"):
         store.put(key, b"image", "image/png")
 
 
-def test_a_link_in_a_result_s_place_is_replaced_and_not_followed(store: FolderStore, root: Path, tmp_path: Path) -> None:
+def test_put_replaces_link_instead_of_following_it(store: FolderStore, root: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.write_bytes(b"theirs")
     (root / "a.png").symlink_to(theirs)
@@ -247,7 +242,7 @@ def test_a_link_in_a_result_s_place_is_replaced_and_not_followed(store: FolderSt
     assert not (root / "a.png").is_symlink()
 
 
-def test_links_that_stay_inside_work(store: FolderStore, root: Path) -> None:
+def test_put_follows_linked_folder_inside_roots(store: FolderStore, root: Path) -> None:
     (root / "real").mkdir()
     (root / "link").symlink_to("real")
     assert store.put("link/a.png", b"image", "image/png") == (root / "link" / "a.png").as_uri()
@@ -255,7 +250,7 @@ def test_links_that_stay_inside_work(store: FolderStore, root: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["a.png/b.png", "folder", "circle/b.png", "x" * 300, "a\0b.png"])
-def test_what_an_operator_must_mend_is_not_tried_again(store: FolderStore, root: Path, key: str) -> None:
+def test_unwritable_path_is_refused_permanently(store: FolderStore, root: Path, key: str) -> None:
     (root / "a.png").write_bytes(b"image")
     (root / "folder").mkdir()
     (root / "circle").symlink_to("circle")
@@ -271,17 +266,17 @@ def md5(data: bytes) -> str:
     return hashlib.md5(data).hexdigest()  # noqa: S324
 
 
-def test_a_result_is_copied_from_any_folder_below_the_roots(root: Path) -> None:
+def test_copy_from_any_folder_below_roots(root: Path) -> None:
     data = os.urandom(3 << 20)
     source = open_folder((root / "one").as_uri(), root).put("x/ü ?#.png", data, "image/png")
     other = open_folder((root / "two").as_uri(), root)
     assert other.copy(source, "y/b.png", "image/png", md5=md5(data)) == (root / "two" / "y" / "b.png").as_uri()
     assert files(root) == {"one/x/ü ?#.png": data, "two/y/b.png": data}
     (root / "one" / "x" / "ü ?#.png").write_bytes(b"changed in place")
-    assert (root / "two" / "y" / "b.png").read_bytes() == data  # no link
+    assert (root / "two" / "y" / "b.png").read_bytes() == data  # a copy, not a link
 
 
-def test_a_result_can_be_copied_onto_itself(store: FolderStore, root: Path) -> None:
+def test_copy_onto_itself(store: FolderStore, root: Path) -> None:
     source = store.put("a.png", b"image", "image/png")
     assert store.copy(source, "a.png", "image/png", md5=md5(b"image")) == source
     assert files(root) == {"a.png": b"image"}
@@ -305,7 +300,7 @@ def test_a_result_can_be_copied_onto_itself(store: FolderStore, root: Path) -> N
         "",
     ],
 )
-def test_what_is_gone_changed_or_elsewhere_is_not_copied(store: FolderStore, root: Path, source: str) -> None:
+def test_copy_of_missing_changed_or_foreign_file_is_not_found(store: FolderStore, root: Path, source: str) -> None:
     (root.parent / "theirs.png").write_bytes(b"image")
     (root / "link").symlink_to(root.parent / "theirs.png")
     (root / "circle").symlink_to("circle")
@@ -315,11 +310,11 @@ def test_what_is_gone_changed_or_elsewhere_is_not_copied(store: FolderStore, roo
     before = sorted(root.iterdir())
     with pytest.raises(NotFound):
         store.copy(source.format(root=root.as_uri()), "b.png", "image/png", md5=md5(b"image"))
-    assert sorted(root.iterdir()) == before  # no part of it either
+    assert sorted(root.iterdir()) == before  # nothing left behind
     assert (root / "b.png").read_bytes() == b"before"
 
 
-def test_no_copy_leaves_the_roots(store: FolderStore, root: Path, outside: Path) -> None:
+def test_copy_out_of_roots_is_refused(store: FolderStore, root: Path, outside: Path) -> None:
     (root / "link").symlink_to(outside)
     source = store.put("a.png", b"image", "image/png")
     with pytest.raises(StorageRefused, match="WRITE_ROOTS"):
@@ -327,7 +322,7 @@ def test_no_copy_leaves_the_roots(store: FolderStore, root: Path, outside: Path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission(store: FolderStore, root: Path) -> None:
+def test_folder_without_permission_is_refused(store: FolderStore, root: Path) -> None:
     root.chmod(0o500)
     with pytest.raises(StorageRefused, match="permission denied"):
         store.put("a.png", b"image", "image/png")
@@ -337,6 +332,6 @@ def test_a_folder_without_permission(store: FolderStore, root: Path) -> None:
 @pytest.mark.parametrize(
     "url", ["https://a.example/x", "out", "file://host/x", "s3://B!/x", "file:///a/../b", "s3://bucket/x?y=1"]
 )
-def test_what_is_no_place_for_results(url: str) -> None:
-    with pytest.raises(StorageRefused, match="results can't go to"):
+def test_open_store_rejects_invalid_url(url: str) -> None:
+    with pytest.raises(StorageRefused, match="can't store results"):
         open_store(url, s3=no_s3, files=FileSettings(), s3_settings=S3Settings())

@@ -1,0 +1,133 @@
+"""The demo's own `imagemill` processes: the worker, and the download of its model."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from rich.console import Console
+
+from imagemill.producer import terminal
+from imagemill.producer.client import Client
+from imagemill.shared.errors import ImagemillError
+from imagemill.shared.settings import WeightsSettings
+
+MODEL = "u2netp"
+ANSWER_SECONDS = 5.0
+"""Seconds without a new byte of the model after which its publisher counts as unreachable."""
+LOAD_SECONDS = 5.0
+"""Seconds in addition to that for `imagemill models` to load, on a busy machine."""
+CHECK_SECONDS = 60.0
+"""Seconds for checking a model that is already there."""
+CHILDREN = 2
+READY_SECONDS = 120.0
+STOP_SECONDS = 20.0
+
+
+def weights_variables(weights: WeightsSettings) -> dict[str, str]:
+    """Variables that point another process to these weights."""
+    variables = {"IMAGEMILL_WEIGHTS__FOLDER": str(weights.folder.expanduser().absolute())}
+    return variables | ({"IMAGEMILL_WEIGHTS__MIRROR": weights.mirror} if weights.mirror else {})
+
+
+class _Process:
+    """An `imagemill` command in its own session, so that Ctrl-C reaches it only through us."""
+
+    def __init__(self, folder: Path, log: str, arguments: Sequence[str], settings: Mapping[str, str]) -> None:
+        self._folder, self._log, self._arguments = folder, folder / log, arguments
+        kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("IMAGEMILL_")}
+        self._environment = {**kept, **settings}
+
+    def __enter__(self) -> Self:
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(  # noqa: S603  # our own program, no shell
+                [sys.executable, "-m", "imagemill.producer.cli", *self._arguments],
+                cwd=self._folder,  # where there is no .env file of the user's
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Ask the process to stop, and kill it with its children after twenty seconds."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except BaseException as error:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+
+    def _log_lines(self) -> list[str]:
+        return self._log.read_text(errors="replace").splitlines()
+
+
+class ModelPull(_Process):
+    """`imagemill models pull` of the demo's model; with `offline`, only `imagemill models verify`."""
+
+    def __init__(self, folder: Path, weights: WeightsSettings, *, offline: bool) -> None:
+        super().__init__(folder, "model.log", ["models", "verify" if offline else "pull", MODEL], weights_variables(weights))
+        self._weights = weights.folder.expanduser().absolute()
+        there = any(self._weights.glob(f"*/{MODEL}.onnx"))
+        self._patience = CHECK_SECONDS if offline or there else ANSWER_SECONDS
+
+    def wait(self) -> str | None:
+        """Wait for the model; the reason if it can't be had, else None."""
+        size, patience = self._size(), LOAD_SECONDS + self._patience
+        while True:
+            try:
+                status = self._process.wait(patience)
+                break
+            except subprocess.TimeoutExpired:
+                before, size = size, self._size()
+                if size == before:
+                    return "its publisher does not answer"
+                patience = self._patience
+        if status == 0:
+            return None
+        reason = (self._log_lines() or [f"`imagemill models` exited with status {status}"])[-1]
+        return re.sub(r"^error \(\w+\): |: imagemill models pull \w+$", "", reason)
+
+    def _size(self) -> int:
+        """Bytes of the model's files so far, partial downloads included."""
+        return sum(path.stat().st_size for path in self._weights.glob(f"*/{MODEL}.*"))
+
+
+class WorkerProcess(_Process):
+    """`imagemill worker` on the CPU, with two children."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+        super().__init__(folder, "worker.log", ["worker", "--cpu", "--concurrency", str(CHILDREN)], settings)
+
+    def wait_until_ready(self, client: Client, console: Console) -> None:
+        """Wait until all children of the worker are ready. Raises ImagemillError if it exits or takes too long."""
+        deadline = time.monotonic() + READY_SECONDS
+        while not any(node.ready for node in client.nodes()):
+            self.check(console, wait=0.1)
+            if time.monotonic() > deadline:
+                self._show_log(console)
+                raise ImagemillError(f"the worker was not ready after {READY_SECONDS:.0f} s; its log is {self._log}")
+
+    def check(self, console: Console, *, wait: float) -> None:
+        """Return after `wait` seconds; raise ImagemillError at once if the process exits."""
+        try:
+            status = self._process.wait(wait)
+        except subprocess.TimeoutExpired:
+            return
+        self._show_log(console)
+        raise ImagemillError(f"the worker exited with status {status}; its log is {self._log}")
+
+    def _show_log(self, console: Console) -> None:
+        for line in self._log_lines()[-20:]:
+            terminal.say(console, f"  {line}", "dim")

@@ -1,0 +1,154 @@
+"""`imagemill submit` against a real Redis."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.fleet import Fleet
+from imagemill.shared.messages import Node
+from imagemill.shared.quality import RULES, Quality
+from imagemill.shared.queues import queue_name
+from tests.ledgers import Ledger
+from tests.unit.producer.jobs import GOOD, MIXED, STYLIZE, Invoke, Worked, submitted
+
+
+def test_submit_prints_only_the_job_on_stdout_and_warns_without_workers(imagemill: Invoke, ledger: Ledger) -> None:
+    result = imagemill(*STYLIZE, "--priority", "high", stdin=GOOD)
+    job = result.stdout.removesuffix("\n")
+    assert ledger.status(job).total == 3
+    assert f"{job}: 3 images queued, including 1 duplicate" in result.stderr
+    assert "no worker listens to imagemill.stylize.opencv.high; start one with `imagemill worker --cpu`" in result.stderr
+
+
+def test_submit_names_the_model_to_pull_when_no_worker_has_it(imagemill: Invoke) -> None:
+    flags = ("--operation", "remove-background", "--engine", "rembg", "--set", "model=silueta", "--output", "s3://results/x")
+    stderr = imagemill("submit", "-", *flags, stdin=GOOD).stderr
+    assert "no worker listens to imagemill.remove-background.rembg.silueta" in stderr
+    assert "`imagemill models pull silueta`" in stderr
+    assert "IMAGEMILL_WORKER__ENGINES='[\"rembg\"]' imagemill worker" in " ".join(stderr.split())
+
+
+def test_submit_does_not_warn_when_a_worker_listens(imagemill: Invoke, fleet: Fleet) -> None:
+    node = Node(node="cpu@x", host="x", pid=1, device="cpu", queues=(queue_name("stylize", "opencv"),), children=1, ready=True)
+    fleet.report_node(node)
+    assert "no worker" not in imagemill(*STYLIZE, stdin=GOOD).stderr
+
+
+@pytest.mark.parametrize(("flags", "reuse"), [([], True), (["--fresh"], False)], ids=["remembered", "fresh"])
+def test_fresh_turns_off_reuse_of_results(imagemill: Invoke, ledger: Ledger, flags: list[str], reuse: bool) -> None:
+    job = imagemill(*STYLIZE, *flags, stdin=GOOD).stdout.strip()
+    policy = ledger.spec(job).policy
+    assert (policy.reuse, policy.attempts) == (reuse, 3)
+
+
+def test_submit_json_prints_the_counts(imagemill: Invoke) -> None:
+    result = imagemill(*STYLIZE, "--json", "--skip-invalid", stdin=GOOD + "ftp://example.com/c.jpg\n")
+    summary = json.loads(result.stdout)
+    assert summary == {"job": summary["job"], "total": 3, "duplicates": 1, "invalid": 1}
+    assert "stdin:4" in result.stderr
+
+
+@pytest.mark.parametrize(("rows", "code", "done", "failed"), [(GOOD, 0, 3, 0), (MIXED, 1, 3, 1)])
+def test_submit_wait_prints_one_json_object_and_exits_with_1_on_failures(
+    imagemill: Invoke, rows: str, code: int, done: int, failed: int
+) -> None:
+    result = imagemill(*STYLIZE, "--wait", "--json", stdin=rows, client=Worked)
+    summary = json.loads(result.stdout)
+    assert list(summary) == ["job", "state", "total", "done", "failed", "seconds"]
+    assert (summary["state"], summary["total"], summary["done"], summary["failed"]) == ("done", done + failed, done, failed)
+    assert result.exit_code == code
+
+
+def test_invalid_rows_are_listed_and_nothing_is_queued(imagemill: Invoke, ledger: Ledger) -> None:
+    before = {status.job for status in ledger.jobs()}
+    result = imagemill(*STYLIZE, stdin=GOOD + "".join(f"nonsense-{n}\n" for n in range(25)))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "stdin:4: source: " in result.stderr
+    assert "nonsense-19" in result.stderr
+    assert "nonsense-20" not in result.stderr
+    assert "and 5 more" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error (invalid_source): 25 invalid rows, nothing was queued")
+    assert "--skip-invalid" in result.stderr
+    assert {status.job for status in ledger.jobs()} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--operation", "stilize"], "did you mean 'stylize'?"),
+        (["--engine", "opencw"], "did you mean 'opencv'?"),
+        (["--set", "colur=yes"], "did you mean 'colour'?"),
+        (["--set", "long_edge=7"], "greater than or equal to 16, not '7'"),
+        (["--set", "colour"], "KEY=VALUE, not 'colour'"),
+        (["--mask", "mask.png"], "stylize (opencv) has no option 'mask'"),
+        (["--set", "reference=ftp://x/y.png"], "reference: "),
+        (["--quality", "101"], "output: quality: "),
+        (["--key", "{name}"], "output: key: "),
+        (["--output", "ftp://host/x"], "output: url: "),
+        (["--output", "./out", "--expire-days", "3"], "--expire-days needs an --output of s3://bucket/prefix"),
+    ],
+)
+def test_invalid_options_are_refused_in_one_line(imagemill: Invoke, more: list[str], reason: str) -> None:
+    result = imagemill(*STYLIZE, *more, stdin=GOOD)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error (invalid_option): ")
+    assert reason in line
+
+
+def test_paths_become_file_urls(imagemill: Invoke, ledger: Ledger, tmp_path: Path) -> None:
+    result = imagemill(
+        *("submit", "-", "--operation", "inpaint", "--output", "./my out", "--mask", "m.png", "--set", "mask-dilate=2"),
+        stdin=GOOD,
+    )
+    assert result.exit_code == 0, result.stderr
+    spec = ledger.spec(result.stdout.strip())
+    assert spec.output.url == (tmp_path / "my out").as_uri()
+    assert spec.options.model_dump()["mask"] == (tmp_path / "m.png").as_uri()
+    assert spec.options.model_dump()["mask_dilate"] == 2
+
+
+def test_submit_passes_on_check_and_limits(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill, GOOD, "--check", "repair", "--limit", "most_cast=2")
+    assert ledger.spec(job).policy.quality == Quality(mode="repair", most_cast=2)
+    assert ledger.spec(submitted(imagemill)).policy.quality == Quality()
+    refused = imagemill(*STYLIZE, "--limit", "most_cats=2", stdin=GOOD)
+    assert refused.exit_code == 2
+    assert "did you mean 'most_cast'?" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown", "hidden"),
+    [
+        ([], ["--help-options"], ["mask_feather", "strength", "most_step"]),
+        (["--operation", "inpaint"], ["inpaint (opencv)", "inpaint (lama)", "mask_feather", "most_step"], ["stylize ("]),
+        (["--operation", "inpaint", "--engine", "lama"], ["inpaint (lama)", "strategy"], ["inpaint (opencv)"]),
+        (["--preset", "sketch"], ["stylize (diffusion)", "strength"], ["stylize (opencv)", "inpaint ("]),
+        (["--operation", "unknown"], ["--help-options"], ["mask_feather"]),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False], ids=["help first", "help last"])
+def test_submit_help_shows_the_options_of_the_named_operation(
+    imagemill: Invoke, flags: list[str], shown: list[str], hidden: list[str], first: bool
+) -> None:
+    result = imagemill("submit", *(["--help", *flags] if first else [*flags, "--help"]))
+    assert result.exit_code == 0
+    assert "--output" in result.stdout
+    assert [name for name in shown if name not in result.stdout] == []
+    assert [name for name in hidden if name in result.stdout] == []
+
+
+def test_help_options_lists_the_options_of_every_engine_and_every_limit(imagemill: Invoke) -> None:
+    text = " ".join(imagemill("submit", "--help-options").stdout.split())
+    for engine in ENGINES:
+        assert f"{engine.operation} ({engine.name}), for --set:" in text
+        fields = {name: field for name, field in engine.options.model_fields.items() if name != "engine"}
+        assert [name for name, field in fields.items() if f" {name} {field.description} (" not in text] == []
+    assert [name for name in RULES if f" {name} flag:{RULES[name].flag}: " not in text] == []
+    assert "default )" not in text
