@@ -144,7 +144,7 @@ def _relative_cost(result: Pixels, source: Pixels, large: Pixels, rounds: int) -
         codec.decode(file.data, header, edge=1600)
         codec.encode(Picture(result), format="png", quality=90)
         middle = time.process_time()
-        check(Picture(result), Picture(source), Work([]), engine, spec)
+        check(Picture(result), Picture(source), Work([], plan=None), engine, spec)
         ratios.append((time.process_time() - middle) / (middle - start))
     return figure("check of a cut-out / its decoding and encoding, CPU", ratios[1:])
 
@@ -165,7 +165,7 @@ def _costs(rounds: int) -> list[Figure]:
     for name, (result, source, evidence, operation) in sides.items():
         spec = Job.model_validate({"operation": operation, "output": {"url": "s3://bench/x"}})
         engine = Spec(spec.operation, "opencv", makes_alpha=operation == "remove-background", restyles=operation == "stylize")
-        work = Work([], evidence=evidence)
+        work = Work([], plan=None, evidence=evidence)
         times = []
         for _ in range(10 * rounds + 1):
             start = time.process_time()
