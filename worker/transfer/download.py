@@ -64,9 +64,7 @@ class Downloader:
         for option, value in (
             (pycurl.URL, transfer.target.url),
             (pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
-            (pycurl.FOLLOWLOCATION, 0),
             (pycurl.PROXY, ""),  # overrides http_proxy and the like: we couldn't check where a proxy connects
-            (pycurl.NOPROXY, "*"),
             (pycurl.NOSIGNAL, 1),  # signals and threads don't mix; curl resolves names in a thread of its own
             (pycurl.USERAGENT, self._agent),
             # Ask for uncompressed bytes, but decode what a server compresses anyway; size limits count decoded bytes.
@@ -109,13 +107,11 @@ class Transfer:
         it. Reused connections passed this check when they were opened.
         """
         try:
-            if address.family not in (socket.AF_INET, socket.AF_INET6) or not allowed(
-                address.addr[0], self.target.host, self.target.port, self.settings
-            ):
+            if not allowed(address.addr[0], self.target.host, self.target.port, self.settings):
                 self.refused = True
                 return int(pycurl.SOCKET_BAD)
             new = socket.socket(address.family, address.socktype, address.protocol)
-        except (OSError, ValueError):  # no IPv6 or no descriptors left: curl tries the next address
+        except (OSError, ValueError):  # no IPv6, no descriptors left, or no IP address: curl tries the next address
             return int(pycurl.SOCKET_BAD)
         self.sockets.append(new)  # curl works on a duplicate; ours is closed afterwards
         return new
@@ -134,12 +130,10 @@ class Transfer:
     def on_body(self, block: bytes) -> int:
         """Take a block of the body; returning anything but its length aborts the transfer."""
         self.size += len(block)
-        if self.status in OK:
-            if self.size > self.settings.max_bytes:
-                return -1
-            self.blocks.append(block)
-        elif self.size > ERROR_BODY:
+        if self.size > (self.settings.max_bytes if self.status in OK else ERROR_BODY):
             return -1
+        if self.status in OK:
+            self.blocks.append(block)
         return len(block)
 
     @property
@@ -158,19 +152,19 @@ class Transfer:
                 f"{label} is in a private or reserved network; an operator can allow it "
                 "with IMAGEMILL_FETCH__ALLOW_HOSTS or IMAGEMILL_FETCH__ALLOW_NETWORKS"
             )
-        if number == pycurl.E_OPERATION_TIMEDOUT:
-            return errors.Timeout(f"{label} timed out: {'incomplete response' if self.sockets else 'no connection'}")
-        if number == pycurl.E_COULDNT_RESOLVE_HOST:
-            return errors.Unreachable(f"{label}: can't resolve host {self.target.host!r}")
         if number in NO_TLS:
             return errors.Unreachable(f"{label}: TLS connection failed ({reason})")
-        if number in (pycurl.E_URL_MALFORMAT, pycurl.E_UNSUPPORTED_PROTOCOL):
-            return errors.UnsupportedUrl(f"{label} is not a valid URL ({reason})")
-        if number == pycurl.E_BAD_CONTENT_ENCODING:
-            return errors.Truncated(f"{label}: the compressed response is damaged")
-        if number == pycurl.E_COULDNT_CONNECT:
-            return errors.Unreachable(f"{label}: can't connect to {self.target.host}:{self.target.port}")
-        return errors.Unreachable(f"{label}: the connection failed ({reason})")
+        host, phase = self.target.host, "incomplete response" if self.sockets else "no connection"
+        invalid = (errors.UnsupportedUrl, f" is not a valid URL ({reason})")
+        kind, text = {
+            pycurl.E_OPERATION_TIMEDOUT: (errors.Timeout, f" timed out: {phase}"),
+            pycurl.E_COULDNT_RESOLVE_HOST: (errors.Unreachable, f": can't resolve host {host!r}"),
+            pycurl.E_COULDNT_CONNECT: (errors.Unreachable, f": can't connect to {host}:{self.target.port}"),
+            pycurl.E_URL_MALFORMAT: invalid,
+            pycurl.E_UNSUPPORTED_PROTOCOL: invalid,
+            pycurl.E_BAD_CONTENT_ENCODING: (errors.Truncated, ": the compressed response is damaged"),
+        }.get(number, (errors.Unreachable, f": the connection failed ({reason})"))
+        return kind(f"{label}{text}")
 
 
 def check_status(transfer: Transfer, label: str) -> None:

@@ -116,14 +116,11 @@ class S3Store:
 
     def put(self, key: str, data: bytes, content_type: str) -> str:
         """See Store."""
-        digest = hashlib.md5(data, usedforsecurity=False).digest()
-        return self._put(key, data, digest, content_type)
+        return self._put(key, data, hashlib.md5(data, usedforsecurity=False).digest(), content_type)
 
     def put_file(self, key: str, path: Path, content_type: str) -> str:
         """See Store."""
-        with _folder_errors(f"{path} can't be read"):
-            file = path.open("rb")
-        with file:
+        with path.open("rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
             file.seek(0)
             return self._put(key, file, digest, content_type)
