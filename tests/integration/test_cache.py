@@ -187,13 +187,13 @@ def test_result_that_cannot_be_stored_is_not_cached(jobs: Jobs, folder: Place, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("imagemill.worker.transfer.atomic.os.fsync", full)
+        patch.setattr("imagemill.worker.transfer.files.os.fsync", full)
         assert jobs.run(operation, folder).code == "storage_unavailable"
     assert [path for path in folder.folder.rglob("*") if path.is_file()] == []
     first = jobs.output(operation, folder)
     assert operation.runs == 2
     with monkeypatch.context() as patch:
-        patch.setattr("imagemill.worker.transfer.atomic.os.fsync", full)
+        patch.setattr("imagemill.worker.transfer.files.os.fsync", full)
         assert jobs.run(operation, folder).code == "storage_unavailable"
     copy = jobs.run(operation, folder)
     assert copy.notes[-1] == "cached"

@@ -153,8 +153,7 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
             elif format == "webp":
                 data = _webp(pixels, quality, picture.icc)
             else:
-                flat = flatten(pixels, 255) if pixels.shape[2] == 4 else pixels
-                data = jpeg.encode(np.ascontiguousarray(flat), quality, picture.icc)
+                data = jpeg.encode(np.ascontiguousarray(flatten(pixels, 255)), quality, picture.icc)
         except (ValueError, OSError) as error:
             raise OperationFailed(f"the picture can't be encoded as {format} ({sentence(error)})") from error
     return Encoded(data, format)

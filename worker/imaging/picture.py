@@ -40,11 +40,11 @@ class Picture:
 
 
 def flatten(pixels: Pixels, background: int) -> Pixels:
-    """RGB from RGB or RGBA, composited over grey level `background` (0 to 255), rounded to nearest.
+    """RGB from RGBA, composited over grey level `background` (0 to 255), rounded to nearest.
 
-    RGB is returned unchanged. Large pictures are processed in strips to keep memory low.
+    Pixels without alpha are returned unchanged. Large pictures are processed in strips to keep memory low.
     """
-    if pixels.shape[2] == 3:
+    if pixels.shape[2] != 4:
         return pixels
     result = np.empty((*pixels.shape[:2], 3), np.uint8)
     rows = max(1, _STRIP // max(1, pixels.shape[1]))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from imagemill.worker.transfer.atomic import replacing
+from imagemill.worker.transfer.files import replacing
 
 BLOCK = 1 << 20
 

@@ -27,7 +27,7 @@ from imagemill.worker.models.inert_pickle import LARGEST as LARGEST_PICKLE
 from imagemill.worker.models.inert_pickle import Call, Global, PersistentId, Unreadable
 from imagemill.worker.models.inert_pickle import read as read_pickle
 from imagemill.worker.operations.inpaint.lama_generator import PREFIX, Generator
-from imagemill.worker.transfer.atomic import replacing
+from imagemill.worker.transfer.files import replacing
 
 LARGEST = 2**30
 """Maximum bytes of a generator's weights: five times the published one."""

@@ -31,7 +31,7 @@ from imagemill.worker.models.checksums import (
     write_json,
 )
 from imagemill.worker.models.files import path_of, remove_variants
-from imagemill.worker.transfer.atomic import publish
+from imagemill.worker.transfer.files import publish
 
 MAX_BYTES = 8 * 2**30
 """Far more than any model in the catalogue has: a server that sends more is sending something else."""

@@ -1,11 +1,13 @@
-"""Read file:// URLs, restricted to the folders that the operator allows."""
+"""Local files: read file:// URLs within the folders that the operator allows, and replace files atomically."""
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -73,3 +75,32 @@ def _explain(error: Exception, url: str) -> ImageError:
     if isinstance(error, PermissionError):
         return AccessDenied(f"{shown(url)}: the worker's user has no read permission")
     return Unreachable(f"{shown(url)} can't be read: {sentence(error)}")
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield an unused path in `target`'s folder to write to; on success that file becomes `target`.
+
+    If the block or the replacement fails, the new file is removed and `target` keeps its old content. Raises OSError.
+    """
+    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        yield part
+        publish(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def publish(part: Path, target: Path) -> None:
+    """Rename a complete file to `target`, in the same folder, so that both survive a power cut. Raises OSError."""
+    _sync(part, os.O_RDONLY)
+    part.replace(target)
+    _sync(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -19,8 +19,7 @@ from imagemill.shared.messages import KEY_FIELD, Item
 from imagemill.shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_bucket, split, storing
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.shared.urls import check_output_url, safe_name
-from imagemill.worker.transfer.atomic import replacing
-from imagemill.worker.transfer.files import is_below, open_at_once, path_of
+from imagemill.worker.transfer.files import is_below, open_at_once, path_of, replacing
 
 # Errors that an operator has to fix by changing the folder or its permissions; others, such as a full disk, may pass.
 REFUSALS = {

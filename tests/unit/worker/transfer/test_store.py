@@ -159,7 +159,7 @@ def test_concurrent_puts_are_atomic_and_synced(store: FolderStore, root: Path, m
         synced.append(descriptor)
         real_fsync(descriptor)
 
-    monkeypatch.setattr("imagemill.worker.transfer.atomic.os.fsync", look_then_sync)
+    monkeypatch.setattr("imagemill.worker.transfer.files.os.fsync", look_then_sync)
     writers = [threading.Thread(target=store.put, args=("a.png", content, "image/png")) for content in contents]
     for writer in writers:
         writer.start()
@@ -180,7 +180,7 @@ def test_failed_put_keeps_old_file_and_leaves_nothing_behind(
     def full(*_: object) -> NoReturn:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(f"imagemill.worker.transfer.atomic.{'os.fsync' if where == 'fsync' else 'Path.replace'}", full)
+    monkeypatch.setattr(f"imagemill.worker.transfer.files.{'os.fsync' if where == 'fsync' else 'Path.replace'}", full)
     with pytest.raises(StorageUnavailable, match=r"a\.png can't be written: no space left on device"):
         store.put("a.png", b"after", "image/png")
     assert files(root) == {"a.png": b"before"}
