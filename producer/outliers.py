@@ -35,7 +35,7 @@ class Outlier:
     score: float
 
     def __str__(self) -> str:
-        return f"{self.measure} {abs(self.score):.0f} deviations {'above' if self.score > 0 else 'below'} the others"
+        return f"{self.measure} is {abs(self.score):.0f} deviations {'above' if self.score > 0 else 'below'} the rest"
 
 
 def outliers(rows: Iterable[Row]) -> dict[int, Outlier]:

@@ -221,17 +221,17 @@ def _image(url: str | None, picture: Picture) -> str | None:
     return allowed(picture(url)) if url else None
 
 
-def allowed(address: str | None) -> str | None:
+def allowed(url: str | None) -> str | None:
     """The URL if it is http, https, file or relative, otherwise None."""
     # Browsers drop tabs and line breaks inside a URL, so `java\nscript:` must not pass as a relative path.
-    if not address or re.search(r"[\x00-\x20\x7f\\]", address) or address.startswith("//"):
+    if not url or re.search(r"[\x00-\x20\x7f\\]", url) or url.startswith("//"):
         return None
     try:
-        scheme = urlsplit(address).scheme
+        scheme = urlsplit(url).scheme
     except ValueError:
         return None
-    has_scheme = re.match(r"[^/?#]*:", address) is not None
-    return address if scheme in ("http", "https", "file") or not has_scheme else None
+    has_scheme = re.match(r"[^/?#]*:", url) is not None
+    return url if scheme in ("http", "https", "file") or not has_scheme else None
 
 
 def _entries(model: BaseModel, without: set[str]) -> list[tuple[str, str, bool]]:

@@ -101,7 +101,7 @@ def _reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
         kind = {".txt": _text_row, ".jsonl": _json_row, ".ndjson": _json_row}.get(suffix)
         return lambda: _read_lines(source, _open(source), kind)
     if suffix in IMAGE_EXTENSIONS:
-        return lambda: iter([SourceRow(source, {"source": _file_address(source)})])
+        return lambda: iter([SourceRow(source, {"source": file_url(source)})])
     if suffix == ".json":
         raise InvalidSource(f"{source}: a .json file can't be read row by row; write one JSON object per line (.jsonl)")
     raise InvalidSource(
@@ -125,9 +125,9 @@ def _address_reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
 
 def _read_prefix(url: str, s3: Callable[[], Any]) -> Rows:
     empty = True
-    for address in list_images(s3(), url):
+    for source in list_images(s3(), url):
         empty = False
-        yield SourceRow(address, {"source": address})
+        yield SourceRow(source, {"source": source})
     if empty:
         raise InvalidSource(f"{url}: no images under this prefix")
 
@@ -146,12 +146,13 @@ def _read_folder(folder: str) -> Rows:
             if path.suffix.lower() in IMAGE_EXTENSIONS and not name.startswith("."):
                 empty = False
                 place = os.fsencode(path).decode(errors="backslashreplace")  # file names need not be valid text
-                yield SourceRow(place, {"source": _file_address(path)})
+                yield SourceRow(place, {"source": file_url(path)})
     if empty:
         raise InvalidSource(f"{folder}: no images in this folder ({', '.join(sorted(IMAGE_EXTENSIONS))})")
 
 
-def _file_address(path: str | Path) -> str:
+def file_url(path: str | Path) -> str:
+    """The `file:///absolute/path` URL of a path."""
     return Path(os.path.abspath(path)).as_uri()  # noqa: PTH100  # removes `..` but keeps links
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from imagemill.producer.sources import file_url
 from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import InvalidOption
 from imagemill.shared.messages import Job, Output, Policy
@@ -24,8 +23,8 @@ def job_spec(
     operation: str | None,
     engine: str | None,
     options: dict[str, str],
-    output: dict[str, object],
-    policy: dict[str, object],
+    output: Mapping[str, object],
+    policy: Mapping[str, object],
     preset: Preset | None = None,
 ) -> Job:
     """The spec of a job. Values of None in `output` and `policy` take the preset's value or the default.
@@ -91,12 +90,10 @@ def quality_values(mode: str | None, limits: Iterable[str]) -> dict[str, str] | 
 
 def local_address(text: str) -> str:
     """A URL unchanged; a path as `file:///absolute/path`."""
-    if "://" in text or not text:
-        return text
-    return Path(os.path.abspath(text)).as_uri()  # noqa: PTH100  # removes `..` but keeps links
+    return text if "://" in text or not text else file_url(text)
 
 
-def _validated(model: type[M], section: str, values: dict[str, object]) -> M:
+def _validated(model: type[M], section: str, values: Mapping[str, object]) -> M:
     try:
         return model.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:

@@ -63,16 +63,24 @@ def _print_all_options(ctx: click.Context, _: click.Parameter, wanted: bool) -> 
 @click.option("--engine", metavar="NAME", help="Implementation of the operation; default opencv, or the preset's.")
 @click.option("--preset", metavar="NAME", help="A named look; `imagemill presets list` lists them.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set an option of the operation; repeatable.")
-@click.option("--mask", metavar="URL", help="One mask for the whole job (inpaint).")
+@click.option("--mask", metavar="URL", help="One mask for all images, as a URL or path (inpaint).")
 @click.option("--output", required=True, metavar="URL", help="s3://bucket/prefix, file:///folder or a folder's path.")
-@click.option("--format", "form", type=click.Choice(["same", "png", "webp", "jpeg"]), help="Result format; default same.")
+@click.option("--format", type=click.Choice(["same", "png", "webp", "jpeg"]), help="Result format; default same.")
 @click.option("--quality", type=int, metavar="1-100", help="Quality of JPEG and lossy WebP; default 90.")
-@click.option("--icc", type=click.Choice(["srgb", "keep"]), help="Convert to sRGB (default), or keep the profile (inpaint).")
-@click.option("--key", metavar="TEMPLATE", help="Names of the results; default {job}/{index:06d}-{name}.")
-@click.option("--priority", type=click.Choice(PRIORITIES), help="Default normal.")
-@click.option("--batch", type=click.Choice(["quality", "throughput"]), help="Small batches, or large ones (default).")
+@click.option(
+    "--icc",
+    type=click.Choice(["srgb", "keep"]),
+    help="Convert to sRGB, or keep the source's profile; default srgb, inpaint: keep.",
+)
+@click.option("--key", metavar="TEMPLATE", help="File names of the results; default {job}/{index:06d}-{name}.")
+@click.option("--priority", type=click.Choice(PRIORITIES), help="Queue priority; default normal.")
+@click.option("--batch", type=click.Choice(["quality", "throughput"]), help="Small batches, or large ones; default throughput.")
 @click.option("--fresh", is_flag=True, help="Compute every image again instead of reusing earlier results.")
-@click.option("--check", type=click.Choice(["off", "flag", "repair"]), help="Quality check of the results; default flag.")
+@click.option(
+    "--check",
+    type=click.Choice(["off", "flag", "repair"]),
+    help="Skip the quality check, flag poor results, or also repair them; default flag.",
+)
 @click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE", help="Set a limit of the check; repeatable.")
 @click.option("--skip-invalid", is_flag=True, help="Skip invalid rows instead of rejecting the list.")
 @click.option("--expire-days", type=int, metavar="N", help="Have S3 delete everything under --output after N days.")
@@ -89,6 +97,7 @@ def _print_all_options(ctx: click.Context, _: click.Parameter, wanted: bool) -> 
 @click.pass_obj
 def submit(
     connect: Connect,
+    /,
     sources: Sequence[str],
     operation: str | None,
     engine: str | None,
@@ -96,10 +105,6 @@ def submit(
     settings: Sequence[str],
     mask: str | None,
     output: str,
-    form: str | None,
-    quality: int | None,
-    icc: str | None,
-    key: str | None,
     priority: str | None,
     batch: str | None,
     fresh: bool,
@@ -109,14 +114,15 @@ def submit(
     expire_days: int | None,
     wait: bool,
     as_json: bool,
+    **files: str | int | None,
 ) -> None:
     """Queue images for retouching.
 
     SOURCE is a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or an image's URL or path.
     """
-    target: dict[str, object] = {"url": local_address(output), "format": form, "quality": quality, "icc": icc, "key": key}
-    policy: dict[str, object] = {"priority": priority, "batch": batch, "reuse": False if fresh else None}
-    policy["quality"] = quality_values(check, limits)
+    target = {"url": local_address(output), **files}  # files: format, quality, icc, key
+    quality = quality_values(check, limits)
+    policy = {"priority": priority, "batch": batch, "reuse": False if fresh else None, "quality": quality}
     configured = load_settings()
     look = Presets(configured.presets).get(preset) if preset is not None else None
     spec = job_spec(operation, engine, option_values(settings, mask), target, policy, look)

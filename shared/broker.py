@@ -68,7 +68,7 @@ def make_app(settings: Settings) -> Celery:
         visibility_timeout=int(2 * hard),
         redis_socket_timeout=10.0,
         redis_socket_keepalive=True,
-        # A producer learns within about 3 s that Redis is down; the reaper publishes what is in the ledger later.
+        # A producer learns within about 3 s that Redis is down; the reaper publishes recorded chunks later.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1.0},
         # Flower shows tasks from their events.
         worker_send_task_events=True,

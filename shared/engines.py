@@ -1,7 +1,7 @@
-"""Every engine of every operation, one row each.
+"""All engines, one row per operation and engine.
 
-A new engine is a row here and a module under worker/operations/; CONTRIBUTING.md walks through it. Importing this
-module imports no engine.
+A new engine needs a row here and a module in worker/operations/; CONTRIBUTING.md explains how. Importing this module
+imports no engine.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
 class Engine:
     """One engine of one operation.
 
-    `module` is where its class is (`package.module:Class`), and `extra` installs what that module imports. `models` maps each
-    model that the options can select to the entries of the models' catalogue it is loaded from; empty for an engine
-    without models. `lasting_notes` are the notes that the same image gets on every run: a result with any other note may be due
-    to passing circumstances, such as a missed deadline, so it is never reused for a later job.
+    `module` locates its class (`package.module:Class`), and the package extra `extra` installs that module's dependencies.
+    `models` maps each model that the options can select to its files in the catalogue of models. `lasting_notes` are the
+    notes that an image gets on every run: a result with any other note may be due to temporary circumstances, such as a
+    missed deadline, and is never reused.
     """
 
     operation: Operation
@@ -39,7 +39,7 @@ class Engine:
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """What a node can offer of this engine: `opencv`, or with models `rembg.u2net`, `rembg.silueta`, ..."""
+        """What a node can offer: `opencv`, or for an engine with models `rembg.u2net`, `rembg.silueta`, ..."""
         return tuple(f"{self.name}.{model}" for model in self.models) or (self.name,)
 
 
@@ -127,8 +127,8 @@ def find_engine(operation: str, name: str) -> Engine:
 def parse_options(operation: str, engine: str, given: Mapping[str, Any]) -> EngineOptions:
     """A job's options from a mapping of names to values, which may be text.
 
-    Raises InvalidOption: with the nearest valid name for an unknown operation, engine or option, and with the valid range
-    for a value outside it.
+    Raises InvalidOption with the nearest valid name for an unknown operation, engine or option, or with the valid range of a
+    value.
     """
     model = find_engine(operation, engine).options
     names = [name for name in model.model_fields if name != "engine"]

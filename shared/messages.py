@@ -1,4 +1,4 @@
-"""What goes over the wire and stands in the ledger: frozen, versioned pydantic models, as JSON only."""
+"""Messages and ledger entries: frozen, versioned pydantic models, stored as JSON."""
 
 from __future__ import annotations
 
@@ -22,56 +22,58 @@ ItemState = Literal["pending", "done", "failed", "cancelled"]
 SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_url)]
 KEY_FIELD = re.compile(r"\{(job|index|item|name)(?::0(\d)d)?\}")
 RUN_TOGETHER = re.compile(r"\{index[^}]*\}(\d|\{job\})*\{name|\{name[^}]*\}(\d|\{job\})*\{index")
-"""Where the digits of an index can't be told from those of a name: 1 and `1a` make the same as 11 and `a`."""
+"""Index and name without a separator: index 1 with name `1a` gives the same key as index 11 with name `a`."""
 
 MANIFEST = -1
-"""The number that stands for 'write the manifest' where a chunk's number is expected."""
+"""The chunk number that stands for 'write the manifest'."""
 
 
 def check_key(template: str) -> str:
-    """A key template that can't make two items of a job collide, nor leave its prefix."""
+    """The template itself. Raises ValueError if two items of a job could get the same key, or a key could leave its prefix."""
     rest = KEY_FIELD.sub("", template)
     if "{" in rest or "}" in rest:
-        raise ValueError("a key may use {job}, {index}, {index:06d}, {item} and {name} only")
+        raise ValueError("a key may only use {job}, {index}, {index:06d}, {item} and {name}")
     if not re.search(r"\{(index|item)", template):
-        raise ValueError("a key needs {index} or {item}, else two images could overwrite each other")
+        raise ValueError("a key needs {index} or {item}, or two images could overwrite each other")
     if "{item}" not in template and RUN_TOGETHER.search(template):
-        raise ValueError("a key needs a separator between {index} and {name}, else two images could overwrite each other")
+        raise ValueError("a key needs a separator between {index} and {name}, or two images could overwrite each other")
     if template.startswith("/") or ".." in template.split("/"):
-        raise ValueError("a key stays below the output's address: no leading / and no ..")
+        raise ValueError("a key must stay below the output URL: no leading / and no ..")
     return template
 
 
 Profile = Literal["srgb", "keep"]
-"""Colours in sRGB, or in the source's own profile."""
+"""Convert colours to sRGB, or keep the source's profile."""
 
 
 class Output(Model):
-    """Where results go and as what."""
+    """Where results are stored, and in which format."""
 
     url: Annotated[str, AfterValidator(check_output_url)]
     format: Literal["same", "png", "webp", "jpeg"] = "same"
-    quality: int = Field(90, ge=1, le=100, description="of JPEG and lossy WebP")
-    icc: Profile | None = Field(None, description="of the results; 'none': as is usual for the operation")
+    quality: int = Field(90, ge=1, le=100, description="quality of JPEG and lossy WebP files")
+    icc: Profile | None = Field(None, description="colour profile of the results; 'none': the operation's default")
     key: Annotated[str, AfterValidator(check_key)] = "{job}/{index:06d}-{name}"
 
 
 class Policy(Model):
-    """How hard a job tries."""
+    """How a job is processed."""
 
     priority: Priority = "normal"
-    attempts: int = Field(3, ge=1, le=10, description="how often an image is tried before it is recorded as failed")
-    batch: Literal["quality", "throughput"] = Field("throughput", description="small batches, or as large as memory allows")
-    reuse: bool = Field(True, description="copy the result that the same image has had before, instead of computing it anew")
+    attempts: int = Field(3, ge=1, le=10, description="attempts per image before it is recorded as failed")
+    batch: Literal["quality", "throughput"] = Field(
+        "throughput", description="quality: small batches; throughput: batches as large as memory allows"
+    )
+    reuse: bool = Field(True, description="copy the earlier result of the same image instead of computing it again")
     quality: Quality = Quality()
 
 
 USUAL_PROFILE: dict[Operation, Profile] = {"remove-background": "srgb", "inpaint": "keep", "stylize": "srgb"}
-"""The profile of results when the job names none. Inpainting keeps the source's, so that nothing outside the hole changes."""
+"""The default profile of results. Inpainting keeps the source's, so that nothing outside the hole changes."""
 
 
 class Job(Model):
-    """What a job asks for: an operation, options for one of its engines (`opencv` by default), an output and a policy."""
+    """A job: an operation, options for one of its engines (`opencv` by default), an output and a policy."""
 
     version: Literal[1] = 1
     operation: Operation
@@ -82,7 +84,7 @@ class Job(Model):
     @field_validator("options", mode="before")
     @classmethod
     def _of_the_engine(cls, options: Any, info: ValidationInfo) -> EngineOptions:
-        """The options as the model of the engine that they name."""
+        """The options, as an instance of their engine's model."""
         name = options.engine if isinstance(options, EngineOptions) else (options or {}).get("engine", "opencv")
         engine = engines_of(info.data.get("operation", "")).get(name)
         if engine is None:
@@ -94,17 +96,17 @@ class Job(Model):
 
     @property
     def engine(self) -> str:
-        """The name of the engine that does the work."""
+        """The name of the job's engine."""
         return self.options.engine
 
     @property
     def icc(self) -> Profile:
-        """The profile that results are in."""
+        """The profile of the results."""
         return self.output.icc or USUAL_PROFILE[self.operation]
 
     @property
     def lane(self) -> str:
-        """What a node must offer to take this job's chunks; see shared.queues."""
+        """What a node must offer to process this job; see imagemill.shared.queues."""
         model: str | None = getattr(self.options, "model", None)
         return f"{self.engine}.{model}" if model else self.engine
 
@@ -112,26 +114,26 @@ class Job(Model):
 class Item(Model):
     """One image of a job."""
 
-    index: int = Field(ge=0, description="place in the submitted list, from 0")
+    index: int = Field(ge=0, description="position in the submitted list, from 0")
     source: SourceUrl
     mask: SourceUrl | None = None
     boxes: Boxes = ()
-    name: str | None = Field(None, max_length=200, description="what to call the output; else the source's own name")
+    name: str | None = Field(None, max_length=200, description="name of the output; by default the source's")
     duplicate_of: int | None = Field(None, description="index of the item whose result this one shares")
 
     @property
     def id(self) -> str:
-        """Stable: the same row at the same place of a list has the same id in every job."""
+        """The same row at the same position has the same ID in every job."""
         return f"{self.index:06d}-{self.digest[:8]}"
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of what decides this item's result, apart from the job."""
+        """Hex SHA-256 of the fields that, together with the job, determine the item's result."""
         return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}".encode()).hexdigest()
 
 
 class Chunk(Model):
-    """One Celery message: `number` of `job`, with how many images it holds."""
+    """One Celery message: chunk `number` of `job`, which holds `images` images."""
 
     version: Literal[1] = 1
     job: str = Field(pattern=r"^[0-9a-z-]{4,40}$")
@@ -140,7 +142,7 @@ class Chunk(Model):
 
 
 class ItemResult(Model):
-    """What became of one image; recorded once. Sizes are (width, height) in pixels."""
+    """The result of one image, recorded once. Sizes are (width, height) in pixels."""
 
     index: int
     state: Literal["done", "failed"]
@@ -154,15 +156,15 @@ class ItemResult(Model):
     source_size: tuple[int, int] | None = None
     output_bytes: int = 0
     output_size: tuple[int, int] | None = None
-    batch: int = Field(1, description="most samples, of any images, that went through the model together with one of its own")
-    seconds: dict[str, float] = Field(default_factory=dict, description="per stage")
-    notes: tuple[str, ...] = Field((), description="what the submitter should know though all went well")
+    batch: int = Field(1, description="size of the largest model batch that included a sample of this image")
+    seconds: dict[str, float] = Field(default_factory=dict, description="seconds by stage")
+    notes: tuple[str, ...] = Field((), description="remarks for the submitter on a successful result")
     quality: Measures | None = None
     node: str | None = None
 
 
 class Row(Model):
-    """One line of `results` and of the manifest: an item with what became of it."""
+    """One line of `results` and of the manifest: an item and its result."""
 
     item: str
     index: int
@@ -178,12 +180,12 @@ class Row(Model):
 
 
 class JobStatus(Model):
-    """How far a job is. Times are seconds since the epoch, by Redis' clock."""
+    """A job's state and counts. Times are in seconds since the epoch, by Redis' clock."""
 
     job: str
     operation: Operation
     engine: str
-    lane: str = Field(description="what a node must offer to work on it, see imagemill.shared.queues")
+    lane: str = Field(description="what a node must offer to process it; see imagemill.shared.queues")
     state: JobState
     total: int
     done: int
@@ -191,7 +193,7 @@ class JobStatus(Model):
     duplicates: int
     priority: Priority
     output: str
-    manifest: str | None = Field(None, description="where manifest.jsonl was written, once the job is over")
+    manifest: str | None = Field(None, description="URL of manifest.jsonl, once the job is over")
     created: float
     ended: float | None = None
     seconds: float
@@ -202,9 +204,9 @@ class JobStatus(Model):
 
 
 class Node(Model):
-    """A worker node as it reports itself."""
+    """A worker node's report."""
 
-    model_config = ConfigDict(extra="ignore")  # while a fleet is renewed, newer nodes tell more
+    model_config = ConfigDict(extra="ignore")  # during an upgrade, newer nodes report more fields
 
     node: str
     host: str
@@ -213,17 +215,17 @@ class Node(Model):
     queues: tuple[str, ...]
     children: int
     ready: bool
-    lacks: tuple[str, ...] = Field((), description="why it does not offer what it was set up for")
+    lacks: tuple[str, ...] = Field((), description="why it does not offer everything it is configured for")
     seen: float = 0.0
 
 
 def compact(model: Item | ItemResult) -> str:
-    """An item or a result as JSON without what is at its default."""
+    """An item or result as JSON, without fields at their defaults."""
     return model.model_dump_json(exclude_defaults=True)
 
 
 def row(item: Item, result: ItemResult | None, *, ended: bool) -> Row:
-    """An item and its result, if there is one yet, as the public line."""
+    """The public line for an item and its result, if any."""
     base: dict[str, Any] = dict(
         item=item.id, index=item.index, source=item.source, duplicate_of=item.duplicate_of, mask=item.mask, result=result
     )

@@ -1,7 +1,7 @@
-"""How good a result has to be: what is measured of each, the limits, and what lies beyond them.
+"""The quality check: what is measured in each result, the limits, and the flags of results outside them.
 
-Workers measure (worker/quality.py) and producers read; both judge by the same rules, so a remembered result is judged
-anew by the limits of the job that asks for it.
+Workers measure (worker/checking/) and producers read the measures. Both apply the rules here, so a remembered result is
+checked again with the limits of the job that reuses it.
 """
 
 from __future__ import annotations
@@ -14,56 +14,67 @@ from pydantic import Field
 from imagemill.shared.options.base import Model, Operation
 
 FLAG = "flag:"
-"""What the notes of a result begin with that lies beyond a limit: `flag:blurred`."""
+"""Prefix of the notes that flag a result: `flag:blurred`."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Look = tuple[float, float, float, float, float, float]
-"""Mean of L, a and b in CIELAB, then their standard deviations."""
+"""Means of L, a and b in CIELAB, followed by their standard deviations."""
 
 
 class Quality(Model):
-    """What becomes of results that lie beyond a limit. A limit of None is the operation's own (`LIMITS`)."""
+    """What to do with results outside a limit. None stands for the operation's default limit (`LIMITS`)."""
 
     mode: Literal["off", "flag", "repair"] = Field(
-        "flag", description="off measures nothing, flag notes what is beyond a limit, repair also tries to mend it"
+        "flag", description="off: measure nothing; flag: add a note to results outside a limit; repair: also try to fix them"
     )
     least_sharpness: float | None = Field(
-        None, ge=0, le=10, description="flag:blurred: share of the source's sharpness that is kept; 0 never flags"
+        None, ge=0, le=10, description="flag:blurred: least share of the source's sharpness that must remain; 0 never flags"
     )
     most_cast: float | None = Field(
-        None, ge=0, le=100, description="flag:cast: shift in CIEDE2000 of what was grey; 100 never flags"
+        None, ge=0, le=100, description="flag:cast: largest colour shift of neutral greys, in CIEDE2000; 100 never flags"
     )
-    least_entropy: float | None = Field(None, ge=0, le=8, description="flag:blank: bits of the brightness; 0 never flags")
+    least_entropy: float | None = Field(
+        None, ge=0, le=8, description="flag:blank: least entropy of the brightness, in bits; 0 never flags"
+    )
     least_edges: Share | None = Field(
-        None, description="flag:unlike: agreement with the edges that were asked for; 0 never flags"
+        None, description="flag:unlike: least agreement with the requested edges, 0 to 1; 0 never flags"
     )
     most_step: float | None = Field(
-        None, ge=0, le=256, description="flag:seam: steps at a hole's border in those of its surroundings; 256 never flags"
+        None,
+        ge=0,
+        le=256,
+        description="flag:seam: largest ratio of differences across a hole's border to those outside; 256 never flags",
     )
-    least_opaque: Share | None = Field(None, description="flag:empty: share of opaque pixels of a cut-out; 0 never flags")
-    most_opaque: Share | None = Field(None, description="flag:uncut: share of opaque pixels of a cut-out; 1 never flags")
+    least_opaque: Share | None = Field(None, description="flag:empty: least share of opaque pixels in a cut-out; 0 never flags")
+    most_opaque: Share | None = Field(
+        None, description="flag:uncut: largest share of opaque pixels in a cut-out; 1 never flags"
+    )
     most_faint: Share | None = Field(
-        None, description="flag:faint: share of half-transparent pixels among the visible of a cut-out; 1 never flags"
+        None, description="flag:faint: largest share of half-transparent pixels among a cut-out's visible pixels; 1 never flags"
     )
 
 
 class Measures(Model):
-    """What was measured of a result, at 512 pixels; None where it has no such thing. Rounded to three digits."""
+    """Measures of a result scaled to 512 pixels, rounded to three digits; None if a measure does not apply."""
 
-    sharpness: float | None = Field(None, description="variance of the brightness's Laplacian, of an inpainting in the hole")
-    kept: float | None = Field(None, description="sharpness over the source's, of an inpainting over the surroundings'")
-    entropy: float | None = Field(None, description="bits of the brightness's histogram, 0 to 8")
-    cast: float | None = Field(None, description="CIEDE2000 by which what is near grey in the source has changed its hue")
-    opaque: float | None = Field(None, description="share of a cut-out's pixels")
+    sharpness: float | None = Field(
+        None, description="variance of the Laplacian of the brightness; when inpainting, inside the hole"
+    )
+    kept: float | None = Field(
+        None, description="sharpness relative to the source; when inpainting, relative to the hole's surroundings"
+    )
+    entropy: float | None = Field(None, description="entropy of the brightness histogram in bits, 0 to 8")
+    cast: float | None = Field(None, description="colour shift, in CIEDE2000, of pixels that are nearly grey in the source")
+    opaque: float | None = Field(None, description="share of a cut-out's pixels that are opaque")
     half: float | None = Field(None, description="share of a cut-out's pixels that are half transparent")
-    step: float | None = Field(None, description="steps across a hole's border over those next to it outside")
-    edges: float | None = Field(None, description="F-measure of the result's edges against those asked for, 0 to 1")
+    step: float | None = Field(None, description="pixel differences across a hole's border, divided by those just outside it")
+    edges: float | None = Field(None, description="F-measure of the result's edges against the requested ones, 0 to 1")
     look: Look | None = None
-    before: Look | None = Field(None, description="the source's look")
+    before: Look | None = Field(None, description="look of the source")
 
     @property
     def faint(self) -> float | None:
-        """Share of half-transparent pixels among the visible."""
+        """Share of half-transparent pixels among the visible ones."""
         if self.opaque is None or self.half is None or self.opaque + self.half == 0:
             return None
         return self.half / (self.opaque + self.half)
@@ -80,11 +91,11 @@ LIMITS: dict[Operation, dict[str, float]] = {
     "inpaint": {"most_step": 3.0},
     "stylize": {"least_entropy": 0.5, "least_edges": 0.2},
 }
-"""Limits that hold where a job sets none: so lenient that a flag is worth a look."""
+"""Default limits, lenient enough that a flagged result is worth a look."""
 
 
 class Rule(NamedTuple):
-    """What a limit limits, what a result beyond it is flagged as, and that in words."""
+    """The measure that a limit applies to, the flag of a result outside it, and the flag in words."""
 
     measure: str
     flag: str
@@ -93,39 +104,39 @@ class Rule(NamedTuple):
 
 RULES: dict[str, Rule] = {
     "least_sharpness": Rule("kept", "blurred", "less sharp than its source"),
-    "most_cast": Rule("cast", "cast", "greys have taken on a colour"),
-    "least_entropy": Rule("entropy", "blank", "nearly all of one brightness"),
-    "least_edges": Rule("edges", "unlike", "edges are not where they should be"),
-    "most_step": Rule("step", "seam", "a seam around what was filled"),
-    "least_opaque": Rule("opaque", "empty", "next to nothing is left"),
-    "most_opaque": Rule("opaque", "uncut", "next to nothing was cut away"),
+    "most_cast": Rule("cast", "cast", "a colour cast in neutral greys"),
+    "least_entropy": Rule("entropy", "blank", "almost uniform brightness"),
+    "least_edges": Rule("edges", "unlike", "edges differ from the requested ones"),
+    "most_step": Rule("step", "seam", "a visible seam around the filled area"),
+    "least_opaque": Rule("opaque", "empty", "almost nothing is left"),
+    "most_opaque": Rule("opaque", "uncut", "almost nothing was removed"),
     "most_faint": Rule("faint", "faint", "most of the subject is half transparent"),
 }
-"""By the name of the limit."""
+"""Rules by name of limit."""
 
 
 def flagged(beyond: Mapping[str, float]) -> tuple[str, ...]:
-    """The notes of a result, from what `beyond` found."""
+    """The notes for flags from `beyond`."""
     return tuple(FLAG + name for name in beyond)
 
 
 def flags_of(notes: Iterable[str]) -> tuple[str, ...]:
-    """What a result with these notes is flagged as."""
+    """The flags among a result's notes."""
     return tuple(note.removeprefix(FLAG) for note in notes if note.startswith(FLAG))
 
 
 def beyond(measures: Measures | None, quality: Quality, operation: Operation) -> dict[str, float]:
-    """What to flag a result as, with how far beyond the limit it lies as a share of the limit; empty where all is well."""
-    found: dict[str, float] = {}
+    """A result's flags, each with how far it is outside the limit, as a share of the limit."""
+    flags: dict[str, float] = {}
     if measures is None or quality.mode == "off":
-        return found
+        return flags
     for name, rule in RULES.items():
-        given: float | None = getattr(quality, name)
-        limit = given if given is not None else LIMITS[operation].get(name)
+        override: float | None = getattr(quality, name)
+        limit = override if override is not None else LIMITS[operation].get(name)
         value: float | None = getattr(measures, rule.measure)
         if limit is None or value is None:
             continue
         over = limit - value if name.startswith("least") else value - limit
         if over > 0:
-            found[rule.flag] = over / max(limit, 1e-3)
-    return found
+            flags[rule.flag] = over / max(limit, 1e-3)
+    return flags

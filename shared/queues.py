@@ -1,4 +1,4 @@
-"""Names of queues and tasks, and the order in which a worker takes from its queues."""
+"""Names of queues and tasks, and the order in which a worker reads its queues."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ CANARY_TASK = "imagemill.canary"
 
 
 def queue_name(operation: Operation, lane: str, priority: Priority = "normal") -> str:
-    """`imagemill.{operation}.{lane}`, with the priority behind it where it isn't normal.
+    """`imagemill.{operation}.{lane}`, followed by the priority unless it is normal.
 
-    A lane is an engine, with its model behind a dot where it has a choice of them: `opencv`, `rembg.u2net`.
+    A lane is an engine, or an engine and a model: `opencv`, `rembg.u2net`.
     """
     base = f"imagemill.{operation}.{lane}"
     return base if priority == "normal" else f"{base}.{priority}"
 
 
 def manifest_queue(operation: Operation, lane: str) -> str:
-    """A manifest goes first: no ended job waits behind the chunks of others."""
+    """The queue of a job's manifest: high priority, so that finished jobs do not wait behind the chunks of others."""
     return queue_name(operation, lane, "high")
 
 
 def task_name(operation: Operation) -> str:
-    """`imagemill.{operation}`, as Flower shows it."""
+    """`imagemill.{operation}`, the task name that Flower shows."""
     return f"imagemill.{operation}"
 
 
 def engine_of(lane: str) -> str:
-    """`rembg` of `rembg.u2net`."""
+    """The engine of a lane: `rembg` for `rembg.u2net`."""
     return lane.partition(".")[0]
 
 
 def offered(operations: Iterable[Operation], lanes: Sequence[str]) -> list[tuple[Operation, str]]:
-    """The (operation, lane) pairs there are among these."""
+    """The valid pairs of these operations and lanes."""
     return [(operation, lane) for operation in operations for lane in lanes if engine_of(lane) in engines_of(operation)]
 
 
@@ -48,7 +48,7 @@ def worker_queues(operations: Iterable[Operation], lanes: Sequence[str]) -> list
 
 
 def node_queue(node: str) -> str:
-    """The queue that this node alone reads: for its canary."""
+    """The queue that only this node reads, for its canary."""
     return f"imagemill.node.{node}"
 
 
@@ -58,10 +58,10 @@ def rank(queue: str) -> int:
 
 
 class PriorityRoundRobin:
-    """kombu's consuming order: high before normal before low; equals take turns.
+    """The order in which kombu reads queues: high, normal, low; queues of equal priority take turns.
 
     kombu's own strategies either starve the second of two equal queues or ignore priority.
-    Same interface as `kombu.utils.scheduling.round_robin_cycle`.
+    The interface is that of `kombu.utils.scheduling.round_robin_cycle`.
     """
 
     def __init__(self, it: Iterable[str] | None = None) -> None:
@@ -75,9 +75,9 @@ class PriorityRoundRobin:
         return self.items[:n]
 
     def rotate(self, last_used: str) -> str:
-        """Move the queue that just gave a message behind its equals."""
+        """Move the queue that delivered a message behind those of equal priority."""
         if last_used in self.items:
             self.items.remove(last_used)
             self.items.append(last_used)
-            self.items.sort(key=rank)  # stable: only its equals pass it
+            self.items.sort(key=rank)  # stable, so it only moves behind its equals
         return last_used

@@ -1,4 +1,4 @@
-"""Addresses of images and of outputs: what is accepted, and how they are shown."""
+"""URLs of images and outputs: which are accepted, and how they are shown."""
 
 from __future__ import annotations
 
@@ -15,55 +15,57 @@ BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 def check_source_url(url: str) -> str:
-    """The address itself, or a ValueError that says what is wrong with it."""
-    if PLAIN.fullmatch(url):  # nearly all of a list are; what follows would find them right, in ten times the time
+    """The URL itself. Raises ValueError with the reason if workers can't read from it."""
+    if PLAIN.fullmatch(url):  # true for most URLs; the checks below take ten times as long
         return url
     parts = _split(url, SOURCE_SCHEMES)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise ValueError("a file's address is file:///absolute/path")
+            raise ValueError("a file URL must be of the form file:///absolute/path")
     elif not parts.hostname:
-        raise ValueError("the address names no host" if parts.scheme != "s3" else "the address names no bucket")
+        raise ValueError("the URL has no host" if parts.scheme != "s3" else "the URL has no bucket")
     elif parts.username is not None or parts.password is not None:
-        raise ValueError("the address carries a user name or password; use a presigned link instead")
+        raise ValueError("the URL contains a user name or password; use a presigned link instead")
     return url
 
 
 def check_output_url(url: str) -> str:
-    """`s3://bucket/prefix` or `file:///folder` without a trailing slash, or a ValueError."""
+    """`s3://bucket/prefix` or `file:///folder` without a trailing slash. Raises ValueError for any other URL."""
     parts = _split(url, OUTPUT_SCHEMES)
     if parts.query or parts.fragment:
-        raise ValueError("an output's address has no ? and no #")
+        raise ValueError("an output URL may contain no ? or #")
     if parts.scheme == "s3" and not BUCKET.fullmatch(parts.netloc):
-        raise ValueError(f"{parts.netloc!r} is no bucket's name")
+        raise ValueError(f"{parts.netloc!r} is not a bucket name")
     if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path.startswith("/")):
-        raise ValueError("a folder's address is file:///absolute/path")
+        raise ValueError("a folder URL must be of the form file:///absolute/path")
     if ".." in parts.path.split("/"):
-        raise ValueError("an output's address has no ..")
+        raise ValueError("an output URL may contain no ..")
     return url.rstrip("/")
 
 
 def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
-    if not url.isprintable() and CONTROL.search(url):  # the first alone is three times as fast
-        raise ValueError("the address contains control characters")
+    if not url.isprintable() and CONTROL.search(url):  # isprintable alone is three times as fast
+        raise ValueError("the URL contains control characters")
     parts = urlsplit(url)
-    if parts.scheme not in schemes or url[0] == " ":  # urlsplit looks past leading spaces, others don't
-        raise ValueError(f"an address starts with {', '.join(f'{s}://' for s in schemes)}")
+    if parts.scheme not in schemes or url[0] == " ":  # urlsplit skips leading spaces, other parsers don't
+        raise ValueError("the URL must start with " + " or ".join(f"{scheme}://" for scheme in schemes))
     _ = parts.port  # raises ValueError outside 0-65535
     return parts
 
 
 def shown(url: str) -> str:
-    """An address as logs may show it: without query and user, where signatures, tokens and passwords stand."""
+    """A URL for logs: without the query and user, which may contain signatures, tokens and passwords."""
     head, mark, _ = USER.sub("…@", url).partition("?")
     return head + ("?…" if mark else "")
 
 
 def safe_name(text: str) -> str:
-    """The last part of an address or path as a file name without extension: no separators, no
-    control characters, at most 180 bytes of any script; `image` if nothing is left."""
+    """The last part of a URL or path as a file name without extension; `image` if nothing is left.
+
+    It has no separators or control characters and at most 180 bytes in UTF-8.
+    """
     last = unquote(urlsplit(text).path if "://" in text else text).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
     stem = last.rsplit(".", 1)[0] if "." in last[1:] else last
     kept = "".join(c if c.isalnum() or c in "-_.+() " else "-" for c in unicodedata.normalize("NFC", stem))
-    short = kept.strip(" .-").encode()[:180].decode(errors="ignore")  # file systems stop at 255 bytes
+    short = kept.strip(" .-").encode()[:180].decode(errors="ignore")  # most file systems allow 255 bytes
     return short.strip(" .-") or "image"

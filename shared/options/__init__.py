@@ -1,1 +1,1 @@
-"""What each operation can be told: one module per operation, one model per engine."""
+"""Options of operations: one module per operation, one model per engine."""

@@ -1,4 +1,4 @@
-"""What the options of all operations are made of."""
+"""Building blocks of all operations' options."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ LongEdge = Annotated[int, Field(ge=16, le=65_535)]
 
 
 ADDRESSES = ("mask", "reference", "background_image")
-"""Options whose value is the address of an image."""
+"""Options whose value is the URL of an image."""
 
 
 class Model(BaseModel):
-    """Frozen; unknown fields are refused."""
+    """A frozen model that refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class EngineOptions(Model):
-    """What a job can ask of one engine; `engine` is that engine's name."""
+    """Options of one engine, whose name is `engine`."""
 
     engine: str
 
 
 class Box(Model):
-    """A rectangle to fill, from its top left corner, in pixels or in fractions of the image.
+    """A rectangle to fill, given by its top left corner and size, in pixels or fractions of the image.
 
-    As text `x,y,width,height`, as JSON a list of four numbers: all at most 1 and at least one
-    with a decimal point means fractions, else pixels.
+    Given as text `x,y,width,height` or as a JSON list of four numbers. If all are at most 1 and at least one has a
+    decimal point, they are fractions, otherwise pixels.
     """
 
     x: float = Field(ge=0)
@@ -54,19 +54,19 @@ class Box(Model):
         if isinstance(value, str):
             parts: list[Any] = [part.strip() for part in value.split(",")]
             if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
-                raise ValueError(f"a box is x,y,width,height in numbers, not {value!r}")
+                raise ValueError(f"a box must be four numbers x,y,width,height, not {value!r}")
             value = [float(part) if "." in part else int(part) for part in parts]
         if not isinstance(value, list | tuple):
             return value
         if len(value) != 4:
-            raise ValueError(f"a box has four numbers, x, y, width and height, not {len(value)}")
+            raise ValueError(f"a box must have four numbers x,y,width,height, not {len(value)}")
         fractions = all(isinstance(n, int | float) and n <= 1 for n in value) and any(isinstance(n, float) for n in value)
         return dict(zip(("x", "y", "width", "height"), value, strict=True), unit="fraction" if fractions else "px")
 
     @model_validator(mode="after")
     def _fractions_inside(self) -> Box:
         if self.unit == "fraction" and (self.x + self.width > 1.0001 or self.y + self.height > 1.0001):
-            raise ValueError("a box in fractions reaches beyond the image")
+            raise ValueError("a box in fractions must lie inside the image")
         return self
 
 
@@ -76,13 +76,13 @@ def _split_boxes(value: Any) -> Any:
 
 
 Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split_boxes)]
-"""Boxes as a list, or as one text with `;` between them; None stands for no box."""
+"""Boxes as a list or as text separated by `;`; None means no boxes."""
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, str]:
-    """The options in the values of `--set KEY=VALUE`; the last value of a key wins, and `-` in a key stands for `_`.
+    """The options given with `--set KEY=VALUE`; the last value of a key wins, and `-` in a key means `_`.
 
-    Raises InvalidOption if a value has no key or no `=`.
+    Raises InvalidOption for a value without a key or `=`.
     """
     values: dict[str, str] = {}
     for setting in settings:
@@ -94,21 +94,21 @@ def parse_settings(settings: Iterable[str]) -> dict[str, str]:
 
 
 def nearest(word: str, valid: list[str]) -> str:
-    """`; did you mean ...?` and the list of what is valid, to end an error's sentence with."""
+    """`; did you mean ...?` and the valid words, to append to an error message."""
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return f"{hint} (valid: {', '.join(sorted(valid))})"
 
 
 def validation_sentence(error: ValidationError) -> str:
-    """All of pydantic's complaints in one line: `name: what is wrong, not 'value'`."""
-    said = []
+    """All of pydantic's errors in one line: `name: reason, not 'value'`."""
+    complaints = []
     for fault in error.errors(include_url=False, include_context=False):
         name = ".".join(str(part) for part in fault["loc"])
         reason = fault["msg"].removeprefix("Value error, ")
         given = fault.get("input")
-        given = shown(given) if isinstance(given, str) else given  # an address may carry a signature
+        given = shown(given) if isinstance(given, str) else given  # a URL may contain a signature
         value = f", not {given!r}" if isinstance(given, str | int | float) and len(str(given)) <= 80 else ""
-        value = "" if reason.endswith(value) else value  # some reasons say it themselves
-        said.append(f"{name + ': ' if name else ''}{reason[:1].lower()}{reason[1:]}{value}")
-    return "; ".join(said)
+        value = "" if reason.endswith(value) else value  # some reasons already contain it
+        complaints.append(f"{name + ': ' if name else ''}{reason[:1].lower()}{reason[1:]}{value}")
+    return "; ".join(complaints)

@@ -14,14 +14,14 @@ def _original(value: Any) -> Any:
 
 
 class OpencvRemoveBackground(EngineOptions):
-    """GrabCut, seeded by a colour model of the image's border and a centre prior."""
+    """GrabCut, initialised with a colour model of the image's border and a prior for its centre."""
 
     engine: Literal["opencv"] = "opencv"
     long_edge: LongEdge | None = Field(
         1600, description="longest edge of the cut-out in pixels; 'none' keeps the source's size"
     )
     feather: float = Field(1.5, ge=0, le=20, description="softness of the edge in pixels of the result")
-    background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
+    background: Colour | None = Field(None, description="background colour, as #rrggbb; 'none': transparent")
 
 
 RembgModel = Literal[
@@ -34,40 +34,43 @@ RembgModel = Literal[
     "birefnet-general",
     "birefnet-general-lite",
 ]
-"""rembg's models that may be used commercially; names as rembg has them."""
+"""rembg's models that may be used commercially, by rembg's names."""
 
 
 class RembgRemoveBackground(EngineOptions):
-    """rembg's models on onnxruntime."""
+    """rembg's models on ONNX Runtime."""
 
     engine: Literal["rembg"] = "rembg"
-    model: RembgModel = Field("u2net", description="which model finds the subject")
-    exact: bool = Field(False, description="rembg's very pixels, slower: its own scaling and compositing")
+    model: RembgModel = Field("u2net", description="model that finds the subject")
+    exact: bool = Field(False, description="use rembg's own scaling and compositing for identical pixels; slower")
     long_edge: Annotated[LongEdge | None, BeforeValidator(_original)] = Field(
         1600, description="longest edge of the cut-out in pixels; 'original' keeps the source's size"
     )
-    alpha_matting: bool = Field(False, description="find the edge's transparency by closed-form matting: hair and fur, slowly")
-    background: Colour | None = Field(None, description="colour to put behind the subject, as #rrggbb; 'none' is transparent")
-    background_image: str | None = Field(None, description="address of an image to put behind the subject, scaled to cover")
-    crop: bool = Field(False, description="crop to the subject, and to its shadow if that is kept")
+    alpha_matting: bool = Field(
+        False, description="compute the edge's transparency with closed-form matting, for hair and fur; slow"
+    )
+    background: Colour | None = Field(None, description="background colour, as #rrggbb; 'none': transparent")
+    background_image: str | None = Field(None, description="URL of a background image, scaled to cover")
+    crop: bool = Field(False, description="crop to the subject, and its shadow if kept")
     margin: float = Field(
         0.05,
         ge=0,
         le=0.5,
-        description="room on each side of the cropped subject, as a share of its longer side (0.06 fills 89 %)",
+        description="margin around the cropped subject, as a share of its longer side (with 0.06 it fills 89 %)",
     )
     canvas: int | None = Field(
         None,
         ge=16,
         le=8_000,
-        description="side in pixels of a square that the cropped subject and its margin are scaled to fill",
+        description="side in pixels of a square to which the cropped subject with its margin is scaled",
     )
     shadow: bool = Field(
-        False, description="keep the subject's shadow on the ground, where the backdrop is plain enough to tell"
+        False, description="keep the subject's shadow on the ground, if the backdrop is plain enough to detect it"
     )
     mask_only: bool = Field(
         False,
-        description="give the mask in grey (white is the subject) instead of the cut-out; a JPEG's as JPEG, or by --format png",
+        description="output the greyscale mask (white is the subject) instead of the cut-out; "
+        "a JPEG's mask is a JPEG unless --format is png",
     )
 
     @model_validator(mode="after")
@@ -77,8 +80,8 @@ class RembgRemoveBackground(EngineOptions):
         if self.canvas is not None and not self.crop:
             raise ValueError("canvas needs crop=true")
         if self.mask_only and (self.background or self.background_image or self.shadow):
-            raise ValueError("mask_only goes without background, background_image and shadow")
-        # What is given is compared with the default: a spec that comes back from the ledger has all its fields set.
+            raise ValueError("mask_only can't be combined with background, background_image or shadow")
+        # Compared with the default, since a spec from the ledger has all fields set.
         if self.exact and (self.shadow or self.long_edge not in (None, type(self).model_fields["long_edge"].default)):
-            raise ValueError("exact works at the source's size: without long_edge and shadow")
+            raise ValueError("exact works at the source's size and can't be combined with long_edge or shadow")
         return self

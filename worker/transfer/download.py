@@ -47,7 +47,7 @@ NO_TLS = (
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """A server's response. `headers` has lower-case names; `body` is empty unless the status is 200 or 203."""
 
     status: int
@@ -73,14 +73,14 @@ class Downloader:
         self._lock = threading.Lock()
         self._closed = False
 
-    def get(self, target: Target, label: str, seconds: float) -> Answer:
+    def get(self, target: Target, label: str, seconds: float) -> Response:
         """Request `target` once, without following redirects; `label` names it in errors.
 
         Raises Timeout, Unreachable, ForbiddenAddress, TooLarge, Truncated or UnsupportedUrl if no complete response arrives.
         Error statuses are returned, even if their body is incomplete.
         """
         transfer = _Transfer(target, self._settings)
-        with self._lent() as handle:
+        with self._handle() as handle:
             try:
                 self._prepare(handle, transfer, seconds)
                 handle.perform()
@@ -89,7 +89,7 @@ class Downloader:
                     raise transfer.explain(error, label) from error
             finally:
                 transfer.close()
-        return Answer(transfer.status, transfer.headers, b"".join(transfer.blocks))
+        return Response(transfer.status, transfer.headers, b"".join(transfer.blocks))
 
     def close(self) -> None:
         """Close all connections; handles in use are closed when their request ends."""
@@ -100,7 +100,7 @@ class Downloader:
             handle.close()
 
     @contextmanager
-    def _lent(self) -> Iterator[pycurl.Curl]:
+    def _handle(self) -> Iterator[pycurl.Curl]:
         with self._lock:
             handle = self._idle.pop() if self._idle else pycurl.Curl()
         try:
@@ -149,8 +149,7 @@ class _Transfer:
     headers: dict[str, str] = field(default_factory=dict)
     blocks: list[bytes] = field(default_factory=list)
     size: int = 0
-    opened: int = 0
-    refused: int = 0
+    refused: bool = False
     sockets: list[socket.socket] = field(default_factory=list)
 
     def open_socket(self, _purpose: int, address: Any) -> socket.socket | int:
@@ -163,14 +162,13 @@ class _Transfer:
             if address.family not in (socket.AF_INET, socket.AF_INET6) or not allowed(
                 address.addr[0], self.target.host, self.target.port, self.settings
             ):
-                self.refused += 1
+                self.refused = True
                 return int(pycurl.SOCKET_BAD)
-            opened = socket.socket(address.family, address.socktype, address.protocol)
+            new = socket.socket(address.family, address.socktype, address.protocol)
         except (OSError, ValueError):  # no IPv6 or no descriptors left: curl tries the next address
             return int(pycurl.SOCKET_BAD)
-        self.opened += 1
-        self.sockets.append(opened)  # curl works on a duplicate; close ours afterwards
-        return opened
+        self.sockets.append(new)  # curl works on a duplicate; ours is closed afterwards
+        return new
 
     def on_header(self, line: bytes) -> None:
         """Handle a header line; a status line starts a new response, for example after 100 or 103."""
@@ -196,8 +194,8 @@ class _Transfer:
 
     def close(self) -> None:
         """Close our copies of the sockets passed to curl."""
-        for opened in self.sockets:
-            opened.close()
+        for each in self.sockets:
+            each.close()
 
     def explain(self, error: pycurl.error, label: str) -> ImageError:
         """The ImageError for a failed transfer without an error status."""
@@ -205,13 +203,13 @@ class _Transfer:
         limit = self.settings.max_bytes
         if number == pycurl.E_FILESIZE_EXCEEDED or self.size > limit:
             return TooLarge(f"{label} exceeds the limit of {limit} bytes")
-        if self.refused and not self.opened:
+        if self.refused and not self.sockets:
             return ForbiddenAddress(
                 f"{label} is in a private or reserved network; an operator can allow it "
                 "with IMAGEMILL_FETCH__ALLOW_HOSTS or IMAGEMILL_FETCH__ALLOW_NETWORKS"
             )
         if number == pycurl.E_OPERATION_TIMEDOUT:
-            return Timeout(f"{label} timed out: {'incomplete response' if self.opened else 'no connection'}")
+            return Timeout(f"{label} timed out: {'incomplete response' if self.sockets else 'no connection'}")
         if number == pycurl.E_COULDNT_RESOLVE_HOST:
             return Unreachable(f"{label}: can't resolve host {self.target.host!r}")
         if number in NO_TLS:
@@ -225,9 +223,9 @@ class _Transfer:
         return Unreachable(f"{label}: the connection failed ({reason})")
 
 
-def status_error(answer: Answer, label: str) -> ImageError | None:
+def status_error(response: Response, label: str) -> ImageError | None:
     """The error for a response's status; None for success."""
-    status = answer.status
+    status = response.status
     if status in OK:
         return None
     if status in (401, 403):
@@ -238,7 +236,7 @@ def status_error(answer: Answer, label: str) -> ImageError | None:
         return Timeout(f"{label}: the server timed out (status 408)")
     if status == 429 or 500 <= status < 600:
         error = ServerError(f"{label}: server error or overload (status {status})")
-        error.retry_after = retry_after(answer.headers.get("retry-after", ""))
+        error.retry_after = retry_after(response.headers.get("retry-after", ""))
         return error
     return HttpError(f"{label}: unexpected status {status}")
 

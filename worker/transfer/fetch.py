@@ -27,7 +27,7 @@ from imagemill.shared.s3 import S3Client, split, translate
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.shared.urls import BUCKET, check_source_url, shown
 from imagemill.worker.transfer.addresses import wire
-from imagemill.worker.transfer.download import Answer, Downloader, status_error
+from imagemill.worker.transfer.download import Downloader, Response, status_error
 from imagemill.worker.transfer.files import read_file
 
 FIRST_PAUSE = 0.5
@@ -103,10 +103,10 @@ class Fetcher:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise Timeout(f"{label} timed out after {self._settings.total_timeout:g} s of redirects")
-            answer = self._downloader.get(target, label, left)
-            if answer.location is None:
-                return image_body(answer, label)
-            current = redirected(target.url, answer.location, label)
+            response = self._downloader.get(target, label, left)
+            if response.location is None:
+                return image_body(response, label)
+            current = redirected(target.url, response.location, label)
             label = f"{shown(url)} (redirected to {shown(current)})"
         raise TooManyRedirects(f"{shown(url)} has more than {self._settings.max_redirects} redirects")
 
@@ -148,17 +148,17 @@ def redirected(base: str, location: str, label: str) -> str:
     return wire(target).url
 
 
-def image_body(answer: Answer, label: str) -> bytes:
+def image_body(response: Response, label: str) -> bytes:
     """The body of a response. Raises an ImageError for an error status, and NotAnImage for a web page."""
-    error = status_error(answer, label)
+    error = status_error(response, label)
     if error is not None:
         raise error
-    kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Some servers label images as HTML. Text has no zero bytes; images always have some near their start.
-    labelled_html = kind in ("text/html", "application/xhtml+xml") and b"\0" not in answer.body[:4096]
-    if answer.body and (labelled_html or HTML.match(answer.body[:4096])):
+    labelled_html = kind in ("text/html", "application/xhtml+xml") and b"\0" not in response.body[:4096]
+    if response.body and (labelled_html or HTML.match(response.body[:4096])):
         raise NotAnImage(f"{label} is a web page (HTML), not an image")
-    return answer.body
+    return response.body
 
 
 def cut_short(error: ImageError, stop: threading.Event, attempts: int) -> bool:

@@ -1,5 +1,5 @@
--- ARGV job, chunk, task, token, lease ms: take a chunk, or say why not.
--- 'gone': nothing left to do; 'held': another worker has it; 'ok': taken, with how often it was lost, and its items.
+-- ARGV job, chunk, task, token, lease ms: lease a chunk.
+-- Returns 'gone': nothing left to do; 'held': another worker has it; or 'ok', how often it was lost, and its items.
 local job, number, task, token = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 local state = redis.call('HGET', key(job), 'state')
 if number == '-1' then
@@ -13,7 +13,7 @@ local now = now_ms()
 local member = job .. ':' .. number
 local holder = redis.call('HGET', key(job, 'leases'), number)
 if holder then
-  -- The same task once more means that its message came back: the process that had it is lost.
+  -- The same task again means that its message was redelivered: the process that had it is lost.
   local again = string.sub(holder, 1, #task + 1) == task .. '/'
   local ends = tonumber(redis.call('ZSCORE', LEASED, member) or 0)
   if ends > now and not again then return {'held'} end
@@ -23,7 +23,7 @@ local queue = queue_of(job, number)
 local published = redis.call('ZSCORE', WAITING .. queue, member)
 if published then
   redis.call('ZREM', WAITING .. queue, member)
-  -- A manifest mostly comes from its job's last worker and not from the queue, so it says nothing of what stands before it.
+  -- A manifest usually comes from its job's last worker rather than the queue, so it says nothing about older messages.
   if number ~= '-1' and tonumber(published) > tonumber(redis.call('HGET', NEWEST, queue) or 0) then
     redis.call('HSET', NEWEST, queue, published)
   end

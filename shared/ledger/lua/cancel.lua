@@ -1,4 +1,4 @@
--- ARGV job: 0 not cancellable, 1 cancelled while some chunks are still being worked on, 2 all is at rest.
+-- ARGV job: cancel a job. Returns 0: not cancellable; 1: cancelled, but workers still have chunks; 2: cancelled, none has.
 local job = ARGV[1]
 local state = redis.call('HGET', key(job), 'state')
 if state ~= 'queued' and state ~= 'running' then return 0 end

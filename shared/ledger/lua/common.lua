@@ -1,4 +1,4 @@
--- Prepended to every script. Times are milliseconds by Redis' own clock.
+-- Prepended to every script. Times are in milliseconds by Redis' clock.
 local function now_ms()
   local t = redis.call('TIME')
   return t[1] * 1000 + math.floor(t[2] / 1000)
@@ -9,10 +9,10 @@ local function key(job, part)
 end
 
 local WAITING = 'imagemill:waiting:' -- + queue: chunk -> when it was published
-local LEASED = 'imagemill:leased'    -- chunk -> when its lease ends
-local NEWEST = 'imagemill:newest'    -- queue -> publishing time of the latest chunk that a worker took
+local LEASED = 'imagemill:leased'    -- chunk -> when its lease expires
+local NEWEST = 'imagemill:newest'    -- queue -> when the newest chunk taken from it was published
 
--- A manifest's queue is not its job's.
+-- A manifest has a different queue than its job's other chunks.
 local function queue_of(job, number)
   return redis.call('HGET', key(job), tostring(number) == '-1' and 'manifest_queue' or 'queue')
 end

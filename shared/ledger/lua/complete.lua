@@ -1,4 +1,4 @@
--- ARGV job, chunk, token, manifest's address or '': a chunk is finished. 'lost', 'ok', or 'finishing' when it was the job's last.
+-- ARGV job, chunk, token, manifest's URL or '': finish a chunk. Returns 'lost', 'ok', or 'finishing' if it was the job's last.
 local job, number = ARGV[1], ARGV[2]
 if redis.call('HGET', key(job, 'leases'), number) ~= ARGV[3] then return 'lost' end
 redis.call('HDEL', key(job, 'leases'), number)

@@ -1,6 +1,6 @@
--- ARGV patience ms, most: chunks to publish again, as job:chunk, and marks them published now.
--- A chunk is overdue when its lease has ended, or when it waits on no queue any more although nobody took it:
--- its queue is empty, or later chunks of that queue were taken (queues are first in, first out).
+-- ARGV patience ms, most: returns overdue chunks as job:chunk, and marks them as published now.
+-- A chunk is overdue when its lease has expired, or when it is missing from its queue although no worker took it:
+-- the queue is empty, or newer chunks were taken from it (queues are first in, first out).
 local now, patience, most = now_ms(), tonumber(ARGV[1]), tonumber(ARGV[2])
 local overdue = {}
 

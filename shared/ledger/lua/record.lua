@@ -1,4 +1,4 @@
--- ARGV job, index, state, result: once per image, however often its chunk is delivered.
+-- ARGV job, index, state, result: record a result, once per image, however often its chunk is delivered. Returns 1 if it is the first.
 local job, index, state = ARGV[1], ARGV[2], ARGV[3]
 if redis.call('EXISTS', key(job)) == 0 then return 0 end
 if redis.call('HSETNX', key(job, 'results'), index, ARGV[4]) == 0 then return 0 end

@@ -1,6 +1,6 @@
--- ARGV job, chunk, index...: forget these failures of an ended job; their chunk waits again. How many images.
+-- ARGV job, chunk, index...: forget these failures of an ended job, and let their chunk wait again. Returns the number of images.
 local job, number = ARGV[1], ARGV[2]
-if redis.call('GETBIT', key(job, 'finished'), number) == 0 then return 0 end -- someone else's retry was quicker
+if redis.call('GETBIT', key(job, 'finished'), number) == 0 then return 0 end -- another retry came first
 local images = 0
 for n = 3, #ARGV do
   if redis.call('HDEL', key(job, 'results'), ARGV[n]) == 1 then

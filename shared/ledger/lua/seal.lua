@@ -1,4 +1,4 @@
--- ARGV job, chunks, total, duplicates, ttl: all of a list is in the ledger; its chunks may be published.
+-- ARGV job, chunks, total, duplicates, ttl: mark a job as completely written; its chunks may be published.
 local job = ARGV[1]
 if redis.call('HGET', key(job), 'state') ~= 'submitting' then return 0 end
 local now = now_ms()

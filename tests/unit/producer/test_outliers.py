@@ -109,5 +109,5 @@ def test_duplicates_are_ignored() -> None:
 
 
 def test_outlier_is_described_in_words() -> None:
-    assert str(Outlier("sharpness", -11.4)) == "sharpness 11 deviations below the others"
-    assert str(Outlier("green-red", 6.0)) == "green-red 6 deviations above the others"
+    assert str(Outlier("sharpness", -11.4)) == "sharpness is 11 deviations below the rest"
+    assert str(Outlier("green-red", 6.0)) == "green-red is 6 deviations above the rest"

@@ -214,7 +214,7 @@ def test_flagged_images_and_outliers_come_before_all_others() -> None:
     for note in ("enlarged", "flag:blurred", "flag:cast"):
         assert worded(note) in shown.text
     assert "Outliers 1 image unlike the rest of the job" in shown.text
-    assert "3.jpg 000003 lightness 7 deviations below the others" in shown.text
+    assert "3.jpg 000003 lightness is 7 deviations below the rest" in shown.text
     assert shown.pictures == [
         f"{A}5.jpg", "https://s3.example/results/x/5.png", f"{A}3.jpg", "https://s3.example/results/x/3.png",
     ]  # fmt: skip

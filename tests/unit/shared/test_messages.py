@@ -1,4 +1,4 @@
-"""The messages: frozen, strict, versioned, and the same after JSON."""
+"""Messages are frozen, strict and versioned, and survive JSON."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ JOBS = [
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.operation)
-def test_a_job_is_the_same_after_json(job: Any) -> None:
+def test_job_survives_json(job: Any) -> None:
     assert Job.model_validate_json(job.model_dump_json()) == job
     assert job.engine == "opencv"
 
 
-def test_there_is_a_job_for_every_operation() -> None:
+def test_jobs_cover_every_operation() -> None:
     assert tuple(job.operation for job in JOBS) == OPERATIONS
 
 
@@ -52,7 +52,7 @@ def test_there_is_a_job_for_every_operation() -> None:
     [OpencvInpaint(), LamaInpaint(), LamaInpaint(strategy="resize", tile=512), LamaInpaint(strategy="whole")],
     ids=["opencv", "lama", "resize", "whole"],
 )
-def test_a_job_with_boxes_is_the_same_after_json(options: OpencvInpaint | LamaInpaint) -> None:
+def test_job_with_boxes_survives_json(options: OpencvInpaint | LamaInpaint) -> None:
     boxes = {"boxes": "1,2,3,4;0.1,0.1,0.5,0.5"}
     job = Job(operation="inpaint", output=OUT, options=type(options).model_validate(options.model_dump() | boxes))
     assert Job.model_validate_json(job.model_dump_json()) == job
@@ -63,12 +63,12 @@ def test_a_job_with_boxes_is_the_same_after_json(options: OpencvInpaint | LamaIn
     [{}, {"exact": True}, {"exact": True, "long_edge": "original"}, {"crop": True, "canvas": 800}, {"mask_only": True}],
     ids=str,
 )
-def test_a_job_of_rembgs_is_the_same_after_json(given: dict[str, Any]) -> None:
+def test_rembg_job_survives_json(given: dict[str, Any]) -> None:
     job = Job(operation="remove-background", output=OUT, options=parse_options("remove-background", "rembg", given))
     assert Job.model_validate_json(job.model_dump_json()) == job
 
 
-def test_a_job_of_a_model_goes_where_that_model_is() -> None:
+def test_lane_names_engine_and_model() -> None:
     job = Job.model_validate({"operation": "inpaint", "output": OUT, "options": {"engine": "lama", "boxes": "1,2,3,4"}})
     assert (job.engine, job.lane) == ("lama", "lama.lama")
 
@@ -78,7 +78,7 @@ def test_a_job_of_a_model_goes_where_that_model_is() -> None:
     [{"version": 2}, {"operation": "sharpen"}, {"surprise": 1}, {"options": {"engine": "opencv", "surprise": 1}}],
     ids=str,
 )
-def test_a_job_of_another_version_or_with_unknown_fields_is_refused(change: dict[str, Any]) -> None:
+def test_job_of_another_version_or_with_unknown_fields_is_refused(change: dict[str, Any]) -> None:
     fields = json.loads(JOBS[2].model_dump_json())
     with pytest.raises(ValidationError):
         Job.model_validate({**fields, **change})
@@ -92,25 +92,25 @@ def test_messages_are_frozen(message: Any) -> None:
 
 
 @pytest.mark.parametrize("version", [0, 2])
-def test_a_chunk_of_another_version_is_refused(version: int) -> None:
+def test_chunk_of_another_version_is_refused(version: int) -> None:
     with pytest.raises(ValidationError):
         Chunk.model_validate({"version": version, "job": "260730-1f0c9a3e", "number": 0, "images": 1})
 
 
 @pytest.mark.parametrize("job", ["", "abc", "a" * 41, "../../etc", "UPPER", "a:b:c:d", "job*"])
-def test_a_job_name_can_be_part_of_a_key(job: str) -> None:
+def test_job_ids_unfit_for_a_redis_key_are_refused(job: str) -> None:
     with pytest.raises(ValidationError):
         Chunk(job=job, number=0, images=0)
 
 
-def test_the_manifest_is_a_chunk_too() -> None:
+def test_manifest_is_a_valid_chunk_number() -> None:
     assert Chunk(job="260730-1f0c9a3e", number=MANIFEST, images=0).number == MANIFEST
     with pytest.raises(ValidationError):
         Chunk(job="260730-1f0c9a3e", number=MANIFEST - 1, images=0)
 
 
 @pytest.mark.parametrize("template", ["{job}/{index:06d}-{name}", "{index}", "{item}", "all/{name}/{index:04d}"])
-def test_key_templates(template: str) -> None:
+def test_valid_key_templates(template: str) -> None:
     assert check_key(template) == template
 
 
@@ -119,23 +119,23 @@ def test_key_templates(template: str) -> None:
     [
         ("{name}", "could overwrite each other"),
         ("", "could overwrite each other"),
-        ("{index}/{user}", "may use"),
-        ("{index!r}", "may use"),
-        ("{index.__class__}", "may use"),
-        ("{index:9999999d}", "may use"),
-        ("{{index}}", "may use"),
+        ("{index}/{user}", "may only use"),
+        ("{index!r}", "may only use"),
+        ("{index.__class__}", "may only use"),
+        ("{index:9999999d}", "may only use"),
+        ("{{index}}", "may only use"),
         ("/{index}", "no leading /"),
         ("../{index}", "no leading / and no .."),
         ("a/../../{index}", "no leading / and no .."),
     ],
 )
-def test_key_templates_that_are_refused(template: str, reason: str) -> None:
+def test_invalid_key_templates_are_refused(template: str, reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         Output(url="s3://results", key=template)
 
 
 @pytest.mark.parametrize(("operation", "usual"), [("inpaint", "keep"), ("stylize", "srgb"), ("remove-background", "srgb")])
-def test_what_is_only_filled_keeps_its_profile_unless_asked_otherwise(operation: str, usual: str) -> None:
+def test_default_profile_depends_on_the_operation(operation: str, usual: str) -> None:
     profiles = []
     for output in ({}, {"icc": "srgb"}, {"icc": "keep"}):
         job = Job.model_validate({"operation": operation, "output": {"url": "s3://results/x", **output}})
@@ -143,13 +143,13 @@ def test_what_is_only_filled_keeps_its_profile_unless_asked_otherwise(operation:
     assert profiles == [usual, "srgb", "keep"]
 
 
-def test_an_item_id_is_the_same_in_every_job_and_of_each_place_its_own() -> None:
+def test_item_id_depends_on_source_and_position_only() -> None:
     ids = {Item(index=index, source=source).id for index in (0, 1) for source in (A, A + "x")}
     assert len(ids) == 4
     assert Item(index=12, source=A).id == Item(index=12, source=A).id == "000012-5fcd5048"
 
 
-def test_what_decides_the_result_decides_the_digest() -> None:
+def test_digest_depends_on_what_determines_the_result() -> None:
     first = Item(index=0, source=A)
     assert first.digest == Item(index=7, source=A, duplicate_of=0).digest
     others = [
@@ -162,7 +162,7 @@ def test_what_decides_the_result_decides_the_digest() -> None:
     assert len({item.digest for item in [first, *others]}) == 6
 
 
-def test_items_may_be_neither_negative_nor_endless() -> None:
+def test_items_with_invalid_index_or_source_are_refused() -> None:
     for fields in ({"index": -1, "source": A}, {"index": 0, "source": A + "a" * 4096}, {"index": 0, "source": ""}):
         with pytest.raises(ValidationError):
             Item.model_validate(fields)
@@ -172,16 +172,16 @@ NAMES = st.none() | st.text(max_size=50)
 
 
 @given(st.integers(0, 10**7), NAMES, st.lists(st.tuples(*[st.integers(1, 9999)] * 4), max_size=3))
-def test_compact_items_are_the_same_when_read(index: int, name: str | None, boxes: list[Any]) -> None:
+def test_compact_item_survives_json(index: int, name: str | None, boxes: list[Any]) -> None:
     item = Item.model_validate({"index": index, "source": A, "name": name, "boxes": boxes})
     assert Item.model_validate_json(compact(item)) == item
 
 
-def test_compact_leaves_out_what_is_at_its_default() -> None:
+def test_compact_omits_defaults() -> None:
     assert compact(Item(index=3, source=A)) == f'{{"index":3,"source":"{A}"}}'
 
 
-def test_a_result_is_the_same_when_read() -> None:
+def test_compact_result_survives_json() -> None:
     result = ItemResult(
         index=3,
         state="done",
@@ -194,14 +194,14 @@ def test_a_result_is_the_same_when_read() -> None:
 
 
 @pytest.mark.parametrize(("ended", "state"), [(False, "pending"), (True, "cancelled")])
-def test_a_row_without_a_result(ended: bool, state: str) -> None:
+def test_row_without_a_result(ended: bool, state: str) -> None:
     item = Item(index=1, source=A, mask=A, duplicate_of=0)
     line = row(item, None, ended=ended)
     assert (line.state, line.item, line.index, line.source, line.mask, line.duplicate_of) == (state, item.id, 1, A, A, 0)
     assert line.attempts == 0
 
 
-def test_a_row_with_a_result_as_programs_read_it() -> None:
+def test_row_with_a_result() -> None:
     failed = ItemResult(index=0, state="failed", code="not_found", message="there is no such image", attempts=2)
     line = json.loads(row(Item(index=0, source=A), failed, ended=True).model_dump_json())
     assert {name: line[name] for name in ("item", "source", "state", "output", "code", "message", "attempts")} == {
@@ -217,7 +217,7 @@ def test_a_row_with_a_result_as_programs_read_it() -> None:
 
 
 @pytest.mark.parametrize("state", ["submitting", "queued", "running", "finishing", "done", "cancelled"])
-def test_which_states_are_the_end(state: Any) -> None:
+def test_over_is_true_in_the_final_states(state: Any) -> None:
     status = JobStatus(
         job="260730-1f0c9a3e", operation="stylize", engine="opencv", lane="opencv", state=state, total=1, done=0, failed=0,
         duplicates=0, priority="normal", output="s3://results", created=0.0, seconds=1.0,
@@ -226,6 +226,6 @@ def test_which_states_are_the_end(state: Any) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"attempts": 0}, {"attempts": 11}, {"priority": "urgent"}])
-def test_policies_that_are_refused(fields: dict[str, Any]) -> None:
+def test_invalid_policies_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Policy.model_validate(fields)

@@ -1,4 +1,4 @@
-"""What each operation takes, and what it says to the rest."""
+"""Options of each operation, and errors about invalid ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOXES: TypeAdapter[tuple[Box, ...]] = TypeAdapter(Boxes)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_operation_has_an_engine_whose_defaults_are_valid(operation: str) -> None:
+def test_every_engine_has_valid_defaults(operation: str) -> None:
     engines = engines_of(operation)
     assert "opencv" in engines
     for name, engine in engines.items():
@@ -29,21 +29,21 @@ def test_every_operation_has_an_engine_whose_defaults_are_valid(operation: str) 
         assert options.engine == name
 
 
-def test_each_row_lists_the_models_that_its_options_can_select() -> None:
+def test_each_engine_lists_the_models_that_its_options_can_select() -> None:
     for engine in ENGINES:
         field = engine.options.model_fields.get("model")
         assert tuple(engine.models) == (get_args(field.annotation) if field else ())
 
 
 @pytest.mark.parametrize("model", [OpencvRemoveBackground, OpencvInpaint, LamaInpaint, OpencvStylize])
-def test_every_option_is_described(model: type[Any]) -> None:
+def test_every_option_has_a_description(model: type[Any]) -> None:
     undescribed = [
         name for name, field in model.model_fields.items() if name not in ("engine", "boxes") and not field.description
     ]
     assert undescribed == []
 
 
-def test_text_values_are_read_as_the_command_line_gives_them() -> None:
+def test_text_values_are_parsed() -> None:
     options = parse_options("remove-background", "opencv", {"long_edge": "none", "feather": "0.5", "background": "#FFffFF"})
     assert options == OpencvRemoveBackground(long_edge=None, feather=0.5, background="#FFffFF")
     assert parse_options("stylize", "opencv", {"colour": "true", "style": "pencil-sketch"}) == OpencvStylize(
@@ -52,7 +52,7 @@ def test_text_values_are_read_as_the_command_line_gives_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("operation", "engine", "given", "said"),
+    ("operation", "engine", "options", "reason"),
     [
         ("remove-backgroud", "opencv", {}, "did you mean 'remove-background'?"),
         ("stylize", "opencvv", {}, "did you mean 'opencv'?"),
@@ -61,8 +61,8 @@ def test_text_values_are_read_as_the_command_line_gives_them() -> None:
         ("inpaint", "opencv", {"zzzzzz": 1}, "(valid: boxes, mask, mask_dilate"),
         ("inpaint", "opencv", {"radius": "51"}, "radius: input should be less than or equal to 50, not '51'"),
         ("inpaint", "opencv", {"method": "best"}, "method: input should be 'telea' or 'navier-stokes', not 'best'"),
-        ("inpaint", "opencv", {"boxes": "1,2,3"}, "a box has four numbers, x, y, width and height, not 3"),
-        ("inpaint", "opencv", {"boxes": "1,2,3,4;a,b,c,d"}, "a box is x,y,width,height in numbers, not 'a,b,c,d'"),
+        ("inpaint", "opencv", {"boxes": "1,2,3"}, "a box must have four numbers x,y,width,height, not 3"),
+        ("inpaint", "opencv", {"boxes": "1,2,3,4;a,b,c,d"}, "a box must be four numbers x,y,width,height, not 'a,b,c,d'"),
         ("inpaint", "lama", {"tile": "520"}, "tile: input should be a multiple of 64, not '520'"),
         ("inpaint", "lama", {"tile": "2048"}, "tile: input should be less than or equal to 1024, not '2048'"),
         ("inpaint", "lama", {"strategy": "whole", "tile": 512}, "strategy=whole ignores tile"),
@@ -74,33 +74,33 @@ def test_text_values_are_read_as_the_command_line_gives_them() -> None:
         ("remove-background", "rembg", {"crop": "true", "canvas": "8001"}, "less than or equal to 8000"),
         ("remove-background", "rembg", {"canvas": "800"}, "canvas needs crop=true"),
         ("remove-background", "rembg", {"background": "#ffffff", "background_image": "https://a.example/b.png"}, "exclude"),
-        ("remove-background", "rembg", {"mask_only": "true", "shadow": "true"}, "mask_only goes without"),
-        ("remove-background", "rembg", {"exact": "true", "long_edge": "800"}, "without long_edge and shadow"),
+        ("remove-background", "rembg", {"mask_only": "true", "shadow": "true"}, "mask_only can't be combined"),
+        ("remove-background", "rembg", {"exact": "true", "long_edge": "800"}, "can't be combined with long_edge or shadow"),
         ("stylize", "opencv", {"style": "colour-transfer"}, "go together"),
         ("stylize", "opencv", {"reference": "https://example.com/r.jpg"}, "go together"),
     ],
 )
-def test_a_wrong_option_is_refused_in_a_sentence(operation: str, engine: str, given: dict[str, Any], said: str) -> None:
+def test_wrong_option_is_refused_with_the_reason(operation: str, engine: str, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidOption) as caught:
-        parse_options(operation, engine, given)
-    assert said in caught.value.message
+        parse_options(operation, engine, options)
+    assert reason in caught.value.message
     assert "\n" not in caught.value.message
 
 
-def test_what_was_given_is_said_once() -> None:
+def test_error_contains_the_value_once() -> None:
     with pytest.raises(InvalidOption) as caught:
         parse_options("inpaint", "opencv", {"boxes": "a,b,c,d"})
     assert caught.value.message.count("not 'a,b,c,d'") == 1
 
 
-def test_every_fault_is_named_at_once() -> None:
+def test_error_names_every_wrong_option() -> None:
     with pytest.raises(InvalidOption) as caught:
         parse_options("inpaint", "opencv", {"radius": 0, "mask_dilate": 201})
     assert "radius: " in caught.value.message
     assert "mask_dilate: " in caught.value.message
 
 
-def test_a_fault_shows_no_secret_of_an_address() -> None:
+def test_error_hides_secrets_of_urls() -> None:
     with pytest.raises(InvalidOption) as caught:
         parse_options("stylize", "opencv", {"style": "https://me:pass@example.com/a?sig=hidden"})
     assert "example.com" in caught.value.message
@@ -121,9 +121,9 @@ def test_a_fault_shows_no_secret_of_an_address() -> None:
         ({"x": 1, "y": 2, "width": 3, "height": 4}, (1, 2, 3, 4, "px")),
     ],
 )
-def test_boxes_in_pixels_and_in_fractions(given: Any, box: tuple[float, float, float, float, str]) -> None:
-    read = Box.model_validate(given)
-    assert (read.x, read.y, read.width, read.height, read.unit) == box
+def test_box_formats(given: Any, box: tuple[float, float, float, float, str]) -> None:
+    parsed = Box.model_validate(given)
+    assert (parsed.x, parsed.y, parsed.width, parsed.height, parsed.unit) == box
 
 
 @pytest.mark.parametrize(
@@ -131,18 +131,18 @@ def test_boxes_in_pixels_and_in_fractions(given: Any, box: tuple[float, float, f
     ["", "1,2,3,4,5", "-1,2,3,4", "1,2,0,4", "1e3,2,3,4", "nan,1,1,1", "inf,1,1,1", "0.5,0.5,0.6,0.2",
      [1, 2, 3], ["a", 1, 1, 1], None, 7],
 )  # fmt: skip
-def test_boxes_that_are_refused(given: Any) -> None:
+def test_invalid_boxes_are_refused(given: Any) -> None:
     with pytest.raises(ValidationError):
         Box.model_validate(given)
 
 
 @pytest.mark.parametrize("text", ["none", ""])
-def test_no_boxes_and_no_loras_can_be_asked_for(text: str) -> None:
+def test_none_and_empty_text_mean_no_boxes_and_no_loras(text: str) -> None:
     assert parse_options("inpaint", "opencv", {"boxes": text}) == parse_options("inpaint", "opencv", {})
     assert parse_options("stylize", "diffusion", {"loras": text}) == parse_options("stylize", "diffusion", {})
 
 
-def test_several_boxes_as_one_text_or_as_a_list() -> None:
+def test_boxes_as_text_or_list() -> None:
     assert BOXES.validate_python("1,2,3,4; 5,6,7,8;") == BOXES.validate_python([[1, 2, 3, 4], [5, 6, 7, 8]])
     assert BOXES.validate_python("") == ()
 
@@ -154,13 +154,13 @@ def test_boxes_survive_json(given: list[tuple[int, int, int, int]]) -> None:
     assert BOXES.validate_python(";".join(",".join(map(str, box)) for box in given)) == boxes
 
 
-def test_nearest_says_what_is_valid_where_nothing_is_near() -> None:
+def test_nearest_lists_valid_words() -> None:
     assert nearest("xyz", ["mask", "boxes"]) == " (valid: boxes, mask)"
     assert nearest("maks", ["mask", "boxes"]) == "; did you mean 'mask'? (valid: boxes, mask)"
 
 
-def test_what_is_to_be_filled_is_told_every_engine_alike() -> None:
+def test_every_inpainting_engine_takes_the_same_masks_and_boxes() -> None:
     given = {"mask": "https://a.example/mask.png", "boxes": "1,2,3,4", "mask_threshold": 9, "mask_dilate": 3, "mask_feather": 2}
-    told = [parse_options("inpaint", engine, given) for engine in engines_of("inpaint")]
-    assert len({str(options.model_dump(include=set(given))) for options in told}) == 1
+    parsed = [parse_options("inpaint", engine, given) for engine in engines_of("inpaint")]
+    assert len({str(options.model_dump(include=set(given))) for options in parsed}) == 1
     assert parse_options("inpaint", "lama", {"strategy": "resize", "tile": "512"}) == LamaInpaint(strategy="resize", tile=512)

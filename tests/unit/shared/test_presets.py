@@ -1,3 +1,5 @@
+"""Presets: what ships, inheritance, and errors with file and line."""
+
 from __future__ import annotations
 
 import re
@@ -46,13 +48,13 @@ def own(tmp_path: Path) -> Path:
 
 
 def options(preset: Preset) -> DiffusionStylize:
-    made = parse_options(preset.operation, preset.engine, preset.options)
-    assert isinstance(made, DiffusionStylize)
-    return made
+    parsed = parse_options(preset.operation, preset.engine, preset.options)
+    assert isinstance(parsed, DiffusionStylize)
+    return parsed
 
 
 def wrong(path: Path, text: str) -> str:
-    """What is said of a file: of all of it, or of the first preset that is wrong."""
+    """The error of a file, or of its first preset that is wrong."""
     path.write_text(text)
     try:
         return next(Presets(path).faults()).message
@@ -60,13 +62,13 @@ def wrong(path: Path, text: str) -> str:
         return error.message
 
 
-def test_five_looks_ship_and_all_can_be_used() -> None:
+def test_five_presets_ship_and_are_valid() -> None:
     shipped = Presets()
     assert shipped.names() == ["product-clean", "anime", "realistic", "sketch", "turbo"]
     assert list(shipped.faults()) == []
-    made = {name: options(shipped.get(name)) for name in shipped.names()}
-    assert len({one.prompt for one in made.values()}) == 4, "turbo is product-clean, quick"
-    assert all(shipped.get(name).description for name in made)
+    parsed = {name: options(shipped.get(name)) for name in shipped.names()}
+    assert len({preset.prompt for preset in parsed.values()}) == 4, "turbo is a faster product-clean"
+    assert all(shipped.get(name).description for name in parsed)
 
 
 def test_turbo_takes_four_steps_without_guidance() -> None:
@@ -75,7 +77,7 @@ def test_turbo_takes_four_steps_without_guidance() -> None:
     assert [lora.name for lora in turbo.loras] == ["lcm-lora-sdv1-5"]
 
 
-def test_each_look_is_checked_by_limits_that_fit_it() -> None:
+def test_each_preset_has_limits_that_fit_it() -> None:
     def flags(name: str, **measures: float) -> set[str]:
         quality = Policy.model_validate(Presets().get(name).policy).quality
         assert quality.mode == "flag"
@@ -85,16 +87,16 @@ def test_each_look_is_checked_by_limits_that_fit_it() -> None:
     assert strict == ["product-clean"]
     assert [name for name in Presets().names() if flags(name, edges=0.22)] == ["product-clean", "realistic", "turbo"]
     assert flags("sketch", edges=0.1) == {"unlike"}
-    assert flags("sketch", cast=99, entropy=0.3, kept=9) == set(), "grey on much white"
+    assert flags("sketch", cast=99, entropy=0.3, kept=9) == set(), "grey lines on white"
     assert flags("sketch", entropy=0) == {"blank"}
 
 
-def test_the_file_is_shipped_with_the_package() -> None:
+def test_presets_file_ships_with_the_package() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert SHIPPED.name in data["imagemill.shared"]
 
 
-def test_what_a_preset_says_wins_over_what_it_extends_name_by_name(own: Path) -> None:
+def test_preset_overrides_inherited_values_one_by_one(own: Path) -> None:
     known = Presets(own)
     base, dark, darker = (known.get(name) for name in ("product-clean", "dark", "darker"))
     assert dark.options["prompt"] == "black background"
@@ -103,19 +105,19 @@ def test_what_a_preset_says_wins_over_what_it_extends_name_by_name(own: Path) ->
     assert (dark.output, dark.policy) == ({"format": "png"}, policy)
     assert darker.options["steps"] == 40
     assert darker.options["prompt"] == "black background"
-    assert [lora.name for lora in options(darker).loras] == ["other"], "a list or mapping among the options is one value"
+    assert [lora.name for lora in options(darker).loras] == ["other"], "a list or mapping of an option is one value"
     assert (darker.output, darker.policy, darker.description) == (dark.output, dark.policy, dark.description)
     assert (dark.file, base.file) == (own, SHIPPED)
 
 
-def test_limits_of_the_check_are_inherited_one_by_one(own: Path) -> None:
+def test_quality_limits_are_inherited_one_by_one(own: Path) -> None:
     own.write_text("dark:\n  extends: sketch\n  policy: {quality: {mode: repair, least_entropy: 1}}\n")
     quality = {"mode": "repair", "most_cast": 100, "least_entropy": 1}
     assert Presets(own).get("dark").policy == {"quality": quality}
     assert "least_edgess" in wrong(own, "dark:\n  extends: sketch\n  policy:\n    quality:\n      least_edgess: 1\n")
 
 
-def test_ones_own_preset_takes_the_place_of_a_shipped_one_and_may_extend_it(own: Path) -> None:
+def test_own_preset_replaces_a_shipped_one_and_may_extend_it(own: Path) -> None:
     own.write_text("product-clean:\n  extends: product-clean\n  options: {steps: 9}\nquick:\n  extends: product-clean\n")
     known = Presets(own)
     for name in ("product-clean", "quick"):
@@ -126,7 +128,7 @@ def test_ones_own_preset_takes_the_place_of_a_shipped_one_and_may_extend_it(own:
     assert list(known.faults()) == []
 
 
-def test_all_that_is_resolved_can_be_written_down_and_read_again(own: Path, tmp_path: Path) -> None:
+def test_resolved_preset_survives_yaml(own: Path, tmp_path: Path) -> None:
     import yaml
 
     whole = Presets(own).get("darker").resolved()
@@ -137,7 +139,7 @@ def test_all_that_is_resolved_can_be_written_down_and_read_again(own: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "said"),
+    ("text", "line", "reason"),
     [
         ("a:\n  extends: turbo\n  options:\n    stepss: 9\n", 4, "options has no 'stepss'; did you mean 'steps'?"),
         ("a:\n  extends: turbo\n  options:\n    cfg: 2\n    steps: 999\n", 5, "less than or equal to 150, not 999"),
@@ -154,7 +156,7 @@ def test_all_that_is_resolved_can_be_written_down_and_read_again(own: Path, tmp_
         ("a:\n  operation: stylise\n  engine: opencv\n", 2, "'inpaint' or 'stylize', not 'stylise'"),
         ("a:\n  operation: stylize\n  engine: opencvv\n", 3, "did you mean 'opencv'?"),
         ("a:\n  extends: turbo\n  engine: opencv\n", 3, "extends turbo, which is for the engine diffusion, not 'opencv'"),
-        ("a:\n  extends: turbo\n  options:\n    reference: ftp://x/y?key\n", 4, "https://, s3://, file://, not 'ftp://x/y?…'"),
+        ("a:\n  extends: turbo\n  options:\n    reference: ftp://x/y?key\n", 4, "s3:// or file://, not 'ftp://x/y?…'"),
         ("a:\n  extends: turbo\n  options:\n    reference: [s3://x]\n", 4, "valid string"),
         ("a:\n  extends: turbo\n  description: [x]\n", 3, "description: input should be a valid string"),
         ("a:\n  extends: turbo\n  extends: anime\n", 3, "duplicate key"),
@@ -177,34 +179,34 @@ def test_all_that_is_resolved_can_be_written_down_and_read_again(own: Path, tmp_
         ("a: " + "{x: " * 50 + "\n", 1, "levels deep"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_told_with_file_and_line(text: str, line: int, said: str, tmp_path: Path) -> None:
+def test_error_names_file_and_line(text: str, line: int, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     message = wrong(path, text)
     assert message.startswith(f"{path}:{line}: "), message
-    assert said in message
+    assert reason in message
 
 
 @pytest.mark.parametrize("data", [b"a: \xff\xfe", b"a: \x00", b"a: " + b"x" * LARGEST_FILE])
-def test_what_is_no_text_or_too_much_of_it_is_refused(data: bytes, tmp_path: Path) -> None:
+def test_binary_and_oversized_files_are_refused(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_bytes(data)
     with pytest.raises(InvalidPreset, match=re.escape(str(path))):
         Presets(path)
 
 
-def test_a_file_that_is_not_there_is_refused_and_an_empty_one_is_none(tmp_path: Path) -> None:
+def test_missing_file_is_refused_and_an_empty_one_has_no_presets(tmp_path: Path) -> None:
     with pytest.raises(InvalidPreset, match=r"none\.yaml: can't be read"):
         Presets(tmp_path / "none.yaml")
     (tmp_path / "empty.yaml").touch()
     assert Presets(tmp_path / "empty.yaml").names() == Presets().names()
 
 
-def test_a_preset_that_there_is_not_is_a_wrong_use_with_the_nearest() -> None:
+def test_unknown_preset_is_an_error_with_a_suggestion() -> None:
     with pytest.raises(UsageError, match="did you mean 'anime'"):
         Presets().get("animee")
 
 
-def test_a_fault_in_one_preset_leaves_the_others_usable(own: Path) -> None:
+def test_error_in_one_preset_leaves_the_others_usable(own: Path) -> None:
     own.write_text(OWN + "broken:\n  extends: dark\n  options: {steps: 0}\n")
     known = Presets(own)
     assert known.get("dark").options["prompt"] == "black background"
@@ -221,16 +223,16 @@ def test_a_fault_in_one_preset_leaves_the_others_usable(own: Path) -> None:
         (">\n    two\n    lines\n", "two lines"),
     ],
 )  # fmt: skip
-def test_values_are_what_they_look_like(written: str, value: Any, tmp_path: Path) -> None:
+def test_scalars_follow_yaml_1_2(written: str, value: Any, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
     path.write_text(f"a:\n  options:\n   prompt: {written}\n")
     assert read(path)["a"]["options"]["prompt"] == value
 
 
 @given(st.text(max_size=200))
-def test_no_text_does_anything_but_name_presets_or_be_refused(text: str) -> None:
+def test_any_text_is_read_or_refused(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "any.yaml")
         path.write_bytes(text.encode(errors="surrogatepass"))
         with suppress(InvalidPreset):
-            assert all(found for found in read(path).values())
+            assert all(read(path).values())

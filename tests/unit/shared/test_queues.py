@@ -1,4 +1,4 @@
-"""Queues: their names, who reads which, and in which order."""
+"""Queues: their names, which node reads which, and in which order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ALL = [
 ]
 
 
-def test_names_as_operators_see_them() -> None:
+def test_names_of_queues_and_tasks() -> None:
     assert queue_name("stylize", "opencv") == queue_name("stylize", "opencv", "normal") == "imagemill.stylize.opencv"
     assert queue_name("inpaint", "lama", "high") == manifest_queue("inpaint", "lama") == "imagemill.inpaint.lama.high"
     assert queue_name("inpaint", "lama", "low") == "imagemill.inpaint.lama.low"
@@ -40,7 +40,7 @@ def test_names_as_operators_see_them() -> None:
     assert node_queue("gpu3@host") == "imagemill.node.gpu3@host"
 
 
-def test_each_operation_engine_and_priority_has_a_queue_and_each_task_a_name_of_its_own() -> None:
+def test_names_are_unique() -> None:
     assert len(set(ALL)) == len(ALL)
     names = [CANARY_TASK, MANIFEST_TASK, *map(task_name, OPERATIONS)]
     assert len(set(names)) == len(names)
@@ -48,33 +48,33 @@ def test_each_operation_engine_and_priority_has_a_queue_and_each_task_a_name_of_
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_priority_is_in_the_name_whatever_engine_it_follows(operation: str) -> None:
+def test_rank_depends_on_the_priority_only(operation: str) -> None:
     for engine in (*engines_of(operation), "high-res", "low-memory"):
         ranks = [rank(queue_name(operation, engine, priority)) for priority in PRIORITIES]  # type: ignore[arg-type]
         assert ranks == [0, 1, 2]
 
 
-def test_a_node_offers_only_the_engines_that_an_operation_has() -> None:
+def test_offered_contains_only_valid_pairs() -> None:
     assert offered(("stylize", "inpaint"), ["opencv"]) == [("stylize", "opencv"), ("inpaint", "opencv")]
     assert offered(OPERATIONS, ["none-such"]) == []
     assert offered((), ["opencv"]) == []
 
 
-def test_a_node_reads_every_queue_that_is_published_to_highest_priority_first() -> None:
+def test_worker_queues_contain_every_queue_by_priority() -> None:
     engines = sorted({engine for operation in OPERATIONS for engine in engines_of(operation)})
-    found = worker_queues(OPERATIONS, engines)
-    assert set(found) == set(ALL)
-    assert all(manifest_queue(operation, engine) in found for operation, engine in offered(OPERATIONS, engines))
-    assert [rank(queue) for queue in found] == sorted(map(rank, found))
+    queues = worker_queues(OPERATIONS, engines)
+    assert set(queues) == set(ALL)
+    assert all(manifest_queue(operation, engine) in queues for operation, engine in offered(OPERATIONS, engines))
+    assert [rank(queue) for queue in queues] == sorted(map(rank, queues))
 
 
-# --- the order in which a node takes from its queues --------------------------------------------
+# --- the order in which a node reads its queues --------------------------------------------
 
 QUEUES = st.lists(st.sampled_from(ALL), unique=True)
 
 
 def take(cycle: PriorityRoundRobin, filled: set[str]) -> str | None:
-    """What a consumer does: ask the queues in order, take from the first that has something, tell which it was."""
+    """Act as a consumer: take from the first queue that has a message, and return its name."""
     for queue in cycle.consume(len(ALL)):
         if queue in filled:
             return cycle.rotate(queue)
@@ -82,7 +82,7 @@ def take(cycle: PriorityRoundRobin, filled: set[str]) -> str | None:
 
 
 @given(QUEUES, st.lists(st.sets(st.sampled_from(ALL))))
-def test_nothing_is_taken_while_something_more_urgent_waits(queues: list[str], situations: list[set[str]]) -> None:
+def test_higher_priority_comes_first(queues: list[str], situations: list[set[str]]) -> None:
     cycle = PriorityRoundRobin(queues)
     for filled in situations:
         urgent = min(map(rank, filled & set(queues)), default=None)
@@ -91,7 +91,7 @@ def test_nothing_is_taken_while_something_more_urgent_waits(queues: list[str], s
 
 
 @given(QUEUES, st.lists(st.sampled_from(ALL)), st.sets(st.sampled_from(ALL), min_size=1))
-def test_equals_take_turns(queues: list[str], before: list[str], filled: set[str]) -> None:
+def test_queues_of_equal_priority_take_turns(queues: list[str], before: list[str], filled: set[str]) -> None:
     cycle = PriorityRoundRobin(queues)
     for queue in before:
         cycle.rotate(queue)
@@ -102,7 +102,7 @@ def test_equals_take_turns(queues: list[str], before: list[str], filled: set[str
 
 
 @given(QUEUES, QUEUES)
-def test_a_change_of_queues_is_taken_over_and_none_is_named_twice(first: list[str], second: list[str]) -> None:
+def test_update_replaces_the_queues(first: list[str], second: list[str]) -> None:
     cycle = PriorityRoundRobin(first)
     cycle.update(second)
     assert sorted(cycle.consume(len(ALL))) == sorted(second)

@@ -1,3 +1,5 @@
+"""Seeds of images under each policy."""
+
 from __future__ import annotations
 
 from hypothesis import given
@@ -13,33 +15,33 @@ def seed(policy: str, *, seed: int = 7, index: int = 0, source: str = SOURCE) ->
     return item_seed(DiffusionStylize.model_validate({"seed": seed, "seed_policy": policy}), index, source)
 
 
-def test_fixed_is_one_for_all_per_item_hangs_on_the_place_and_url_on_the_address() -> None:
+def test_seed_depends_on_nothing_position_or_url() -> None:
     assert {seed("fixed", index=index, source=f"{SOURCE}{index}") for index in range(5)} == {7}
     assert [seed("per-item", index=index) for index in range(3)] == [7, 8, 9]
     assert seed("url", index=3) == seed("url", index=9) != seed("url", source=f"{SOURCE}x")
     assert seed("url") != seed("url", seed=8)
 
 
-def test_a_signature_in_an_address_changes_nothing() -> None:
+def test_query_of_the_url_does_not_change_the_seed() -> None:
     assert (
         seed("url", source=f"{SOURCE}?X-Amz-Signature=1") == seed("url", source=f"{SOURCE}?X-Amz-Signature=2#x") == seed("url")
     )
 
 
-def test_where_nothing_is_random_there_is_no_seed() -> None:
+def test_engine_without_randomness_has_no_seed() -> None:
     assert item_seed(OpencvStylize(), 0, SOURCE) is None
 
 
-def test_the_seed_of_an_address_is_the_same_in_every_release() -> None:
+def test_seed_of_a_url_never_changes() -> None:
     assert seed("url", seed=42) == 3_649_458_495
 
 
-def test_the_next_seed_is_another_one_that_generators_take() -> None:
+def test_next_seed_differs_and_stays_in_range() -> None:
     assert [next_seed(seed) for seed in (0, 7, SEEDS - 1)] == [1, 8, 0]
 
 
 @given(st.sampled_from(["fixed", "per-item", "url"]), st.integers(0, SEEDS - 1), st.integers(0, 10**9), st.text(max_size=30))
-def test_a_seed_is_one_that_generators_take(policy: str, base: int, index: int, path: str) -> None:
-    found = seed(policy, seed=base, index=index, source=f"https://images.example/{path}")
-    assert found is not None
-    assert 0 <= found < SEEDS
+def test_seed_stays_in_range(policy: str, base: int, index: int, path: str) -> None:
+    value = seed(policy, seed=base, index=index, source=f"https://images.example/{path}")
+    assert value is not None
+    assert 0 <= value < SEEDS

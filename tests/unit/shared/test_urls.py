@@ -1,4 +1,4 @@
-"""Which addresses are taken, and what is shown of them."""
+"""Which URLs are accepted, and how they are shown."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from imagemill.shared.urls import check_output_url, check_source_url, safe_name,
         "https://example.com/a.jpg?mail=me@example.com",
     ],
 )
-def test_source_addresses_that_are_taken_as_they_are(url: str) -> None:
+def test_source_urls_are_accepted_unchanged(url: str) -> None:
     assert check_source_url(url) == url
 
 
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("", "an address starts with"),
-        ("a.jpg", "an address starts with"),
-        ("//example.com/a.jpg", "an address starts with"),
-        ("ftp://example.com/a.jpg", "an address starts with"),
-        ("javascript:alert(1)", "an address starts with"),
-        ("data:image/png;base64,AA==", "an address starts with"),
-        (" https://example.com/a.jpg", "an address starts with"),
-        ("http:///a.jpg", "names no host"),
-        ("https://?a.jpg", "names no host"),
-        ("s3:///key", "names no bucket"),
+        ("", "must start with"),
+        ("a.jpg", "must start with"),
+        ("//example.com/a.jpg", "must start with"),
+        ("ftp://example.com/a.jpg", "must start with"),
+        ("javascript:alert(1)", "must start with"),
+        ("data:image/png;base64,AA==", "must start with"),
+        (" https://example.com/a.jpg", "must start with"),
+        ("http:///a.jpg", "has no host"),
+        ("https://?a.jpg", "has no host"),
+        ("s3:///key", "has no bucket"),
         ("http://user@example.com/a.jpg", "user name or password"),
         ("http://:secret@example.com/a.jpg", "user name or password"),
         ("http://example.com@evil.example/a.jpg", "user name or password"),
@@ -61,19 +61,19 @@ def test_source_addresses_that_are_taken_as_they_are(url: str) -> None:
         ("file://", "file:///absolute/path"),
     ],
 )
-def test_source_addresses_that_are_refused_with_a_reason(url: str, reason: str) -> None:
+def test_invalid_source_urls_are_refused_with_a_reason(url: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         check_source_url(url)
 
 
-ADDRESSISH = st.lists(
+URLISH = st.lists(
     st.sampled_from(["http", "https", "s3", "file", "://", ":", "/", "?", "#", "@", "[", "]",
          "::1", ".", "-", "80", "99999", "a", "B", " ", "\\", "%00", "ä", "\n", "\x7f"]),
     max_size=12,
 ).map("".join)  # fmt: skip
 
 
-def verdict(url: str) -> bool:
+def accepted(url: str) -> bool:
     try:
         check_source_url(url)
     except ValueError:
@@ -81,53 +81,53 @@ def verdict(url: str) -> bool:
     return True
 
 
-@given(ADDRESSISH | ADDRESSISH.map(lambda rest: "https://a" + rest))
-def test_the_quick_look_takes_nothing_that_the_thorough_one_refuses(url: str) -> None:
-    quick = verdict(url)
+@given(URLISH | URLISH.map(lambda rest: "https://a" + rest))
+def test_quick_check_accepts_nothing_that_the_full_check_refuses(url: str) -> None:
+    quick = accepted(url)
     plain, urls.PLAIN = urls.PLAIN, urls.re.compile(r"(?!)")  # never matches
     try:
-        thorough = verdict(url)
+        thorough = accepted(url)
     finally:
         urls.PLAIN = plain
     assert quick == thorough
 
 
 @given(st.characters())
-def test_control_characters_are_those_of_unicode(character: str) -> None:
+def test_control_characters_match_unicode(character: str) -> None:
     assert bool(urls.CONTROL.fullmatch(character)) == (unicodedata.category(character) == "Cc")
 
 
 @pytest.mark.parametrize(
-    ("url", "taken"),
+    ("url", "normal"),
     [
         ("s3://results", "s3://results"),
         ("s3://results/a/b/", "s3://results/a/b"),
         ("file:///srv/out/", "file:///srv/out"),
     ],
 )
-def test_output_addresses(url: str, taken: str) -> None:
-    assert check_output_url(url) == taken
+def test_output_urls_lose_their_trailing_slash(url: str, normal: str) -> None:
+    assert check_output_url(url) == normal
 
 
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("https://example.com/out", "an address starts with s3://, file://"),
-        ("/srv/out", "an address starts with"),
-        ("s3://UPPER/x", "'UPPER' is no bucket's name"),
-        ("s3://a", "'a' is no bucket's name"),
-        ("s3:///x", "'' is no bucket's name"),
-        ("s3://user@bucket/x", "is no bucket's name"),
-        ("s3://bucket/x?y", "no \\? and no #"),
-        ("s3://bucket/x#y", "no \\? and no #"),
-        ("s3://bucket/../x", "has no \\.\\."),
-        ("file:///srv/../etc", "has no \\.\\."),
+        ("https://example.com/out", "must start with s3:// or file://"),
+        ("/srv/out", "must start with"),
+        ("s3://UPPER/x", "'UPPER' is not a bucket name"),
+        ("s3://a", "'a' is not a bucket name"),
+        ("s3:///x", "'' is not a bucket name"),
+        ("s3://user@bucket/x", "is not a bucket name"),
+        ("s3://bucket/x?y", "no \\? or #"),
+        ("s3://bucket/x#y", "no \\? or #"),
+        ("s3://bucket/../x", "no \\.\\."),
+        ("file:///srv/../etc", "no \\.\\."),
         ("file://host/srv", "file:///absolute/path"),
         ("file://srv", "file:///absolute/path"),
         ("s3://bucket/\n", "control characters"),
     ],
 )
-def test_output_addresses_that_are_refused(url: str, reason: str) -> None:
+def test_invalid_output_urls_are_refused(url: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         check_output_url(url)
 
@@ -140,10 +140,10 @@ def test_output_addresses_that_are_refused(url: str, reason: str) -> None:
         ("https://me:secret@example.com/a.jpg", "https://…@example.com/a.jpg"),
         ("https://me:se@cret@example.com/a@b.jpg", "https://…@example.com/a@b.jpg"),
         ("redis://:secret@cache:6379/0", "redis://…@cache:6379/0"),
-        ("not an address", "not an address"),
+        ("not a URL", "not a URL"),
     ],
 )
-def test_shown_has_no_secrets(url: str, text: str) -> None:
+def test_shown_hides_secrets(url: str, text: str) -> None:
     assert shown(url) == text
 
 
@@ -172,11 +172,11 @@ def test_safe_name(text: str, name: str) -> None:
     st.text(max_size=300)
     | st.text(max_size=300).map(lambda text: "https://example.com/" + text.replace("[", "").replace("]", ""))
 )
-def test_safe_name_is_always_one_file_name_that_file_systems_take(text: str) -> None:
+def test_safe_name_is_always_a_valid_file_name(text: str) -> None:
     try:
         name = safe_name(text)
-    except ValueError:  # an address that check_source_url refuses
-        assert not verdict(text)
+    except ValueError:  # a URL that check_source_url refuses
+        assert not accepted(text)
         return
     assert name
     assert len(name.encode()) <= 180

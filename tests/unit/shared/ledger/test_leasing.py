@@ -33,7 +33,7 @@ def test_chunk_belongs_to_one_worker_until_it_is_done(producer: SubmitLedger, wo
 def test_redelivered_task_takes_over_and_counts_as_lost(producer: SubmitLedger, worker: WorkLedger) -> None:
     job = make_job(producer, 1)
     first = take(worker, job, task="abc")
-    assert worker.acquire(job, 0, task="ab", token="ab/1") == "held"  # another task, though its name begins alike
+    assert worker.acquire(job, 0, task="ab", token="ab/1") == "held"  # another task, whose ID is a prefix
     second = take(worker, job, task="abc", delivery=2)
     assert second.lost == 1
     assert (worker.renew(first), worker.complete(first), worker.release(first)) == ("lost", "lost", False)
@@ -46,9 +46,9 @@ def test_chunk_of_expired_lease_is_republished_once(
     job = make_job(producer, 1, 1)
     brief = WorkLedger(redis_server.url, lease_seconds=0.05)
     silent, kept = take(brief, job, 0), take(worker, job, 1)
-    found: list[tuple[str, int]] = []
-    wait_until(lambda: found.extend(reap(worker, raw)) or found, "the lease has ended", 20)
-    assert found == [(job, 0)]
+    republished: list[tuple[str, int]] = []
+    wait_until(lambda: republished.extend(reap(worker, raw)) or republished, "the lease has expired", 20)
+    assert republished == [(job, 0)]
     assert reap(worker, raw) == []
     assert (worker.renew(silent), worker.renew(kept)) == ("lost", "ok")
     assert take(worker, job, 0, task="u").lost == 1

@@ -1,4 +1,4 @@
-"""The ledger against a model of it: a few chunks and workers, and everything that can happen to them in any order."""
+"""The ledger checked against a model: a few chunks and workers, and everything that can happen to them, in any order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ JOBS, TASKS = itertools.count(), itertools.count()
 
 @dataclass
 class Held:
-    """A lease as the model knows it: the newest delivery of a chunk."""
+    """A lease in the model: the newest delivery of a chunk."""
 
     token: str
     ended: bool = False
@@ -35,7 +35,7 @@ class Held:
 
 @dataclass
 class Model:
-    """What a job must be like."""
+    """The expected state of a job."""
 
     chunks: dict[int, list[int]]
     shared: dict[int, int]
@@ -54,7 +54,7 @@ class Model:
         self.lost[number] = self.lost.get(number, 0) + 1
 
     def close(self, number: int) -> bool:
-        """A chunk has nothing left to do; whether that was the job's last."""
+        """Mark a chunk as finished; returns whether it was the job's last."""
         self.finished.add(number)
         if self.finished == set(self.chunks):
             self.state = "finishing"
@@ -63,7 +63,7 @@ class Model:
 
 
 class Ledgers(RuleBasedStateMachine):
-    """Workers take, record, finish, release, fall silent and come back; users cancel and retry; the reaper reaps."""
+    """Workers take, record, finish, release, fall silent and return; users cancel and retry; the reaper reaps."""
 
     url = ""
 
@@ -91,11 +91,11 @@ class Ledgers(RuleBasedStateMachine):
         own = {n: [item.index for item in chunk if item.duplicate_of is None] for n, chunk in enumerate(chunks)}
         self.model = Model(own, shared, waiting=set(own))
 
-    # --- what workers do --------------------------------------------------------------------
+    # --- workers --------------------------------------------------------------------
 
     @rule(worker=WORKERS, number=CHUNKS, again=st.booleans())
     def acquire(self, worker: int, number: int, again: bool) -> None:
-        """A message comes: of the task that has the chunk already, or of another."""
+        """A message arrives: from the task that already has the chunk, or from another."""
         model, held = self.model, self.model.held.get(number)
         task = held.token.partition("/")[0] if held and again else f"t{next(TASKS)}"
         token = f"{task}/{next(TASKS)}"
@@ -116,21 +116,21 @@ class Ledgers(RuleBasedStateMachine):
         assert isinstance(answer, Lease)
         assert answer.lost == model.lost.get(number, 0)
         assert [item.index for item in answer.items if item.duplicate_of is None] == model.chunks.get(number, [])
-        self.workers[worker] = answer  # what this worker had before, it forgets: it crashed
+        self.workers[worker] = answer  # the worker crashed and forgets its previous chunk
 
     @precondition(lambda self: self.workers)
     @rule(worker=WORKERS, failing=st.booleans())
     def record(self, worker: int, failing: bool) -> None:
-        """A worker, even one that lost its lease, records its next image, as far as it knows."""
+        """A worker, even one that has lost its lease, records the image it believes to be next."""
         lease = self.workers.get(worker)
         if lease is None or lease.number == MANIFEST:
             return
         own = self.model.chunks[lease.number]
         index = next((index for index in own if index not in self.model.results), own[0] if own else None)
         if index is not None:
-            self.record_one(index, "failed" if failing else "done")
+            self.record_image(index, "failed" if failing else "done")
 
-    def record_one(self, index: int, state: Any) -> None:
+    def record_image(self, index: int, state: Any) -> None:
         new = self.ledger.record(self.job, ItemResult(index=index, state=state))
         assert new == (index not in self.model.results)
         self.model.results.setdefault(index, state)
@@ -138,25 +138,25 @@ class Ledgers(RuleBasedStateMachine):
     @precondition(lambda self: self.workers)
     @rule(worker=WORKERS, failing=st.booleans())
     def finish(self, worker: int, failing: bool) -> None:
-        """A worker records what is left of its chunk, unless it was cancelled, and completes it."""
+        """A worker records the rest of its chunk, unless the job was cancelled, and completes it."""
         lease = self.workers.pop(worker, None)
         if lease is None:
             return
         answer = self.ledger.renew(lease)
-        mine = self.has(lease)
+        holds = self.has(lease)
         expected = "cancelled" if self.model.cancelled and lease.number != MANIFEST else "ok"
-        assert answer == (expected if mine else "lost")
-        if mine:
+        assert answer == (expected if holds else "lost")
+        if holds:
             self.model.held[lease.number].ended = False
         if answer == "ok":
             for index in self.model.chunks.get(lease.number, []):
-                self.record_one(index, "failed" if failing else "done")
+                self.record_image(index, "failed" if failing else "done")
         self.complete(lease)
 
     def complete(self, lease: Lease) -> None:
-        mine = self.has(lease)
+        holds = self.has(lease)
         answer = self.ledger.complete(lease)
-        if not mine:
+        if not holds:
             assert answer == "lost"
             return
         del self.model.held[lease.number]
@@ -181,12 +181,12 @@ class Ledgers(RuleBasedStateMachine):
         held = self.model.held.get(lease.number)
         return held is not None and held.token == lease.token
 
-    # --- what happens to them ---------------------------------------------------------------
+    # --- failures ---------------------------------------------------------------
 
     @precondition(lambda self: self.model.held)
     @rule(data=st.data())
     def fall_silent(self, data: st.DataObject) -> None:
-        """A lease ends; its worker may be dead, or only slow."""
+        """A lease expires; its worker may be dead or only slow."""
         self.end_lease(data.draw(st.sampled_from(sorted(self.model.held))))
 
     def end_lease(self, number: int) -> None:
@@ -198,21 +198,21 @@ class Ledgers(RuleBasedStateMachine):
         self.reaped()
 
     def reaped(self) -> set[int]:
-        """What the reaper publishes: all that waits, since no queue holds it."""
+        """The chunks that the reaper republishes: all that wait, since no queue holds them."""
         for number, held in list(self.model.held.items()):
             if held.ended:
                 del self.model.held[number]
                 self.model.lose(number)
                 self.model.waiting.add(number)
         self.raw.delete("imagemill:reaper")
-        found = {chunk.number for chunk in self.ledger.reap("cpu@a", patience=0.0)}
-        assert found == self.model.waiting
-        return found
+        republished = {chunk.number for chunk in self.ledger.reap("cpu@a", patience=0.0)}
+        assert republished == self.model.waiting
+        return republished
 
     @precondition(lambda self: self.model.state not in ("done", "cancelled"))
     @rule(failing=st.booleans())
-    def come_to_the_end(self, failing: bool) -> None:
-        """However it was left: with one worker and the reaper, the job comes to its end."""
+    def run_to_the_end(self, failing: bool) -> None:
+        """From any state, one worker and the reaper can end the job."""
         self.workers.clear()
         for _ in range(3 * len(self.model.chunks) + 3):
             for number in list(self.model.held):
@@ -227,7 +227,7 @@ class Ledgers(RuleBasedStateMachine):
         assert status.state == "cancelled" or status.done + status.failed == status.total
         assert self.model.waiting == set(self.model.held) == set()
 
-    # --- what users do ----------------------------------------------------------------------
+    # --- users ----------------------------------------------------------------------
 
     @rule()
     def cancel(self) -> None:
@@ -258,18 +258,18 @@ class Ledgers(RuleBasedStateMachine):
                     model.state, model.cancelled = "queued", False
         assert {chunk.number: chunk.images for chunk in self.ledger.retry(self.job)} == expected
 
-    # --- what holds throughout --------------------------------------------------------------
+    # --- invariants --------------------------------------------------------------
 
     @invariant()
-    def the_job_is_as_the_model_says(self) -> None:
+    def status_matches_the_model(self) -> None:
         model, status = self.model, self.ledger.status(self.job)
         assert (status.state, status.done, status.failed) == (model.state, model.count("done"), model.count("failed"))
         assert status.done + status.failed <= status.total == self.total
-        found = {row.index: row.result.state for row in self.ledger.rows(self.job) if row.duplicate_of is None and row.result}
-        assert found == model.results
+        results = {row.index: row.result.state for row in self.ledger.rows(self.job) if row.duplicate_of is None and row.result}
+        assert results == model.results
 
     @invariant()
-    def every_chunk_is_finished_or_waits_or_is_held_by_one(self) -> None:
+    def every_chunk_is_finished_waiting_or_held_once(self) -> None:
         model = self.model
         waiting = self.raw.zrange(f"imagemill:waiting:{QUEUE}", 0, -1) + self.raw.zrange(
             f"imagemill:waiting:{QUEUE}.high", 0, -1
@@ -284,13 +284,13 @@ class Ledgers(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             if hasattr(self, "model"):
-                self.come_to_the_end(failing=False)
+                self.run_to_the_end(failing=False)
         finally:
             self.ledger.close()
             self.raw.close()
 
 
-def test_no_image_is_lost_or_counted_twice_whatever_happens(redis_server: EmbeddedRedis) -> None:
+def test_no_image_is_lost_or_counted_twice(redis_server: EmbeddedRedis) -> None:
     machine = type("Machine", (Ledgers,), {"url": redis_server.url})
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     run_state_machine_as_test(

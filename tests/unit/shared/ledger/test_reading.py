@@ -26,7 +26,7 @@ def test_rows_have_results_and_duplicates_share_them(producer: SubmitLedger, wor
     before = [row.state for row in worker.rows(job)]
     assert before == ["done", "failed", "pending"] * 2
     assert producer.cancel(job) == "stopped"
-    writing = list(worker.rows(job))  # as the manifest is written from
+    writing = list(worker.rows(job))  # the rows of the manifest
     worker.complete(take(worker, job, MANIFEST))
     assert list(worker.rows(job)) == writing
     assert [row.state for row in writing] == ["done", "failed", "cancelled"] * 2
@@ -41,11 +41,11 @@ def test_follow_returns_results_in_order_of_recording(producer: SubmitLedger, wo
     assert (place, results) == ("0", [])
     recorder = threading.Timer(0.05, lambda: [worker.record(job, result) for result in (done(2), failed(0))])
     recorder.start()
-    found: list[int] = []
-    while len(found) < 2:
+    indexes: list[int] = []
+    while len(indexes) < 2:
         place, results = worker.follow(job, since=place, wait=60.0)
-        found += [result.index for result in results]
-    assert found == [2, 0]
+        indexes += [result.index for result in results]
+    assert indexes == [2, 0]
     recorder.join()
     assert worker.follow(job, since=place, wait=0.01) == (place, [])
 

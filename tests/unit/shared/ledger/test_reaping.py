@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 def test_chunks_missing_from_an_empty_queue_are_republished(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     job = make_job(producer, 1, 1, 1)
     take(worker, job, 1)
-    assert reap(worker, raw) == []  # not before its patience is over
+    assert reap(worker, raw) == []  # its patience is not over
     age(raw, job, 60)
     assert reap(worker, raw) == [(job, 0), (job, 2)]
     assert reap(worker, raw) == []
@@ -32,7 +32,7 @@ def test_chunks_behind_others_in_their_queue_are_not_republished(producer: Submi
     take(worker, early, 0)
     assert reap(worker, raw) == []
     take(worker, early, 1)
-    take(worker, later, 0)  # queues are first in, first out: what was published long before this one is lost
+    take(worker, later, 0)  # queues are first in, first out, so chunks published long before this one are lost
     assert reap(worker, raw) == [(early, 2)]
 
 

@@ -59,11 +59,11 @@ def test_cancel_closes_waiting_chunks_and_notifies_workers(producer: SubmitLedge
     assert producer.cancel(job) == "stopping"
     assert worker.acquire(job, 2, task="u", token="u/1") == "gone"
     assert worker.renew(lease) == "cancelled"
-    assert producer.cancel(job) == "stopping"  # once more is no harm
+    assert producer.cancel(job) == "stopping"  # a second time does no harm
     assert worker.complete(lease) == "finishing"
     assert producer.cancel(job) == "over"
     manifest = take(worker, job, MANIFEST)
-    assert worker.renew(manifest) == "ok"  # it is written for a cancelled job too
+    assert worker.renew(manifest) == "ok"  # a cancelled job gets a manifest too
     worker.complete(manifest)
     assert counts(worker, job) == ("cancelled", 1, 0)
     assert producer.cancel(job) == "over"
@@ -94,7 +94,7 @@ def test_retry_queues_only_failed_and_unprocessed_images(producer: SubmitLedger,
     assert worker.status(job).ended is None
     assert [worker.recorded(job, [index]) != set() for index in range(7)] == [True, False, True, True, True, False, False]
     assert worker.acquire(job, 1, task="t", token="t/1") == "gone"
-    assert worker.renew(take(worker, job, 0)) == "ok"  # it is cancelled no longer
+    assert worker.renew(take(worker, job, 0)) == "ok"  # no longer cancelled
     assert sorted(reap(worker, raw, patience=0.0)) == [(job, 2), (job, 3)]
     worker.release(Lease(job, 0, "t/1", 0, []))
     assert [work(worker, job, number) for number in (0, 2, 3)] == ["ok", "ok", "finishing"]

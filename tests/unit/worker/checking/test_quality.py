@@ -33,7 +33,7 @@ def job(operation: str, **quality: Any) -> Job:
 
 
 def checked(result: Pixels, source: Pixels, operation: str = "stylize", evidence: Evidence = PLAIN, **quality: Any) -> Checked:
-    work = Work([], notes=["enlarged"], evidence=evidence)
+    work = Work([], None, notes=["enlarged"], evidence=evidence)
     return check(Picture(result, "jpeg"), Picture(source), work, SPECS[operation], job(operation, **quality))
 
 

@@ -1,4 +1,4 @@
-"""Sizes of batches: as large as fits, found by measuring and not by failing, and found anew when memory comes and goes."""
+"""Batch sizes: as large as fits, found by measuring rather than failing, and updated when free memory changes."""
 
 from __future__ import annotations
 
@@ -22,29 +22,27 @@ KIND = "'numbers'"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
-    """When memory runs out garbage is collected, which takes a second over all that the tests have imported."""
+    """Skip garbage collection on out-of-memory: with everything the tests import it takes a second."""
     gc.freeze()
     yield
     gc.unfreeze()
 
 
 def work(operation: Hungry, sizes: BatchSizes, batches: int, most: int = 64) -> None:
-    """So many batches as large as they may be; every image must come out, in its order."""
+    """Run batches of the allowed size; every sample must come out in order."""
     for _ in range(batches):
         count = sizes.limit(KIND, most)
         assert run_batch(operation, [Sample(n, None) for n in range(count)], sizes) == [2 * n for n in range(count)]
 
 
 @given(each=st.integers(1, 400), base=st.integers(0, 300), held=st.integers(0, 500), most=st.integers(1, 64))
-def test_a_batch_grows_until_it_takes_its_share_of_the_free_memory_and_never_fails(
-    each: int, base: int, held: int, most: int
-) -> None:
+def test_batch_grows_to_its_share_of_free_memory_without_failing(each: int, base: int, held: int, most: int) -> None:
     gpu = FakeGpu(2000, held=held)
     operation, sizes = Hungry(gpu, each, base), BatchSizes(gpu)
     work(operation, sizes, 10, most)
     fits = max(1, min(most, int((SHARE * gpu.free() - base) // each)))
     assert operation.sizes[-1] == fits
-    assert operation.sizes == sorted(operation.sizes), "nothing was tried that did not fit"
+    assert operation.sizes == sorted(operation.sizes), "no size was tried that did not fit"
     assert all(later <= 2 * earlier for earlier, later in zip(operation.sizes, operation.sizes[1:], strict=False))
 
 
@@ -54,7 +52,7 @@ def test_a_batch_grows_until_it_takes_its_share_of_the_free_memory_and_never_fai
     most=st.integers(1, 48),
     made=st.sampled_from(list(SHORT.values())),
 )
-def test_where_measuring_tells_nothing_it_settles_at_the_largest_that_fits_and_again_when_memory_comes_and_goes(
+def test_size_settles_at_the_largest_that_fits_when_peaks_are_unknown(
     capacity: int, later: int, most: int, made: Callable[[], Exception]
 ) -> None:
     gpu = FakeGpu(100, held=100 - capacity, error=made, blind=True)
@@ -63,7 +61,7 @@ def test_where_measuring_tells_nothing_it_settles_at_the_largest_that_fits_and_a
     assert sizes.limit(KIND, most) == min(most, capacity)
     tried = len(operation.sizes)
     work(operation, sizes, 5, most)
-    assert set(operation.sizes[tried:]) == {min(most, capacity)}, "it stays there, without failing again"
+    assert set(operation.sizes[tried:]) == {min(most, capacity)}, "the size must stay, without failing again"
     gpu.held = 100 - later
     work(operation, sizes, PATIENCE + 16, most)
     assert sizes.limit(KIND, most) in (min(most, later), min(most, later) + 1)
@@ -81,7 +79,7 @@ def test_freed_memory_is_used_at_once() -> None:
     assert operation.sizes == [11, 22]
 
 
-def test_what_fits_is_tried_for_more_now_and_then_and_more_seldom_each_time_that_fails() -> None:
+def test_larger_size_is_retried_less_often_after_each_failure() -> None:
     gpu = FakeGpu(100, held=93, blind=True)
     operation, sizes = Hungry(gpu, each=1), BatchSizes(gpu)
     work(operation, sizes, 10)
@@ -92,7 +90,7 @@ def test_what_fits_is_tried_for_more_now_and_then_and_more_seldom_each_time_that
     assert failures[1] - failures[0] > 2 * PATIENCE - 2
 
 
-def test_without_a_gpu_batches_are_as_large_as_the_engine_allows_and_nothing_is_measured(
+def test_no_measuring_and_largest_batches_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memory = HostMemory()
@@ -104,13 +102,13 @@ def test_without_a_gpu_batches_are_as_large_as_the_engine_allows_and_nothing_is_
     assert sizes.limit(KIND, 16) == 16
 
 
-def test_without_a_gpu_a_shortage_is_remembered_all_the_same() -> None:
+def test_out_of_memory_is_remembered_without_a_gpu() -> None:
     operation, sizes = Hungry(FakeGpu(5, error=MemoryError), each=1), BatchSizes()
     work(operation, sizes, 8, most=16)
     assert sizes.limit(KIND, 16) == 5
 
 
-def test_what_was_tuned_is_where_it_begins() -> None:
+def test_sizes_start_from_tuned_values() -> None:
     gpu = FakeGpu(1000)
     sizes = BatchSizes(gpu, {KIND: Known(peaks={1: 60, 16: 510}, fits=16)})
     assert sizes.limit(KIND, 64) == 25  # 30 bytes beside 30 for each
@@ -119,23 +117,23 @@ def test_what_was_tuned_is_where_it_begins() -> None:
     assert sizes.limit("another", 64) == 1
 
 
-def test_on_a_cpu_what_was_tuned_keeps_batches_within_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuned_values_keep_cpu_batches_within_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = HostMemory()
     monkeypatch.setattr(memory, "free", lambda: 1000)
     assert BatchSizes(memory, {KIND: Known(peaks={1: 200}, fits=1)}).limit(KIND, 16) == 4
 
 
-def test_what_was_seen_to_take_nothing_limits_nothing() -> None:
+def test_zero_peak_sets_no_limit() -> None:
     assert BatchSizes(HostMemory(), {KIND: Known(peaks={1: 0, 4: 0}, fits=4)}).limit(KIND, 16) == 16
 
 
-def test_a_kind_is_what_the_sample_says_or_else_its_group() -> None:
+def test_kind_is_the_footprint_or_else_the_group_key() -> None:
     operation = Hungry(FakeGpu(1), 1)
     assert kind_of(operation, Sample(1, None)) == KIND
     assert kind_of(operation, Sample(1, None, footprint="512x512 float16")) == "512x512 float16"
 
 
-def test_a_run_above_nine_tenths_is_flagged_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_run_above_90_percent_is_flagged_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     gpu = FakeGpu(1000, held=850)
     operation, sizes = Hungry(gpu, each=60), BatchSizes(gpu)
     with caplog.at_level(logging.WARNING, "imagemill.worker.line.batch_sizes"):
@@ -148,11 +146,11 @@ def test_a_run_above_nine_tenths_is_flagged_and_said_once(caplog: pytest.LogCapt
 # --- when not even one fits ---
 
 
-def test_one_that_does_not_fit_is_done_with_measures_that_end_with_it() -> None:
+def test_sample_that_does_not_fit_runs_with_relief_that_ends_with_it() -> None:
     gpu = FakeGpu(100)
     operation, sizes = Frugal(gpu, each=150), BatchSizes(gpu)
     assert run_batch(operation, [Sample(1, None), Sample(2, None)], sizes) == [2, 4]
-    assert operation.levels == [0, 0, 1, 1], "the second image need not fail first"
+    assert operation.levels == [0, 0, 1, 1], "the second sample need not fail first"
     assert operation.level == 0
     gpu.held = -100
     assert run_batch(operation, [Sample(3, None)], sizes) == [6]
@@ -160,7 +158,7 @@ def test_one_that_does_not_fit_is_done_with_measures_that_end_with_it() -> None:
     assert sizes.limit(KIND, 8) == 1, "of 200 bytes 160 may be taken"
 
 
-def test_one_that_does_not_fit_whatever_is_done_fails_alone() -> None:
+def test_sample_that_never_fits_fails_alone() -> None:
     gpu = FakeGpu(100)
     operation, sizes = Frugal(gpu, each=404), BatchSizes(gpu)
     (made,) = run_batch(operation, [Sample(1, None)], sizes)
@@ -169,7 +167,7 @@ def test_one_that_does_not_fit_whatever_is_done_fails_alone() -> None:
     assert operation.level == 0
 
 
-def test_relief_is_left_alone_for_any_other_fault() -> None:
+def test_relief_is_not_used_for_other_errors() -> None:
     gpu = FakeGpu(100, error=lambda: ValueError("no"))
     operation, sizes = Frugal(gpu, each=150), BatchSizes(gpu)
     run_batch(operation, [Sample(1, None)], sizes)

@@ -1,4 +1,4 @@
-"""Batches: every sample comes out once, in company of its own kind, and a bad one spares its neighbours."""
+"""Batches: every sample comes out once, with others of its group, and a bad one does not hurt its neighbours."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = st.sampled_from("abcd")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:
-    """When memory runs out garbage is collected, which takes a second over all that the tests have imported."""
+    """Skip garbage collection on out-of-memory: with everything the tests import it takes a second."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -45,7 +45,7 @@ class Grouped(Invert):
 
 
 class Doubling(Invert):
-    """Doubles numbers; at most `capacity` fit into memory at a time, and what is in `faults` raises."""
+    """Doubles numbers. At most `capacity` of them fit into memory, and those in `faults` raise."""
 
     def __init__(self, capacity: int = 100, faults: dict[int, BaseException] | None = None) -> None:
         self.capacity, self.faults = capacity, faults or {}
@@ -78,10 +78,8 @@ def group(batch: list[Slot[int]]) -> str:
 
 
 @given(st.lists(st.lists(NAMES, max_size=6) | st.none()), st.integers(1, 4))
-def test_every_sample_comes_out_once_with_its_own_kind_and_the_group_that_waited_longest_first(
-    steps: list[list[str] | None], limit: int
-) -> None:
-    """A list adds an owner with these samples, None takes a batch; at the end all is taken."""
+def test_every_sample_comes_out_once_oldest_group_first(steps: list[list[str] | None], limit: int) -> None:
+    """A list adds an owner with these samples, None takes a batch; the rest is taken at the end."""
     batcher: Batcher[int] = Batcher(Grouped(), BatchSizes(), limit)
     came: list[tuple[int, int, str]] = []
     out: list[tuple[int, int, str]] = []
@@ -94,7 +92,7 @@ def test_every_sample_comes_out_once_with_its_own_kind_and_the_group_that_waited
         assert name == waiting.pop(0)
         out.extend((slot.owner, slot.place, slot.sample.data[0]) for slot in batch)
         left = [one for one in came if one[2] == name and one not in out]
-        assert len(batch) == limit or not left, "nothing is held back"
+        assert len(batch) == limit or not left, "a batch must be as large as possible"
         waiting.extend([name] if left else [])
 
     for owner, names in enumerate(steps):
@@ -111,18 +109,18 @@ def test_every_sample_comes_out_once_with_its_own_kind_and_the_group_that_waited
         assert [one for one in out if one[2] == name] == [one for one in came if one[2] == name], "first come, first served"
 
 
-def test_an_image_whose_samples_belong_nowhere_leaves_nothing_behind() -> None:
+def test_image_whose_group_key_raises_leaves_nothing_behind() -> None:
     batcher: Batcher[int] = Batcher(Grouped(), BatchSizes(), 4)
     with pytest.raises(ValueError, match="belongs nowhere"):
         batcher.add(0, [Sample(("a", 0), None), Sample(("?", 0), None)])
     assert not batcher
 
 
-# --- how long to wait for company ---
+# --- how long to wait for more samples ---
 
 
 class Clock:
-    """Stands for the `time` module; it is as late as one says."""
+    """Replaces the `time` module; the test sets the time."""
 
     now = 100.0
 
@@ -138,14 +136,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def waiting(limit: int, wait: float = 2.0) -> Batcher[int]:
-    """On a device where `limit` samples fit of the groups a and b."""
+    """A batcher on a device where `limit` samples of the groups a and b fit."""
     gpu = FakeGpu(1000 * limit)
     return Batcher(Grouped(), BatchSizes(gpu, {repr(name): Known({1: 800}, fits=limit) for name in "ab"}), 64, wait)
 
 
-def test_a_batch_waits_until_it_is_full_but_no_longer_than_was_set(clock: Clock) -> None:
+def test_batch_waits_until_full_but_no_longer_than_the_setting(clock: Clock) -> None:
     batcher = waiting(limit=3)
-    assert batcher.patience(coming=True) is None, "there is nothing to take"
+    assert batcher.patience(coming=True) is None, "there is nothing to take yet"
     assert batcher.patience(coming=False) == 0
     batcher.add(0, [Sample(("a", 0), None)])
     assert batcher.patience(coming=True) == 2
@@ -155,19 +153,19 @@ def test_a_batch_waits_until_it_is_full_but_no_longer_than_was_set(clock: Clock)
     batcher.add(2, [Sample(("a", 2), None), Sample(("a", 3), None)])
     assert batcher.patience(coming=True) == 0, "it is full"
     assert [slot.owner for slot in batcher.take()] == [0, 1, 2]
-    assert batcher.patience(coming=True) == 2, "what is left came last"
+    assert batcher.patience(coming=True) == 2, "the rest arrived last"
     clock.now += 3
     assert batcher.patience(coming=True) == 0
     assert len(batcher.take()) == 1
 
 
-def test_nobody_waits_for_company_that_does_not_come(clock: Clock) -> None:
+def test_no_wait_when_no_more_samples_can_arrive(clock: Clock) -> None:
     batcher = waiting(limit=3)
     batcher.add(0, [Sample(("a", 0), None)])
     assert batcher.patience(coming=False) == 0
 
 
-def test_a_full_group_goes_before_one_that_may_wait_and_after_one_that_has_waited(clock: Clock) -> None:
+def test_full_group_runs_after_overdue_groups_and_before_the_rest(clock: Clock) -> None:
     batcher = waiting(limit=2)
     batcher.add(0, [Sample(("a", 0), None)])
     batcher.add(1, [Sample(("b", 1), None)] * 4)
@@ -178,14 +176,14 @@ def test_a_full_group_goes_before_one_that_may_wait_and_after_one_that_has_waite
     assert group(batcher.take()) == "b"
 
 
-def test_without_a_gpu_nobody_waits(clock: Clock) -> None:
+def test_no_wait_without_a_gpu(clock: Clock) -> None:
     batcher: Batcher[int] = Batcher(Grouped(), BatchSizes(), 4, wait=60)
     batcher.add(0, [Sample(("a", 0), None)])
     assert batcher.patience(coming=True) == 0
 
 
 @pytest.mark.parametrize(("batch", "own", "most"), [("quality", 64, 4), ("quality", 2, 2), ("throughput", 16, 16)])
-def test_the_policy_and_the_engine_both_limit_a_batch(batch: str, own: int, most: int) -> None:
+def test_policy_and_engine_both_cap_the_batch(batch: str, own: int, most: int) -> None:
     policy = Policy.model_validate({"batch": batch})
     assert cap(policy, replace(Invert.spec, max_batch=own)) == most
 
@@ -193,7 +191,7 @@ def test_the_policy_and_the_engine_both_limit_a_batch(batch: str, own: int, most
 # --- when a batch fails ---
 
 
-def test_a_batch_that_fits_runs_once() -> None:
+def test_batch_that_fits_runs_once() -> None:
     operation = Doubling()
     assert run_batch(operation, samples(4), BatchSizes()) == [0, 2, 4, 6]
     assert operation.calls == [[0, 1, 2, 3]]
@@ -209,7 +207,7 @@ def test_a_batch_that_fits_runs_once() -> None:
         (3, 1, [3, 2, 1, 1, 1]),
     ],
 )
-def test_a_batch_too_large_for_memory_is_halved_until_it_fits(count: int, capacity: int, calls: list[int]) -> None:
+def test_batch_too_large_for_memory_is_halved_until_it_fits(count: int, capacity: int, calls: list[int]) -> None:
     operation = Doubling(capacity)
     parts = list(run_parts(operation, samples(count), BatchSizes()))
     assert [output for part in parts for output in part] == [2 * number for number in range(count)]
@@ -218,7 +216,7 @@ def test_a_batch_too_large_for_memory_is_halved_until_it_fits(count: int, capaci
 
 
 @pytest.mark.parametrize("shortage", [MemoryError("malloc"), OutOfMemory("the device is full")], ids=lambda e: type(e).__name__)
-def test_an_image_that_does_not_fit_alone_fails_alone(shortage: BaseException) -> None:
+def test_sample_that_does_not_fit_alone_fails_alone(shortage: BaseException) -> None:
     operation = Doubling(faults={5: shortage})
     outputs = run_batch(operation, samples(8), BatchSizes())
     error = outputs.pop(5)
@@ -233,7 +231,7 @@ def test_an_image_that_does_not_fit_alone_fails_alone(shortage: BaseException) -
     [(OperationFailed("this one can't be done"), OperationFailed), (ZeroDivisionError("by zero"), InternalError)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_any_other_error_isolates_its_image_at_once(fault: BaseException, kind: type[ImageError]) -> None:
+def test_other_errors_fail_only_their_own_sample(fault: BaseException, kind: type[ImageError]) -> None:
     operation = Doubling(faults={1: fault})
     outputs = run_batch(operation, samples(4), BatchSizes())
     error = outputs.pop(1)
@@ -245,7 +243,7 @@ def test_any_other_error_isolates_its_image_at_once(fault: BaseException, kind: 
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.dictionaries(st.integers(0, 11), st.booleans()))
-def test_only_the_bad_ones_fail_whatever_is_wrong_with_them(count: int, capacity: int, bad: dict[int, bool]) -> None:
+def test_only_bad_samples_fail_in_any_mix_of_faults(count: int, capacity: int, bad: dict[int, bool]) -> None:
     faults = {n: MemoryError() if memory else OperationFailed("no") for n, memory in bad.items()}
     outputs = run_batch(Doubling(capacity, dict(faults)), samples(count), BatchSizes())
     expected = {n: OutOfMemory if memory else OperationFailed for n, memory in bad.items()}
@@ -255,7 +253,7 @@ def test_only_the_bad_ones_fail_whatever_is_wrong_with_them(count: int, capacity
 
 
 class Forgetful(Doubling):
-    """Loses the last output of every batch of more than `enough`."""
+    """Drops the last output of every batch larger than `enough`."""
 
     def __init__(self, enough: int) -> None:
         super().__init__()
@@ -266,15 +264,15 @@ class Forgetful(Doubling):
         return done[:-1] if len(samples) > self.enough else done
 
 
-def test_outputs_that_could_belong_to_any_image_are_given_to_none() -> None:
-    assert run_batch(Forgetful(1), samples(3), BatchSizes()) == [0, 2, 4], "alone there is no doubt"
+def test_wrong_number_of_outputs_is_given_to_no_sample() -> None:
+    assert run_batch(Forgetful(1), samples(3), BatchSizes()) == [0, 2, 4], "samples run alone can't be mixed up"
     for error in run_batch(Forgetful(0), samples(3), BatchSizes()):
         assert isinstance(error, InternalError)
         assert error.message == "stylize returned 0 outputs for 1 samples"
 
 
 @pytest.mark.parametrize("made", DEAD.values(), ids=DEAD)
-def test_a_device_in_error_is_no_images_fault_and_nothing_more_is_asked_of_it(made: Callable[[], Exception]) -> None:
+def test_sticky_device_error_raises_device_lost_and_stops_using_the_device(made: Callable[[], Exception]) -> None:
     operation = Doubling(faults={1: made()})
     with pytest.raises(DeviceLost, match="stylize left the device in error"):
         run_batch(operation, samples(3), BatchSizes())
@@ -284,7 +282,7 @@ def test_a_device_in_error_is_no_images_fault_and_nothing_more_is_asked_of_it(ma
 @pytest.mark.parametrize(
     "fault", [ValueError("what is wrong"), OperationFailed("can't be done")], ids=lambda e: type(e).__name__
 )
-def test_whatever_was_raised_a_device_that_answers_with_errors_only_is_lost(fault: Exception) -> None:
+def test_broken_device_raises_device_lost_whatever_the_error(fault: Exception) -> None:
     gpu = FakeGpu(100)
     gpu.lost = True
     with pytest.raises(DeviceLost):
@@ -292,21 +290,21 @@ def test_whatever_was_raised_a_device_that_answers_with_errors_only_is_lost(faul
 
 
 @pytest.mark.parametrize("made", HARMLESS.values(), ids=HARMLESS)
-def test_a_fault_that_ends_with_its_batch_costs_one_image(made: Callable[[], Exception]) -> None:
+def test_passing_device_error_fails_one_sample(made: Callable[[], Exception]) -> None:
     outputs = run_batch(Doubling(faults={1: made()}), samples(3), BatchSizes())
     assert isinstance(outputs.pop(1), InternalError)
     assert outputs == [0, 4]
 
 
 class Holding(Doubling):
-    """Fails for memory with a large array in its frame, and looks whether that is still there at the next run."""
+    """Runs out of memory with a large array in its frame, and checks on the next run whether that array is gone."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held: list[weakref.ref[Any]] = []
 
     def run(self, samples: Sequence[Sample]) -> list[Any]:
-        assert all(held() is None for held in self.held), "the failed batch's memory is still taken"
+        assert all(held() is None for held in self.held), "the failed batch's memory is still held"
         tensor = torch.zeros(1000)
         self.held.append(weakref.ref(tensor))
         if len(samples) > 1:
@@ -314,11 +312,11 @@ class Holding(Doubling):
         return super().run(samples)
 
 
-def test_the_memory_of_a_failed_batch_is_free_before_the_next_try() -> None:
+def test_memory_of_a_failed_batch_is_freed_before_the_next_run() -> None:
     assert run_batch(Holding(), samples(4), BatchSizes()) == [0, 2, 4, 6]
 
 
-def test_a_chunk_whose_time_is_up_is_no_images_fault() -> None:
+def test_time_limit_fails_no_sample() -> None:
     operation = Doubling(faults={1: SoftTimeLimitExceeded()})
     with pytest.raises(SoftTimeLimitExceeded):
         run_batch(operation, samples(3), BatchSizes())

@@ -1,4 +1,4 @@
-"""What is remembered of results: equal keys for equal bytes, other keys for all else, and never an error."""
+"""Cached results: equal keys for equal bytes, different keys otherwise, and never an error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RESULT = Remembered("s3://results/jobs/260730-1f0c9a3e/000012-photo.png", "0" * 
 
 
 class Engine(Invert):
-    """One whose fingerprint the test gives."""
+    """An engine with a fingerprint that the test sets."""
 
     def __init__(self, mark: str | Exception) -> None:
         self.mark = mark
@@ -45,7 +45,7 @@ class Engine(Invert):
 
 
 class Wanted(NamedTuple):
-    """All that decides a result's bytes."""
+    """Everything that decides a result's bytes."""
 
     data: bytes = b"image"
     options: tuple[str, dict[str, Any]] = ("stylize", {})
@@ -79,7 +79,7 @@ def raw(redis_server: EmbeddedRedis) -> Iterator[Any]:
 
 
 def key(wanted: Wanted, item: dict[str, Any] | None = None, **others: Any) -> str | None:
-    """The key of one image. None of this asks Redis."""
+    """The key of one image; needs no Redis."""
     row = {"index": 0, "source": "https://a.example/1.jpg", "boxes": wanted.boxes, **(item or {})}
     with_nobody = Cache("redis://127.0.0.1:1/0", 60)
     return with_nobody.key(wanted.data, Item.model_validate(row), spec(wanted, **others), Engine(wanted.mark))
@@ -122,13 +122,13 @@ WANTED = st.builds(
 @given(WANTED, WANTED)
 @example(Wanted(), Wanted())
 @settings(max_examples=150, deadline=None)
-def test_keys_are_equal_where_everything_that_decides_the_bytes_is_equal_and_only_there(one: Wanted, other: Wanted) -> None:
+def test_keys_are_equal_only_if_everything_that_decides_the_bytes_is(one: Wanted, other: Wanted) -> None:
     assert (key(one) == key(other)) == (one == other)
 
 
 @given(WANTED, st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_change_of_one_thing_alone_changes_the_key(wanted: Wanted, data: st.DataObject) -> None:
+def test_changing_one_thing_changes_the_key(wanted: Wanted, data: st.DataObject) -> None:
     other = data.draw(WANTED)
     for field in Wanted._fields:
         changed = wanted._replace(**{field: getattr(other, field)})
@@ -146,11 +146,11 @@ def test_a_change_of_one_thing_alone_changes_the_key(wanted: Wanted, data: st.Da
     ],
     ids=["address", "place and name", "key template", "policy", "check without repair"],
 )
-def test_what_does_not_decide_the_bytes_does_not_change_the_key(item: dict[str, Any], others: dict[str, Any]) -> None:
+def test_key_ignores_what_does_not_affect_the_bytes(item: dict[str, Any], others: dict[str, Any]) -> None:
     assert key(Wanted(), item, **others) == key(Wanted()) is not None
 
 
-def test_where_place_or_address_decide_the_noise_they_decide_the_key() -> None:
+def test_key_depends_on_index_or_url_when_the_seed_does() -> None:
     def keys(policy: str) -> tuple[str | None, ...]:
         wanted = Wanted(options=("stylize", {"engine": "diffusion", "seed_policy": policy}))
         items = ({}, {"index": 7}, {"source": "https://b.example/2.jpg"})
@@ -162,7 +162,7 @@ def test_where_place_or_address_decide_the_noise_they_decide_the_key() -> None:
     assert url[0] == url[1] != url[2]
 
 
-def test_a_repair_and_its_limits_change_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_depends_on_repair_and_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     policies = [{}, {"mode": "repair"}, {"mode": "repair", "most_cast": 2}, {"mode": "repair", "most_cast": 3}]
     keys = {key(Wanted(), policy={"quality": quality}) for quality in policies}
     assert len(keys) == 4
@@ -171,13 +171,13 @@ def test_a_repair_and_its_limits_change_the_key(monkeypatch: pytest.MonkeyPatch)
     assert key(Wanted()) in keys
 
 
-def test_values_that_mean_the_same_give_the_same_key() -> None:
+def test_equivalent_option_values_give_the_same_key() -> None:
     written = [{}, {"radius": 5}, {"radius": "5.0", "method": "telea"}]
     assert len({key(Wanted(options=("inpaint", options))) for options in written}) == 1
     assert key(Wanted(store="s3://results/x")) == key(Wanted(store="s3://elsewhere/y/z"))
 
 
-def test_another_version_of_what_decodes_or_encodes_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_depends_on_library_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(Wanted())
     for package in module.AROUND:
         told = {**module.versions(), package: "0.0.0"}
@@ -198,14 +198,12 @@ def test_another_version_of_what_decodes_or_encodes_changes_the_key(monkeypatch:
     ],
     ids=["own mask", "job's mask", "reference", "background"],
 )
-def test_images_that_need_a_picture_at_an_address_have_no_key(
-    options: tuple[str, dict[str, Any]], item: dict[str, Any]
-) -> None:
+def test_no_key_for_images_that_need_another_image(options: tuple[str, dict[str, Any]], item: dict[str, Any]) -> None:
     assert key(Wanted(options=options), item) is None
 
 
-def test_every_option_that_can_be_an_address_is_known_as_one() -> None:
-    """An option that takes any text is one: colours, models and methods have a pattern or a list."""
+def test_addresses_lists_every_option_that_takes_a_url() -> None:
+    """Any option of free text is a URL; colours, models and methods have a pattern or a list."""
     models = [engine.options for engine in ENGINES]
     free = {
         name
@@ -217,7 +215,7 @@ def test_every_option_that_can_be_an_address_is_known_as_one() -> None:
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("u2net.onnx"), ConfigurationError("no such model")], ids=repr)
-def test_an_engine_that_can_not_tell_what_it_is_gets_no_key(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_key_when_the_fingerprint_is_unknown(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     nobody = Cache("redis://127.0.0.1:1/0", 60)
     item = Item(index=0, source="https://a.example/1.jpg")
     assert [nobody.key(b"image", item, spec(Wanted()), Engine(error)) for _ in range(3)] == [None] * 3
@@ -225,7 +223,7 @@ def test_an_engine_that_can_not_tell_what_it_is_gets_no_key(error: Exception, ca
 
 
 @pytest.mark.parametrize("operation", ["remove-background", "inpaint", "stylize"])
-def test_opencv_engines_tell_library_and_revision(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opencv_fingerprint_has_library_version_and_revision(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = create(operation, "opencv")
     options = parse_options(operation, "opencv", {})
     before = engine.fingerprint(options)
@@ -243,7 +241,7 @@ def test_opencv_engines_tell_library_and_revision(operation: str, monkeypatch: p
 
 @pytest.fixture
 def s3_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, Stubber]]:
-    """A store in S3 whose server says what the test tells it."""
+    """An S3 store with stubbed server responses."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -263,13 +261,13 @@ ASKED = {
 }
 
 
-def test_the_server_copies_exactly_what_is_remembered(s3_answers: tuple[Store, Stubber]) -> None:
+def test_copy_is_made_by_the_server_and_checked_by_md5(s3_answers: tuple[Store, Stubber]) -> None:
     store, server = s3_answers
     server.add_response("copy_object", {"CopyObjectResult": {"ETag": f'"{RESULT.md5}"'}}, ASKED)
     assert RESULT.copied(store, "1.png") == replace(RESULT, output="s3://other/x/1.png")
 
 
-def test_a_copy_of_other_bytes_is_no_copy(s3_answers: tuple[Store, Stubber]) -> None:
+def test_copy_with_a_different_etag_is_rejected(s3_answers: tuple[Store, Stubber]) -> None:
     """The source was replaced between the server's check and its copy."""
     store, server = s3_answers
     server.add_response("copy_object", {"CopyObjectResult": {"ETag": '"5d41402abc4b2a76b9719d911017c592"'}}, ASKED)
@@ -287,9 +285,7 @@ def test_a_copy_of_other_bytes_is_no_copy(s3_answers: tuple[Store, Stubber]) -> 
         ("SlowDown", 503),
     ],
 )
-def test_whatever_the_server_says_against_a_copy_means_to_compute(
-    s3_answers: tuple[Store, Stubber], code: str, status: int
-) -> None:
+def test_failed_copy_returns_none(s3_answers: tuple[Store, Stubber], code: str, status: int) -> None:
     store, server = s3_answers
     server.add_client_error("copy_object", code, http_status_code=status)
     assert RESULT.copied(store, "1.png") is None
@@ -311,21 +307,21 @@ REMEMBERED = st.builds(
 
 @given(REMEMBERED, REMEMBERED)
 @settings(max_examples=60, deadline=None)
-def test_a_result_comes_back_as_it_was_and_the_latest_counts(cache: Cache, one: Remembered, other: Remembered) -> None:
+def test_latest_entry_is_read_back_unchanged(cache: Cache, one: Remembered, other: Remembered) -> None:
     for result in (one, other):
         cache.put("key", result)
         assert cache.get("key") == result
     assert cache.get("another") is None
 
 
-def test_a_stored_file_is_remembered_by_its_md5(cache: Cache) -> None:
+def test_entry_holds_the_md5_of_the_file(cache: Cache) -> None:
     encoded = Encoded(b"hello", "jpeg")
     told: dict[str, Any] = dict(size=(3, 2), notes=("empty_mask",), measures=Measures(cast=0.4))
     result = Remembered.of(encoded, output="file:///out/1.jpg", **told)
     assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, **told)
 
 
-def test_it_is_forgotten_with_the_outputs_and_takes_little_room(redis_server: EmbeddedRedis, raw: Any) -> None:
+def test_entry_expires_with_the_job_and_stays_small(redis_server: EmbeddedRedis, raw: Any) -> None:
     given = Settings(_env_file=None, redis_url=redis_server.url, expire_days=2)  # type: ignore[call-arg]
     cache = Cache.of(given)
     assert cache is not None
@@ -337,7 +333,7 @@ def test_it_is_forgotten_with_the_outputs_and_takes_little_room(redis_server: Em
     cache.close()
 
 
-def test_what_has_no_key_is_neither_asked_for_nor_remembered(cache: Cache, raw: Any) -> None:
+def test_no_redis_call_without_a_key(cache: Cache, raw: Any) -> None:
     before = raw.dbsize()
     cache.put(None, RESULT)
     assert cache.get(None) is None
@@ -359,34 +355,30 @@ def test_what_has_no_key_is_neither_asked_for_nor_remembered(cache: Cache, raw: 
     ],
     ids=repr,
 )
-def test_what_another_version_left_there_counts_as_nothing(cache: Cache, raw: Any, value: bytes) -> None:
+def test_unreadable_entry_counts_as_missing(cache: Cache, raw: Any, value: bytes) -> None:
     raw.set("imagemill:cache:foreign", value)
     assert cache.get("foreign") is None
 
 
-def complaints(caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_redis_that_is_away_harms_nothing_and_is_told_of_once(
-    own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreachable_redis_is_tolerated_and_logged_once(own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(own_redis.url, 60)
     cache.put("key", RESULT)
     own_redis.kill()
     for _ in range(3):
         assert cache.get("key") is None
         cache.put("key", RESULT)
-    assert complaints(caplog) == ["results are not cached"]
+    assert warnings(caplog) == ["results are not cached"]
     own_redis.start()
     cache.put("key", RESULT)
     assert cache.get("key") == RESULT
     cache.close()
 
 
-def test_a_redis_that_is_full_harms_nothing_and_still_tells_what_it_knows(
-    own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_full_redis_is_tolerated_and_still_read(own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(own_redis.url, 60)
     cache.put("known", RESULT)
     with redis.Redis.from_url(own_redis.url) as client:
@@ -396,9 +388,9 @@ def test_a_redis_that_is_full_harms_nothing_and_still_tells_what_it_knows(
         cache.put("new", RESULT)
         assert cache.get("known") == RESULT
     assert cache.get("new") is None
-    assert complaints(caplog) == ["results are not cached"]
+    assert warnings(caplog) == ["results are not cached"]
     cache.close()
 
 
-def test_an_operator_can_turn_it_off() -> None:
+def test_reuse_setting_turns_the_cache_off() -> None:
     assert Cache.of(Settings(_env_file=None, worker={"reuse": False})) is None  # type: ignore[call-arg, arg-type]

@@ -1,4 +1,4 @@
-"""The manifest: what is known of each image when Redis has forgotten the job."""
+"""The manifest: what is known about each image after Redis has forgotten the job."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def spec(tmp_path: Path) -> Job:
 
 
 def begin(ledger: Ledger, spec: Job, *results: ItemResult) -> None:
-    """The job in two chunks, with these results."""
+    """Submit the job in two chunks and record these results."""
     ledger.open_job(JOB, spec)
     ledger.add_chunks(JOB, [(0, ITEMS[:2]), (1, ITEMS[2:])])
     ledger.seal(JOB, chunks=2, total=len(ITEMS), duplicates={0: 1})
@@ -79,7 +79,7 @@ def written(ledger: Ledger, spec: Job, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_each_row_of_the_list_has_its_line_in_the_lists_order(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
+def test_manifest_has_one_line_per_row_in_list_order(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE, FAILED, ItemResult(index=2, state="done", output="s3://results/x/2.png"))
     lines = written(ledger, spec, tmp_path)
     assert [(line["index"], line["item"], line["source"]) for line in lines] == [
@@ -89,7 +89,7 @@ def test_each_row_of_the_list_has_its_line_in_the_lists_order(ledger: Ledger, sp
     assert lines[1]["mask"] == "https://a.example/m.png"
 
 
-def test_a_line_tells_how_its_result_came_about(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
+def test_line_says_how_the_result_was_made(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE, FAILED)
     line = written(ledger, spec, tmp_path)[0]
     known = {
@@ -117,31 +117,31 @@ def test_a_line_tells_how_its_result_came_about(ledger: Ledger, spec: Job, tmp_p
     assert "code" not in line
 
 
-def test_a_line_tells_the_seed_where_there_is_one_and_the_engine_s_weights(ledger: Ledger, tmp_path: Path) -> None:
+def test_line_has_seed_and_fingerprint(ledger: Ledger, tmp_path: Path) -> None:
     options = DiffusionStylize(seed=7, seed_policy="per-item")
     spec = Job(operation="stylize", output=Output(url=tmp_path.as_uri()), options=options)
     begin(ledger, spec, DONE, FAILED)
     write_manifest(JOB, spec, ledger, store_in(tmp_path), "sd15-canny 0123")
     lines = [json.loads(line) for line in (tmp_path / JOB / "manifest.jsonl").read_text().splitlines()]
     firsts = [ITEMS[0].index if item.duplicate_of is not None else item.index for item in ITEMS]
-    assert [line["seed"] for line in lines] == [7 + index for index in firsts], "a duplicate has its original's"
+    assert [line["seed"] for line in lines] == [7 + index for index in firsts], "a duplicate has the seed of its original"
     assert {line["fingerprint"] for line in lines} == {"sd15-canny 0123"}
     assert {"torch", "diffusers"} <= lines[0]["versions"].keys()
 
 
-def test_a_line_tells_the_seed_that_its_result_was_made_with(ledger: Ledger, tmp_path: Path) -> None:
+def test_line_has_the_seed_of_the_attempt_that_was_kept(ledger: Ledger, tmp_path: Path) -> None:
     spec = Job(operation="stylize", output=Output(url=tmp_path.as_uri()), options=DiffusionStylize(seed=7))
     begin(ledger, spec, DONE.model_copy(update={"notes": ("repaired_seed",)}), FAILED)
     assert [written(ledger, spec, tmp_path)[index]["seed"] for index in (0, 1, 3)] == [8, 7, 8]
 
 
-def test_a_line_tells_the_size_of_its_batch_if_that_is_known(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
+def test_line_has_the_batch_size_when_known(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     copied = ItemResult(index=2, state="done", output="s3://results/x/2.png", notes=("cached",))
     begin(ledger, spec, DONE.model_copy(update={"batch": 8}), FAILED, copied)
     assert [line.get("batch") for line in written(ledger, spec, tmp_path)] == [8, None, None, 8]
 
 
-def test_a_failure_keeps_its_code_and_its_sentence(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
+def test_failed_line_has_code_and_message(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE, FAILED)
     line = written(ledger, spec, tmp_path)[1]
     assert (line["code"], line["message"], line["node"]) == ("not_found", "there is no such image", "gpu1@a")
@@ -149,7 +149,7 @@ def test_a_failure_keeps_its_code_and_its_sentence(ledger: Ledger, spec: Job, tm
     assert "output" not in line
 
 
-def test_a_duplicate_s_line_is_whole_and_names_whose_result_it_shares(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
+def test_duplicate_line_is_complete_and_names_its_original(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE, FAILED)
     first, *_, duplicate = written(ledger, spec, tmp_path)
     assert duplicate.pop("duplicate_of") == 0
@@ -159,7 +159,7 @@ def test_a_duplicate_s_line_is_whole_and_names_whose_result_it_shares(ledger: Le
     }
 
 
-def test_what_a_cancelled_job_never_did_is_cancelled_and_not_pending(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
+def test_unfinished_images_of_a_cancelled_job_are_cancelled(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE)
     assert ledger.cancel(JOB) == "stopped"
     lease = ledger.acquire(JOB, MANIFEST, task="t", token="t/1")
@@ -168,7 +168,7 @@ def test_what_a_cancelled_job_never_did_is_cancelled_and_not_pending(ledger: Led
     assert [line["state"] for line in lines] == ["done", "cancelled", "cancelled", "done"]
 
 
-def test_a_manifest_that_can_not_be_stored_says_why_and_leaves_nothing(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
+def test_manifest_that_cannot_be_stored_raises_and_leaves_nothing_behind(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE)
     folder = tmp_path / "elsewhere"
     with pytest.raises(StorageRefused, match="WRITE_ROOTS"):
@@ -176,7 +176,7 @@ def test_a_manifest_that_can_not_be_stored_says_why_and_leaves_nothing(ledger: L
     assert not folder.exists()
 
 
-def test_written_again_it_is_replaced(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
+def test_manifest_is_replaced_when_written_again(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE)
     assert [line["state"] for line in written(ledger, spec, tmp_path)][1] == "pending"
     ledger.record(JOB, FAILED)

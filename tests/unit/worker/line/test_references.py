@@ -1,4 +1,4 @@
-"""Pictures of a whole job are fetched once per chunk, whoever asks first and whatever comes of it."""
+"""References and masks of a whole job are fetched once per chunk, whether that succeeds or fails."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def references(fetcher: Fetcher) -> References:
     return References(fetcher, max_pixels=100_000, attempts=2)
 
 
-def test_many_ask_at_once_and_it_is_fetched_once(references: References, images: ImageServer) -> None:
+def test_reference_is_fetched_once_for_concurrent_requests(references: References, images: ImageServer) -> None:
     go_on = threading.Event()
 
     def slow(handler: Handler) -> None:
@@ -54,7 +54,7 @@ def test_many_ask_at_once_and_it_is_fetched_once(references: References, images:
     assert (first.size, images.hits["/a.png"]) == ((96, 72), 1)
 
 
-def test_one_address_can_be_a_picture_and_a_mask(references: References, images: ImageServer) -> None:
+def test_one_url_can_be_both_reference_and_mask(references: References, images: ImageServer) -> None:
     images.routes["/a.png"] = photo(1)
     picture, mask = references.picture(images.url("/a.png")), references.mask(images.url("/a.png"))
     assert picture.pixels.shape == (72, 96, 3)
@@ -63,14 +63,14 @@ def test_one_address_can_be_a_picture_and_a_mask(references: References, images:
     assert images.hits["/a.png"] == 2
 
 
-def test_trouble_that_passes_is_tried_again(references: References, images: ImageServer) -> None:
+def test_passing_errors_are_retried(references: References, images: ImageServer) -> None:
     images.routes["/a.png"] = failing(1, 503, photo(1))
     assert references.picture(images.url("/a.png")).size == (96, 72)
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/none.png", NotFound), ("/page.png", NotAnImage), ("/large.png", TooManyPixels)])
 @pytest.mark.parametrize("what", ["picture", "mask"])
-def test_what_fails_fails_for_everyone_and_is_not_fetched_again(
+def test_failed_reference_fails_every_image_without_another_fetch(
     what: str, path: str, kind: type[ImageError], references: References, images: ImageServer
 ) -> None:
     images.routes |= {"/page.png": html(), "/large.png": photo(1, 400, 300)}
@@ -80,7 +80,7 @@ def test_what_fails_fails_for_everyone_and_is_not_fetched_again(
     assert images.hits[path] == 1
 
 
-def test_another_chunk_asks_again(fetcher: Fetcher, images: ImageServer) -> None:
+def test_next_chunk_fetches_again(fetcher: Fetcher, images: ImageServer) -> None:
     for _ in range(2):
         images.routes["/a.png"] = photo(1)
         References(fetcher, max_pixels=100_000, attempts=1).picture(images.url("/a.png"))

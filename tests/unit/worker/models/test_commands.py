@@ -27,18 +27,27 @@ from tests.workers import ROOT
 Run = Callable[..., Result]
 
 
-@pytest.fixture
-def published(tmp_path: Path, images: ImageServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Weights]:
-    """Three of rembg's models and LaMa by name, on a mirror like the real server, and an empty weights folder."""
+@pytest.fixture(scope="module")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Small files of three of rembg's models and of LaMa, by name."""
+    folder = tmp_path_factory.mktemp("published")
     paths = {
-        "u2net": u2net_onnx(tmp_path / "published" / "u2net.onnx", size=32),
-        "birefnet-general": birefnet_like_onnx(tmp_path / "published" / "birefnet.onnx", size=64),
-        "bria-rmbg": u2net_onnx(tmp_path / "published" / "bria.onnx", size=32, seed=1),
-        "lama": lama_script(tmp_path / "published" / "big-lama.pt"),
+        "u2net": u2net_onnx(folder / "u2net.onnx", size=32),
+        "birefnet-general": birefnet_like_onnx(folder / "birefnet.onnx", size=64),
+        "bria-rmbg": u2net_onnx(folder / "bria.onnx", size=32, seed=1),
+        "lama": lama_script(folder / "big-lama.pt"),
     }
+    return {name: path.read_bytes() for name, path in paths.items()}
+
+
+@pytest.fixture
+def published(
+    model_files: dict[str, bytes], tmp_path: Path, images: ImageServer, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Weights]:
+    """Serves `model_files` from a mirror like the real server, with an empty weights folder; their entries by name."""
     rows = []
-    for row in (row for row in WEIGHTS if row.name in paths):
-        data = paths[row.name].read_bytes()
+    for row in (row for row in WEIGHTS if row.name in model_files):
+        data = model_files[row.name]
         path = row.url.removeprefix("https://github.com")
         images.routes |= {path: redirect(f"/assets/{row.name}"), f"/assets/{row.name}": data}
         kind = row.checksum.partition(":")[0]

@@ -113,7 +113,7 @@ def test_divide_skips_truncated_images(tmp_path: Path) -> None:
 def test_divide_refuses_too_few_images_and_limits_their_number(tmp_path: Path) -> None:
     for seed in range(4):
         (tmp_path / f"{seed}.png").write_bytes(photo(seed, 16, 16))
-    with pytest.raises(UsageError, match="4 different images; at least 5"):
+    with pytest.raises(UsageError, match="4 different images: at least 5"):
         divide(tmp_path)
     for seed in range(4, MOST + 10):
         (tmp_path / f"{seed}.png").write_bytes(photo(seed, 16, 16))

@@ -93,7 +93,6 @@ def test_closed_downloader_closes_handle_after_its_request(downloader: Downloade
 
 def test_every_curl_error_is_explained() -> None:
     transfer = _Transfer(wire("http://example.org/"), LOOPBACK)
-    transfer.opened = 1
     for name in dir(pycurl):
         if name.startswith("E_"):
             explained = transfer.explain(pycurl.error(getattr(pycurl, name), "reason"), "LABEL")

@@ -220,7 +220,7 @@ def test_whole_is_for_images_that_fit(operation: Lama, monkeypatch: pytest.Monke
 
 
 def test_without_its_model_it_does_not_load(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="`imagemill models pull lama` fetches it"):
+    with pytest.raises(ConfigurationError, match="run `imagemill models pull lama`"):
         Lama().load(Device(weights=tmp_path))
 
 

@@ -201,7 +201,7 @@ def test_in_smooth_steps_one_tile_passes_into_the_next() -> None:
     made = plan(hole)
     everything = Region(slice(0, 400), slice(0, 3000))
     tiles = np.zeros((len(made.tiles), 3000))
-    for place, where, weight in weights(made.tiles, made.numbers, everything, 64):
+    for place, where, weight in weights(made.tiles, made.numbers, everything):
         tiles[place, where.columns] = weight[200 - where.rows.start]
     tiles /= tiles.sum(axis=0)
     assert len(tiles) > 2
@@ -218,7 +218,7 @@ def test_each_region_is_filled_by_its_own_tiles_only() -> None:
     numbers = owners(made.numbers, Region(slice(0, 2000), slice(0, 2000)))
     assert set(np.unique(numbers[300:330, 1500:1530])) != set(np.unique(numbers[1000:1010, 1000:1010]))
     raw = np.zeros((2000, 2000))
-    for place, where, weight in weights(made.tiles, made.numbers, Region(slice(0, 2000), slice(0, 2000)), 64):
+    for place, where, weight in weights(made.tiles, made.numbers, Region(slice(0, 2000), slice(0, 2000))):
         if made.tiles[place].number != numbers[310, 1510]:
             raw[where.rows, where.columns] += weight
     assert not raw[300:330, 1500:1530].any()

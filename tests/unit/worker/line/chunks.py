@@ -1,0 +1,212 @@
+"""A chunk of a job in a real ledger, with a real fetcher and folder, and engines that misbehave in one way each."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+from PIL import Image
+
+from imagemill.shared.messages import Item, Job, Row
+from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
+from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.line import Line
+from imagemill.worker.line.stages import Context
+from imagemill.worker.operations.base import Inputs, Sample, Spec, Work
+from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.store import open_store
+from tests.conftest import photo
+from tests.fakes import Invert
+from tests.ledgers import Ledger
+from tests.services.images import ImageServer
+
+FETCH: dict[str, Any] = {"allow_networks": ["127.0.0.0/8"], "total_timeout": 20}
+SIZE = 96 * 72  # pixels of tests.conftest.photo
+
+
+def no_s3() -> NoReturn:
+    raise AssertionError("S3 was asked")
+
+
+class Chunk:
+    """A job in a real ledger, and the line that works on it."""
+
+    def __init__(self, ledger: Ledger, images: ImageServer, folder: Path) -> None:
+        self.ledger, self.images, self.folder = ledger, images, folder
+        self.job = f"line-{uuid.uuid4().hex[:12]}"
+        self.stop = threading.Event()
+        self.fetchers: list[Fetcher] = []
+
+    def items(self, sources: Sequence[str | dict[str, Any]]) -> list[Item]:
+        """Items from paths on the image server, or from rows whose `source` is one."""
+        rows = [row if isinstance(row, dict) else {"source": row} for row in sources]
+        return [Item.model_validate({"index": n, **{k: self._url(v) for k, v in row.items()}}) for n, row in enumerate(rows)]
+
+    def photos(self, count: int) -> list[Item]:
+        """Items for `count` different photos, which the server has."""
+        self.images.routes |= {f"/{n}.png": photo(n) for n in range(count)}
+        return self.items([f"/{n}.png" for n in range(count)])
+
+    def line(
+        self,
+        operation: Invert,
+        items: list[Item],
+        *,
+        kind: str = "stylize",
+        form: str = "png",
+        attempts: int = 3,
+        threads: int = 16,
+        look_ahead: int = 10**8,
+        node: str = "here",
+        sizes: BatchSizes | None = None,
+        wait: float = 0.0,
+        batch: str = "throughput",
+        quality: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Line:
+        """A line for the job, which is created on the first call."""
+        fields = {
+            "operation": kind,
+            "output": {"url": self.folder.as_uri(), "format": form, "key": "{index}"},
+            "options": options,
+            "policy": {"attempts": attempts, "batch": batch, "quality": quality or {}},
+        }
+        spec = Job.model_validate(fields)
+        if not self.fetchers:
+            self.ledger.open_job(self.job, spec)
+            self.ledger.add_chunks(self.job, [(0, items)])
+            self.ledger.seal(self.job, chunks=1, total=len(items), duplicates={})
+        files = FileSettings(write_roots=(self.folder,))
+        settings = Settings(
+            _env_file=None,  # type: ignore[call-arg]
+            fetch=FetchSettings.model_validate(FETCH | {"threads": threads}),
+            worker=WorkerSettings(look_ahead=look_ahead, batch_wait=wait),
+        )
+        self.fetchers.append(Fetcher(settings.fetch, files, no_s3))
+        store = open_store(spec.output.url, s3=no_s3, files=files, s3_settings=S3Settings())
+        context = Context.of(
+            self.job, spec, settings, operation=operation, fetcher=self.fetchers[-1], store=store, stop=self.stop
+        )
+        return Line(context, ledger=self.ledger, settings=settings, node=node, sizes=sizes)
+
+    def rows(self) -> list[Row]:
+        return list(self.ledger.rows(self.job))
+
+    def codes(self) -> list[str | None]:
+        """Each image's error code, `done`, or `pending` if it has no record."""
+        return [row.code or row.state for row in self.rows()]
+
+    def recorded(self) -> set[int]:
+        return {row.index for row in self.rows() if row.state != "pending"}
+
+    def entries(self) -> list[int]:
+        """The index of every result ever recorded."""
+        return [result.index for result in self.ledger.follow(self.job, wait=0.001)[1]]
+
+    def _url(self, path: Any) -> Any:
+        return self.images.url(path) if isinstance(path, str) and path.startswith("/") else path
+
+
+def pixels(row: Row) -> np.ndarray:
+    assert row.output is not None, row
+    with Image.open(unquote(urlsplit(row.output).path)) as image:
+        return np.asarray(image)
+
+
+def source(number: int) -> np.ndarray:
+    """The pixels of tests.conftest.photo."""
+    noise = np.random.default_rng(number).integers(0, 60, (72, 96, 3), np.uint8)
+    noise[18:-18, 24:-24] += np.uint8(150)
+    return noise
+
+
+@contextmanager
+def running(line: Line, items: list[Item]) -> Iterator[None]:
+    """Run the line in a thread; it must end by itself on leaving."""
+    thread = threading.Thread(target=line.run, args=(items,), daemon=True)
+    thread.start()
+    yield
+    thread.join(60)
+    assert not thread.is_alive(), "the line hangs"
+
+
+class Bands(Invert):
+    """Four samples per image, each a band of rows; bands of one shape share batches."""
+
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
+        return Work([Sample(band, None) for band in np.array_split(picture.pixels, 4)], plan=picture)
+
+    def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
+        return Picture(np.vstack(outputs))
+
+
+class Faulty(Invert):
+    """Raises `fault` at `stage` for image 1."""
+
+    def __init__(self, stage: str = "", fault: Exception | None = None) -> None:
+        self.stage, self.fault = stage, fault
+
+    def _at(self, stage: str, index: int) -> None:
+        if stage == self.stage and index == 1 and self.fault is not None:
+            raise self.fault
+
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
+        index = inputs.item.index
+        self._at("prepare", index)
+        if self.stage == "empty" and index == 1:
+            return Work([], plan=None)
+        return Work([Sample((index, picture.pixels), None)], plan=(index, picture))
+
+    def group_key(self, sample: Sample[Any, Any]) -> Hashable:
+        self._at("group", sample.data[0])
+        return "all"
+
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
+        for sample in samples:
+            self._at("run", sample.data[0])
+        return [255 - sample.data[1] for sample in samples]
+
+    def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
+        index, picture = work.plan
+        self._at("finish", index)
+        return Picture(outputs[0], picture.format)
+
+
+class Gate(Invert):
+    """Runs one image at once. Run number `at` signals `inside` and waits for `open`; no image finishes before."""
+
+    spec = Spec("stylize", "opencv", max_batch=1)
+
+    def __init__(self, at: int = 1) -> None:
+        self.at, self.begun = at, 0
+        self.inside, self.open = threading.Event(), threading.Event()
+
+    def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
+        self.begun += 1
+        if self.begun == self.at:
+            self.inside.set()
+            assert self.open.wait(60)
+        return super().run(samples)
+
+    def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
+        assert self.inside.wait(20), "the device is waiting for a result to be stored"
+        return super().finish(work, outputs)
+
+
+class Masked(Invert):
+    """Writes the mask's brightness into the corner of the result."""
+
+    spec = Spec("inpaint", "opencv", needs_mask=True, max_batch=4)
+
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
+        level = 0 if inputs.mask is None else int(inputs.mask.max())
+        corner = picture.pixels.copy()
+        corner[0, 0] = 255 - level
+        return Work([Sample(corner, None)], plan=picture)
