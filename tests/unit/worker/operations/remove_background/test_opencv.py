@@ -300,8 +300,6 @@ def test_the_barrier_is_what_every_path_from_the_border_must_climb() -> None:
     options=st.fixed_dictionaries(
         {
             "long_edge": st.sampled_from([16, 33, "none"]),
-            "work_edge": st.sampled_from([64, 320]),
-            "border": st.sampled_from([0.001, 0.04, 0.25]),
             "feather": st.sampled_from([0, 1.5, 20]),
         }
     ),

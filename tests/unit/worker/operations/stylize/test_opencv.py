@@ -35,7 +35,7 @@ def reference(_: str = "") -> Picture:
 
 
 def stylize(
-    pixels: Pixels, read: Callable[[str], Picture] | None = reference, operation: Stylize | None = None, **options: Any
+    pixels: Pixels, read: Callable[[str], Picture] = reference, operation: Stylize | None = None, **options: Any
 ) -> Pixels:
     operation = operation or Stylize()
     operation.load(Device(threads=1))
@@ -253,9 +253,11 @@ def test_a_reference_that_can_not_be_read_fails_the_image(error: ImageError, rai
     assert "secret" not in caught.value.message
 
 
-def test_without_a_way_to_read_a_reference_is_an_error() -> None:
+def test_reference_is_an_error_where_inputs_have_no_reader() -> None:
+    item = Item(index=0, source="https://images.example/one.jpg")
+    options = parse_options("stylize", "opencv", {"style": "colour-transfer", "reference": ADDRESS})
     with pytest.raises(BadReference, match="can't be read here"):
-        stylize(photo(8, 8), None, style="colour-transfer", reference=ADDRESS)
+        Stylize().prepare(Picture(photo(8, 8)), Inputs(item, options))
 
 
 @pytest.mark.parametrize("options", [{"style": "colour-transfer"}, {"reference": ADDRESS}])
