@@ -38,25 +38,19 @@ LONGEST_LINK = 7 * 24 * 3600
 """Seconds; the maximum of signature version 4."""
 
 MISSING = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "404"})
+# S3 sends some of these codes with status 400, or in the body of a 200.
 DENIED = frozenset(
-    {
-        "AccessDenied",
-        "AllAccessDisabled",
-        "ExpiredToken",
-        "InvalidAccessKeyId",
-        "InvalidToken",
-        "SignatureDoesNotMatch",
-        "401",
-        "403",
-    }
+    {"AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
 )
-# BadDigest: the bytes were damaged in transit, so a retry helps.
-BUSY = frozenset(
-    {"SlowDown", "BadDigest", "InternalError", "ServiceUnavailable", "OperationAborted", "429", "500", "502", "503", "504"}
-)
+BUSY = frozenset({"SlowDown", "BadDigest", "InternalError", "ServiceUnavailable", "OperationAborted"})
+"""BadDigest: the bytes were damaged in transit, so a retry helps."""
 # MalformedXML: the server mistakes the rules for a different request, as Swift does.
 NO_LIFECYCLE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML"})
-SLOW = frozenset({"RequestTimeout", "408"})
+
+
+def make_signer(settings: S3Settings) -> S3Client:
+    """A client for `presign` only: its links use the public URL."""
+    return make_client(settings.model_copy(update={"endpoint_url": settings.public_url or settings.endpoint_url}))
 
 
 def make_client(settings: S3Settings) -> S3Client:
@@ -64,15 +58,6 @@ def make_client(settings: S3Settings) -> S3Client:
 
     Raises ConfigurationError for an endpoint, region or profile that boto3 can't use.
     """
-    return _client(settings, settings.endpoint_url)
-
-
-def make_signer(settings: S3Settings) -> S3Client:
-    """A client for `presign` only: its links use the URL at which browsers reach the server."""
-    return _client(settings, settings.public_url or settings.endpoint_url)
-
-
-def _client(settings: S3Settings, endpoint: str | None) -> S3Client:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -88,12 +73,12 @@ def _client(settings: S3Settings, endpoint: str | None) -> S3Client:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         # MinIO and similar servers have no DNS name per bucket.
-        s3={"addressing_style": "path" if endpoint else "auto"},
+        s3={"addressing_style": "path" if settings.endpoint_url else "auto"},
     )
     try:
-        return boto3.Session().client("s3", endpoint_url=endpoint, region_name=settings.region, config=config)
+        return boto3.Session().client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
     except (BotoCoreError, ValueError) as error:  # ValueError: the endpoint is not a URL
-        raise ConfigurationError(f"S3 at {endpoint or 'AWS'}: {sentence(error)}") from error
+        raise ConfigurationError(f"S3 at {settings.endpoint_url or 'AWS'}: {sentence(error)}") from error
 
 
 def split(url: str) -> tuple[str, str]:
@@ -145,9 +130,10 @@ def _exists(client: S3Client, bucket: str) -> bool:
         try:
             client.head_bucket(Bucket=bucket)
         except ClientError as error:
-            if error.response["Error"]["Code"] in MISSING:
+            meaning = translate(error, bucket)
+            if isinstance(meaning, NotFound):
                 return False
-            if error.response["Error"]["Code"] not in DENIED:
+            if not isinstance(meaning, AccessDenied):
                 raise
             # Write-only keys may not query the bucket; the first upload shows whether they may write.
     return True
@@ -167,25 +153,19 @@ def expire_after(client: S3Client, bucket: str, prefix: str, days: int) -> None:
     rule_id = f"imagemill-{hashlib.sha256(prefix.encode()).hexdigest()[:16]}"
     rule = {"ID": rule_id, "Status": "Enabled", "Filter": {"Prefix": f"{prefix}/"}, "Expiration": {"Days": days}}
     with storing(f"the lifecycle rules of bucket {bucket!r}"):
-        kept = [other for other in _lifecycle_rules(client, bucket) if other.get("ID") != rule_id]
         try:
-            client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [*kept, rule]})
+            rules = client.get_bucket_lifecycle_configuration(Bucket=bucket).get("Rules", [])
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "NoSuchLifecycleConfiguration":
+                raise
+            rules = []
+        rules = [other for other in rules if other.get("ID") != rule_id] + [rule]
+        try:
+            client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": rules})
         except ClientError as error:
             if error.response["Error"]["Code"] not in NO_LIFECYCLE:
                 raise
             raise StorageRefused(f"the S3 server of bucket {bucket!r} does not offer expiry; omit --expire-days") from error
-
-
-def _lifecycle_rules(client: S3Client, bucket: str) -> list[dict[str, Any]]:
-    from botocore.exceptions import ClientError
-
-    try:
-        rules: list[dict[str, Any]] = client.get_bucket_lifecycle_configuration(Bucket=bucket).get("Rules", [])
-    except ClientError as error:
-        if error.response["Error"]["Code"] == "NoSuchLifecycleConfiguration":
-            return []
-        raise
-    return rules
 
 
 def list_images(client: S3Client, url: str) -> Iterator[str]:
@@ -197,13 +177,8 @@ def list_images(client: S3Client, url: str) -> Iterator[str]:
     with _translated(url, ServiceUnavailable, InvalidSource):
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for entry in page.get("Contents", []):
-                if _is_image(entry["Key"]):
+                if entry["Key"].lower().endswith(tuple(IMAGE_EXTENSIONS)):
                     yield f"s3://{bucket}/{entry['Key']}"
-
-
-def _is_image(key: str) -> bool:
-    name = key.rpartition("/")[2]
-    return "." in name and f".{name.rpartition('.')[2].lower()}" in IMAGE_EXTENSIONS
 
 
 def storing(what: str) -> AbstractContextManager[None]:
@@ -226,13 +201,9 @@ def translate(error: Exception, what: str) -> ImageError:
     """The ImageError for a BotoCoreError or ClientError about `what`, a URL or name without secrets."""
     from botocore.exceptions import ClientError
 
-    return _from_answer(error, what) if isinstance(error, ClientError) else _from_client(error, what)
-
-
-def _from_answer(error: Any, what: str) -> ImageError:
-    """The server answered with an S3 error code or just a status."""
-    body = error.response.get("Error", {})
-    code = str(body.get("Code", ""))
+    if not isinstance(error, ClientError):
+        return _from_client(error, what)
+    code = str(error.response.get("Error", {}).get("Code", ""))
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if code == "NoSuchBucket":
         return NotFound(f"{what}: there is no such bucket")
@@ -240,8 +211,8 @@ def _from_answer(error: Any, what: str) -> ImageError:
         return NotFound(f"{what} does not exist")
     if code in DENIED or status in (401, 403):
         return AccessDenied(f"{what}: the S3 server refuses access ({code or status})")
-    if code in SLOW:
-        return Timeout(f"{what}: the S3 server timed out ({code})")
+    if code == "RequestTimeout" or status == 408:
+        return Timeout(f"{what}: the S3 server timed out ({code or status})")
     if code == "NotImplemented" or status == 501:
         return HttpError(f"{what}: this S3 server does not support the request (NotImplemented)")
     if code in BUSY or status == 429 or status >= 500:

@@ -18,7 +18,6 @@ OPERATIONS: tuple[Operation, ...] = ("remove-background", "inpaint", "stylize")
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 LongEdge = Annotated[int, Field(ge=16, le=65_535)]
 
-
 ADDRESSES = ("mask", "reference", "background_image")
 """Options whose value is the URL of an image."""
 
@@ -38,8 +37,8 @@ class EngineOptions(Model):
 class Box(Model):
     """A rectangle to fill, given by its top left corner and size, in pixels or fractions of the image.
 
-    Given as text `x,y,width,height` or as a JSON list of four numbers. If all are at most 1 and at least one has a
-    decimal point, they are fractions, otherwise pixels.
+    Written as text `x,y,width,height` or as a JSON list of four numbers. If all four are at most 1 and at least one has a
+    decimal point, they are fractions; otherwise they are pixels.
     """
 
     x: float = Field(ge=0)
@@ -117,9 +116,8 @@ def validation_sentence(
         reason = fault["msg"].removeprefix("Value error, ")
         value = fault.get("input")
         value = shown(value) if isinstance(value, str) else value  # a URL may contain a signature
-        suffix = (
-            f", not {value!r}" if subject != secret and isinstance(value, str | int | float) and len(str(value)) <= 80 else ""
-        )
-        suffix = "" if reason.endswith(suffix) else suffix  # some reasons already contain it
-        complaints.setdefault(subject, f"{subject + ': ' if subject else ''}{reason[:1].lower()}{reason[1:]}{suffix}")
+        short = subject != secret and isinstance(value, str | int | float) and len(str(value)) <= 80
+        suffix = f", not {value!r}" if short else ""
+        reason = reason.removesuffix(suffix) + suffix  # some reasons already contain it
+        complaints.setdefault(subject, f"{subject + ': ' if subject else ''}{reason[:1].lower()}{reason[1:]}")
     return "; ".join(complaints.values())
