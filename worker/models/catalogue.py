@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from imagemill.shared.engines import ENGINES
 
@@ -97,6 +98,7 @@ class Repository:
     licence: str
     files: tuple[str, ...]
     about_bytes: int
+    commercial: ClassVar[bool] = True
 
 
 SD15 = dict(

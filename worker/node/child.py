@@ -6,8 +6,8 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from functools import cache
 from threading import Event
-from typing import Any
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Child:
         self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
         self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
-        self._s3: Any = None
+        self.s3 = cache(lambda: s3.make_client(settings.s3))  # one client, made when it is first needed
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
@@ -69,12 +69,6 @@ class Child:
             self.operations[name, engine] = operation
             self.sizes[name, engine] = BatchSizes(memory, tuned.read(device.weights, memory.name, operation.spec))
             log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})
-
-    def s3(self) -> Any:
-        """This process' one S3 client, made when it is first needed."""
-        if self._s3 is None:
-            self._s3 = s3.make_client(self.settings.s3)
-        return self._s3
 
     def work(self, chunk: Chunk, *, task: str, tell: Callable[[int, int], None]) -> str:
         """Take a chunk from lease to record; says in a word what came of it.
@@ -93,31 +87,25 @@ class Child:
         line = self._line(spec, lease.job, stop)
         records = line.records
         items = self._open_items(lease)
-        with LeaseKeeper(
-            self.ledger,
-            lease,
-            lease_seconds=self.settings.worker.lease_seconds,
-            stop=stop,
-            stopping=self.stopping,
-            tell=lambda: tell(records.done, records.failed),
-        ) as keeper:
+        seconds = self.settings.worker.lease_seconds
+        keeper = LeaseKeeper(self.ledger, lease, seconds, stop, self.stopping, tell=lambda: tell(records.done, records.failed))
+        with keeper:
             if lease.lost:
                 line.run_alone(items, lease.lost)
             else:
                 line.run(items)
         give_back()
         seconds = _since(start)
-        counts = dict(done=records.done, failed=records.failed, reused=records.reused)
-        told = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds, **counts)
+        fields = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds)
+        fields |= dict(done=records.done, failed=records.failed, reused=records.reused)
         on_gpu = [sizes for sizes in self.sizes.values() if sizes.memory.grows]
         if on_gpu:
             top, flagged = max(sizes.top for sizes in on_gpu), sum(sizes.flagged for sizes in on_gpu)
-            told |= dict(memory=round(top, 3), memory_flagged=flagged)
+            fields |= dict(memory=round(top, 3), memory_flagged=flagged)
             self.fleet.report_memory(self.node, top, flagged)
-        log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
+        log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**fields, "reason": keeper.reason})
         if keeper.reason is None and not lease.lost and not records.reused and seconds > 0:  # the rate of computing
-            queue = queue_name(spec.operation, spec.lane)
-            self.fleet.report_rate(queue, self.node, records.over / seconds)
+            self.fleet.report_rate(queue_name(spec.operation, spec.lane), self.node, records.over / seconds)
         outcome = self._close(lease, spec, keeper.reason, len(items) - records.over, tell)
         return f"{records.done} done, {records.failed} failed" if outcome == "done" else outcome
 
@@ -153,25 +141,25 @@ class Child:
         return "done"
 
     def _manifest(self, lease: Lease, spec: Job) -> str:
-        written, told = None, {"action": "manifest", "job": lease.job}
+        written, fields = None, {"action": "manifest", "job": lease.job}
         try:
             written = write_manifest(lease.job, spec, self.ledger, self._store(spec), self._fingerprint(spec))
         except StorageUnavailable as error:
-            log.warning("manifest not written", extra={**told, "reason": error.message})
+            log.warning("manifest not written", extra={**fields, "reason": error.message})
             if lease.lost < MANIFEST_TRIES:
-                return "held"  # its lease runs out and the reaper publishes it again
+                return "held"  # its lease expires and the reaper publishes it again
         except ImageError as error:
-            log.warning("manifest refused", extra={**told, "reason": error.message})
+            log.warning("manifest refused", extra={**fields, "reason": error.message})
         except ImagemillError:
-            raise  # of the ledger, without which there is nothing to complete
-        except Exception:  # a fault of ours; a job may end without its manifest, but end it must
-            log.exception("manifest failed", extra=told)
+            raise  # from the ledger, without which nothing can be completed
+        except Exception:  # a bug; a job may end without its manifest, but it must end
+            log.exception("manifest failed", extra=fields)
         self.ledger.complete(lease, manifest=written)
-        log.info("job over", extra={"action": "manifest", "job": lease.job, "manifest": written})
+        log.info("job over", extra={**fields, "manifest": written})
         return "done"
 
     def _fingerprint(self, spec: Job) -> str | None:
-        """What decides this job's results on this node; None where it can't be told any more."""
+        """Everything that determines this job's results on this node; None if it can't be determined any more."""
         try:
             return self.operations[spec.operation, spec.engine].fingerprint(spec.options)
         except (ImagemillError, OSError) as error:

@@ -6,6 +6,8 @@ import os
 from multiprocessing import Value
 from multiprocessing.sharedctypes import RawArray
 
+import psutil
+
 
 class Children:
     """Shared memory of the parent and its `count` children; created before the fork."""
@@ -32,19 +34,13 @@ class Children:
             self._failures.value += 1
             return int(self._failures.value)
 
-    @property
-    def failures(self) -> int:
-        """Failures to load since the last success."""
-        return int(self._failures.value)
-
-    @property
-    def status(self) -> int:
-        """Exit status for the node after a failure."""
-        return int(self._status.value)
+    def failure(self) -> int | None:
+        """The exit status for the node after a failure to load; None if the last child succeeded."""
+        return int(self._status.value) if self._failures.value else None
 
     def ready(self) -> int:
         """The number of running children that have loaded their engines."""
-        return sum(pid > 0 and _is_running(pid) for pid in self._pids)
+        return sum(pid > 0 and psutil.pid_exists(pid) for pid in self._pids)
 
     def stop(self) -> None:
         """Called by the parent: children finish their current images and release the rest of their chunks."""
@@ -53,11 +49,3 @@ class Children:
     def stopping(self) -> bool:
         """Whether the parent has called `stop`."""
         return bool(self._stopping.value)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from celery import bootsteps
@@ -29,38 +29,33 @@ log = logging.getLogger(__name__)
 REPORT_SECONDS = 5.0
 
 
+@dataclass(frozen=True)
 class Parent:
     """The parent's own work, beside that of Celery; `lacks` names the engines that the node can't offer, and why."""
 
-    def __init__(
-        self,
-        name: str,
-        device: Device,
-        queues: list[str],
-        children: Children,
-        *,
-        lacks: Sequence[str] = (),
-        ledger: WorkLedger,
-        fleet: Fleet,
-        publisher: Publisher,
-        settings: WorkerSettings,
-    ) -> None:
-        self.name, self.device, self.queues, self.children, self.lacks = name, device, queues, children, tuple(lacks)
-        self.ledger, self.fleet, self.publisher, self.settings = ledger, fleet, publisher, settings
+    name: str
+    device: Device
+    queues: list[str]
+    children: Children
+    lacks: list[str]
+    ledger: WorkLedger
+    fleet: Fleet
+    publisher: Publisher
+    settings: WorkerSettings
 
     def wait_for_children(self) -> None:
         """Return when every child has loaded its engines; exit the node if one of them fails or takes too long."""
+        fields = {"action": "load", "node": self.name}
         timeout = self.settings.load_timeout
         start = time.monotonic()
         while self.children.ready() < self.children.count:
             worker_state.maybe_shutdown()
-            if self.children.failures:
-                log.error("a child failed to load its engines; the node exits", extra={"action": "load", "node": self.name})
-                raise SystemExit(self.children.status)
+            status = self.children.failure()
+            if status is not None:
+                log.error("a child failed to load its engines; the node exits", extra=fields)
+                raise SystemExit(status)
             if time.monotonic() - start > timeout:
-                log.error(
-                    "loading took too long; the node exits", extra={"action": "load", "node": self.name, "seconds": timeout}
-                )
+                log.error("loading took too long; the node exits", extra={**fields, "seconds": timeout})
                 raise SystemExit(1)
             time.sleep(0.05)
         log.info("node ready", extra={"action": "ready", "node": self.name, "children": self.children.count})
@@ -69,8 +64,7 @@ class Parent:
         """Report the node to Redis, and republish overdue chunks."""
         try:
             self.fleet.report_node(self._report())
-            chunks = self.ledger.reap(self.name, patience=self.settings.missing_seconds, every=REPORT_SECONDS)
-            for chunk in chunks:
+            for chunk in self.ledger.reap(self.name, patience=self.settings.missing_seconds, every=REPORT_SECONDS):
                 self._republish(chunk)
         except ServiceUnavailable as error:
             log.warning("node not reported", extra={"action": "report", "node": self.name, "reason": error.message})
@@ -81,9 +75,8 @@ class Parent:
         try:
             self.fleet.forget_node(self.name)
         except ServiceUnavailable as error:
-            log.warning(
-                "node not removed from the fleet", extra={"action": "report", "node": self.name, "reason": error.message}
-            )
+            fields = {"action": "report", "node": self.name, "reason": error.message}
+            log.warning("node not removed from the fleet", extra=fields)
 
     def _republish(self, chunk: Chunk) -> None:
         try:
@@ -102,7 +95,7 @@ class Parent:
             queues=tuple(self.queues),
             children=self.children.count,
             ready=self.children.ready() == self.children.count,
-            lacks=self.lacks,
+            lacks=tuple(self.lacks),
         )
 
 
