@@ -79,6 +79,12 @@ def hash_file(path: Path, checksum: str = "sha256:") -> FileSums:
     return sums
 
 
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256 in hex, always read from the file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def remember(path: Path, sums: FileSums) -> None:
     """Write a file's checksums next to it, or keep them in this process if the folder is read-only."""
     try:

@@ -65,7 +65,7 @@ def list_models(as_json: bool) -> None:
             row["engine"],
             f"[{COLOURS[row['state']]}]{row['state']}[/]",
             ", ".join(row["also"]),
-            "" if size is None else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB",
+            f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB",
             row["licence"],
             f"{row['source']} {row['revision'][:12]}",
         )
@@ -226,14 +226,14 @@ def quantize(name: str, images: Path, accept: float, as_json: bool) -> None:
     with _progress() as progress, _extra("rembg", "quantising"):
         from imagemill.worker.models.quantize import quantize as make_int8
 
-        tasks: dict[str, Any] = {}
-
-        def show_progress(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = progress.add_task(step)
-            progress.update(tasks[step], completed=done, total=total)
-
-        report = make_int8(name, folder, images, engine=entry.engine, accept=accept, progress=show_progress)
+        task = progress.add_task("")
+        report = make_int8(
+            name,
+            folder,
+            images,
+            accept=accept,
+            progress=lambda step, done, total: progress.update(task, description=step, completed=done, total=total),
+        )
     click.echo(json.dumps({**asdict(report), "speed_up": report.speed_up}) if as_json else report.summary())
     if report.accepted:
         click.echo(

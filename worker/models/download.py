@@ -164,7 +164,7 @@ class _Download:
         """Request the file, or the rest of it, and append it to the part."""
         with self._request() as answer:
             total = self._total(answer)
-            check_space(self.path.parent, self.path.name, total or self.weights.about_bytes or 0, present=self.size)
+            check_space(self.path.parent, self.path.name, total or self.weights.about_bytes, present=self.size)
             with self.part.open("ab") as file:
                 self.progress(self.size, total)
                 while block := _read(answer):

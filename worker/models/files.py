@@ -96,7 +96,8 @@ def describe(folder: Path, weights: Weights) -> dict[str, Any]:
     original, path = path_of(folder, weights), required_file(folder, weights)
     also = [kind for kind in KINDS if original.is_file() and is_current(original, kind)]
     size = path.stat().st_size if path.is_file() else None
-    return {**asdict(weights), "state": state(folder, weights), "path": str(path), "bytes": size, "also": also}
+    row = {**asdict(weights), "url": weights.url}
+    return {**row, "state": state(folder, weights), "path": str(path), "bytes": size, "also": also}
 
 
 def verify(folder: Path, weights: Weights) -> Iterator[tuple[bool, str]]:

@@ -13,9 +13,9 @@ from huggingface_hub.errors import HFValidationError
 from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
 from imagemill.shared.settings import WeightsSettings
 from imagemill.worker.models.catalogue import Repository
-from imagemill.worker.models.checksums import read_json, write_json
+from imagemill.worker.models.checksums import read_json, sha256_of, write_json
 from imagemill.worker.models.download import Outcome, check_space, mirror_url
-from imagemill.worker.models.repositories import RECORD, folder_of, matching, sha256_of, state
+from imagemill.worker.models.repositories import RECORD, folder_of, matching, state
 
 HUB = "https://huggingface.co"
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from imagemill.worker.models import files
 from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, WEIGHTS, Repository
-from imagemill.worker.models.checksums import digest, read_json
+from imagemill.worker.models.checksums import digest, read_json, sha256_of
 
 RECORD = "imagemill.json"
 """The record in a repository's folder: its commit, and each file's size, SHA-256 and checksum on the hub."""
@@ -83,12 +83,6 @@ def verify(weights: Path, entry: Repository) -> Iterator[tuple[bool, str]]:
     yield from ((False, f"{fault}: imagemill models pull {entry.name}") for fault in faults)
     if not faults:
         yield True, f"{entry.name}: correct (commit {record['commit']})"
-
-
-def sha256_of(path: Path) -> str:
-    """A file's SHA-256 in hex, always read from the file. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of(folder: Path) -> str:
