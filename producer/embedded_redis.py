@@ -73,7 +73,10 @@ class EmbeddedRedis:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             for _ in range(PORT_TRIES if self.port == 0 else 1):
-                port = self.port or _free_port()
+                port = self.port
+                if not port:
+                    with socket.create_server(("127.0.0.1", 0)) as probe:
+                        port = probe.getsockname()[1]
                 if self._launch(server, port):
                     self.port = port
                     return self.url
@@ -128,10 +131,3 @@ class EmbeddedRedis:
                         return True
                 time.sleep(0.02)
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
