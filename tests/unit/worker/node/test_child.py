@@ -70,7 +70,6 @@ def made(redis_server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.Monkey
 
     yield make
     for one in children:
-        one.fetcher.close()
         one.ledger.close()
         one.fleet.close()
 
