@@ -64,9 +64,7 @@ def box_of(shown: Any) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("strip", [1 << 20, 1000], ids=["at once", "in strips"])
 @pytest.mark.parametrize("clean", [True, False])
-def test_cut_out_has_the_matte_as_alpha_and_a_clean_rim(
-    clean: bool, strip: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cut_out_has_the_matte_as_alpha_and_a_clean_rim(clean: bool, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STRIP", strip)
     pixels, alpha = scene(soft=4)
     result, notes = made(pixels, alpha, clean_rim=clean)

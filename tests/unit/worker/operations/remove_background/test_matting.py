@@ -89,7 +89,9 @@ def test_trimap_equals_rembgs(size: tuple[int, int], seed: int) -> None:
     [(SIZE[0] * SIZE[1] - 1, 60, TOO_LARGE), (SIZE[0] * SIZE[1], 60, None), (1_000_000, 1e-9, TIMED_OUT)],
     ids=["above the cap", "at the cap", "no time"],
 )
-def test_matting_returns_the_matte_with_a_note_above_the_cap_or_after_the_deadline(most: int, seconds: float, note: str | None) -> None:
+def test_matting_returns_the_matte_with_a_note_above_the_cap_or_after_the_deadline(
+    most: int, seconds: float, note: str | None
+) -> None:
     pixels, _, seen = furry()
     found, notes = run(pixels, seen, most, seconds)
     assert notes == ([note] if note else [])

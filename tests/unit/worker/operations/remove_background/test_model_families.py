@@ -70,9 +70,7 @@ def test_input_of_any_shape_equals_rembgs(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(700, 900), (900, 700)])
-def test_scaling_in_strips_is_close_to_scaling_at_once(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scaling_in_strips_is_close_to_scaling_at_once(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 4), np.uint8)
     whole = scaled(pixels, 320).astype(int)
     monkeypatch.setattr(families, "WHOLE", 1000)

@@ -150,9 +150,7 @@ def test_run_without_images_returns_nothing(small: Path) -> None:
     assert OnnxModel(small, "u2net", CPU, 64).run([]) == []
 
 
-def test_session_uses_its_share_of_cores_and_no_memory_arena(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_session_uses_its_share_of_cores_and_no_memory_arena(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = watch_options(monkeypatch)
     OnnxModel(small, "u2net", Device(threads=3), 1024)
     (options,) = opened

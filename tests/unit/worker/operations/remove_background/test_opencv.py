@@ -228,9 +228,7 @@ def test_result_does_not_depend_on_earlier_images() -> None:
 
 
 @pytest.mark.parametrize("rough", [False, True])
-def test_rim_colours_come_from_the_subject_without_seams_between_strips(
-    rough: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rim_colours_come_from_the_subject_without_seams_between_strips(rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = grid((240, 900))
     alpha = np.clip((70 - abs(x - 120)) / 30, 0, 1).astype(np.float32)
     subject = np.stack([255 * y / 900, np.full_like(y, 90), 255 - 255 * y / 900], axis=2)

@@ -108,9 +108,7 @@ def test_exact_equals_rembg_with_its_own_options(
     assert np.array_equal(made, np.broadcast_to(expected[..., : made.shape[2]], made.shape))
 
 
-def test_exact_skips_matting_when_the_image_is_too_large(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exact_skips_matting_when_the_image_is_too_large(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "LARGEST", 10_000)
     operation, pixels = loaded(weights), PICTURES["landscape"]
     work = prepared(operation, pixels, exact=True, alpha_matting=True)
@@ -171,9 +169,7 @@ def test_images_for_different_models_never_share_a_batch(weights: Path) -> None:
         assert len(batch) == 2
 
 
-def test_open_model_is_dropped_before_another_one_is_opened(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_model_is_dropped_before_another_one_is_opened(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     alive: WeakSet[Any] = WeakSet()
 
@@ -251,7 +247,9 @@ def test_empty_matte_gives_an_empty_cut_out_with_a_note(exact: bool, weights: Pa
     ],
     ids=str,
 )
-def test_evidence_holds_what_the_result_does_not_show(given: dict[str, Any], comparable: bool, matte: bool, weights: Path) -> None:
+def test_evidence_holds_what_the_result_does_not_show(
+    given: dict[str, Any], comparable: bool, matte: bool, weights: Path
+) -> None:
     operation = loaded(weights)
     work = prepared(operation, PICTURES["landscape"], **given)
     operation.finish(work, operation.run(work.samples))

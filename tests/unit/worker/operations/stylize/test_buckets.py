@@ -25,9 +25,7 @@ def test_bucket_has_the_requested_area_and_multiples_near_the_images_proportions
 
 
 @given(SIZES, SIDES, MULTIPLES)
-def test_bucket_of_a_rotated_image_is_the_rotated_bucket(
-    size: tuple[int, int], side: int, multiple: int
-) -> None:
+def test_bucket_of_a_rotated_image_is_the_rotated_bucket(size: tuple[int, int], side: int, multiple: int) -> None:
     assert bucket(size, side, multiple) == bucket(size[::-1], side, multiple)[::-1]
 
 

@@ -159,9 +159,7 @@ def test_evidence_holds_the_edges_given_to_the_controlnet(operation: Diffusion) 
     assert cropped.edges.shape == (64, 64)
 
 
-def test_batch_runs_at_once_or_one_by_one_when_deterministic(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_runs_at_once_or_one_by_one_when_deterministic(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
     styled(operation)
     pipeline = operation._pipeline.current
@@ -192,9 +190,7 @@ def test_footprint_depends_on_options_that_change_memory(operation: Diffusion) -
     assert kind_of(operation, styles) == kind_of(operation, samples[0])
 
 
-def test_result_in_a_real_batch_is_close_to_the_result_alone(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_result_in_a_real_batch_is_close_to_the_result_alone(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
     works = [prepared(operation, scene(90, 120, seed=seed)) for seed in range(4)]
     alone = [operation.run(work.samples)[0].pixels for work in works]
