@@ -101,7 +101,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("remove-background", {"background": "#ffffff"}),
     ("remove-background", {"engine": "rembg"}),
     ("remove-background", {"engine": "rembg", "model": "u2netp"}),
-    ("remove-background", {"engine": "rembg", "clean_rim": False}),
+    ("remove-background", {"engine": "rembg", "exact": True}),
     ("stylize", {"engine": "diffusion"}),
     ("stylize", {"engine": "diffusion", "seed": 1}),
     ("stylize", {"engine": "diffusion", "loras": "a:0.5"}),
