@@ -54,7 +54,7 @@ def _read(file: BinaryIO, url: str, max_bytes: int) -> bytes:
     size = os.fstat(file.fileno()).st_size
     if size > max_bytes:
         raise TooLarge(f"{shown(url)} has {size} bytes; the limit is {max_bytes}")
-    data = file.read(max_bytes + 1)  # not just `size`: a file may grow, and some report size 0
+    data = file.read(size) + file.read(max_bytes + 1 - size)  # a file may grow, and some report size 0
     if len(data) > max_bytes:
         raise TooLarge(f"{shown(url)} exceeds the limit of {max_bytes} bytes")
     return data
