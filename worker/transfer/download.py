@@ -42,7 +42,7 @@ class Downloader:
         """
         transfer = Transfer(target, self._settings)
         try:
-            handle = self._idle.pop()
+            handle = self._idle.pop()  # atomic, like append
         except IndexError:
             handle = pycurl.Curl()
         try:

@@ -42,7 +42,7 @@ class Chunk:
         self.ledger, self.images, self.folder = ledger, images, folder
         self.job = f"line-{uuid.uuid4().hex[:12]}"
         self.stop = threading.Event()
-        self.fetchers: list[Fetcher] = []
+        self.opened = False
 
     def items(self, sources: Sequence[str | dict[str, Any]]) -> list[Item]:
         """Items from paths on the image server, or from rows whose `source` is one."""
@@ -79,7 +79,8 @@ class Chunk:
             "policy": {"attempts": attempts, "batch": batch, "quality": quality or {}},
         }
         spec = Job.model_validate(fields)
-        if not self.fetchers:
+        if not self.opened:
+            self.opened = True
             self.ledger.open_job(self.job, spec)
             self.ledger.add_chunks(self.job, [(0, items)])
             self.ledger.seal(self.job, chunks=1, total=len(items), duplicates={})
@@ -89,11 +90,9 @@ class Chunk:
             fetch=FetchSettings.model_validate(FETCH | {"threads": threads}),
             worker=WorkerSettings(look_ahead=look_ahead, batch_wait=wait),
         )
-        self.fetchers.append(Fetcher(settings.fetch, files, no_s3))
+        fetcher = Fetcher(settings.fetch, files, no_s3)
         store = open_store(spec.output.url, s3=no_s3, files=files, s3_settings=S3Settings())
-        context = Context.of(
-            self.job, spec, settings, operation=operation, fetcher=self.fetchers[-1], store=store, stop=self.stop
-        )
+        context = Context.of(self.job, spec, settings, operation=operation, fetcher=fetcher, store=store, stop=self.stop)
         return Line(context, ledger=self.ledger, settings=settings, node=node, sizes=sizes)
 
     def rows(self) -> list[Row]:

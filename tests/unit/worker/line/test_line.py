@@ -162,7 +162,6 @@ def test_line_stops_and_raises_when_the_ledger_is_unreachable(
     assert (line.records.done, line.records.failed) == (0, 0)
     assert sum(images.hits.values()) < 30
     ledger.close()
-    chunk.fetchers[0].close()
 
 
 @pytest.mark.timeout(60)
