@@ -42,7 +42,7 @@ class Memory(Protocol):
     """
 
     name: str
-    grows: bool
+    grows: bool = True
 
     def free(self) -> int:
         """Bytes available to the next run."""
@@ -112,8 +112,6 @@ def _peak_rss() -> int:
 class TorchMemory(Memory):
     """GPU memory as counted by torch, which caches freed memory for its next run; to the driver, the cache is in use."""
 
-    grows = True
-
     def __init__(self) -> None:
         import torch
 
@@ -154,8 +152,6 @@ class NvmlMemory(Memory):
     A thread samples it during a run, since memory is freed at the end. `limit` is the most a session may allocate. The
     driver does not report broken contexts; onnxruntime's own errors have to do.
     """
-
-    grows = True
 
     def __init__(self, visible: str, limit: int | None = None) -> None:
         import pynvml
