@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from imagemill.producer import terminal
 from imagemill.producer.following import Connect, retry, watch
-from imagemill.producer.lazy_commands import Commands, installed_version
+from imagemill.producer.lazy_commands import Commands
 from imagemill.producer.presets import presets
 from imagemill.producer.results import report, results
 from imagemill.producer.submit import submit
-from imagemill.producer.units import counted
+from imagemill.producer.terminal import counted, fleet_table, jobs_table, make_console, outcome, say, status_table
 from imagemill.shared.messages import JobStatus
 from imagemill.shared.settings import Settings, load_settings
 
@@ -34,7 +33,7 @@ def _connect(settings: Settings) -> Client:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(installed_version(), prog_name="imagemill")
+@click.version_option(package_name="imagemill", prog_name="imagemill")
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Retouch images in bulk: image URLs in, retouched images out.
@@ -56,7 +55,7 @@ def status(connect: Connect, job: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_as_json(found, unserved)))
     else:
-        terminal.make_console(stderr=False).print(terminal.status_table(found, unserved))
+        make_console(stderr=False).print(status_table(found, unserved))
 
 
 @main.command()
@@ -70,9 +69,9 @@ def jobs(connect: Connect, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_as_json(job, unserved) for job in found]))
     elif found:
-        terminal.make_console(stderr=False).print(terminal.jobs_table(found, unserved))
+        make_console(stderr=False).print(jobs_table(found, unserved))
     else:
-        terminal.say(terminal.make_console(stderr=True), "no jobs yet")
+        say(make_console(stderr=True), "no jobs yet")
 
 
 @main.command()
@@ -83,18 +82,18 @@ def fleet(connect: Connect, as_json: bool) -> None:
     with connect(load_settings()) as client:
         nodes, memory = client.nodes(), client.memory()
         unserved = client.unserved(client.jobs())
-    out = terminal.make_console(stderr=True)
+    out = make_console(stderr=True)
     if as_json:
         click.echo(json.dumps([{**node.model_dump(mode="json"), "memory": memory.get(node.node)} for node in nodes]))
     elif nodes:
-        terminal.make_console(stderr=False).print(terminal.fleet_table(nodes, memory))
+        make_console(stderr=False).print(fleet_table(nodes, memory))
     else:
-        terminal.say(out, "no worker is running; `imagemill worker` starts one")
+        say(out, "no worker is running; `imagemill worker` starts one")
     for node in nodes:
         for reason in node.lacks:
-            terminal.say(out, f"{node.node}: {reason}", "yellow")
+            say(out, f"{node.node}: {reason}", "yellow")
     if unserved:
-        terminal.say(out, f"no worker can take {counted(len(unserved), 'job')}: {', '.join(sorted(unserved))}", "yellow")
+        say(out, f"no worker can take {counted(len(unserved), 'job')}: {', '.join(sorted(unserved))}", "yellow")
 
 
 @main.command()
@@ -103,15 +102,13 @@ def fleet(connect: Connect, as_json: bool) -> None:
 def cancel(connect: Connect, job: str) -> None:
     """Cancel a job; images already being processed may still finish."""
     with connect(load_settings()) as client:
-        terminal.say(terminal.make_console(stderr=True), f"job {job} {terminal.outcome(client.cancel(job))}")
+        say(make_console(stderr=True), f"job {job} {outcome(client.cancel(job))}")
 
 
 @main.command()
 @click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A folder of your own photos.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), show_default=True)
-@click.option(
-    "--count", type=click.IntRange(min=1), help="Photos per job; by default all that are built in, or 24 of --images."
-)
+@click.option("--count", type=click.IntRange(min=1), help="Photos per job; default all built-in ones, or 24 of --images.")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "opencv", "rembg"]),
@@ -128,7 +125,7 @@ def demo(out: Path, **options: Any) -> None:
     """
     from imagemill.producer.demo import Options, run
 
-    sys.exit(run(out, Options(**options), terminal.make_console(stderr=True)))
+    sys.exit(run(out, Options(**options), make_console(stderr=True)))
 
 
 for command in (submit, watch, results, retry, report, presets):

@@ -16,7 +16,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Self
@@ -65,8 +64,8 @@ class Client:
         self._fleet.close()
 
     def s3(self) -> S3Client:
-        """The S3 client for `read_sources`, created at the first call."""
-        return self._s3
+        """An S3 client for `read_sources`."""
+        return make_client(self._settings.s3)
 
     # --- submitting -------------------------------------------------------------------------
 
@@ -79,14 +78,17 @@ class Client:
         """
         queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
         listening = [node for node in self._fleet.nodes() if queue in node.queues]
-        job = new_job_id()
+        job, checked = new_job_id(), ListCheck()
+        items = checked.accepted(sources, spec, skip_invalid)
         self._ledger.open_job(job, spec)
-        with self._discard_on_error(job):
-            workers = sum(node.children for node in listening)
-            checked = self._write(job, sources, spec, skip_invalid, self._fleet.rates(queue), workers)
+        try:
+            self._write(job, items, checked, self._fleet.rates(queue), sum(node.children for node in listening))
             if not checked.total or (checked.bad_count and not skip_invalid):
                 raise checked.error()
             self._ledger.seal(job, chunks=len(checked.images), total=checked.total, duplicates=checked.duplicates)
+        except BaseException:
+            self._discard(job)
+            raise
         chunks = (Chunk(job=job, number=number, images=images) for number, images in enumerate(checked.images))
         self._publish(job, chunks, spec)
         return Submission(
@@ -99,46 +101,25 @@ class Client:
             nodes=len(listening),
         )
 
-    def _write(
-        self,
-        job: str,
-        sources: Iterable[SourceRow | BadRow],
-        spec: Job,
-        skip_invalid: bool,
-        rates: list[float],
-        workers: int,
-    ) -> ListCheck:
+    def _write(self, job: str, items: Iterator[Item], checked: ListCheck, rates: list[float], workers: int) -> None:
         """Write the list's items to the ledger, in chunks."""
-        checked = ListCheck()
-        items = checked.accepted(sources, spec, skip_invalid)
         size = chunk_size(None, rates, workers)
         enough = workers * size  # a full chunk for every worker; only a shorter list must be cut by its length
         head = list(islice(items, enough))
         size = chunk_size(len(head) if len(head) < enough else None, rates, workers)
         rest = chain(head, items)
-        chunks: list[tuple[int, list[Item]]] = []
-        while chunk := list(islice(rest, size)):
-            chunks.append((len(checked.images), chunk))
-            checked.images.append(sum(item.duplicate_of is None for item in chunk))
-            if len(chunks) == CHUNKS_PER_WRITE:
-                self._ledger.add_chunks(job, chunks)
-                chunks.clear()
-        if chunks:
-            self._ledger.add_chunks(job, chunks)
-        return checked
+        chunks = enumerate(iter(lambda: list(islice(rest, size)), []))
+        while batch := list(islice(chunks, CHUNKS_PER_WRITE)):
+            checked.images += [sum(item.duplicate_of is None for item in chunk) for _, chunk in batch]
+            self._ledger.add_chunks(job, batch)
 
-    @contextmanager
-    def _discard_on_error(self, job: str) -> Iterator[None]:
-        """Discard the unfinished list on any exception."""
+    def _discard(self, job: str) -> None:
+        """Discard an unfinished list."""
         try:
-            yield
-        except BaseException:
-            try:
-                self._ledger.discard(job)
-            except BrokerUnavailable as error:
-                extra = {"action": "discard", "job": job, "error": str(error)}
-                log.warning("unfinished list not discarded; it will expire", extra=extra)
-            raise
+            self._ledger.discard(job)
+        except BrokerUnavailable as error:
+            extra = {"action": "discard", "job": job, "error": str(error)}
+            log.warning("unfinished list not discarded; it will expire", extra=extra)
 
     def _publish(self, job: str, chunks: Iterable[Chunk], spec: Job) -> None:
         """Publish chunks that are in the ledger. If that fails, the workers' reaper publishes them later."""
@@ -241,10 +222,6 @@ class Client:
         from imagemill.shared.broker import Publisher, make_app  # importing Celery takes longer than most commands run
 
         return Publisher(make_app(self._settings))
-
-    @cached_property
-    def _s3(self) -> Any:
-        return make_client(self._settings.s3)
 
     @cached_property
     def _signer(self) -> Any:

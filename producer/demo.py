@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -18,54 +19,31 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
-from imagemill.producer import terminal
 from imagemill.producer.client import Client
 from imagemill.producer.demo_photos import gather
-from imagemill.producer.demo_processes import MODEL, ModelPull, WorkerProcess, weights_variables
+from imagemill.producer.demo_processes import MODEL, ModelPull, WorkerProcess, interruptible, uninterrupted, weights_variables
 from imagemill.producer.demo_site import Site
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.producer.interrupts import Interrupts
+from imagemill.producer.following import Board
 from imagemill.producer.outliers import outliers
-from imagemill.producer.report import Comparison, JobPage, Picture, render
+from imagemill.producer.report import JobPage, Picture, render
 from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec
+from imagemill.producer.terminal import make_console, plain, say, summary_table
 from imagemill.shared.errors import ConfigurationError, ImagemillError, MissingExtra, UsageError
-from imagemill.shared.messages import Job, JobStatus, Row
-from imagemill.shared.settings import Settings, WeightsSettings, load_settings
+from imagemill.shared.settings import Settings, load_settings
 
 MARK = ".imagemill-demo"
 """Marks a folder that belongs to the demo and may be wiped."""
 OWN_NAMES = ("photos", "lists", "results", "redis", "model.log", "worker.log", "report.html")
-Engine = Literal["auto", "opencv", "rembg"]
 
-
-@dataclass(frozen=True)
-class Plan:
-    """A job to submit; `use` names its list, see imagemill.producer.demo_photos.USES."""
-
-    use: str
-    operation: str
-    engine: str
-    options: Mapping[str, str] = field(default_factory=dict)
-
-
-PLANS = (  # in the report's order: the most impressive first
-    Plan("rembg", "remove-background", "rembg", {"model": MODEL}),
-    Plan("opencv", "remove-background", "opencv"),
-    Plan("inpaint", "inpaint", "opencv", {"mask_feather": "2"}),
-    Plan("stylize", "stylize", "opencv", {"style": "stylization"}),
-)
-
-
-@dataclass
-class Run:
-    """One submitted job."""
-
-    job: str
-    plan: Plan
-    spec: Job
-    status: JobStatus
-    rows: list[Row]
+PLANS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "rembg": ("remove-background", "rembg", {"model": MODEL}),
+    "opencv": ("remove-background", "opencv", {}),
+    "inpaint": ("inpaint", "opencv", {"mask_feather": "2"}),
+    "stylize": ("stylize", "opencv", {"style": "stylization"}),
+}
+"""Operation, engine and options of the job for each use (imagemill.producer.demo_photos.USES), most impressive first."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +53,7 @@ class Options:
     images: Path | None = None
     count: int | None = None
     keep: bool = False
-    engine: Engine = "auto"
+    engine: Literal["auto", "opencv", "rembg"] = "auto"
     offline: bool = False
 
 
@@ -84,21 +62,19 @@ def run(out: Path, options: Options, console: Console) -> int:
 
     Everything it started has stopped when it returns, also after Ctrl-C (then 130), SIGTERM or an error.
     """
-    with ExitStack() as stack:
-        interrupts = stack.enter_context(Interrupts())
-        folder = stack.enter_context(_own_folder(out))
+    with interruptible(), _own_folder(out) as folder, ExitStack() as stack:
         try:
-            return _run(stack, interrupts, folder, options, console)
+            return _run(stack, folder, options, console)
         except KeyboardInterrupt:
-            terminal.say(console, "stopping everything the demo started")
+            say(console, "stopping everything the demo started")
             return 130
 
 
-def _run(stack: ExitStack, interrupts: Interrupts, folder: Path, options: Options, console: Console) -> int:
+def _run(stack: ExitStack, folder: Path, options: Options, console: Console) -> int:
     material = gather(folder, options.images, options.count)
-    engines, variables = _engines(interrupts, folder, options, console)
-    terminal.say(console, "starting a Redis, a worker with two children and a photo server on this machine")
-    with interrupts.held():
+    engines, variables = _engines(folder, options, console)
+    say(console, "starting a Redis, a worker with two children and a photo server on this machine")
+    with uninterrupted():
         redis = stack.enter_context(EmbeddedRedis(folder / "redis"))
         site = stack.enter_context(Site(material))
         variables |= {
@@ -111,49 +87,54 @@ def _run(stack: ExitStack, interrupts: Interrupts, folder: Path, options: Option
     # Built without reading the environment: the demo must not use the user's Redis.
     client = stack.enter_context(Client(Settings.model_construct(redis_url=SecretStr(redis.url))))
     worker.wait_until_ready(client, console)
-    runs = _submit_all(client, folder, site, engines, options.count)
-    _watch_all(client, runs, worker, console)
-    for each in runs:
-        each.rows = list(client.results(each.job))
-    page = folder / "report.html"
+    jobs = _submit_all(client, folder, site, engines, options.count)
+    _watch_all(client, jobs.values(), worker, console)
+    pages = _pages(client, jobs)
+    path = folder / "report.html"
     lead = f"Each job's list also has {len(site.bad)} deliberately bad URLs: each of them fails with its own error code."
-    html = render(_pages(runs), picture=_relative(folder, site), title="imagemill demo", lead=lead)
-    page.write_text(html, encoding="utf-8")
-    code = _summarize(runs, site, page, console)
+    html = render(pages, picture=_relative(folder, site), title="imagemill demo", lead=lead)
+    path.write_text(html, encoding="utf-8")
+    code = _summarize(pages, site, path, console)
     if options.keep:
-        _keep(redis.url, worker, console)
+        say(console, "everything keeps running until Ctrl-C; in another terminal, try:")
+        say(console, f"  export IMAGEMILL_REDIS_URL={redis.url}")
+        say(console, "  imagemill jobs")
+        with suppress(KeyboardInterrupt):
+            while True:
+                worker.check(console, wait=1.0)
+        say(console, "stopping everything the demo started")
     return code
 
 
-def _engines(interrupts: Interrupts, folder: Path, options: Options, console: Console) -> tuple[Sequence[str], dict[str, str]]:
+def _engines(folder: Path, options: Options, console: Console) -> tuple[Sequence[str], dict[str, str]]:
     """The engines to cut out with, and the variables that point a worker to their weights.
 
-    Raises ConfigurationError, or MissingExtra, if the model is required and can't be had.
+    Raises ConfigurationError if the model is required and can't be had.
     """
     if options.engine == "opencv":
         return ["opencv"], {}
     try:
-        weights = load_settings().weights
-        _get_model(interrupts, folder, weights, options, console)
+        variables = _get_model(folder, options, console)
     except ImagemillError as error:
         if options.engine == "rembg":
             raise ConfigurationError(f"the engine rembg needs the model {MODEL}: {error.message}") from error
-        terminal.say(console, f"cutting out with opencv only, without the model {MODEL}: {error.message}", "yellow")
+        say(console, f"cutting out with opencv only, without the model {MODEL}: {error.message}", "yellow")
         return ["opencv"], {}
-    return ["rembg"] if options.engine == "rembg" else ["rembg", "opencv"], weights_variables(weights)
+    return ["rembg"] if options.engine == "rembg" else ["rembg", "opencv"], variables
 
 
-def _get_model(interrupts: Interrupts, folder: Path, weights: WeightsSettings, options: Options, console: Console) -> None:
+def _get_model(folder: Path, options: Options, console: Console) -> dict[str, str]:
+    weights = load_settings().weights
     if find_spec("onnxruntime") is None:
         raise MissingExtra("onnxruntime is not installed: pip install 'imagemill[demo]'")
     if not options.offline:
-        terminal.say(console, f"checking for the model {MODEL} (4.6 MB), and downloading it if it is missing")
+        say(console, f"checking for the model {MODEL} (4.6 MB), and downloading it if it is missing")
     with ExitStack() as stack:
-        with interrupts.held():
+        with uninterrupted():
             pull = stack.enter_context(ModelPull(folder, weights, offline=options.offline))
-        reason = pull.wait()
-    if reason is not None:
-        raise ConfigurationError(f"{reason}; `imagemill models pull {MODEL}` downloads it")
+        if reason := pull.wait():
+            raise ConfigurationError(f"{reason}; `imagemill models pull {MODEL}` downloads it")
+    return weights_variables(weights)
 
 
 @contextmanager
@@ -180,41 +161,39 @@ def _own_folder(out: Path) -> Iterator[Path]:
         yield folder
 
 
-def _submit_all(client: Client, folder: Path, site: Site, engines: Sequence[str], count: int | None) -> list[Run]:
+def _submit_all(client: Client, folder: Path, site: Site, engines: Sequence[str], count: int | None) -> dict[str, str]:
+    """The jobs' ids by use."""
     (folder / "results").mkdir()
     lists = site.lists(count)
-    runs = []
-    for plan in PLANS:
-        if plan.operation == "remove-background" and plan.engine not in engines:
-            continue
-        output: dict[str, object] = {"url": (folder / "results" / plan.use).as_uri(), "key": "{index:06d}-{name}"}
-        spec = job_spec(plan.operation, plan.engine, dict(plan.options), output, {"attempts": 2})
-        submission = client.submit(read_sources([str(lists[plan.use])], s3=client.s3), spec)
-        runs.append(Run(submission.job, plan, spec, client.status(submission.job), []))
-    return runs
+    jobs = {}
+    for use, (operation, engine, options) in PLANS.items():
+        if operation != "remove-background" or engine in engines:
+            output = {"url": (folder / "results" / use).as_uri(), "key": "{index:06d}-{name}"}
+            spec = job_spec(operation, engine, options, output, {"attempts": 2})
+            jobs[use] = client.submit(read_sources([str(lists[use])], s3=client.s3), spec).job
+    return jobs
 
 
-def _watch_all(client: Client, runs: list[Run], worker: WorkerProcess, console: Console) -> None:
+def _watch_all(client: Client, jobs: Collection[str], worker: WorkerProcess, console: Console) -> None:
     """Show the progress of all jobs until the last one has finished."""
-    with terminal.Board(console) as board:
+    with Board(console) as board:
         while True:
-            for each in runs:
-                each.status = client.status(each.job)
-                board.show(each.status)
-            if all(each.status.over for each in runs):
+            statuses = [client.status(job) for job in jobs]
+            for status in statuses:
+                board.show(status)
+            if all(status.over for status in statuses):
                 return
             worker.check(console, wait=0.2)
 
 
-def _pages(runs: list[Run]) -> list[JobPage]:
+def _pages(client: Client, jobs: Mapping[str, str]) -> list[JobPage]:
     """The jobs in the report's order; the model's cut-outs have opencv's beside them."""
+    rows = {use: list(client.results(job)) for use, job in jobs.items()}
+    opencvs = {row.source: row.output for row in rows.get("opencv", ()) if row.output}
     pages = []
-    cut_outs = {each.plan.use: each for each in runs}
-    for each in runs:
-        other = cut_outs.get("opencv") if each.plan.use == "rembg" else None
-        outputs = {row.source: row.output for row in other.rows if row.output} if other else {}
-        comparison = Comparison("opencv", outputs) if outputs else None
-        pages.append(JobPage(each.status, each.spec, each.rows, outliers(each.rows), comparison))
+    for use, job in jobs.items():
+        others = opencvs if use == "rembg" else {}
+        pages.append(JobPage(client.status(job), client.spec(job), rows[use], outliers(rows[use]), "opencv", others))
     return pages
 
 
@@ -230,44 +209,26 @@ def _relative(folder: Path, site: Site) -> Picture:
     return picture
 
 
-def _summarize(runs: list[Run], site: Site, page: Path, console: Console) -> int:
+def _summarize(pages: Sequence[JobPage], site: Site, report: Path, console: Console) -> int:
     """Print the results; 0 if exactly the bad URLs failed."""
-    out = terminal.make_console(stderr=False)
-    failures: dict[tuple[str, str, str], int] = {}
+    out = make_console(stderr=False)
+    failures = Counter[tuple[str, str, str]]()
     surprises = []
-    for each in runs:
-        for row in each.rows:
+    for page in pages:
+        for row in page.rows:
             if row.state == "failed":
-                key = (row.source.removeprefix(site.base), row.code or "", row.message or "")
-                failures[key] = failures.get(key, 0) + 1
+                failures[row.source.removeprefix(site.base), row.code or "", row.message or ""] += 1
             if (row.state == "done") == (row.source in site.bad):
-                surprises.append(f"{each.plan.operation} ({each.plan.engine}): {row.source} is {row.state}")
-    table = Table(
-        Column("failed", overflow="fold"),
-        "code",
-        Column("reason", overflow="fold"),
-        Column("jobs", justify="right"),
-        box=box.SIMPLE_HEAD,
-    )
-    for (source, code, reason), count in failures.items():
-        table.add_row(terminal.plain(source), code, terminal.plain(reason), str(count))
+                surprises.append(f"{page.status.operation} ({page.status.engine}): {row.source} is {row.state}")
+    source, reason = Column("failed", overflow="fold"), Column("reason", overflow="fold")
+    table = Table(source, "code", reason, Column("jobs", justify="right"), box=box.SIMPLE_HEAD)
+    for (url, code, message), count in failures.items():
+        table.add_row(plain(url), code, plain(message), str(count))
     out.print(table)
-    out.print(terminal.summary_table(each.status for each in runs))
-    terminal.say(out, f"before and after: {page}")
+    out.print(summary_table(page.status for page in pages))
+    say(out, f"before and after: {report}")
     for surprise in surprises:
-        terminal.say(console, f"unexpected: {surprise}", "red")
+        say(console, f"unexpected: {surprise}", "red")
     if not surprises:
-        terminal.say(console, f"as expected, every photo is done and only the {len(site.bad)} bad URLs in each job failed")
+        say(console, f"as expected, every photo is done and only the {len(site.bad)} bad URLs in each job failed")
     return 1 if surprises else 0
-
-
-def _keep(redis_url: str, worker: WorkerProcess, console: Console) -> None:
-    """Leave everything running until Ctrl-C."""
-    terminal.say(console, "everything keeps running until Ctrl-C; in another terminal, try:")
-    terminal.say(console, f"  export IMAGEMILL_REDIS_URL={redis_url}")
-    terminal.say(console, "  imagemill jobs")
-    try:
-        while True:
-            worker.check(console, wait=1.0)
-    except KeyboardInterrupt:
-        terminal.say(console, "stopping everything the demo started")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,11 +55,11 @@ are CC BY 2.0, from Flickr: flower.jpg by vultilion, china.jpg by danielbuechele
 
 @dataclass(frozen=True)
 class Retouch:
-    """A photo with something to remove: `path` and `mask` are relative to the demo's folder, `box` is in fractions."""
+    """A photo with something to remove: `path` and `mask` are relative to the demo's folder, `boxes` is in fractions."""
 
     path: str
     mask: str | None = None
-    box: tuple[float, float, float, float] | None = None
+    boxes: str = ""
 
 
 @dataclass
@@ -67,8 +67,8 @@ class Material:
     """Everything the server serves; paths are relative to the demo's folder."""
 
     folder: Path
-    photos: dict[str, list[str]] = field(default_factory=dict)  # by use
-    retouches: list[Retouch] = field(default_factory=list)
+    photos: dict[str, list[str]]  # by use
+    retouches: list[Retouch]
 
 
 def gather(folder: Path, images: Path | None, count: int | None) -> Material:
@@ -87,8 +87,7 @@ def _copy_own(folder: Path, images: Path, count: int | None) -> dict[str, list[s
         raise UsageError(f"{images}: there are no images in this folder")
     for path in paths[: count or OWN_PHOTOS]:
         shutil.copyfile(path, folder / "photos" / path.name)
-    photos = [f"photos/{path.name}" for path in paths[: count or OWN_PHOTOS]]
-    return {use: [*photos] for use in USES}
+    return {use: [f"photos/{path.name}" for path in paths[: count or OWN_PHOTOS]] for use in USES}
 
 
 def _copy_shipped(folder: Path, count: int | None) -> dict[str, list[str]]:
@@ -122,6 +121,8 @@ def _retouches(folder: Path, photos: list[str]) -> list[Retouch]:
         from PIL import Image, ImageOps
     except ModuleNotFoundError as error:
         raise MissingExtra("the demo draws with Pillow: pip install 'imagemill[demo]'") from error
+    for name in ("dated", "scratched", "masks"):
+        (folder / "photos" / name).mkdir()
     retouches: list[Retouch] = []
     for photo in photos:
         try:
@@ -152,9 +153,8 @@ def _stamp(folder: Path, photo: str, picture: PillowImage) -> Retouch:
     path = f"photos/dated/{Path(photo).stem}.jpg"
     if (folder / path).exists():  # a.jpg and a.png in the same folder
         path = f"photos/dated/{Path(photo).name}.jpg"
-    (folder / path).parent.mkdir(exist_ok=True)
     picture.save(folder / path, quality=92)
-    return Retouch(path, box=(round(x, 4), round(y, 4), round(right - x, 4), round(bottom - y, 4)))
+    return Retouch(path, boxes=f"{x:.4f},{y:.4f},{right - x:.4f},{bottom - y:.4f}")
 
 
 def _scratch(folder: Path, photo: str, picture: PillowImage) -> Retouch:
@@ -170,8 +170,7 @@ def _scratch(folder: Path, photo: str, picture: PillowImage) -> Retouch:
         line = [((x + lean * t / 8 + chance.uniform(-0.008, 0.008)) * width, height * t / 8) for t in range(9)]
         scratches.line(line, fill=(245, 242, 235), width=thick)
         holes.line(line, fill=255, width=thick + 4)
-    path, mask_path = f"photos/scratched/{Path(photo).stem}.png", f"photos/masks/{Path(photo).stem}.png"
-    for image, target in ((picture, path), (mask, mask_path)):
-        (folder / target).parent.mkdir(exist_ok=True)
-        image.save(folder / target)
-    return Retouch(path, mask=mask_path)
+    retouch = Retouch(f"photos/scratched/{Path(photo).stem}.png", mask=f"photos/masks/{Path(photo).stem}.png")
+    picture.save(folder / retouch.path)
+    mask.save(folder / f"{retouch.mask}")
+    return retouch

@@ -1,4 +1,4 @@
-"""The demo's own `imagemill` processes: the worker, and the download of its model."""
+"""The demo's own `imagemill` processes, the worker and the download of its model, and the signals that must stop them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from types import FrameType
+from typing import NoReturn, Self
 
 from rich.console import Console
 
@@ -29,6 +31,44 @@ CHECK_SECONDS = 60.0
 CHILDREN = 2
 READY_SECONDS = 120.0
 STOP_SECONDS = 20.0
+
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@contextmanager
+def _handling(handler: Handler) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """In this context, the first SIGINT raises KeyboardInterrupt, the first SIGTERM SystemExit; later ones are ignored."""
+
+    def interrupt(number: int, _: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    with _handling(interrupt):
+        yield
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay signals until the end of the block, so that no process is started without being registered."""
+    arrived: list[int] = []
+    with _handling(lambda number, _: arrived.append(number)):
+        yield
+    if arrived:
+        signal.raise_signal(arrived[0])
 
 
 def weights_variables(weights: WeightsSettings) -> dict[str, str]:
@@ -84,20 +124,15 @@ class ModelPull(_Process):
 
     def wait(self) -> str | None:
         """Wait for the model; the reason if it can't be had, else None."""
-        size, patience = self._size(), LOAD_SECONDS + self._patience
-        while True:
-            try:
+        size, patience = -1, LOAD_SECONDS + self._patience
+        while (now := self._size()) != size:
+            size = now
+            with suppress(subprocess.TimeoutExpired):
                 status = self._process.wait(patience)
-                break
-            except subprocess.TimeoutExpired:
-                before, size = size, self._size()
-                if size == before:
-                    return "its publisher does not answer"
-                patience = self._patience
-        if status == 0:
-            return None
-        reason = (self._log_lines() or [f"`imagemill models` exited with status {status}"])[-1]
-        return re.sub(r"^error \(\w+\): |: imagemill models pull \w+$", "", reason)
+                reason = "" if status == 0 else (self._log_lines() or [f"`imagemill models` exited with status {status}"])[-1]
+                return re.sub(r"^error \(\w+\): |: imagemill models pull \w+$", "", reason) or None
+            patience = self._patience
+        return "its publisher does not answer"
 
     def _size(self) -> int:
         """Bytes of the model's files so far, partial downloads included."""

@@ -6,39 +6,32 @@ import json
 import struct
 import threading
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from imagemill.producer.demo_photos import Material, Retouch
+from imagemill.producer.demo_photos import Material
 
 PRIVATE = "http://10.255.255.1/private.jpg"
 """In a private network, which workers refuse to contact."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the server sends."""
-
-    status: int
-    kind: str
-    body: bytes
+Answer = tuple[int, str, bytes]
+"""Status, content type and body."""
 
 
 def bad_answers(material: Material) -> dict[str, Answer]:
     """The server's URLs that must fail, by path."""
-    stamped = next(retouch.path for retouch in material.retouches if retouch.box)
+    stamped = next(retouch.path for retouch in material.retouches if retouch.boxes)
     jpeg = (material.folder / stamped).read_bytes()
     page = b"<!doctype html><title>Sign in</title><p>Please sign in to see this photo."
     return {
-        "bad/missing.jpg": Answer(404, "text/plain", b"there is no such photo"),
-        "bad/broken-server.jpg": Answer(500, "text/plain", b"the server is broken"),
-        "bad/page.jpg": Answer(200, "text/html", page),
-        "bad/half.jpg": Answer(200, "image/jpeg", jpeg[: len(jpeg) // 2]),
-        "bad/empty.png": Answer(200, "image/png", b""),
-        "bad/bomb.png": Answer(200, "image/png", bomb(30_000)),
+        "bad/missing.jpg": (404, "text/plain", b"there is no such photo"),
+        "bad/broken-server.jpg": (500, "text/plain", b"the server is broken"),
+        "bad/page.jpg": (200, "text/html", page),
+        "bad/half.jpg": (200, "image/jpeg", jpeg[: len(jpeg) // 2]),
+        "bad/empty.png": (200, "image/png", b""),
+        "bad/bomb.png": (200, "image/png", bomb(30_000)),
     }
 
 
@@ -58,10 +51,7 @@ class Site:
     def __init__(self, material: Material) -> None:
         self.material = material
         answers = bad_answers(material)
-        files = {path for photos in material.photos.values() for path in photos}
-        for retouch in material.retouches:
-            files.update(path for path in (retouch.path, retouch.mask) if path)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(material.folder, files, answers))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(material, answers))
         self.host = f"127.0.0.1:{self._server.server_port}"
         self.base = f"http://{self.host}/"
         self.bad = [*(self.base + path for path in answers), PRIVATE]
@@ -80,28 +70,23 @@ class Site:
 
     def lists(self, count: int | None) -> dict[str, Path]:
         """Write a JSONL list for each use into `lists/`: photos, the bad URLs and, for cut-outs, one duplicate."""
-        photos = {use: [{"source": self.url(path)} for path in paths] for use, paths in self.material.photos.items()}
-        removals = [self._removal(retouch) for retouch in self.material.retouches]
-        bad = [{"source": url} for url in self.bad]
-        rows = {
-            "rembg": [*_repeated(photos["rembg"], count), photos["rembg"][0], *bad],
-            "opencv": [*_repeated(photos["opencv"], count), photos["opencv"][0], *bad],
-            "inpaint": [*_repeated(removals, count), *({**row, "boxes": "0.4,0.4,0.2,0.2"} for row in bad)],
-            "stylize": [*_repeated(photos["stylize"], count), *bad],
-        }
+        rows = {use: [{"source": self.url(path)} for path in paths] for use, paths in self.material.photos.items()}
+        rows["inpaint"] = [
+            {
+                "source": self.url(retouch.path),
+                **({"mask": self.url(retouch.mask)} if retouch.mask else {"boxes": retouch.boxes}),
+            }
+            for retouch in self.material.retouches
+        ]
         (self.material.folder / "lists").mkdir()
-        paths = {use: self.material.folder / "lists" / f"{use}.jsonl" for use in rows}
-        for use, path in paths.items():
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows[use]), encoding="utf-8")
+        paths = {}
+        for use, good in rows.items():
+            duplicate = good[:1] if use in ("rembg", "opencv") else []
+            boxes = {"boxes": "0.4,0.4,0.2,0.2"} if use == "inpaint" else {}
+            listed = [*_repeated(good, count), *duplicate, *({"source": url, **boxes} for url in self.bad)]
+            paths[use] = self.material.folder / "lists" / f"{use}.jsonl"
+            paths[use].write_text("".join(json.dumps(row) + "\n" for row in listed), encoding="utf-8")
         return paths
-
-    def _removal(self, retouch: Retouch) -> dict[str, str]:
-        row = {"source": self.url(retouch.path)}
-        return row | ({"mask": self.url(retouch.mask)} if retouch.mask else {"boxes": _text(retouch.box)})
-
-
-def _text(box: Sequence[float] | None) -> str:
-    return ",".join(f"{number:.4f}" for number in box or ())
 
 
 def _repeated(rows: list[dict[str, str]], count: int | None) -> list[dict[str, str]]:
@@ -110,25 +95,24 @@ def _repeated(rows: list[dict[str, str]], count: int | None) -> list[dict[str, s
     return rows + [{**row, "source": f"{row['source']}?copy={number}"} for row, number in again]
 
 
-def _handler(folder: Path, files: set[str], bad: dict[str, Answer]) -> type[BaseHTTPRequestHandler]:
-    """Serves these files and answers, and nothing else from the folder."""
+def _handler(material: Material, bad: dict[str, Answer]) -> type[BaseHTTPRequestHandler]:
+    """Serves the demo's photos and masks and these answers, and nothing else from its folder."""
+    files = {path for paths in material.photos.values() for path in paths}
+    files |= {path for retouch in material.retouches for path in (retouch.path, retouch.mask) if path}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path).removeprefix("/")
+            status, kind, body = bad.get(path, (404, "text/plain", b"not found"))
             if path in files:
-                self._answer(Answer(200, "application/octet-stream", (folder / path).read_bytes()))
-            else:
-                self._answer(bad.get(path, Answer(404, "text/plain", b"not found")))
-
-        def _answer(self, answer: Answer) -> None:
-            self.send_response(answer.status)
-            self.send_header("Content-Type", answer.kind)
-            self.send_header("Content-Length", str(len(answer.body)))
+                status, kind, body = 200, "application/octet-stream", (material.folder / path).read_bytes()
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(answer.body)
+            self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the base class's name
             """Keep quiet: the worker logs every download."""

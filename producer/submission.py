@@ -59,23 +59,13 @@ def chunk_size(images: int | None, rates: list[float], nodes: int) -> int:
     return max(1, min(size, math.ceil(images / nodes)))
 
 
-def _has_hole(item: Item, spec: Job) -> bool:
-    """Whether there is something to fill, for an inpainting job; True for other jobs."""
-    options = spec.options
-    return not isinstance(options, InpaintOptions) or bool(item.mask or item.boxes or options.mask or options.boxes)
-
-
 @dataclass
 class ListCheck:
     """Validates the rows of a list as they stream in, and counts them."""
 
-    rows: int = 0
-    """Rows so far, including bad ones; also the next row's index."""
     total: int = 0
     bad: list[BadRow] = field(default_factory=list)
     bad_count: int = 0
-    first: dict[int, int] = field(default_factory=dict)
-    """First 64 bits of an item's digest -> index of the first item that has it."""
     duplicates: dict[int, int] = field(default_factory=dict)
     """Index of an item -> its number of duplicates."""
     images: list[int] = field(default_factory=list)
@@ -83,36 +73,21 @@ class ListCheck:
 
     def accepted(self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool) -> Iterator[Item]:
         """The items of valid rows. After a bad row, unless `skip_invalid`, the rest is only checked, not yielded."""
-        for row in sources:
-            item = self._accept(row, spec)
-            if item is not None and (skip_invalid or not self.bad_count):
+        originals: dict[int, int] = {}  # first 64 bits of an item's digest -> index of the first item that has it
+        for index, row in enumerate(sources):
+            item = row if isinstance(row, BadRow) else _checked(row, index, spec)
+            if isinstance(item, BadRow):
+                self.bad_count += 1
+                if len(self.bad) < MOST_BAD_ROWS:
+                    self.bad.append(item)
+                continue
+            self.total += 1
+            original = originals.setdefault(int(item.digest[:16], 16), index)
+            if original != index:
+                self.duplicates[original] = self.duplicates.get(original, 0) + 1
+                item = item.model_copy(update={"duplicate_of": original})
+            if skip_invalid or not self.bad_count:
                 yield item
-
-    def _accept(self, row: SourceRow | BadRow, spec: Job) -> Item | None:
-        """The row's item, or None if the row is bad."""
-        index, self.rows = self.rows, self.rows + 1
-        if isinstance(row, BadRow):
-            self._refuse(row)
-            return None
-        try:
-            item = parse(row, index)
-        except InvalidSource as error:
-            self._refuse(refused(row, error.message))
-            return None
-        if not _has_hole(item, spec):
-            self._refuse(refused(row, "needs a mask or boxes, from the row or the job"))
-            return None
-        self.total += 1
-        original = self.first.setdefault(int(item.digest[:16], 16), index)
-        if original == index:
-            return item
-        self.duplicates[original] = self.duplicates.get(original, 0) + 1
-        return item.model_copy(update={"duplicate_of": original})
-
-    def _refuse(self, row: BadRow) -> None:
-        self.bad_count += 1
-        if len(self.bad) < MOST_BAD_ROWS:
-            self.bad.append(row)
 
     def error(self) -> InvalidSource:
         """The reason why nothing was queued."""
@@ -122,3 +97,14 @@ class ListCheck:
         more = f"; and {self.bad_count - 3:,} more" if self.bad_count > 3 else ""
         rows = "1 invalid row" if self.bad_count == 1 else f"{self.bad_count:,} invalid rows"
         return InvalidSource(f"{rows}, nothing was queued: {places}{more}", self.bad)
+
+
+def _checked(row: SourceRow, index: int, spec: Job) -> Item | BadRow:
+    try:
+        item = parse(row, index)
+    except InvalidSource as error:
+        return refused(row, error.message)
+    options = spec.options
+    if isinstance(options, InpaintOptions) and not (item.mask or item.boxes or options.mask or options.boxes):
+        return refused(row, "needs a mask or boxes, from the row or the job")
+    return item

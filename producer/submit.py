@@ -1,32 +1,32 @@
-"""The `imagemill submit` command."""
+"""The `imagemill submit` command, whose help also lists the options of operations and the limits of the check."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
+from pydantic.fields import FieldInfo
 from rich.console import Console
 
-from imagemill.producer import terminal
 from imagemill.producer.following import Connect, exit_with, follow
-from imagemill.producer.options_help import write_options
+from imagemill.producer.s3_results import expire
 from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec, local_address, option_values, quality_values
-from imagemill.producer.units import counted
+from imagemill.producer.terminal import bad_rows, counted, make_console, say
+from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import InvalidSource
 from imagemill.shared.messages import PRIORITIES, Job
 from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.presets import Presets
+from imagemill.shared.quality import LIMITS, RULES, Quality
 from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import load_settings
 
 if TYPE_CHECKING:
     from imagemill.producer.client import Client
     from imagemill.producer.submission import Submission
-
-HINT = "Add `--operation NAME` to list its options here; `--help-options` lists those of all operations."
 
 
 class SubmitCommand(click.Command):
@@ -44,17 +44,51 @@ class SubmitCommand(click.Command):
         if named.get("preset") is not None:
             preset = Presets(load_settings().presets).get(named["preset"])
             operation, engine = preset.operation, preset.engine
-        if operation is None or not write_options(formatter, operation, engine):
+        if operation in OPERATIONS:
+            _write_options(formatter, operation, engine)
+        else:
             formatter.write_paragraph()
-            formatter.write_text(HINT)
+            formatter.write_text(
+                "Add `--operation NAME` to list its options here; `--help-options` lists those of all operations."
+            )
 
 
 def _print_all_options(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
         formatter = ctx.make_formatter()
-        write_options(formatter)
+        _write_options(formatter)
         click.echo(formatter.getvalue().strip())
         ctx.exit()
+
+
+def _write_options(formatter: click.HelpFormatter, operation: str | None = None, engine: str | None = None) -> None:
+    """Write the options and limits of the named operation and engine, or of all."""
+    for row in ENGINES:
+        if operation in (None, row.operation) and engine in (None, row.name):
+            fields = row.options.model_fields.items()
+            with formatter.section(f"Options of {row.operation} ({row.name}), for --set"):
+                formatter.write_dl([(name, _described(field)) for name, field in fields if name != "engine"])
+    with formatter.section("Limits of the quality check, for --limit"):
+        formatter.write_dl([(limit, _limit(limit, operation)) for limit in RULES])
+
+
+def _described(field: FieldInfo) -> str:
+    """`description (one of a, b; default a)`."""
+    if isinstance(field.default, bool):
+        default = "yes" if field.default else "no"
+    else:
+        default = "none" if field.default in (None, ()) else "empty" if field.default == "" else f"{field.default}"
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    explained = len(choices) < 2 or all(choice in f"{field.description}" for choice in choices)
+    values = "" if explained else f"one of {', '.join(choices)}; "
+    return f"{field.description} ({values}default {default})"
+
+
+def _limit(name: str, operation: str | None) -> str:
+    """A limit's description and its default for the operation, or for each."""
+    limits = {each: LIMITS[each].get(name) for each in OPERATIONS if operation in (None, each)}
+    defaults = "; ".join(f"default {limit:g} for {each}" for each, limit in limits.items() if limit is not None)
+    return f"{Quality.model_fields[name].description}" + (f" ({defaults})" if defaults else "")
 
 
 @click.command(cls=SubmitCommand)
@@ -99,38 +133,27 @@ def submit(
     connect: Connect,
     /,
     sources: Sequence[str],
-    operation: str | None,
-    engine: str | None,
     preset: str | None,
-    settings: Sequence[str],
-    mask: str | None,
-    output: str,
-    priority: str | None,
-    batch: str | None,
-    fresh: bool,
-    check: str | None,
-    limits: Sequence[str],
     skip_invalid: bool,
     expire_days: int | None,
     wait: bool,
     as_json: bool,
-    **files: str | int | None,
+    **flags: Any,
 ) -> None:
     """Queue images for retouching.
 
     SOURCE is a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or an image's URL or path.
     """
-    target = {"url": local_address(output), **files}  # files: format, quality, icc, key
-    quality = quality_values(check, limits)
-    policy = {"priority": priority, "batch": batch, "reuse": False if fresh else None, "quality": quality}
+    files = {"url": local_address(flags["output"]), **{name: flags[name] for name in ("format", "quality", "icc", "key")}}
+    policy = {"priority": flags["priority"], "batch": flags["batch"], "reuse": False if flags["fresh"] else None}
+    policy["quality"] = quality_values(flags["check"], flags["limits"])
     configured = load_settings()
     look = Presets(configured.presets).get(preset) if preset is not None else None
-    spec = job_spec(operation, engine, option_values(settings, mask), target, policy, look)
-    out = terminal.make_console(stderr=True)
+    options = option_values(flags["settings"], flags["mask"])
+    spec = job_spec(flags["operation"], flags["engine"], options, files, policy, look)
+    out = make_console(stderr=True)
     with connect(configured) as client:
         if expire_days is not None:
-            from imagemill.producer.s3_results import expire
-
             expire(configured.s3, spec.output.url, expire_days)
         submission = _submit(client, sources, spec, skip_invalid, out)
         if not as_json:
@@ -151,26 +174,22 @@ def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: boo
     except InvalidSource as error:
         if not error.rows:
             raise
-        terminal.bad_rows(out, error.rows, len(error.rows))
+        bad_rows(out, error.rows, len(error.rows))
         hint = "fix them, or skip them with --skip-invalid"
         raise InvalidSource(f"{error.message.partition(': ')[0]}; {hint}", error.rows) from error
     if submission.invalid:
-        terminal.bad_rows(out, submission.invalid, submission.invalid_count)
+        bad_rows(out, submission.invalid, submission.invalid_count)
     text = f"job {submission.job}: {counted(submission.total, 'image')} queued"
     if submission.duplicates:
         text += f", including {counted(submission.duplicates, 'duplicate')}"
     if submission.invalid_count:
         text += f"; {counted(submission.invalid_count, 'invalid row')} skipped"
-    terminal.say(out, text)
+    say(out, text)
     if not submission.served:
-        terminal.say(out, _no_worker(spec), "yellow")
+        queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
+        model = spec.lane.partition(".")[2]
+        start = "`imagemill worker --cpu`"
+        if model:
+            start = f"`imagemill models pull {model}` and `IMAGEMILL_WORKER__ENGINES='[\"{spec.engine}\"]' imagemill worker`"
+        say(out, f"warning: no worker listens to {queue}; start one with {start}", "yellow")
     return submission
-
-
-def _no_worker(spec: Job) -> str:
-    queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
-    model = spec.lane.partition(".")[2]
-    start = "`imagemill worker --cpu`"
-    if model:
-        start = f"`imagemill models pull {model}` and `IMAGEMILL_WORKER__ENGINES='[\"{spec.engine}\"]' imagemill worker`"
-    return f"warning: no worker listens to {queue}; start one with {start}"

@@ -1,22 +1,18 @@
-"""Messages, tables and progress on the terminal. Colour is used only where the stream is a terminal."""
+"""Messages and tables on the terminal. Colour is used only where the stream is a terminal."""
 
 from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.console import Console, JustifyMethod
+from rich.table import Column, Table
 from rich.text import Text
 
 from imagemill.producer.sources import BadRow
-from imagemill.producer.units import counted, duration
-from imagemill.shared.messages import ENDED, ItemResult, JobState, JobStatus, Node
-from imagemill.shared.quality import flags_of
+from imagemill.shared.messages import JobStatus, Node
 
 MOST_BAD_ROWS = 20
 STYLES = {"done": "green", "cancelled": "yellow", "running": "cyan", "finishing": "cyan"}
@@ -40,6 +36,19 @@ def say(out: Console, text: str, style: str = "") -> None:
     out.print(plain(text, style), soft_wrap=True)
 
 
+def counted(number: int, word: str) -> str:
+    """`1 image`, `5 images`."""
+    return f"{number:,} {word}" + ("" if number == 1 else "s")
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 5 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    whole = round(seconds)
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def bad_rows(out: Console, rows: Sequence[BadRow], count: int) -> None:
     """List the first invalid rows with place and reason, then how many more of the `count` there are."""
     say(out, "invalid rows:", "yellow")
@@ -61,31 +70,18 @@ def outcome(status: JobStatus) -> str:
 
 def jobs_table(jobs: Sequence[JobStatus], unserved: Collection[str] = ()) -> Table:
     """One job per row, in the given order; `unserved` holds the ids of jobs that no worker can take."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("job", "operation", "engine", "state"):
-        table.add_column(name, no_wrap=True)
-    for name in ("images", "done", "failed", "time", "started"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = _columns("images", "done", "failed", "time", "started", justify="right")
+    table = Table(*_columns("job", "operation", "engine", "state"), *numbers, box=box.SIMPLE_HEAD)
     for job in jobs:
-        table.add_row(
-            job.job,
-            job.operation,
-            job.engine,
-            _state(job, unserved),
-            f"{job.total:,}",
-            f"{job.done:,}",
-            _failures(job),
-            duration(job.seconds),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(job.created)),
-        )
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.created))
+        counts = f"{job.total:,}", f"{job.done:,}", _failures(job)
+        table.add_row(job.job, job.operation, job.engine, _state(job, unserved), *counts, duration(job.seconds), started)
     return table
 
 
 def status_table(status: JobStatus, unserved: Collection[str] = ()) -> Table:
     """One job, one property per row."""
-    table = Table(box=None, show_header=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
+    table = Table(Column(style="dim"), Column(overflow="fold"), box=None, show_header=False)
     duplicates = f", including {counted(status.duplicates, 'duplicate')}" if status.duplicates else ""
     table.add_row("job", status.job)
     table.add_row("operation", f"{status.operation} ({status.engine})")
@@ -101,28 +97,21 @@ def status_table(status: JobStatus, unserved: Collection[str] = ()) -> Table:
 
 def fleet_table(nodes: Sequence[Node], memory: Mapping[str, tuple[float, int]]) -> Table:
     """One worker node per row; `memory` holds each GPU node's peak share of memory and its count of batches above 90 %."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("node", no_wrap=True)
-    table.add_column("device", no_wrap=True)
-    table.add_column("children", justify="right")
-    table.add_column("state", no_wrap=True)
-    table.add_column("peak memory", no_wrap=True)
-    table.add_column("offers", overflow="fold")
+    children, offers = Column("children", justify="right"), Column("offers", overflow="fold")
+    table = Table(*_columns("node", "device"), children, *_columns("state", "peak memory"), offers, box=box.SIMPLE_HEAD)
     for node in nodes:
-        offers = sorted({queue.removeprefix("imagemill.") for queue in node.queues if not queue.endswith((".high", ".low"))})
+        queues = sorted({queue.removeprefix("imagemill.") for queue in node.queues if not queue.endswith((".high", ".low"))})
         state = Text("ready", style="green") if node.ready else Text("loading", style="yellow")
         share, high = memory.get(node.node, (None, 0))
         peak = "" if share is None else f"{share:.0%}" + (f", {high:,} above 90 %" if high else "")
-        table.add_row(plain(node.node), node.device, str(node.children), state, peak, plain(", ".join(offers)))
+        table.add_row(plain(node.node), node.device, str(node.children), state, peak, plain(", ".join(queues)))
     return table
 
 
 def summary_table(jobs: Iterable[JobStatus]) -> Table:
     """Images, seconds and rate of several jobs."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("operation", no_wrap=True)
-    for name in ("images", "done", "failed", "seconds", "images/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = _columns("images", "done", "failed", "seconds", "images/s", justify="right")
+    table = Table(*_columns("operation"), *numbers, box=box.SIMPLE_HEAD)
     for job in jobs:
         rate = f"{job.done / job.seconds:.2f}" if job.seconds > 0 else ""
         name = f"{job.operation} ({job.engine})"
@@ -130,88 +119,8 @@ def summary_table(jobs: Iterable[JobStatus]) -> Table:
     return table
 
 
-@dataclass(frozen=True)
-class Followed:
-    """A job's last status, how many of its images were flagged, and whether any failure is worth retrying."""
-
-    status: JobStatus
-    flagged: int
-    retryable: bool
-
-
-def follow(updates: Iterator[tuple[JobStatus, list[ItemResult]]], out: Console) -> Followed:
-    """Show a job's progress and each failure as it is reported, until `updates` ends."""
-    last: JobStatus | None = None
-    latest: dict[int, ItemResult] = {}  # failed and flagged images; a retried image is reported more than once
-    with Board(out) as board:
-        for last, results in updates:
-            board.show(last)
-            for result in results:
-                if result.state == "failed":
-                    say(out, f"image {result.index}: {result.code}: {result.message}", "red")
-                if result.state == "failed" or flags_of(result.notes):
-                    latest[result.index] = result
-                else:
-                    latest.pop(result.index, None)
-    if last is None:
-        raise RuntimeError("no status was received")
-    flagged = sum(result.state == "done" for result in latest.values())
-    return Followed(last, flagged, any(result.retryable for result in latest.values()))
-
-
-class Board:
-    """Progress of jobs: one bar per job on a terminal, otherwise a line for every tenth of a job."""
-
-    def __init__(self, out: Console) -> None:
-        self._out = out
-        self._lines: dict[str, tuple[int, JobState]] = {}
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("[red]{task.fields[failed]}"),
-            _Rate(),
-            TimeRemainingColumn(),
-            console=out,
-            disable=not out.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Board:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
-
-    def show(self, status: JobStatus) -> None:
-        """Update one job."""
-        if not self._out.is_terminal:
-            self._show_line(status)
-            return
-        if status.job not in self._tasks:
-            self._tasks[status.job] = self._progress.add_task("", total=status.total, failed="")
-        self._progress.update(
-            self._tasks[status.job],
-            description=f"{status.operation} ({status.engine}) [dim]{status.state}[/dim]",
-            total=status.total,
-            completed=status.done + status.failed,
-            failed=f"{status.failed:,} failed" if status.failed else "",
-        )
-
-    def _show_line(self, status: JobStatus) -> None:
-        tenth = 10 * (status.done + status.failed) // max(status.total, 1)
-        if self._lines.get(status.job) != (tenth, status.state):
-            self._lines[status.job] = tenth, status.state
-            if status.state not in ENDED:
-                say(self._out, f"{status.operation} ({status.engine}) {outcome(status)}")
-
-
-class _Rate(ProgressColumn):
-    """Recent images per second."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} images/s" if task.speed else "", style="dim")
+def _columns(*names: str, justify: JustifyMethod = "left") -> list[Column]:
+    return [Column(name, justify=justify, no_wrap=True) for name in names]
 
 
 def _state(job: JobStatus, unserved: Collection[str]) -> Text:

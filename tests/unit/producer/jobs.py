@@ -9,7 +9,7 @@ from click.testing import Result
 
 from imagemill.producer.client import Client
 from imagemill.shared.ledger.leasing import Lease
-from imagemill.shared.messages import MANIFEST, Item, ItemResult, JobStatus
+from imagemill.shared.messages import MANIFEST, Item, ItemResult, JobState, JobStatus
 from imagemill.shared.quality import Measures
 from tests.ledgers import Ledger
 
@@ -58,6 +58,25 @@ def work(ledger: Ledger, job: str, outcome: Outcome = plain) -> None:
             assert isinstance(lease, Lease)
             ledger.complete(lease)
             return
+
+
+def status(done: int, failed: int = 0, state: JobState = "running") -> JobStatus:
+    """The status of a job of 100 images."""
+    return JobStatus(
+        job="260730-00000000",
+        operation="stylize",
+        engine="opencv",
+        lane="opencv",
+        state=state,
+        total=100,
+        done=done,
+        failed=failed,
+        duplicates=0,
+        priority="normal",
+        output="s3://b/p",
+        created=0,
+        seconds=5.0,
+    )
 
 
 class Worked(Client):

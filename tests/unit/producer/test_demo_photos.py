@@ -72,11 +72,10 @@ def test_own_photos_are_limited_without_count(own: Path, folder: Path) -> None:
 def test_retouches_change_only_the_listed_area(own: Path, folder: Path) -> None:
     material = gather(folder, own, None)
     photos = material.photos["inpaint"]
-    dated = [retouch for retouch in material.retouches if retouch.box]
+    dated = [retouch for retouch in material.retouches if retouch.boxes]
     (scratched,) = [retouch for retouch in material.retouches if retouch.mask]
     for retouch, name in zip(dated, photos, strict=True):
-        assert retouch.box is not None
-        x, y, width, height = retouch.box
+        x, y, width, height = map(float, retouch.boxes.split(","))
         changed = np.abs(pixels(material, retouch.path) - pixels(material, name)).max(2) > 90  # more than JPEG does
         inside = np.zeros_like(changed)
         inside[int(y * 72) : int((y + height) * 72) + 1, int(x * 96) : int((x + width) * 96) + 1] = True
@@ -98,7 +97,7 @@ def test_unreadable_photo_is_kept_for_the_worker_to_report(folder: Path, own: Pa
     (own / "a.png").write_bytes(b"not a photo")
     material = gather(folder, own, None)
     assert "photos/a.png" in material.photos["inpaint"]
-    assert len([retouch for retouch in material.retouches if retouch.box]) == 3
+    assert len([retouch for retouch in material.retouches if retouch.boxes]) == 3
 
 
 def test_folder_is_refused_when_no_photo_is_readable(folder: Path, own: Path) -> None:

@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+from rich.console import Console
+
+from imagemill.producer.following import follow
+from imagemill.shared.messages import ItemResult, JobStatus
 from tests.ledgers import Ledger
-from tests.unit.producer.jobs import GOOD, NUMBERED, STYLIZE, Checked, Interrupted, Invoke, Worked, submitted, work
+from tests.unit.producer.jobs import (
+    GOOD,
+    NUMBERED,
+    STYLIZE,
+    Checked,
+    Interrupted,
+    Invoke,
+    Worked,
+    status,
+    submitted,
+    work,
+)
+
+Update = tuple[JobStatus, list[ItemResult]]
+
+
+def followed(updates: Iterable[Update], **terminal: Any) -> str:
+    """What is printed while a job with these updates is followed."""
+    out = io.StringIO()
+    client: Any = SimpleNamespace(watch=lambda _: updates)
+    follow(client, "260730-00000000", Console(file=out, **{"width": 200, **terminal}))
+    return out.getvalue()
 
 
 def test_watch_shows_failures_and_the_outcome(imagemill: Invoke) -> None:
@@ -53,3 +82,46 @@ def test_retry_does_nothing_when_no_image_failed(imagemill: Invoke, ledger: Ledg
     result = imagemill("retry", job, "--wait")
     assert result.exit_code == 0
     assert "nothing to retry" in result.stderr
+
+
+# --- progress ---
+
+
+def updates() -> Iterator[Update]:
+    for done in range(100):
+        yield status(done), []
+    yield status(99, 1), [ItemResult(index=7, state="failed", code="truncated", message="[bold]half[/bold] \x1b]0;x\x07")]
+    yield status(99, 1, "done"), []
+
+
+def test_progress_is_one_line_per_tenth_without_a_terminal() -> None:
+    lines = followed(updates()).splitlines()
+    assert len(lines) == 14  # ten tenths, the failure, all of them, the outcome, the hint
+    assert "stylize (opencv) running: 10 of 100 images done" in lines[1]
+    assert lines[-2].startswith("job 260730-00000000 done: 99 of 100 images done, 1 failed")
+
+
+def test_failures_are_printed_literally_without_control_characters() -> None:
+    assert "image 7: truncated: [bold]half[/bold] \ufffd]0;x\ufffd" in followed(updates())
+
+
+def test_last_result_of_a_retried_image_counts() -> None:
+    first = [
+        ItemResult(index=1, state="failed", code="timeout", retryable=True),
+        ItemResult(index=2, state="done", notes=("enlarged", "flag:blurred")),
+        ItemResult(index=3, state="done", notes=("flag:cast", "flag:blurred")),
+    ]
+    again = [ItemResult(index=1, state="done"), ItemResult(index=2, state="done")]
+    failed = ItemResult(index=4, state="failed", code="not_found")
+    text = followed([(status(2, 1), first)])
+    assert "2 images flagged" in text
+    assert "try again: `imagemill retry 260730-00000000`" in text
+    text = followed([(status(2, 1), first), (status(3, 1), [*again, failed])])
+    assert "1 image flagged" in text
+    assert "imagemill retry" not in text
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    text = followed(updates(), force_terminal=True, width=120)
+    assert "━" in text
+    assert "100/100" in text

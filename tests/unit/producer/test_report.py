@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from imagemill.producer.outliers import Outlier
-from imagemill.producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, Comparison, JobPage, allowed, render, worded
+from imagemill.producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, JobPage, allowed, render, worded
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.messages import Item, ItemResult, Job, JobStatus, Policy, Row, row
 from imagemill.worker.checking.quality import REPAIR_NOTES
@@ -103,7 +103,7 @@ def test_page_shows_pairs_failures_and_figures() -> None:
     shown = page([*rows, again(rows[0], 3), again(rows[0], 4)])
     for text in (
         "Images 5", "Done 4", "Failed 1", "Duplicates 2", "Time 8.0 s", "Images/s 0.50", "done, 1 failed",
-        "fetch 400 ms", "run 30 ms", "640 × 480, 48 kB → 320 × 240, 3.1 MB", "kept small",
+        "fetch 400 ms", "run 30 ms", "640 × 480, 48.0 kB → 320 × 240, 3.1 MB", "kept small",
         "2 duplicates", "not_found 1 image", "there is no such image 3",
         "Before and after 2 images", "0.jpg 000000",
     ):  # fmt: skip
@@ -184,10 +184,9 @@ def test_comparison_shows_the_other_engines_result_beside_its_own_labelled() -> 
             "options": {"engine": "rembg", "model": "u2netp"},
         }
     )
-    comparison = Comparison("opencv", {f"{A}1.jpg": "https://s3.example/results/other.png"})
-    shown = Page(
-        render([JobPage(status(rows), job, rows, comparison=comparison)], picture=lambda url: url.replace("s3:", "https:"))
-    )
+    others = {f"{A}1.jpg": "https://s3.example/results/other.png"}
+    compared = JobPage(status(rows), job, rows, compared="opencv", others=others)
+    shown = Page(render([compared], picture=lambda url: url.replace("s3:", "https:")))
     labels = [text for text in shown.words if text in ("before", "rembg u2netp", "opencv")]
     assert labels[-5:] == ["before", "rembg u2netp", "before", "rembg u2netp", "opencv"]
     assert shown.pictures[-1] == "https://s3.example/results/other.png"

@@ -78,3 +78,15 @@ def test_report_writes_a_page(imagemill: Invoke, ledger: Ledger, tmp_path: Path)
     refused = imagemill("report", job, "--out", "no/such/folder/x.html")
     assert refused.exit_code == 2
     assert "can't write no/such/folder/x.html" in refused.stderr
+
+
+def test_report_warns_once_when_images_in_s3_get_no_links(
+    imagemill: Invoke, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGEMILL_S3__ENDPOINT_URL", "minio:9000")
+    job = submitted(imagemill, NUMBERED)
+    work(ledger, job)
+    result = imagemill("report", job)
+    assert result.exit_code == 0
+    assert result.stderr.count("the report has no pictures: ") == 1
+    assert "minio:9000" in result.stderr

@@ -1,73 +1,38 @@
-import io
-from collections.abc import Iterator
+"""Messages and tables on the terminal."""
 
+from __future__ import annotations
+
+import io
+
+import pytest
 from rich.console import Console
 from rich.table import Table
 
 from imagemill.producer import terminal
-from imagemill.shared.messages import ItemResult, JobState, JobStatus, Node
+from imagemill.producer.terminal import counted, duration
+from imagemill.shared.messages import Node
+from tests.unit.producer.jobs import status
 
 
-def status(done: int, failed: int = 0, state: JobState = "running") -> JobStatus:
-    return JobStatus(
-        job="260730-00000000",
-        operation="stylize",
-        engine="opencv",
-        lane="opencv",
-        state=state,
-        total=100,
-        done=done,
-        failed=failed,
-        duplicates=0,
-        priority="normal",
-        output="s3://b/p",
-        created=0,
-        seconds=5.0,
-    )
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0 s"),
+        (0.44, "0.4 s"),
+        (12.3, "12 s"),
+        (60, "1 min 0 s"),
+        (185, "3 min 5 s"),
+        (3599.6, "1 h 0 min"),
+        (7800, "2 h 10 min"),
+    ],
+)
+def test_duration_is_written_in_the_two_largest_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
-def updates() -> Iterator[tuple[JobStatus, list[ItemResult]]]:
-    for done in range(100):
-        yield status(done), []
-    yield status(99, 1), [ItemResult(index=7, state="failed", code="truncated", message="[bold]half[/bold] \x1b]0;x\x07")]
-    yield status(99, 1, "done"), []
-
-
-def test_progress_is_one_line_per_tenth_without_a_terminal() -> None:
-    out = io.StringIO()
-    followed = terminal.follow(updates(), Console(file=out, width=200))
-    assert followed.status.state == "done"
-    lines = out.getvalue().splitlines()
-    assert len(lines) == 12  # ten tenths, the failure, all of them
-    assert "stylize (opencv) running: 10 of 100 images done" in lines[1]
-
-
-def test_failures_are_printed_literally_without_control_characters() -> None:
-    out = io.StringIO()
-    terminal.follow(updates(), Console(file=out, width=200))
-    assert "image 7: truncated: [bold]half[/bold] \ufffd]0;x\ufffd" in out.getvalue()
-
-
-def test_last_result_of_a_retried_image_counts() -> None:
-    first = [
-        ItemResult(index=1, state="failed", code="timeout", retryable=True),
-        ItemResult(index=2, state="done", notes=("enlarged", "flag:blurred")),
-        ItemResult(index=3, state="done", notes=("flag:cast", "flag:blurred")),
-    ]
-    again = [ItemResult(index=1, state="done"), ItemResult(index=2, state="done")]
-    failed = ItemResult(index=4, state="failed", code="not_found")
-    out = Console(file=io.StringIO())
-    seen = terminal.follow(iter([(status(2, 1), first)]), out)
-    assert (seen.flagged, seen.retryable) == (2, True)
-    seen = terminal.follow(iter([(status(2, 1), first), (status(3, 1), [*again, failed])]), out)
-    assert (seen.flagged, seen.retryable) == (1, False)
-
-
-def test_progress_is_a_bar_on_a_terminal() -> None:
-    out = io.StringIO()
-    terminal.follow(updates(), Console(file=out, force_terminal=True, width=120))
-    assert "━" in out.getvalue()
-    assert "100/100" in out.getvalue()
+@pytest.mark.parametrize(("number", "text"), [(0, "0 images"), (1, "1 image"), (12_000, "12,000 images")])
+def test_count_has_thousands_separators_and_a_plural(number: int, text: str) -> None:
+    assert counted(number, "image") == text
 
 
 def test_outcome_is_one_line() -> None:
