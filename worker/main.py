@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from imagemill.shared.broker import Publisher, make_app, queues
 from imagemill.shared.errors import ConfigurationError, ImagemillError, sentence
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
+from imagemill.shared.messages import Node
 from imagemill.shared.queues import node_queue, worker_queues
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
@@ -53,22 +55,22 @@ class Worker:
         self._log_engines()
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU
-        self.name = sender.hostname
         self.device = Device.of(self.settings, sender.concurrency)
         self.children = Children(sender.concurrency)
-        (own,) = queues([node_queue(self.name)])
-        self.app.amqp.queues.select_add(own)
-        self.app.imagemill_parent = Parent(
-            self.name,
-            self.device,
-            self.queues,
-            self.children,
-            lacks=[f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)],
-            ledger=WorkLedger.of(self.settings),
-            fleet=Fleet.of(self.settings),
-            publisher=Publisher(self.app),
-            settings=self.settings.worker,
+        self.node = Node(
+            node=sender.hostname,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=self.device.name,
+            queues=tuple(self.queues),
+            children=sender.concurrency,
+            ready=False,
+            lacks=tuple(f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)),
         )
+        (own,) = queues([node_queue(self.node.node)])
+        self.app.amqp.queues.select_add(own)
+        ledger, fleet, publisher = WorkLedger.of(self.settings), Fleet.of(self.settings), Publisher(self.app)
+        self.app.imagemill_parent = Parent(self.node, self.children, ledger, fleet, publisher, self.settings.worker)
 
     def _log_engines(self) -> None:
         """Log the engines and models that this node can't offer; exit if it can offer none."""
@@ -90,7 +92,7 @@ class Worker:
             from imagemill.worker.node.child import Child
 
             self._child = Child(
-                self.settings, self.device, node=self.name, publisher=Publisher(self.app), stopping=self.children.stopping
+                self.settings, self.device, node=self.node.node, publisher=Publisher(self.app), stopping=self.children.stopping
             )
             self.children.loaded(current_process().index)
         except BaseException as error:
@@ -98,7 +100,7 @@ class Worker:
             failures = self.children.failed(known.exit_code if known else 1)
             wait = min(60.0, 2.0 ** (failures - 1))
             reason = known.message if known else f"{type(error).__name__}: {sentence(error)}"
-            fields = dict(action="load", node=self.name, reason=reason, again_in=wait)
+            fields = dict(action="load", node=self.node.node, reason=reason, again_in=wait)
             log.error("engines not loaded", exc_info=known is None, extra=fields)
             time.sleep(wait)  # the pool replaces this process at once, which must not become a tight loop
             os._exit(1)

@@ -35,8 +35,6 @@ LEAST_DISK = 2 * 2**30
 """Free bytes that the temporary folder should have, for manifests and pending uploads."""
 START_REDIS = "start Redis, or set IMAGEMILL_REDIS_URL to its address"
 SET_S3 = "set IMAGEMILL_S3__ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed for file:// outputs"
-
-
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 

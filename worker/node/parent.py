@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import Node
 from imagemill.shared.settings import WorkerSettings
-from imagemill.worker.hardware.device import Device
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +74,10 @@ class Children:
 
 @dataclass(frozen=True)
 class Parent:
-    """The parent's own work, beside that of Celery; `lacks` names the engines that the node can't offer, and why."""
+    """The parent's own work, beside that of Celery; `node` describes the node in the fleet."""
 
-    name: str
-    device: Device
-    queues: list[str]
+    node: Node
     children: Children
-    lacks: list[str]
     ledger: WorkLedger
     fleet: Fleet
     publisher: Publisher
@@ -90,7 +85,7 @@ class Parent:
 
     def wait_for_children(self) -> None:
         """Return when every child has loaded its engines; exit the node if one of them fails or takes too long."""
-        fields = {"action": "load", "node": self.name}
+        fields = {"action": "load", "node": self.node.node}
         timeout = self.settings.load_timeout
         start = time.monotonic()
         while self.children.ready() < self.children.count:
@@ -103,36 +98,27 @@ class Parent:
                 log.error("loading took too long; the node exits", extra={**fields, "seconds": timeout})
                 raise SystemExit(1)
             time.sleep(0.05)
-        log.info("node ready", extra={"action": "ready", "node": self.name, "children": self.children.count})
+        log.info("node ready", extra={"action": "ready", "node": self.node.node, "children": self.children.count})
 
     def tick(self) -> None:
         """Report the node to Redis, and republish overdue chunks."""
-        node = Node(
-            node=self.name,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            device=self.device.name,
-            queues=tuple(self.queues),
-            children=self.children.count,
-            ready=self.children.ready() == self.children.count,
-            lacks=tuple(self.lacks),
-        )
+        node = self.node.model_copy(update={"ready": self.children.ready() == self.children.count})
         try:
             self.fleet.report_node(node)
-            for chunk in self.ledger.reap(self.name, patience=self.settings.missing_seconds, every=REPORT_SECONDS):
+            for chunk in self.ledger.reap(node.node, patience=self.settings.missing_seconds, every=REPORT_SECONDS):
                 with suppress(JobNotFound):
                     self.publisher.publish([(chunk, self.ledger.spec(chunk.job))])
                     log.warning("chunk republished", extra={"action": "reap", "job": chunk.job, "chunk": chunk.number})
         except ServiceUnavailable as error:
-            log.warning("node not reported", extra={"action": "report", "node": self.name, "reason": error.message})
+            log.warning("node not reported", extra={"action": "report", "node": self.node.node, "reason": error.message})
 
     def leave(self) -> None:
         """Stop the children after their current images, and remove the node from the fleet."""
         self.children.stop()
         try:
-            self.fleet.forget_node(self.name)
+            self.fleet.forget_node(self.node.node)
         except ServiceUnavailable as error:
-            fields = {"action": "report", "node": self.name, "reason": error.message}
+            fields = {"action": "report", "node": self.node.node, "reason": error.message}
             log.warning("node not removed from the fleet", extra=fields)
 
 
