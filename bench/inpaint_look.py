@@ -27,7 +27,7 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.operations import registry
-from imagemill.worker.operations.base import AnyOperation, Inputs
+from imagemill.worker.operations.base import AnyOperation, Inputs, Untouched
 
 TILE = 480
 TIMES = 4
@@ -60,6 +60,8 @@ def examples(folder: Path) -> list[Example]:
 def filled(operation: AnyOperation, picture: Pixels, mask: Grey, options: EngineOptions) -> Pixels:
     item = Item(index=0, source="https://bench.example/one.png")
     work = operation.prepare(Picture(picture.copy()), Inputs(item, options, mask))
+    if isinstance(work, Untouched):
+        return picture
     outputs = [output for sample in work.samples for output in operation.run([sample])]
     return operation.finish(work, outputs).pixels
 

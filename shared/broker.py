@@ -38,8 +38,6 @@ def make_app(settings: Settings) -> Celery:
     app.conf.update(
         # Only JSON: a forged message can't run code.
         accept_content=["json"],
-        task_serializer="json",
-        result_serializer="json",
         # The ledger holds the results; a second copy would have to expire separately.
         task_ignore_result=True,
         # A message is acknowledged once its chunk is recorded, so it is redelivered if its worker dies ...
@@ -54,8 +52,6 @@ def make_app(settings: Settings) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         # The default of 4 s kills every replacement child while it loads its models.
         worker_proc_alive_timeout=settings.worker.load_timeout,
-        # This Celery's default, made explicit: recycling measures peak memory and would reload models after every chunk.
-        worker_max_memory_per_child=None,
         # On TERM, children finish their current images and give back the rest; on QUIT they are ended after this time.
         worker_soft_shutdown_timeout=settings.worker.soft_shutdown,
         worker_enable_soft_shutdown_on_idle=True,
@@ -76,8 +72,6 @@ def make_app(settings: Settings) -> Celery:
         # imagemill.worker.main configures logging; Celery must not replace it.
         worker_hijack_root_logger=False,
         task_default_queue="imagemill.default",
-        task_create_missing_queues=True,
-        timezone="UTC",
     )
     return app
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,25 @@ def connect(url: str) -> Any:
     return redis.Redis.from_url(
         url, decode_responses=False, socket_timeout=10, socket_connect_timeout=5, health_check_interval=25
     )
+
+
+class Connected:
+    """A connection to Redis. Thread-safe; create one per process, after the fork.
+
+    Every public method of a subclass raises BrokerUnavailable when Redis is unreachable or refuses a command.
+    """
+
+    def __init_subclass__(cls) -> None:
+        for name, method in list(vars(cls).items()):
+            if inspect.isfunction(method) and not name.startswith("_"):
+                setattr(cls, name, reachable()(method))
+
+    def __init__(self, url: str) -> None:
+        self._url, self._redis = url, connect(url)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._redis.close()
 
 
 def longest_wait(client: Any) -> float:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from imagemill.shared.errors import InvalidOption
 from imagemill.shared.options.base import OPERATIONS, EngineOptions, Operation, nearest, validation_sentence
 from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
-from imagemill.shared.options.remove_background import OpencvRemoveBackground, RembgRemoveBackground
+from imagemill.shared.options.remove_background import OpencvRemoveBackground, RembgModel, RembgRemoveBackground
 from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
 
 
@@ -44,67 +44,37 @@ class Engine:
 
 
 _OPERATIONS = "imagemill.worker.operations"
-_REMBG_MODELS = (
-    "u2net",
-    "u2netp",
-    "u2net_human_seg",
-    "silueta",
-    "isnet-general-use",
-    "isnet-anime",
-    "birefnet-general",
-    "birefnet-general-lite",
-)
+_HOLE_NOTES = frozenset({"empty_mask", "large_mask"})
 
 ENGINES: list[Engine] = [
     Engine(
-        operation="remove-background",
-        name="opencv",
-        options=OpencvRemoveBackground,
-        module=f"{_OPERATIONS}.remove_background.opencv:GrabCut",
-        extra="worker",
+        "remove-background",
+        "opencv",
+        OpencvRemoveBackground,
+        f"{_OPERATIONS}.remove_background.opencv:GrabCut",
+        "worker",
         lasting_notes=frozenset({"empty_cutout"}),
     ),
     Engine(
-        operation="remove-background",
-        name="rembg",
-        options=RembgRemoveBackground,
-        module=f"{_OPERATIONS}.remove_background.rembg:Rembg",
-        extra="rembg",
-        models={model: (model,) for model in _REMBG_MODELS},
-        lasting_notes=frozenset({"empty_cutout", "enlarged", "matting_too_large", "no_shadow_found"}),
+        "remove-background",
+        "rembg",
+        RembgRemoveBackground,
+        f"{_OPERATIONS}.remove_background.rembg:Rembg",
+        "rembg",
+        {model: (model,) for model in get_args(RembgModel)},
+        frozenset({"empty_cutout", "enlarged", "matting_too_large", "no_shadow_found"}),
     ),
+    Engine("inpaint", "opencv", OpencvInpaint, f"{_OPERATIONS}.inpaint.opencv:Inpaint", "worker", lasting_notes=_HOLE_NOTES),
+    Engine("inpaint", "lama", LamaInpaint, f"{_OPERATIONS}.inpaint.lama:Lama", "lama", {"lama": ("lama",)}, _HOLE_NOTES),
+    Engine("stylize", "opencv", OpencvStylize, f"{_OPERATIONS}.stylize.opencv:Stylize", "worker"),
     Engine(
-        operation="inpaint",
-        name="opencv",
-        options=OpencvInpaint,
-        module=f"{_OPERATIONS}.inpaint.opencv:Inpaint",
-        extra="worker",
-        lasting_notes=frozenset({"empty_mask", "large_mask"}),
-    ),
-    Engine(
-        operation="inpaint",
-        name="lama",
-        options=LamaInpaint,
-        module=f"{_OPERATIONS}.inpaint.lama:Lama",
-        extra="lama",
-        models={"lama": ("lama",)},
-        lasting_notes=frozenset({"empty_mask", "large_mask"}),
-    ),
-    Engine(
-        operation="stylize",
-        name="opencv",
-        options=OpencvStylize,
-        module=f"{_OPERATIONS}.stylize.opencv:Stylize",
-        extra="worker",
-    ),
-    Engine(
-        operation="stylize",
-        name="diffusion",
-        options=DiffusionStylize,
-        module=f"{_OPERATIONS}.stylize.diffusion:Diffusion",
-        extra="diffusion",
-        models={"sd15-canny": ("sd15", "controlnet-canny")},
-        lasting_notes=frozenset({"prompt_cut"}),
+        "stylize",
+        "diffusion",
+        DiffusionStylize,
+        f"{_OPERATIONS}.stylize.diffusion:Diffusion",
+        "diffusion",
+        {"sd15-canny": ("sd15", "controlnet-canny")},
+        frozenset({"prompt_cut"}),
     ),
 ]
 

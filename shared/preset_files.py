@@ -110,12 +110,8 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-def _text(_: _Loader, node: Any) -> str:
-    return str(node.value).strip() if node.style in ("|", ">") else str(node.value)
-
-
 _Loader.add_constructor(f"{YAML}map", _Loader.mapping)
-_Loader.add_constructor(f"{YAML}str", _text)
+_Loader.add_constructor(f"{YAML}str", lambda _, node: node.value.strip() if node.style in ("|", ">") else node.value)
 _Loader.add_constructor(f"{YAML}int", lambda _, node: int(node.value))  # SafeLoader reads 010 as 8
 for _tag, _pattern in (
     ("bool", r"true|false"),

@@ -1,6 +1,6 @@
-"""The quality check: what is measured in each result, the limits, and the flags of results outside them.
+"""The quality check: the measures of each result, their limits, and the flags of results outside them.
 
-Workers measure (worker/checking/) and producers read the measures. Both apply the rules here, so a remembered result is
+Workers take the measures (worker/checking/), producers read them. Both apply these rules, so a remembered result is
 checked again with the limits of the job that reuses it.
 """
 
@@ -22,53 +22,47 @@ Look = tuple[float, float, float, float, float, float]
 
 
 class Quality(Model):
-    """What to do with results outside a limit. None stands for the operation's default limit (`LIMITS`)."""
+    """The limits, and what to do with results outside them. None means the operation's default limit (`LIMITS`)."""
 
     mode: Literal["off", "flag", "repair"] = Field(
-        "flag", description="off: measure nothing; flag: add a note to results outside a limit; repair: also try to fix them"
+        "flag", description="off: measure nothing; flag: mark results outside a limit with a note; repair: also try to fix them"
     )
     least_sharpness: float | None = Field(
-        None, ge=0, le=10, description="flag:blurred: least share of the source's sharpness that must remain; 0 never flags"
+        None, ge=0, le=10, description="flag:blurred: minimum sharpness relative to the source; 0 never flags"
     )
     most_cast: float | None = Field(
-        None, ge=0, le=100, description="flag:cast: largest colour shift of neutral greys, in CIEDE2000; 100 never flags"
+        None, ge=0, le=100, description="flag:cast: maximum colour cast in neutral greys, in CIEDE2000; 100 never flags"
     )
     least_entropy: float | None = Field(
-        None, ge=0, le=8, description="flag:blank: least entropy of the brightness, in bits; 0 never flags"
+        None, ge=0, le=8, description="flag:blank: minimum entropy of the brightness, in bits; 0 never flags"
     )
-    least_edges: Share | None = Field(
-        None, description="flag:unlike: least agreement with the requested edges, 0 to 1; 0 never flags"
-    )
+    least_edges: Share | None = Field(None, description="flag:unlike: minimum match with the requested edges; 0 never flags")
     most_step: float | None = Field(
         None,
         ge=0,
         le=256,
-        description="flag:seam: largest ratio of differences across a hole's border to those outside; 256 never flags",
+        description="flag:seam: maximum contrast across a hole's border, relative to outside; 256 never flags",
     )
-    least_opaque: Share | None = Field(None, description="flag:empty: least share of opaque pixels in a cut-out; 0 never flags")
-    most_opaque: Share | None = Field(
-        None, description="flag:uncut: largest share of opaque pixels in a cut-out; 1 never flags"
-    )
+    least_opaque: Share | None = Field(None, description="flag:empty: minimum opaque share of a cut-out; 0 never flags")
+    most_opaque: Share | None = Field(None, description="flag:uncut: maximum opaque share of a cut-out; 1 never flags")
     most_faint: Share | None = Field(
-        None, description="flag:faint: largest share of half-transparent pixels among a cut-out's visible pixels; 1 never flags"
+        None, description="flag:faint: maximum half-transparent share of a cut-out's visible pixels; 1 never flags"
     )
 
 
 class Measures(Model):
     """Measures of a result scaled to 512 pixels, rounded to three digits; None if a measure does not apply."""
 
-    sharpness: float | None = Field(
-        None, description="variance of the Laplacian of the brightness; when inpainting, inside the hole"
-    )
+    sharpness: float | None = Field(None, description="variance of the brightness's Laplacian; when inpainting, in the hole")
     kept: float | None = Field(
-        None, description="sharpness relative to the source; when inpainting, relative to the hole's surroundings"
+        None, description="sharpness relative to the source; when inpainting, to the hole's surroundings"
     )
     entropy: float | None = Field(None, description="entropy of the brightness histogram in bits, 0 to 8")
-    cast: float | None = Field(None, description="colour shift, in CIEDE2000, of pixels that are nearly grey in the source")
+    cast: float | None = Field(None, description="colour cast, in CIEDE2000, of pixels that are nearly grey in the source")
     opaque: float | None = Field(None, description="share of a cut-out's pixels that are opaque")
     half: float | None = Field(None, description="share of a cut-out's pixels that are half transparent")
-    step: float | None = Field(None, description="pixel differences across a hole's border, divided by those just outside it")
-    edges: float | None = Field(None, description="F-measure of the result's edges against the requested ones, 0 to 1")
+    step: float | None = Field(None, description="contrast across a hole's border, divided by the contrast just outside it")
+    edges: float | None = Field(None, description="F-measure of the result's edges against the requested edges, 0 to 1")
     look: Look | None = None
     before: Look | None = Field(None, description="look of the source")
 
@@ -83,7 +77,7 @@ class Measures(Model):
 LIMITS: dict[Operation, dict[str, float]] = {
     "remove-background": {
         "least_sharpness": 0.5,
-        "most_cast": 3.0,
+        "most_cast": 3,
         "least_opaque": 0.002,
         "most_opaque": 0.98,
         "most_faint": 0.6,
@@ -91,11 +85,11 @@ LIMITS: dict[Operation, dict[str, float]] = {
     "inpaint": {"most_step": 3.0},
     "stylize": {"least_entropy": 0.5, "least_edges": 0.2},
 }
-"""Default limits, lenient enough that a flagged result is worth a look."""
+"""Default limits, lenient enough that every flagged result deserves a look."""
 
 
 class Rule(NamedTuple):
-    """The measure that a limit applies to, the flag of a result outside it, and the flag in words."""
+    """A limit's measure, its flag, and the flag in words."""
 
     measure: str
     flag: str
@@ -103,7 +97,7 @@ class Rule(NamedTuple):
 
 
 RULES: dict[str, Rule] = {
-    "least_sharpness": Rule("kept", "blurred", "less sharp than its source"),
+    "least_sharpness": Rule("kept", "blurred", "less sharp than the source"),
     "most_cast": Rule("cast", "cast", "a colour cast in neutral greys"),
     "least_entropy": Rule("entropy", "blank", "almost uniform brightness"),
     "least_edges": Rule("edges", "unlike", "edges differ from the requested ones"),
@@ -116,7 +110,7 @@ RULES: dict[str, Rule] = {
 
 
 def flagged(beyond: Mapping[str, float]) -> tuple[str, ...]:
-    """The notes for flags from `beyond`."""
+    """The notes for the flags that `beyond` returns."""
     return tuple(FLAG + name for name in beyond)
 
 
@@ -126,7 +120,7 @@ def flags_of(notes: Iterable[str]) -> tuple[str, ...]:
 
 
 def beyond(measures: Measures | None, quality: Quality, operation: Operation) -> dict[str, float]:
-    """A result's flags, each with how far it is outside the limit, as a share of the limit."""
+    """A result's flags, each with its distance from the limit as a share of the limit."""
     flags: dict[str, float] = {}
     if measures is None or quality.mode == "off":
         return flags

@@ -10,24 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from imagemill.shared.errors import (
-    AccessDenied,
-    ConfigurationError,
-    HttpError,
-    ImageError,
-    ImagemillError,
-    InvalidOption,
-    InvalidSource,
-    NotFound,
-    ServerError,
-    ServiceUnavailable,
-    StorageRefused,
-    StorageUnavailable,
-    Timeout,
-    Unreachable,
-    UnsupportedUrl,
-    sentence,
-)
+from imagemill.shared import errors
 from imagemill.shared.settings import S3Settings
 
 S3Client = Any
@@ -38,25 +21,19 @@ LONGEST_LINK = 7 * 24 * 3600
 """Seconds; the maximum of signature version 4."""
 
 MISSING = frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "NotFound", "404"})
+# S3 sends some of these codes with status 400, or in the body of a 200.
 DENIED = frozenset(
-    {
-        "AccessDenied",
-        "AllAccessDisabled",
-        "ExpiredToken",
-        "InvalidAccessKeyId",
-        "InvalidToken",
-        "SignatureDoesNotMatch",
-        "401",
-        "403",
-    }
+    {"AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
 )
-# BadDigest: the bytes were damaged in transit, so a retry helps.
-BUSY = frozenset(
-    {"SlowDown", "BadDigest", "InternalError", "ServiceUnavailable", "OperationAborted", "429", "500", "502", "503", "504"}
-)
+BUSY = frozenset({"SlowDown", "BadDigest", "InternalError", "ServiceUnavailable", "OperationAborted"})
+"""BadDigest: the bytes were damaged in transit, so a retry helps."""
 # MalformedXML: the server mistakes the rules for a different request, as Swift does.
 NO_LIFECYCLE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML"})
-SLOW = frozenset({"RequestTimeout", "408"})
+
+
+def make_signer(settings: S3Settings) -> S3Client:
+    """A client for `presign` only: its links use the public URL."""
+    return make_client(settings.model_copy(update={"endpoint_url": settings.public_url or settings.endpoint_url}))
 
 
 def make_client(settings: S3Settings) -> S3Client:
@@ -64,15 +41,6 @@ def make_client(settings: S3Settings) -> S3Client:
 
     Raises ConfigurationError for an endpoint, region or profile that boto3 can't use.
     """
-    return _client(settings, settings.endpoint_url)
-
-
-def make_signer(settings: S3Settings) -> S3Client:
-    """A client for `presign` only: its links use the URL at which browsers reach the server."""
-    return _client(settings, settings.public_url or settings.endpoint_url)
-
-
-def _client(settings: S3Settings, endpoint: str | None) -> S3Client:
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -88,12 +56,12 @@ def _client(settings: S3Settings, endpoint: str | None) -> S3Client:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         # MinIO and similar servers have no DNS name per bucket.
-        s3={"addressing_style": "path" if endpoint else "auto"},
+        s3={"addressing_style": "path" if settings.endpoint_url else "auto"},
     )
     try:
-        return boto3.Session().client("s3", endpoint_url=endpoint, region_name=settings.region, config=config)
+        return boto3.Session().client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
     except (BotoCoreError, ValueError) as error:  # ValueError: the endpoint is not a URL
-        raise ConfigurationError(f"S3 at {endpoint or 'AWS'}: {sentence(error)}") from error
+        raise errors.ConfigurationError(f"S3 at {settings.endpoint_url or 'AWS'}: {errors.sentence(error)}") from error
 
 
 def split(url: str) -> tuple[str, str]:
@@ -101,14 +69,14 @@ def split(url: str) -> tuple[str, str]:
     scheme, mark, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme.lower() != "s3" or not mark or not bucket:
-        raise UnsupportedUrl(f"{url!r} is not of the form s3://bucket/key")
+        raise errors.UnsupportedUrl(f"{url!r} is not of the form s3://bucket/key")
     return bucket, key
 
 
 def presign(signer: S3Client, url: str, seconds: int) -> str:
     """A link with which anyone can read `s3://bucket/key` for `seconds`, at most seven days."""
     if not 1 <= seconds <= LONGEST_LINK:
-        raise InvalidOption(f"a link can last 1 to {LONGEST_LINK} seconds, not {seconds}")
+        raise errors.InvalidOption(f"a link can last 1 to {LONGEST_LINK} seconds, not {seconds}")
     bucket, key = split(url)
     with storing(url):
         link: str = signer.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=seconds)
@@ -124,7 +92,7 @@ def ensure_bucket(client: S3Client, bucket: str, create: bool, region: str) -> N
     if _exists(client, bucket):
         return
     if not create:
-        raise StorageRefused(f"there is no bucket {bucket!r}; create it, or set IMAGEMILL_S3__CREATE_BUCKET=true")
+        raise errors.StorageRefused(f"there is no bucket {bucket!r}; create it, or set IMAGEMILL_S3__CREATE_BUCKET=true")
     from botocore.exceptions import ClientError
 
     # AWS rejects its oldest region as a location constraint and requires one for every other region.
@@ -145,9 +113,10 @@ def _exists(client: S3Client, bucket: str) -> bool:
         try:
             client.head_bucket(Bucket=bucket)
         except ClientError as error:
-            if error.response["Error"]["Code"] in MISSING:
+            meaning = translate(error, bucket)
+            if isinstance(meaning, errors.NotFound):
                 return False
-            if error.response["Error"]["Code"] not in DENIED:
+            if not isinstance(meaning, errors.AccessDenied):
                 raise
             # Write-only keys may not query the bucket; the first upload shows whether they may write.
     return True
@@ -163,29 +132,25 @@ def expire_after(client: S3Client, bucket: str, prefix: str, days: int) -> None:
 
     prefix = prefix.strip("/")
     if not prefix or days < 1:
-        raise InvalidOption("expiry needs a prefix in the output URL and at least one day")
+        raise errors.InvalidOption("expiry needs a prefix in the output URL and at least one day")
     rule_id = f"imagemill-{hashlib.sha256(prefix.encode()).hexdigest()[:16]}"
     rule = {"ID": rule_id, "Status": "Enabled", "Filter": {"Prefix": f"{prefix}/"}, "Expiration": {"Days": days}}
     with storing(f"the lifecycle rules of bucket {bucket!r}"):
-        kept = [other for other in _lifecycle_rules(client, bucket) if other.get("ID") != rule_id]
         try:
-            client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [*kept, rule]})
+            rules = client.get_bucket_lifecycle_configuration(Bucket=bucket).get("Rules", [])
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "NoSuchLifecycleConfiguration":
+                raise
+            rules = []
+        rules = [other for other in rules if other.get("ID") != rule_id] + [rule]
+        try:
+            client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": rules})
         except ClientError as error:
             if error.response["Error"]["Code"] not in NO_LIFECYCLE:
                 raise
-            raise StorageRefused(f"the S3 server of bucket {bucket!r} does not offer expiry; omit --expire-days") from error
-
-
-def _lifecycle_rules(client: S3Client, bucket: str) -> list[dict[str, Any]]:
-    from botocore.exceptions import ClientError
-
-    try:
-        rules: list[dict[str, Any]] = client.get_bucket_lifecycle_configuration(Bucket=bucket).get("Rules", [])
-    except ClientError as error:
-        if error.response["Error"]["Code"] == "NoSuchLifecycleConfiguration":
-            return []
-        raise
-    return rules
+            raise errors.StorageRefused(
+                f"the S3 server of bucket {bucket!r} does not offer expiry; omit --expire-days"
+            ) from error
 
 
 def list_images(client: S3Client, url: str) -> Iterator[str]:
@@ -194,25 +159,20 @@ def list_images(client: S3Client, url: str) -> Iterator[str]:
     Raises InvalidSource if the bucket can't be listed, ServiceUnavailable if the server does not respond.
     """
     bucket, prefix = split(url)
-    with _translated(url, ServiceUnavailable, InvalidSource):
+    with _translated(url, errors.ServiceUnavailable, errors.InvalidSource):
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for entry in page.get("Contents", []):
-                if _is_image(entry["Key"]):
+                if entry["Key"].lower().endswith(tuple(IMAGE_EXTENSIONS)):
                     yield f"s3://{bucket}/{entry['Key']}"
-
-
-def _is_image(key: str) -> bool:
-    name = key.rpartition("/")[2]
-    return "." in name and f".{name.rpartition('.')[2].lower()}" in IMAGE_EXTENSIONS
 
 
 def storing(what: str) -> AbstractContextManager[None]:
     """Turns botocore's errors into StorageUnavailable or StorageRefused."""
-    return _translated(what, StorageUnavailable, StorageRefused)
+    return _translated(what, errors.StorageUnavailable, errors.StorageRefused)
 
 
 @contextmanager
-def _translated(what: str, unavailable: type[ImagemillError], refused: type[ImagemillError]) -> Iterator[None]:
+def _translated(what: str, unavailable: type[errors.ImagemillError], refused: type[errors.ImagemillError]) -> Iterator[None]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
@@ -222,46 +182,42 @@ def _translated(what: str, unavailable: type[ImagemillError], refused: type[Imag
         raise (unavailable if meaning.retryable else refused)(meaning.message) from error
 
 
-def translate(error: Exception, what: str) -> ImageError:
+def translate(error: Exception, what: str) -> errors.ImageError:
     """The ImageError for a BotoCoreError or ClientError about `what`, a URL or name without secrets."""
     from botocore.exceptions import ClientError
 
-    return _from_answer(error, what) if isinstance(error, ClientError) else _from_client(error, what)
-
-
-def _from_answer(error: Any, what: str) -> ImageError:
-    """The server answered with an S3 error code or just a status."""
-    body = error.response.get("Error", {})
-    code = str(body.get("Code", ""))
+    if not isinstance(error, ClientError):
+        return _from_client(error, what)
+    code = str(error.response.get("Error", {}).get("Code", ""))
     status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if code == "NoSuchBucket":
-        return NotFound(f"{what}: there is no such bucket")
+        return errors.NotFound(f"{what}: there is no such bucket")
     if code in MISSING or status in (404, 410):
-        return NotFound(f"{what} does not exist")
+        return errors.NotFound(f"{what} does not exist")
     if code in DENIED or status in (401, 403):
-        return AccessDenied(f"{what}: the S3 server refuses access ({code or status})")
-    if code in SLOW:
-        return Timeout(f"{what}: the S3 server timed out ({code})")
+        return errors.AccessDenied(f"{what}: the S3 server refuses access ({code or status})")
+    if code == "RequestTimeout" or status == 408:
+        return errors.Timeout(f"{what}: the S3 server timed out ({code or status})")
     if code == "NotImplemented" or status == 501:
-        return HttpError(f"{what}: this S3 server does not support the request (NotImplemented)")
+        return errors.HttpError(f"{what}: this S3 server does not support the request (NotImplemented)")
     if code in BUSY or status == 429 or status >= 500:
-        return ServerError(f"{what}: the S3 server failed or is busy ({code or status})")
-    return HttpError(f"{what}: the S3 server responded {code or status}")
+        return errors.ServerError(f"{what}: the S3 server failed or is busy ({code or status})")
+    return errors.HttpError(f"{what}: the S3 server responded {code or status}")
 
 
-def _from_client(error: Exception, what: str) -> ImageError:
+def _from_client(error: Exception, what: str) -> errors.ImageError:
     """No answer, or no request was sent. Botocore's own messages contain hosts and paths, but no keys or signatures."""
     from botocore import exceptions as boto
 
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):
-        return Timeout(f"{what}: the S3 server did not respond in time")
+        return errors.Timeout(f"{what}: the S3 server did not respond in time")
     network = boto.ConnectionError | boto.HTTPClientError
     if isinstance(error, network | boto.IncompleteReadError | boto.ChecksumError | boto.FlexibleChecksumError):
-        return Unreachable(f"{what}: no connection to the S3 server, or it was lost ({type(error).__name__})")
+        return errors.Unreachable(f"{what}: no connection to the S3 server, or it was lost ({type(error).__name__})")
     keys = boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError | boto.ProfileNotFound
     tokens = boto.NoAuthTokenError | boto.TokenRetrievalError | boto.SSOError | boto.LoginError | boto.MetadataRetrievalError
     if isinstance(error, keys | tokens):
-        return AccessDenied(f"{what}: no usable S3 keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        return errors.AccessDenied(f"{what}: no usable S3 keys; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     if isinstance(error, boto.ParamValidationError):
-        return UnsupportedUrl(f"{what} is not a name that S3 accepts")
-    return HttpError(f"{what}: {sentence(error)}")
+        return errors.UnsupportedUrl(f"{what} is not a name that S3 accepts")
+    return errors.HttpError(f"{what}: {errors.sentence(error)}")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network
 from itertools import takewhile
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imagemill.shared.errors import ConfigurationError
-from imagemill.shared.options.base import OPERATIONS, Operation
+from imagemill.shared.options.base import OPERATIONS, Operation, validation_sentence
 
 PREFIX = "IMAGEMILL_"
 BETWEEN = "__"
@@ -52,9 +53,7 @@ class S3Settings(Group):
     """The S3 server. Keys come from the AWS environment variables and files that boto3 reads."""
 
     endpoint_url: str | None = Field(None, description="URL of MinIO or another S3 server; empty: AWS")
-    public_url: str | None = Field(
-        None, description="URL at which browsers reach the S3 server, for presigned links; empty: the endpoint URL"
-    )
+    public_url: str | None = Field(None, description="URL of the S3 server in presigned links; empty: the endpoint URL")
     region: str = Field("us-east-1", description="region of the buckets")
     create_bucket: bool = Field(False, description="create the output bucket if it does not exist")
     connections: int = Field(32, ge=1, description="connections per process")
@@ -67,30 +66,27 @@ class FetchSettings(Group):
     total_timeout: float = Field(60.0, gt=0, description="seconds for one download, including redirects")
     max_bytes: int = Field(64 * 2**20, gt=0, description="largest image file, in bytes")
     max_redirects: int = Field(5, ge=0, description="most redirects to follow")
-    allow_hosts: Annotated[tuple[str, ...], LIST] = Field(
-        (), description="hosts to allow although their addresses are private; JSON list"
-    )
+    allow_hosts: Annotated[tuple[str, ...], LIST] = Field((), description="hosts allowed to have private addresses; JSON list")
     allow_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], LIST] = Field(
         (), description="private networks to allow; JSON list"
     )
-    threads: int = Field(16, ge=1, le=256, description="images downloaded and prepared in parallel, per child process")
+    threads: int = Field(16, ge=1, le=256, description="parallel downloads (with decoding and preparation) per child process")
 
 
 class FileSettings(Group):
     """Folders that file:// URLs may point to; none by default."""
 
-    read_roots: Annotated[tuple[Path, ...], LIST] = Field((), description="folders from which images may be read; JSON list")
-    write_roots: Annotated[tuple[Path, ...], LIST] = Field((), description="folders to which results may be written; JSON list")
+    read_roots: Annotated[tuple[Path, ...], LIST] = Field((), description="folders that images may be read from; JSON list")
+    write_roots: Annotated[tuple[Path, ...], LIST] = Field((), description="folders that results may be written to; JSON list")
 
 
 class WeightsSettings(Group):
     """Model files."""
 
     folder: Path = Field(
-        Path("~/.cache/imagemill/weights"),
-        description="folder to which `imagemill models pull` downloads models, and from which nodes load them",
+        Path("~/.cache/imagemill/weights"), description="folder of the models that `imagemill models pull` downloads"
     )
-    mirror: str | None = Field(None, description="URL of a mirror that serves the model files under their original paths")
+    mirror: str | None = Field(None, description="URL of a mirror with the model files under their original paths")
 
 
 class OnnxSettings(Group):
@@ -108,17 +104,16 @@ class TorchSettings(Group):
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="precision of torch models on a GPU; auto: fp16, or bf16 for lama where the GPU supports it; "
-        "always fp32 on a CPU",
+        description="precision of torch models on a GPU; auto: fp16, but bf16 for lama if supported; CPUs always use fp32",
     )
-    compile: bool = Field(False, description="compile models for each input shape, which takes about a minute per shape")
+    compile: bool = Field(False, description="compile models; takes about a minute per input shape")
 
 
 class DiffusionSettings(Group):
     """Stable Diffusion."""
 
     warm_up: Annotated[tuple[WarmSize, ...], LIST] = Field(
-        ("512x512",), description="sizes, as WIDTHxHEIGHT, for which models are compiled when the node starts; JSON list"
+        ("512x512",), description="sizes (WIDTHxHEIGHT) for which models are compiled when a node starts; JSON list"
     )
     loras: int = Field(8, ge=1, le=64, description="LoRAs kept in memory; the least recently used is dropped first")
     safety_checker: bool = Field(False, description="reject results that the model's safety checker classifies as unsafe")
@@ -128,30 +123,22 @@ class WorkerSettings(Group):
     """One worker node."""
 
     gpu: int | None = Field(None, ge=0, description="index of the node's GPU; empty: CPU")
-    operations: Annotated[tuple[Operation, ...], LIST] = Field(
-        OPERATIONS, description="operations that the node offers; JSON list"
-    )
-    engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines that the node loads; JSON list")
-    max_pixels: int = Field(
-        64_000_000, gt=0, description="largest image, in pixels; larger ones are rejected before they are decoded"
-    )
-    look_ahead: int = Field(128_000_000, gt=0, description="most decoded pixels in memory, per child process")
-    batch_wait: float = Field(0.05, ge=0, le=60, description="seconds that a batch waits for more images on a GPU")
+    operations: Annotated[tuple[Operation, ...], LIST] = Field(OPERATIONS, description="operations to offer; JSON list")
+    engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines to load; JSON list")
+    max_pixels: int = Field(64_000_000, gt=0, description="most pixels in an image; larger ones are rejected undecoded")
+    look_ahead: int = Field(128_000_000, gt=0, description="most decoded pixels in memory per child process")
+    batch_wait: float = Field(0.05, ge=0, le=60, description="seconds that a batch on a GPU waits for more images")
     store_threads: int = Field(
-        4, ge=1, le=64, description="images postprocessed, encoded and uploaded in parallel, per child process"
+        4, ge=1, le=64, description="parallel uploads (with postprocessing and encoding) per child process"
     )
-    reuse: bool = Field(True, description="remember results, and copy them when the same image is requested again")
-    lease_seconds: float = Field(
-        20.0, ge=2, description="seconds without a heartbeat after which another worker gets the chunk"
-    )
-    missing_seconds: float = Field(
-        30.0, gt=0, description="seconds before a chunk that is missing from its queue is republished"
-    )
-    time_limit: float = Field(1800.0, gt=0, description="most seconds for one chunk; its process is killed after that")
+    reuse: bool = Field(True, description="remember results and copy them when the same image is requested again")
+    lease_seconds: float = Field(20.0, ge=2, description="seconds without a heartbeat before another worker gets the chunk")
+    missing_seconds: float = Field(30.0, gt=0, description="seconds before a chunk missing from its queue is republished")
+    time_limit: float = Field(1800.0, gt=0, description="most seconds per chunk; a minute later its process is killed")
     soft_shutdown: float = Field(
-        60.0, ge=0, description="seconds that a node gives its current images on SIGQUIT; on SIGTERM it always finishes them"
+        60.0, ge=0, description="seconds to finish current images after SIGQUIT (after SIGTERM they are always finished)"
     )
-    load_timeout: float = Field(600.0, gt=0, description="most seconds for loading the engines")
+    load_timeout: float = Field(600.0, gt=0, description="most seconds to load the engines")
 
 
 class Settings(BaseSettings):
@@ -168,12 +155,10 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    redis_url: SecretStr = Field(
-        SecretStr("redis://127.0.0.1:6379/0"), description="URL of the Redis that holds the queues and the ledger"
-    )
+    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="URL of Redis (queues and ledger)")
     expire_days: float = Field(7.0, gt=0, description="days after which Redis forgets a job")
     log_json: bool = Field(False, description="write logs as JSON lines")
-    presets: Path | None = Field(None, description="file with your own presets, in addition to those that ship")
+    presets: Path | None = Field(None, description="file with your own presets, which add to or override those that ship")
     s3: S3Settings = S3Settings()
     fetch: FetchSettings = FetchSettings()
     files: FileSettings = FileSettings()
@@ -196,7 +181,7 @@ def load_settings(**overrides: object) -> Settings:
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:
-        raise ConfigurationError(_complaints(error)) from error
+        raise ConfigurationError(validation_sentence(error, _variable, secret=f"{PREFIX}REDIS_URL")) from error
 
 
 def _is_redis(url: str) -> bool:
@@ -210,15 +195,7 @@ def _is_redis(url: str) -> bool:
     return parts.scheme in ("redis", "rediss") and (not database or database.isdecimal())
 
 
-def _complaints(error: ValidationError) -> str:
-    """All errors in one line, each with its variable."""
-    complaints: dict[str, str] = {}
-    for fault in error.errors(include_url=False, include_context=False):
-        # The names in `loc` may be followed by a list index or a member of a union.
-        names = takewhile(lambda part: isinstance(part, str) and part.isidentifier(), fault["loc"])
-        variable = PREFIX + BETWEEN.join(map(str, names)).upper()
-        reason = fault["msg"].removeprefix("Value error, ")
-        value = fault["input"]
-        shown = isinstance(value, str | int | float) and len(str(value)) <= 80 and variable != f"{PREFIX}REDIS_URL"
-        complaints.setdefault(variable, f"{variable}: {reason[:1].lower()}{reason[1:]}{f', not {value!r}' if shown else ''}")
-    return "; ".join(complaints.values())
+def _variable(location: Iterable[int | str]) -> str:
+    """The variable of a wrong value, whose location may end with a list index or a member of a union."""
+    names = takewhile(lambda part: isinstance(part, str) and part.isidentifier(), location)
+    return PREFIX + BETWEEN.join(map(str, names)).upper()

@@ -19,9 +19,8 @@ from imagemill.shared.queues import node_queue, worker_queues
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
 from imagemill.worker.node import logs
-from imagemill.worker.node.children import Children
 from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
-from imagemill.worker.node.parent import Housekeeping, Loaded, Parent
+from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent
 from imagemill.worker.node.tasks import not_loaded, register
 
 log = logging.getLogger(__name__)

@@ -32,8 +32,8 @@ def through_the_line(
         spec,
         settings,
         operation=operation,
-        fetcher=_Fetcher(files),  # type: ignore[arg-type]
-        store=_Store(),
+        fetcher=_Fetcher(files),
+        store=_Store(),  # type: ignore[arg-type]
         stop=Event(),
     )
     line = Line(context, ledger=ledger, settings=settings, node="bench", sizes=sizes)  # type: ignore[arg-type]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
-from imagemill.shared.connection import reachable
 from imagemill.shared.ledger.reading import ReadLedger
 from imagemill.shared.ledger.scripts import key, unpack
 from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, compact
-from imagemill.shared.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -29,17 +27,6 @@ class WorkLedger(ReadLedger):
 
     scripts = ("acquire", "renew", "record", "complete", "release", "reap")
 
-    def __init__(self, url: str, *, lease_seconds: float = 20.0, expire_days: float = 7.0) -> None:
-        super().__init__(url, expire_days=expire_days)
-        self._lease_ms = int(lease_seconds * 1000)
-
-    @classmethod
-    def of(cls, settings: Settings) -> Self:
-        """The ledger at the settings' Redis, with their lease time."""
-        url = settings.redis_url.get_secret_value()
-        return cls(url, lease_seconds=settings.worker.lease_seconds, expire_days=settings.expire_days)
-
-    @reachable()
     def acquire(self, job: str, number: int, *, task: str, token: str) -> Lease | Literal["gone", "held"]:
         """Lease a chunk for the Celery task with ID `task`; `token` identifies this delivery and starts with `{task}/`.
 
@@ -50,7 +37,6 @@ class WorkLedger(ReadLedger):
             return "gone" if answer[0] == b"gone" else "held"
         return Lease(job, number, token, int(answer[1]), unpack(answer[2]) if answer[2] else [])
 
-    @reachable()
     def renew(self, lease: Lease) -> Literal["ok", "lost", "cancelled"]:
         """Extend a lease. 'lost' if another worker has the chunk; 'cancelled' if the job was cancelled."""
         answer: Literal["ok", "lost", "cancelled"] = self._script(
@@ -58,20 +44,16 @@ class WorkLedger(ReadLedger):
         ).decode()
         return answer
 
-    @reachable()
     def recorded(self, job: str, indexes: Sequence[int]) -> set[int]:
         """Those of `indexes` that already have a result."""
-        if not indexes:
-            return set()
-        results = self._redis.hmget(key(job, "results"), [str(index) for index in indexes])
-        return {index for index, result in zip(indexes, results, strict=True) if result is not None}
+        return {
+            index for index, result in zip(indexes, self._fields(job, "results", indexes), strict=True) if result is not None
+        }
 
-    @reachable()
     def record(self, job: str, result: ItemResult) -> bool:
         """Record a result; False, and no change, if the image already has one."""
         return bool(self._script("record", job, result.index, result.state, compact(result)))
 
-    @reachable()
     def complete(self, lease: Lease, *, manifest: str | None = None) -> Literal["ok", "lost", "finishing"]:
         """End the lease of a finished chunk; 'finishing' if it was the job's last and the manifest is due.
 
@@ -82,12 +64,10 @@ class WorkLedger(ReadLedger):
         ).decode()
         return answer
 
-    @reachable()
     def release(self, lease: Lease) -> bool:
         """Give back an unfinished chunk without counting it as lost; the caller publishes it again."""
         return bool(self._script("release", lease.job, lease.number, lease.token))
 
-    @reachable()
     def count_attempt(self, job: str, index: int) -> int:
         """Count an attempt to process an image alone, before it starts; returns the count."""
         with self._redis.pipeline() as pipe:
@@ -95,18 +75,14 @@ class WorkLedger(ReadLedger):
             pipe.expire(key(job, "attempts"), self._ttl)
             return int(pipe.execute()[0])
 
-    @reachable()
     def forget_attempt(self, job: str, index: int) -> None:
         """Uncount an attempt whose worker was asked to stop before the image could do harm."""
         self._redis.hincrby(key(job, "attempts"), str(index), -1)
 
-    @reachable()
     def attempts(self, job: str, indexes: Sequence[int]) -> dict[int, int]:
         """How often each image was tried alone."""
-        counts = self._redis.hmget(key(job, "attempts"), [str(index) for index in indexes]) if indexes else []
-        return {index: int(count or 0) for index, count in zip(indexes, counts, strict=True)}
+        return {index: int(count or 0) for index, count in zip(indexes, self._fields(job, "attempts", indexes), strict=True)}
 
-    @reachable()
     def reap(self, node: str, *, patience: float = 30.0, every: float = 5.0) -> list[Chunk]:
         """Overdue chunks, which must be published again; none while another node is the reaper.
 
@@ -120,7 +96,6 @@ class WorkLedger(ReadLedger):
             chunks.append(self.chunk(job, int(number)))
         return chunks
 
-    @reachable()
     def chunk(self, job: str, number: int) -> Chunk:
         """The message for a chunk."""
         raw = self._redis.hget(key(job, "chunks"), str(number)) if number != MANIFEST else None

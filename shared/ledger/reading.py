@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from imagemill.shared.connection import longest_wait, now_ms, reachable
 from imagemill.shared.errors import JobNotFound
 from imagemill.shared.ledger.scripts import Scripts, key, unpack
-from imagemill.shared.messages import ENDED, Item, ItemResult, Job, JobState, JobStatus, Row, row
+from imagemill.shared.messages import ENDED, Item, ItemResult, Job, JobStatus, Row, row
 
 
 class ReadLedger(Scripts):
     """Reads jobs."""
 
-    @reachable()
     def spec(self, job: str) -> Job:
         """The job's spec as submitted."""
         raw = self._redis.hget(key(job), "spec")
@@ -21,7 +20,6 @@ class ReadLedger(Scripts):
             raise _not_found(job)
         return Job.model_validate_json(raw)
 
-    @reachable()
     def status(self, job: str) -> JobStatus:
         """The job's state and counts."""
         with self._redis.pipeline(transaction=False) as pipe:
@@ -34,13 +32,12 @@ class ReadLedger(Scripts):
         spec = Job.model_validate_json(fields["spec"])
         created = int(fields["created"]) / 1000
         ended = int(fields["ended"]) / 1000 if "ended" in fields else None
-        state: JobState = fields["state"].decode()
         return JobStatus(
             job=job,
             operation=spec.operation,
             engine=spec.engine,
             lane=spec.lane,
-            state=state,
+            state=fields["state"].decode(),
             total=int(fields.get("total", 0)),
             done=int(fields.get("done", 0)),
             failed=int(fields.get("failed", 0)),
@@ -53,7 +50,6 @@ class ReadLedger(Scripts):
             seconds=round((ended or seconds + micros / 1e6) - created, 3),
         )
 
-    @reachable()
     def jobs(self, most: int = 50) -> list[JobStatus]:
         """The latest `most` jobs, newest first."""
         self._redis.zremrangebyscore("imagemill:jobs", "-inf", now_ms(self._redis) - self._ttl * 1000)
@@ -75,7 +71,6 @@ class ReadLedger(Scripts):
             for item, result in zip(items, results, strict=True):
                 yield row(item, result, ended=ended)
 
-    @reachable()
     def follow(self, job: str, *, since: str = "0", wait: float = 1.0) -> tuple[str, list[ItemResult]]:
         """The job's results after stream position `since`; waits up to `wait` seconds, at most 5, for the first.
 
@@ -91,10 +86,11 @@ class ReadLedger(Scripts):
         return entries[-1][0].decode(), results
 
     def _results(self, job: str, indexes: Sequence[int]) -> list[ItemResult | None]:
-        if not indexes:
-            return []
-        raw = self._redis.hmget(key(job, "results"), [str(index) for index in indexes])
+        raw = self._fields(job, "results", indexes)
         return [ItemResult.model_validate_json(value) if value is not None else None for value in raw]
+
+    def _fields(self, job: str, part: str, indexes: Sequence[int]) -> list[bytes | None]:
+        return self._redis.hmget(key(job, part), list(map(str, indexes))) if indexes else []
 
     def _chunks(self, job: str) -> Iterator[tuple[int, list[Item]]]:
         with reachable():

@@ -8,23 +8,21 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any, ClassVar, Self
 
-from imagemill.shared.connection import connect
+from imagemill.shared.connection import Connected
 from imagemill.shared.messages import Item, compact
 from imagemill.shared.settings import Settings
 
 
-class Scripts:
-    """A connection to the ledger with its Lua scripts. Thread-safe; create one per process, after the fork.
-
-    Every public method of its subclasses raises BrokerUnavailable when Redis is unreachable or refuses a command.
-    """
+class Scripts(Connected):
+    """A connection to the ledger with its Lua scripts."""
 
     scripts: ClassVar[tuple[str, ...]] = ()
     """Names of the files in `lua/` that a subclass runs."""
 
-    def __init__(self, url: str, *, expire_days: float = 7.0) -> None:
-        self._redis = connect(url)
+    def __init__(self, url: str, *, expire_days: float = 7.0, lease_seconds: float = 20.0) -> None:
+        super().__init__(url)
         self._ttl = int(expire_days * 86_400)
+        self._lease_ms = int(lease_seconds * 1000)
         folder = files("imagemill.shared.ledger") / "lua"
         common = (folder / "common.lua").read_text()
         self._lua = {name: self._redis.register_script(common + (folder / f"{name}.lua").read_text()) for name in self.scripts}
@@ -32,11 +30,8 @@ class Scripts:
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """The ledger at the settings' Redis."""
-        return cls(settings.redis_url.get_secret_value(), expire_days=settings.expire_days)
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._redis.close()
+        url, lease_seconds = settings.redis_url.get_secret_value(), settings.worker.lease_seconds
+        return cls(url, expire_days=settings.expire_days, lease_seconds=lease_seconds)
 
     def _script(self, name: str, *args: Any) -> Any:
         return self._lua[name](args=args)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
-from imagemill.shared.connection import now_ms, reachable
+from imagemill.shared.connection import now_ms
 from imagemill.shared.errors import JobNotFound
 from imagemill.shared.ledger.reading import ReadLedger
 from imagemill.shared.ledger.scripts import key, pack
@@ -21,7 +21,6 @@ class SubmitLedger(ReadLedger):
 
     scripts = ("seal", "cancel", "retry")
 
-    @reachable()
     def open_job(self, job: str, spec: Job) -> None:
         """Start a job. Workers see none of it until `seal`."""
         fields = {
@@ -31,48 +30,32 @@ class SubmitLedger(ReadLedger):
             "manifest_queue": manifest_queue(spec.operation, spec.lane),
             "created": now_ms(self._redis),
         }
-        with self._redis.pipeline() as pipe:
-            pipe.hset(key(job), mapping=fields)
-            pipe.expire(key(job), SUBMITTING_SECONDS)
-            pipe.execute()
+        self._write(key(job), fields)
 
-    @reachable()
     def add_chunks(self, job: str, chunks: Iterable[tuple[int, Sequence[Item]]]) -> None:
         """Write chunks, given as (number, items), in one round trip."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for number, items in chunks:
-                pipe.hset(key(job, "chunks"), str(number), pack(items))
-            pipe.expire(key(job, "chunks"), SUBMITTING_SECONDS)
-            pipe.execute()
+        self._write(key(job, "chunks"), {number: pack(items) for number, items in chunks})
 
-    @reachable()
     def seal(self, job: str, *, chunks: int, total: int, duplicates: dict[int, int]) -> None:
         """Mark the job as complete; from now on its chunks count as published.
 
         `total` counts rows, duplicates included; `duplicates` maps an item's index to how many
         later rows share its result.
         """
-        if duplicates:
-            with self._redis.pipeline() as pipe:
-                pipe.hset(key(job, "duplicates"), mapping=duplicates)
-                pipe.expire(key(job, "duplicates"), SUBMITTING_SECONDS)
-                pipe.execute()
+        self._write(key(job, "duplicates"), duplicates)
         if not self._script("seal", job, chunks, total, sum(duplicates.values()), self._ttl):
             raise JobNotFound(f"job {job} took longer than {SUBMITTING_SECONDS} s to submit and was forgotten; submit it again")
 
-    @reachable()
     def discard(self, job: str) -> None:
         """Delete a job that was never sealed."""
         self._redis.delete(key(job), key(job, "chunks"), key(job, "duplicates"))
 
-    @reachable()
     def cancel(self, job: str) -> Literal["over", "stopping", "stopped"]:
         """Stop what has not started. 'over' if there is nothing to stop; after 'stopped' the manifest is due."""
         self.spec(job)
         answer: Literal["over", "stopping", "stopped"] = ("over", "stopping", "stopped")[self._script("cancel", job)]
         return answer
 
-    @reachable()
     def retry(self, job: str) -> list[Chunk]:
         """Forget the failures of an ended job. Returns the chunks to publish, each with the number of images to redo."""
         if not self.status(job).over:
@@ -86,3 +69,11 @@ class SubmitLedger(ReadLedger):
                 self._script("retry", job, number, *failed)
                 chunks.append(Chunk(job=job, number=number, images=len(failed)))
         return chunks
+
+    def _write(self, name: str, fields: Mapping[Any, Any]) -> None:
+        """Write fields that Redis forgets unless the job is sealed."""
+        if fields:
+            with self._redis.pipeline() as pipe:
+                pipe.hset(name, mapping=fields)
+                pipe.expire(name, SUBMITTING_SECONDS)
+                pipe.execute()

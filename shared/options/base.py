@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -17,7 +17,6 @@ OPERATIONS: tuple[Operation, ...] = ("remove-background", "inpaint", "stylize")
 
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 LongEdge = Annotated[int, Field(ge=16, le=65_535)]
-
 
 ADDRESSES = ("mask", "reference", "background_image")
 """Options whose value is the URL of an image."""
@@ -38,8 +37,8 @@ class EngineOptions(Model):
 class Box(Model):
     """A rectangle to fill, given by its top left corner and size, in pixels or fractions of the image.
 
-    Given as text `x,y,width,height` or as a JSON list of four numbers. If all are at most 1 and at least one has a
-    decimal point, they are fractions, otherwise pixels.
+    Written as text `x,y,width,height` or as a JSON list of four numbers. If all four are at most 1 and at least one has a
+    decimal point, they are fractions; otherwise they are pixels.
     """
 
     x: float = Field(ge=0)
@@ -100,15 +99,25 @@ def nearest(word: str, valid: list[str]) -> str:
     return f"{hint} (valid: {', '.join(sorted(valid))})"
 
 
-def validation_sentence(error: ValidationError) -> str:
-    """All of pydantic's errors in one line: `name: reason, not 'value'`."""
-    complaints = []
+def _dotted(location: Iterable[int | str]) -> str:
+    return ".".join(map(str, location))
+
+
+def validation_sentence(
+    error: ValidationError, name: Callable[[tuple[int | str, ...]], str] = _dotted, *, secret: str | None = None
+) -> str:
+    """All of pydantic's errors in one line, one per name: `name: reason, not 'value'`.
+
+    `name` turns the location of a value into its name. The value named `secret` is left out.
+    """
+    complaints: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_context=False):
-        name = ".".join(str(part) for part in fault["loc"])
+        subject = name(fault["loc"])
         reason = fault["msg"].removeprefix("Value error, ")
-        given = fault.get("input")
-        given = shown(given) if isinstance(given, str) else given  # a URL may contain a signature
-        value = f", not {given!r}" if isinstance(given, str | int | float) and len(str(given)) <= 80 else ""
-        value = "" if reason.endswith(value) else value  # some reasons already contain it
-        complaints.append(f"{name + ': ' if name else ''}{reason[:1].lower()}{reason[1:]}{value}")
-    return "; ".join(complaints)
+        value = fault.get("input")
+        value = shown(value) if isinstance(value, str) else value  # a URL may contain a signature
+        short = subject != secret and isinstance(value, str | int | float) and len(str(value)) <= 80
+        suffix = f", not {value!r}" if short else ""
+        reason = reason.removesuffix(suffix) + suffix  # some reasons already contain it
+        complaints.setdefault(subject, f"{subject + ': ' if subject else ''}{reason[:1].lower()}{reason[1:]}")
+    return "; ".join(complaints.values())

@@ -17,11 +17,9 @@ class OpencvRemoveBackground(EngineOptions):
     """GrabCut, initialised with a colour model of the image's border and a prior for its centre."""
 
     engine: Literal["opencv"] = "opencv"
-    long_edge: LongEdge | None = Field(
-        1600, description="longest edge of the cut-out in pixels; 'none' keeps the source's size"
-    )
-    feather: float = Field(1.5, ge=0, le=20, description="softness of the edge in pixels of the result")
-    background: Colour | None = Field(None, description="background colour, as #rrggbb; 'none': transparent")
+    long_edge: LongEdge | None = Field(1600, description="longest edge of the cut-out in pixels; 'none': source size")
+    feather: float = Field(1.5, ge=0, le=20, description="softness of the edge, in pixels of the result")
+    background: Colour | None = Field(None, description="background colour as #rrggbb; 'none': transparent")
 
 
 RembgModel = Literal[
@@ -42,39 +40,31 @@ class RembgRemoveBackground(EngineOptions):
 
     engine: Literal["rembg"] = "rembg"
     model: RembgModel = Field("u2net", description="model that finds the subject")
-    exact: bool = Field(False, description="use rembg's own scaling and compositing for identical pixels; slower")
+    exact: bool = Field(False, description="get exactly rembg's pixels by using its own scaling and compositing; slower")
     long_edge: Annotated[LongEdge | None, BeforeValidator(_original)] = Field(
-        1600, description="longest edge of the cut-out in pixels; 'original' keeps the source's size"
+        1600, description="longest edge of the cut-out in pixels; 'original': source size"
     )
-    alpha_matting: bool = Field(
-        False, description="compute the edge's transparency with closed-form matting, for hair and fur; slow"
-    )
-    background: Colour | None = Field(None, description="background colour, as #rrggbb; 'none': transparent")
-    background_image: str | None = Field(None, description="URL of a background image, scaled to cover")
-    crop: bool = Field(False, description="crop to the subject, and its shadow if kept")
+    alpha_matting: bool = Field(False, description="refine edges such as hair and fur by closed-form matting; slow")
+    background: Colour | None = Field(None, description="background colour as #rrggbb; 'none': transparent")
+    background_image: str | None = Field(None, description="URL of a background image, which is scaled to cover")
+    crop: bool = Field(False, description="crop to the subject and, if kept, its shadow")
     margin: float = Field(
         0.05,
         ge=0,
         le=0.5,
-        description="margin around the cropped subject, as a share of its longer side (with 0.06 it fills 89 %)",
+        description="margin around the cropped subject, as a share of its longer side (at 0.06 the subject fills 89 %)",
     )
     canvas: int | None = Field(
-        None,
-        ge=16,
-        le=8_000,
-        description="side in pixels of a square to which the cropped subject with its margin is scaled",
+        None, ge=16, le=8_000, description="scale the cropped subject with its margin to a square of this many pixels a side"
     )
-    shadow: bool = Field(
-        False, description="keep the subject's shadow on the ground, if the backdrop is plain enough to detect it"
-    )
+    shadow: bool = Field(False, description="keep the subject's shadow if the backdrop is plain enough to detect it")
     mask_only: bool = Field(
         False,
-        description="output the greyscale mask (white is the subject) instead of the cut-out; "
-        "a JPEG's mask is a JPEG unless --format is png",
+        description="output the mask (the subject in white) instead of the cut-out; a JPEG's is a JPEG unless --format is png",
     )
 
     @model_validator(mode="after")
-    def _that_go_together(self) -> RembgRemoveBackground:
+    def _check_combination(self) -> RembgRemoveBackground:
         if self.background is not None and self.background_image is not None:
             raise ValueError("background and background_image exclude each other")
         if self.canvas is not None and not self.crop:

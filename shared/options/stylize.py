@@ -15,16 +15,14 @@ class OpencvStylize(EngineOptions):
     """OpenCV's non-photorealistic filters and Reinhard's colour transfer."""
 
     engine: Literal["opencv"] = "opencv"
-    style: Literal["stylization", "pencil-sketch", "detail", "colour-transfer"] = Field(
-        "stylization", description="filter to apply"
-    )
+    style: Literal["stylization", "pencil-sketch", "detail", "colour-transfer"] = Field("stylization", description="filter")
     colour: bool = Field(False, description="draw pencil sketches in colour")
-    reference: str | None = Field(None, description="URL of the image whose colours are transferred (colour-transfer)")
+    reference: str | None = Field(None, description="URL of the image that colour-transfer takes its colours from")
     strength: float = Field(1.0, ge=0, le=1, description="share of the filtered image in the result")
-    long_edge: LongEdge | None = Field(None, description="longest edge of the result in pixels; 'none' keeps the source's size")
+    long_edge: LongEdge | None = Field(None, description="longest edge of the result in pixels; 'none': source size")
 
     @model_validator(mode="after")
-    def _reference_where_needed(self) -> OpencvStylize:
+    def _check_reference(self) -> OpencvStylize:
         if (self.style == "colour-transfer") != (self.reference is not None):
             raise ValueError("style=colour-transfer and reference=URL go together")
         return self
@@ -34,7 +32,7 @@ DiffusionModel = Literal["sd15-canny"]
 """A base model and its ControlNet: Stable Diffusion 1.5 with control_v11p_sd15_canny."""
 
 MOST_TIMESTEPS = 1000
-"""Timesteps that Stable Diffusion was trained with; the LCM LoRA's schedule has 50."""
+"""Stable Diffusion was trained with this many; the LCM LoRA's schedule has 50."""
 MOST_LCM_TIMESTEPS = 50
 
 
@@ -66,47 +64,43 @@ class DiffusionStylize(EngineOptions):
 
     engine: Literal["diffusion"] = "diffusion"
     model: DiffusionModel = Field("sd15-canny", description="base model and ControlNet")
-    prompt: str = Field(
-        "", max_length=2000, description="what the images should look like; only the first 75 CLIP tokens are used"
-    )
-    negative_prompt: str = Field("", max_length=2000, description="what they should not look like; ignored if cfg is 1")
+    prompt: str = Field("", max_length=2000, description="describes the result; only the first 75 CLIP tokens are used")
+    negative_prompt: str = Field("", max_length=2000, description="describes what to avoid; ignored if cfg is 1")
     mode: Literal["image-to-image", "text-to-image"] = Field(
-        "image-to-image", description="start from the source with added noise, or from noise and the source's edges only"
+        "image-to-image", description="start from the source with added noise, or only from noise and the source's edges"
     )
     strength: float = Field(
         0.5,
         ge=0.05,
         le=1,
-        description="share of noise that image-to-image starts with; higher values preserve less of the source",
+        description="share of noise that image-to-image starts with; more noise preserves less of the source",
     )
-    steps: int = Field(25, ge=1, le=150, description="denoising steps to run, independent of strength")
-    cfg: float = Field(7.5, ge=1, le=30, description="how closely to follow the prompt; 1 takes half the time")
-    scheduler: Literal["unipc", "ddim", "euler", "lcm"] = Field(
-        "unipc", description="noise schedule; lcm needs a LoRA made for it"
-    )
+    steps: int = Field(25, ge=1, le=150, description="denoising steps, independent of strength")
+    cfg: float = Field(7.5, ge=1, le=30, description="how closely to follow the prompt; at 1 a step takes half the time")
+    scheduler: Literal["unipc", "ddim", "euler", "lcm"] = Field("unipc", description="noise schedule; lcm needs an LCM LoRA")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of the noise")
     seed_policy: Literal["fixed", "per-item", "url"] = Field(
         "fixed",
         description="fixed: the same noise for all images; per-item: by position in the list; url: by URL without its query",
     )
     control_scale: float = Field(0.8, ge=0, le=2, description="weight of the source's edges")
-    canny_low: int = Field(100, ge=0, le=1000, description="an edge continues where the gradient is above this")
-    canny_high: int = Field(200, ge=0, le=1000, description="an edge starts where the gradient is above this")
-    loras: Loras = Field((), description="adapters and their weights, name:0.8;other")
+    canny_low: int = Field(100, ge=0, le=1000, description="edges continue while the gradient is above this")
+    canny_high: int = Field(200, ge=0, le=1000, description="edges start where the gradient is above this")
+    loras: Loras = Field((), description="LoRAs and their weights, as name:0.8;other")
     size: int = Field(
-        512, ge=64, le=2048, multiple_of=8, description="side in pixels of a square with the area that the model works on"
+        512, ge=64, le=2048, multiple_of=8, description="area that the model works on, as the side of a square in pixels"
     )
     crop: str | None = Field(
         None,
         pattern=r"^[1-9]\d{0,3}x[1-9]\d{0,3}$",
-        description="crop to this aspect ratio around the centre first, such as 1x1 or 4x3",
+        description="first crop the centre to this aspect ratio, such as 1x1 or 4x3",
     )
-    long_edge: LongEdge | None = Field(None, description="longest edge of the result in pixels; 'none' keeps the source's size")
-    reference: str | None = Field(None, description="URL of an image whose colours are transferred to all results")
+    long_edge: LongEdge | None = Field(None, description="longest edge of the result in pixels; 'none': source size")
+    reference: str | None = Field(None, description="URL of an image whose colours are transferred to every result")
     deterministic: bool = Field(False, description="process one image at a time with deterministic algorithms; slower on a GPU")
 
     @model_validator(mode="after")
-    def _that_go_together(self) -> DiffusionStylize:
+    def _check_combination(self) -> DiffusionStylize:
         if self.canny_low > self.canny_high:
             raise ValueError("canny_low may not be above canny_high")
         names = [lora.name for lora in self.loras]

@@ -128,7 +128,6 @@ class Jobs:
         )
         line = Line(context, ledger=self.ledger, settings=self.settings, node="here")
         line.run(items)
-        fetcher.close()
         _, (result,) = self.ledger.follow(job)
         assert (line.records.done, line.records.failed) == ((1, 0) if result.state == "done" else (0, 1))
         assert line.records.reused == ("cached" in result.notes)

@@ -145,8 +145,7 @@ def without_cast(pixels: Pixels, pair: Pair) -> Pixels:
     return result
 
 
-Repair = Callable[[Pixels, Pair], Pixels]
-REPAIRS: dict[str, tuple[str, Repair]] = {
+REPAIRS: dict[str, tuple[str, Callable[[Pixels, Pair], Pixels]]] = {
     "cast": (REPAIRED_CAST, without_cast),
     "blurred": (REPAIRED_SHARPNESS, sharpened),
 }

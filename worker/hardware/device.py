@@ -14,9 +14,7 @@ from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import DiffusionSettings, Settings
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-MMAP_THRESHOLD = 32 << 20
-"""Freed blocks of up to this many bytes are kept for reuse until `give_back`; 32 MiB is glibc's maximum."""
-_mallopt, _malloc_trim = (getattr(ctypes.CDLL(None), name, None) for name in ("mallopt", "malloc_trim"))  # glibc only
+_glibc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -105,12 +103,12 @@ def pin(device: Device) -> None:
     # glibc has an arena per thread and trims only the first: with two arenas a child grew from 130 to 156 MB over
     # 3,000 images, with one from 121 to 122. glibc has already read the variable, hence also the call.
     arenas = os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    if _mallopt is not None:
-        if arenas.isdecimal():
-            _mallopt(M_ARENA_MAX, int(arenas))
-        # Otherwise a network's tensors are unmapped and zeroed again at each step: 30 of 530 ms of CPU per image for U^2-Net.
-        _mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-        _mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if arenas.isdecimal():
+        _glibc.mallopt(M_ARENA_MAX, int(arenas))
+    # Freed blocks of up to 32 MiB, glibc's maximum, are kept for reuse until `give_back`. Otherwise a network's tensors are
+    # unmapped and zeroed again at each step: 30 of 530 ms of CPU per image for U^2-Net.
+    _glibc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    _glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back() -> None:
@@ -118,8 +116,7 @@ def give_back() -> None:
 
     Takes 0.2 to 20 ms.
     """
-    if _malloc_trim is not None:
-        _malloc_trim(0)
+    _glibc.malloc_trim(0)
 
 
 def end_process() -> NoReturn:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -50,7 +51,8 @@ class Memory(Protocol):
         """Measure a run; the Peak is filled in on leaving the context."""
 
     def broken(self) -> bool:
-        """Whether every further call of this process to the device will fail."""
+        """Whether every further call of this process to the device will fail; False if that can't be asked."""
+        return False
 
 
 def memory_of(device: Device, runtime: Literal["cpu", "onnxruntime", "torch"]) -> Memory:
@@ -76,7 +78,7 @@ def give_up_caches() -> None:
             torch.cuda.empty_cache()
 
 
-class HostMemory:
+class HostMemory(Memory):
     """Main memory. Batches are no faster on a CPU, so only `imagemill tune` measures them."""
 
     name = "cpu"
@@ -101,18 +103,13 @@ class HostMemory:
         peak.bytes = max(0, _peak_rss() - before)
         peak.share = psutil.virtual_memory().percent / 100
 
-    def broken(self) -> bool:
-        return False
-
 
 def _peak_rss() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(peak[1]) * 1024 if peak else int(psutil.Process().memory_info().rss)
 
 
-class TorchMemory:
+class TorchMemory(Memory):
     """GPU memory as counted by torch, which caches freed memory for its next run; to the driver, the cache is in use."""
 
     grows = True
@@ -124,11 +121,11 @@ class TorchMemory:
 
         require_cuda("the engine", "the GPU")
         self._cuda = torch.cuda
-        with _device_lost_on_error():
+        with _device_lost_on(RuntimeError):
             self.name = str(torch.cuda.get_device_name())
 
     def free(self) -> int:
-        with _device_lost_on_error():
+        with _device_lost_on(RuntimeError):
             free, _total = self._cuda.mem_get_info()
             return int(free + self._cuda.memory_reserved() - self._cuda.memory_allocated())
 
@@ -139,7 +136,7 @@ class TorchMemory:
         yield peak
         highest = self._cuda.max_memory_allocated()
         peak.bytes = max(0, highest - before)
-        with _device_lost_on_error():
+        with _device_lost_on(RuntimeError):
             free, total = self._cuda.mem_get_info()
         peak.share = (total - free - self._cuda.memory_reserved() + highest) / total
 
@@ -151,10 +148,11 @@ class TorchMemory:
         return False
 
 
-class NvmlMemory:
+class NvmlMemory(Memory):
     """GPU memory as counted by the driver, for runtimes without counters. `visible` is CUDA_VISIBLE_DEVICES.
 
-    A thread samples it during a run, since memory is freed at the end. `limit` is the most a session may allocate.
+    A thread samples it during a run, since memory is freed at the end. `limit` is the most a session may allocate. The
+    driver does not report broken contexts; onnxruntime's own errors have to do.
     """
 
     grows = True
@@ -165,8 +163,7 @@ class NvmlMemory:
         self._nvml, self._limit = pynvml, limit
         pynvml.nvmlInit()
         self._handle = _handle(pynvml, visible)
-        name = pynvml.nvmlDeviceGetName(self._handle)
-        self.name = name.decode() if isinstance(name, bytes) else str(name)
+        self.name = str(pynvml.nvmlDeviceGetName(self._handle))
         self._lowest = self._used()
 
     def free(self) -> int:
@@ -195,17 +192,12 @@ class NvmlMemory:
         peak.bytes = highest - self._lowest
         peak.share = highest / int(self._info().total)
 
-    def broken(self) -> bool:
-        return False  # the driver does not report broken contexts; onnxruntime's own errors have to do
-
     def _used(self) -> int:
         return int(self._info().used)
 
     def _info(self) -> Any:
-        try:
+        with _device_lost_on(self._nvml.NVMLError):
             return self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
-        except self._nvml.NVMLError as error:
-            raise DeviceLost(f"the GPU does not respond: {sentence(error)}") from error
 
 
 def _handle(nvml: Any, visible: str) -> Any:
@@ -221,8 +213,8 @@ def _handle(nvml: Any, visible: str) -> Any:
 
 
 @contextmanager
-def _device_lost_on_error() -> Iterator[None]:
+def _device_lost_on(failure: type[Exception]) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except failure as error:
         raise DeviceLost(f"the GPU does not respond: {sentence(error)}") from error

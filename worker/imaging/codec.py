@@ -24,7 +24,7 @@ from imagemill.worker.imaging.scale import fit, resize, upright
 __all__ = ["Encoded", "Header", "choose_format", "decode", "decode_mask", "encode", "fit", "probe", "resize"]
 
 _WEBP_METHOD = 2  # of 0 to 6: half the time of 4 for a few per cent more bytes; 0 and 1 give files 1.2 to 2 times larger
-_WEBP_SIDE, _JPEG_SIDE = 16_383, 65_500
+_LONGEST_SIDES = {"webp": ("WebP", 16_383), "jpeg": ("JPEG", 65_500)}
 _STRIP = 256  # rows
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """File extension of each output format."""
@@ -32,15 +32,10 @@ EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 @dataclass(frozen=True)
 class Encoded:
-    """A finished file."""
+    """A finished file of MIME type `image/{format}`."""
 
     data: bytes
     format: str
-
-    @property
-    def content_type(self) -> str:
-        """The MIME type."""
-        return f"image/{self.format}"
 
 
 def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal["srgb", "keep"] = "srgb") -> Picture:
@@ -145,9 +140,8 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
     has no alpha, so the picture is composited over white. Raises OperationFailed if the picture is too large for the format
     or can't be encoded, and OutOfMemory.
     """
-    limit = {"webp": _WEBP_SIDE, "jpeg": _JPEG_SIDE}.get(format)
+    name, limit = _LONGEST_SIDES.get(format, ("", None))
     if limit is not None and max(picture.size) > limit:
-        name = "WebP" if format == "webp" else "JPEG"
         raise OperationFailed(
             f"{name} is limited to {limit:,} pixels per side and this picture has {max(picture.size):,}; use format png"
         )
@@ -158,11 +152,9 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
                 data = png.encode(pixels, picture.icc, clear=clear)
             elif format == "webp":
                 data = _webp(pixels, quality, picture.icc)
-            elif format == "jpeg":
+            else:
                 flat = flatten(pixels, 255) if pixels.shape[2] == 4 else pixels
                 data = jpeg.encode(np.ascontiguousarray(flat), quality, picture.icc)
-            else:
-                raise OperationFailed(f"unknown output format {format!r} (valid: jpeg, png, webp)")
         except (ValueError, OSError) as error:
             raise OperationFailed(f"the picture can't be encoded as {format} ({sentence(error)})") from error
     return Encoded(data, format)

@@ -12,32 +12,33 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from PIL import Image
-from PIL.AvifImagePlugin import AvifImageFile
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
+from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 from PIL.ImageFile import ImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from imagemill.shared.errors import EmptyFile, NotAnImage, OutOfMemory, TooManyPixels, Truncated, sentence
 from imagemill.worker.imaging import jpeg, png
 
-FORMATS = ("jpeg", "png", "webp", "gif", "bmp", "tiff", "avif")
 MAX_PIECES = 100_000
 MAX_BLOCKS = 1_000_000
 MAX_TAGS = 4_096
 
 # Naming Pillow's classes keeps its other decoders (EPS, PDF, FITS, ...) unreachable.
 _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
-    "png": PngImageFile,
-    "webp": WebPImageFile,
-    "gif": GifImageFile,
-    "bmp": BmpImageFile,
-    "tiff": TiffImageFile,
-    "avif": AvifImageFile,
+    "png": PngImagePlugin.PngImageFile,
+    "webp": WebPImagePlugin.WebPImageFile,
+    "gif": GifImagePlugin.GifImageFile,
+    "bmp": BmpImagePlugin.BmpImageFile,
+    "tiff": TiffImagePlugin.TiffImageFile,
+    "avif": AvifImagePlugin.AvifImageFile,
 }
+FORMATS = ("jpeg", *_OPENERS)
+_STARTS = {
+    b"\xff\xd8\xff": "jpeg",
+    png.SIGNATURE: "png",
+    **dict.fromkeys((b"GIF87a", b"GIF89a"), "gif"),
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "tiff"),
+}
+_BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
 # (offset, magic bytes, name) of files that people send by mistake; the error names them.
 _OTHERS = (
     (0, b"%PDF", "a PDF document"),
@@ -77,23 +78,14 @@ def probe(data: bytes, *, max_pixels: int) -> Header:
     """
     kind = sniff(data)
     with translated(kind):
-        icc: bytes | None
-        exif: bytes | None
-        match kind:
-            case "jpeg":
-                size, exif, icc = jpeg.read_header(data)
-            case "png":
-                size, exif, icc = png.read_header(data)
-            case "webp":
-                size, exif, icc = _read_webp(data)
-            case "gif":
-                size, exif, icc = _read_gif(data), None, None
-            case _:
-                if kind == "tiff":
-                    _check_tiff(data, max_pixels)
-                image = open_checked(data, kind)  # allocates nothing for these formats
-                size, icc = image.size, image.info.get("icc_profile")
-                exif = image.info.get("exif") if kind == "avif" else None  # Pillow rotates TIFFs itself
+        if kind in _READERS:
+            size, exif, icc = _READERS[kind](data)
+        else:
+            if kind == "tiff":
+                _check_tiff(data, max_pixels)
+            image = open_checked(data, kind)  # allocates nothing for these formats
+            size, icc = image.size, image.info.get("icc_profile")
+            exif = image.info.get("exif") if kind == "avif" else None  # Pillow rotates TIFFs itself
     check_size(size, max_pixels)
     turn = orientation(exif) if exif else 1
     icc = icc if isinstance(icc, bytes) and 128 <= len(icc) <= png.MAX_PROFILE else None
@@ -113,24 +105,16 @@ def sniff(data: bytes) -> str:
     """Recognise the format, one of FORMATS, by the first bytes. Raises EmptyFile or NotAnImage."""
     if not data:
         raise EmptyFile("the file is empty (0 bytes)")
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if data.startswith(png.SIGNATURE):
-        return "png"
+    for start, name in _STARTS.items():
+        if data.startswith(start):
+            return name
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "webp"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "gif"
     if data.startswith(b"BM") and len(data) >= 18 and data[14:18] in _BMP_HEADERS:
         return "bmp"
-    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return "tiff"
     if data[4:8] == b"ftyp" and any(brand in data[8:64] for brand in (b"avif", b"avis")):
         return "avif"
     raise NotAnImage(f"the file is {_kind(data)}; supported formats are {', '.join(FORMATS)}")
-
-
-_BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
 
 
 def _kind(data: bytes) -> str:
@@ -221,7 +205,7 @@ def _read_webp(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None
     return size, exif, icc
 
 
-def _read_gif(data: bytes) -> tuple[int, int]:
+def _read_gif(data: bytes) -> tuple[tuple[int, int], None, None]:
     """Size of canvas and first frame, which may extend beyond it. https://www.w3.org/Graphics/GIF/spec-gif89a.txt"""
     wide, high, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
@@ -233,13 +217,16 @@ def _read_gif(data: bytes) -> tuple[int, int]:
             position += 1 + head
         elif head == 0x2C:
             x, y, w, h = struct.unpack_from("<HHHH", data, position + 1)
-            return max(wide, x + w), max(high, y + h)
+            return (max(wide, x + w), max(high, y + h)), None, None
         elif head == 0x3B:
             raise Truncated("the GIF file has no picture")
         else:
             extension = head == 0x21
             position += 2 if extension else 1
     raise NotAnImage(f"the GIF file has more than {MAX_BLOCKS:,} blocks before its picture")
+
+
+_READERS = {"jpeg": jpeg.read_header, "png": png.read_header, "webp": _read_webp, "gif": _read_gif}
 
 
 def _check_tiff(data: bytes, max_pixels: int) -> None:

@@ -26,16 +26,16 @@ def to_srgb(pixels: NDArray[np.uint8], mode: str, icc: bytes | None) -> Pixels:
     A profile that is broken or has the wrong colour space is ignored and the pixels are treated as sRGB.
     """
     described = space(icc)
-    if icc is not None and described == "CMYK" and mode == "CMYK":
-        converted = _convert(pixels, icc, "CMYK")
-    elif icc is not None and described == "L" and mode != "CMYK" and _is_grey(pixels):
-        converted = _convert(pixels if mode == "L" else np.ascontiguousarray(pixels[:, :, 0]), icc, "L")
-    elif icc is not None and described == "RGB" and mode != "CMYK":
-        converted = _convert(as_rgb(pixels, mode)[:, :, :3], icc, "RGB")
-    else:
-        converted = None
-    if converted is None:
+    if icc is None or described is None or (described == "CMYK") != (mode == "CMYK"):
         return as_rgb(pixels, mode)
+    transform = _transform(icc, described) if described != "L" or _is_grey(pixels) else None
+    if transform is None:
+        return as_rgb(pixels, mode)
+    if described == "L":
+        samples = pixels if mode == "L" else pixels[:, :, 0]
+    else:
+        samples = pixels if mode == "CMYK" else as_rgb(pixels, mode)[:, :, :3]
+    converted = np.array(ImageCms.applyTransform(_image(samples, described), transform))
     return np.dstack([converted, pixels[:, :, 3]]) if mode == "RGBA" else converted
 
 
@@ -54,13 +54,6 @@ def _is_grey(pixels: NDArray[np.uint8]) -> bool:
 
 def _image(pixels: NDArray[np.uint8], mode: str) -> Image.Image:
     return Image.frombuffer(mode, (pixels.shape[1], pixels.shape[0]), np.ascontiguousarray(pixels), "raw", mode, 0, 1)
-
-
-def _convert(pixels: NDArray[np.uint8], icc: bytes, mode: str) -> Pixels | None:
-    transform = _transform(icc, mode)
-    if transform is None:
-        return None
-    return np.array(ImageCms.applyTransform(_image(pixels, mode), transform))
 
 
 @lru_cache(maxsize=16)
@@ -87,10 +80,6 @@ def _transform(icc: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     """Whether the profile is sRGB, tested on a grid of colours because sRGB profiles go by dozens of names."""
     steps = np.arange(0, 256, 15, dtype=np.uint8)
-    if mode == "L":
-        grid = steps[None]
-        wanted = as_rgb(grid, "L")
-    else:
-        grid = wanted = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+    grid = steps[None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
     got = np.array(ImageCms.applyTransform(_image(grid, mode), transform))
-    return bool(np.abs(got.astype(np.int16) - wanted).max() <= _SAME)
+    return bool(np.abs(got.astype(np.int16) - as_rgb(grid, mode)).max() <= _SAME)

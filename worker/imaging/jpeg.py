@@ -74,26 +74,20 @@ def _plain(data: bytes) -> bytes:
     """The file without comments and application segments, except Adobe's, which specifies the colour space."""
     kept = [b"\xff\xd8"]
     for marker, start, end in _segments(data):
-        if marker == _SOS:
-            return b"".join([*kept, data[start - 4 :]])
         if marker == _APP14 or not (_APP0 <= marker <= _APP15 or marker == _COM):
-            kept.append(data[start - 4 : end])
-    raise Truncated("the JPEG file has no picture")
+            kept.append(data[start - 4 : len(data) if marker == _SOS else end])
+    return b"".join(kept)
 
 
 def _scans(data: bytes) -> int:
     """Number of scans in the file. Raises Truncated if it has none."""
-    frame = None
-    for marker, start, _ in _segments(data):
-        if marker in _FRAMES and frame is None:
-            frame = marker, data[start + 5]
-        if marker == _SOS:
-            # If the first scan of a sequential file has all components, libjpeg treats a second scan as an error. Most files
-            # are like that, so they need no search, which would take a tenth of their decoding time.
-            if frame is not None and frame[0] not in _PROGRESSIVE and data[start] == frame[1]:
-                return 1
-            return data.count(b"\xff\xda", start, max(data.find(b"\xff\xd9", start), start)) + 1
-    raise Truncated("the JPEG file has no picture")
+    *tables, (_, scan, _) = _segments(data)
+    frame, start = next(((marker, start) for marker, start, _ in tables if marker in _FRAMES), (None, 0))
+    # If the first scan of a sequential file has all components, libjpeg treats a second scan as an error. Most files
+    # are like that, so they need no search, which would take a tenth of their decoding time.
+    if frame is not None and frame not in _PROGRESSIVE and data[scan] == data[start + 5]:
+        return 1
+    return data.count(b"\xff\xda", scan, max(data.find(b"\xff\xd9", scan), scan)) + 1
 
 
 def shrink_factor(size: tuple[int, int], target: tuple[int, int]) -> int:

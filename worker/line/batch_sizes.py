@@ -139,8 +139,8 @@ class BatchSizes:
         elif known.fails == size:
             known.patience *= 2
         known.fails, known.waited, known.free = size, 0, self.memory.free()
-        told = dict(action="memory", kind=kind, samples=size, free=known.free)
-        log.warning("batch did not fit into memory", extra=told)
+        fields = dict(action="memory", kind=kind, samples=size, free=known.free)
+        log.warning("batch did not fit into memory", extra=fields)
 
     def relieved(self, kind: str, level: int) -> None:
         """Learn that one sample of a kind fits at this level."""
@@ -164,6 +164,6 @@ class BatchSizes:
         """Flag a run that came close to the device's limit, and log every new high."""
         self.flagged += share > HIGH
         if share > max(HIGH, self.top + 0.01):
-            told = dict(action="memory", kind=kind, samples=size, share=round(share, 3))
-            log.warning("more than 90 % of device memory in use", extra=told)
+            fields = dict(action="memory", kind=kind, samples=size, share=round(share, 3))
+            log.warning("more than 90 % of device memory in use", extra=fields)
         self.top = max(self.top, share)

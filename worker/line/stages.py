@@ -161,7 +161,7 @@ def store(image: ImageInFlight, context: Context) -> Stored:
     """Upload the file, and remember the result for the next job that asks for the same."""
     encoded, best = image.encoded, image.best
     with image.timed("store"):
-        output = context.store.put(_key(image, context, encoded.format), encoded.data, encoded.content_type)
+        output = context.store.put(_key(image, context, encoded.format), encoded.data, f"image/{encoded.format}")
     if context.cache is not None and lasting_notes(context.spec).issuperset(best.notes):
         result = Remembered.of(encoded, output=output, size=best.picture.size, notes=best.notes, measures=best.measures)
         context.cache.put(image.cache_key, result)

@@ -8,12 +8,13 @@ two images what the original returns for each.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -45,68 +46,61 @@ def free(original: Path) -> Outcome:
     import onnx  # noqa: F401  # fails here rather than in the other process
     import onnxruntime  # noqa: F401
 
-    record = variant_record(original, "dynamic")
-    if record.get("original") == digest(original) and (
-        record.get("outcome") != "made" or variant(original, "dynamic").is_file()
-    ):
-        outcome: Outcome = record["outcome"]
+    record, target = variant_record(original, "dynamic"), variant(original, "dynamic")
+    outcome: Outcome = record.get("outcome", "refused")
+    if record.get("original") == digest(original) and (outcome != "made" or target.is_file()):
         return outcome
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prefer_as_oom_victim) as pool:
+    with (
+        TemporaryDirectory(prefix=".", dir=original.parent) as work,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prefer_as_oom_victim) as pool,
+    ):
         try:
-            outcome, reason = pool.submit(make, original, variant(original, "dynamic")).result()
+            outcome, reason = pool.submit(make, original, Path(work) / target.name).result()
         except BrokenProcessPool:
-            _part(variant(original, "dynamic")).unlink(missing_ok=True)
             return "killed"
+        if outcome == "made":
+            (Path(work) / target.name).replace(target)
     record_variant(original, "dynamic", accepted=outcome == "made", details={"outcome": outcome, "reason": reason})
     return outcome
 
 
 def make(original: Path, target: Path) -> tuple[Outcome, str]:
-    """Write the model with a free batch axis to `target` if needed and possible; return the outcome and its reason."""
+    """Write the model with a free batch axis to `target` if needed; return the outcome and its reason."""
     import onnx
 
-    part = _part(target)
     try:
         model = onnx.load(original)
-        if not any(_length(value, 0) == 1 for value in _inputs(model)):
+        if all(value.type.tensor_type.shape.dim[0].dim_value != 1 for value in _inputs(model)):
             return "free", "the batch axis is free"
         _rewrite(model)
-        onnx.save(model, part)
+        onnx.save(model, target)
         del model
-        reason = difference(original, part)
-        if reason is not None:
-            return "refused", reason
-        part.replace(target)
+        reason = difference(original, target)
     except Exception as error:  # noqa: BLE001  # onnx and onnxruntime raise anything on a graph that they can't handle
-        return "refused", sentence(error)
-    finally:
-        part.unlink(missing_ok=True)
+        reason = sentence(error)
+    if reason is not None:
+        return "refused", reason
     return "made", f"same output within {TOLERANCE:g} of its range, for one image and for two"
-
-
-def _part(target: Path) -> Path:
-    return target.with_name(f"{target.name}.part")
 
 
 def difference(original: Path, changed: Path) -> str | None:
     """Compare a model with a free batch axis to its original; None if the outputs agree, else a sentence."""
-    images = [{name: _picture(seed, shape) for name, shape in _shapes(original)} for seed in (1, 2)]
+    import onnx
+
+    inputs = _inputs(onnx.load(original, load_external_data=False))
+    shapes = {value.name: [dim.dim_value or SIDE for dim in value.type.tensor_type.shape.dim] for value in inputs}
+    images = [{name: _picture(seed, shape) for name, shape in shapes.items()} for seed in (1, 2)]
     wanted = [_run(original, [image]) for image in images]
-    cases = [("one image", [images[0]], [wanted[0]]), ("two images", images, wanted)]
-    for count, batch, singles in cases:
+    for count, batch, singles in (("one image", images[:1], wanted[:1]), ("two images", images, wanted)):
         for number, output in enumerate(_run(changed, batch)):
             expected = np.concatenate([single[number] for single in singles])
             if output.shape != expected.shape:
                 return f"for {count} output {number} has shape {output.shape}, not {expected.shape}"
-            error, allowed = float(np.abs(output - expected).max()), _allowed(expected)
+            error, span = float(np.abs(output - expected).max()), float(expected.max() - expected.min())
+            allowed = max(TOLERANCE * span, ROUNDING * float(np.abs(expected).max()))
             if not error <= allowed:  # also true for NaN
                 return f"for {count} output {number} differs by {error:.2g}, more than {allowed:.2g}"
     return None
-
-
-def _allowed(expected: NDArray[np.float32]) -> float:
-    span = float(expected.max() - expected.min())
-    return max(TOLERANCE * span, ROUNDING * float(np.abs(expected).max()))
 
 
 def _run(model: Path, images: list[dict[str, NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
@@ -123,7 +117,7 @@ def _run(model: Path, images: list[dict[str, NDArray[np.float32]]]) -> list[NDAr
     return outputs
 
 
-def _picture(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _picture(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
     """Smooth waves and noise, like a prepared photo: from pure noise a model's output is often flat, hiding differences."""
     random = np.random.default_rng(seed)
     picture = random.standard_normal(shape).astype(np.float32) * np.float32(0.1)
@@ -133,22 +127,10 @@ def _picture(seed: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     return picture
 
 
-def _shapes(model: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    import onnx
-
-    for value in _inputs(onnx.load(model, load_external_data=False)):
-        yield value.name, tuple(_length(value, axis) or SIDE for axis in range(len(value.type.tensor_type.shape.dim)))
-
-
 def _inputs(model: Any) -> list[Any]:
     """A graph's inputs, without the weights that old exporters list among them."""
     weights = {weight.name for weight in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in weights]
-
-
-def _length(value: Any, axis: int) -> int:
-    """Length of an input's axis; 0 if it is free."""
-    return int(value.type.tensor_type.shape.dim[axis].dim_value)
 
 
 def _rewrite(model: Any) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from imagemill.shared.engines import ENGINES
 
-REMBG = "https://github.com/danielgatis/rembg/releases/download"
-SANSTER = "https://github.com/Sanster/models/releases/download"
 MB = 1_000_000
 
 CONVERTED = ("lama",)
@@ -16,12 +15,11 @@ CONVERTED = ("lama",)
 
 @dataclass(frozen=True)
 class Weights:
-    """A model published as one file.
+    """A model published as one file of a release on GitHub.
 
-    `revision` is the tag or commit that `url` is pinned to, and `checksum` is the publisher's `md5:...` or `sha256:...`.
-    `about_bytes` is the size to three digits, for progress bars and the check for free space; None if unknown. Unless
-    `commercial`, the licence forbids commercial use: pulling the model takes its name and an accepted licence, and no
-    option selects it.
+    `source` is the repository, `revision` the release's tag, and `checksum` is the publisher's `md5:...` or `sha256:...`.
+    `about_bytes` is the size to three digits, for progress bars and the check for free space. Unless `commercial`, the
+    licence forbids commercial use: pulling the model takes its name and an accepted licence, and no option selects it.
     """
 
     name: str
@@ -29,20 +27,20 @@ class Weights:
     file: str
     source: str
     revision: str
-    url: str
     checksum: str
     licence: str
-    about_bytes: int | None = None
+    about_bytes: int
     commercial: bool = True
 
+    @property
+    def url(self) -> str:
+        return f"https://github.com/{self.source}/releases/download/{self.revision}/{self.file}"
 
-def _rembg(
-    name: str, checksum: str, licence: str, about_bytes: int, *, file: str | None = None, commercial: bool = True
-) -> Weights:
+
+def _rembg(name: str, checksum: str, licence: str, size: int, file: str | None = None, *, commercial: bool = True) -> Weights:
     """A file of the release that rembg downloads from, with rembg's checksum."""
-    file, tag = file or f"{name}.onnx", "v0.0.0"
-    url = f"{REMBG}/{tag}/{file}"
-    return Weights(name, "rembg", file, "danielgatis/rembg", tag, url, checksum, licence, about_bytes, commercial)
+    file = file or f"{name}.onnx"
+    return Weights(name, "rembg", file, "danielgatis/rembg", "v0.0.0", checksum, licence, size, commercial)
 
 
 WEIGHTS: tuple[Weights, ...] = (
@@ -74,7 +72,6 @@ WEIGHTS: tuple[Weights, ...] = (
         file="big-lama.pt",
         source="Sanster/models",
         revision="add_big_lama",
-        url=f"{SANSTER}/add_big_lama/big-lama.pt",
         checksum="md5:e3aa4aaa15225a33ec84f9f4bc47e500",
         licence="Apache-2.0",
         about_bytes=205 * MB,
@@ -91,16 +88,16 @@ class Repository:
     """
 
     name: str
-    engine: str
     source: str
     revision: str
     licence: str
     files: tuple[str, ...]
     about_bytes: int
+    engine: str = "diffusion"
+    commercial: ClassVar[bool] = True
 
 
 SD15 = dict(
-    engine="diffusion",
     source="stable-diffusion-v1-5/stable-diffusion-v1-5",
     revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     licence="CreativeML OpenRAIL-M",
@@ -121,7 +118,6 @@ REPOSITORIES: tuple[Repository, ...] = (
     ),
     Repository(
         name="controlnet-canny",
-        engine="diffusion",
         source="lllyasviel/control_v11p_sd15_canny",
         revision="115a470d547982438f70198e353a921996e2e819",
         licence="CreativeML OpenRAIL-M",
@@ -130,7 +126,6 @@ REPOSITORIES: tuple[Repository, ...] = (
     ),
     Repository(
         name="lcm-lora-sdv1-5",
-        engine="diffusion",
         source="latent-consistency/lcm-lora-sdv1-5",
         revision="cf2fced511dbe7e26c8d1d397e728fbab875db4b",
         licence="OpenRAIL++",

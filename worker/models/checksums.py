@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,13 +16,22 @@ from imagemill.worker.transfer.atomic import replacing
 BLOCK = 1 << 20
 
 
+@dataclass(frozen=True)
+class FileSums:
+    """Checksums of a file, valid while it has this size and modification time; `checksum` is empty if not computed."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
+    checksum: str = ""
+
+
 class Hasher:
     """Hashes blocks of bytes with SHA-256 and with the algorithm of a publisher's checksum, such as `md5:...`."""
 
-    def __init__(self, checksum: str = "sha256:") -> None:
-        self._algorithm = checksum.partition(":")[0]
+    def __init__(self, checksum: str) -> None:
         # Some publishers only give an MD5, so the integrity of a download also depends on TLS.
-        self._published = hashlib.new(self._algorithm, usedforsecurity=False)
+        self._published = hashlib.new(checksum.partition(":")[0], usedforsecurity=False)
         self._sha256 = hashlib.sha256()
 
     def update(self, block: bytes) -> None:
@@ -31,21 +41,10 @@ class Hasher:
     @property
     def checksum(self) -> str:
         """`md5:...` or `sha256:...`, as in Weights."""
-        return f"{self._algorithm}:{self._published.hexdigest()}"
+        return f"{self._published.name}:{self._published.hexdigest()}"
 
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
-
-
-@dataclass(frozen=True)
-class FileSums:
-    """Checksums of a file, valid while it has this size and modification time; `checksum` is empty if not computed."""
-
-    sha256: str
-    size: int
-    mtime_ns: int
-    checksum: str = ""
+    def sums(self, status: os.stat_result) -> FileSums:
+        return FileSums(self._sha256.hexdigest(), status.st_size, status.st_mtime_ns, self.checksum)
 
 
 def digest(path: Path) -> str:
@@ -74,11 +73,16 @@ def hash_file(path: Path, checksum: str = "sha256:") -> FileSums:
     hasher, before = Hasher(checksum), path.stat()
     for block in read_blocks(path):
         hasher.update(block)
-    sums = FileSums(hasher.sha256, before.st_size, before.st_mtime_ns, hasher.checksum)
-    after = path.stat()
-    if (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns):
+    sums, after = hasher.sums(before), path.stat()
+    if (after.st_size, after.st_mtime_ns) == (sums.size, sums.mtime_ns):
         remember(path, sums)
     return sums
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256 in hex, always read from the file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remember(path: Path, sums: FileSums) -> None:

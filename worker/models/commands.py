@@ -26,9 +26,15 @@ from imagemill.worker.models.checksums import read_json
 from imagemill.worker.models.files import is_current, path_of, record_variant, required_file, variant, variant_record
 from imagemill.worker.models.repositories import RECORD, folder_of
 
-ENGINES = sorted({entry.engine for entry in WEIGHTS} | {entry.engine for entry in REPOSITORIES})
 COLOURS = {"there": "green", "unconverted": "yellow", "unchecked": "yellow", "damaged": "red", "missing": "dim"}
 OUTCOMES = {"present": "already there", "pulled": "pulled"}
+
+
+def _all() -> list[Weights | Repository]:
+    return [*WEIGHTS, *REPOSITORIES]
+
+
+ENGINES = sorted({entry.engine for entry in _all()})
 
 
 @click.group()
@@ -44,9 +50,8 @@ def list_models(as_json: bool) -> None:
     `unchecked` files were not put there by `imagemill models pull`; `imagemill models verify` checks them. Nodes can't load
     `unconverted` files; `imagemill models pull` converts them.
     """
-    settings = load_settings().weights
-    folder = settings.folder.expanduser()
-    rows = [files.describe(entry, settings) for entry in WEIGHTS]
+    folder = load_settings().weights.folder.expanduser()
+    rows = [files.describe(folder, entry) for entry in WEIGHTS]
     rows += [repositories.describe(folder, entry) for entry in REPOSITORIES]
     if as_json:
         for row in rows:
@@ -60,7 +65,7 @@ def list_models(as_json: bool) -> None:
             row["engine"],
             f"[{COLOURS[row['state']]}]{row['state']}[/]",
             ", ".join(row["also"]),
-            "" if size is None else f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB",
+            f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB",
             row["licence"],
             f"{row['source']} {row['revision'][:12]}",
         )
@@ -87,33 +92,35 @@ def pull(names: tuple[str, ...], engine: str | None, accept_licence: bool, own_f
     Resumes interrupted downloads. Workers never download: run this on each host, or once for a shared folder.
     """
     settings = load_settings().weights
-    weights, folders = _select(names)
+    folder = settings.folder.expanduser()
+    entries = _select(names)
     if own_file is not None:
-        if engine or len(weights) != 1 or folders or weights[0].engine not in CONVERTED:
-            convertible = ", ".join(entry.name for entry in WEIGHTS if entry.engine in CONVERTED)
+        chosen = [entry for entry in entries if isinstance(entry, Weights) and entry.engine in CONVERTED]
+        if engine or len(entries) != 1 or not chosen:
+            convertible = ", ".join(row.name for row in WEIGHTS if row.engine in CONVERTED)
             raise UsageError(f"--from FILE needs exactly one model that is converted ({convertible}), and no --engine")
-        _convert(weights[0], own_file, settings)
+        _convert(chosen[0], own_file, folder)
         return
-    if revision is not None and (weights or len(folders) != 1):
+    if revision is not None and [type(entry) for entry in entries] != [Repository]:
         names_of_all = ", ".join(entry.name for entry in REPOSITORIES)
         raise UsageError(f"--revision needs exactly one model from the Hugging Face Hub: {names_of_all}")
-    for entry in weights:
+    for entry in entries:
         if not entry.commercial and not accept_licence:
             raise UsageError(
                 f"{entry.name} is not for commercial use ({entry.licence}): "
                 "read its licence, and add --accept-licence if you may use it"
             )
-    weights += [entry for entry in WEIGHTS if entry.engine == engine and entry.commercial and entry not in weights]
-    folders += [entry for entry in REPOSITORIES if entry.engine == engine and entry not in folders]
-    if not weights and not folders:
+    entries += [entry for entry in _all() if entry.engine == engine and entry.commercial and entry not in entries]
+    if not entries:
         raise UsageError(f"name a model (see `imagemill models list`), or use --engine {' or '.join(ENGINES)}")
-    for entry in weights:
-        _pull_file(entry, settings)
-    for folder in folders:
-        _pull_repository(folder, settings, revision)
+    for entry in entries:
+        if isinstance(entry, Weights):
+            _pull_file(entry, settings, folder)
+        else:
+            _pull_repository(entry, settings, folder, revision)
 
 
-def _pull_file(entry: Weights, settings: WeightsSettings) -> None:
+def _pull_file(entry: Weights, settings: WeightsSettings, folder: Path) -> None:
     with _progress(DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task(entry.name, total=entry.about_bytes)
         outcome = download.pull(
@@ -122,27 +129,26 @@ def _pull_file(entry: Weights, settings: WeightsSettings) -> None:
             lambda size, total: progress.update(task, completed=size, total=total),
             waiting=lambda: click.echo(f"{entry.name}: waiting for another process that is pulling it", err=True),
         )
-    path = path_of(entry, settings)
+    path = path_of(folder, entry)
     click.echo(f"{entry.name}: {OUTCOMES[outcome]}, checksum correct: {path}")
     if entry.engine not in CONVERTED:
         _free_batch_axis(entry, path)
     elif not is_current(path, "safetensors"):
-        _convert(entry, path, settings)
+        _convert(entry, path, folder)
 
 
-def _pull_repository(entry: Repository, settings: WeightsSettings, revision: str | None) -> None:
+def _pull_repository(entry: Repository, settings: WeightsSettings, weights: Path, revision: str | None) -> None:
     with _extra(entry.engine, entry.name):
         from imagemill.worker.models import hugging_face
-    outcome = hugging_face.pull(entry, settings, revision)
-    folder = folder_of(settings.folder.expanduser(), entry)
+    outcome, folder = hugging_face.pull(entry, settings, revision), folder_of(weights, entry)
     click.echo(f"{entry.name}: {OUTCOMES[outcome]}, commit {read_json(folder / RECORD)['commit']}, checksums correct: {folder}")
 
 
-def _convert(entry: Weights, source: Path, settings: WeightsSettings) -> None:
+def _convert(entry: Weights, source: Path, folder: Path) -> None:
     """Convert a file, which may contain code, to the safetensors file that nodes load."""
     with _extra(entry.engine, f"converting {entry.name}"):
         from imagemill.worker.models.conversion import convert
-    original, target = path_of(entry, settings), required_file(entry, settings)
+    original, target = path_of(folder, entry), required_file(folder, entry)
     parameters = convert(source, target)
     if original.is_file() and not source.samefile(original):
         original.unlink(missing_ok=True)  # nodes load another model now
@@ -162,28 +168,28 @@ def _free_batch_axis(entry: Weights, path: Path) -> None:
         click.echo(f"{entry.name}: batch axis not checked: {error.name} is not installed ({hint})", err=True)
         return
     record = variant_record(path, "dynamic")
-    if record != before and outcome == "made":
-        click.echo(f"{entry.name}: the batch axis was fixed at 1; made a variant that takes batches ({record['reason']})")
-    elif record != before and outcome == "refused":
-        click.echo(f"{entry.name}: the batch axis stays fixed at 1, images run one by one ({record['reason']})")
-    elif outcome == "killed":
-        click.echo(f"{entry.name}: batch axis not checked: the trial was killed, perhaps out of memory (pull again to retry)")
+    messages = {
+        "made": f"the batch axis was fixed at 1; made a variant that takes batches ({record.get('reason')})",
+        "refused": f"the batch axis stays fixed at 1, images run one by one ({record.get('reason')})",
+        "killed": "batch axis not checked: the trial was killed, perhaps out of memory (pull again to retry)",
+    }
+    if outcome in messages and (record != before or outcome == "killed"):
+        click.echo(f"{entry.name}: {messages[outcome]}")
 
 
 @models.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 def verify(names: tuple[str, ...]) -> None:
     """Check the model files on disk, and the variants made from them, against their checksums."""
-    settings = load_settings().weights
-    weights, folders = _select(names)
-    folder = settings.folder.expanduser()
+    folder = load_settings().weights.folder.expanduser()
+    entries = _select(names)
     if not names:
-        weights = [entry for entry in WEIGHTS if files.state(entry, settings) != "missing"]
-        folders = [entry for entry in REPOSITORIES if folder_of(folder, entry).is_dir()]
-    if not weights and not folders:
+        entries += [entry for entry in WEIGHTS if files.state(folder, entry) != "missing"]
+        entries += [entry for entry in REPOSITORIES if folder_of(folder, entry).is_dir()]
+    if not entries:
         click.echo(f"no models in {folder}")
-    findings = chain(
-        *(files.verify(entry, settings) for entry in weights), *(repositories.verify(folder, entry) for entry in folders)
+    findings = chain.from_iterable(
+        files.verify(folder, entry) if isinstance(entry, Weights) else repositories.verify(folder, entry) for entry in entries
     )
     failed = False
     for correct, finding in findings:
@@ -213,26 +219,26 @@ def quantize(name: str, images: Path, accept: float, as_json: bool) -> None:
 
     Nodes use it if IMAGEMILL_ONNX__INT8=true. Exits with status 1 if the variant is rejected.
     """
-    weights, _ = _select((name,))
-    if not weights or weights[0].engine in CONVERTED:
+    (entry, *_) = _select((name,))
+    if not isinstance(entry, Weights) or entry.engine in CONVERTED:
         raise UsageError(f"{name} can't be quantised: it doesn't run on onnxruntime")
-    settings = load_settings().weights
+    folder = load_settings().weights.folder.expanduser()
     with _progress() as progress, _extra("rembg", "quantising"):
         from imagemill.worker.models.quantize import quantize as make_int8
 
-        tasks: dict[str, Any] = {}
-
-        def show_progress(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = progress.add_task(step)
-            progress.update(tasks[step], completed=done, total=total)
-
-        folder = settings.folder.expanduser()
-        report = make_int8(name, folder, images, engine=weights[0].engine, accept=accept, progress=show_progress)
+        task = progress.add_task("")
+        report = make_int8(
+            name,
+            folder,
+            images,
+            accept=accept,
+            progress=lambda step, done, total: progress.update(task, description=step, completed=done, total=total),
+        )
     click.echo(json.dumps({**asdict(report), "speed_up": report.speed_up}) if as_json else report.summary())
     if report.accepted:
-        file = variant(path_of(weights[0], settings), "int8")
-        click.echo(f"accepted: {file}; nodes use it if IMAGEMILL_ONNX__INT8=true", err=as_json)
+        click.echo(
+            f"accepted: {variant(path_of(folder, entry), 'int8')}; nodes use it if IMAGEMILL_ONNX__INT8=true", err=as_json
+        )
     else:
         click.secho(f"rejected: the 8-bit masks of {name} differ too much; nothing was kept", fg="red", err=True)
         sys.exit(1)
@@ -249,17 +255,14 @@ def _extra(extra: str, purpose: str) -> Iterator[None]:
         raise MissingExtra(f"{purpose} needs {error.name}, which is not installed: pip install 'imagemill[{extra}]'") from error
 
 
-def _select(names: Iterable[str]) -> tuple[list[Weights], list[Repository]]:
-    """The files and the repositories that the names stand for, each once. Raises UsageError for an unknown name."""
-    known = [*(entry.name for entry in WEIGHTS), *MODELS, *(entry.name for entry in REPOSITORIES)]
+def _select(names: Iterable[str]) -> list[Weights | Repository]:
+    """The catalogue entries that the names stand for, each once. Raises UsageError for an unknown name."""
+    entries = {entry.name: entry for entry in _all()}
+    known = [*entries, *MODELS]
     for name in names:
         if name not in known:
             raise UsageError(f"there is no model {name!r}{nearest(name, known)}")
-    parts = [part for name in names for part in MODELS.get(name, (name,))]
-    weights = {entry.name: entry for entry in WEIGHTS}
-    return [weights[name] for name in dict.fromkeys(parts) if name in weights], [
-        entry for entry in REPOSITORIES if entry.name in parts
-    ]
+    return [entries[part] for part in dict.fromkeys(part for name in names for part in MODELS.get(name, (name,)))]
 
 
 def _progress(*columns: Any) -> Progress:

@@ -19,17 +19,7 @@ from imagemill.shared.errors import ConfigurationError, ServiceUnavailable, sent
 from imagemill.shared.settings import WeightsSettings
 from imagemill.shared.urls import shown
 from imagemill.worker.models.catalogue import Weights
-from imagemill.worker.models.checksums import (
-    BLOCK,
-    FileSums,
-    Hasher,
-    hash_file,
-    read_blocks,
-    read_json,
-    remember,
-    remembered_sums,
-    write_json,
-)
+from imagemill.worker.models.checksums import BLOCK, Hasher, hash_file, read_blocks, remember, remembered_sums
 from imagemill.worker.models.files import path_of, remove_variants
 from imagemill.worker.transfer.atomic import publish
 
@@ -92,13 +82,13 @@ def pull(
     resumes from what has arrived), and ConfigurationError if it doesn't have the file, if the checksum is wrong (the file
     is deleted) or if the folder can't be written.
     """
-    path, url = path_of(weights, settings), url_of(weights, settings)
+    path, url = path_of(settings.folder.expanduser(), weights), url_of(weights, settings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path, waiting):
             if path.is_file() and _is_right(path, weights):
                 return "present"
-            _Download(weights, url, path, progress).run(list(pauses))
+            _Download(weights, url, path, progress).run(pauses)
             remove_variants(path)
     except OSError as error:
         raise ConfigurationError(f"{path} can't be written: {sentence(error)}") from error
@@ -125,76 +115,73 @@ def _locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 class _Download:
-    """One download; the caller holds the file's lock."""
+    """One download; the caller holds the file's lock. A part that an earlier one has left is continued."""
 
     def __init__(self, weights: Weights, url: str, path: Path, progress: Progress) -> None:
         self.weights, self.url, self.path, self.progress = weights, url, path, progress
         self.part = path.with_name(f"{path.name}.part")
-        self.notes = path.with_name(f"{path.name}.part.json")
-        self.hasher = Hasher(weights.checksum)
+        self.hasher, self.size = Hasher(weights.checksum), 0
+        if self.part.is_file():
+            for block in read_blocks(self.part):
+                self.hasher.update(block)
+                self.size += len(block)
         # Only _Redirects decides where to go, so urllib's handlers for ftp: and file: are out of reach.
         self.opener = urllib.request.build_opener(_Redirects)
 
-    def run(self, pauses: list[float]) -> None:
+    def run(self, pauses: tuple[float, ...]) -> None:
         """Download with retries, check, publish."""
-        left, size = list(pauses), self._resume()
-        most = size
+        left, most = list(pauses), self.size
         while self.hasher.checksum != self.weights.checksum:  # an earlier pull may have got everything
+            resumed = self.size > 0
             try:
-                self._try(size)
-                break
+                self._try()
             except _Interrupted as error:
-                size = self._resume()
-                if size > most:
-                    most, left = size, list(pauses)
+                if self.size > most:
+                    most, left = self.size, list(pauses)
                 if not left:
-                    kept = f"; the {size / 1e6:.0f} MB so far are kept, and the next pull resumes from there" if size else ""
+                    kept = f"; the {self.size / 1e6:.0f} MB so far are kept, and the next pull resumes from there"
                     hint = "; IMAGEMILL_WEIGHTS__MIRROR can name a mirror" if self.url == self.weights.url else ""
-                    raise ServiceUnavailable(f"{shown(self.url)}: {error}{kept}{hint}") from error
+                    raise ServiceUnavailable(f"{shown(self.url)}: {error}{kept if self.size else ''}{hint}") from error
                 time.sleep(left.pop(0))
-        self._publish()
-
-    def _resume(self) -> int:
-        """The number of bytes to resume from; hashes them again."""
-        self.hasher = Hasher(self.weights.checksum)
-        if not self.part.is_file() or not self._version():
-            self._discard()
-            return 0
-        for block in read_blocks(self.part):
-            self.hasher.update(block)
-        return self.part.stat().st_size
-
-    def _version(self) -> str:
-        """The version that the part belongs to, as If-Range takes it; empty if unknown."""
-        notes = read_json(self.notes)
-        return str(notes.get("version") or "") if notes.get("url") == self.url else ""
+                continue
+            checksum = self.hasher.checksum
+            if checksum != self.weights.checksum:
+                self._discard()
+                if not resumed:  # otherwise the beginning may be from another version of the file
+                    raise ConfigurationError(
+                        f"{shown(self.url)} is not the published file and was deleted: "
+                        f"its checksum is {checksum}, not {self.weights.checksum}"
+                    )
+        sums = self.hasher.sums(self.part.stat())
+        publish(self.part, self.path)
+        remember(self.path, sums)
 
     def _discard(self) -> None:
         self.part.unlink(missing_ok=True)
-        self.notes.unlink(missing_ok=True)
+        self.hasher, self.size = Hasher(self.weights.checksum), 0
 
-    def _try(self, size: int) -> None:
-        """Request the file, or the rest from byte `size`, and append it to the part."""
-        with self._request(size) as answer:
-            size, total = self._agree(answer, size)
-            check_space(self.path.parent, self.path.name, total or self.weights.about_bytes or 0, present=size)
+    def _try(self) -> None:
+        """Request the file, or the rest of it, and append it to the part."""
+        with self._request() as answer:
+            total = self._total(answer)
+            check_space(self.path.parent, self.path.name, total or self.weights.about_bytes, present=self.size)
             with self.part.open("ab") as file:
-                self.progress(size, total)
+                self.progress(self.size, total)
                 while block := _read(answer):
-                    size += len(block)
-                    if size > (MAX_BYTES if total is None else total):
+                    if self.size + len(block) > (MAX_BYTES if total is None else total):
                         self._discard()
                         raise ConfigurationError(f"{shown(self.url)} sends more than it announced, or than any model has")
                     file.write(block)
                     self.hasher.update(block)
-                    self.progress(size, total)
-        if total is not None and size < total:
-            raise _Interrupted(f"the connection broke after {size} of {total} bytes")
+                    self.size += len(block)
+                    self.progress(self.size, total)
+        if total is not None and self.size < total:
+            raise _Interrupted(f"the connection broke after {self.size} of {total} bytes")
 
-    def _request(self, size: int) -> Any:
+    def _request(self) -> Any:
         headers = {"User-Agent": "imagemill", "Accept-Encoding": "identity"}
-        if size:
-            headers |= {"Range": f"bytes={size}-", "If-Range": self._version()}
+        if self.size:
+            headers["Range"] = f"bytes={self.size}-"
         request = urllib.request.Request(self.url, headers=headers)  # noqa: S310  # url_of only returns http and https
         try:
             return self.opener.open(request, timeout=TIMEOUT)
@@ -207,36 +194,20 @@ class _Download:
             raise _Interrupted(f"the server answers {error.code}") from error
         except http.client.InvalidURL as error:
             raise ConfigurationError(f"{shown(self.url)} is not a valid URL: {sentence(error)}") from error
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        except (http.client.HTTPException, OSError) as error:
             raise _Interrupted(sentence(getattr(error, "reason", None) or error)) from error
 
-    def _agree(self, answer: Any, size: int) -> tuple[int, int | None]:
-        """The offset at which the answer starts, `size` or 0, and the size of the whole file if known."""
-        version = _version_in(answer.headers)
-        if size and answer.status == http.client.PARTIAL_CONTENT:
+    def _total(self, answer: Any) -> int | None:
+        """The size of the whole file if known; an answer that starts at the beginning discards the part."""
+        if self.size and answer.status == http.client.PARTIAL_CONTENT:
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-            if span and int(span[1]) == size and version in ("", self._version()):
-                return size, int(span[2])
-            self._discard()  # another version of the file, or another range than requested
-            raise _Interrupted("the file has changed on the server")
-        self._discard()
-        self.hasher = Hasher(self.weights.checksum)
-        write_json(self.notes, {"url": self.url, "version": version})
-        length = answer.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdecimal() else None
-
-    def _publish(self) -> None:
-        """Give the file its name if its checksum is right."""
-        if self.hasher.checksum != self.weights.checksum:
+            if span and int(span[1]) == self.size:
+                return int(span[2])
             self._discard()
-            raise ConfigurationError(
-                f"{shown(self.url)} is not the published file and was deleted: "
-                f"its checksum is {self.hasher.checksum}, not {self.weights.checksum}"
-            )
-        status = self.part.stat()
-        publish(self.part, self.path)
-        remember(self.path, FileSums(self.hasher.sha256, status.st_size, status.st_mtime_ns, self.hasher.checksum))
-        self.notes.unlink(missing_ok=True)
+            raise _Interrupted("the server sends another range than requested")
+        self._discard()
+        length = answer.headers.get("Content-Length", "")
+        return int(length) if length.isdecimal() else None
 
 
 def _read(answer: Any) -> bytes:
@@ -244,12 +215,6 @@ def _read(answer: Any) -> bytes:
         return bytes(answer.read(BLOCK))
     except (http.client.HTTPException, OSError) as error:
         raise _Interrupted(f"the connection broke: {sentence(error)}") from error
-
-
-def _version_in(headers: Any) -> str:
-    """What If-Range takes: a strong ETag, or else the time of the last change; empty without either."""
-    tag = str(headers.get("ETag") or "")
-    return tag if tag and not tag.startswith("W/") else str(headers.get("Last-Modified") or "")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

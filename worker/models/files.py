@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from imagemill.shared.settings import WeightsSettings
 from imagemill.worker.models.catalogue import CONVERTED, Weights
 from imagemill.worker.models.checksums import digest, hash_file, read_json, remembered_sums, sums_path, write_json
 
@@ -18,14 +17,14 @@ KINDS: tuple[Kind, ...] = ("dynamic", "int8", "safetensors")
 State = Literal["missing", "there", "unconverted", "unchecked", "damaged"]
 
 
-def path_of(weights: Weights, settings: WeightsSettings) -> Path:
+def path_of(folder: Path, weights: Weights) -> Path:
     """Where the published file belongs: `{folder}/{engine}/{name}.onnx`."""
-    return settings.folder.expanduser() / weights.engine / f"{weights.name}{Path(weights.file).suffix}"
+    return folder / weights.engine / f"{weights.name}{Path(weights.file).suffix}"
 
 
-def required_file(weights: Weights, settings: WeightsSettings) -> Path:
+def required_file(folder: Path, weights: Weights) -> Path:
     """The file that a node needs in order to run a model: the published one, or the one converted from it."""
-    path = path_of(weights, settings)
+    path = path_of(folder, weights)
     return variant(path, "safetensors") if weights.engine in CONVERTED else path
 
 
@@ -75,14 +74,14 @@ def remove_variants(original: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def state(weights: Weights, settings: WeightsSettings) -> State:
+def state(folder: Path, weights: Weights) -> State:
     """The state of a model's files, without reading them.
 
     `unchecked`: neither pull nor verify has read the file. `unconverted`: the file that nodes load is still to be made.
     """
-    loadable = required_file(weights, settings).is_file()
+    loadable = required_file(folder, weights).is_file()
     try:
-        sums = remembered_sums(path_of(weights, settings))
+        sums = remembered_sums(path_of(folder, weights))
     except OSError:
         return "unchecked" if loadable else "missing"  # converted from the operator's own file
     if not loadable:
@@ -92,18 +91,19 @@ def state(weights: Weights, settings: WeightsSettings) -> State:
     return "there" if sums.checksum == weights.checksum else "damaged"
 
 
-def describe(weights: Weights, settings: WeightsSettings) -> dict[str, Any]:
+def describe(folder: Path, weights: Weights) -> dict[str, Any]:
     """A model's catalogue entry with its state, path, size in bytes and current variants."""
-    original, path = path_of(weights, settings), required_file(weights, settings)
+    original, path = path_of(folder, weights), required_file(folder, weights)
     also = [kind for kind in KINDS if original.is_file() and is_current(original, kind)]
     size = path.stat().st_size if path.is_file() else None
-    return {**asdict(weights), "state": state(weights, settings), "path": str(path), "bytes": size, "also": also}
+    row = {**asdict(weights), "url": weights.url}
+    return {**row, "state": state(folder, weights), "path": str(path), "bytes": size, "also": also}
 
 
-def verify(weights: Weights, settings: WeightsSettings) -> Iterator[tuple[bool, str]]:
+def verify(folder: Path, weights: Weights) -> Iterator[tuple[bool, str]]:
     """Read a model's file and its variants; yield for each whether it is correct, and a sentence. Raises OSError."""
-    path, fix = path_of(weights, settings), f"imagemill models pull {weights.name}"
-    if state(weights, settings) == "missing":
+    path, fix = path_of(folder, weights), f"imagemill models pull {weights.name}"
+    if state(folder, weights) == "missing":
         yield False, f"{weights.name} is missing: {fix}"
         return
     original = None

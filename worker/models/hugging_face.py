@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from huggingface_hub.errors import HFValidationError
 from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
 from imagemill.shared.settings import WeightsSettings
 from imagemill.worker.models.catalogue import Repository
-from imagemill.worker.models.checksums import read_json, write_json
+from imagemill.worker.models.checksums import read_json, sha256_of, write_json
 from imagemill.worker.models.download import Outcome, check_space, mirror_url
-from imagemill.worker.models.repositories import RECORD, folder_of, matching, sha256_and_blob, state
+from imagemill.worker.models.repositories import RECORD, folder_of, matching, state
 
 HUB = "https://huggingface.co"
 
@@ -59,23 +60,24 @@ def _files_at(entry: Repository, endpoint: str, revision: str) -> tuple[str, dic
     missing = [pattern for pattern in entry.files if not matching(siblings, [pattern])]
     if not info.sha or any(pattern.endswith(".safetensors") for pattern in missing):
         raise ConfigurationError(f"{entry.source} at {revision} has no {', '.join(missing) or 'commit'}")
-    files = {}
-    for name in matching(siblings, entry.files):
-        sibling = siblings[name]
-        if sibling.lfs:
-            files[name] = {"size": sibling.lfs.size, "hub": f"sha256:{sibling.lfs.sha256}"}
-        else:
-            files[name] = {"size": sibling.size, "hub": f"git:{sibling.blob_id}"}
-    return info.sha, files
+    chosen = [siblings[name] for name in matching(siblings, entry.files)]
+    return info.sha, {
+        file.rfilename: {"size": file.size, "hub": f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"}
+        for file in chosen
+    }
 
 
 def _checked(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """The record of a file with the right checksum; a file with another one is deleted."""
-    sha256, blob = sha256_and_blob(path)
-    if expected["hub"] not in (f"sha256:{sha256}", f"git:{blob}"):
+    sha256, size = sha256_of(path), path.stat().st_size
+    actual = f"sha256:{sha256}"
+    if expected["hub"].startswith("git:"):  # not in LFS, so small
+        blob = f"blob {size}\0".encode() + path.read_bytes()
+        actual = f"git:{hashlib.sha1(blob, usedforsecurity=False).hexdigest()}"
+    if actual != expected["hub"]:
         path.unlink()
         raise ConfigurationError(f"{path} does not match the hub's checksum, {expected['hub']}, and was deleted")
-    return {**expected, "size": path.stat().st_size, "sha256": sha256}
+    return {**expected, "size": size, "sha256": sha256}
 
 
 def _translated(error: Exception, what: str, folder: Path) -> Exception:

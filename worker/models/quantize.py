@@ -7,13 +7,14 @@ https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from imagemill.shared.errors import ConfigurationError, ImageError, UsageError
 from imagemill.worker.imaging.codec import decode
 from imagemill.worker.imaging.headers import probe
 from imagemill.worker.imaging.picture import Pixels
+from imagemill.worker.models.checksums import sha256_of
 from imagemill.worker.models.files import model_file, record_variant, variant
 from imagemill.worker.operations.remove_background.model_families import FAMILIES, Family
 
@@ -83,7 +85,6 @@ def quantize(
     folder: Path,
     images: Path,
     *,
-    engine: str = "rembg",
     accept: float = 0.98,
     progress: Progress = lambda *_: None,
 ) -> Report:
@@ -93,12 +94,12 @@ def quantize(
     stays. Raises UsageError for too few images or a model that can't be quantised, and ConfigurationError if the model is
     missing.
     """
-    original = folder / engine / f"{name}.onnx"
+    original = folder / "rembg" / f"{name}.onnx"
     if name not in FAMILIES:
         raise UsageError(f"{name} can't be quantised: imagemill doesn't know how to prepare images for it")
     if not original.is_file():
         raise ConfigurationError(f"{name} is not in {original.parent}: imagemill models pull {name}")
-    source = model_file(folder, engine, name)  # the variant with a free batch axis, if there is one
+    source = model_file(folder, "rembg", name)  # the variant with a free batch axis, if there is one
     calibration, held_back, passed_over = divide(images)
     target = variant(original, "int8")
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=original.parent) as work:
@@ -128,21 +129,13 @@ def divide(images: Path) -> tuple[list[Path], list[Path], int]:
     Images are sorted by the hash of their content, which is random but reproducible, because neighbours in a folder resemble
     each other. Duplicates are skipped, so no image is on both sides. Raises UsageError for too few images.
     """
-    by_hash: dict[str, Path] = {}
-    passed_over = 0
-    for path in sorted(path for path in images.rglob("*") if path.is_file()):
-        data = path.read_bytes()
-        try:
-            probe(data, max_pixels=MAX_PIXELS)
-        except ImageError:
-            passed_over += 1
-            continue
-        passed_over += by_hash.setdefault(hashlib.sha256(data).hexdigest(), path) is not path
+    files = sorted((path for path in images.rglob("*") if path.is_file()), reverse=True)
+    by_hash = {sha256_of(path): path for path in files}
     paths = list(islice((path for _, path in sorted(by_hash.items()) if _decodes(path)), MOST))
     if len(paths) < LEAST:
         raise UsageError(f"{images} has {len(paths)} different images: at least {LEAST} are needed, and 100 are better")
     count = max(2, len(paths) // HELD_BACK)
-    return paths[count:], paths[:count], passed_over + len(by_hash) - len(paths)
+    return paths[count:], paths[:count], len(files) - len(paths)
 
 
 def _decodes(path: Path) -> bool:
@@ -170,18 +163,13 @@ def _pixels(path: Path) -> Pixels:
     return decode(data, probe(data, max_pixels=MAX_PIXELS), edge=EDGE).pixels
 
 
-class _Reader:
-    """Supplies onnxruntime's calibration with inputs, preparing each one on request."""
-
-    def __init__(self, name: str, family: Family, paths: Sequence[Path], progress: Progress) -> None:
-        self.name, self.progress, self.total, self.done = name, progress, len(paths), 0
-        self._tensors: Iterator[NDArray[np.float32]] = (_tensor(path, family) for path in paths)
-
-    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        self.progress("calibrating", self.done, self.total)
-        self.done += 1
-        tensor = next(self._tensors, None)
-        return None if tensor is None else {self.name: tensor}
+def _feeds(source: Path, family: Family, paths: Sequence[Path], progress: Progress) -> Iterator[dict[str, Any]]:
+    """Inputs for onnxruntime's calibration, each prepared on request."""
+    name = _session(source).get_inputs()[0].name
+    for done, path in enumerate(paths):
+        progress("calibrating", done, len(paths))
+        yield {name: _tensor(path, family)}
+    progress("calibrating", len(paths), len(paths))
 
 
 def _quantize(source: Path, target: Path, family: Family, calibration: Sequence[Path], progress: Progress) -> None:
@@ -195,7 +183,7 @@ def _quantize(source: Path, target: Path, family: Family, calibration: Sequence[
     quantize_static(
         prepared,
         target,
-        _Reader(_session(source).get_inputs()[0].name, family, calibration, progress),
+        SimpleNamespace(get_next=partial(next, _feeds(source, family, calibration, progress), None)),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         reduce_range=not has_vnni(),
@@ -223,8 +211,7 @@ def _compare(source: Path, quantised: Path, family: Family, held_back: Sequence[
         progress("comparing", number, len(held_back))
         tensor, mattes = _tensor(path, family), []
         for kind, session in sessions.items():
-            feed = {session.get_inputs()[0].name: tensor}
-            names = [session.get_outputs()[0].name]
+            feed, names = {session.get_inputs()[0].name: tensor}, [session.get_outputs()[0].name]
             if not number:
                 session.run(names, feed)  # the first run is slower
             start = time.perf_counter()

@@ -14,8 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from imagemill.worker.models.catalogue import MODELS, Repository, repository
-from imagemill.worker.models.checksums import Hasher, digest, read_blocks, read_json
+from imagemill.worker.models import files
+from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, WEIGHTS, Repository
+from imagemill.worker.models.checksums import digest, read_json, sha256_of
 
 RECORD = "imagemill.json"
 """The record in a repository's folder: its commit, and each file's size, SHA-256 and checksum on the hub."""
@@ -39,26 +40,18 @@ def state(weights: Path, entry: Repository) -> State:
     folder = folder_of(weights, entry)
     recorded = read_json(folder / RECORD).get("files", {})
     if recorded:
-        return "there" if all(_has_size(folder / name, file["size"]) for name, file in recorded.items()) else "missing"
-    return "unchecked" if _looks_complete(folder, entry) else "missing"
+        sizes = {name: path.stat().st_size for name in recorded if (path := folder / name).is_file()}
+        return "there" if sizes == {name: file["size"] for name, file in recorded.items()} else "missing"
+    places = {(Path(pattern).parent, Path(pattern).suffix) for pattern in entry.files if not pattern.endswith(".txt")}
+    complete = all(any((folder / part).glob(f"*{suffix}")) for part, suffix in places)
+    return "unchecked" if complete else "missing"
 
 
 def is_here(weights: Path, model: str) -> bool:
-    """Whether all repositories of a model are on disk."""
-    return all(state(weights, repository(name)) != "missing" for name in MODELS[model])
-
-
-def _looks_complete(folder: Path, entry: Repository) -> bool:
-    """Whether a folder has safetensors and JSON files in every place where the repository has them."""
-    places = {(Path(pattern).parent, Path(pattern).suffix) for pattern in entry.files if not pattern.endswith(".txt")}
-    return all(any((folder / part).glob(f"*{suffix}")) for part, suffix in places)
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
+    """Whether a model that jobs can select is on disk, in files that nodes can load."""
+    return all(state(weights, entry) != "missing" for entry in REPOSITORIES if entry.name in MODELS[model]) and all(
+        files.required_file(weights, entry).is_file() for entry in WEIGHTS if entry.name in MODELS[model]
+    )
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
@@ -77,29 +70,19 @@ def describe(weights: Path, entry: Repository) -> dict[str, Any]:
 
 def verify(weights: Path, entry: Repository) -> Iterator[tuple[bool, str]]:
     """Read all files of a repository; yield its faults, or else that it is correct, as sentences. Raises OSError."""
-    folder, fix = folder_of(weights, entry), f"imagemill models pull {entry.name}"
+    folder, faults = folder_of(weights, entry), []
     record = read_json(folder / RECORD)
-    faults = []
     if not record:
         faults.append(f"{folder} was not written by `imagemill models pull`, so there are no checksums to compare")
     for name, expected in record.get("files", {}).items():
         path = folder / name
         if not path.is_file():
             faults.append(f"{path} is missing")
-        elif (sha256 := sha256_and_blob(path)[0]) != expected["sha256"]:
+        elif (sha256 := sha256_of(path)) != expected["sha256"]:
             faults.append(f"{path} has changed since it was pulled: its SHA-256 is {sha256}, not {expected['sha256']}")
-    yield from ((False, f"{fault}: {fix}") for fault in faults)
+    yield from ((False, f"{fault}: imagemill models pull {entry.name}") for fault in faults)
     if not faults:
         yield True, f"{entry.name}: correct (commit {record['commit']})"
-
-
-def sha256_and_blob(path: Path) -> tuple[str, str]:
-    """A file's SHA-256, and its git blob hash (SHA-1), in hex. Raises OSError."""
-    hasher, blob = Hasher(), hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    for block in read_blocks(path):
-        hasher.update(block)
-        blob.update(block)
-    return hasher.sha256, blob.hexdigest()
 
 
 def digest_of(folder: Path) -> str:

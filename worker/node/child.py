@@ -1,4 +1,4 @@
-"""One child process: its engines, its clients, and what it does with a chunk. Imported after the fork only."""
+"""One child process: its engines, its clients, and how it works on a chunk. Imported only after the fork."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from functools import cache
 from threading import Event
-from typing import Any
-
-import numpy as np
 
 from imagemill.shared import s3
 from imagemill.shared.broker import Publisher
@@ -17,13 +15,11 @@ from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import ImageError, ImagemillError, StorageUnavailable, sentence
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import Lease, WorkLedger
-from imagemill.shared.messages import MANIFEST, Chunk, Item, Job
-from imagemill.shared.options.base import EngineOptions
+from imagemill.shared.messages import MANIFEST, Chunk, Job
 from imagemill.shared.queues import offered, queue_name
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, give_back
 from imagemill.worker.hardware.memory import memory_of
-from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.cache import Cache
 from imagemill.worker.line.line import Line
@@ -31,16 +27,18 @@ from imagemill.worker.line.manifest import write_manifest
 from imagemill.worker.line.stages import Context
 from imagemill.worker.node.lease import LeaseKeeper
 from imagemill.worker.node.offer import lanes
-from imagemill.worker.operations.base import AnyOperation, Inputs, Untouched
+from imagemill.worker.operations.base import AnyOperation, Untouched
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.store import Store, open_store
 from imagemill.worker.tuning import saved_sizes as tuned
+from imagemill.worker.tuning.trials import example_work
 
 log = logging.getLogger(__name__)
 
 MANIFEST_TRIES = 5
-"""How often a manifest is tried while the store does not answer, before the job ends without one."""
+"""Attempts to write a manifest while the store does not respond; then the job ends without one."""
+WARM_UP_SIZE = (64, 64)
 
 
 class Child:
@@ -52,7 +50,7 @@ class Child:
         self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
         self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
-        self._s3: Any = None
+        self.s3 = cache(lambda: s3.make_client(settings.s3))  # one client, made when it is first needed
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
@@ -64,20 +62,16 @@ class Child:
             operation = create(name, engine)
             operation.load(device)
             given = {**operation.spec.warm_up, **({"model": model} if model else {})}
-            warm_up(operation, parse_options(name, engine, given))
+            work = example_work(operation, parse_options(name, engine, given), WARM_UP_SIZE)
+            if not isinstance(work, Untouched):
+                operation.finish(work, operation.run(work.samples))  # so that the first image meets no surprise
             memory = memory_of(device, operation.spec.runtime)
             self.operations[name, engine] = operation
             self.sizes[name, engine] = BatchSizes(memory, tuned.read(device.weights, memory.name, operation.spec))
             log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})
 
-    def s3(self) -> Any:
-        """This process' one S3 client, made when it is first needed."""
-        if self._s3 is None:
-            self._s3 = s3.make_client(self.settings.s3)
-        return self._s3
-
     def work(self, chunk: Chunk, *, task: str, tell: Callable[[int, int], None]) -> str:
-        """Take a chunk from lease to record; says in a word what came of it.
+        """Take a chunk from its lease to its records; return the outcome in a few words, for Celery's result.
 
         `task` is the id of the Celery task; `tell(done, failed)` is called every second.
         """
@@ -92,32 +86,28 @@ class Child:
         stop = Event()
         line = self._line(spec, lease.job, stop)
         records = line.records
-        items = self._open_items(lease)
-        with LeaseKeeper(
-            self.ledger,
-            lease,
-            lease_seconds=self.settings.worker.lease_seconds,
-            stop=stop,
-            stopping=self.stopping,
-            tell=lambda: tell(records.done, records.failed),
-        ) as keeper:
+        items = [item for item in lease.items if item.duplicate_of is None]
+        recorded = self.ledger.recorded(lease.job, [item.index for item in items])
+        items = [item for item in items if item.index not in recorded]
+        seconds = self.settings.worker.lease_seconds
+        keeper = LeaseKeeper(self.ledger, lease, seconds, stop, self.stopping, tell=lambda: tell(records.done, records.failed))
+        with keeper:
             if lease.lost:
                 line.run_alone(items, lease.lost)
             else:
                 line.run(items)
         give_back()
         seconds = _since(start)
-        counts = dict(done=records.done, failed=records.failed, reused=records.reused)
-        told = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds, **counts)
+        fields = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds)
+        fields |= dict(done=records.done, failed=records.failed, reused=records.reused)
         on_gpu = [sizes for sizes in self.sizes.values() if sizes.memory.grows]
         if on_gpu:
             top, flagged = max(sizes.top for sizes in on_gpu), sum(sizes.flagged for sizes in on_gpu)
-            told |= dict(memory=round(top, 3), memory_flagged=flagged)
+            fields |= dict(memory=round(top, 3), memory_flagged=flagged)
             self.fleet.report_memory(self.node, top, flagged)
-        log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**told, "reason": keeper.reason})
+        log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**fields, "reason": keeper.reason})
         if keeper.reason is None and not lease.lost and not records.reused and seconds > 0:  # the rate of computing
-            queue = queue_name(spec.operation, spec.lane)
-            self.fleet.report_rate(queue, self.node, records.over / seconds)
+            self.fleet.report_rate(queue_name(spec.operation, spec.lane), self.node, records.over / seconds)
         outcome = self._close(lease, spec, keeper.reason, len(items) - records.over, tell)
         return f"{records.done} done, {records.failed} failed" if outcome == "done" else outcome
 
@@ -135,12 +125,6 @@ class Child:
         )
         return Line(context, ledger=self.ledger, settings=self.settings, node=self.node, sizes=self.sizes[engine])
 
-    def _open_items(self, lease: Lease) -> list[Item]:
-        """What this chunk still has to do: neither recorded already nor another row's duplicate."""
-        items = [item for item in lease.items if item.duplicate_of is None]
-        recorded = self.ledger.recorded(lease.job, [item.index for item in items])
-        return [item for item in items if item.index not in recorded]
-
     def _close(self, lease: Lease, spec: Job, reason: str | None, left: int, tell: Callable[[int, int], None]) -> str:
         if reason == "lost":
             return "lost"
@@ -153,44 +137,33 @@ class Child:
         return "done"
 
     def _manifest(self, lease: Lease, spec: Job) -> str:
-        written, told = None, {"action": "manifest", "job": lease.job}
+        written, fields = None, {"action": "manifest", "job": lease.job}
         try:
             written = write_manifest(lease.job, spec, self.ledger, self._store(spec), self._fingerprint(spec))
         except StorageUnavailable as error:
-            log.warning("manifest not written", extra={**told, "reason": error.message})
+            log.warning("manifest not written", extra={**fields, "reason": error.message})
             if lease.lost < MANIFEST_TRIES:
-                return "held"  # its lease runs out and the reaper publishes it again
+                return "held"  # its lease expires and the reaper publishes it again
         except ImageError as error:
-            log.warning("manifest refused", extra={**told, "reason": error.message})
+            log.warning("manifest refused", extra={**fields, "reason": error.message})
         except ImagemillError:
-            raise  # of the ledger, without which there is nothing to complete
-        except Exception:  # a fault of ours; a job may end without its manifest, but end it must
-            log.exception("manifest failed", extra=told)
+            raise  # from the ledger, without which nothing can be completed
+        except Exception:  # a bug; a job may end without its manifest, but it must end
+            log.exception("manifest failed", extra=fields)
         self.ledger.complete(lease, manifest=written)
-        log.info("job over", extra={"action": "manifest", "job": lease.job, "manifest": written})
+        log.info("job over", extra={**fields, "manifest": written})
         return "done"
 
     def _fingerprint(self, spec: Job) -> str | None:
-        """What decides this job's results on this node; None where it can't be told any more."""
+        """Everything that determines this job's results on this node; None if it can't be determined any more."""
         try:
             return self.operations[spec.operation, spec.engine].fingerprint(spec.options)
         except (ImagemillError, OSError) as error:
-            log.warning("fingerprint not told", extra={"action": "manifest", "reason": sentence(error)})
+            log.warning("fingerprint unknown", extra={"action": "manifest", "reason": sentence(error)})
             return None
 
     def _store(self, spec: Job) -> Store:
         return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
-
-
-def warm_up(operation: AnyOperation, options: EngineOptions) -> None:
-    """Run one made-up image through an engine, so that the first real one meets no surprise."""
-    grey = np.full((64, 64, 3), 128, np.uint8)
-    grey[16:48, 16:48] = (200, 60, 40)
-    picture = Picture(grey, full_size=(64, 64))
-    item = Item(index=0, source="https://warm.up/image.png", boxes=("24,24,8,8",))
-    work = operation.prepare(picture, Inputs(item, options))
-    if not isinstance(work, Untouched):
-        operation.finish(work, operation.run(work.samples))
 
 
 def _since(start: float) -> float:

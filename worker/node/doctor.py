@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from imagemill.shared.queues import CANARY_TASK, node_queue, offered, worker_que
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.models.catalogue import CONVERTED, WEIGHTS, Weights
-from imagemill.worker.models.files import model_file, path_of, state, variant
+from imagemill.worker.models.files import is_current, path_of, state
 from imagemill.worker.node.offer import lanes, missing, models_of, shortcomings
 from imagemill.worker.node.supervisor import find_gpus
 from imagemill.worker.operations.registry import create
@@ -35,6 +35,9 @@ LEAST_DISK = 2 * 2**30
 """Free bytes that the temporary folder should have, for manifests and pending uploads."""
 START_REDIS = "start Redis, or set IMAGEMILL_REDIS_URL to its address"
 SET_S3 = "set IMAGEMILL_S3__ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed for file:// outputs"
+
+
+COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
 @dataclass(frozen=True)
@@ -58,25 +61,19 @@ class Finding:
 def doctor(as_json: bool, canary: bool, wait: float) -> None:
     """Check Redis, workers, S3, disk, engines, models and GPU, and suggest fixes."""
     settings = load_settings()
-    findings = check_canary(settings, wait) if canary else chain.from_iterable(check(settings) for check in CHECKS)
+    checks = (check_redis, check_workers, check_s3, check_disk, check_engines, check_models, check_gpu)
+    findings = check_canary(settings, wait) if canary else chain.from_iterable(check(settings) for check in checks)
     console = Console()
     status = 0
     for finding in findings:
         if as_json:
             click.echo(json.dumps(asdict(finding)))
         else:
-            _print(console, finding)
+            console.print(f"[{COLOURS[finding.state]}]{finding.state:<8}[/] [bold]{finding.check}[/]: ", end="")
+            console.print(finding.found + (f"\n         fix: {finding.fix}" if finding.fix else ""), markup=False)
         if finding.state == "failed":
             status = max(status, 3 if finding.check in ("redis", "s3", "worker") else 2)
     sys.exit(status)
-
-
-def _print(console: Console, finding: Finding) -> None:
-    colour = {"ok": "green", "warning": "yellow", "failed": "red"}[finding.state]
-    console.print(f"[{colour}]{finding.state:<8}[/] [bold]{finding.check}[/]: ", end="")
-    console.print(finding.found, markup=False)
-    if finding.fix:
-        console.print(f"         fix: {finding.fix}", markup=False)
 
 
 def check_redis(settings: Settings) -> Iterator[Finding]:
@@ -90,9 +87,8 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
         return
     yield Finding("redis", "ok", f"version {info['redis_version']}, {info['used_memory_human']} used")
     if not info.get("aof_enabled"):
-        yield Finding(
-            "redis", "warning", "no append-only file: all jobs are lost on a restart", "start Redis with --appendonly yes"
-        )
+        found = "no append-only file: all jobs are lost on a restart"
+        yield Finding("redis", "warning", found, "start Redis with --appendonly yes")
     if info.get("maxmemory_policy") != "noeviction":
         yield Finding("redis", "warning", "may evict jobs when full", "start Redis with --maxmemory-policy noeviction")
 
@@ -104,8 +100,8 @@ def check_workers(settings: Settings) -> Iterator[Finding]:
     except ServiceUnavailable:
         return  # reported by check_redis
     for node in nodes:
-        state: Literal["ok", "warning"] = "ok" if node.ready else "warning"
-        yield Finding("workers", state, f"{node.node}: {node.children} children, {'ready' if node.ready else 'loading'}")
+        found = f"{node.node}: {node.children} children, {'ready' if node.ready else 'loading'}"
+        yield Finding("workers", "ok" if node.ready else "warning", found)
     served = {queue for node in nodes for queue in node.queues}
     unserved = [queue for queue in worker_queues(settings.worker.operations, lanes(settings)) if queue not in served]
     if unserved:
@@ -131,11 +127,8 @@ def check_disk(_settings: Settings) -> Iterator[Finding]:
     """Is there enough space for temporary files?"""
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
-    found = f"{folder} has {free / 2**30:.1f} GiB free"
-    if free < LEAST_DISK:
-        yield Finding("disk", "warning", found, "free some space, or set TMPDIR to a folder on a larger disk")
-    else:
-        yield Finding("disk", "ok", found)
+    fix = "free some space, or set TMPDIR to a folder on a larger disk" if free < LEAST_DISK else ""
+    yield Finding("disk", "warning" if fix else "ok", f"{folder} has {free / 2**30:.1f} GiB free", fix)
 
 
 def check_engines(settings: Settings) -> Iterator[Finding]:
@@ -171,12 +164,10 @@ def check_models(settings: Settings) -> Iterator[Finding]:
 
 
 def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:
-    name, original = weights.name, path_of(weights, settings.weights)
-    if state(weights, settings.weights) == "damaged":
+    name, folder = weights.name, settings.weights.folder.expanduser()
+    if state(folder, weights) == "damaged":
         yield Finding("models", "warning", f"{name} is not the published file", f"imagemill models pull {name}")
-    if not settings.onnx.int8 or weights.engine in CONVERTED:
-        return
-    if model_file(original.parents[1], weights.engine, name, int8=True) != variant(original, "int8"):
+    if settings.onnx.int8 and weights.engine not in CONVERTED and not is_current(path_of(folder, weights), "int8"):
         fix = f"imagemill models quantize {name} --images FOLDER, or unset IMAGEMILL_ONNX__INT8"
         yield Finding("models", "warning", f"{name} has no 8-bit version, so it runs in 32 bits", fix)
 
@@ -210,14 +201,3 @@ def check_canary(settings: Settings, wait: float) -> Iterator[Finding]:
                 yield Finding("worker", "failed", f"{node.node} did not run a task within {wait:g} s", "restart the node")
     except ServiceUnavailable as error:
         yield Finding("worker", "failed", error.message, START_REDIS)
-
-
-CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
-    check_redis,
-    check_workers,
-    check_s3,
-    check_disk,
-    check_engines,
-    check_models,
-    check_gpu,
-)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import Event, Thread
-from types import TracebackType
 from typing import Literal
 
 from imagemill.shared.errors import ServiceUnavailable
@@ -19,33 +19,28 @@ RENEWAL_SECONDS = 1.0
 """Interval between renewals, and so the delay until workers notice that a job is cancelled."""
 
 
+@dataclass
 class LeaseKeeper:
     """Context manager that renews a lease in a background thread, and calls `tell` after each renewal.
 
     Sets `reason`, then `stop`, when the job is cancelled, the lease is lost, or this node is `stopping`.
     """
 
-    def __init__(
-        self,
-        ledger: WorkLedger,
-        lease: Lease,
-        *,
-        lease_seconds: float,
-        stop: Event,
-        stopping: Callable[[], bool],
-        tell: Callable[[], None],
-    ) -> None:
-        self.reason: Reason | None = None
-        self._ledger, self._lease, self._lease_seconds = ledger, lease, lease_seconds
-        self._stop, self._stopping, self._tell = stop, stopping, tell
-        self._finished = Event()
-        self._thread = Thread(target=self._keep, name="lease", daemon=True)
+    ledger: WorkLedger
+    lease: Lease
+    lease_seconds: float
+    stop: Event
+    stopping: Callable[[], bool]
+    tell: Callable[[], None]
+    reason: Reason | None = None
 
     def __enter__(self) -> LeaseKeeper:
+        self._finished = Event()
+        self._thread = Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._finished.set()
         self._thread.join()
 
@@ -53,18 +48,15 @@ class LeaseKeeper:
         renewed = time.monotonic()
         while not self._finished.wait(RENEWAL_SECONDS):
             try:
-                answer = self._ledger.renew(self._lease)
+                answer = self.ledger.renew(self.lease)
             except ServiceUnavailable as error:
-                log.warning("lease not renewed", extra={"action": "renew", "job": self._lease.job, "reason": error.message})
-                answer = "ok" if time.monotonic() - renewed < self._lease_seconds else "lost"
+                log.warning("lease not renewed", extra={"action": "renew", "job": self.lease.job, "reason": error.message})
+                answer = "ok" if time.monotonic() - renewed < self.lease_seconds else "lost"
             else:
                 renewed = time.monotonic()
-                self._tell()  # only while Redis responds: otherwise it would block, and the lease could expire meanwhile
-            reason: Reason | None = "stopping" if self._stopping() else None
+                self.tell()  # only while Redis responds: otherwise it would block, and the lease could expire meanwhile
+            if answer != "ok" or self.stopping():
+                self.reason = "stopping" if answer == "ok" else answer
+                self.stop.set()
             if answer != "ok":
-                reason = answer
-            if reason is not None:
-                self.reason = reason
-                self._stop.set()
-                if reason != "stopping":
-                    return
+                return

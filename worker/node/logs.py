@@ -20,16 +20,13 @@ class Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
         timestamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        trace = self.formatException(record.exc_info) if record.exc_info else None
+        trace = {"trace": self.formatException(record.exc_info)} if record.exc_info else {}
         if self._as_json:
             line = {"time": timestamp, "level": record.levelname, "logger": record.name, "pid": record.process}
-            return json.dumps(
-                {**line, "message": record.getMessage(), **fields, **({"trace": trace} if trace else {})}, default=str
-            )
+            return json.dumps({**line, "message": record.getMessage(), **fields, **trace}, default=str)
         pairs = "".join(f" {name}={value}" for name, value in fields.items())
-        return f"{timestamp} {record.levelname:<7} {record.process} {record.getMessage()}{pairs}" + (
-            f"\n{trace}" if trace else ""
-        )
+        line_of_text = f"{timestamp} {record.levelname:<7} {record.process} {record.getMessage()}{pairs}"
+        return "\n".join([line_of_text, *trace.values()])
 
 
 def set_up(*, as_json: bool, level: str = "INFO") -> None:

@@ -6,19 +6,20 @@ from imagemill.shared.engines import ENGINES, Engine
 from imagemill.shared.options.base import nearest
 from imagemill.shared.queues import worker_queues
 from imagemill.shared.settings import Settings
-from imagemill.worker.models.catalogue import REPOSITORIES, WEIGHTS
-from imagemill.worker.models.files import required_file
-from imagemill.worker.models.repositories import state
+from imagemill.worker.models.repositories import is_here
 
 
 def lanes(settings: Settings) -> list[str]:
     """The lanes (see shared/queues.py) that this node can work on."""
-    return [
+    absent = missing(settings)
+    offered = [
         lane
-        for name in dict.fromkeys(settings.worker.engines)
-        for lane in dict.fromkeys(lane for row in _rows(name) for lane in row.lanes)
-        if lane.partition(".")[2] not in missing(settings).get(name, [])
+        for name in settings.worker.engines
+        for row in _rows(name)
+        for lane in row.lanes
+        if lane.partition(".")[2] not in absent.get(name, [])
     ]
+    return list(dict.fromkeys(offered))
 
 
 def models_of(engine: str) -> list[str]:
@@ -28,10 +29,8 @@ def models_of(engine: str) -> list[str]:
 
 def missing(settings: Settings) -> dict[str, list[str]]:
     """The models that are not on this host, by engine; an engine that has all of its models is left out."""
-    absent = {
-        name: [model for row in _rows(name) for model, parts in row.models.items() if not _all_here(parts, settings)]
-        for name in settings.worker.engines
-    }
+    folder = settings.weights.folder.expanduser()
+    absent = {name: [model for model in models_of(name) if not is_here(folder, model)] for name in settings.worker.engines}
     return {name: models for name, models in absent.items() if models}
 
 
@@ -62,11 +61,3 @@ def nothing_to_do(settings: Settings) -> str | None:
 
 def _rows(engine: str) -> list[Engine]:
     return [row for row in ENGINES if row.name == engine]
-
-
-def _all_here(parts: tuple[str, ...], settings: Settings) -> bool:
-    """Whether every file that a model is loaded from is on this host's disk."""
-    folder = settings.weights.folder.expanduser()
-    return all(required_file(weights, settings.weights).is_file() for weights in WEIGHTS if weights.name in parts) and all(
-        state(folder, repository) != "missing" for repository in REPOSITORIES if repository.name in parts
-    )

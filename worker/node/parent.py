@@ -9,9 +9,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import Value
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
+import psutil
 from celery import bootsteps
 from celery.worker import state as worker_state
 
@@ -19,59 +23,106 @@ from imagemill.shared.broker import Publisher
 from imagemill.shared.errors import JobNotFound, ServiceUnavailable
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
-from imagemill.shared.messages import Chunk, Node
+from imagemill.shared.messages import Node
 from imagemill.shared.settings import WorkerSettings
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.node.children import Children
 
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS = 5.0
 
 
+class Children:
+    """Shared memory of the parent and its `count` children; created before the fork."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pids = RawArray("i", count)
+        self._failures, self._status = Value("i", 0), Value("i", 1)
+        self._stopping = Value("b", 0)
+
+    def loaded(self, index: int) -> None:
+        """Called by child `index` after loading its engines."""
+        self._pids[index] = os.getpid()
+        with self._failures.get_lock():
+            self._failures.value = 0
+
+    def failed(self, status: int) -> int:
+        """Called by a child that could not load its engines; returns the number of failures in a row.
+
+        `status` is the exit status that the failure calls for.
+        """
+        with self._failures.get_lock():
+            self._status.value = status
+            self._failures.value += 1
+            return int(self._failures.value)
+
+    def failure(self) -> int | None:
+        """The exit status for the node after a failure to load; None if the last child succeeded."""
+        return int(self._status.value) if self._failures.value else None
+
+    def ready(self) -> int:
+        """The number of running children that have loaded their engines."""
+        return sum(pid > 0 and psutil.pid_exists(pid) for pid in self._pids)
+
+    def stop(self) -> None:
+        """Called by the parent: children finish their current images and release the rest of their chunks."""
+        self._stopping.value = 1
+
+    def stopping(self) -> bool:
+        """Whether the parent has called `stop`."""
+        return bool(self._stopping.value)
+
+
+@dataclass(frozen=True)
 class Parent:
     """The parent's own work, beside that of Celery; `lacks` names the engines that the node can't offer, and why."""
 
-    def __init__(
-        self,
-        name: str,
-        device: Device,
-        queues: list[str],
-        children: Children,
-        *,
-        lacks: Sequence[str] = (),
-        ledger: WorkLedger,
-        fleet: Fleet,
-        publisher: Publisher,
-        settings: WorkerSettings,
-    ) -> None:
-        self.name, self.device, self.queues, self.children, self.lacks = name, device, queues, children, tuple(lacks)
-        self.ledger, self.fleet, self.publisher, self.settings = ledger, fleet, publisher, settings
+    name: str
+    device: Device
+    queues: list[str]
+    children: Children
+    lacks: list[str]
+    ledger: WorkLedger
+    fleet: Fleet
+    publisher: Publisher
+    settings: WorkerSettings
 
     def wait_for_children(self) -> None:
         """Return when every child has loaded its engines; exit the node if one of them fails or takes too long."""
+        fields = {"action": "load", "node": self.name}
         timeout = self.settings.load_timeout
         start = time.monotonic()
         while self.children.ready() < self.children.count:
             worker_state.maybe_shutdown()
-            if self.children.failures:
-                log.error("a child failed to load its engines; the node exits", extra={"action": "load", "node": self.name})
-                raise SystemExit(self.children.status)
+            status = self.children.failure()
+            if status is not None:
+                log.error("a child failed to load its engines; the node exits", extra=fields)
+                raise SystemExit(status)
             if time.monotonic() - start > timeout:
-                log.error(
-                    "loading took too long; the node exits", extra={"action": "load", "node": self.name, "seconds": timeout}
-                )
+                log.error("loading took too long; the node exits", extra={**fields, "seconds": timeout})
                 raise SystemExit(1)
             time.sleep(0.05)
         log.info("node ready", extra={"action": "ready", "node": self.name, "children": self.children.count})
 
     def tick(self) -> None:
         """Report the node to Redis, and republish overdue chunks."""
+        node = Node(
+            node=self.name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=self.device.name,
+            queues=tuple(self.queues),
+            children=self.children.count,
+            ready=self.children.ready() == self.children.count,
+            lacks=tuple(self.lacks),
+        )
         try:
-            self.fleet.report_node(self._report())
-            chunks = self.ledger.reap(self.name, patience=self.settings.missing_seconds, every=REPORT_SECONDS)
-            for chunk in chunks:
-                self._republish(chunk)
+            self.fleet.report_node(node)
+            for chunk in self.ledger.reap(self.name, patience=self.settings.missing_seconds, every=REPORT_SECONDS):
+                with suppress(JobNotFound):
+                    self.publisher.publish([(chunk, self.ledger.spec(chunk.job))])
+                    log.warning("chunk republished", extra={"action": "reap", "job": chunk.job, "chunk": chunk.number})
         except ServiceUnavailable as error:
             log.warning("node not reported", extra={"action": "report", "node": self.name, "reason": error.message})
 
@@ -81,29 +132,8 @@ class Parent:
         try:
             self.fleet.forget_node(self.name)
         except ServiceUnavailable as error:
-            log.warning(
-                "node not removed from the fleet", extra={"action": "report", "node": self.name, "reason": error.message}
-            )
-
-    def _republish(self, chunk: Chunk) -> None:
-        try:
-            spec = self.ledger.spec(chunk.job)
-        except JobNotFound:
-            return
-        self.publisher.publish([(chunk, spec)])
-        log.warning("chunk republished", extra={"action": "reap", "job": chunk.job, "chunk": chunk.number})
-
-    def _report(self) -> Node:
-        return Node(
-            node=self.name,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            device=self.device.name,
-            queues=tuple(self.queues),
-            children=self.children.count,
-            ready=self.children.ready() == self.children.count,
-            lacks=self.lacks,
-        )
+            fields = {"action": "report", "node": self.name, "reason": error.message}
+            log.warning("node not removed from the fleet", extra=fields)
 
 
 class Loaded(bootsteps.StartStopStep):
@@ -120,9 +150,7 @@ class Housekeeping(bootsteps.StartStopStep):
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
-    def __init__(self, consumer: Any, **options: Any) -> None:
-        super().__init__(consumer, **options)
-        self._timer: Any = None
+    _timer: Any = None
 
     def start(self, consumer: Any) -> None:
         parent: Parent = consumer.app.imagemill_parent
@@ -133,4 +161,3 @@ class Housekeeping(bootsteps.StartStopStep):
     def stop(self, _consumer: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None

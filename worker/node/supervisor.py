@@ -59,12 +59,11 @@ class Supervisor:
             for name, node in self._nodes.items():
                 self._start_or_check(name, node)
             time.sleep(0.2)
-        for node in self._nodes.values():
-            if node.process is not None and node.process.poll() is None:
-                node.process.terminate()
-        for node in self._nodes.values():
-            if node.process is not None:
-                node.process.wait()
+        running = [node.process for node in self._nodes.values() if node.process is not None]
+        for process in running:
+            process.terminate()  # does nothing if it has ended
+        for process in running:
+            process.wait()
         return 0
 
     def _start_or_check(self, name: str, node: _Node) -> None:
@@ -75,14 +74,11 @@ class Supervisor:
                 command = [sys.executable, "-m", "imagemill.producer.cli", *node.arguments]
                 node.process = subprocess.Popen(command, start_new_session=True)  # noqa: S603
                 node.started = now
-            return
-        status = node.process.poll()
-        if status is None:
-            return
-        node.failures = node.failures + 1 if now - node.started < QUICK_SECONDS else 0
-        wait = min(LONGEST_WAIT, 2.0 ** (node.failures - 1)) if node.failures else 0.0
-        node.process, node.restart_at = None, now + wait
-        log.warning("node died", extra={"action": "supervise", "node": name, "status": status, "again_in": wait})
+        elif (status := node.process.poll()) is not None:
+            node.failures = node.failures + 1 if now - node.started < QUICK_SECONDS else 0
+            wait = min(LONGEST_WAIT, 2.0 ** (node.failures - 1)) if node.failures else 0.0
+            node.process, node.restart_at = None, now + wait
+            log.warning("node died", extra={"action": "supervise", "node": name, "status": status, "again_in": wait})
 
     def _stop(self, *_: object) -> None:
         self._stopping = True

@@ -13,39 +13,18 @@ from imagemill.shared.errors import UnsupportedUrl
 from imagemill.shared.settings import FetchSettings
 from imagemill.shared.urls import shown
 
-# IANA's special-purpose registries, plus networks that lead inside although `ipaddress.is_global` accepts them.
-NOT_PUBLIC_V4 = tuple(
-    ip_network(text)
-    for text in (
-        "0.0.0.0/8",  # this host
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # carrier-grade NAT; also some clouds' metadata
-        "127.0.0.0/8",
-        "168.63.129.16/32",  # Azure's host
-        "169.254.0.0/16",  # link-local; most clouds' metadata
-        "172.16.0.0/12",
-        "192.0.0.0/24",  # protocol assignments; Oracle's metadata
-        "192.0.2.0/24",  # documentation
-        "192.88.99.0/24",  # 6to4 relays
-        "192.168.0.0/16",
-        "198.18.0.0/15",  # benchmarks
-        "198.51.100.0/24",  # documentation
-        "203.0.113.0/24",  # documentation
-        "224.0.0.0/4",  # multicast
-        "240.0.0.0/4",  # reserved, and broadcast
-    )
-)
 # Only this part of IPv6 is allocated as public. The rest includes loopback, IPv4-compatible (::/96), NAT64 (64:ff9b::/96
 # and 64:ff9b:1::/48), unique local, link-local and multicast.
 PUBLIC_V6 = ip_network("2000::/3")
-NOT_PUBLIC_V6 = tuple(
-    ip_network(text)
-    for text in (
-        "2001::/23",  # protocol assignments; Teredo (2001::/32) carries IPv4 addresses
-        "2001:db8::/32",  # documentation
-        "2002::/16",  # 6to4 carries IPv4 addresses
-        "3fff::/20",  # documentation
-    )
+# Networks that lead inside, or nowhere, although `ipaddress.is_global` accepts them, at least in some Python versions.
+NOT_PUBLIC = (
+    ip_network("168.63.129.16/32"),  # Azure's host
+    ip_network("192.0.0.0/24"),  # protocol assignments; Oracle's metadata
+    ip_network("192.88.99.0/24"),  # 6to4 relays
+    ip_network("224.0.0.0/4"),  # multicast
+    ip_network("2001::/23"),  # protocol assignments; Teredo (2001::/32) carries IPv4 addresses
+    ip_network("2002::/16"),  # 6to4 carries IPv4 addresses
+    ip_network("3fff::/20"),  # documentation
 )
 
 HOST = re.compile(r"[a-z0-9_.-]{1,253}")
@@ -54,29 +33,23 @@ PLAIN = "".join(chr(c) for c in range(0x21, 0x7F) if chr(c) not in '"#<>\\`{}')
 PORTS = {"http": 80, "https": 443}
 
 
-def allowed(address: str | IPv4Address | IPv6Address, host: str, port: int, settings: FetchSettings) -> bool:
+def allowed(address: str, host: str, port: int, settings: FetchSettings) -> bool:
     """Whether a download from `host`:`port` may connect to `address`.
 
     Public addresses are always allowed; others only if the operator lists the host (`host` or `host:port` as in the URL,
     IPv6 in brackets) or a network containing the address. IPv4-mapped IPv6 addresses (::ffff:0:0/96) are treated as IPv4,
     since the system connects to the IPv4 address.
     """
-    ip = ip_address(address) if isinstance(address, str) else address
+    ip = ip_address(address)
     if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
         ip = ip.ipv4_mapped
-    if is_public(ip):
-        return True
-    listed = {entry.lower() for entry in settings.allow_hosts}
-    if not listed.isdisjoint({host.lower(), f"{host.lower()}:{port}"}):
-        return True
-    return any(ip.version == network.version and ip in network for network in settings.allow_networks)
+    listed = {entry.lower() for entry in settings.allow_hosts} & {host.lower(), f"{host.lower()}:{port}"}
+    return is_public(ip) or bool(listed) or any(ip in network for network in settings.allow_networks)
 
 
 def is_public(ip: IPv4Address | IPv6Address) -> bool:
     """Whether an address belongs to the public internet and can't reach another one through a gateway."""
-    if isinstance(ip, IPv4Address):
-        return ip.is_global and not any(ip in network for network in NOT_PUBLIC_V4)
-    return ip.is_global and ip in PUBLIC_V6 and not any(ip in network for network in NOT_PUBLIC_V6)
+    return ip.is_global and (ip.version == 4 or ip in PUBLIC_V6) and not any(ip in network for network in NOT_PUBLIC)
 
 
 @dataclass(frozen=True)

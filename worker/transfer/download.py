@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import certifi
 import pycurl
 
-from imagemill.shared.errors import (
-    AccessDenied,
-    ForbiddenAddress,
-    HttpError,
-    ImageError,
-    NotFound,
-    ServerError,
-    Timeout,
-    TooLarge,
-    Truncated,
-    Unreachable,
-    UnsupportedUrl,
-)
+from imagemill.shared import errors
+from imagemill.shared.errors import ImageError
 from imagemill.shared.settings import FetchSettings
 from imagemill.worker.transfer.addresses import Target, allowed
 
@@ -36,28 +20,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 ERROR_BODY = 65_536
 """Bytes of an error page to read so that its connection can be reused; for more, closing the connection is cheaper."""
 
-NO_TLS = (
-    pycurl.E_SSL_CONNECT_ERROR,
-    pycurl.E_PEER_FAILED_VERIFICATION,
-    pycurl.E_SSL_CERTPROBLEM,
-    pycurl.E_SSL_CIPHER,
-    pycurl.E_SSL_ISSUER_ERROR,
-    pycurl.E_SSL_INVALIDCERTSTATUS,
-)
-
-
-@dataclass(frozen=True)
-class Response:
-    """A server's response. `headers` has lower-case names; `body` is empty unless the status is 200 or 203."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def location(self) -> str | None:
-        """The redirect target exactly as sent, if this is a redirect."""
-        return self.headers.get("location") if self.status in REDIRECTS else None
+NO_TLS = {getattr(pycurl, name) for name in dir(pycurl) if name.startswith("E_SSL_")}
 
 
 class Downloader:
@@ -70,58 +33,38 @@ class Downloader:
         self._settings = settings
         self._agent = _user_agent()
         self._idle: list[pycurl.Curl] = []
-        self._lock = threading.Lock()
-        self._closed = False
 
-    def get(self, target: Target, label: str, seconds: float) -> Response:
+    def get(self, target: Target, label: str, seconds: float) -> Transfer:
         """Request `target` once, without following redirects; `label` names it in errors.
 
         Raises Timeout, Unreachable, ForbiddenAddress, TooLarge, Truncated or UnsupportedUrl if no complete response arrives.
         Error statuses are returned, even if their body is incomplete.
         """
-        transfer = _Transfer(target, self._settings)
-        with self._handle() as handle:
-            try:
-                self._prepare(handle, transfer, seconds)
-                handle.perform()
-            except pycurl.error as error:
-                if transfer.status in OK or transfer.status < 200:
-                    raise transfer.explain(error, label) from error
-            finally:
-                transfer.close()
-        return Response(transfer.status, transfer.headers, b"".join(transfer.blocks))
-
-    def close(self) -> None:
-        """Close all connections; handles in use are closed when their request ends."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for handle in idle:
-            handle.close()
-
-    @contextmanager
-    def _handle(self) -> Iterator[pycurl.Curl]:
-        with self._lock:
-            handle = self._idle.pop() if self._idle else pycurl.Curl()
+        transfer = Transfer(target, self._settings)
         try:
-            yield handle
+            handle = self._idle.pop()
+        except IndexError:
+            handle = pycurl.Curl()
+        try:
+            self._prepare(handle, transfer, seconds)
+            handle.perform()
+        except pycurl.error as error:
+            if transfer.status in OK or transfer.status < 200:
+                raise transfer.explain(error, label) from error
         finally:
+            transfer.retry_after = handle.getinfo(pycurl.RETRY_AFTER)
+            for each in transfer.sockets:
+                each.close()
             handle.reset()  # clears options and callbacks, keeps connections
-            with self._lock:
-                keep = not self._closed
-                if keep:
-                    self._idle.append(handle)
-            if not keep:
-                handle.close()
+            self._idle.append(handle)
+        return transfer
 
-    def _prepare(self, handle: pycurl.Curl, transfer: _Transfer, seconds: float) -> None:
+    def _prepare(self, handle: pycurl.Curl, transfer: Transfer, seconds: float) -> None:
         settings = self._settings
         for option, value in (
             (pycurl.URL, transfer.target.url),
             (pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS),
-            (pycurl.FOLLOWLOCATION, 0),
             (pycurl.PROXY, ""),  # overrides http_proxy and the like: we couldn't check where a proxy connects
-            (pycurl.NOPROXY, "*"),
             (pycurl.NOSIGNAL, 1),  # signals and threads don't mix; curl resolves names in a thread of its own
             (pycurl.USERAGENT, self._agent),
             # Ask for uncompressed bytes, but decode what a server compresses anyway; size limits count decoded bytes.
@@ -140,12 +83,17 @@ class Downloader:
 
 
 @dataclass
-class _Transfer:
-    """Curl's callbacks for one request. They must not raise: pycurl could only print the exception."""
+class Transfer:
+    """One request: curl's callbacks and the response they collect.
+
+    `headers` has lower-case names; `blocks` of the body are kept only if the status is 200 or 203; `retry_after` is in
+    seconds. The callbacks must not raise: pycurl could only print the exception.
+    """
 
     target: Target
     settings: FetchSettings
     status: int = 0
+    retry_after: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     blocks: list[bytes] = field(default_factory=list)
     size: int = 0
@@ -159,13 +107,11 @@ class _Transfer:
         it. Reused connections passed this check when they were opened.
         """
         try:
-            if address.family not in (socket.AF_INET, socket.AF_INET6) or not allowed(
-                address.addr[0], self.target.host, self.target.port, self.settings
-            ):
+            if not allowed(address.addr[0], self.target.host, self.target.port, self.settings):
                 self.refused = True
                 return int(pycurl.SOCKET_BAD)
             new = socket.socket(address.family, address.socktype, address.protocol)
-        except (OSError, ValueError):  # no IPv6 or no descriptors left: curl tries the next address
+        except (OSError, ValueError):  # no IPv6, no descriptors left, or no IP address: curl tries the next address
             return int(pycurl.SOCKET_BAD)
         self.sockets.append(new)  # curl works on a duplicate; ours is closed afterwards
         return new
@@ -184,72 +130,58 @@ class _Transfer:
     def on_body(self, block: bytes) -> int:
         """Take a block of the body; returning anything but its length aborts the transfer."""
         self.size += len(block)
-        if self.status in OK:
-            if self.size > self.settings.max_bytes:
-                return -1
-            self.blocks.append(block)
-        elif self.size > ERROR_BODY:
+        if self.size > (self.settings.max_bytes if self.status in OK else ERROR_BODY):
             return -1
+        if self.status in OK:
+            self.blocks.append(block)
         return len(block)
 
-    def close(self) -> None:
-        """Close our copies of the sockets passed to curl."""
-        for each in self.sockets:
-            each.close()
+    @property
+    def location(self) -> str | None:
+        """The redirect target exactly as sent, if this is a redirect."""
+        return self.headers.get("location") if self.status in REDIRECTS else None
 
     def explain(self, error: pycurl.error, label: str) -> ImageError:
         """The ImageError for a failed transfer without an error status."""
         number, reason = error.args[0], str(error.args[1]).strip()
         limit = self.settings.max_bytes
         if number == pycurl.E_FILESIZE_EXCEEDED or self.size > limit:
-            return TooLarge(f"{label} exceeds the limit of {limit} bytes")
+            return errors.TooLarge(f"{label} exceeds the limit of {limit} bytes")
         if self.refused and not self.sockets:
-            return ForbiddenAddress(
+            return errors.ForbiddenAddress(
                 f"{label} is in a private or reserved network; an operator can allow it "
                 "with IMAGEMILL_FETCH__ALLOW_HOSTS or IMAGEMILL_FETCH__ALLOW_NETWORKS"
             )
-        if number == pycurl.E_OPERATION_TIMEDOUT:
-            return Timeout(f"{label} timed out: {'incomplete response' if self.sockets else 'no connection'}")
-        if number == pycurl.E_COULDNT_RESOLVE_HOST:
-            return Unreachable(f"{label}: can't resolve host {self.target.host!r}")
         if number in NO_TLS:
-            return Unreachable(f"{label}: TLS connection failed ({reason})")
-        if number in (pycurl.E_URL_MALFORMAT, pycurl.E_UNSUPPORTED_PROTOCOL):
-            return UnsupportedUrl(f"{label} is not a valid URL ({reason})")
-        if number == pycurl.E_BAD_CONTENT_ENCODING:
-            return Truncated(f"{label}: the compressed response is damaged")
-        if number == pycurl.E_COULDNT_CONNECT:
-            return Unreachable(f"{label}: can't connect to {self.target.host}:{self.target.port}")
-        return Unreachable(f"{label}: the connection failed ({reason})")
+            return errors.Unreachable(f"{label}: TLS connection failed ({reason})")
+        host, phase = self.target.host, "incomplete response" if self.sockets else "no connection"
+        invalid = (errors.UnsupportedUrl, f" is not a valid URL ({reason})")
+        kind, text = {
+            pycurl.E_OPERATION_TIMEDOUT: (errors.Timeout, f" timed out: {phase}"),
+            pycurl.E_COULDNT_RESOLVE_HOST: (errors.Unreachable, f": can't resolve host {host!r}"),
+            pycurl.E_COULDNT_CONNECT: (errors.Unreachable, f": can't connect to {host}:{self.target.port}"),
+            pycurl.E_URL_MALFORMAT: invalid,
+            pycurl.E_UNSUPPORTED_PROTOCOL: invalid,
+            pycurl.E_BAD_CONTENT_ENCODING: (errors.Truncated, ": the compressed response is damaged"),
+        }.get(number, (errors.Unreachable, f": the connection failed ({reason})"))
+        return kind(f"{label}{text}")
 
 
-def status_error(response: Response, label: str) -> ImageError | None:
-    """The error for a response's status; None for success."""
-    status = response.status
-    if status in OK:
-        return None
+def check_status(transfer: Transfer, label: str) -> None:
+    """Raise the error for a response's status unless it is a success."""
+    status = transfer.status
     if status in (401, 403):
-        return AccessDenied(f"{label}: access denied (status {status})")
+        raise errors.AccessDenied(f"{label}: access denied (status {status})")
     if status in (404, 410):
-        return NotFound(f"{label} was not found (status {status})")
+        raise errors.NotFound(f"{label} was not found (status {status})")
     if status == 408:
-        return Timeout(f"{label}: the server timed out (status 408)")
+        raise errors.Timeout(f"{label}: the server timed out (status 408)")
     if status == 429 or 500 <= status < 600:
-        error = ServerError(f"{label}: server error or overload (status {status})")
-        error.retry_after = retry_after(response.headers.get("retry-after", ""))
-        return error
-    return HttpError(f"{label}: unexpected status {status}")
-
-
-def retry_after(value: str) -> float:
-    """Seconds to wait according to a Retry-After header, a number or a date; 0 if it is empty or invalid."""
-    if value.isascii() and value.isdigit():
-        return float(value)
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+        error = errors.ServerError(f"{label}: server error or overload (status {status})")
+        error.retry_after = transfer.retry_after
+        raise error
+    if status not in OK:
+        raise errors.HttpError(f"{label}: unexpected status {status}")
 
 
 def _user_agent() -> str:

@@ -13,21 +13,13 @@ from urllib.parse import urljoin, urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from imagemill.shared.errors import (
-    EmptyFile,
-    ForbiddenAddress,
-    ImageError,
-    NotAnImage,
-    Timeout,
-    TooLarge,
-    TooManyRedirects,
-    UnsupportedUrl,
-)
+from imagemill.shared import errors
+from imagemill.shared.errors import ImageError
 from imagemill.shared.s3 import S3Client, split, translate
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.shared.urls import BUCKET, check_source_url, shown
-from imagemill.worker.transfer.addresses import wire
-from imagemill.worker.transfer.download import Downloader, Response, status_error
+from imagemill.worker.transfer.addresses import Target, wire
+from imagemill.worker.transfer.download import Downloader, Transfer, check_status
 from imagemill.worker.transfer.files import read_file
 
 FIRST_PAUSE = 0.5
@@ -74,15 +66,11 @@ class Fetcher:
                 if not error.retryable or tries >= attempts or stop.wait(wait):
                     raise
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._downloader.close()
-
     def _once(self, url: str) -> bytes:
         try:
             check_source_url(url)
         except ValueError as error:
-            raise UnsupportedUrl(f"{shown(url)}: {error}") from error
+            raise errors.UnsupportedUrl(f"{shown(url)}: {error}") from error
         scheme = urlsplit(url).scheme
         if scheme == "s3":
             data = self._object(url)
@@ -91,29 +79,28 @@ class Fetcher:
         else:
             data = self._web(url)
         if not data:
-            raise EmptyFile(f"{shown(url)} is empty")
+            raise errors.EmptyFile(f"{shown(url)} is empty")
         return data
 
     def _web(self, url: str) -> bytes:
         """Fetch over HTTP; follows redirects itself to check each target and apply one total timeout to all."""
         deadline = time.monotonic() + self._settings.total_timeout
-        current, label = url, shown(url)
+        target, label = wire(url), shown(url)
         for _ in range(self._settings.max_redirects + 1):
-            target = wire(current)
             left = deadline - time.monotonic()
             if left <= 0:
-                raise Timeout(f"{label} timed out after {self._settings.total_timeout:g} s of redirects")
+                raise errors.Timeout(f"{label} timed out after {self._settings.total_timeout:g} s of redirects")
             response = self._downloader.get(target, label, left)
             if response.location is None:
                 return image_body(response, label)
-            current = redirected(target.url, response.location, label)
-            label = f"{shown(url)} (redirected to {shown(current)})"
-        raise TooManyRedirects(f"{shown(url)} has more than {self._settings.max_redirects} redirects")
+            target = redirected(target, response.location, label)
+            label = f"{shown(url)} (redirected to {shown(target.url)})"
+        raise errors.TooManyRedirects(f"{shown(url)} has more than {self._settings.max_redirects} redirects")
 
     def _object(self, url: str) -> bytes:
         bucket, key = split(url)
         if not BUCKET.fullmatch(bucket) or not key:
-            raise UnsupportedUrl(f"{shown(url)} is not a valid S3 URL: it needs a bucket and a key")
+            raise errors.UnsupportedUrl(f"{shown(url)} is not a valid S3 URL: it needs a bucket and a key")
         limit = self._settings.max_bytes
         deadline = time.monotonic() + self._settings.total_timeout
         blocks, size = [], 0
@@ -122,43 +109,42 @@ class Fetcher:
             with closing(reply["Body"]) as body:
                 announced = reply.get("ContentLength", 0)
                 if announced > limit:
-                    raise TooLarge(f"{shown(url)} has {announced} bytes; the limit is {limit}")
+                    raise errors.TooLarge(f"{shown(url)} has {announced} bytes; the limit is {limit}")
                 while block := body.read(BLOCK):
                     blocks.append(block)
                     size += len(block)
                     if size > limit:
-                        raise TooLarge(f"{shown(url)} exceeds the limit of {limit} bytes")
+                        raise errors.TooLarge(f"{shown(url)} exceeds the limit of {limit} bytes")
                     if time.monotonic() > deadline:
-                        raise Timeout(f"{shown(url)} timed out after {self._settings.total_timeout:g} s")
+                        raise errors.Timeout(f"{shown(url)} timed out after {self._settings.total_timeout:g} s")
         except (BotoCoreError, ClientError) as error:
             raise translate(error, shown(url)) from error
         return b"".join(blocks)
 
 
-def redirected(base: str, location: str, label: str) -> str:
-    """The absolute, encoded URL of a Location header; only http and https are allowed."""
+def redirected(base: Target, location: str, label: str) -> Target:
+    """The target of a Location header; only http and https are allowed."""
     try:
-        target = urljoin(base, location)
-        scheme = urlsplit(target).scheme
+        url = urljoin(base.url, location)
+        scheme = urlsplit(url).scheme
         if scheme not in ("http", "https"):
-            raise ForbiddenAddress(f"{label} redirects to a {scheme}:// URL; only http and https are followed")
-        check_source_url(target)
+            raise errors.ForbiddenAddress(f"{label} redirects to a {scheme}:// URL; only http and https are followed")
+        check_source_url(url)
     except ValueError as error:
-        raise UnsupportedUrl(f"{label} redirects to an invalid URL") from error
-    return wire(target).url
+        raise errors.UnsupportedUrl(f"{label} redirects to an invalid URL") from error
+    return wire(url)
 
 
-def image_body(response: Response, label: str) -> bytes:
+def image_body(response: Transfer, label: str) -> bytes:
     """The body of a response. Raises an ImageError for an error status, and NotAnImage for a web page."""
-    error = status_error(response, label)
-    if error is not None:
-        raise error
+    check_status(response, label)
+    body = b"".join(response.blocks)
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Some servers label images as HTML. Text has no zero bytes; images always have some near their start.
-    labelled_html = kind in ("text/html", "application/xhtml+xml") and b"\0" not in response.body[:4096]
-    if response.body and (labelled_html or HTML.match(response.body[:4096])):
-        raise NotAnImage(f"{label} is a web page (HTML), not an image")
-    return response.body
+    labelled_html = kind in ("text/html", "application/xhtml+xml") and b"\0" not in body[:4096]
+    if body and (labelled_html or HTML.match(body[:4096])):
+        raise errors.NotAnImage(f"{label} is a web page (HTML), not an image")
+    return body
 
 
 def cut_short(error: ImageError, stop: threading.Event, attempts: int) -> bool:

@@ -13,8 +13,6 @@ from urllib.parse import unquote, urlsplit
 from imagemill.shared.errors import AccessDenied, ForbiddenAddress, ImageError, NotFound, TooLarge, Unreachable, sentence
 from imagemill.shared.urls import shown
 
-BLOCK = 1 << 20
-
 
 def path_of(url: str) -> Path:
     """The path in a `file:///absolute/path` URL, percent-decoded."""
@@ -37,7 +35,7 @@ def read_file(url: str, roots: Iterable[Path], max_bytes: int) -> bytes:
         path = path_of(url)
         _check(path.resolve(), url, roots)  # before opening, so that errors don't reveal which files exist elsewhere
         with open(path, "rb", opener=open_at_once) as file:
-            _check(_opened_path(file.fileno(), path), url, roots)
+            _check(Path(f"/proc/self/fd/{file.fileno()}").readlink(), url, roots)
             return _read(file, url, max_bytes)
     except (OSError, ValueError, RuntimeError) as error:
         raise _explain(error, url) from error
@@ -51,27 +49,13 @@ def open_at_once(path: str, flags: int) -> int:
 def _read(file: BinaryIO, url: str, max_bytes: int) -> bytes:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise ForbiddenAddress(f"{shown(url)} is not a regular file")
-    blocks, size = [], os.fstat(file.fileno()).st_size
+    size = os.fstat(file.fileno()).st_size
     if size > max_bytes:
         raise TooLarge(f"{shown(url)} has {size} bytes; the limit is {max_bytes}")
-    left = max_bytes
-    while block := file.read(BLOCK):  # to the end: a file may grow, and some report size 0
-        left -= len(block)
-        if left < 0:
-            raise TooLarge(f"{shown(url)} exceeds the limit of {max_bytes} bytes")
-        blocks.append(block)
-    return b"".join(blocks)
-
-
-def _opened_path(descriptor: int, path: Path) -> Path:
-    """Real path of an open file: from /proc, or without it by resolving `path` and comparing the two files."""
-    try:
-        return Path(f"/proc/self/fd/{descriptor}").readlink()
-    except OSError:
-        real = path.resolve(strict=True)
-        if not os.path.samestat(real.lstat(), os.fstat(descriptor)):
-            raise ForbiddenAddress(f"{path} changed while it was being opened") from None
-        return real
+    data = file.read(max_bytes + 1)  # not just `size`: a file may grow, and some report size 0
+    if len(data) > max_bytes:
+        raise TooLarge(f"{shown(url)} exceeds the limit of {max_bytes} bytes")
+    return data
 
 
 def _check(real: Path, url: str, roots: tuple[Path, ...]) -> None:

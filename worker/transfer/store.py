@@ -8,7 +8,8 @@ import hashlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
 from urllib.parse import urlsplit
@@ -97,33 +98,29 @@ class S3Store:
         self._client = client
         self._settings = settings
         self._checking = threading.Lock()
-        self._refusal: StorageRefused | None = None
-        self._checked = False
 
     def check(self) -> None:
         """See Store. Asks the server once and, if the operator allows it, creates the bucket."""
-        with self._checking:
-            if not self._checked:
-                try:
-                    ensure_bucket(self._client, self._bucket, self._settings.create_bucket, self._settings.region)
-                except StorageRefused as error:
-                    self._refusal = error
-                except StorageUnavailable:
-                    return  # may be back by the time the first result is ready; `put` retries
-                self._checked = True
-        if self._refusal is not None:
-            raise StorageRefused(self._refusal.message)
+        with self._checking, suppress(StorageUnavailable):  # may be back when the first result is ready; `put` retries
+            if self._refusal is not None:
+                raise StorageRefused(self._refusal)
+
+    @cached_property
+    def _refusal(self) -> str | None:
+        """Why the bucket can't be used. Raises StorageUnavailable, and asks again next time, if the server can't be reached."""
+        try:
+            ensure_bucket(self._client, self._bucket, self._settings.create_bucket, self._settings.region)
+        except StorageRefused as error:
+            return error.message
+        return None
 
     def put(self, key: str, data: bytes, content_type: str) -> str:
         """See Store."""
-        digest = hashlib.md5(data, usedforsecurity=False).digest()
-        return self._put(key, data, digest, content_type)
+        return self._put(key, data, hashlib.md5(data, usedforsecurity=False).digest(), content_type)
 
     def put_file(self, key: str, path: Path, content_type: str) -> str:
         """See Store."""
-        with _folder_errors(f"{path} can't be read"):
-            file = path.open("rb")
-        with file:
+        with path.open("rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
             file.seek(0)
             return self._put(key, file, digest, content_type)
@@ -189,12 +186,8 @@ class FolderStore:
 
     def put_file(self, key: str, path: Path, content_type: str) -> str:  # noqa: ARG002
         """See Store."""
-
-        def copy(file: IO[bytes]) -> None:
-            with path.open("rb") as source:
-                shutil.copyfileobj(source, file, BLOCK)
-
-        return self._write(key, copy)
+        with path.open("rb") as source:
+            return self._write(key, lambda file: shutil.copyfileobj(source, file, BLOCK))
 
     def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:  # noqa: ARG002
         """See Store. Both files must be below the write roots."""

@@ -6,19 +6,23 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import UsageError
-from imagemill.shared.options.base import OPERATIONS, EngineOptions, parse_settings
+from imagemill.shared.options.base import OPERATIONS, parse_settings
 from imagemill.shared.presets import Presets, work_of
-from imagemill.shared.settings import Settings, load_settings
+from imagemill.shared.settings import load_settings
 from imagemill.worker.hardware.device import Device, pin
+
+if TYPE_CHECKING:
+    from imagemill.worker.tuning.trials import BatchTrials
 
 
 @click.command()
@@ -50,6 +54,9 @@ def tune(
     """
     if (gpu is not None) == cpu:
         raise UsageError("choose a device: --gpu N or --cpu")
+    dimensions = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
+    if dimensions is None:
+        raise UsageError(f"--size takes WIDTHxHEIGHT in pixels, such as 1024x768, not {size!r}")
     config = load_settings()
     config = config.model_copy(update={"worker": config.worker.model_copy(update={"gpu": gpu})})
     look = Presets(config.presets).get(preset) if preset is not None else None
@@ -57,50 +64,43 @@ def tune(
         raise UsageError(f"choose an operation ({', '.join(OPERATIONS)}) or --preset NAME")
     operation, engine = work_of(operation, engine, look)
     options = parse_options(operation, engine, {**(look.options if look else {}), **parse_settings(settings)})
-    result = _measure(config, operation, engine, options, _parse_size(size), most, seconds)
+    device = Device.of(config, children=1)
+    pin(device)
+    # Only now: these imports may start threads and touch the GPU.
+    from imagemill.worker.hardware.memory import memory_of
+    from imagemill.worker.line.batch_sizes import BatchSizes
+    from imagemill.worker.operations.registry import create
+    from imagemill.worker.tuning.trials import BatchTrials
+
+    loaded = create(operation, engine)
+    loaded.load(device)
+    sizes = BatchSizes(memory_of(device, loaded.spec.runtime), measures=True)
+    batches = BatchTrials(loaded, options, sizes, (int(dimensions[1]), int(dimensions[2])))
+    result = _measure(batches, most or loaded.spec.max_batch, seconds, device.weights)
     if as_json:
         click.echo(json.dumps(result))
     else:
         _print(result)
 
 
-def _measure(
-    settings: Settings,
-    operation: str,
-    engine: str,
-    options: EngineOptions,
-    size: tuple[int, int],
-    most: int | None,
-    seconds: float,
-) -> dict[str, Any]:
-    device = Device.of(settings, children=1)
-    pin(device)
-    # Only now: these imports may start threads and touch the GPU.
-    from imagemill.worker.hardware.memory import memory_of
-    from imagemill.worker.line.batch_sizes import BatchSizes
-    from imagemill.worker.operations.registry import create
+def _measure(batches: BatchTrials, most: int, seconds: float, weights: Path) -> dict[str, Any]:
+    """Run the trials and save their results for nodes."""
     from imagemill.worker.tuning import saved_sizes
-    from imagemill.worker.tuning.trials import BatchTrials
 
-    loaded = create(operation, engine)
-    loaded.load(device)
-    sizes = BatchSizes(memory_of(device, loaded.spec.runtime), measures=True)
-    batches = BatchTrials(loaded, options, sizes, size)
+    spec, sizes, trials = batches.operation.spec, batches.sizes, []
     with Console(stderr=True).status("") as status:
-        trials = []
-        for trial in batches.run(most or loaded.spec.max_batch, seconds):
+        for trial in batches.run(most, seconds):
             trials.append(trial)
-            status.update(f"{engine}: a batch of {trial.batch} {'fits' if trial.fits else 'does not fit'}")
-    folder, known = settings.weights.folder.expanduser(), sizes.known(batches.kind)
+            status.update(f"{spec.engine}: a batch of {trial.batch} {'fits' if trial.fits else 'does not fit'}")
     try:
-        path = saved_sizes.write(folder, sizes.memory.name, loaded.spec, {batches.kind: known})
+        path = saved_sizes.write(weights, sizes.memory.name, spec, {batches.kind: sizes.known(batches.kind)})
     except OSError as error:
-        raise UsageError(f"can't save the results in {folder}: {error.strerror}") from error
+        raise UsageError(f"can't save the results in {weights}: {error.strerror}") from error
     fitting = [trial for trial in trials if trial.fits]
     fastest = max(fitting, key=lambda trial: trial.images_per_second or 0.0, default=None)
     return {
-        "operation": operation,
-        "engine": engine,
+        "operation": spec.name,
+        "engine": spec.engine,
         "device": sizes.memory.name,
         "kind": batches.kind,
         "batch": max((trial.batch for trial in fitting), default=0),
@@ -111,26 +111,16 @@ def _measure(
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(box=box.SIMPLE, show_edge=False)
-    for heading in ("batch", "images/s", "peak memory"):
-        table.add_column(heading, justify="right")
+    headings = (Column(heading, justify="right") for heading in ("batch", "images/s", "peak memory"))
+    table = Table(*headings, box=box.SIMPLE, show_edge=False)
     for trial in result["tries"]:
         if trial["fits"]:
             table.add_row(str(trial["batch"]), f"{trial['images_per_second']:.3g}", f"{trial['peak_bytes'] / 1e9:.2f} GB")
         else:
             table.add_row(str(trial["batch"]), "", "does not fit", style="red")
     Console(emoji=False, highlight=False).print(table)
-    summary = (
-        f"largest batch that fits {result['batch']}, fastest {result['fastest']}"
-        if result["batch"]
-        else "not even one image fits"
-    )
+    summary = "not even one image fits"
+    if result["batch"]:
+        summary = f"largest batch that fits {result['batch']}, fastest {result['fastest']}"
     click.echo(f"{result['operation']} ({result['engine']}) on {result['device']}: {summary}")
     click.echo(f"saved to {result['path']}")
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    if match is None:
-        raise UsageError(f"--size takes WIDTHxHEIGHT in pixels, such as 1024x768, not {text!r}")
-    return int(match[1]), int(match[2])

@@ -33,11 +33,8 @@ def path_of(folder: Path, device: str) -> Path:
 def read(folder: Path, device: str, spec: Spec) -> dict[str, Known]:
     """The sizes known for each kind of sample of an engine; empty if none were saved, or by another version."""
     path = path_of(folder, device)
-    content = read_json(path)
-    if content.get("version") != VERSION:
-        return {}
     try:
-        return KINDS.validate_python(_engines(content).get(_engine(spec), {}))
+        return KINDS.validate_python(_engines(path).get(f"{spec.name}/{spec.engine}", {}))
     except ValidationError as error:
         fields = dict(action="load", path=str(path), reason=validation_sentence(error))
         log.warning("saved batch sizes ignored", extra=fields)
@@ -46,19 +43,16 @@ def read(folder: Path, device: str, spec: Spec) -> dict[str, Known]:
 
 def write(folder: Path, device: str, spec: Spec, sizes: dict[str, Known]) -> Path:
     """Add sizes to the device's file, replacing those of the same kinds. Raises OSError."""
-    path, content = path_of(folder, device), read_json(path_of(folder, device))
-    engines = _engines(content) if content.get("version") == VERSION else {}
+    path = path_of(folder, device)
     merged = {**read(folder, device, spec), **sizes}
-    engines[_engine(spec)] = KINDS.dump_python(merged, mode="json", exclude={"__all__": NOT_SAVED})
+    saved = KINDS.dump_python(merged, mode="json", exclude={"__all__": NOT_SAVED})
+    engines = {**_engines(path), f"{spec.name}/{spec.engine}": saved}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"version": VERSION, "device": device, "engines": engines})
     return path
 
 
-def _engines(content: dict[str, Any]) -> dict[str, Any]:
+def _engines(path: Path) -> dict[str, Any]:
+    content = read_json(path)
     engines = content.get("engines")
-    return engines if isinstance(engines, dict) else {}
-
-
-def _engine(spec: Spec) -> str:
-    return f"{spec.name}/{spec.engine}"
+    return engines if content.get("version") == VERSION and isinstance(engines, dict) else {}

@@ -17,7 +17,7 @@ from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes, kind_of
 from imagemill.worker.line.batching import attempt
-from imagemill.worker.operations.base import AnyOperation, Inputs, Sample, Untouched
+from imagemill.worker.operations.base import AnyOperation, Inputs, Sample, Untouched, Work
 
 WARM_UP_RUNS = 2
 """Untimed first runs, which may load a model, compile or choose algorithms. Memory is measured in these."""
@@ -79,18 +79,18 @@ class BatchTrials:
         return Trial(batch, batch / median(durations[WARM_UP_RUNS:]), self.sizes.known(self.kind).peaks.get(batch))
 
     def _sample(self) -> Sample[Any, Any]:
-        width, height = self._size
-        pixels = np.full((height, width, 3), 128, np.uint8)
-        centre = slice(height // 4, -(height // 4) or None), slice(width // 4, -(width // 4) or None)
-        pixels[centre] = (200, 60, 40)
-        mask = None
-        if self.operation.spec.needs_mask:
-            mask = np.zeros((height, width), np.uint8)
-            mask[centre] = 255
-        item = Item(index=0, source="https://tune/image.png")
-        picture = Picture(pixels, full_size=self._size)
-        inputs = Inputs(item, self._options, mask, lambda _: picture)  # a reference image does not affect memory
-        work = self.operation.prepare(picture, inputs)
+        work = example_work(self.operation, self._options, self._size)
         if isinstance(work, Untouched):
             raise InternalError(f"{self.operation.spec.name} found nothing to do in the test image")
         return work.samples[0]
+
+
+def example_work(operation: AnyOperation, options: EngineOptions, size: tuple[int, int]) -> Work[Any, Any, Any] | Untouched:
+    """What an operation makes of a test image of this size (width, height): a coloured rectangle on grey, masked."""
+    width, height = size
+    pixels, mask = np.full((height, width, 3), 128, np.uint8), np.zeros((height, width), np.uint8)
+    centre = slice(height // 4, -(height // 4) or None), slice(width // 4, -(width // 4) or None)
+    pixels[centre], mask[centre] = (200, 60, 40), 255
+    picture, item = Picture(pixels, full_size=size), Item(index=0, source="https://example.com/image.png")
+    # As the reference image, it affects neither memory nor speed.
+    return operation.prepare(picture, Inputs(item, options, mask if operation.spec.needs_mask else None, lambda _: picture))

@@ -1,6 +1,6 @@
-"""From a picture and its matte to what was asked for: cut-out, backdrop, crop, canvas, shadow or mask.
+"""Makes the result from an image and its matte: cut-out, backdrop, crop, canvas, shadow or mask.
 
-What is as large as the picture is worked on in strips, straight into the result.
+Full-size steps run in strips and write straight into the result, so that memory stays low.
 """
 
 from __future__ import annotations
@@ -14,41 +14,30 @@ from numpy.typing import NDArray
 
 from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.worker.imaging.picture import Grey, Pixels, flatten, rgb_of
-from imagemill.worker.imaging.scale import enlarged_part, fit, resize
-from imagemill.worker.operations.remove_background.matte import Map, foreground_colours
+from imagemill.worker.imaging.scale import enlarged_part, resize
+from imagemill.worker.operations.remove_background.matte import EMPTY, Box, Map, foreground_colours, subject_box
 from imagemill.worker.operations.remove_background.matting import matted
-from imagemill.worker.operations.remove_background.opencv import EMPTY
+from imagemill.worker.operations.remove_background.shadow import find_shadow
 
 NO_SHADOW = "no_shadow_found"
 ENLARGED = "enlarged"
-
-SEEN = 12  # alpha above which a pixel belongs to the subject when it is cropped to: mattes are rarely quite 0 around it
-STRIP = 1 << 20  # pixels done at a time
-
-SHADOW_EDGE = 320  # longest edge at which a shadow is looked for, in pixels
-NEAR = 1.0  # how far around the subject the backdrop is learnt and a shadow kept, in its longer sides
-GAP = 2  # small pixels around the matte that may be the subject's
-FAINT = 0.02  # a shadow is at least this much darker than the backdrop (and three times its noise), as a share
-DARKEST = 0.85  # darker is no shadow but a thing
-TINT = 0.35  # how differently a shadow may darken red, green and blue, as a share of how much it darkens
-ROUGHEST = 0.05  # noise of a backdrop, as a share, beyond which shadows can't be told
-LARGEST = 1.5  # area of a shadow, in areas of the subject
+STRIP = 1 << 20  # pixels processed at once
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Which part of the picture goes where: `box` (left, top, right, bottom) scaled to `size`, laid at `at` in `whole`.
+    """Which part of the image goes where: `box` (left, top, right, bottom), scaled to `size`, at `at` in a result of `whole`.
 
-    `size`, `whole` are (width, height), `at` is (x, y); all in pixels.
+    `size` and `whole` are (width, height), `at` is (x, y); all in pixels.
     """
 
-    box: tuple[int, int, int, int]
+    box: Box
     size: tuple[int, int]
     at: tuple[int, int]
     whole: tuple[int, int]
 
     def part(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """`box` of `pixels`, at `size`."""
+        """`box` of `pixels`, scaled to `size`."""
         left, top, right, bottom = self.box
         return resize(pixels[top:bottom, left:right], self.size)
 
@@ -62,25 +51,25 @@ def compose(
     *,
     clean_rim: bool = True,
 ) -> Pixels:
-    """The result: RGBA, RGB where it has a background or is a mask. Neither `pixels` nor `alpha` is changed.
+    """The result: RGB for a mask or on a background, otherwise RGBA. Changes neither `pixels` nor `alpha`.
 
-    `pixels` is RGB or RGBA [h, w, 3 or 4] (then its alpha is multiplied in), `alpha` uint8 [h, w] the matte at the same
-    size, `background` a picture of any size: scaled to cover, centred, on white where it is transparent.
+    `pixels` is RGB or RGBA [h, w, 3 or 4]; any alpha of its own is multiplied in. `alpha` is the matte, uint8 [h, w].
+    `background` is an image of any size: scaled to cover the result, centred, and composited over white.
 
-    A crop is the box of the subject (alpha above `SEEN`) and of its shadow if kept, and `margin` on each side. Where
-    that reaches beyond the picture there is more of the background, or nothing. A canvas is a square that the box and
-    its margin are scaled to fill, larger or smaller. Where alpha is 0, colours are 0 too: the old background is gone.
+    A crop is the bounding box of the subject (alpha above `SEEN`) and of its shadow if kept, plus `margin` on each side;
+    outside the image it is filled with the background or left transparent. A canvas is a square that the box and its
+    margin are scaled to fill, up or down. Where alpha is 0, colours are 0 too, so nothing of the old background is left.
 
-    `notes` may get `empty_cutout` (then there is no crop, the picture's size stays), `no_shadow_found`, `enlarged`
-    (a canvas asked for more pixels than there are), and what `matting.matted` notes.
+    May add to `notes`: `empty_cutout` (then the image is not cropped), `no_shadow_found`, `enlarged` (the canvas needs
+    more pixels than the image has), and the notes of `matting.matted`.
     """
     alpha = _visible(pixels, alpha)
-    empty = _box(alpha) is None
+    empty = subject_box(alpha) is None
     if empty:
         notes.append(EMPTY)
     elif options.alpha_matting:
         alpha = _visible(pixels, matted(pixels, alpha, notes))
-    shade = _shadow(pixels, alpha) if options.shadow and not empty else None
+    shade = find_shadow(pixels, alpha) if options.shadow and not empty else None
     if options.shadow and shade is None and not empty:
         notes.append(NO_SHADOW)
     frame = _frame(alpha, shade, options)
@@ -105,59 +94,62 @@ def compose(
 
 
 def _visible(pixels: Pixels, alpha: Grey) -> Grey:
-    """`alpha`, times that of `pixels` if they have one."""
+    """`alpha` multiplied by the alpha of `pixels`, if any."""
     if pixels.shape[2] == 3:
         return alpha
     return np.asarray(cv2.multiply(alpha, cv2.extractChannel(pixels, 3), scale=1 / 255), np.uint8)
 
 
 def _rows(size: tuple[int, int]) -> Iterator[slice]:
+    """The rows of an image of `size` (width, height), one strip per slice."""
     step = max(1, STRIP // max(1, size[0]))
     for top in range(0, size[1], step):
         yield slice(top, min(top + step, size[1]))
 
 
-def _box(alpha: Grey) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of the subject."""
-    lines = np.zeros(len(alpha), bool)
-    columns = np.zeros(alpha.shape[1], bool)
-    for rows in _rows(alpha.shape[::-1]):
-        seen = alpha[rows] > SEEN
-        lines[rows] = seen.any(axis=1)
-        columns |= seen.any(axis=0)
-    if not lines.any():
-        return None
-    down, across = np.flatnonzero(lines), np.flatnonzero(columns)
-    return int(across[0]), int(down[0]), int(across[-1]) + 1, int(down[-1]) + 1
-
-
 def _frame(alpha: Grey, shade: Map | None, options: RembgRemoveBackground) -> Frame:
     height, width = alpha.shape
-    box = _box(alpha) if options.crop else None
+    box = subject_box(alpha) if options.crop else None
     if box is None:
         return Frame((0, 0, width, height), (width, height), (0, 0), (width, height))
-    if shade is not None:
-        left, top, right, bottom = _box(np.rint(shade * 255).astype(np.uint8)) or (0, 0, 0, 0)
-        across, down = width / shade.shape[1], height / shade.shape[0]
-        grown = np.array([left * across, top * down, right * across, bottom * down]).round().astype(int)
-        if right:
-            least, most = np.minimum(box, grown), np.maximum(box, grown)
-            box = int(least[0]), int(least[1]), int(most[2]), int(most[3])
-    left, top, right, bottom = box
-    longer = max(right - left, bottom - top)
-    margin = round(options.margin * longer)
+    box = _with_shadow(box, shade, (width, height))
     if options.canvas is None:
-        inner = max(0, left - margin), max(0, top - margin), min(width, right + margin), min(height, bottom + margin)
-        whole = right - left + 2 * margin, bottom - top + 2 * margin
-        at = inner[0] - left + margin, inner[1] - top + margin
-        return Frame(inner, (inner[2] - inner[0], inner[3] - inner[1]), at, whole)
-    side = longer * (1 + 2 * options.margin)
-    scale = options.canvas / side
-    x, y = (left + right - side) / 2, (top + bottom - side) / 2  # the square's corner, in the picture
-    inner = max(0, int(x)), max(0, int(y)), min(width, int(x + side) + 1), min(height, int(y + side) + 1)
-    start = [min(max(round((inner[i] - (x, y)[i]) * scale), 0), options.canvas - 1) for i in (0, 1)]
-    end = [min(max(round((inner[i + 2] - (x, y)[i]) * scale), start[i] + 1), options.canvas) for i in (0, 1)]
-    return Frame(inner, (end[0] - start[0], end[1] - start[1]), (start[0], start[1]), (options.canvas, options.canvas))
+        return _cropped(box, (width, height), options.margin)
+    return _on_canvas(box, (width, height), options.margin, options.canvas)
+
+
+def _with_shadow(box: Box, shade: Map | None, size: tuple[int, int]) -> Box:
+    """`box` extended to include the visible part of the shadow."""
+    shadow = None if shade is None else subject_box(np.rint(shade * 255).astype(np.uint8))
+    if shade is None or shadow is None:
+        return box
+    across, down = size[0] / shade.shape[1], size[1] / shade.shape[0]
+    scaled = np.array(shadow) * (across, down, across, down)
+    grown = scaled.round().astype(int)
+    least, most = np.minimum(box, grown), np.maximum(box, grown)
+    return int(least[0]), int(least[1]), int(most[2]), int(most[3])
+
+
+def _cropped(box: Box, size: tuple[int, int], margin: float) -> Frame:
+    """`box` with a margin on each side, which may reach outside the image."""
+    left, top, right, bottom = box
+    border = round(margin * max(right - left, bottom - top))
+    inner = max(0, left - border), max(0, top - border), min(size[0], right + border), min(size[1], bottom + border)
+    whole = right - left + 2 * border, bottom - top + 2 * border
+    at = inner[0] - left + border, inner[1] - top + border
+    return Frame(inner, (inner[2] - inner[0], inner[3] - inner[1]), at, whole)
+
+
+def _on_canvas(box: Box, size: tuple[int, int], margin: float, canvas: int) -> Frame:
+    """`box` with a margin on each side, centred in a square and scaled to `canvas` pixels."""
+    left, top, right, bottom = box
+    side = max(right - left, bottom - top) * (1 + 2 * margin)
+    scale = canvas / side
+    x, y = (left + right - side) / 2, (top + bottom - side) / 2  # top left corner of the square, in image coordinates
+    inner = max(0, int(x)), max(0, int(y)), min(size[0], int(x + side) + 1), min(size[1], int(y + side) + 1)
+    start = [min(max(round((inner[i] - (x, y)[i]) * scale), 0), canvas - 1) for i in (0, 1)]
+    end = [min(max(round((inner[i + 2] - (x, y)[i]) * scale), start[i] + 1), canvas) for i in (0, 1)]
+    return Frame(inner, (end[0] - start[0], end[1] - start[1]), (start[0], start[1]), (canvas, canvas))
 
 
 def _mask(alpha: Grey, frame: Frame) -> Pixels:
@@ -168,7 +160,7 @@ def _mask(alpha: Grey, frame: Frame) -> Pixels:
 
 
 def _cut(front: Pixels, matte: Grey, inside: Pixels) -> None:
-    """Into `inside`, which is 0, the colours (and alpha, if it has it) of what can be seen."""
+    """Copy the colours of all visible pixels into `inside`, and their alpha if it has that channel; the rest stays 0."""
     for rows in _rows(matte.shape[::-1]):
         some = front[rows][..., :3]
         if inside.shape[2] == 4:
@@ -177,7 +169,7 @@ def _cut(front: Pixels, matte: Grey, inside: Pixels) -> None:
 
 
 def _backdrop(colour: str | None, picture: Pixels | None, size: tuple[int, int]) -> Pixels | None:
-    """[h, w, 3]: the colour (#rrggbb), or the picture scaled to cover."""
+    """RGB [h, w, 3] of `size`: the image scaled to cover it, or the colour (#rrggbb)."""
     if picture is not None:
         return _covering(picture, size)
     if colour is None:
@@ -186,6 +178,7 @@ def _backdrop(colour: str | None, picture: Pixels | None, size: tuple[int, int])
 
 
 def _covering(picture: Pixels, size: tuple[int, int]) -> Pixels:
+    """The centre of the image at `size`, flattened before it is scaled: alpha would be scaled as floats, 4 GB at 100 MP."""
     height, width = picture.shape[:2]
     scale = max(size[0] / width, size[1] / height)
     across, down = (max(1, min(have, round(want / scale))) for have, want in zip((width, height), size, strict=True))
@@ -194,6 +187,7 @@ def _covering(picture: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def _fill_around(result: Pixels, under: Pixels, frame: Frame) -> None:
+    """Copy the backdrop to the four sides around the frame's inside."""
     (x, y), (width, height) = frame.at, frame.size
     middle = slice(y, y + height)
     for rows, columns in (
@@ -206,7 +200,7 @@ def _fill_around(result: Pixels, under: Pixels, frame: Frame) -> None:
 
 
 def _strips_of(shade: Map | None, alpha: Grey, frame: Frame) -> Iterator[tuple[slice, Map | None]]:
-    """The rows of the frame's inside, a strip at a time, and the shadow there (0..1), if there is one."""
+    """Strips of rows inside the frame, each with its part of the shadow (0..1), if any."""
     left, top, right, bottom = frame.box
     height, width = alpha.shape
     for rows in _rows(frame.size):
@@ -220,6 +214,7 @@ def _strips_of(shade: Map | None, alpha: Grey, frame: Frame) -> Iterator[tuple[s
 
 
 def _lay_on(inside: Pixels, matte: Grey, under: Pixels, strips: Iterator[tuple[slice, Map | None]]) -> None:
+    """Composite `inside` (RGB) over the backdrop, which the shadow darkens."""
     for rows, shade in strips:
         below = np.ascontiguousarray(under[rows])
         if shade is not None:
@@ -229,89 +224,10 @@ def _lay_on(inside: Pixels, matte: Grey, under: Pixels, strips: Iterator[tuple[s
 
 
 def _lay_on_shadow(inside: Pixels, strips: Iterator[tuple[slice, Map | None]]) -> None:
-    """Black, as dense as the shadow, below what is in `inside` (RGBA, straight alpha)."""
+    """Composite `inside` (RGBA, straight alpha) over black with the shadow's density as alpha."""
     for rows, shade in strips:
         share = inside[rows][..., 3].astype(np.float32) / np.float32(255)
         both = share + (1 - share) * (0 if shade is None else shade)
         colours = inside[rows][..., :3] * (share / np.maximum(both, np.float32(1e-6)))[..., None]
         inside[rows][..., :3] = np.rint(colours)
         inside[rows][..., 3] = np.rint(both * 255)
-
-
-def _shadow(pixels: Pixels, alpha: Grey) -> Map | None:
-    """How dense the subject's shadow is, 0..1, at a small size [h, w]; None where there is none that can be told.
-
-    A backdrop is fitted to what surrounds the subject. A shadow is what is darker than that, about alike in red, green and
-    blue, and hangs together with the subject's lower half. Under the subject's edge it goes on as beside it.
-    """
-    size = fit((alpha.shape[1], alpha.shape[0]), SHADOW_EDGE)
-    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    rgb = small[..., :3].astype(np.float32) / np.float32(255)
-    matte = np.asarray(cv2.resize(alpha, size, interpolation=cv2.INTER_AREA), np.uint8)
-    box = _box(matte)
-    if box is None or box[3] > len(matte) - GAP:  # cut off by the picture's lower edge: what it stands on can't be seen
-        return None
-    subject = cv2.dilate((matte > 4).view(np.uint8), np.ones((2 * GAP + 1, 2 * GAP + 1), np.uint8)).view(np.bool_)
-    left, top, right, bottom = box
-    reach = NEAR * max(right - left, bottom - top)
-    around = np.outer(_fading(len(matte), top, bottom, reach), _fading(matte.shape[1], left, right, reach))
-    ground = (around > 0) & ~subject
-    if small.shape[2] == 4:
-        ground &= small[..., 3] > 250
-    fitted = _fitted(rgb, ground)
-    if fitted is None:
-        return None
-    backdrop, noise = fitted
-    kept = rgb / np.maximum(backdrop, 0.05)
-    dark, tint = 1 - kept.mean(axis=2), kept.max(axis=2) - kept.min(axis=2)
-    faint = max(FAINT, 3 * noise)
-    like = ground & (dark > faint) & (dark < DARKEST) & (tint < faint + TINT * dark)
-    own = _standing_on(like, subject, (top + bottom) // 2)
-    if own is None:
-        return None
-    found = np.where(ground & own, np.maximum(dark, 0) * around, 0).astype(np.float32)
-    _, nearest = cv2.distanceTransformWithLabels(subject.view(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-    values = np.zeros(int(nearest.max()) + 1, np.float32)
-    values[nearest[~subject]] = found[~subject]
-    return np.asarray(np.clip(cv2.GaussianBlur(values[nearest], (0, 0), 1), 0, DARKEST), np.float32)
-
-
-def _fading(length: int, first: int, last: int, reach: float) -> Map:
-    """1 from `first` to `last` and near it, 0 from `reach` away: nothing ends abruptly but at the picture's edge."""
-    at = np.arange(length)
-    away = np.maximum(first - at, at - last + 1) / max(reach, 1)
-    return np.clip((1 - away) * 4, 0, 1).astype(np.float32)
-
-
-def _fitted(rgb: Map, ground: NDArray[np.bool_]) -> tuple[Map, float] | None:
-    """The backdrop [h, w, 3] as a quadric through the brighter part of `ground`, and its noise as a share."""
-    if np.count_nonzero(ground) < 200:
-        return None
-    height, width = ground.shape
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j] if min(height, width) > 1 else np.zeros((2, height, width))
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=2)
-    light = rgb.mean(axis=2)
-    used = ground
-    for _ in range(8):
-        weights = np.linalg.lstsq(terms[used], rgb[used], rcond=None)[0]
-        rest = light - (terms @ weights).mean(axis=2)
-        spread = max(1.4826 * float(np.median(abs(rest[used]))), 1 / 255)
-        used = ground & (rest > -1.5 * spread) & (rest < 3 * spread)  # what is darker may be the shadow
-        if np.count_nonzero(used) < 100:
-            return None
-    backdrop = terms @ weights
-    noise = spread / max(float(light[used].mean()), 0.05)
-    return (np.asarray(backdrop, np.float32), noise) if noise < ROUGHEST else None
-
-
-def _standing_on(like: NDArray[np.bool_], subject: NDArray[np.bool_], middle: int) -> NDArray[np.bool_] | None:
-    """The parts of `like` that touch the lower half of the subject, a pixel wider; None without any."""
-    square = np.ones((3, 3), np.uint8)
-    _, labels = cv2.connectedComponents(cv2.morphologyEx(like.view(np.uint8), cv2.MORPH_OPEN, square), connectivity=8)
-    touching = cv2.dilate(subject.view(np.uint8), np.ones((5, 5), np.uint8)).view(np.bool_)
-    touching[:middle] = False
-    wanted = np.setdiff1d(labels[touching], [0])
-    own = np.isin(labels, wanted)
-    if not len(wanted) or np.count_nonzero(own) > LARGEST * np.count_nonzero(subject):
-        return None
-    return cv2.dilate(own.view(np.uint8), np.ones((5, 5), np.uint8)).view(np.bool_)

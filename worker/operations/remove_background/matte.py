@@ -1,12 +1,12 @@
-"""From a rough mask to a cut-out: soft edges at the result's size, and a rim without the old background's colour.
+"""Turns a rough mask into a cut-out: soft edges at full size, and a rim without the old background's colour.
 
-Common to all engines that find a mask or matte at a smaller size.
+Shared by all engines that find a mask or matte at a smaller size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
@@ -16,31 +16,36 @@ from imagemill.worker.imaging.picture import Grey, Pixels, rgb_of
 
 Map = NDArray[np.float32]
 """float32, [height, width] or [height, width, 3], 0..1."""
+Box = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels."""
 
-REACH = 3  # pixels of the mask around its edge in which the picture's own edge is looked for
+EMPTY = "empty_cutout"
+"""The note on an image in which no subject was found."""
+SEEN = 12  # alpha above which a pixel counts as the subject's: around a subject, mattes are rarely exactly 0
+REACH = 3  # radius in mask pixels around the mask's edge in which the image's own edge is searched for
 SMOOTH = 1e-3  # variance of colours (0..1) below which the guided filter smooths
 FAR, NEAR = 90, 6  # radii of the two passes, as in the paper
 SMALL = 640  # longest edge in pixels at which colours are averaged
-STRIP = 128  # rows done at a time
-MOST = 30_000  # pixels looked up at a time; OpenCV takes up to 32,767
+STRIP = 128  # rows processed at once
+MOST = 30_000  # pixels per remap; OpenCV allows up to 32,767
 REPLICATE = cv2.BORDER_REPLICATE
 
 
 def soft_alpha(rgb: Pixels, small: Pixels, mask: Map, feather: float) -> Map:
-    """A mask [h, w] found on `small` [h, w, 3] as alpha 0..1 for `rgb`, its edge moved onto the picture's edge.
+    """Alpha 0..1 for `rgb`, from a `mask` [h, w] of its smaller version `small` [h, w, 3], aligned to the edges in `rgb`.
 
-    A fast guided filter: He, Sun, Tang, Guided Image Filtering, ECCV 2010 (equations 14-16, colour guide), with the
-    coefficients found at the small size: He, Sun, Fast Guided Filter, 2015. Outside a band around the mask's
-    edge nothing changes. `feather` is the softness added, in pixels of `rgb`.
+    A fast guided filter: He, Sun, Tang, Guided Image Filtering, ECCV 2010 (equations 14-16, colour guide), with
+    coefficients computed at the small size: He, Sun, Fast Guided Filter, 2015. Only a band around the mask's edge changes.
+    `feather` is the width of the added blur in pixels of `rgb`.
     """
     size = (rgb.shape[1], rgb.shape[0])
     slope, offset = _guided(small.astype(np.float32) / np.float32(255), mask)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * REACH + 1, 2 * REACH + 1))
-    # Borders are repeated: the picture's own edge is no edge of the subject.
+    # Borders are replicated: the edge of the image is not an edge of the subject.
     inner = _enlarged(np.asarray(cv2.erode(mask, kernel, borderType=REPLICATE), np.float32), size)
     outer = _enlarged(np.asarray(cv2.dilate(mask, kernel, borderType=REPLICATE), np.float32), size)
     alpha = _enlarged(offset, size)
-    for channel in range(3):  # one at a time: a full-size float picture of three channels is never held
+    for channel in range(3):  # one by one, so that no full-size float array of three channels is held
         alpha += _enlarged(slope[..., channel], size) * rgb[..., channel] / np.float32(255)
     alpha = np.clip((alpha - 0.15) / 0.7, inner, outer)
     if feather > 0:
@@ -69,18 +74,18 @@ def _guided(guide: Map, mask: Map) -> tuple[Map, Map]:
 
 
 def foreground_colours(rgb: Pixels, alpha: Map | Grey, *, rough: bool = False, out: Pixels | None = None) -> Pixels:
-    """The subject's own colours where alpha is partial, else `rgb` as it is: so that no halo remains.
+    """`rgb` with the subject's own colours where alpha is partial, so that no halo remains.
 
-    Blur fusion in two passes: Forte and Pitié, Approximate Fast Foreground Colour Estimation, ICIP 2021. What is
-    averaged has no detail, so both passes are made at a small size, around the rim only; the picture's own detail comes
-    in afterwards, rim pixel by rim pixel. `rough` says that alpha is a mask with softened edges: then colours between
-    subject and background are laid to alpha, not to the subject.
-    `alpha` [h, w] is float32 0..1 or uint8 0..255; of `rgb` [h, w, 3 or 4] the first three channels count.
-    With `out` [h, w, 3 or 4], which must not be `rgb`, the rim's colours are written there and nothing else is;
-    what is held besides then is a few dozen MB whatever the size.
+    Blur fusion in two passes: Forte and Pitié, Approximate Fast Foreground Colour Estimation, ICIP 2021. Averages have no
+    detail, so both passes run at a small size, around the rim only; the image's detail is added afterwards for each rim
+    pixel. `rough` means that alpha is a mask with softened edges: colours between those of subject and background are then
+    attributed to errors in alpha, not to the subject.
+    `alpha` [h, w] is float32 0..1 or uint8 0..255; only the first three channels of `rgb` [h, w, 3 or 4] are used.
+    If `out` [h, w, 3 or 4] is passed, which must not be `rgb`, only the rim's colours are written to it, and the
+    function needs a few dozen MB more, regardless of the size.
     """
     result = rgb.copy() if out is None else out
-    box = _rim_box(alpha)
+    box = _bounding_box(alpha, _partial)
     if box is None:
         return result
     left, top, right, bottom = box
@@ -89,14 +94,14 @@ def foreground_colours(rgb: Pixels, alpha: Map | Grey, *, rough: bool = False, o
     front, back = _near_colours(picture, matte, rough)
     down, across = (have / want for have, want in zip(front.shape[:2], matte.shape, strict=True))
     for y, x in _rim_pixels(matte):
-        # Centres on centres.
+        # Pixel centres map to pixel centres.
         places = ((x + 0.5) * across - 0.5).astype(np.float32), ((y + 0.5) * down - 0.5).astype(np.float32)
         near, beyond = (
-            np.asarray(cv2.remap(colours, *places, cv2.INTER_LINEAR, borderMode=REPLICATE), np.float32)
-            for colours in (front, back)
+            np.asarray(cv2.remap(average, *places, cv2.INTER_LINEAR, borderMode=REPLICATE), np.float32)
+            for average in (front, back)
         )
-        found = _explained(_unit(picture[y, x][..., :3]), _share(matte[y, x]), near, beyond, rough)
-        target[y, x, :3] = np.rint(found * 255)
+        colours = _explained(_unit(picture[y, x][..., :3]), _share(matte[y, x]), near, beyond, rough)
+        target[y, x, :3] = np.rint(colours * 255)
     return result
 
 
@@ -104,20 +109,20 @@ def _near_colours(picture: Pixels, matte: Map | Grey, rough: bool) -> tuple[Map,
     """The mean colours [h, w, 3] of subject and background near each pixel, at a small size."""
     halvings = max(0, math.ceil(math.log2(max(matte.shape) / SMALL)))
     part = 2**halvings
-    for step in [2] * halvings if halvings < 3 else [part]:  # halving is quick, but a half of a huge picture is huge
+    for step in [2] * halvings if halvings < 3 else [part]:  # halving is fast, but half of a huge image is still huge
         size = max(1, matte.shape[1] // step), max(1, matte.shape[0] // step)
         picture = np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)
         matte = cv2.resize(matte, size, interpolation=cv2.INTER_AREA)  # type: ignore[assignment]  # its type stays
     seen, share = _unit(picture[..., :3]), _share(matte)
     wide, near = max(1, FAR // part), max(1, round(NEAR / part))
     front, back = _weighted(seen, share, wide), _weighted(seen, 1 - share, wide)
-    # Where alpha is near 0 the first pass knows the background better than the subject, and the other way round.
+    # Where alpha is near 0, the first pass estimates the background better than the subject; near 1, the subject.
     front = _explained(seen, share, front, back, rough)
     return _weighted(front, share, near), _weighted(back, 1 - share, near)
 
 
 def _rim_pixels(matte: Map | Grey) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Rows and columns [n, 1] of all that is partial, some at a time."""
+    """Rows and columns [n, 1] of all partly transparent pixels, up to `MOST` at once."""
     for top in range(0, len(matte), STRIP):
         strip = _partial(matte[top : top + STRIP])
         y, x = np.divmod(np.flatnonzero(strip), strip.shape[1])
@@ -127,15 +132,20 @@ def _rim_pixels(matte: Map | Grey) -> Iterator[tuple[NDArray[np.intp], NDArray[n
 
 
 def _partial(alpha: Map | Grey) -> NDArray[np.bool_]:
-    low, high = (3, 252) if alpha.dtype == np.uint8 else (2.5 / 255, 252.5 / 255)  # beyond, it can't be seen
+    low, high = (3, 252) if alpha.dtype == np.uint8 else (2.5 / 255, 252.5 / 255)  # outside, the effect is invisible
     return np.asarray((alpha >= low) & (alpha <= high))
 
 
-def _rim_box(alpha: Map | Grey) -> tuple[int, int, int, int] | None:
-    """Left, top, right and bottom of all that is partial."""
+def subject_box(alpha: Grey) -> Box | None:
+    """Bounding box of all pixels with alpha above `SEEN`; None if there are none."""
+    return _bounding_box(alpha, lambda strip: strip > SEEN)
+
+
+def _bounding_box(alpha: Map | Grey, chosen: Callable[[Map | Grey], NDArray[np.bool_]]) -> Box | None:
+    """Bounding box of the pixels that `chosen` selects, strip by strip."""
     boxes = []
     for top in range(0, len(alpha), STRIP):
-        x, y, width, height = cv2.boundingRect(_partial(alpha[top : top + STRIP]).view(np.uint8))
+        x, y, width, height = cv2.boundingRect(chosen(alpha[top : top + STRIP]).view(np.uint8))
         if width:
             boxes.append((-x, -y - top, x + width, top + y + height))
     if not boxes:
@@ -153,10 +163,10 @@ def _share(alpha: NDArray[np.generic]) -> Map:
 
 
 def _explained(picture: Map, share: Map, front: Map, back: Map, rough: bool) -> Map:
-    """The subject's colours [h, w, 3] that explain `picture`, by alpha [h, w] and the mean colours near each pixel."""
-    share = np.asarray(cv2.merge([share] * 3), np.float32)  # numpy is slow at one alpha for three colours
+    """The subject's colours [h, w, 3] that explain `picture`, given alpha [h, w] and the mean colours near each pixel."""
+    share = np.asarray(cv2.merge([share] * 3), np.float32)  # numpy broadcasts one alpha to three colours slowly
     rest = picture - share * front - (1 - share) * back
-    if rough:  # what of the rest lies between the two is an error of alpha; left in the colour it would be a halo
+    if rough:  # a residual between the two colours is an error in alpha; left in the colour, it would be a halo
         away = back - front
         along = (rest * away).sum(axis=2, keepdims=True) / ((away**2).sum(axis=2, keepdims=True) + 1e-5)
         rest -= np.clip(along, -1, 1) * (1 - _sure(share)) * away
@@ -164,21 +174,21 @@ def _explained(picture: Map, share: Map, front: Map, back: Map, rough: bool) -> 
 
 
 def _sure(share: Map) -> Map:
-    """How much a pixel counts as the subject's, by its alpha: a half transparent one hardly does."""
+    """Weight of a pixel as a sample of the subject, from its alpha; half transparent pixels hardly count."""
     return np.asarray(np.square(np.square(share)), np.float32)
 
 
 def _weighted(colours: Map, share: Map, radius: int) -> Map:
-    weight = _sure(share) + np.float32(1e-4) * share  # where all is faint, the faint counts
+    weight = _sure(share) + np.float32(1e-4) * share  # so that faint pixels count where there are no others
     mean = _mean(cv2.merge([*(colour * weight for colour in cv2.split(colours)), weight]), radius)  # type: ignore[arg-type]
     *weighted, sums = cv2.split(mean)
-    return np.asarray(cv2.merge([one / (sums + np.float32(1e-12)) for one in weighted]), np.float32)
+    return np.asarray(cv2.merge([total / (sums + np.float32(1e-12)) for total in weighted]), np.float32)
 
 
 def cut_out(pixels: Pixels, alpha: Map, background: str | None, *, rough: bool = False) -> Pixels:
-    """RGBA with alpha 0..1 applied on top of any that `pixels` has; RGB on `background` (#rrggbb) if there is one.
+    """RGBA with `alpha` 0..1 multiplied by any alpha of `pixels`, or RGB composited over `background` (#rrggbb).
 
-    `rough` as in `foreground_colours`.
+    `rough` is explained at `foreground_colours`.
     """
     if pixels.shape[2] == 4:
         alpha = alpha * (pixels[..., 3].astype(np.float32) / np.float32(255))

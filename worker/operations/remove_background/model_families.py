@@ -1,8 +1,8 @@
-"""rembg's model families: what each wants to see, and what its output means. Equal to rembg to the last bit.
+"""rembg's model families: how each one's input is prepared and its output read, bit for bit as in rembg.
 
-rembg's own arithmetic (rembg/sessions, version 2.0.86) is in double precision from pictures of 8 bits, so a table of 256 levels
-per channel gives the same numbers. Pillow's LANCZOS is kept for the same reason: on a picture of 1600 pixels OpenCV's
-area averaging takes 3 ms instead of 15, but what it gives is 0.7 to 3.0 of 255 off, and a network may make much of it.
+rembg (rembg/sessions, version 2.0.86) calculates in double precision from 8-bit images, so a lookup table of 256 levels
+per channel gives the same numbers. Pillow's LANCZOS is kept for the same reason: for an image of 1600 pixels, OpenCV's
+area averaging takes 3 ms instead of 15, but its result is 0.7 to 3.0 of 255 off, which a network may amplify.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from imagemill.shared.errors import OperationFailed
 from imagemill.worker.imaging.picture import Grey, Pixels, flatten
 from imagemill.worker.operations.remove_background.matte import Map
 
-WHOLE = 16_000_000  # pixels; for each of what it scales Pillow holds four bytes
-STRIP = 256  # rows of a larger picture
-FLAT = 1e-6  # a range of values below this is no subject and its background, but noise
-HIDDEN = 128  # level of grey that a model sees where a picture is transparent
+WHOLE = 16_000_000  # most pixels scaled in one piece; Pillow takes four bytes for each
+STRIP = 256  # rows per strip of a larger image
+FLAT = 1e-6  # an output with a smaller range than this is noise: there is no subject
+HIDDEN = 128  # grey level that the model sees in place of transparent pixels
 
 
 @dataclass(frozen=True)
 class Family:
-    """A way of making input and reading output, `size` pixels wide and high. `logits` come before a sigmoid."""
+    """How input is normalised and output read. `size` is the side of both in pixels; `logits` still need a sigmoid."""
 
     size: int
     mean: tuple[float, float, float]
@@ -35,38 +35,37 @@ class Family:
     def tensor(self, rgb: Pixels, *, as_rembg: bool = False) -> NDArray[np.float32]:
         """The model's input float32 [3, size, size] from RGB or RGBA uint8 [h, w, 3 or 4].
 
-        What is transparent is laid over grey, or, `as_rembg` does it, shown with the colours that alpha hides.
+        Transparent pixels are composited over grey. With `as_rembg`, alpha is ignored, as rembg does.
         """
         small = scaled(rgb, self.size, as_rembg=as_rembg)
-        levels = np.arange(256) / max(float(small.max()), 1e-6)  # by the brightest value, whatever that is
-        made = np.empty((3, self.size, self.size), np.float32)
+        levels = np.arange(256) / max(float(small.max()), 1e-6)  # relative to the brightest value, as in rembg
+        tensor = np.empty((3, self.size, self.size), np.float32)
         for channel, (mean, deviation) in enumerate(zip(self.mean, self.deviation, strict=True)):
-            np.take(((levels - mean) / deviation).astype(np.float32), small[..., channel], out=made[channel])
-        return made
+            np.take(((levels - mean) / deviation).astype(np.float32), small[..., channel], out=tensor[channel])
+        return tensor
 
     def matte(self, output: NDArray[np.float32]) -> Map:
         """The matte float32 [size, size], 0 to 1, from an image's raw output [1, size, size] or [size, size].
 
-        Stretched so that it takes up the whole range; all 0 where the output is flat. Raises OperationFailed where
-        it holds what is no number.
+        Stretched to the full range; all 0 if the output is flat. Raises OperationFailed if a value is not finite.
         """
-        found: Map = output.reshape(output.shape[-2:]).astype(np.float32, copy=False)
+        values: Map = output.reshape(output.shape[-2:]).astype(np.float32, copy=False)
         if self.logits:
-            with np.errstate(over="ignore"):  # exp(-x) is infinite, the sigmoid 0
-                found = np.asarray(1 / (1 + np.exp(-found)), np.float32)
-        low, high = found.min(), found.max()
+            with np.errstate(over="ignore"):  # where exp(-x) is infinite, the sigmoid is 0
+                values = np.asarray(1 / (1 + np.exp(-values)), np.float32)
+        low, high = values.min(), values.max()
         if not np.isfinite(high - low):
             raise OperationFailed("the model's output is not finite")
         if high - low < FLAT:
-            return np.zeros_like(found)
-        return np.asarray((found - low) / (high - low), np.float32)
+            return np.zeros_like(values)
+        return np.asarray((values - low) / (high - low), np.float32)
 
 
 def scaled(pixels: Pixels, size: int, *, as_rembg: bool = False) -> Pixels:
-    """RGB uint8 [size, size, 3] from RGB or RGBA uint8 [h, w, 3 or 4], as Pillow's LANCZOS scales.
+    """RGB uint8 [size, size, 3] from RGB or RGBA uint8 [h, w, 3 or 4], scaled by Pillow's LANCZOS.
 
-    Transparent pixels are laid over grey, or, `as_rembg`, alpha is dropped. Enormous pictures go through in strips,
-    first across and then down, so that little memory is needed; Pillow may do it the other way round, and round otherwise.
+    Transparent pixels are composited over grey; with `as_rembg`, alpha is dropped. Very large images are scaled in strips,
+    first horizontally and then vertically, to save memory; Pillow may use the other order and so round differently.
     """
     if as_rembg or pixels.shape[0] * pixels.shape[1] <= WHOLE:
         return _by_pillow(_opaque(pixels, as_rembg), size, size)
@@ -87,7 +86,7 @@ def _opaque(pixels: Pixels, as_rembg: bool) -> Pixels:
 
 
 def in_bytes(matte: Map) -> Grey:
-    """A matte 0..1 as uint8, cut off and not rounded, as rembg does it."""
+    """A matte 0..1 as uint8, truncated instead of rounded, as in rembg."""
     return (matte * 255).astype(np.uint8)
 
 
@@ -105,4 +104,4 @@ FAMILIES: dict[str, Family] = {
     "birefnet-general": _BIREFNET,
     "birefnet-general-lite": _BIREFNET,
 }
-"""By the model's name."""
+"""The family of each model, by name."""

@@ -1,4 +1,4 @@
-"""A model on onnxruntime: opened so that memory goes back after each run, and never on another device than was asked for."""
+"""A model on onnxruntime that frees its memory after each run and never falls back to another device."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ Tensor = NDArray[np.float32]
 
 NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 LARGEST_BATCH = 8
-"""Images that go to a GPU at a time; TensorRT builds its engine for one up to so many."""
+"""Most images in a batch on a GPU; TensorRT builds its engine for batches of one up to this many."""
 
 SMALL = 512
-"""Side in pixels of a model's input up to which on CPUs each image has a core to itself. Larger ones take gigabytes each."""
+"""Largest input side in pixels at which CPUs run one image per core. Models with larger input take gigabytes per image."""
 
 
 class OnnxModel:
-    """One model, opened; `size` is the side of its input in pixels.
+    """One opened model; `size` is the side of its input in pixels.
 
-    On a GPU images share batches where the model's batch axis is free. On CPUs `abreast` of them run at a time, each for
-    itself.
+    On a GPU, images share batches if the model's batch axis is dynamic. On CPUs, up to `abreast` images run in parallel,
+    one per run.
 
-    Raises ConfigurationError where the file is damaged or no such model, and where the session would
-    run on another device than the one asked for.
+    Raises ConfigurationError if the file is damaged or not a segmentation model, or if the session would run on a
+    device other than `device`; OutOfMemory if the model does not fit.
     """
 
     def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
         self.name = name
         self.abreast = device.threads if device.provider == "cpu" and size <= SMALL else 1
         check_there(device)
-        again = f"`imagemill models verify` checks it, `imagemill models pull {name}` fetches it"
+        hint = f"check it with `imagemill models verify` or download it again with `imagemill models pull {name}`"
         try:
             self._session = _opened(path, device, self.abreast, providers(device, path, _profile(path, device)))
         except Exception as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {name} does not fit into memory: {sentence(error)}") from error
-            raise ConfigurationError(f"the model {name} can't be opened from {path} ({sentence(error)}): {again}") from error
+            raise ConfigurationError(f"the model {name} can't be opened from {path} ({sentence(error)}): {hint}") from error
         wanted, got = NAMES[device.provider], self._session.get_providers()
         if got[0] != wanted:
             raise ConfigurationError(
                 f"the model {name} was to run on {device.provider}, but onnxruntime could not start {wanted} and would use "
-                f"{got[0]}: driver, CUDA and cuDNN must be those that onnxruntime {onnxruntime.__version__} was built for"
+                f"{got[0]}: install the driver, CUDA and cuDNN that onnxruntime {onnxruntime.__version__} was built for"
             )
-        self._session.disable_fallback()  # it would go on with the CPU when a run fails
+        self._session.disable_fallback()  # otherwise a failed run would be repeated on the CPU
         self._input, output = self._session.get_inputs()[0], self._session.get_outputs()[0]
-        self._outputs = [output.name]  # the first is the fused map, the others are intermediate ones
+        self._outputs = [output.name]  # the first is the fused map, the others are intermediate maps
         if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
-            raise ConfigurationError(f"{path} is no model that makes a mask of an image: {again}")
+            raise ConfigurationError(f"{path} is not a segmentation model with one image as input: {hint}")
         self.batches = device.provider != "cpu" and not isinstance(self._input.shape[0], int)
         self._threads = ThreadPoolExecutor(self.abreast, "model")
-        give_back()  # opening takes as much again as the model
+        give_back()  # opening takes twice the model's memory for a moment
 
     def run(self, tensors: Sequence[Tensor], *, together: bool = True) -> list[Tensor]:
-        """Each image's first output [1, size, size] for tensors [3, size, size], float32.
+        """The first output, float32 [1, size, size], for each of the tensors, float32 [3, size, size].
 
-        Not `together`, none of them shares a batch: a GPU may round otherwise in company. Raises OutOfMemory and
+        Without `together`, each image runs alone, as a GPU's rounding may depend on the batch. Raises OutOfMemory and
         OperationFailed.
         """
         if not tensors:
@@ -88,18 +88,18 @@ class OnnxModel:
                 raise OutOfMemory(f"there was not enough memory for the model {self.name}: {sentence(error)}") from error
             if type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError):
                 raise OperationFailed(f"the model {self.name} failed: {sentence(error)}") from error
-            raise  # the chunk's time is up, for one
+            raise  # such as the chunk's time limit
 
 
 def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
-    """What a session is to run on, best first, with options; `shapes` are TensorRT's, see `_profile`."""
+    """The execution providers of a session in order of preference, with options; `shapes` are TensorRT's, see `_profile`."""
     cpu: tuple[str, dict[str, Any]] = (NAMES["cpu"], {})
     if device.provider == "cpu":
         return [cpu]
     cuda = {
         "device_id": 0,  # the process is pinned to one GPU
         "arena_extend_strategy": "kSameAsRequested",
-        "cudnn_conv_algo_search": "HEURISTIC",  # batches come in all sizes; trying all algorithms takes seconds for each
+        "cudnn_conv_algo_search": "HEURISTIC",  # an exhaustive search takes seconds for each batch size
     }
     tensorrt = {
         "device_id": 0,
@@ -110,34 +110,34 @@ def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[
     if device.memory_limit is not None:
         cuda["gpu_mem_limit"] = device.memory_limit
         tensorrt["trt_max_workspace_size"] = device.memory_limit
-    chain = [(NAMES["cuda"], cuda), cpu]  # what TensorRT can't do goes to CUDA, shapes and the like to the CPU
+    chain = [(NAMES["cuda"], cuda), cpu]  # CUDA runs what TensorRT can't, the CPU runs shapes and the like
     return [(NAMES["tensorrt"], tensorrt), *chain] if device.provider == "tensorrt" else chain
 
 
 def _opened(path: Path, device: Device, abreast: int, chain: list[tuple[str, dict[str, Any]]]) -> Any:
-    # U2Net at 320 pixels (44.0 M parameters) on 2 cores, all modes interleaved; CPU seconds per image, and the MB that are
-    # held while images run and after malloc_trim, which follows each chunk:
+    # U2Net at 320 pixels (44.0 M parameters) on 2 cores, modes interleaved; CPU seconds per image, and MB held while images
+    # run and after malloc_trim, which follows each chunk:
     #     one image on two threads: arena on 0.63, 253, 253;   arena off 0.60, 210, 1
     #     two images on one thread each: arena on 0.52, 490, 490;   arena off 0.53, 508, 1
-    # Two threads wait for each other after each of the model's steps, so an image per core takes less. Without the arena
-    # all memory goes back; shrinking it after each run takes 10 % longer. In batches of 4 nothing is gained on CPUs. On a
-    # GPU cudaMalloc is too slow for each tensor: there the arena is on, and shrunk.
+    # Two threads wait for each other after every step of the model, so one image per core is cheaper. Without the arena, all
+    # memory is freed; shrinking the arena after each run takes 10 % longer. Batches of 4 gain nothing on CPUs. On a GPU,
+    # calling cudaMalloc for each tensor is too slow, so the arena is on and shrunk after each run.
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = device.threads - abreast + 1  # the thread that runs an image works too
+    options.intra_op_num_threads = device.threads - abreast + 1  # the calling thread works too
     options.inter_op_num_threads = 1
-    options.enable_mem_pattern = False  # it holds one plan of the largest memory per shape
+    options.enable_mem_pattern = False  # it keeps a memory block for the largest run per shape
     options.enable_cpu_mem_arena = False
-    # Threads that spin between two steps of the model keep decoding and encoding off the cores.
+    # Threads that spin between the model's steps take CPU time from decoding and encoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     if device.provider != "cpu":
-        onnxruntime.preload_dlls()  # CUDA and cuDNN as pip installs them lie where the loader does not look
-    # Without fallback: what fails with the providers asked for is not tried again on the CPU.
+        onnxruntime.preload_dlls()  # the loader does not search where pip installs CUDA and cuDNN
+    # Without fallback, a session that fails on these providers is not reopened on the CPU.
     return onnxruntime.InferenceSession(str(path), options, providers=chain, enable_fallback=0)
 
 
 def _run_options(session: Any) -> Any:
-    """Options of one run: memory on a GPU that is not in use goes back after it."""
+    """Options of one run: afterwards, a GPU's unused memory is freed."""
     options = onnxruntime.RunOptions()
     options.log_severity_level = 3
     if session.get_providers()[0] != NAMES["cpu"]:
@@ -146,17 +146,17 @@ def _run_options(session: Any) -> Any:
 
 
 def check_there(device: Device) -> None:
-    """Raise ConfigurationError where the onnxruntime that is installed can't use what was asked for at all."""
+    """Raise ConfigurationError if the installed onnxruntime does not support the device's provider at all."""
     wanted = NAMES[device.provider]
     if wanted not in onnxruntime.get_available_providers():
         raise ConfigurationError(
-            f"models were to run on {device.provider}, but the onnxruntime that is installed has no {wanted}: "
+            f"models were to run on {device.provider}, but the installed onnxruntime has no {wanted}: "
             "pip uninstall onnxruntime && pip install 'imagemill[rembg-gpu]'"
         )
 
 
 def _profile(path: Path, device: Device) -> dict[str, str]:
-    """The range of batches that TensorRT builds an engine for; empty for other providers and where the batch axis is fixed."""
+    """TensorRT's range of batch sizes; empty for other providers and if the batch axis is fixed."""
     if device.provider != "tensorrt":
         return {}
     options = onnxruntime.SessionOptions()

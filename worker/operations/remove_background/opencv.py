@@ -1,4 +1,4 @@
-"""remove-background without weights: GrabCut, seeded by a colour model of the border and a centre prior."""
+"""remove-background without a model: GrabCut, seeded by a colour model of the border and a centre prior."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
-from imagemill.worker.operations.remove_background.matte import cut_out, soft_alpha
+from imagemill.worker.operations.remove_background.matte import EMPTY, cut_out, soft_alpha
 from imagemill.worker.operations.remove_background.saliency import Map, content_box, saliency
 
 WORK_EDGE = 320  # longest edge in pixels at which GrabCut runs
-ROUNDS = 3  # of GrabCut
+ROUNDS = 3  # iterations of GrabCut
 BORDER = 0.04  # share of each side that is learnt as background
-SMALLEST = 8  # pixels; below this nothing can be told from the border
-EMPTY = "empty_cutout"
+SMALLEST = 8  # pixels; smaller images have no usable border
 REVISION = 2
-"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
+"""Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What GrabCut sees: `rgb` [h, w, 3], and where it is opaque [h, w] 0/1 (None is everywhere)."""
+    """GrabCut's input: `rgb` [h, w, 3], and `opaque` [h, w] with 1 for opaque pixels; None if all are."""
 
     rgb: Pixels
     opaque: Grey | None
@@ -52,11 +51,11 @@ class GrabCut(Operation[OpencvRemoveBackground, Scene, Grey, Plan]):
     def load(self, device: Device) -> None:
         set_up(device)
 
-    def work_edge(self, options: OpencvRemoveBackground) -> int | None:
-        return options.long_edge
-
     def fingerprint(self, options: OpencvRemoveBackground) -> str:  # noqa: ARG002
         return fingerprint(REVISION)
+
+    def work_edge(self, options: OpencvRemoveBackground) -> int | None:
+        return options.long_edge
 
     @translated("scaling the image")
     def prepare(self, picture: Picture, inputs: Inputs[OpencvRemoveBackground]) -> CutOut:
@@ -85,13 +84,13 @@ class GrabCut(Operation[OpencvRemoveBackground, Scene, Grey, Plan]):
 
 
 def find_subject(scene: Scene) -> Grey:
-    """1 where the subject is, 0 elsewhere, [h, w]; all 0 where none is found."""
+    """Mask [h, w] with 1 for the subject and 0 for the background; all 0 if no subject is found."""
     mask = np.zeros(scene.rgb.shape[:2], np.uint8)
-    cv2.setRNGSeed(0)  # k-means draws from this thread's generator; without it the last image decides
+    cv2.setRNGSeed(0)  # k-means uses this thread's generator; unseeded, the result would depend on earlier images
     rgb = scene.rgb
     if scene.opaque is not None:
         edge = np.concatenate([scene.opaque[0], scene.opaque[-1], scene.opaque[:, 0], scene.opaque[:, -1]])
-        if edge.mean() < 0.5:  # cut out already
+        if edge.mean() < 0.5:  # already cut out
             return scene.opaque
         rgb = np.where(scene.opaque[..., None] > 0, rgb, np.median(rgb[scene.opaque > 0], axis=0).astype(np.uint8))
     rows, columns = content_box(rgb)
@@ -102,16 +101,16 @@ def find_subject(scene: Scene) -> Grey:
 
 
 def _cut(rgb: Pixels) -> Grey:
-    found = saliency(rgb, BORDER)
-    if found is None:
+    salient = saliency(rgb, BORDER)
+    if salient is None:
         return np.zeros(rgb.shape[:2], np.uint8)
-    likely, rim = found
+    likely, rim = salient
     split = cv2.threshold(np.rint(likely * 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)[0] / 255
     marks = np.where(likely > split, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     marks[likely > split + 0.7 * (1 - split)] = cv2.GC_FGD
     marks[rim | (likely < 0.15 * split)] = cv2.GC_BGD
     front = (marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD)
-    if min(front.sum(), (~front).sum()) < 10:  # each of GrabCut's two models has five colours
+    if min(front.sum(), (~front).sum()) < 10:  # GrabCut fits five colours to each
         return np.zeros(rgb.shape[:2], np.uint8)
     back_model, front_model = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.grabCut(_features(rgb), marks, (0, 0, 0, 0), back_model, front_model, ROUNDS, cv2.GC_INIT_WITH_MASK)
@@ -119,13 +118,13 @@ def _cut(rgb: Pixels) -> Grey:
 
 
 def _features(rgb: Pixels) -> Pixels:
-    """Lab with a and b stretched threefold: hue tells subject and background apart better than brightness."""
+    """Lab with a and b stretched threefold: hue separates subject and background better than brightness."""
     lab = cv2.cvtColor(rgb.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     return np.asarray(np.clip(lab * (2.55, 3, 3) + (0, 128, 128), 0, 255), np.uint8)
 
 
 def _tidied(mask: Grey, likely: Map) -> Grey:
-    """Without crumbs (parts that weigh less than 15 % of the heaviest) and without small holes."""
+    """The mask without small parts (total likelihood below 15 % of the largest part's) and without small holes."""
     opened = cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     count, labels = cv2.connectedComponents(opened, connectivity=4)
     weight = np.bincount(labels.ravel(), weights=likely.ravel(), minlength=count)

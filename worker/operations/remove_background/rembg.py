@@ -1,8 +1,8 @@
-"""remove-background by rembg's models: their files, input and output are rembg's, the way in between is ours."""
+"""remove-background with rembg's models: same files, input and output as rembg, but our own pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -13,9 +13,8 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 
-from imagemill.shared.errors import BadReference, ImageError, MissingExtra
+from imagemill.shared.errors import MissingExtra
 from imagemill.shared.options.remove_background import RembgRemoveBackground
-from imagemill.shared.urls import shown
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
@@ -24,22 +23,25 @@ from imagemill.worker.models.catalogue import WEIGHTS
 from imagemill.worker.models.checksums import digest, with_digest
 from imagemill.worker.models.files import model_file
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
+from imagemill.worker.operations.job_images import job_image
 from imagemill.worker.operations.open_model import OpenModel, missing_model
 from imagemill.worker.operations.remove_background.compose import compose
+from imagemill.worker.operations.remove_background.matte import EMPTY
 from imagemill.worker.operations.remove_background.matting import LARGEST, TOO_LARGE
 from imagemill.worker.operations.remove_background.model_families import FAMILIES, in_bytes
 from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, OnnxModel, Tensor
-from imagemill.worker.operations.remove_background.opencv import EMPTY
 
 REVISION = 2
-"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
-PER_CORE = 4
-STRIP = 512  # rows that Pillow cuts out at a time
+"""Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
+PER_CORE = 4  # samples per core in a batch on CPUs; with fewer, cores would often wait for the slowest image
+STRIP = 512  # rows that Pillow cuts out at once
 
 
 @dataclass(frozen=True)
 class Plan:
-    picture: Picture  # at the result's size
+    """What `finish` needs: the picture at the result's size, and the image to put behind the subject."""
+
+    picture: Picture
     background: Pixels | None
 
 
@@ -47,10 +49,10 @@ CutOut = Work[RembgRemoveBackground, Tensor, Plan]
 
 
 class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
-    """One model is open at a time: it is swapped when a chunk asks for another one.
+    """Keeps one model open and swaps it when a chunk asks for another.
 
-    A GPU that is fast enough to wait for `prepare` would have it replaced here, by a decoder and a `Family.tensor` that
-    work on the GPU; nothing else depends on where the tensor was made.
+    If a GPU ever has to wait for `prepare`, decode and run `Family.tensor` on the GPU here; nothing else depends on where
+    the tensor is computed.
     """
 
     spec = Spec("remove-background", "rembg", makes_alpha=True, max_batch=LARGEST_BATCH, runtime="onnxruntime")
@@ -60,17 +62,14 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
         self._model: OpenModel[tuple[Path, str], OnnxModel] = OpenModel()
 
     def load(self, device: Device) -> None:
-        """Look which models are there. One is opened at the first `run`, and ConfigurationError raised if it can't be."""
+        """Check that a model is installed; ConfigurationError if none is. The first `run` opens the job's model."""
         set_up(device)
         self._device = device
         if device.provider == "cpu":
-            # An image per core, see session.py; a few for each, or they would often wait for the slowest.
+            # Each core runs one image at once, see onnx_model.py.
             self.spec = replace(self.spec, max_batch=PER_CORE * device.threads)
         if not any(_original(device, weights.name).is_file() for weights in WEIGHTS if weights.engine == self.spec.engine):
             raise missing_model("u2net", device.weights)
-
-    def work_edge(self, options: RembgRemoveBackground) -> int | None:
-        return None if options.exact else options.long_edge
 
     def fingerprint(self, options: RembgRemoveBackground) -> str:
         path = self._path(options)
@@ -79,12 +78,15 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
             parts += [_version("pymatting"), _version("rembg") if options.exact else ""]
         return ", ".join(filter(None, parts))
 
+    def work_edge(self, options: RembgRemoveBackground) -> int | None:
+        return None if options.exact else options.long_edge
+
     @translated("scaling the image")
     def prepare(self, picture: Picture, inputs: Inputs[RembgRemoveBackground]) -> CutOut:
         options = inputs.options
         pixels = resize(picture.pixels, fit(picture.size, self.work_edge(options)))
         tensor = FAMILIES[options.model].tensor(pixels, as_rembg=options.exact)
-        background = _background(options.background_image, inputs.read) if options.background_image else None
+        background = job_image("background", options.background_image, inputs.read) if options.background_image else None
         return Work([Sample(tensor, options)], plan=Plan(replace(picture, pixels=pixels), background))
 
     def group_key(self, sample: Sample[RembgRemoveBackground, Tensor]) -> Hashable:
@@ -94,7 +96,7 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
         return self._model.current is not None and self._model.current.batches and not options.exact
 
     def run(self, samples: Sequence[Sample[RembgRemoveBackground, Tensor]]) -> list[Tensor]:
-        options = samples[0].options  # the group key sees to it that all have the same model
+        options = samples[0].options  # the same model for all, thanks to the group key
         return self._open(options).run([sample.data for sample in samples], together=not options.exact)
 
     @translated("cutting out the subject")
@@ -103,13 +105,13 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
         matte = in_bytes(FAMILIES[options.model].matte(outputs[0]))
         pixels = plan.picture.pixels
         if options.exact:
-            made = as_rembg(pixels, matte, options, plan.background, work.notes)
+            result = as_rembg(pixels, matte, options, plan.background, work.notes)
         else:
-            made = compose(pixels, _at(matte, plan.picture.size), options, plan.background, work.notes)
-        hidden = made.shape[2] == 3 or options.crop  # what was cut out can't be told from the result
+            result = compose(pixels, _at(matte, plan.picture.size), options, plan.background, work.notes)
+        hidden = result.shape[2] == 3 or options.crop  # the check can't see the matte in the result
         moved = options.crop or options.mask_only
         work.evidence = Evidence(comparable=not moved, alpha=matte if hidden else None)
-        return replace(plan.picture, pixels=made)
+        return replace(plan.picture, pixels=result)
 
     def _open(self, options: RembgRemoveBackground) -> OnnxModel:
         size = FAMILIES[options.model].size
@@ -118,7 +120,7 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
         )
 
     def _path(self, options: RembgRemoveBackground) -> Path:
-        """The file of a model; rembg's own for `exact`. Raises ConfigurationError."""
+        """The model's file, for `exact` the one that rembg uses. Raises ConfigurationError."""
         device, original = self._device, _original(self._device, options.model)
         if not original.is_file():
             raise missing_model(options.model, device.weights)
@@ -128,10 +130,10 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
 def as_rembg(
     pixels: Pixels, matte: Grey, options: RembgRemoveBackground, background: Pixels | None, notes: list[str]
 ) -> Pixels:
-    """What `rembg.remove` makes of RGB or RGBA [h, w] and a matte [size, size] in bytes, to the last bit.
+    """Exactly what `rembg.remove` returns for `pixels` [h, w, 3 or 4] and a `matte` [size, size], bit for bit.
 
-    RGBA, with colours darkened where alpha is partial; RGB before a colour. The rim is not cleaned. Cropping and pictures
-    as background, which rembg doesn't have, come after.
+    RGBA with colours darkened where alpha is partial, or RGB on a colour; the rim is not cleaned. Cropping and background
+    images, which rembg doesn't have, are applied afterwards.
     """
     size = (pixels.shape[1], pixels.shape[0])
     mask = _by_lanczos(matte, size)
@@ -156,7 +158,7 @@ def as_rembg(
 
 
 def _at(matte: Grey, size: tuple[int, int]) -> Grey:
-    """A matte at `size`. Bicubic is 0.3 of 255 off what rembg has and 30 times as fast; but only where it gets larger."""
+    """The matte at `size`. When enlarging, bicubic is 30 times as fast as Lanczos and 0.3 of 255 off rembg's result."""
     return _by_lanczos(matte, size) if min(size) < max(matte.shape) else resize(matte, size)
 
 
@@ -165,42 +167,32 @@ def _by_lanczos(matte: Grey, size: tuple[int, int]) -> Grey:
 
 
 def _cut(pixels: Pixels, mask: Grey) -> Pixels:
-    """The picture laid over transparent black, in strips: each pixel is made for itself."""
-    made = np.empty((*mask.shape, 4), np.uint8)
+    """RGBA composited over transparent black, in strips, as no pixel depends on another."""
+    result = np.empty((*mask.shape, 4), np.uint8)
     for top in range(0, len(mask), STRIP):
         rows = slice(top, top + STRIP)
         strip = Image.new("RGBA", mask[rows].shape[::-1], 0)
         strip.paste(Image.fromarray(pixels[rows]), None, Image.fromarray(mask[rows]))
-        made[rows] = strip
-    return made
+        result[rows] = strip
+    return result
 
 
 def _matted(pixels: Pixels, mask: Grey) -> Pixels:
     try:
-        from rembg import remove  # type: ignore[import-untyped]  # a second and 200 MB, which only this needs
+        from rembg import remove  # type: ignore[import-untyped]  # takes a second and 200 MB, so only where it is needed
     except ImportError as error:
-        raise MissingExtra(f"alpha matting as rembg does it needs {error.name}: pip install 'imagemill[rembg]'") from error
-    return np.array(remove(Image.fromarray(pixels), alpha_matting=True, session=_Found(Image.fromarray(mask))))
+        raise MissingExtra(f"rembg's own alpha matting needs {error.name}: pip install 'imagemill[rembg]'") from error
+    return np.array(remove(Image.fromarray(pixels), alpha_matting=True, session=_FixedMask(Image.fromarray(mask))))
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A session for rembg that has found its mask already."""
+class _FixedMask:
+    """A rembg session that returns a given mask."""
 
     mask: Image.Image
 
     def predict(self, *_: Any, **__: Any) -> list[Image.Image]:
         return [self.mask]
-
-
-def _background(url: str, read: Callable[[str], Picture]) -> Pixels:
-    """The job's background. Raises BadReference, or the error itself where trying again can help."""
-    try:
-        return read(url).pixels
-    except ImageError as error:
-        if error.retryable:
-            raise
-        raise BadReference(f"the background {shown(url)} can't be used: {error.message}") from error
 
 
 def _original(device: Device, model: str) -> Path:

@@ -1,4 +1,4 @@
-"""Where the subject probably is, from colours alone: what the border is not, and what lies near the centre."""
+"""Estimates where the subject is from colours alone: unlike the border, and near the centre."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from imagemill.worker.imaging.picture import Pixels
 Map = NDArray[np.float32]
 """float32, [height, width]."""
 
-EDGE = 200  # pixels; saliency needs no more, and the sweeps run in Python
-CLUSTERS = 3  # colours of one side of the border
-NOISE = 40.0  # variance in Lab added to each cluster: a step of 6 is nothing
-ALIKE = 2.5  # a pixel of the border nearer to another side's colours than this is background
-FULL = 0.85  # share of a line that must differ from a bar; less may be a straight subject before a plain wall
-FAINT = 1.5  # nothing further from the border's colours than this: there is no subject
+EDGE = 200  # longest edge in pixels; saliency needs no more, and the sweeps run in Python
+CLUSTERS = 3  # colours per side of the border
+NOISE = 40.0  # variance in Lab added to each cluster, so that a difference of 6 is insignificant
+ALIKE = 2.5  # a border pixel closer than this to another side's colours is background
+FULL = 0.85  # share of the line after a bar that must differ from it; less may be a straight subject in front of a plain wall
+FAINT = 1.5  # if no pixel is further than this from the border's colours, there is no subject
 
 
 def content_box(rgb: Pixels) -> tuple[slice, slice]:
-    """Rows and columns inside the bars of a letterbox, each bar one colour and straight across; all where there are none."""
+    """Rows and columns inside any letterbox bars: straight bars of one colour, across the full width or height."""
     columns = rgb.transpose(1, 0, 2)
     height, width = rgb.shape[:2]
     return (
@@ -30,24 +30,24 @@ def content_box(rgb: Pixels) -> tuple[slice, slice]:
 
 
 def _bar(lines: Pixels) -> int:
-    """How many lines from the first on are a bar: at most a third, and it ends at once over most of its length."""
+    """Thickness in lines of the bar at the start: at most a third of the image, with a straight end."""
     most = len(lines) // 3
     colour = np.median(lines[0], axis=0)
     foreign = (np.abs(lines[: most + 6].astype(np.int16) - colour).max(axis=2) > 16).mean(axis=1)
     if foreign[0] > 0.02 or (foreign <= 0.02).all():
         return 0
     ends = int(np.argmax(foreign > 0.02))
-    full = np.flatnonzero(foreign[ends : ends + 6] >= FULL)  # a scaled picture's edge is a few lines wide
+    full = np.flatnonzero(foreign[ends : ends + 6] >= FULL)  # scaling blurs the bar's edge over a few lines
     return ends + int(full[0]) if len(full) and ends + full[0] <= most else 0
 
 
 def saliency(rgb: Pixels, border: float) -> tuple[Map, NDArray[np.bool_]] | None:
-    """How likely each pixel is the subject (0..1), and which pixels surely are not; None where nothing stands out.
+    """Likelihood 0..1 that each pixel is the subject, and a mask of certain background; None if nothing stands out.
 
-    Three cues: distance from the colours of the border (per side, so that a subject that touches one
-    side is not taken for background), the barrier that every path from the border must climb, and nearness
-    to the centre, first of the picture, then of what stood out. After Zhang et al., Minimum Barrier Salient
-    Object Detection at 80 FPS, ICCV 2015.
+    `rgb` is [h, w, 3]; `border` is the share of the longer side that is learnt as background. Three cues: distance from the
+    border's colours (per side, in case the subject touches one side), minimum barrier distance from the border, and
+    nearness to a centre: first the image's, then that of the salient pixels. After Zhang et al., Minimum Barrier
+    Salient Object Detection at 80 FPS, ICCV 2015.
     """
     height, width = rgb.shape[:2]
     scale = min(1.0, EDGE / max(height, width))
@@ -56,19 +56,19 @@ def saliency(rgb: Pixels, border: float) -> tuple[Map, NDArray[np.bool_]] | None
     sharp = cv2.cvtColor(small.astype(np.float32) / np.float32(255), cv2.COLOR_RGB2LAB)
     lab = np.asarray(cv2.GaussianBlur(sharp, (0, 0), 1.0), np.float32)
     distances = _border_distances(lab, max(2, round(border * max(size))))
-    foreign = np.sort(distances, axis=0)[:3].mean(axis=0)  # without the side it is furthest from
+    foreign = np.sort(distances, axis=0)[:3].mean(axis=0)  # ignoring the side with the largest distance
     if np.percentile(foreign, 99.5) < FAINT:
         return None
     background = _background_rim(distances)
     stands_out = _spread(foreign) + _spread(barrier_distance(lab, background))
     first = _spread(stands_out * _centre_prior(size))
-    found = _spread((stands_out + 0.3) * _prior_around(first))
+    likely = _spread((stands_out + 0.3) * _prior_around(first))
     rim = cv2.resize(background.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST) > 0
-    return np.asarray(cv2.resize(found, (width, height), interpolation=cv2.INTER_LINEAR), np.float32), rim
+    return np.asarray(cv2.resize(likely, (width, height), interpolation=cv2.INTER_LINEAR), np.float32), rim
 
 
 def _border_distances(lab: Map, depth: int) -> Map:
-    """[4, height, width]: Mahalanobis distance to the nearest colour of the top, bottom, left and right."""
+    """Mahalanobis distance [4, height, width] to the nearest colour of the top, bottom, left and right side."""
     sides = (lab[:depth], lab[-depth:], lab[:, :depth], lab[:, -depth:])
     return np.stack([_nearest_colour(lab, side.reshape(-1, 3)) for side in sides])
 
@@ -90,7 +90,7 @@ def _nearest_colour(lab: Map, samples: Map) -> Map:
 
 
 def _background_rim(distances: Map) -> NDArray[np.bool_]:
-    """The outermost two pixels, but for those whose colour only their own side has (the subject touches it)."""
+    """The outermost two pixels, except those with a colour that no other side has: there the subject touches the edge."""
     height, width = distances.shape[1:]
     rim = np.zeros((height, width), bool)
     sides = ((slice(2), slice(None)), (slice(-2, None), slice(None)), (slice(None), slice(2)), (slice(None), slice(-2, None)))
@@ -103,9 +103,9 @@ def _background_rim(distances: Map) -> NDArray[np.bool_]:
 
 
 def barrier_distance(lab: Map, seeds: NDArray[np.bool_], rounds: int = 3) -> Map:
-    """Over paths from a seed to each pixel, the least difference between a path's highest and lowest value.
+    """Minimum barrier distance: over all paths from a seed, the smallest difference between highest and lowest value.
 
-    Summed over the channels; by sweeps from all four sides (Zhang et al. 2015, after Strand et al. 2013).
+    Summed over the channels and approximated by sweeps from all four sides (Zhang et al. 2015, after Strand et al. 2013).
     """
     high, low = lab.copy(), lab.copy()
     distance = np.where(seeds[..., None], np.float32(0), np.float32(1e6)) * np.ones_like(lab)
@@ -134,10 +134,10 @@ def _centre_prior(size: tuple[int, int]) -> Map:
     return np.exp(-((x / 0.5) ** 2) - ((y / 0.5) ** 2)[:, None])
 
 
-def _prior_around(found: Map, reach: float = 2.5) -> Map:
-    """A Gaussian with the mean and `reach` times the spread of what was found."""
-    y, x = np.mgrid[: found.shape[0], : found.shape[1]].astype(np.float32)
-    weight = found**2 / max(float((found**2).sum()), 1e-6)
+def _prior_around(likely: Map, reach: float = 2.5) -> Map:
+    """A Gaussian with the mean of the salient pixels and `reach` times their spread."""
+    y, x = np.mgrid[: likely.shape[0], : likely.shape[1]].astype(np.float32)
+    weight = likely**2 / max(float((likely**2).sum()), 1e-6)
     x -= (weight * x).sum()
     y -= (weight * y).sum()
     shared = (weight * x * y).sum()
@@ -147,8 +147,8 @@ def _prior_around(found: Map, reach: float = 2.5) -> Map:
 
 
 def _spread(values: Map) -> Map:
-    """`values` on 0..1 between their 1st and 99th percentile."""
+    """`values` scaled so that their 1st and 99th percentile become 0 and 1, clipped."""
     low, high = np.percentile(values, (1, 99))
-    if high - low < 1e-6:  # a subject smaller than a hundredth
+    if high - low < 1e-6:  # the subject covers less than a hundredth
         high = values.max()
     return np.asarray(np.clip((values - low) / max(high - low, 1e-6), 0, 1), np.float32)

@@ -1,4 +1,4 @@
-"""stylize by Stable Diffusion 1.5, with a ControlNet that keeps each image's edges where they are."""
+"""stylize with Stable Diffusion 1.5 and a ControlNet that keeps each image's edges in place."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from imagemill.worker.operations.open_model import OpenModel, missing_model
 from imagemill.worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
 from imagemill.worker.operations.stylize.loras import Stamp, find, stamp
 from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
-from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Made, Pipeline, dtype_of
+from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Pipeline, Styled, dtype_of
 from imagemill.worker.operations.stylize.prompts import CUT
 
 REVISION = 2
-"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
+"""Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 
 MULTIPLE, COMPILED_MULTIPLE = 8, 64
-"""What the model's sides are multiples of: what the VAE needs, and few enough shapes to compile for each."""
+"""A bucket's sides are multiples of this: as the VAE requires, or larger so that there are few shapes to compile."""
 
-HIDDEN = 255  # level of grey that the model sees where a picture is transparent
+HIDDEN = 255  # grey level that the model sees in place of transparent pixels
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `finish` needs: the picture as it came, cropped, the result's size and the reference's colours."""
+    """What `finish` needs: the cropped source, the result's size and the reference's colours."""
 
     picture: Picture
     size: Size
@@ -52,8 +52,8 @@ class Plan:
 Styling = Work[DiffusionStylize, Canvas, Plan]
 
 
-class Diffusion(Operation[DiffusionStylize, Canvas, Made, Plan]):
-    """One model is loaded at a time, when a chunk first asks for it; all styles run on it."""
+class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
+    """Keeps one model loaded, from the first chunk that asks for it; all styles run on it."""
 
     spec = Spec("stylize", "diffusion", restyles=True, max_batch=LARGEST_BATCH, runtime="torch", warm_up={"steps": 1})
 
@@ -65,22 +65,16 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Made, Plan]):
         self._adapters: dict[Stamp, str] = {}
 
     def load(self, device: Device) -> None:
-        """Look which models are there. One is loaded at the first `run`, and ConfigurationError raised if it can't be."""
+        """Check that a model is installed; ConfigurationError if none is. The first `run` loads the job's model."""
         set_up(device)
         self._device = device
-        if device.gpu is None:  # images run one by one there, see pipeline.py
+        if device.gpu is None:  # on the CPU, images run one by one, see pipeline.py
             self.spec = replace(self.spec, max_batch=1)
         models = get_args(DiffusionModel)
         if not any(is_here(device.weights, model) for model in models):
             raise missing_model(models[0], device.weights)
         if device.diffusion.safety_checker and state(device.weights, repository(CHECKER)) == "missing":
             raise missing_model(CHECKER, device.weights)
-
-    def work_edge(self, options: DiffusionStylize) -> int | None:
-        """The result's size, as long as the model wants to see no more than that."""
-        if options.long_edge is None or options.crop is not None:
-            return None
-        return max(options.long_edge, 2 * options.size)  # the longer side of a bucket of 4 to 1
 
     def fingerprint(self, options: DiffusionStylize) -> str:
         weights = self._device.weights
@@ -93,6 +87,12 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Made, Plan]):
         ]
         parts += ["compiled"] * self._device.compile + ["safety_checker"] * self._device.diffusion.safety_checker
         return ", ".join([*parts, f"revision {REVISION}"])
+
+    def work_edge(self, options: DiffusionStylize) -> int | None:
+        """The result's longest edge, or the longest edge of a bucket if that is longer."""
+        if options.long_edge is None or options.crop is not None:
+            return None
+        return max(options.long_edge, 2 * options.size)  # a bucket of 4 to 1 is twice as wide as a square one
 
     @translated("preparing the image")
     def prepare(self, picture: Picture, inputs: Inputs[DiffusionStylize]) -> Styling:
@@ -107,7 +107,9 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Made, Plan]):
         palette = self._palettes.of(options.reference, inputs.read) if options.reference else None
         canvas = Canvas(pixels, edges_of(pixels, options.canny_low, options.canny_high), seed)
         footprint = f"{room[0]}x{room[1]} {dtype_of(self._device)}"
-        footprint += " guided" * (options.cfg > 1) + " alone" * options.deterministic  # a batch takes no more than one then
+        footprint += (
+            " guided" * (options.cfg > 1) + " alone" * options.deterministic
+        )  # then a batch takes no more memory than one image
         edges = taken_out(canvas.edges, picture.size)
         evidence = Evidence(comparable=options.crop is None, recoloured=palette is not None, edges=edges)
         plan = Plan(picture, fit(picture.size, options.long_edge), palette)
@@ -119,19 +121,19 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Made, Plan]):
     def together(self, options: DiffusionStylize) -> bool:
         return self._device.gpu is not None and not options.deterministic
 
-    def run(self, samples: Sequence[Sample[DiffusionStylize, Canvas]]) -> list[Made | ImageError]:
-        options = samples[0].options  # the group key sees to it that all have the same
+    def run(self, samples: Sequence[Sample[DiffusionStylize, Canvas]]) -> list[Styled | ImageError]:
+        options = samples[0].options  # the same for all, thanks to the group key
         return self._open(options.model).run([sample.data for sample in samples], options)
 
     def relieve(self, level: int) -> bool:
         return self._pipeline.current is not None and self._pipeline.current.relieve(level)
 
-    @translated("bringing the image to its size")
-    def finish(self, work: Styling, outputs: Sequence[Made]) -> Picture:
-        plan, (made,) = work.plan, outputs
-        if made.prompt_cut:
+    @translated("scaling the result")
+    def finish(self, work: Styling, outputs: Sequence[Styled]) -> Picture:
+        plan, (output,) = work.plan, outputs
+        if output.prompt_cut:
             work.notes.append(CUT)
-        rgb = resize(taken_out(made.pixels, plan.picture.size), plan.size)
+        rgb = resize(taken_out(output.pixels, plan.picture.size), plan.size)
         if plan.palette is not None:
             rgb = transferred(rgb, plan.palette)
         source = plan.picture.pixels
@@ -148,21 +150,22 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Made, Plan]):
         return Pipeline(model, self._device)
 
     def _folder(self, model: str) -> str:
-        """A model's digest, looked up once: what is loaded stays, whatever happens to its files."""
+        """A model's digest, computed once: a loaded model stays the same even if its files change."""
         if model not in self._folders:
             folders = [folder_of(self._device.weights, repository(name)) for name in MODELS[model]]
             self._folders[model] = " ".join(map(digest_of, folders))
         return self._folders[model]
 
     def _adapter(self, path: Path) -> str:
-        now = stamp(path)
-        if now not in self._adapters:
-            self._adapters[now] = digest(path)[:16]
-        return self._adapters[now]
+        """An adapter's digest, computed once per version of its file."""
+        version = stamp(path)
+        if version not in self._adapters:
+            self._adapters[version] = digest(path)[:16]
+        return self._adapters[version]
 
 
 def _work(sample: Sample[DiffusionStylize, Canvas], plan: Plan, evidence: Evidence) -> Styling:
-    """One image's, whose other tries begin from other noise."""
+    """The work for one image; a retry starts from different noise."""
 
     def retry() -> Styling:
         canvas = sample.data
@@ -172,5 +175,5 @@ def _work(sample: Sample[DiffusionStylize, Canvas], plan: Plan, evidence: Eviden
 
 
 def edges_of(rgb: Pixels, low: int, high: int) -> Grey:
-    """Edges 0 or 255 [h, w] of RGB [h, w, 3]: Canny, A Computational Approach to Edge Detection, IEEE TPAMI 8(6), 1986."""
+    """Edges [h, w], 0 or 255, of RGB [h, w, 3]: Canny, A Computational Approach to Edge Detection, IEEE TPAMI 8(6), 1986."""
     return np.asarray(cv2.Canny(rgb, low, high), np.uint8)

@@ -1,4 +1,4 @@
-"""Styles as adapters of one model: loaded when an image asks for them, the least recently used dropped beyond a limit."""
+"""LoRA adapters of one model: loaded on demand, with the least recently used dropped above a limit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from imagemill.shared.options.stylize import Lora
 from imagemill.worker.models.repositories import lora_file
 
 Stamp = tuple[str, int, int]
-"""Path, size and time of the last change: whether a file is still the one that was loaded."""
+"""Path, size and modification time in nanoseconds, which identify a version of a file."""
 
 
 class Loras:
-    """The adapters of `pipe`, at most `limit` of them loaded unless one style has more. For one thread.
+    """The adapters of `pipe`, at most `limit` loaded unless one style needs more. For one thread.
 
-    Each loaded adapter slows `set_adapters` down, and takes memory; a dropped one is loaded again in a moment.
+    Each loaded adapter takes memory and slows `set_adapters` down; loading a dropped one again is fast. `changed` is called
+    when the file of a loaded adapter has changed.
     """
 
     def __init__(self, pipe: Any, weights: Path, limit: int, changed: Callable[[], None]) -> None:
@@ -34,12 +35,12 @@ class Loras:
         return list(self._loaded)
 
     def use(self, style: Sequence[Lora]) -> None:
-        """Have exactly these adapters count. Raises OperationFailed where one is missing or doesn't fit the model."""
+        """Activate exactly these adapters. Raises OperationFailed if one is missing or doesn't fit the model."""
         stamps = {lora.name: stamp(find(self._weights, lora.name)) for lora in style}
-        stale = [name for name, now in stamps.items() if self._loaded.get(name, now) != now]
+        stale = [name for name, current in stamps.items() if self._loaded.get(name, current) != current]
         if tuple(style) == self._active and not stale:
             return
-        self._active = None  # what is active is not known while it is being changed
+        self._active = None  # unknown if one of the following steps fails
         self._drop(stale)
         if stale:
             self._changed()
@@ -57,38 +58,39 @@ class Loras:
             self._loaded.move_to_end(name)
         self._active = tuple(style)
 
-    def _load(self, name: str, now: Stamp) -> None:
-        path = Path(now[0])
+    def _load(self, name: str, version: Stamp) -> None:
+        path = Path(version[0])
         try:
             self._pipe.load_lora_weights(
                 str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True, use_safetensors=True
             )
-        except Exception as error:  # whatever is in that file
+        except Exception as error:  # the file may contain anything
             self._drop([name])
             if isinstance(error, SoftTimeLimitExceeded):
                 raise
             raise OperationFailed(f"the LoRA {name} can't be used from {path}: {sentence(error)}") from error
-        self._loaded[name] = now
+        self._loaded[name] = version
 
     def _drop(self, names: Sequence[str]) -> None:
-        there = {name for known in self._pipe.get_list_adapters().values() for name in known}
+        known = {name for names_of_part in self._pipe.get_list_adapters().values() for name in names_of_part}
         for name in names:
             self._loaded.pop(name, None)
-        if there.intersection(names):
-            self._pipe.delete_adapters(sorted(there.intersection(names)))
+        if known.intersection(names):
+            self._pipe.delete_adapters(sorted(known.intersection(names)))
 
 
 def find(weights: Path, name: str) -> Path:
-    """An adapter's file. Raises OperationFailed with where it should be."""
+    """The path of an adapter's file. Raises OperationFailed, which names the expected path, if it does not exist."""
     path = lora_file(weights, name)
     if not path.is_file():
         raise OperationFailed(
-            f"the LoRA {name} is not on this node: put it at {path}, or `imagemill models pull {name}` if it is listed there"
+            f"the LoRA {name} is not on this node: put it at {path}, or if it is in the "
+            f"catalogue, run `imagemill models pull {name}`"
         )
     return path
 
 
 def stamp(path: Path) -> Stamp:
-    """What tells a file from what it was before."""
+    """The current version of a file."""
     status = path.stat()
     return str(path), status.st_size, status.st_mtime_ns

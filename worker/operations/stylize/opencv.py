@@ -1,4 +1,4 @@
-"""stylize without weights: OpenCV's non-photorealistic filters, and Reinhard's colour transfer."""
+"""stylize without a model: OpenCV's non-photorealistic filters, and Reinhard's colour transfer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample
 from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
 
 REVISION = 1
-"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
-TILE = 2048  # pixels; the filters take 130 bytes for each they see at a time
-SHADE = 0.05  # brightness of a pencil sketch, as OpenCV's own demo has it
+"""Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
+TILE = 2048  # side of a tile in pixels; the filters take 130 bytes of memory per pixel
+SHADE = 0.05  # brightness of a pencil sketch, as in OpenCV's own demo
 SIGMAS = {"stylization": (60.0, 0.45), "pencil-sketch": (60.0, 0.07), "detail": (10.0, 0.15)}
-MARGIN = 3.0  # times sigma_s; a pixel further off than this changes nothing
+"""sigma_s (reach in pixels) and sigma_r (how different colours may be that are smoothed together) of each style."""
+MARGIN = 3.0  # in sigma_s; pixels further away have no effect
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Plan:
-    picture: Picture  # at the result's size
+    """What `finish` needs: the picture at the result's size, and the share of the style in the result."""
+
+    picture: Picture
     strength: float
 
 
@@ -45,7 +48,7 @@ Styling = Work[OpencvStylize, Canvas, Plan]
 class Stylize(Operation[OpencvStylize, Canvas, Pixels, Plan]):
     """stylization and detailEnhance (Gastal, Oliveira, SIGGRAPH 2011), pencilSketch, colour transfer (Reinhard et al. 2001).
 
-    Large pictures go through the filters in tiles, so that memory stays flat; time grows with the pixels.
+    Large images are filtered in tiles, so memory is bounded.
     """
 
     spec = Spec("stylize", "opencv", restyles=True)
@@ -56,11 +59,11 @@ class Stylize(Operation[OpencvStylize, Canvas, Pixels, Plan]):
     def load(self, device: Device) -> None:
         set_up(device)
 
-    def work_edge(self, options: OpencvStylize) -> int | None:
-        return options.long_edge
-
     def fingerprint(self, options: OpencvStylize) -> str:  # noqa: ARG002
         return fingerprint(REVISION)
+
+    def work_edge(self, options: OpencvStylize) -> int | None:
+        return options.long_edge
 
     @translated("scaling the image")
     def prepare(self, picture: Picture, inputs: Inputs[OpencvStylize]) -> Styling:
@@ -84,27 +87,27 @@ class Stylize(Operation[OpencvStylize, Canvas, Pixels, Plan]):
 
 
 def styled(canvas: Canvas, options: OpencvStylize) -> Pixels:
-    """RGB [h, w, 3] in the style of the options."""
+    """The canvas as RGB uint8 [h, w, 3] in the style of the options."""
     if canvas.reference is not None:
         return transferred(canvas.pixels, canvas.reference)
-    bgr = cv2.cvtColor(np.ascontiguousarray(canvas.pixels[..., :3]), cv2.COLOR_RGB2BGR)  # the filters weigh channels as BGR
+    bgr = cv2.cvtColor(np.ascontiguousarray(canvas.pixels[..., :3]), cv2.COLOR_RGB2BGR)  # the filters expect BGR
     reach, _ = SIGMAS[options.style]
-    margin = math.ceil(MARGIN * reach) + 2  # the filters take differences of neighbours
+    margin = math.ceil(MARGIN * reach) + 2  # plus 2 because the filters use differences of neighbours
     height, width = bgr.shape[:2]
-    made = np.empty_like(bgr)
+    result = np.empty_like(bgr)
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
             first_row, first_column = max(0, top - margin), max(0, left - margin)
             part = bgr[first_row : top + TILE + margin, first_column : left + TILE + margin]
-            done = _filtered(np.ascontiguousarray(part), options)[top - first_row :, left - first_column :][:TILE, :TILE]
-            made[top : top + TILE, left : left + TILE] = done
-    return np.asarray(cv2.cvtColor(made, cv2.COLOR_BGR2RGB), np.uint8)
+            tile = _filtered(np.ascontiguousarray(part), options)[top - first_row :, left - first_column :][:TILE, :TILE]
+            result[top : top + TILE, left : left + TILE] = tile
+    return np.asarray(cv2.cvtColor(result, cv2.COLOR_BGR2RGB), np.uint8)
 
 
 def _filtered(bgr: Pixels, options: OpencvStylize) -> Pixels:
     reach, alike = SIGMAS[options.style]
     if options.style == "pencil-sketch":
-        grey, made = cv2.pencilSketch(bgr, sigma_s=reach, sigma_r=alike, shade_factor=SHADE)
-        return np.asarray(made if options.colour else cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), np.uint8)
+        grey, coloured = cv2.pencilSketch(bgr, sigma_s=reach, sigma_r=alike, shade_factor=SHADE)
+        return np.asarray(coloured if options.colour else cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), np.uint8)
     apply = cv2.detailEnhance if options.style == "detail" else cv2.stylization
     return np.asarray(apply(bgr, sigma_s=reach, sigma_r=alike), np.uint8)

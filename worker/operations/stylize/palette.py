@@ -1,4 +1,4 @@
-"""Colours of a reference image, and giving them to another: Reinhard's colour transfer, for every engine of stylize."""
+"""Reinhard's colour transfer from a reference image, for every engine of stylize."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.shared.errors import BadReference, ImageError
-from imagemill.shared.urls import shown
 from imagemill.worker.imaging.picture import Picture, Pixels
+from imagemill.worker.operations.job_images import job_image
 
-REMEMBERED = 16  # references; a few jobs run at a time in one process
-STEEPEST = 8.0  # a nearly flat image's noise is not stretched further than this
-STRIP = 256  # rows; Lab in floats takes 16 times the bytes of the picture
+REMEMBERED = 16  # references; a process works on a few jobs at once
+STEEPEST = 8.0  # largest contrast gain, so that the noise of a nearly flat image is not blown up
+STRIP = 256  # rows processed at once; Lab as floats takes 16 times the image's memory
 
 
 @dataclass(frozen=True)
@@ -31,23 +30,18 @@ class Colours:
 
 
 class Palettes:
-    """References' colours, each measured once for as long as `read` gives the same picture. Thread-safe."""
+    """The colours of references, measured once per reference while `read` returns the same picture. Thread-safe."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, tuple[weakref.ref[Pixels], Colours]] = OrderedDict()
         self._measuring = threading.Lock()
 
     def of(self, url: str, read: Callable[[str], Picture]) -> Colours:
-        """The colours of the reference at `url`. Raises BadReference, or the error itself where trying again can help."""
-        try:
-            pixels = read(url).pixels
-        except ImageError as error:
-            if error.retryable:
-                raise
-            raise BadReference(f"the reference {shown(url)} can't be used: {error.message}") from error
+        """The colours of the reference at `url`. Raises BadReference, or a retryable error unchanged."""
+        pixels = job_image("reference", url, read)
         with self._measuring:
             known = self._known.get(url)
-            if known is not None and known[0]() is pixels:  # another job may find other pixels at the same address
+            if known is not None and known[0]() is pixels:  # the same URL may return different pixels for another job
                 return known[1]
             colours = colours_of(pixels)
             self._known[url] = weakref.ref(pixels), colours
@@ -58,9 +52,9 @@ class Palettes:
 
 
 def colours_of(pixels: Pixels) -> Colours:
-    """Mean and deviation in CIELAB, each pixel weighing as much as it is opaque.
+    """Mean and standard deviation in CIELAB of RGB or RGBA [h, w, 3 or 4], weighted by alpha.
 
-    Of at most a million pixels, taken evenly: more would change neither.
+    Measured on an even sample of at most a million pixels; more would not change the result.
     """
     step = math.ceil(math.sqrt(pixels.shape[0] * pixels.shape[1] / 1e6))
     sample = pixels[::step, ::step]
@@ -77,7 +71,7 @@ def colours_of(pixels: Pixels) -> Colours:
 def transferred(pixels: Pixels, reference: Colours) -> Pixels:
     """RGB with the reference's mean and deviation: Reinhard et al., Color Transfer between Images, IEEE CG&A 21(5), 2001.
 
-    In CIELAB instead of the paper's l-alpha-beta; what leaves the gamut is clipped.
+    Uses CIELAB instead of the paper's l-alpha-beta; colours outside the gamut are clipped.
     """
     own = colours_of(pixels)
     slope = np.minimum(reference.deviation / np.maximum(own.deviation, 1e-3), STEEPEST).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Stable Diffusion with a ControlNet, loaded once: every style, scheduler and size runs on the same parts."""
+"""Stable Diffusion with a ControlNet, loaded once and shared by every style, scheduler and size."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from imagemill.worker.operations.stylize.prompts import Prompts
 
 LARGEST_BATCH = 16
 TILED_ABOVE = 1024 * 1024
-"""Pixels beyond which the VAE works in tiles: it needs several times the memory of the UNet there."""
+"""Pixels above which the VAE works in tiles, as it would need several times the UNet's memory."""
 
 MOST_SHAPES = 128
-"""Shapes and styles that a part is compiled for: 17 buckets in batches of six sizes are 102. Torch's own limit is 8 for all
-parts together, beyond which it goes on without compiling and says so to nobody."""
+"""Most shapes and styles that each part is compiled for: 17 buckets in batches of six sizes are 102. Torch's own limit is 8
+for all parts together, above which it silently runs uncompiled."""
 
 RELIEFS = ("VAE in slices and tiles", "attention in slices")
 
@@ -51,7 +51,7 @@ CHECKER = "sd15-safety-checker"
 
 @dataclass(frozen=True)
 class Canvas:
-    """One image for the device: RGB uint8 [h, w, 3] and its edges [h, w] 0 or 255, of a bucket's size; the noise's seed."""
+    """One input: RGB uint8 [h, w, 3] and its edges [h, w], 0 or 255, both of a bucket's size, and the seed of the noise."""
 
     pixels: Pixels
     edges: Grey
@@ -59,17 +59,18 @@ class Canvas:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What became of a canvas: RGB uint8 [h, w, 3], and whether its prompt was longer than the model reads."""
+class Styled:
+    """One output: RGB uint8 [h, w, 3], and whether the prompt was truncated."""
 
     pixels: Pixels
     prompt_cut: bool
 
 
 class Pipeline:
-    """One model. For one thread.
+    """One loaded model. For one thread.
 
-    Raises ConfigurationError where its files are missing, damaged or of another kind, and where the device isn't there.
+    Raises ConfigurationError if its files are missing, damaged or of another kind, or if torch can't use the device, and
+    OutOfMemory if the model does not fit.
     """
 
     def __init__(self, model: str, device: Device) -> None:
@@ -89,24 +90,24 @@ class Pipeline:
             for size in device.diffusion.warm_up:
                 self._warm_up(*map(int, size.split("x")))
 
-    def run(self, canvases: Sequence[Canvas], options: DiffusionStylize) -> list[Made | ImageError]:
-        """Each canvas' image in the style of the options, or the error of that image alone. All are of one size.
+    def run(self, canvases: Sequence[Canvas], options: DiffusionStylize) -> list[Styled | ImageError]:
+        """Each canvas in the style of the options, or the error of that image alone. All canvases must have the same size.
 
-        On the CPU, and where `deterministic`, one at a time: what a kernel rounds hangs on how much it gets at once. Raises
+        On the CPU, and with `deterministic`, images run one by one, as a kernel's rounding depends on the batch. Raises
         OutOfMemory and OperationFailed.
         """
         alone = self._on_cpu or options.deterministic
         with _translated(), _repeatable(on_cpu=self._on_cpu, deterministic=options.deterministic), torch.no_grad():
             self.loras.use(options.loras)
-            # Of what is not compiled all goes at once: what a batch of this size takes is learned from it.
+            # An uncompiled model runs the whole batch at once, so that the memory for this batch size can be measured.
             largest = 1 if alone else LARGEST_BATCH
             batches = parts(len(canvases), largest) if alone or self._compiled else [slice(None)]
-            return [made for some in batches for made in self._run(canvases[some], options)]
+            return [result for batch in batches for result in self._run(canvases[batch], options)]
 
     def relieve(self, level: int) -> bool:
-        """Take the first `level` of these measures and no others: the VAE in slices and tiles, attention in slices.
+        """Apply the first `level` memory-saving measures and no others: VAE in slices and tiles, attention in slices.
 
-        They save memory at the cost of time. False, and nothing is changed, where there are not so many.
+        Each costs time. Returns False, and changes nothing, if there are fewer.
         """
         if level > len(RELIEFS):
             return False
@@ -115,42 +116,42 @@ class Pipeline:
         (self._text.enable_attention_slicing if level > 1 else self._text.disable_attention_slicing)()
         return True
 
-    def _run(self, canvases: Sequence[Canvas], options: DiffusionStylize) -> list[Made | ImageError]:
+    def _run(self, canvases: Sequence[Canvas], options: DiffusionStylize) -> list[Styled | ImageError]:
         height, width = canvases[0].edges.shape
         tiled = self._relieved > 0 or height * width > TILED_ABOVE
         (self._text.vae.enable_tiling if tiled else self._text.vae.disable_tiling)()
-        meaning = self.prompts.of(options)
+        embeddings = self.prompts.of(options)
         pipe = self._text if options.mode == "text-to-image" else self._image
         pipe.scheduler = self._schedulers[options.scheduler]
         edges = self._on_device([canvas.edges[..., None] for canvas in canvases]).expand(-1, 3, -1, -1)
         if pipe is self._text:
-            given: dict[str, Any] = {"image": edges}
+            images_in: dict[str, Any] = {"image": edges}
         else:
             pixels = self._on_device([canvas.pixels for canvas in canvases])
-            given = {"image": pixels, "control_image": edges, "strength": options.strength}
-        made = pipe(
-            **given,
-            prompt_embeds=_repeated(meaning.prompt, len(canvases)),
-            negative_prompt_embeds=_repeated(meaning.negative, len(canvases)),
+            images_in = {"image": pixels, "control_image": edges, "strength": options.strength}
+        output = pipe(
+            **images_in,
+            prompt_embeds=_repeated(embeddings.prompt, len(canvases)),
+            negative_prompt_embeds=_repeated(embeddings.negative, len(canvases)),
             num_inference_steps=options.timesteps,
             guidance_scale=options.cfg,
             controlnet_conditioning_scale=options.control_scale,
-            # A generator's state is used up by one image. On the CPU they give the same noise everywhere.
+            # One generator per image, on the CPU, where the same seed gives the same noise on every machine.
             generator=[torch.Generator().manual_seed(canvas.seed) for canvas in canvases],
             output_type="pt",
         )
-        finite = torch.isfinite(made.images).flatten(1).all(1).tolist()
-        images = (made.images.float().nan_to_num() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        refused = made.nsfw_content_detected or [False] * len(canvases)
+        finite = torch.isfinite(output.images).flatten(1).all(1).tolist()
+        images = (output.images.float().nan_to_num() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        refused = output.nsfw_content_detected or [False] * len(canvases)
         return [
-            _judged(image, finite=fine, refused=bad, cut=meaning.cut)
-            for image, fine, bad in zip(images, finite, refused, strict=True)
+            _checked(image, finite=fine, refused=unsafe, cut=embeddings.cut)
+            for image, fine, unsafe in zip(images, finite, refused, strict=True)
         ]
 
     def _warm_up(self, width: int, height: int) -> None:
-        """Meet every shape of one size before an image waits for it: with and without guidance, in batches of all sizes.
+        """Compile for one image size before any image waits for it: with and without guidance, in batches of all sizes.
 
-        Those that don't fit into memory are left out, as long as one image does.
+        Batches that don't fit into memory are skipped, but a single image must fit.
         """
         canvas = Canvas(np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.uint8), seed=0)
         for cfg in (2.0, 1.0):
@@ -159,7 +160,7 @@ class Pipeline:
                     break
 
     def _fit(self, canvases: Sequence[Canvas], options: DiffusionStylize) -> bool:
-        """Run them; False where several don't fit into memory. Raises OutOfMemory where one does not."""
+        """Whether the canvases fit into memory, tried by running them. Raises OutOfMemory if a single one does not."""
         try:
             self.run(canvases, options)
         except OutOfMemory:
@@ -171,7 +172,7 @@ class Pipeline:
         return False
 
     def _on_device(self, pictures: Sequence[Pixels]) -> torch.Tensor:
-        """[images, channels, h, w], 0 to 1, from uint8 [h, w, channels]: bytes are what goes over to the GPU."""
+        """float32 [images, channels, h, w], 0 to 1, from uint8 [h, w, channels]; only bytes are copied to the GPU."""
         stacked = torch.from_numpy(np.stack(pictures)).to(self._device)
         return stacked.permute(0, 3, 1, 2).to(torch.float32) / 255
 
@@ -179,7 +180,7 @@ class Pipeline:
         base, controlnet = (folder_of(device.weights, repository(name)) for name in MODELS[model])
         checker = folder_of(device.weights, repository(CHECKER)) if device.diffusion.safety_checker else None
         dtype = dtype_of(device)
-        for library in (diffusers, transformers):  # what they tell goes to a log, and what matters of it into notes
+        for library in (diffusers, transformers):  # their messages would end up in the log; notes report what matters
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
         names = " ".join([model, *([CHECKER] if checker else [])])
@@ -197,9 +198,9 @@ class Pipeline:
         except (MemoryError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
-            again = f"`imagemill models verify` checks it, `imagemill models pull {names}` fetches it"
+            hint = f"check it with `imagemill models verify` or download it again with `imagemill models pull {names}`"
             raise ConfigurationError(
-                f"the model {model} can't be loaded from {base.parent} ({sentence(error)}): {again}"
+                f"the model {model} can't be loaded from {base.parent} ({sentence(error)}): {hint}"
             ) from error
         if device.gpu is not None:
             for part in (pipe.unet, pipe.controlnet, pipe.vae):
@@ -208,12 +209,12 @@ class Pipeline:
 
 
 def dtype_of(device: Device) -> torch.dtype:
-    """What the model calculates in: half precision on a GPU, where the settings don't say otherwise."""
+    """The model's precision: half precision on a GPU unless the settings override it."""
     return torch_dtype(device, torch.float16)
 
 
 def parts(count: int, largest: int) -> Iterator[slice]:
-    """`count` images in batches of powers of two, largest first: few shapes, which a compiled model wants."""
+    """`count` images in batches of powers of two, largest first, so that a model is compiled for few shapes."""
     start = 0
     while start < count:
         size = min(largest, 1 << (count - start).bit_length() - 1)
@@ -222,15 +223,15 @@ def parts(count: int, largest: int) -> Iterator[slice]:
 
 
 def _from_disk(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """How everything is loaded: safetensors that are there, in half precision if they were pulled so, and nothing fetched."""
+    """Arguments for loading local safetensors only, in half precision if they were pulled in it."""
     half = any(folder.rglob("*.fp16.safetensors"))
     return dict(dtype=dtype, variant="fp16" if half else None, use_safetensors=True, local_files_only=True)
 
 
 def _checker(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    how = _from_disk(folder, dtype)
+    arguments = _from_disk(folder, dtype)
     return {
-        "safety_checker": StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker", **how),
+        "safety_checker": StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker", **arguments),
         "feature_extractor": transformers.CLIPImageProcessor.from_pretrained(
             folder / "feature_extractor", local_files_only=True
         ),
@@ -241,17 +242,17 @@ def _repeated(embedding: torch.Tensor | None, count: int) -> torch.Tensor | None
     return None if embedding is None else embedding.repeat(count, 1, 1)
 
 
-def _judged(image: Pixels, *, finite: bool, refused: bool, cut: bool) -> Made | ImageError:
+def _checked(image: Pixels, *, finite: bool, refused: bool, cut: bool) -> Styled | ImageError:
     if not finite:
         return OperationFailed("the model's output is not finite: a LoRA's weight or cfg may be too high")
     if refused:
-        return UnsafeContent("the safety checker refused what the model made of this image")
-    return Made(image, cut)
+        return UnsafeContent("the safety checker rejected the result for this image")
+    return Styled(image, cut)
 
 
 @contextmanager
 def _repeatable(*, on_cpu: bool, deterministic: bool) -> Iterator[None]:
-    """One thread on the CPU, as how sums are split over threads changes their last bits; algorithms as asked for."""
+    """One thread on the CPU, as splitting sums over threads changes their last bits; deterministic algorithms if requested."""
     threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     if on_cpu:
         torch.set_num_threads(1)

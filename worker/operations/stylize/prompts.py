@@ -1,4 +1,4 @@
-"""What a prompt means to the model: computed once per job and kept while it is in use."""
+"""The embeddings of prompts, computed once per job and cached."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 from imagemill.shared.options.stylize import DiffusionStylize
 
-REMEMBERED = 16  # prompts; a few jobs run at a time in one process
+REMEMBERED = 16  # prompts; a process works on a few jobs at once
 CUT = "prompt_cut"
-"""The note of an image whose prompt, or negative prompt, is longer than the model reads."""
+"""The note on an image whose prompt or negative prompt was truncated because the model can't read all of it."""
 
 
 @dataclass(frozen=True)
-class Meaning:
-    """Embeddings [1, tokens, width] of the prompt and, where it counts, of the negative one; `cut` if one was too long."""
+class Embeddings:
+    """Embeddings [1, tokens, width] of the prompt and, with guidance, of the negative prompt; `cut` if one was truncated."""
 
     prompt: torch.Tensor
     negative: torch.Tensor | None
@@ -25,27 +25,27 @@ class Meaning:
 
 
 class Prompts:
-    """Embeddings by `pipe`'s text encoder, the latest few remembered. For one thread."""
+    """Computes embeddings with the text encoder of `pipe` and keeps the most recently used ones. For one thread."""
 
     def __init__(self, pipe: Any) -> None:
         self._pipe = pipe
-        self._known: OrderedDict[tuple[Any, ...], Meaning] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, ...], Embeddings] = OrderedDict()
 
-    def of(self, options: DiffusionStylize) -> Meaning:
-        """The meaning of a job's prompts; its LoRAs must be set, as they may change the text encoder too."""
+    def of(self, options: DiffusionStylize) -> Embeddings:
+        """The embeddings of a job's prompts; activate its LoRAs first, as they may change the text encoder."""
         guided = options.cfg > 1
         key = (options.prompt, options.negative_prompt if guided else None, options.loras)
         if key not in self._known:
             prompt, negative = self._pipe.encode_prompt(options.prompt, self._pipe.device, 1, guided, options.negative_prompt)
             cut = self._too_long(options.prompt) or (guided and self._too_long(options.negative_prompt))
-            self._known[key] = Meaning(prompt, negative if guided else None, cut)
+            self._known[key] = Embeddings(prompt, negative if guided else None, cut)
         self._known.move_to_end(key)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
         return self._known[key]
 
     def forget(self) -> None:
-        """Compute all anew: an adapter's file has changed."""
+        """Drop all cached embeddings, because the file of an adapter has changed."""
         self._known.clear()
 
     def _too_long(self, text: str) -> bool:

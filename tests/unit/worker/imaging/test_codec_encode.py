@@ -21,7 +21,7 @@ from tests.unit.worker.imaging.samples import LOSSLESS, difference, picture, sav
 def test_encode_png_is_lossless_and_clears_hidden_colour(channels: int) -> None:
     wanted = scene(channels=channels)
     made = encode(Picture(wanted), format="png", quality=1)
-    assert (made.format, made.content_type) == ("png", "image/png")
+    assert made.format == "png"
     if channels == 4:
         wanted[wanted[:, :, 3] == 0] = 0
     assert (np.array(Image.open(io.BytesIO(made.data))) == wanted).all()
@@ -31,7 +31,7 @@ def test_encode_png_is_lossless_and_clears_hidden_colour(channels: int) -> None:
 def test_encode_webp_improves_with_quality_and_keeps_alpha(channels: int) -> None:
     wanted = scene(channels=channels)
     made = [encode(Picture(wanted), format="webp", quality=quality) for quality in (5, 50, 95)]
-    assert made[0].content_type == "image/webp"
+    assert made[0].format == "webp"
     read = [np.array(Image.open(io.BytesIO(one.data))) for one in made]
     assert [len(one.data) for one in made] == sorted(len(one.data) for one in made)
     errors = [difference(one[:, 1:, :3], wanted[:, 1:, :3]) for one in read]
@@ -51,7 +51,7 @@ def test_encode_jpeg_improves_with_quality_and_composites_over_white() -> None:
     wanted = scene(channels=4)
     over_white = wanted[:, :, :3] * (wanted[:, :, 3:] / 255) + 255 * (1 - wanted[:, :, 3:] / 255)
     made = [encode(Picture(wanted), format="jpeg", quality=quality) for quality in (5, 50, 95)]
-    assert made[0].content_type == "image/jpeg"
+    assert made[0].format == "jpeg"
     errors = [difference(np.array(Image.open(io.BytesIO(one.data))), over_white) for one in made]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 2
@@ -95,9 +95,7 @@ def test_encode_writes_grey_source_as_grey_unless_coloured(source: str, kind: st
     assert not picture(save(source, np.dstack([scene()[:, :, 0]] * 3))).grey, "colours that happen to be grey"
 
 
-def test_encode_reports_unknown_format_and_too_large_profile() -> None:
-    with pytest.raises(OperationFailed, match=r"'gif' \(valid: jpeg, png, webp\)"):
-        encode(Picture(scene()), format="gif", quality=80)
+def test_encode_reports_too_large_profile() -> None:
     with pytest.raises(OperationFailed, match=r"can't be encoded as jpeg .*profile"):
         encode(Picture(scene(), icc=bytes(255 * 65_519 + 1)), format="jpeg", quality=80)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,5 @@ from tests.unit.worker.line.chunks import Chunk
 
 
 @pytest.fixture
-def chunk(ledger: Ledger, images: ImageServer, tmp_path: Path) -> Iterator[Chunk]:
-    chunk = Chunk(ledger, images, tmp_path / "out")
-    yield chunk
-    for fetcher in chunk.fetchers:
-        fetcher.close()
+def chunk(ledger: Ledger, images: ImageServer, tmp_path: Path) -> Chunk:
+    return Chunk(ledger, images, tmp_path / "out")

@@ -139,8 +139,8 @@ def test_run_above_90_percent_is_flagged_and_logged_once(caplog: pytest.LogCaptu
     with caplog.at_level(logging.WARNING, "imagemill.worker.line.batch_sizes"):
         work(operation, sizes, 3, most=1)
     assert (sizes.flagged, sizes.top) == (3, 0.91)
-    (said,) = caplog.records
-    assert (said.action, said.share, said.samples) == ("memory", 0.91, 1)  # type: ignore[attr-defined]
+    (record,) = caplog.records
+    assert (record.action, record.share, record.samples) == ("memory", 0.91, 1)  # type: ignore[attr-defined]
 
 
 # --- when not even one fits ---

@@ -101,7 +101,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("remove-background", {"background": "#ffffff"}),
     ("remove-background", {"engine": "rembg"}),
     ("remove-background", {"engine": "rembg", "model": "u2netp"}),
-    ("remove-background", {"engine": "rembg", "clean_rim": False}),
+    ("remove-background", {"engine": "rembg", "exact": True}),
     ("stylize", {"engine": "diffusion"}),
     ("stylize", {"engine": "diffusion", "seed": 1}),
     ("stylize", {"engine": "diffusion", "loras": "a:0.5"}),
@@ -180,9 +180,9 @@ def test_equivalent_option_values_give_the_same_key() -> None:
 def test_key_depends_on_library_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     before = key(Wanted())
     for package in module.AROUND:
-        told = {**module.versions(), package: "0.0.0"}
+        changed = {**module.versions(), package: "0.0.0"}
         with monkeypatch.context() as patch:
-            patch.setattr(module, "versions", lambda told=told: told)
+            patch.setattr(module, "versions", lambda changed=changed: changed)
             assert key(Wanted()) != before, package
     monkeypatch.setattr(module, "REVISION", module.REVISION + 1)
     assert key(Wanted()) != before
@@ -316,9 +316,9 @@ def test_latest_entry_is_read_back_unchanged(cache: Cache, one: Remembered, othe
 
 def test_entry_holds_the_md5_of_the_file(cache: Cache) -> None:
     encoded = Encoded(b"hello", "jpeg")
-    told: dict[str, Any] = dict(size=(3, 2), notes=("empty_mask",), measures=Measures(cast=0.4))
-    result = Remembered.of(encoded, output="file:///out/1.jpg", **told)
-    assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, **told)
+    fields: dict[str, Any] = dict(size=(3, 2), notes=("empty_mask",), measures=Measures(cast=0.4))
+    result = Remembered.of(encoded, output="file:///out/1.jpg", **fields)
+    assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, **fields)
 
 
 def test_entry_expires_with_the_job_and_stays_small(redis_server: EmbeddedRedis, raw: Any) -> None:

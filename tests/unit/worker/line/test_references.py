@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
@@ -24,11 +23,9 @@ def no_s3() -> NoReturn:
 
 
 @pytest.fixture
-def fetcher() -> Iterator[Fetcher]:
+def fetcher() -> Fetcher:
     settings = FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "total_timeout": 20})
-    fetcher = Fetcher(settings, FileSettings(), no_s3)
-    yield fetcher
-    fetcher.close()
+    return Fetcher(settings, FileSettings(), no_s3)
 
 
 @pytest.fixture

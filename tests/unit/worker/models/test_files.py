@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from imagemill.shared.settings import WeightsSettings
 from imagemill.worker.models.catalogue import WEIGHTS, Weights
 from imagemill.worker.models.checksums import digest, hash_file
 from imagemill.worker.models.files import (
@@ -27,7 +26,7 @@ U2NET = WEIGHTS[0]
 @pytest.fixture
 def original(tmp_path: Path) -> Path:
     """A file where nodes look for u2net, with tmp_path as the weights folder."""
-    path = path_of(U2NET, WeightsSettings(folder=tmp_path))
+    path = path_of(tmp_path, U2NET)
     path.parent.mkdir()
     path.write_bytes(b"weights")
     return path
@@ -40,16 +39,15 @@ def make(original: Path, kind: Kind, content: bytes = b"made") -> Path:
 
 
 def test_state_depends_on_the_remembered_checksum(tmp_path: Path, original: Path) -> None:
-    settings = WeightsSettings(folder=tmp_path)
     right = Weights(**{**vars(U2NET), "checksum": f"md5:{hashlib.md5(b'weights', usedforsecurity=False).hexdigest()}"})
-    assert state(right, settings) == "unchecked"
+    assert state(tmp_path, right) == "unchecked"
     digest(original)  # does not compute the publisher's checksum
-    assert state(right, settings) == "unchecked"
+    assert state(tmp_path, right) == "unchecked"
     hash_file(original, right.checksum)
-    assert state(right, settings) == "there"
-    assert state(U2NET, settings) == "damaged"
+    assert state(tmp_path, right) == "there"
+    assert state(tmp_path, U2NET) == "damaged"
     original.unlink()
-    assert state(right, settings) == "missing"
+    assert state(tmp_path, right) == "missing"
 
 
 def test_model_file_prefers_current_variants_of_the_original(tmp_path: Path, original: Path) -> None:
@@ -80,18 +78,18 @@ def test_remove_variants_leaves_only_the_original(original: Path) -> None:
 
 
 def test_nodes_load_only_the_converted_file_of_a_converted_model(tmp_path: Path) -> None:
-    settings, (lama,) = WeightsSettings(folder=tmp_path), [weights for weights in WEIGHTS if weights.engine == "lama"]
-    original, loaded = path_of(lama, settings), tmp_path / "lama" / "lama.safetensors"
-    assert required_file(lama, settings) == variant(original, "safetensors") == loaded
+    (lama,) = [weights for weights in WEIGHTS if weights.engine == "lama"]
+    original, loaded = path_of(tmp_path, lama), tmp_path / "lama" / "lama.safetensors"
+    assert required_file(tmp_path, lama) == variant(original, "safetensors") == loaded
     assert model_file(tmp_path, "lama", "lama") == model_file(tmp_path, "lama", "lama", int8=True) == loaded
-    assert required_file(U2NET, settings) == path_of(U2NET, settings)
-    assert state(lama, settings) == "missing"
+    assert required_file(tmp_path, U2NET) == path_of(tmp_path, U2NET)
+    assert state(tmp_path, lama) == "missing"
     original.parent.mkdir()
     original.write_bytes(b"published")
-    assert state(lama, settings) == "unconverted"
+    assert state(tmp_path, lama) == "unconverted"
     loaded.write_bytes(b"converted")
-    assert state(lama, settings) == "unchecked"
+    assert state(tmp_path, lama) == "unchecked"
     hash_file(original, lama.checksum)
-    assert state(lama, settings) == "damaged"
+    assert state(tmp_path, lama) == "damaged"
     original.unlink()
-    assert state(lama, settings) == "unchecked"  # converted from the operator's own file
+    assert state(tmp_path, lama) == "unchecked"  # converted from the operator's own file

@@ -1,4 +1,4 @@
-"""A child with a real ledger and fleet, and an engine that fills a GPU which isn't there."""
+"""A child with a real ledger and fleet, and an engine that fills a pretend GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PIXELS = 96 * 72  # of conftest's photo
 
 
 class Fills(Invert):
-    """Takes a byte for each pixel."""
+    """Takes one byte per pixel."""
 
     gpu: FakeGpu
 
@@ -38,8 +38,8 @@ class Fills(Invert):
         return super().run(samples)
 
 
-class Nobody:
-    """Publishes nothing, since each chunk ends where it began."""
+class NoPublisher:
+    """A publisher that must not be used: each chunk is completed here."""
 
     def publish(self, chunks: Any) -> int:
         raise AssertionError("a chunk was published")
@@ -47,7 +47,7 @@ class Nobody:
 
 @pytest.fixture
 def made(redis_server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Child]]:
-    """Makes a child whose engine fills a GPU on which there is room for so many photos."""
+    """Makes a child whose engine fills a GPU with room for `room` photos."""
     children: list[Child] = []
 
     def make(room: float) -> Child:
@@ -63,20 +63,19 @@ def made(redis_server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.Monkey
             files=FileSettings(write_roots=(tmp_path,)),
             worker={"operations": ["stylize"], "engines": ["opencv"], "reuse": False},  # type: ignore[arg-type]
         )
-        nobody: Any = Nobody()
+        publisher: Any = NoPublisher()
         node = f"gpu0@{uuid.uuid4().hex[:8]}"
-        children.append(Child(settings, Device(), node=node, publisher=nobody, stopping=lambda: False))
+        children.append(Child(settings, Device(), node=node, publisher=publisher, stopping=lambda: False))
         return children[-1]
 
     yield make
     for one in children:
-        one.fetcher.close()
         one.ledger.close()
         one.fleet.close()
 
 
 def worked(child: Child, images: ImageServer, folder: Path, count: int) -> str:
-    """What became of a chunk of so many photos."""
+    """The outcome of a chunk of `count` photos."""
     images.routes |= {f"/{number}.png": photo(number) for number in range(count)}
     items = [Item(index=number, source=images.url(f"/{number}.png")) for number in range(count)]
     job, spec = (
@@ -96,7 +95,7 @@ def worked(child: Child, images: ImageServer, folder: Path, count: int) -> str:
     [(1.05, 0.95, 3), (2.5, 0.8, 0)],
     ids=["each image takes more than 90 %", "two images take 80 %"],
 )
-def test_memory_above_90_percent_is_flagged_and_reaches_the_fleet(
+def test_memory_above_90_percent_is_flagged_and_reported_to_the_fleet(
     room: float, share: float, flagged: int, made: Callable[[float], Child], images: ImageServer, tmp_path: Path
 ) -> None:
     child = made(room)
@@ -104,7 +103,7 @@ def test_memory_above_90_percent_is_flagged_and_reaches_the_fleet(
     assert child.fleet.memory()[child.node] == (pytest.approx(share, abs=0.01), flagged)
 
 
-def test_what_another_engine_of_the_node_took_stays_in_its_report(
+def test_memory_report_keeps_the_highest_share_of_all_engines(
     made: Callable[[float], Child], images: ImageServer, tmp_path: Path
 ) -> None:
     child = made(2.5)

@@ -20,8 +20,8 @@ from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomi
 
 
 @pytest.fixture(autouse=True)
-def nobody_listens_afterwards() -> Iterator[None]:
-    """A Worker hears Celery's signals while it lives, which may be until long after its test."""
+def no_receivers_left_behind() -> Iterator[None]:
+    """A Worker receives Celery's signals for as long as it exists, which may be long after its test."""
     heard = (signals.setup_logging, signals.worker_init, signals.worker_process_init, signals.worker_shutting_down)
     before = [list(signal.receivers or ()) for signal in heard]
     yield
@@ -31,7 +31,7 @@ def nobody_listens_afterwards() -> Iterator[None]:
 
 
 def settings(folder: Path, *engines: str, here: tuple[str, ...] = (), int8: bool = False, **worker: Any) -> Settings:
-    """Settings of a node with these engines; the models in `here` have (empty) files, rembg's but for those with a suffix."""
+    """Settings of a node with these engines. The models in `here` get empty files: rembg's, or lama's if they have a suffix."""
     for name in here:
         path = folder / "lama" / name if "." in name else folder / "rembg" / f"{name}.onnx"
         path.parent.mkdir(exist_ok=True)
@@ -40,7 +40,7 @@ def settings(folder: Path, *engines: str, here: tuple[str, ...] = (), int8: bool
     return Settings(_env_file=None, **groups)  # type: ignore[call-arg]
 
 
-def test_an_engine_without_models_is_one_lane_and_others_have_one_per_model_that_is_here(tmp_path: Path) -> None:
+def test_engine_is_one_lane_or_one_lane_per_model_on_disk(tmp_path: Path) -> None:
     known = settings(tmp_path, "opencv", "rembg", here=("u2netp", "silueta"))
     assert lanes(known) == ["opencv", "rembg.u2netp", "rembg.silueta"]
     assert "u2net" in missing(known)["rembg"]
@@ -48,11 +48,11 @@ def test_an_engine_without_models_is_one_lane_and_others_have_one_per_model_that
     assert shortcomings(known) == []
 
 
-def test_a_model_of_several_folders_is_a_lane_where_all_of_them_are_here(tmp_path: Path) -> None:
+def test_model_from_several_repositories_is_a_lane_when_all_are_complete(tmp_path: Path) -> None:
     known = settings(tmp_path, "diffusion")
     assert lanes(known) == []
-    ((_, mend),) = shortcomings(known)
-    assert mend == "imagemill models pull sd15-canny"
+    ((_, fix),) = shortcomings(known)
+    assert fix == "imagemill models pull sd15-canny"
     base, controlnet = (folder_of(tmp_path, repository(name)) for name in MODELS["sd15-canny"])
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "."):
         (base / part).mkdir(parents=True, exist_ok=True)
@@ -68,21 +68,21 @@ def test_a_model_of_several_folders_is_a_lane_where_all_of_them_are_here(tmp_pat
     assert missing(known) == {}
 
 
-def test_a_model_that_no_option_can_select_is_no_lane(tmp_path: Path) -> None:
+def test_model_that_no_option_selects_is_no_lane(tmp_path: Path) -> None:
     assert lanes(settings(tmp_path, "rembg", here=("bria-rmbg",))) == []
 
 
-def test_an_engine_that_has_no_model_here_is_told_with_the_command_that_helps(tmp_path: Path) -> None:
+def test_engine_without_models_on_disk_is_reported_with_the_pull_command(tmp_path: Path) -> None:
     known = settings(tmp_path, "opencv", "rembg")
-    ((why, mend),) = shortcomings(known)
+    ((why, fix),) = shortcomings(known)
     assert str(tmp_path) in why
-    assert mend == "imagemill models pull u2net"
+    assert fix == "imagemill models pull u2net"
     assert nothing_to_do(known) is None  # opencv is there
 
 
 @pytest.mark.usefixtures("logging_as_before")
 @pytest.mark.parametrize(
-    ("engines", "worker", "told"),
+    ("engines", "worker", "message"),
     [
         (["rembg"], {}, "imagemill models pull u2net"),
         (["rmbg"], {}, "did you mean 'rembg'"),
@@ -90,11 +90,11 @@ def test_an_engine_that_has_no_model_here_is_told_with_the_command_that_helps(tm
         ([], {}, "can't do any work"),
     ],
 )
-def test_a_node_with_nothing_to_listen_to_does_not_start(
-    tmp_path: Path, engines: list[str], worker: dict[str, Any], told: str, capsys: pytest.CaptureFixture[str]
+def test_node_without_any_queue_does_not_start(
+    tmp_path: Path, engines: list[str], worker: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     node = Worker(settings(tmp_path, *engines, **worker))
-    with pytest.raises(ConfigurationError, match=told):
+    with pytest.raises(ConfigurationError, match=message):
         node.run(name="cpu", concurrency=1)
     with pytest.raises(SystemExit) as exit_:  # started by Celery's own command
         node._prepare_parent(sender=None)
@@ -102,12 +102,12 @@ def test_a_node_with_nothing_to_listen_to_does_not_start(
     assert "the node exits action=start reason=this node can't do any work" in capsys.readouterr().err
 
 
-def test_an_engine_that_does_none_of_the_operations_is_told(tmp_path: Path) -> None:
+def test_engine_that_does_none_of_the_operations_is_reported(tmp_path: Path) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",), operations=["inpaint"])
     assert "can do none of: inpaint" in str(nothing_to_do(known))
 
 
-def test_a_node_says_at_its_start_what_it_does_not_listen_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_node_logs_missing_engines_and_models_at_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "imagemill.worker.main")
     Worker(settings(tmp_path, "opencv", "rembg"))._log_engines()
     Worker(settings(tmp_path, "rembg", here=("u2net",)))._log_engines()
@@ -118,7 +118,7 @@ def test_a_node_says_at_its_start_what_it_does_not_listen_for(tmp_path: Path, ca
     assert "silueta" in vars(some_here)["models"]
 
 
-def test_the_doctor_speaks_of_models_only_where_an_engine_needs_them(tmp_path: Path) -> None:
+def test_doctor_checks_models_only_for_engines_that_need_them(tmp_path: Path) -> None:
     assert list(check_models(settings(tmp_path, "opencv"))) == []
     (finding,) = check_models(settings(tmp_path, "opencv", "rembg"))
     assert (finding.state, finding.fix) == ("failed", "imagemill models pull u2net")
@@ -128,7 +128,7 @@ def test_the_doctor_speaks_of_models_only_where_an_engine_needs_them(tmp_path: P
     assert absent.fix == "imagemill models pull NAME"
 
 
-def test_the_doctor_warns_where_8_bits_are_asked_for_and_not_here(tmp_path: Path) -> None:
+def test_doctor_warns_when_an_8_bit_model_is_missing(tmp_path: Path) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",), int8=True)
     assert [finding.found for finding in check_models(known) if finding.state == "warning"] == [
         "u2net has no 8-bit version, so it runs in 32 bits"
@@ -139,7 +139,7 @@ def test_the_doctor_warns_where_8_bits_are_asked_for_and_not_here(tmp_path: Path
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
 
 
-def test_the_doctor_warns_of_a_file_that_verify_found_to_be_another(tmp_path: Path) -> None:
+def test_doctor_warns_about_a_file_that_failed_verification(tmp_path: Path) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",))
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
     hash_file(tmp_path / "rembg" / "u2net.onnx", "md5:")
@@ -147,14 +147,14 @@ def test_the_doctor_warns_of_a_file_that_verify_found_to_be_another(tmp_path: Pa
     assert (warned.found, warned.fix) == ("u2net is not the published file", "imagemill models pull u2net")
 
 
-def test_the_doctor_says_where_models_can_not_run_on_what_they_are_to_run_on(tmp_path: Path) -> None:
+def test_doctor_reports_an_unavailable_onnx_provider(tmp_path: Path) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",)).model_copy(update={"onnx": OnnxSettings(provider="tensorrt")})
     (finding,) = check_engines(known)
     assert finding.state == "failed"
     assert "has no TensorrtExecutionProvider" in finding.found
 
 
-def test_a_node_listens_for_lama_where_its_converted_file_is(tmp_path: Path) -> None:
+def test_node_offers_lama_when_its_converted_file_is_on_disk(tmp_path: Path) -> None:
     known = settings(tmp_path, "lama", here=("lama.pt",))
     assert lanes(known) == []
     assert missing(known) == {"lama": ["lama"]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,16 +12,11 @@ from tests.unit.worker.transfer.samples import LOOPBACK, MakeFetcher, no_s3
 
 
 @pytest.fixture
-def make() -> Iterator[MakeFetcher]:
-    fetchers: list[Fetcher] = []
-
+def make() -> MakeFetcher:
     def new(**settings: Any) -> Fetcher:
-        fetchers.append(Fetcher(FetchSettings.model_validate(settings), FileSettings(), no_s3))
-        return fetchers[-1]
+        return Fetcher(FetchSettings.model_validate(settings), FileSettings(), no_s3)
 
-    yield new
-    for fetcher in fetchers:
-        fetcher.close()
+    return new
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_embedded_ipv4_address_is_not_public_and_mapped_one_is_treated_as_ipv4(i
     number = int(inner)
     wrapped = [IPv6Address(number), IPv6Address(0x0064_FF9B << 96 | number), IPv6Address(0x2002 << 112 | number << 80)]
     assert not any(is_public(ip) for ip in wrapped)
-    assert allowed(IPv6Address(0xFFFF << 32 | number), "h", 80, FetchSettings()) == is_public(inner)
+    assert allowed(str(IPv6Address(0xFFFF << 32 | number)), "h", 80, FetchSettings()) == is_public(inner)
 
 
 @given(st.ip_addresses())

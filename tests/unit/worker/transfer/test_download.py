@@ -8,10 +8,10 @@ from email.utils import format_datetime
 import pycurl
 import pytest
 
-from imagemill.shared.errors import ImageError, Timeout, Unreachable, UnsupportedUrl
+from imagemill.shared.errors import ImageError, Timeout, UnsupportedUrl
 from imagemill.shared.settings import FetchSettings
 from imagemill.worker.transfer.addresses import wire
-from imagemill.worker.transfer.download import Downloader, _Transfer, retry_after
+from imagemill.worker.transfer.download import Downloader, Transfer
 from tests.services.images import Handler, ImageServer, answers, reply
 
 LOOPBACK = FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "connect_timeout": 5, "total_timeout": 20})
@@ -28,7 +28,6 @@ def test_downloader_reuses_connection(downloader: Downloader, images: ImageServe
     for path in ("/a", "/b", "/a", "/b", "/a"):
         downloader.get(wire(images.url(path)), "x", 20)
     assert images.connections == 1
-    downloader.close()
 
 
 def test_downloader_serves_threads_concurrently(downloader: Downloader, images: ImageServer) -> None:
@@ -41,9 +40,8 @@ def test_downloader_serves_threads_concurrently(downloader: Downloader, images: 
     images.routes["/meet"] = meet
     targets = [wire(images.url(f"/meet?{n}")) for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        bodies = list(pool.map(lambda target: downloader.get(target, "x", 20).body, targets))
-    assert bodies == [f"/meet?{n}".encode() for n in range(8)]
-    downloader.close()
+        responses = list(pool.map(lambda target: downloader.get(target, "x", 20), targets))
+    assert [b"".join(response.blocks) for response in responses] == [f"/meet?{n}".encode() for n in range(8)]
 
 
 def test_request_has_expected_headers_and_ignores_proxies(
@@ -58,7 +56,6 @@ def test_request_has_expected_headers_and_ignores_proxies(
     assert images.last_headers["Accept-Encoding"] == "identity"
     assert images.last_headers["Host"] == f"127.0.0.1:{images.port}"
     assert not {"Cookie", "Authorization", "Referer", "Proxy-Connection"} & set(images.last_headers)
-    downloader.close()
 
 
 def test_request_does_not_inherit_previous_response(downloader: Downloader, images: ImageServer) -> None:
@@ -66,33 +63,20 @@ def test_request_does_not_inherit_previous_response(downloader: Downloader, imag
     images.routes["/b"] = answers(404, b"not found")
     assert downloader.get(wire(images.url("/a")), "x", 20).headers["x-only-here"] == "1"
     second = downloader.get(wire(images.url("/b")), "x", 20)
-    assert (second.status, second.body) == (404, b"")
+    assert (second.status, second.blocks) == (404, [])
     assert "x-only-here" not in second.headers
-    downloader.close()
 
 
 def test_headers_of_interim_response_are_dropped() -> None:
-    transfer = _Transfer(wire("http://example.org/"), LOOPBACK)
+    transfer = Transfer(wire("http://example.org/"), LOOPBACK)
     for line in (b"HTTP/1.1 103 Early Hints\r\n", b"Location: /wrong\r\n", b"\r\n", b"HTTP/2 200 \r\n", b"X-Odd: \xff\r\n"):
         transfer.on_header(line)
     assert transfer.status == 200
     assert set(transfer.headers) == {"x-odd"}
 
 
-def test_closed_downloader_closes_handle_after_its_request(downloader: Downloader, images: ImageServer) -> None:
-    images.routes["/stall"] = images.hang
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(downloader.get, wire(images.url("/stall")), "x", 20)
-        assert images.stalled.wait(20)
-        downloader.close()
-        images.released.set()
-        with pytest.raises(Unreachable):
-            running.result(20)
-    assert downloader._idle == []
-
-
 def test_every_curl_error_is_explained() -> None:
-    transfer = _Transfer(wire("http://example.org/"), LOOPBACK)
+    transfer = Transfer(wire("http://example.org/"), LOOPBACK)
     for name in dir(pycurl):
         if name.startswith("E_"):
             explained = transfer.explain(pycurl.error(getattr(pycurl, name), "reason"), "LABEL")
@@ -102,10 +86,9 @@ def test_every_curl_error_is_explained() -> None:
     assert isinstance(transfer.explain(pycurl.error(pycurl.E_URL_MALFORMAT, ""), "x"), UnsupportedUrl)
 
 
-def test_retry_after_accepts_number_or_date() -> None:
-    assert retry_after("3") == 3
-    assert retry_after("") == 0
-    assert retry_after("soon") == 0
-    assert retry_after("-5") == 0
-    assert retry_after(format_datetime(datetime.now(UTC) - timedelta(hours=1), usegmt=True)) == 0
-    assert 3000 < retry_after(format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)) <= 3600
+def test_retry_after_accepts_number_or_date(downloader: Downloader, images: ImageServer) -> None:
+    now = datetime.now(UTC)
+    past, future = (format_datetime(now + timedelta(hours=hours), usegmt=True) for hours in (-1, 1))
+    for value, least, most in (("3", 3, 3), ("", 0, 0), ("soon", 0, 0), ("-5", 0, 0), (past, 0, 0), (future, 3000, 3600)):
+        images.routes["/a"] = answers(503, headers={"Retry-After": value})
+        assert least <= downloader.get(wire(images.url("/a")), "x", 20).retry_after <= most

@@ -16,8 +16,8 @@ from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.operations.remove_background import compose as module
 from imagemill.worker.operations.remove_background.compose import ENLARGED, NO_SHADOW, compose
+from imagemill.worker.operations.remove_background.matte import EMPTY, SEEN
 from imagemill.worker.operations.remove_background.matting import TOO_LARGE, matted
-from imagemill.worker.operations.remove_background.opencv import EMPTY
 
 RED, GREEN = np.array((200, 40, 40)), np.array((40, 210, 60))
 SIZE = (240, 160)  # width, height
@@ -64,9 +64,7 @@ def box_of(shown: Any) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("strip", [1 << 20, 1000], ids=["at once", "in strips"])
 @pytest.mark.parametrize("clean", [True, False])
-def test_the_matte_becomes_alpha_and_the_rim_loses_the_old_background(
-    clean: bool, strip: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cut_out_has_the_matte_as_alpha_and_a_clean_rim(clean: bool, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STRIP", strip)
     pixels, alpha = scene(soft=4)
     result, notes = made(pixels, alpha, clean_rim=clean)
@@ -78,7 +76,7 @@ def test_the_matte_becomes_alpha_and_the_rim_loses_the_old_background(
     assert (abs(result[rim, :3] - RED).max() < 8) == clean
 
 
-def test_what_is_transparent_in_the_source_stays_so() -> None:
+def test_cut_out_multiplies_the_matte_with_the_source_alpha() -> None:
     pixels, alpha = scene()
     own = np.full(alpha.shape, 255, np.uint8)
     own[:, 100:], own[:, 120:] = 128, 0
@@ -87,7 +85,7 @@ def test_what_is_transparent_in_the_source_stays_so() -> None:
 
 
 @pytest.mark.parametrize("shown", [dict(background="#0080ff"), dict(picture=(0, 128, 255))], ids=["colour", "image"])
-def test_a_background_makes_it_opaque(shown: dict[str, Any]) -> None:
+def test_background_gives_an_opaque_result(shown: dict[str, Any]) -> None:
     pixels, alpha = scene(soft=4)
     picture = shown.pop("picture", None)
     behind = None if picture is None else np.full((9, 7, 3), picture, np.uint8)
@@ -99,7 +97,7 @@ def test_a_background_makes_it_opaque(shown: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("size", [(800, 160), (120, 300), (30, 20)], ids=["wider", "taller", "smaller"])
-def test_a_background_image_covers_and_is_centred(size: tuple[int, int]) -> None:
+def test_background_image_covers_the_result_and_is_centred(size: tuple[int, int]) -> None:
     x = np.linspace(-1, 1, size[0])[None, :] * size[0]
     y = np.linspace(-1, 1, size[1])[:, None] * size[1]
     far = np.hypot(x, y) / np.hypot(*size)  # brightness by the distance from the centre
@@ -113,14 +111,14 @@ def test_a_background_image_covers_and_is_centred(size: tuple[int, int]) -> None
     assert shown[0, 0] == pytest.approx(corner, abs=6), "no more is cut off than must be"
 
 
-def test_where_a_background_image_is_transparent_it_is_white() -> None:
+def test_transparent_background_image_is_composited_over_white() -> None:
     behind = np.zeros((20, 30, 4), np.uint8)
     behind[..., 3] = 102
     result, _ = made(*scene(), behind)
     assert (result[0, 0] == 153).all()
 
 
-def test_a_background_image_with_alpha_is_laid_over_white_before_it_is_enlarged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_background_image_is_flattened_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     scaled: list[int] = []
     real = module.resize
 
@@ -136,10 +134,10 @@ def test_a_background_image_with_alpha_is_laid_over_white_before_it_is_enlarged(
 @pytest.mark.parametrize("margin", [0, 0.05, 0.25])
 @pytest.mark.parametrize("background", [None, "#ffffff"])
 @pytest.mark.parametrize("tall", [False, True])
-def test_a_crop_is_the_subject_and_its_margin(margin: float, background: str | None, tall: bool) -> None:
+def test_crop_is_the_subject_with_a_margin(margin: float, background: str | None, tall: bool) -> None:
     pixels, alpha = (np.ascontiguousarray(np.swapaxes(some, 0, 1)) if tall else some for some in scene())
     result, notes = made(pixels, alpha, crop=True, margin=margin, background=background)
-    left, top, right, bottom = box_of(alpha > module.SEEN)
+    left, top, right, bottom = box_of(alpha > SEEN)
     side = round(margin * max(right - left, bottom - top))
     assert result.shape[:2] == (bottom - top + 2 * side, right - left + 2 * side)
     assert not notes
@@ -149,7 +147,7 @@ def test_a_crop_is_the_subject_and_its_margin(margin: float, background: str | N
 
 
 @pytest.mark.parametrize("background", [None, "#ffffff"])
-def test_beyond_the_picture_a_crop_is_filled(background: str | None) -> None:
+def test_crop_outside_the_image_is_filled(background: str | None) -> None:
     pixels = np.full((40, 60, 3), 90, np.uint8)
     result, _ = made(pixels, np.full((40, 60), 255, np.uint8), crop=True, margin=0.5, background=background)
     assert result.shape[:2] == (100, 120)
@@ -160,9 +158,9 @@ def test_beyond_the_picture_a_crop_is_filled(background: str | None) -> None:
 
 
 @pytest.mark.parametrize("faint", [0, 8])
-def test_what_can_hardly_be_seen_does_not_widen_a_crop(faint: int) -> None:
+def test_crop_ignores_nearly_invisible_pixels(faint: int) -> None:
     pixels, alpha = scene()
-    left, top, right, bottom = box_of(alpha > module.SEEN)
+    left, top, right, bottom = box_of(alpha > SEEN)
     result, _ = made(pixels, np.maximum(alpha, np.uint8(faint)), crop=True, margin=0)
     assert result.shape[:2] == (bottom - top, right - left)
 
@@ -172,7 +170,7 @@ def test_what_can_hardly_be_seen_does_not_widen_a_crop(faint: int) -> None:
 )
 @pytest.mark.parametrize(("side", "margin"), [(100, 0.0625), (2000, 0.05), (37, 0.5), (16, 0)])
 @pytest.mark.parametrize("channels", [3, 4])
-def test_a_canvas_is_a_square_that_the_subject_fills_but_for_the_margin(
+def test_canvas_is_a_square_filled_by_the_subject_and_its_margin(
     centre: tuple[float, float], axes: tuple[float, float], side: int, margin: float, channels: int
 ) -> None:
     alpha = np.rint(ellipse(centre, axes) * 255).astype(np.uint8)
@@ -180,7 +178,7 @@ def test_a_canvas_is_a_square_that_the_subject_fills_but_for_the_margin(
     pixels[..., :3] = RED
     result, notes = made(pixels, alpha, crop=True, canvas=side, margin=margin, background="#ffffff")
     assert result.shape == (side, side, 3)
-    left, top, right, bottom = box_of(alpha > module.SEEN)
+    left, top, right, bottom = box_of(alpha > SEEN)
     scale = side / (1 + 2 * margin) / max(right - left, bottom - top)
     assert (notes == [ENLARGED]) == (scale > 1)
     left, top, right, bottom = box_of(result[..., 1] < 245)
@@ -190,7 +188,7 @@ def test_a_canvas_is_a_square_that_the_subject_fills_but_for_the_margin(
     assert top + bottom == pytest.approx(side, abs=slack)
 
 
-def test_without_a_colour_a_canvas_is_transparent() -> None:
+def test_canvas_is_transparent_without_a_background() -> None:
     result, _ = made(*scene(), crop=True, canvas=300)
     assert result.shape == (300, 300, 4)
     assert not result[0].any()
@@ -198,7 +196,7 @@ def test_without_a_colour_a_canvas_is_transparent() -> None:
 
 
 @pytest.mark.parametrize("frame", [dict(), dict(crop=True), dict(crop=True, canvas=90)], ids=["whole", "crop", "canvas"])
-def test_mask_only_is_the_matte_in_three_equal_channels(frame: dict[str, Any]) -> None:
+def test_mask_only_returns_the_matte_in_three_equal_channels(frame: dict[str, Any]) -> None:
     pixels, alpha = scene()
     mask, _ = made(pixels, alpha, mask_only=True, **frame)
     cutout, _ = made(pixels, alpha, **frame)
@@ -210,7 +208,7 @@ def test_mask_only_is_the_matte_in_three_equal_channels(frame: dict[str, Any]) -
     "options", [{}, {"crop": True}, {"crop": True, "canvas": 50}, {"shadow": True}, {"alpha_matting": True}], ids=str
 )
 @pytest.mark.parametrize("faint", [0, 5])
-def test_an_empty_cut_out_says_so_and_keeps_its_size(options: dict[str, Any], faint: int) -> None:
+def test_empty_cut_out_gets_a_note_and_keeps_its_size(options: dict[str, Any], faint: int) -> None:
     pixels, _ = scene()
     result, notes = made(pixels, np.full(SIZE[::-1], faint, np.uint8), **options)
     assert notes == [EMPTY]
@@ -218,7 +216,7 @@ def test_an_empty_cut_out_says_so_and_keeps_its_size(options: dict[str, Any], fa
     assert (result[..., 3] == faint).all()
 
 
-def test_matting_leaves_the_plain_cut_out_when_the_image_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compose_skips_matting_when_the_image_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "matted", partial(matted, most=10_000))
     pixels, alpha = scene()
     plain, _ = made(pixels, alpha)
@@ -227,7 +225,7 @@ def test_matting_leaves_the_plain_cut_out_when_the_image_is_too_large(monkeypatc
     assert np.array_equal(result, plain)
 
 
-def test_matting_finds_the_edge_that_the_matte_misses() -> None:
+def test_matting_recovers_an_edge_that_the_matte_blurs() -> None:
     pixels, truth = scene(soft=0.5)
     blurred = cv2.GaussianBlur(truth, (0, 0), 5)
     result, notes = made(pixels, blurred, alpha_matting=True)
@@ -254,7 +252,7 @@ def standing(backdrop: str = "plain", colour: tuple[float, float, float] = (1, 1
 
 
 @pytest.mark.parametrize("strip", [1 << 20, 5000], ids=["at once", "in strips"])
-def test_a_shadow_is_kept_as_black_as_dense_as_it_was(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shadow_becomes_black_with_its_density_as_alpha(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STRIP", strip)
     pixels, alpha, shade = standing()
     result, notes = made(pixels, alpha, shadow=True)
@@ -270,7 +268,7 @@ def test_a_shadow_is_kept_as_black_as_dense_as_it_was(strip: int, monkeypatch: p
     assert not made(pixels, alpha)[0][away].any(), "without being asked for it is dropped"
 
 
-def test_on_a_background_a_shadow_darkens_it() -> None:
+def test_shadow_darkens_the_background() -> None:
     pixels, alpha, shade = standing()
     on_colour, _ = made(pixels, alpha, shadow=True, background="#8090ff")
     alone, _ = made(pixels, alpha, shadow=True)
@@ -280,19 +278,19 @@ def test_on_a_background_a_shadow_darkens_it() -> None:
     assert (on_colour[(shade > 0.35) & away, 2] < 200).any()
 
 
-def test_a_crop_takes_the_shadow_in() -> None:
+def test_crop_includes_the_shadow() -> None:
     pixels, alpha, _ = standing()
     with_it, without = (made(pixels, alpha, shadow=shadow, crop=True, margin=0)[0] for shadow in (True, False))
     assert with_it.shape[1] > without.shape[1] + 60
     whole = made(pixels, alpha, shadow=True)[0]
-    left, top, right, bottom = box_of(whole[..., 3] > module.SEEN)
+    left, top, right, bottom = box_of(whole[..., 3] > SEEN)
     assert with_it.shape[:2] == pytest.approx((bottom - top, right - left), abs=4)
     part = whole[top : top + with_it.shape[0], left : left + with_it.shape[1]]
     common = tuple(slice(0, min(some)) for some in zip(part.shape, with_it.shape, strict=True))
     assert abs(part[common][..., 3].astype(int) - with_it[common][..., 3]).mean() < 4
 
 
-def test_a_canvas_scales_the_shadow_with_the_subject() -> None:
+def test_canvas_scales_the_shadow_with_the_subject() -> None:
     pixels, alpha, _ = standing()
     small, large = (made(pixels, alpha, shadow=True, crop=True, canvas=side)[0][..., 3] for side in (200, 800))
     assert abs(cv2.resize(large, (200, 200), interpolation=cv2.INTER_AREA).astype(int) - small).mean() < 2
@@ -303,7 +301,7 @@ def darkened(pixels: Pixels, centre: tuple[float, float]) -> Pixels:
     return np.rint(pixels * (1 - patch[..., None])).astype(np.uint8)
 
 
-def test_beside_its_shadow_nothing_else_that_is_dark_is_kept() -> None:
+def test_dark_patch_elsewhere_is_not_kept_with_the_shadow() -> None:
     pixels, alpha, shade = standing()
     result, notes = made(darkened(pixels, (420, 60)), alpha, shadow=True)
     assert not notes
@@ -330,7 +328,7 @@ def test_beside_its_shadow_nothing_else_that_is_dark_is_kept() -> None:
         "feet out of the picture",
     ],
 )
-def test_what_is_no_shadow_of_the_subject_is_not_kept(pixels: Pixels, alpha: Grey) -> None:
+def test_nothing_but_a_shadow_of_the_subject_is_kept(pixels: Pixels, alpha: Grey) -> None:
     result, notes = made(pixels, alpha, shadow=True)
     assert notes == [NO_SHADOW]
     assert np.array_equal(result, made(pixels, alpha)[0])
@@ -357,7 +355,7 @@ print(memory("VmHWM") - before - result.nbytes / 2**20)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("options", [{"background": "#ffffff", "shadow": True}, {"crop": True, "canvas": 1000}], ids=str)
-def test_a_hundred_megapixels_take_little_beside_the_picture_and_the_result(options: dict[str, Any]) -> None:
+def test_hundred_megapixels_need_little_more_memory_than_image_and_result(options: dict[str, Any]) -> None:
     command = [sys.executable, "-c", MEASURE, json.dumps(options)]
     took = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert float(took) < 150, "MB"
@@ -378,7 +376,7 @@ def test_a_hundred_megapixels_take_little_beside_the_picture_and_the_result(opti
         }
     ),
 )
-def test_whatever_comes_in_a_well_formed_result_comes_out(
+def test_result_of_random_images_is_well_formed(
     size: tuple[int, int], channels: int, levels: int, seed: int, behind: tuple[int, int] | None, options: dict[str, Any]
 ) -> None:
     drawn = np.random.default_rng(seed).integers(0, levels, (size[1], size[0], channels + 1))

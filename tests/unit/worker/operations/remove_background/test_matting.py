@@ -50,14 +50,14 @@ def run(pixels: Pixels, alpha: Grey, most: int = 1_000_000, seconds: float = 60)
     return result, notes
 
 
-def test_hairs_come_back_that_the_matte_has_blurred() -> None:
+def test_matting_restores_hairs_that_the_matte_blurs() -> None:
     pixels, truth, seen = furry()
     found, notes = run(pixels, seen)
     assert not notes
     assert abs(found / 255 - truth).mean() < 0.25 * abs(seen / 255 - truth).mean()
 
 
-def test_it_is_what_the_whole_picture_at_once_would_give(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matting_in_bands_equals_matting_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
     from pymatting import estimate_alpha_cf
 
     pixels, _, seen = furry()
@@ -73,7 +73,7 @@ def test_it_is_what_the_whole_picture_at_once_would_give(monkeypatch: pytest.Mon
 
 @settings(max_examples=25, deadline=None)
 @given(size=st.tuples(st.integers(1, 60), st.integers(1, 60)), seed=st.integers(0, 99))
-def test_the_trimap_is_rembgs(size: tuple[int, int], seed: int) -> None:
+def test_trimap_equals_rembgs(size: tuple[int, int], seed: int) -> None:
     from scipy.ndimage import binary_erosion
 
     drawn = cv2.resize(np.random.default_rng(seed).integers(0, 256, (3, 3), np.uint8), size, interpolation=cv2.INTER_LINEAR)
@@ -89,14 +89,16 @@ def test_the_trimap_is_rembgs(size: tuple[int, int], seed: int) -> None:
     [(SIZE[0] * SIZE[1] - 1, 60, TOO_LARGE), (SIZE[0] * SIZE[1], 60, None), (1_000_000, 1e-9, TIMED_OUT)],
     ids=["above the cap", "at the cap", "no time"],
 )
-def test_beyond_the_cap_or_the_deadline_it_is_the_plain_matte_and_says_so(most: int, seconds: float, note: str | None) -> None:
+def test_matting_returns_the_matte_with_a_note_above_the_cap_or_after_the_deadline(
+    most: int, seconds: float, note: str | None
+) -> None:
     pixels, _, seen = furry()
     found, notes = run(pixels, seen, most, seconds)
     assert notes == ([note] if note else [])
     assert np.array_equal(found, seen) == (note is not None)
 
 
-def test_where_more_than_a_quarter_is_unsure_the_cap_counts_that() -> None:
+def test_matting_is_too_large_when_more_than_a_quarter_of_the_cap_is_unsure() -> None:
     pixels, _, seen = furry()
     vague = np.clip(seen, 60, 255).astype(np.uint8)
     vague[:20], vague[20:, :20] = 0, 0
@@ -104,7 +106,7 @@ def test_where_more_than_a_quarter_is_unsure_the_cap_counts_that() -> None:
 
 
 @pytest.mark.parametrize("ticks", [2, 4, 5], ids=["the matrix", "the preconditioner", "the solver"])
-def test_the_deadline_stops_every_stage(ticks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deadline_stops_every_stage(ticks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that goes on a second whenever it is read: the matrix, the preconditioner and the solver read it."""
     clock = iter(range(1_000_000))
     monkeypatch.setattr(matting.time, "monotonic", lambda: float(next(clock)))
@@ -118,7 +120,7 @@ def test_the_deadline_stops_every_stage(ticks: int, monkeypatch: pytest.MonkeyPa
     assert threading.active_count() == threads
 
 
-def test_what_can_not_be_stopped_is_not_begun_without_the_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preconditioner_is_not_started_without_enough_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     import pymatting
 
     monkeypatch.setattr(matting, "PACE", 1.0)
@@ -131,7 +133,7 @@ def _raises(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["ichol", "cg", "cf_laplacian"])
-def test_where_the_solver_gives_up_it_is_the_plain_matte_and_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matting_returns_the_matte_with_a_note_when_the_solver_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import pymatting
 
     monkeypatch.setattr(pymatting, name, _raises)
@@ -149,14 +151,14 @@ def shapes() -> Iterator[tuple[str, Grey]]:
 
 
 @pytest.mark.parametrize("alpha", [alpha for _, alpha in shapes()], ids=[name for name, _ in shapes()])
-def test_with_nothing_sure_to_start_from_nothing_is_lost(alpha: Grey) -> None:
+def test_matting_keeps_the_matte_when_no_pixel_is_certain(alpha: Grey) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*alpha.shape, 3), np.uint8)
     found, notes = run(pixels, alpha)
     assert notes == [FAILED]
     assert np.array_equal(found, alpha)
 
 
-def test_a_thin_part_beside_the_subject_is_kept() -> None:
+def test_matting_keeps_a_thin_part_beside_the_subject() -> None:
     alpha = np.zeros((120, 160), np.uint8)
     alpha[20:100, 20:90] = 255
     alpha[20:100, 130:134] = 255
@@ -166,7 +168,7 @@ def test_a_thin_part_beside_the_subject_is_kept() -> None:
     assert np.array_equal(found[:, 115:], alpha[:, 115:])
 
 
-def test_what_is_transparent_already_is_surely_not_the_subject() -> None:
+def test_transparent_pixels_of_the_source_are_certain_background() -> None:
     pixels, _, seen = furry()
     opaque = np.full(seen.shape, 255, np.uint8)
     opaque[:, 150:] = 0
@@ -176,7 +178,7 @@ def test_what_is_transparent_already_is_surely_not_the_subject() -> None:
     assert found[100, 130] == 255
 
 
-def test_it_is_loaded_only_when_it_is_asked_for() -> None:
+def test_importing_compose_does_not_import_the_matting_libraries() -> None:
     code = (
         "import sys; import imagemill.worker.operations.remove_background.compose; "
         "assert not {'numba', 'scipy', 'pymatting', 'rembg'} & set(sys.modules)"
@@ -184,7 +186,7 @@ def test_it_is_loaded_only_when_it_is_asked_for() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_without_the_extra_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matting_without_the_extra_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pymatting", None)
     pixels, _, seen = furry()
     with pytest.raises(MissingExtra, match=r"pip install 'imagemill\[rembg\]'"):

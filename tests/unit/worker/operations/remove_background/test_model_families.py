@@ -52,7 +52,7 @@ def outputs(model: str) -> NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("model", get_args(RembgModel))
-def test_input_and_matte_of_every_model_are_rembgs_to_the_last_bit(model: str) -> None:
+def test_input_and_matte_of_every_model_equal_rembgs(model: str) -> None:
     pixels = scene(90, 130)
     output = outputs(model)
     with np.errstate(over="ignore"):
@@ -63,65 +63,63 @@ def test_input_and_matte_of_every_model_are_rembgs_to_the_last_bit(model: str) -
 
 
 @pytest.mark.parametrize("shape", [(700, 900), (900, 400), (320, 320), (1, 1), (3, 500), (600, 2)])
-def test_pictures_of_all_shapes_are_scaled_as_rembg_does(shape: tuple[int, int]) -> None:
+def test_input_of_any_shape_equals_rembgs(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     tensor, _ = rembgs("u2net", pixels, outputs("u2net"))
     assert U2NET.tensor(pixels).tobytes() == tensor.tobytes()
 
 
 @pytest.mark.parametrize("shape", [(700, 900), (900, 700)])
-def test_an_enormous_picture_goes_through_in_strips_to_nearly_the_same(
-    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scaling_in_strips_is_close_to_scaling_at_once(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 4), np.uint8)
     whole = scaled(pixels, 320).astype(int)
     monkeypatch.setattr(families, "WHOLE", 1000)
     assert np.abs(scaled(pixels, 320) - whole).mean() < 0.5  # Pillow begins with the longer side, and rounds between
 
 
-def test_values_are_relative_to_the_brightest_of_the_image() -> None:
+def test_input_is_relative_to_the_brightest_value() -> None:
     dark = U2NET.tensor(BRIGHT // 4)
     assert np.array_equal(dark, U2NET.tensor(BRIGHT))
     assert dark[0, 0, 0] == pytest.approx((1 - 0.485) / 0.229)
 
 
-def test_a_black_image_divides_by_nothing() -> None:
+def test_black_image_gives_finite_input() -> None:
     tensor = U2NET.tensor(np.zeros((5, 5, 3), np.uint8))
     assert np.isfinite(tensor).all()
     assert tensor[0, 0, 0] == pytest.approx(-0.485 / 0.229)
 
 
-def test_what_is_hidden_by_transparency_is_not_seen_but_as_rembg_it_is() -> None:
+def test_hidden_colours_are_ignored_except_as_rembg() -> None:
     one, other = (np.dstack([scene(40, 60, seed=seed), np.zeros((40, 60), np.uint8)]) for seed in (0, 1))
     assert np.array_equal(U2NET.tensor(one), U2NET.tensor(other))
     hidden, _ = rembgs("u2net", one, outputs("u2net"))
     assert np.array_equal(U2NET.tensor(one, as_rembg=True), hidden)
 
 
-def test_an_opaque_picture_with_alpha_is_the_same_as_without() -> None:
+def test_opaque_alpha_channel_changes_nothing() -> None:
     pixels = scene(40, 60)
     assert np.array_equal(U2NET.tensor(np.dstack([pixels, np.full((40, 60), 255, np.uint8)])), U2NET.tensor(pixels))
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 1.0])
-def test_a_flat_output_has_no_subject_and_divides_by_nothing(level: float) -> None:
+def test_flat_output_gives_an_empty_matte(level: float) -> None:
     flat = np.full((1, 320, 320), level, np.float32)
     flat[0, 0, 0] += 1e-8
     assert not U2NET.matte(flat).any()
 
 
-def test_a_matte_takes_up_the_whole_range() -> None:
+def test_matte_is_stretched_to_the_full_range() -> None:
     matte = U2NET.matte(outputs("u2net") * 0.01 + 0.4)
     assert (matte.dtype, matte.shape) == (np.float32, (320, 320))
     assert (matte.min(), matte.max()) == (0, 1)
 
 
-def test_each_image_is_stretched_by_itself_whatever_is_in_its_batch() -> None:
+def test_matte_does_not_depend_on_the_scale_of_the_output() -> None:
     strong = outputs("u2net")
     assert np.allclose(U2NET.matte(strong), U2NET.matte(strong * 0.1), atol=1e-5)
 
 
-def test_logits_beyond_what_exp_can_hold_are_sure() -> None:
+def test_logits_that_overflow_exp_give_0_and_1() -> None:
     logits = np.full((1, 1024, 1024), -1000, np.float32)
     logits[0, :10] = 1000
     matte = BIREFNET.matte(logits)
@@ -130,7 +128,7 @@ def test_logits_beyond_what_exp_can_hold_are_sure() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_output_that_is_no_number_fails_that_image(bad: float) -> None:
+def test_non_finite_output_fails_the_image(bad: float) -> None:
     output = outputs("u2net")
     output[0, 3, 3] = bad
     with pytest.raises(OperationFailed, match="not finite"):

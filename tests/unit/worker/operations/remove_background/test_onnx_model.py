@@ -82,7 +82,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return OnGpu.sizes
 
 
-def test_on_a_gpu_images_share_a_batch_where_its_axis_is_free(small: Path, sizes: list[int]) -> None:
+def test_images_share_a_batch_on_a_gpu_when_the_batch_axis_is_dynamic(small: Path, sizes: list[int]) -> None:
     session = OnnxModel(small, "u2net", GPU, 64)
     made = session.run(tensors(3))
     assert session.batches
@@ -92,7 +92,7 @@ def test_on_a_gpu_images_share_a_batch_where_its_axis_is_free(small: Path, sizes
     assert sizes == [3, 1, 1]
 
 
-def test_before_a_session_on_a_gpu_the_libraries_that_pip_installed_are_loaded(
+def test_pip_installed_gpu_libraries_are_loaded_before_the_session(
     small: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """onnxruntime's CUDA library has no path to them, and would not be loaded."""
@@ -103,7 +103,7 @@ def test_before_a_session_on_a_gpu_the_libraries_that_pip_installed_are_loaded(
     assert steps[:2] == ["libraries", "session"]
 
 
-def test_on_a_gpu_images_go_one_by_one_where_the_axis_is_fixed(fixed: Path, sizes: list[int], small: Path) -> None:
+def test_images_run_one_by_one_on_a_gpu_when_the_batch_axis_is_fixed(fixed: Path, sizes: list[int], small: Path) -> None:
     session = OnnxModel(fixed, "u2net", GPU, 64)
     made = session.run(tensors(3))
     assert not session.batches
@@ -113,7 +113,7 @@ def test_on_a_gpu_images_go_one_by_one_where_the_axis_is_fixed(fixed: Path, size
 
 
 @pytest.mark.parametrize(("cores", "size", "lanes"), [(1, 64, 1), (3, 64, 3), (3, 1024, 1)])
-def test_on_cpus_small_models_have_a_core_for_each_image(
+def test_small_models_run_one_image_per_core_on_cpus(
     cores: int, size: int, lanes: int, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = watch_options(monkeypatch)
@@ -133,12 +133,12 @@ def test_on_cpus_small_models_have_a_core_for_each_image(
         assert np.array_equal(one, run(tensor[None])[0]), "in order, and the same as alone"
 
 
-def test_a_reshape_that_holds_the_batch_is_no_trouble(tmp_path: Path) -> None:
+def test_model_with_a_fixed_reshape_runs_several_images(tmp_path: Path) -> None:
     session = OnnxModel(birefnet_like_onnx(tmp_path / "model.onnx", size=64), "birefnet-general", CPU, 64)
     assert [output.shape for output in session.run(tensors(2))] == [(1, 64, 64)] * 2
 
 
-def test_the_first_of_several_outputs_is_the_matte(small: Path) -> None:
+def test_first_output_is_used(small: Path) -> None:
     (tensor,) = tensors(1)
     found = onnxruntime.InferenceSession(str(small), providers=["CPUExecutionProvider"]).run(None, {"input.1": tensor[None]})
     (made,) = OnnxModel(small, "u2net", CPU, 64).run([tensor])
@@ -146,13 +146,11 @@ def test_the_first_of_several_outputs_is_the_matte(small: Path) -> None:
     assert not np.array_equal(made, found[1][0])
 
 
-def test_no_images_are_no_run(small: Path) -> None:
+def test_run_without_images_returns_nothing(small: Path) -> None:
     assert OnnxModel(small, "u2net", CPU, 64).run([]) == []
 
 
-def test_the_session_keeps_to_its_share_of_the_cores_and_gives_memory_back(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_session_uses_its_share_of_cores_and_no_memory_arena(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = watch_options(monkeypatch)
     OnnxModel(small, "u2net", Device(threads=3), 1024)
     (options,) = opened
@@ -162,7 +160,7 @@ def test_the_session_keeps_to_its_share_of_the_cores_and_gives_memory_back(
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", None], ids=["empty", "a page", "cut short"])
-def test_a_damaged_file_is_named_with_what_to_do(content: bytes | None, small: Path, tmp_path: Path) -> None:
+def test_damaged_file_error_names_path_and_pull_command(content: bytes | None, small: Path, tmp_path: Path) -> None:
     path = tmp_path / "u2net.onnx"
     path.write_bytes(small.read_bytes()[:-2000] if content is None else content)
     with pytest.raises(ConfigurationError, match=r"u2net.*models pull u2net") as caught:
@@ -172,25 +170,25 @@ def test_a_damaged_file_is_named_with_what_to_do(content: bytes | None, small: P
 
 
 @pytest.mark.parametrize("shapes", [[["b", 3]], [["b", 3, 8, 8], ["b", 1, 8, 8]]], ids=["no image", "two inputs"])
-def test_a_model_of_another_kind_is_refused(shapes: list[list[int | str]], tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="no model that makes a mask"):
+def test_model_of_another_kind_is_rejected(shapes: list[list[int | str]], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="not a segmentation model"):
         OnnxModel(network(tmp_path / "u2net.onnx", *shapes), "u2net", CPU, 64)
 
 
-def test_what_onnxruntime_refuses_fails_the_image_with_a_sentence(small: Path) -> None:
+def test_onnxruntime_error_fails_the_image(small: Path) -> None:
     with pytest.raises(OperationFailed, match="the model u2net failed"):
         OnnxModel(small, "u2net", CPU, 64).run(tensors(1, size=32))
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_a_gpu_that_this_onnxruntime_cant_use_is_refused(provider: Literal["cuda", "tensorrt"], small: Path) -> None:
+def test_unsupported_gpu_provider_is_rejected(provider: Literal["cuda", "tensorrt"], small: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime can")
     with pytest.raises(ConfigurationError, match=r"imagemill\[rembg-gpu\]"):
         OnnxModel(small, "u2net", Device(provider=provider), 64)
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_session_that_fell_back_to_the_cpu_is_rejected(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FallsBack(onnxruntime.InferenceSession):  # type: ignore[misc]
         """As onnxruntime does where CUDA's own libraries can't be loaded: a line on stderr, and on with the CPU."""
 
@@ -205,7 +203,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(small: Path, monkeypatch
         OnnxModel(small, "u2net", Device(provider="cuda"), 64)
 
 
-def test_on_a_gpu_memory_is_limited_and_taken_as_needed() -> None:
+def test_cuda_options_limit_memory_and_allocate_on_demand() -> None:
     chain = providers(Device(gpu=3, provider="cuda", memory_limit=2**30), Path("u2net.onnx"), {})
     assert [name for name, _ in chain] == ["CUDAExecutionProvider", "CPUExecutionProvider"]
     options = chain[0][1]
@@ -215,7 +213,7 @@ def test_on_a_gpu_memory_is_limited_and_taken_as_needed() -> None:
     assert "gpu_mem_limit" not in providers(Device(provider="cuda"), Path("u2net.onnx"), {})[0][1]
 
 
-def test_tensorrt_goes_first_and_leaves_to_cuda_what_it_cant_do() -> None:
+def test_tensorrt_comes_before_cuda() -> None:
     shapes = {"trt_profile_max_shapes": f"input.1:{LARGEST_BATCH}x3x320x320"}
     chain = providers(Device(provider="tensorrt"), Path("weights/u2net.onnx"), shapes)
     assert [name for name, _ in chain] == ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -231,7 +229,7 @@ def test_tensorrt_goes_first_and_leaves_to_cuda_what_it_cant_do() -> None:
         "CUDNN failure 4: CUDNN_STATUS_ALLOC_FAILED",
     ],
 )
-def test_running_out_of_memory_is_told_from_other_failures(said: str, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_errors_of_onnxruntime_become_out_of_memory(said: str, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException(f"[ONNXRuntimeError] : 6 : {said}")
 

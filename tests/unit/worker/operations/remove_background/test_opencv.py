@@ -16,8 +16,8 @@ from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.operations.base import Inputs
 from imagemill.worker.operations.remove_background import matte
-from imagemill.worker.operations.remove_background.matte import foreground_colours
-from imagemill.worker.operations.remove_background.opencv import EMPTY, GrabCut
+from imagemill.worker.operations.remove_background.matte import EMPTY, foreground_colours
+from imagemill.worker.operations.remove_background.opencv import GrabCut
 from imagemill.worker.operations.remove_background.saliency import barrier_distance, content_box
 
 SIZE = (420, 300)  # width, height
@@ -110,7 +110,7 @@ def iou(alpha: Grey, truth: Any) -> float:
     ],
 )
 @pytest.mark.parametrize("bars", [0, 30], ids=["", "letterbox"])
-def test_a_subject_is_found_to_its_edge(
+def test_subject_is_found_up_to_its_edge(
     background: Shape, shape: Shape, colours: list[tuple[int, int, int]], bars: int
 ) -> None:
     pixels, truth = scene(background, shape, colours)
@@ -128,7 +128,7 @@ def test_a_subject_is_found_to_its_edge(
 
 @pytest.mark.parametrize("size", [(420, 300), (1500, 1100)], ids=["as it is", "found at a smaller size"])
 @pytest.mark.parametrize(("feather", "most", "middling"), [(0, 60, 4), (1.5, 14, 2.5), (4, 14, 5)])
-def test_no_halo_of_the_old_background_remains(size: tuple[int, int], feather: float, most: float, middling: float) -> None:
+def test_rim_has_no_halo_of_the_old_background(size: tuple[int, int], feather: float, most: float, middling: float) -> None:
     """A pixel that a hard edge makes opaque keeps what it is mixed of, so only a feathered rim is clean everywhere."""
     red, green = np.array((200, 40, 40)), np.array((40, 210, 60))
     pixels, truth = scene(lambda _: np.full((size[1], size[0], 3), green, np.float32), blob, [tuple(red)], size)
@@ -144,7 +144,7 @@ def test_no_halo_of_the_old_background_remains(size: tuple[int, int], feather: f
     assert halo.mean() < middling
 
 
-def test_feather_is_the_softness_of_the_edge() -> None:
+def test_feather_softens_the_edge() -> None:
     pixels, _ = scene(plain, blob, [(190, 60, 40)])
     soft = [
         int(((alpha := cut(pixels, feather=feather)[0][..., 3]) > 0).sum() - (alpha == 255).sum())
@@ -153,7 +153,7 @@ def test_feather_is_the_softness_of_the_edge() -> None:
     assert soft == sorted(set(soft)), "a wider feather has more partly transparent pixels"
 
 
-def test_a_background_colour_makes_it_opaque() -> None:
+def test_background_colour_gives_an_opaque_result() -> None:
     pixels, _ = scene(gradient, blob, [(190, 60, 40)])
     cutout, _ = cut(pixels)
     made, _ = cut(pixels, background="#0080ff")
@@ -173,7 +173,7 @@ def test_a_background_colour_makes_it_opaque() -> None:
     ],
     ids=["flat", "black", "faint noise", "opaque RGBA"],
 )
-def test_where_there_is_no_subject_the_result_is_empty_and_says_so(pixels: Pixels) -> None:
+def test_result_is_empty_with_a_note_when_there_is_no_subject(pixels: Pixels) -> None:
     made, notes = cut(pixels)
     assert notes == [EMPTY]
     assert not made[..., 3].any()
@@ -181,7 +181,7 @@ def test_where_there_is_no_subject_the_result_is_empty_and_says_so(pixels: Pixel
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 2), (3, 2000), (5000, 12), (7, 7), (9, 9)], ids=str)
 @pytest.mark.parametrize("channels", [3, 4])
-def test_any_size_comes_out_as_it_went_in(size: tuple[int, int], channels: int) -> None:
+def test_cut_out_keeps_any_size(size: tuple[int, int], channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], channels), np.uint8)
     made, _ = cut(pixels, long_edge="none")
     assert made.shape == (size[1], size[0], 4)
@@ -189,7 +189,7 @@ def test_any_size_comes_out_as_it_went_in(size: tuple[int, int], channels: int) 
         assert (made[..., 3] <= pixels[..., 3]).all(), "nothing that was hidden shows"
 
 
-def test_what_is_transparent_stays_so_and_what_it_hides_plays_no_part() -> None:
+def test_transparent_pixels_stay_transparent_and_have_no_influence() -> None:
     pixels, truth = scene(gradient, blob, [(190, 60, 40)])
     hidden = np.zeros(truth.shape, bool)
     hidden[:, 300:] = True
@@ -201,7 +201,7 @@ def test_what_is_transparent_stays_so_and_what_it_hides_plays_no_part() -> None:
     assert np.array_equal(cut(rgba)[0][..., 3], made[..., 3])
 
 
-def test_what_was_cut_out_before_is_kept_as_it_is() -> None:
+def test_existing_cut_out_is_kept() -> None:
     pixels, truth = scene(texture, bottle, [(190, 60, 40)])
     truth[:, :4], truth[:, -4:], truth[:4] = 0, 0, 0
     alpha = np.rint(truth * 255).astype(np.uint8)
@@ -211,7 +211,7 @@ def test_what_was_cut_out_before_is_kept_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("long_edge", "wanted"), [(210, (210, 150)), (1600, SIZE), ("none", SIZE)])
-def test_long_edge_bounds_the_result(long_edge: Any, wanted: tuple[int, int]) -> None:
+def test_long_edge_limits_the_result(long_edge: Any, wanted: tuple[int, int]) -> None:
     pixels, truth = scene(plain, blob, [(190, 60, 40)])
     made, _ = cut(pixels, long_edge=long_edge)
     assert (made.shape[1], made.shape[0]) == wanted
@@ -219,7 +219,7 @@ def test_long_edge_bounds_the_result(long_edge: Any, wanted: tuple[int, int]) ->
     assert iou(made[..., 3], alpha / 255) > 0.95
 
 
-def test_the_result_does_not_depend_on_what_was_cut_before() -> None:
+def test_result_does_not_depend_on_earlier_images() -> None:
     pixels, _ = scene(texture, ring, [(190, 60, 40)])
     first, _ = cut(pixels)
     cut(scene(gradient, bottle, [(20, 200, 90)])[0])
@@ -228,9 +228,7 @@ def test_the_result_does_not_depend_on_what_was_cut_before() -> None:
 
 
 @pytest.mark.parametrize("rough", [False, True])
-def test_colours_of_the_rim_come_from_inside_also_where_it_is_done_in_strips(
-    rough: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rim_colours_come_from_the_subject_without_seams_between_strips(rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = grid((240, 900))
     alpha = np.clip((70 - abs(x - 120)) / 30, 0, 1).astype(np.float32)
     subject = np.stack([255 * y / 900, np.full_like(y, 90), 255 - 255 * y / 900], axis=2)
@@ -249,7 +247,7 @@ def test_colours_of_the_rim_come_from_inside_also_where_it_is_done_in_strips(
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.001, 0.999, 1.0])
-def test_without_a_rim_colours_stay(alpha: float) -> None:
+def test_colours_stay_the_same_without_a_rim(alpha: float) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     assert np.array_equal(foreground_colours(pixels, np.full((20, 30), alpha, np.float32)), pixels)
 
@@ -264,7 +262,7 @@ def test_without_a_rim_colours_stay(alpha: float) -> None:
     ],
     ids=["none", "above and below", "all around", "more than a third is no bar"],
 )
-def test_bars_of_a_letterbox_are_told_from_the_picture(bars: tuple[int, ...], found: tuple[int, ...]) -> None:
+def test_content_box_excludes_letterbox_bars(bars: tuple[int, ...], found: tuple[int, ...]) -> None:
     pixels = np.rint(np.clip(texture((160, 120)), 0, 255)).astype(np.uint8)
     top, bottom, left, right = bars
     pixels[:top], pixels[120 - bottom :], pixels[:, :left], pixels[:, 160 - right :] = 0, 0, 0, 0
@@ -272,13 +270,13 @@ def test_bars_of_a_letterbox_are_told_from_the_picture(bars: tuple[int, ...], fo
     assert (rows.start, 120 - rows.stop, columns.start, 160 - columns.stop) == found
 
 
-def test_a_straight_subject_before_a_plain_wall_makes_no_bars_of_the_wall() -> None:
+def test_plain_wall_behind_a_straight_subject_is_not_a_bar() -> None:
     pixels = np.full((120, 160, 3), 250, np.uint8)
     pixels[30:, 45:120] = (120, 60, 30)
     assert content_box(pixels) == (slice(0, 120), slice(0, 160))
 
 
-def test_the_barrier_is_what_every_path_from_the_border_must_climb() -> None:
+def test_barrier_distance_is_the_lowest_barrier_on_any_path_from_the_seeds() -> None:
     lab = np.zeros((21, 21, 3), np.float32)
     lab[5:16, 5:16, 0] = 30  # a wall ...
     lab[8:13, 8:13, 0] = 0  # ... around a yard of the border's own colour
@@ -300,13 +298,11 @@ def test_the_barrier_is_what_every_path_from_the_border_must_climb() -> None:
     options=st.fixed_dictionaries(
         {
             "long_edge": st.sampled_from([16, 33, "none"]),
-            "work_edge": st.sampled_from([64, 320]),
-            "border": st.sampled_from([0.001, 0.04, 0.25]),
             "feather": st.sampled_from([0, 1.5, 20]),
         }
     ),
 )
-def test_whatever_comes_in_a_well_formed_cut_out_comes_out(
+def test_cut_out_of_random_images_is_well_formed(
     size: tuple[int, int], channels: int, levels: int, seed: int, options: dict[str, Any]
 ) -> None:
     drawn = np.random.default_rng(seed).integers(0, levels, (size[1], size[0], channels))

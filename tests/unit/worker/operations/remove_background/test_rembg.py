@@ -80,7 +80,7 @@ def removed(theirs: Any, weights: Path, model: str, pixels: Pixels, **more: Any)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_exact_gives_the_pixels_of_rembg(model: str, weights: Path, theirs: Any) -> None:
+def test_exact_equals_rembg(model: str, weights: Path, theirs: Any) -> None:
     operation = loaded(weights)
     for name, pixels in PICTURES.items():
         expected = removed(theirs, weights, model, pixels)
@@ -97,7 +97,7 @@ def test_exact_gives_the_pixels_of_rembg(model: str, weights: Path, theirs: Any)
     ],
     ids=lambda given: next(iter(given)),
 )
-def test_exact_gives_the_pixels_of_rembgs_own_options(
+def test_exact_equals_rembg_with_its_own_options(
     ours: dict[str, Any], rembgs: dict[str, Any], weights: Path, theirs: Any
 ) -> None:
     pixels = PICTURES["landscape"]
@@ -108,9 +108,7 @@ def test_exact_gives_the_pixels_of_rembgs_own_options(
     assert np.array_equal(made, np.broadcast_to(expected[..., : made.shape[2]], made.shape))
 
 
-def test_exact_matting_leaves_the_plain_cut_out_when_the_image_is_too_large(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exact_skips_matting_when_the_image_is_too_large(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "LARGEST", 10_000)
     operation, pixels = loaded(weights), PICTURES["landscape"]
     work = prepared(operation, pixels, exact=True, alpha_matting=True)
@@ -119,7 +117,7 @@ def test_exact_matting_leaves_the_plain_cut_out_when_the_image_is_too_large(
     assert work.notes == ["matting_too_large"]
 
 
-def test_exact_is_at_the_sources_size_and_else_the_long_edge_counts(weights: Path) -> None:
+def test_exact_keeps_the_source_size_and_otherwise_long_edge_applies(weights: Path) -> None:
     operation, pixels = loaded(weights), scene(40, 1700)
     assert cut(operation, pixels, exact=True).shape == (40, 1700, 4)
     assert cut(operation, pixels, exact=True, crop=True).shape[1] <= 1870
@@ -130,7 +128,7 @@ def test_exact_is_at_the_sources_size_and_else_the_long_edge_counts(weights: Pat
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_fast_path_has_the_alpha_of_rembg(model: str, weights: Path, theirs: Any) -> None:
+def test_fast_path_alpha_is_close_to_rembg(model: str, weights: Path, theirs: Any) -> None:
     operation = loaded(weights)
     for name, pixels in PICTURES.items():
         rgb = np.ascontiguousarray(pixels[..., :3])  # what rembg makes of hidden colours is not what we want
@@ -139,7 +137,7 @@ def test_the_fast_path_has_the_alpha_of_rembg(model: str, weights: Path, theirs:
 
 
 @pytest.mark.skipif(PHOTOS is None, reason="IMAGEMILL_BENCH_IMAGES names no folder of photos")
-def test_the_fast_path_has_the_alpha_of_rembg_on_photos(weights: Path, theirs: Any) -> None:
+def test_fast_path_alpha_is_close_to_rembg_on_photos(weights: Path, theirs: Any) -> None:
     operation = loaded(weights)
     for path in sorted(Path(PHOTOS or "").glob("*.jpg")):
         with Image.open(path) as image:
@@ -149,7 +147,7 @@ def test_the_fast_path_has_the_alpha_of_rembg_on_photos(weights: Path, theirs: A
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_a_batch_gives_each_image_what_it_gets_alone(dynamic: bool, tmp_path: Path) -> None:
+def test_result_does_not_depend_on_the_batch(dynamic: bool, tmp_path: Path) -> None:
     u2net_onnx(tmp_path / "rembg" / "u2net.onnx", dynamic=dynamic)
     operation = loaded(tmp_path)
     works = [prepared(operation, pixels) for pixels in PICTURES.values()]
@@ -159,7 +157,7 @@ def test_a_batch_gives_each_image_what_it_gets_alone(dynamic: bool, tmp_path: Pa
         assert np.abs(together - operation.finish(work, operation.run(work.samples)).pixels).max() <= 1
 
 
-def test_images_for_two_models_never_share_a_batch(weights: Path) -> None:
+def test_images_for_different_models_never_share_a_batch(weights: Path) -> None:
     operation = loaded(weights)
     batcher: Batcher[int] = Batcher(operation, BatchSizes(), 8)
     wanted = [{"model": model, "exact": exact} for model in MODELS for exact in (True, False)] * 2
@@ -171,9 +169,7 @@ def test_images_for_two_models_never_share_a_batch(weights: Path) -> None:
         assert len(batch) == 2
 
 
-def test_a_chunk_that_asks_for_another_model_gets_it_and_the_first_one_is_dropped_before(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_model_is_dropped_before_another_one_is_opened(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     alive: WeakSet[Any] = WeakSet()
 
@@ -195,7 +191,7 @@ def test_a_chunk_that_asks_for_another_model_gets_it_and_the_first_one_is_droppe
     assert opened == ["u2net", "isnet-anime", "u2net"]
 
 
-def test_a_file_that_changes_while_it_is_open_is_opened_anew(tmp_path: Path) -> None:
+def test_model_is_reopened_when_its_file_changes(tmp_path: Path) -> None:
     """Its fingerprint changes with it, and what the old file makes would be remembered as the new one's."""
     path = u2net_onnx(tmp_path / "rembg" / "u2net.onnx")
     operation, pixels = loaded(tmp_path), PICTURES["landscape"]
@@ -206,12 +202,12 @@ def test_a_file_that_changes_while_it_is_open_is_opened_anew(tmp_path: Path) -> 
     assert np.array_equal(after, cut(loaded(tmp_path), pixels))
 
 
-def test_a_folder_without_models_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_load_without_models_names_the_pull_command(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="imagemill models pull u2net"):
         loaded(tmp_path)
 
 
-def test_a_model_that_is_not_there_is_named_at_the_start_and_fails_only_its_images_later(weights: Path) -> None:
+def test_missing_model_stops_the_node_at_the_start_and_later_only_fails_images(weights: Path) -> None:
     operation = loaded(weights)
     with pytest.raises(ConfigurationError, match="imagemill models pull silueta"):
         cut(operation, PICTURES["small"], model="silueta")
@@ -221,7 +217,7 @@ def test_a_model_that_is_not_there_is_named_at_the_start_and_fails_only_its_imag
     cut(operation, PICTURES["small"])
 
 
-def test_a_damaged_model_stops_the_node_at_its_start_and_later_fails_its_images(weights: Path, tmp_path: Path) -> None:
+def test_damaged_model_stops_the_node_at_the_start_and_later_only_fails_images(weights: Path, tmp_path: Path) -> None:
     folder = weights_folder(tmp_path, "u2net")
     (folder / "rembg" / "silueta.onnx").write_bytes(b"<html>")
     operation = loaded(folder)
@@ -233,7 +229,7 @@ def test_a_damaged_model_stops_the_node_at_its_start_and_later_fails_its_images(
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_where_nothing_is_found_the_cut_out_is_empty_and_says_so(exact: bool, weights: Path) -> None:
+def test_empty_matte_gives_an_empty_cut_out_with_a_note(exact: bool, weights: Path) -> None:
     operation = loaded(weights)
     work = prepared(operation, PICTURES["landscape"], exact=exact)
     made = operation.finish(work, [np.full((1, 320, 320), 0.5, np.float32)]).pixels
@@ -251,7 +247,9 @@ def test_where_nothing_is_found_the_cut_out_is_empty_and_says_so(exact: bool, we
     ],
     ids=str,
 )
-def test_the_check_is_told_what_it_can_not_see(given: dict[str, Any], comparable: bool, matte: bool, weights: Path) -> None:
+def test_evidence_holds_what_the_result_does_not_show(
+    given: dict[str, Any], comparable: bool, matte: bool, weights: Path
+) -> None:
     operation = loaded(weights)
     work = prepared(operation, PICTURES["landscape"], **given)
     operation.finish(work, operation.run(work.samples))
@@ -259,14 +257,14 @@ def test_the_check_is_told_what_it_can_not_see(given: dict[str, Any], comparable
     assert (work.evidence.alpha is not None) == matte
 
 
-def test_alpha_that_the_source_has_is_kept(weights: Path) -> None:
+def test_result_is_transparent_wherever_the_source_is(weights: Path) -> None:
     pixels = PICTURES["with alpha"]
     made = cut(loaded(weights), pixels)
     assert (made[..., 3] <= pixels[..., 3]).all()
     assert made[..., 3].any()
 
 
-def test_the_background_is_read_once_per_image_and_laid_behind(weights: Path) -> None:
+def test_background_image_is_read_once_and_shown_behind_the_subject(weights: Path) -> None:
     asked: list[str] = []
 
     def read(url: str) -> Picture:
@@ -285,7 +283,7 @@ def test_the_background_is_read_once_per_image_and_laid_behind(weights: Path) ->
 
 
 @pytest.mark.parametrize(("error", "expected"), [(NotFound("gone"), BadReference), (Unreachable("down"), Unreachable)])
-def test_a_background_that_cant_be_had_is_a_bad_reference_or_tried_again(
+def test_unreadable_background_is_a_bad_reference_unless_retryable(
     error: ImageError, expected: type[ImageError], weights: Path
 ) -> None:
     def read(url: str) -> Picture:
@@ -295,7 +293,7 @@ def test_a_background_that_cant_be_had_is_a_bad_reference_or_tried_again(
         prepared(loaded(weights), PICTURES["small"], read, background_image=REFERENCE)
 
 
-def test_the_fingerprint_tells_models_their_files_and_how_they_are_run_apart(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_model_file_and_options(tmp_path: Path) -> None:
     folder = weights_folder(tmp_path, "u2net", "u2netp", "silueta")
     u2net_onnx(folder / "rembg" / "silueta.onnx", seed=7)
     operation = loaded(folder)
@@ -313,7 +311,7 @@ def test_the_fingerprint_tells_models_their_files_and_how_they_are_run_apart(tmp
         prints({"model": "silueta"})
 
 
-def test_on_cpus_each_core_has_as_many_images_and_on_a_gpu_there_are_batches(weights: Path) -> None:
+def test_max_batch_is_a_multiple_of_the_cores_on_cpus(weights: Path) -> None:
     for cores in (1, 3):
         on_cpus = Rembg()
         on_cpus.load(Device(threads=cores, weights=weights))
@@ -372,14 +370,14 @@ def in_a_process(weights: Path, program: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_from_import_to_image_the_engine_loads_none_of_the_heavy_libraries(weights: Path) -> None:
+def test_engine_imports_no_heavy_libraries_without_matting(weights: Path) -> None:
     heavy = ("torch", "diffusers", "rembg", "numba", "pymatting", "scipy", "skimage", "onnx")
     assert in_a_process(weights, f"print(*sorted(set({heavy!r}) & set(sys.modules)))") == []
     matted = f"cut(64, 64, exact=True, alpha_matting=True)\nprint(*sorted(set({heavy!r}) & set(sys.modules)))"
     assert "rembg" in in_a_process(weights, matted)
 
 
-def test_memory_is_as_high_after_many_images_of_mixed_sizes_as_after_a_few(weights: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_images(weights: Path) -> None:
     program = """
 from imagemill.worker.hardware.device import give_back  # as after each chunk
 sizes = [(random.integers(40, 400), random.integers(40, 400)) for _ in range(15)]
@@ -396,7 +394,7 @@ print(held() / few)
     assert float(ratio) <= 1.10
 
 
-def test_a_large_picture_at_its_original_size_takes_little_more_than_source_and_result(weights: Path) -> None:
+def test_large_image_needs_little_more_memory_than_source_and_result(weights: Path) -> None:
     program = """
 before = held()
 made = cut(5000, 6000, long_edge="original")
@@ -407,7 +405,7 @@ print((peak() - before) / 30)
     assert float(bytes_per_pixel) < 3 + 1 + 4 + 2.5  # source, alpha, result; the source's generator takes some too
 
 
-def test_batches_that_do_not_fit_into_memory_are_halved(tmp_path: Path) -> None:
+def test_batch_that_does_not_fit_into_memory_is_halved(tmp_path: Path) -> None:
     u2net_onnx(tmp_path / "rembg" / "u2net.onnx", width=16)
     program = """
 operation = registry.create("remove-background", "rembg")

@@ -13,7 +13,7 @@ SIDES = st.sampled_from([256, 512, 768, 1024])
 
 
 @given(SIZES, SIDES, MULTIPLES)
-def test_a_bucket_is_of_the_wanted_area_in_multiples_and_near_the_pictures_proportions(
+def test_bucket_has_the_requested_area_and_multiples_near_the_images_proportions(
     size: tuple[int, int], side: int, multiple: int
 ) -> None:
     width, height = bucket(size, side, multiple)
@@ -25,9 +25,7 @@ def test_a_bucket_is_of_the_wanted_area_in_multiples_and_near_the_pictures_propo
 
 
 @given(SIZES, SIDES, MULTIPLES)
-def test_a_picture_and_the_same_picture_turned_have_the_same_bucket_turned(
-    size: tuple[int, int], side: int, multiple: int
-) -> None:
+def test_bucket_of_a_rotated_image_is_the_rotated_bucket(size: tuple[int, int], side: int, multiple: int) -> None:
     assert bucket(size, side, multiple) == bucket(size[::-1], side, multiple)[::-1]
 
 
@@ -39,7 +37,7 @@ def test_there_are_few_buckets(side: int, multiple: int) -> None:
 
 
 @given(SIZES, SIZES)
-def test_a_picture_lies_in_its_room_whole_touching_two_sides_undistorted(size: tuple[int, int], room: tuple[int, int]) -> None:
+def test_inside_is_the_largest_undistorted_size_that_fits(size: tuple[int, int], room: tuple[int, int]) -> None:
     width, height = inside(size, room)
     assert 1 <= width <= room[0]
     assert 1 <= height <= room[1]
@@ -48,7 +46,7 @@ def test_a_picture_lies_in_its_room_whole_touching_two_sides_undistorted(size: t
 
 
 @given(st.integers(1, 400), st.integers(1, 400), MULTIPLES)
-def test_what_is_laid_into_a_bucket_is_what_is_taken_out(height: int, width: int, multiple: int) -> None:
+def test_taken_out_returns_what_was_laid_in(height: int, width: int, multiple: int) -> None:
     pixels = scene(height, width)
     room = bucket((width, height), 128, multiple)
     laid = laid_in(pixels, room)
@@ -59,7 +57,7 @@ def test_what_is_laid_into_a_bucket_is_what_is_taken_out(height: int, width: int
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.tuples(st.integers(1, 9), st.integers(1, 9)))
-def test_a_crop_is_the_largest_of_its_proportions_from_the_middle(
+def test_cropped_is_the_largest_centred_part_with_the_proportions(
     height: int, width: int, proportions: tuple[int, int]
 ) -> None:
     pixels = np.arange(height * width, dtype=np.uint32).reshape(height, width, 1)

@@ -92,7 +92,7 @@ def difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 
 @pytest.mark.parametrize("scheduler", ["unipc", "ddim", "euler", "lcm"])
 @pytest.mark.parametrize("mode", ["image-to-image", "text-to-image"])
-def test_an_image_is_the_same_alone_in_any_batch_and_on_any_worker(
+def test_result_is_identical_alone_in_any_batch_and_on_any_worker(
     scheduler: str, mode: str, operation: Diffusion, weights: Path
 ) -> None:
     given = {"scheduler": scheduler, "mode": mode}
@@ -105,7 +105,7 @@ def test_an_image_is_the_same_alone_in_any_batch_and_on_any_worker(
             assert np.array_equal(made.pixels, alone[place]), (place, order)
 
 
-def test_global_seeds_are_neither_used_nor_changed(operation: Diffusion) -> None:
+def test_global_random_state_is_neither_used_nor_changed(operation: Diffusion) -> None:
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
@@ -117,7 +117,7 @@ def test_global_seeds_are_neither_used_nor_changed(operation: Diffusion) -> None
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_the_noise_is_one_for_the_job_or_hangs_on_place_or_address(operation: Diffusion) -> None:
+def test_seed_is_fixed_per_item_or_per_url_as_the_policy_asks(operation: Diffusion) -> None:
     def seeds(policy: str) -> list[int]:
         asked = [(0, "https://a.example/1.png"), (1, "https://a.example/2.png"), (2, "https://a.example/1.png?signature=x")]
         works = [prepared(operation, index=index, source=source, seed=7, seed_policy=policy) for index, source in asked]
@@ -130,7 +130,7 @@ def test_the_noise_is_one_for_the_job_or_hangs_on_place_or_address(operation: Di
     assert difference(styled(operation, seed=1), styled(operation, seed=2)) > 1
 
 
-def test_another_try_differs_in_its_seed_alone(operation: Diffusion) -> None:
+def test_retry_differs_only_in_its_seed(operation: Diffusion) -> None:
     work = prepared(operation, seed=2**32 - 1)
     assert work.retry is not None
     other = work.retry()
@@ -144,7 +144,7 @@ def test_another_try_differs_in_its_seed_alone(operation: Diffusion) -> None:
     assert np.array_equal(made, styled(operation, seed=0))
 
 
-def test_results_are_measured_against_the_edges_that_were_asked_for(operation: Diffusion) -> None:
+def test_evidence_holds_the_edges_given_to_the_controlnet(operation: Diffusion) -> None:
     for shape, size in (((90, 120), (56, 72)), ((50, 400), (32, 128))):  # the picture's; the bucket's
         work = prepared(operation, scene(*shape))
         assert work.evidence.comparable
@@ -159,9 +159,7 @@ def test_results_are_measured_against_the_edges_that_were_asked_for(operation: D
     assert cropped.edges.shape == (64, 64)
 
 
-def test_all_run_at_once_and_where_deterministic_one_at_a_time_with_such_algorithms(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_runs_at_once_or_one_by_one_when_deterministic(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
     styled(operation)
     pipeline = operation._pipeline.current
@@ -184,7 +182,7 @@ def test_all_run_at_once_and_where_deterministic_one_at_a_time_with_such_algorit
     assert seen[4:] == [(2, False), (1, False)], "of the few sizes that are compiled"
 
 
-def test_what_one_at_a_time_takes_is_not_taken_for_a_batchs_memory(operation: Diffusion) -> None:
+def test_footprint_depends_on_options_that_change_memory(operation: Diffusion) -> None:
     given = ({}, {"deterministic": True}, {"cfg": 1}, {"size": 128})
     samples = [sample for one in given for sample in prepared(operation, **one).samples]
     assert len({kind_of(operation, sample) for sample in samples}) == 4
@@ -192,9 +190,7 @@ def test_what_one_at_a_time_takes_is_not_taken_for_a_batchs_memory(operation: Di
     assert kind_of(operation, styles) == kind_of(operation, samples[0])
 
 
-def test_on_a_device_that_runs_batches_an_image_differs_little_in_company(
-    weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_result_in_a_real_batch_is_close_to_the_result_alone(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
     works = [prepared(operation, scene(90, 120, seed=seed)) for seed in range(4)]
     alone = [operation.run(work.samples)[0].pixels for work in works]
@@ -204,7 +200,7 @@ def test_on_a_device_that_runs_batches_an_image_differs_little_in_company(
 
 
 @pytest.mark.parametrize("count", range(1, 40))
-def test_batches_are_powers_of_two_that_make_up_the_whole(count: int) -> None:
+def test_parts_are_powers_of_two_and_cover_all_images(count: int) -> None:
     found = list(parts(count, 16))
     assert [place for some in found for place in range(count)[some]] == list(range(count))
     assert all((some.stop - some.start) in (1, 2, 4, 8, 16) for some in found)
@@ -213,7 +209,7 @@ def test_batches_are_powers_of_two_that_make_up_the_whole(count: int) -> None:
 # --- what the options do ------------------------------------------------------------------------------------------------
 
 
-def test_each_option_of_the_look_changes_the_image(operation: Diffusion) -> None:
+def test_each_style_option_changes_the_image(operation: Diffusion) -> None:
     plain = styled(operation)
     for given in (
         *({"prompt": "a blue hat"}, {"negative_prompt": "a hat"}, {"cfg": 3}, {"steps": 3}, {"strength": 0.9}),
@@ -223,7 +219,7 @@ def test_each_option_of_the_look_changes_the_image(operation: Diffusion) -> None
     assert np.array_equal(styled(operation), plain)
 
 
-def test_edges_that_are_found_or_not_change_the_image(operation: Diffusion) -> None:
+def test_canny_thresholds_change_the_image(operation: Diffusion) -> None:
     many, none = {"canny_low": 5, "canny_high": 10}, {"canny_low": 1000, "canny_high": 1000}
     assert set(np.unique(prepared(operation, **many).samples[0].data.edges)) == {0, 255}
     assert not prepared(operation, **none).samples[0].data.edges.any()
@@ -231,7 +227,7 @@ def test_edges_that_are_found_or_not_change_the_image(operation: Diffusion) -> N
 
 
 @pytest.mark.parametrize("strength", [0.05, 0.35, 0.5, 0.51, 0.9, 1.0])
-def test_as_many_steps_are_run_as_were_asked_for(
+def test_number_of_steps_does_not_depend_on_strength(
     strength: float, operation: Diffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     styled(operation)
@@ -246,7 +242,7 @@ def test_as_many_steps_are_run_as_were_asked_for(
     assert len(calls) == 7
 
 
-def test_without_guidance_the_model_sees_each_image_once_and_the_negative_prompt_is_idle(operation: Diffusion) -> None:
+def test_without_guidance_the_model_runs_once_and_ignores_the_negative_prompt(operation: Diffusion) -> None:
     styled(operation)
     assert operation._pipeline.current is not None
     sizes: list[int] = []
@@ -260,7 +256,7 @@ def test_without_guidance_the_model_sees_each_image_once_and_the_negative_prompt
     assert np.array_equal(styled(operation, cfg=1, negative_prompt="other"), plain)
 
 
-def test_a_prompt_is_encoded_once_per_job_and_a_long_one_is_noted(weights: Path) -> None:
+def test_prompt_is_encoded_once_per_job_and_a_truncated_one_gets_a_note(weights: Path) -> None:
     operation = loaded(weights)
     styled(operation)
     assert operation._pipeline.current is not None
@@ -279,7 +275,7 @@ def test_a_prompt_is_encoded_once_per_job_and_a_long_one_is_noted(weights: Path)
     handle.remove()
 
 
-def test_a_reference_pins_the_palette_of_all_results(operation: Diffusion) -> None:
+def test_reference_sets_the_palette_of_all_results(operation: Diffusion) -> None:
     target = colours_of(scene(30, 30, seed=3))
     for seed in range(2):
         made = colours_of(styled(operation, scene(90, 120, seed=seed), reference=REFERENCE))
@@ -294,14 +290,14 @@ def test_a_reference_pins_the_palette_of_all_results(operation: Diffusion) -> No
     ("given", "expected"),
     [({}, (120, 90)), ({"long_edge": 40}, (40, 30)), ({"crop": "1x1"}, (90, 90)), ({"crop": "1x2", "long_edge": 30}, (15, 30))],
 )
-def test_results_have_the_asked_size_or_the_sources(
+def test_result_has_the_requested_size_or_the_source_size(
     given: dict[str, Any], expected: tuple[int, int], operation: Diffusion
 ) -> None:
     made = styled(operation, **given)
     assert made.shape == (expected[1], expected[0], 3)
 
 
-def test_samples_share_a_batch_by_style_size_steps_and_scheduler_alone(operation: Diffusion) -> None:
+def test_group_key_depends_on_options_and_bucket_only(operation: Diffusion) -> None:
     def key(pixels: Pixels = PHOTO, **given: Any) -> Any:
         return operation.group_key(prepared(operation, pixels, **given).samples[0])
 
@@ -311,14 +307,14 @@ def test_samples_share_a_batch_by_style_size_steps_and_scheduler_alone(operation
     assert len(set(different)) == len(different)
 
 
-def test_compiled_models_meet_few_sizes(weights: Path) -> None:
+def test_compiled_model_uses_coarser_buckets(weights: Path) -> None:
     operation = loaded(weights, compiled=True)
     shape = prepared(operation, size=512).samples[0].data.edges.shape
     assert shape[::-1] == bucket((120, 90), 512, 64)
     assert all(side % 64 == 0 for side in shape)
 
 
-def test_a_compiled_model_is_made_ready_for_each_size_at_the_start(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_model_is_warmed_up_for_each_size(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
     shapes: list[tuple[Any, ...]] = []
@@ -334,7 +330,7 @@ def test_a_compiled_model_is_made_ready_for_each_size_at_the_start(weights: Path
     assert shapes[:4] == [(1, (128, 64), True), (1, (128, 64), False), (1, (64, 64), True), (1, (64, 64), False)]
 
 
-def test_a_compiled_model_is_made_ready_for_as_many_images_as_fit(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_stops_at_the_batch_size_that_fits_into_memory(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
     ran: list[tuple[int, float]] = []
     room = 4
@@ -355,7 +351,7 @@ def test_a_compiled_model_is_made_ready_for_as_many_images_as_fit(weights: Path,
         module.Pipeline("sd15-canny", device)
 
 
-def test_a_compiled_model_is_compiled_for_each_shape_that_it_meets(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_is_compiled_for_each_shape(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: Counter[str] = Counter()
     build = torch.nn.Module.compile
 
@@ -377,7 +373,7 @@ def test_a_compiled_model_is_compiled_for_each_shape_that_it_meets(weights: Path
     assert compiled == {"UNet2DConditionModel": 2, "ControlNetModel": 2, "Decoder": 2}, "with guidance and without"
 
 
-def test_the_vae_works_in_tiles_above_a_size_and_when_memory_is_short(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vae_works_in_tiles_for_large_images_and_when_memory_is_short(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
     assert not operation.relieve(1), "nothing is loaded"
     plain = styled(operation)
@@ -410,7 +406,7 @@ def attention(pipe: Any) -> set[type]:
 # --- LoRAs --------------------------------------------------------------------------------------------------------------
 
 
-def test_styles_are_adapters_of_one_model_and_the_least_recently_used_is_dropped(weights: Path) -> None:
+def test_least_recently_used_lora_is_dropped(weights: Path) -> None:
     operation = loaded(weights, loras=2)
     plain = styled(operation)
     pipeline = operation._pipeline.current
@@ -432,7 +428,7 @@ def test_styles_are_adapters_of_one_model_and_the_least_recently_used_is_dropped
     assert operation._pipeline.current is pipeline
 
 
-def test_a_lora_that_is_missing_or_does_not_fit_fails_its_images_alone(weights: Path, tmp_path: Path) -> None:
+def test_missing_or_damaged_lora_fails_only_its_images(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
     operation = loaded(folder)
     plain, red = styled(operation), styled(operation, loras="red")
@@ -445,7 +441,7 @@ def test_a_lora_that_is_missing_or_does_not_fit_fails_its_images_alone(weights: 
     assert np.array_equal(styled(operation, loras="red"), red)
 
 
-def test_when_the_chunks_time_is_up_no_lora_is_blamed(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_soft_time_limit_is_not_reported_as_a_lora_error(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(*_: Any, **__: Any) -> Any:
         raise SoftTimeLimitExceeded
 
@@ -458,7 +454,7 @@ def test_when_the_chunks_time_is_up_no_lora_is_blamed(weights: Path, monkeypatch
     assert np.array_equal(styled(operation, loras="red"), styled(loaded(weights), loras="red"))
 
 
-def test_a_lora_whose_file_changes_is_loaded_anew_and_changes_the_fingerprint(weights: Path, tmp_path: Path) -> None:
+def test_changed_lora_file_is_reloaded_and_changes_the_fingerprint(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
     operation = loaded(folder)
     options = parse_options("stylize", "diffusion", QUICK | {"loras": "red"})
@@ -472,13 +468,13 @@ def test_a_lora_whose_file_changes_is_loaded_anew_and_changes_the_fingerprint(we
 # --- what goes wrong ----------------------------------------------------------------------------------------------------
 
 
-def test_a_node_without_the_model_says_what_to_pull(tmp_path: Path) -> None:
+def test_load_without_the_model_names_the_pull_command(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="imagemill models pull sd15-canny"):
         loaded(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "scheduler", "text_encoder", "model_index.json"])
-def test_a_part_of_the_model_that_is_missing_is_one_to_be_pulled(part: str, weights: Path, tmp_path: Path) -> None:
+def test_load_with_an_incomplete_model_names_the_pull_command(part: str, weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
     path = folder_of(folder, repository("sd15")) / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -486,14 +482,14 @@ def test_a_part_of_the_model_that_is_missing_is_one_to_be_pulled(part: str, weig
         loaded(folder)
 
 
-def test_a_damaged_model_stops_the_node_at_its_start(weights: Path, tmp_path: Path) -> None:
+def test_damaged_model_is_a_configuration_error(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
     next((folder_of(folder, repository("sd15")) / "unet").glob("*.safetensors")).write_bytes(b"<html>")
     with pytest.raises(ConfigurationError, match="the model sd15-canny can't be loaded"):
         loaded(folder).run(prepared(loaded(folder)).samples)
 
 
-def test_a_pickle_is_never_loaded(weights: Path, tmp_path: Path) -> None:
+def test_pickle_is_never_loaded(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
     unet = folder_of(folder, repository("sd15")) / "unet" / "diffusion_pytorch_model.safetensors"
     unet.rename(unet.with_suffix(".bin"))
@@ -501,7 +497,7 @@ def test_a_pickle_is_never_loaded(weights: Path, tmp_path: Path) -> None:
         loaded(folder).run([])
 
 
-def test_a_gpu_that_torch_does_not_find_is_no_silent_cpu(weights: Path) -> None:
+def test_gpu_that_torch_can_not_use_is_a_configuration_error(weights: Path) -> None:
     operation = Diffusion()
     operation.load(Device(gpu=0, weights=weights))
     assert operation.spec.max_batch == 16
@@ -509,7 +505,7 @@ def test_a_gpu_that_torch_does_not_find_is_no_silent_cpu(weights: Path) -> None:
         operation.run(prepared(operation).samples)
 
 
-def test_output_that_is_no_number_fails_its_image_alone(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_output_fails_only_its_image(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
     styled(operation)
     decode = operation._pipeline.current._text.vae.decode  # type: ignore[union-attr]
@@ -531,7 +527,7 @@ def operation_pixels(operation: Diffusion) -> Pixels:
 
 
 @pytest.mark.parametrize("made", [made for name, made in SHORT.items() if not name.startswith("onnxruntime")])
-def test_memory_that_runs_out_is_told_as_such(
+def test_memory_errors_of_torch_become_out_of_memory(
     made: Callable[[], Exception], weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operation = loaded(weights)
@@ -549,7 +545,7 @@ def test_memory_that_runs_out_is_told_as_such(
         operation.run(prepared(operation).samples)
 
 
-def test_the_safety_checker_refuses_an_image_and_its_weights_must_be_there(weights: Path, tmp_path: Path) -> None:
+def test_safety_checker_rejects_unsafe_images_and_must_be_installed(weights: Path, tmp_path: Path) -> None:
     operation = loaded(weights, safety_checker=True)
     outputs = operation.run(prepared(operation).samples)
     checker = operation._pipeline.current._text.safety_checker  # type: ignore[union-attr]
@@ -562,14 +558,14 @@ def test_the_safety_checker_refuses_an_image_and_its_weights_must_be_there(weigh
     assert len(outputs) == 1
     folder = shutil.copytree(weights, tmp_path / "weights")
     shutil.rmtree(folder_of(folder, repository("sd15-safety-checker")))
-    with pytest.raises(ConfigurationError, match="`imagemill models pull sd15-safety-checker` fetches it"):
+    with pytest.raises(ConfigurationError, match="imagemill models pull sd15-safety-checker"):
         loaded(folder, safety_checker=True)
 
 
 # --- what is told of it -------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_tells_weights_and_how_they_are_run_apart(weights: Path, tmp_path: Path) -> None:
+def test_fingerprint_depends_on_weights_and_device_settings(weights: Path, tmp_path: Path) -> None:
     other = pipeline_folder(tmp_path, seed=1)
     options = parse_options("stylize", "diffusion", QUICK)
     told = [
@@ -583,7 +579,7 @@ def test_the_fingerprint_tells_weights_and_how_they_are_run_apart(weights: Path,
 
 
 @pytest.mark.parametrize("mode", ["image-to-image", "text-to-image"])
-def test_in_half_precision_the_image_is_about_the_same(
+def test_half_precision_changes_the_image_only_slightly(
     mode: str, operation: Diffusion, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Of 4 * 8 * 8 numbers; of a count that is no multiple of 16 torch draws the last ones otherwise in half precision.
@@ -603,7 +599,7 @@ def parts_of(operation: Diffusion) -> list[Any]:
     return [pipe.unet, pipe.controlnet, pipe.vae, pipe.text_encoder]
 
 
-def test_what_a_gpu_calculates_in_is_its_settings_and_tells_results_and_memory_apart(weights: Path) -> None:
+def test_precision_setting_changes_fingerprint_and_footprint(weights: Path) -> None:
     told, footprints = [], []
     for dtype in ("auto", "fp16", "bf16", "fp32"):
         operation = Diffusion()
@@ -616,7 +612,7 @@ def test_what_a_gpu_calculates_in_is_its_settings_and_tells_results_and_memory_a
     assert len(set(told)) == 3
 
 
-def test_weights_in_half_precision_are_loaded_where_they_were_pulled_so(weights: Path, tmp_path: Path) -> None:
+def test_half_precision_weights_are_loaded_when_they_were_pulled(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
     for path in [
         *(folder / "diffusion" / "sd15").rglob("*.safetensors"),
@@ -626,7 +622,7 @@ def test_weights_in_half_precision_are_loaded_where_they_were_pulled_so(weights:
     assert np.array_equal(styled(loaded(folder)), styled(loaded(weights)))
 
 
-def test_transparency_is_kept_and_what_it_hides_is_not_seen(operation: Diffusion) -> None:
+def test_transparency_is_kept_and_hidden_colours_have_no_influence(operation: Diffusion) -> None:
     pixels = scene(90, 120, channels=4, seed=1)
     pixels[:, 60:, 3] = 0
     made = styled(operation, pixels)
@@ -636,7 +632,7 @@ def test_transparency_is_kept_and_what_it_hides_is_not_seen(operation: Diffusion
     assert np.array_equal(styled(operation, hidden), made)
 
 
-def test_a_picture_in_another_profile_keeps_it(operation: Diffusion) -> None:
+def test_result_keeps_profile_and_format(operation: Diffusion) -> None:
     work = prepared(operation)
     work.plan = replace(work.plan, picture=replace(work.plan.picture, icc=b"profile", format="jpeg"))
     picture = operation.finish(work, operation.run(work.samples))

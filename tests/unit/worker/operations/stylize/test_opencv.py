@@ -35,7 +35,7 @@ def reference(_: str = "") -> Picture:
 
 
 def stylize(
-    pixels: Pixels, read: Callable[[str], Picture] | None = reference, operation: Stylize | None = None, **options: Any
+    pixels: Pixels, read: Callable[[str], Picture] = reference, operation: Stylize | None = None, **options: Any
 ) -> Pixels:
     operation = operation or Stylize()
     operation.load(Device(threads=1))
@@ -83,12 +83,12 @@ def test_every_style_changes_the_image_and_keeps_size_and_alpha(options: dict[st
     assert np.array_equal(stylize(pixels, **options), made), "the same in, the same out"
 
 
-def test_no_style_looks_like_another() -> None:
+def test_all_styles_differ() -> None:
     pixels = photo(60, 80)
     assert len({stylize(pixels, **options).tobytes() for options in STYLES}) == len(STYLES)
 
 
-def test_stylization_flattens_and_keeps_edges_and_detail_does_the_opposite() -> None:
+def test_stylization_flattens_and_detail_sharpens() -> None:
     pixels = photo(90, 120)
     pixels[:, 60:] //= 3
     grain, edge = (slice(0, 25), slice(10, 50)), (slice(0, 25), slice(58, 62))
@@ -125,7 +125,7 @@ def test_any_size_can_be_styled(size: tuple[int, int], options: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("options", STYLES[:4], ids=lambda options: options["style"])
-def test_a_picture_done_in_tiles_shows_no_seams(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_leave_no_seams(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = photo(150, 200)
     for sigmas in (opencv.SIGMAS[options["style"]], (5.0, 0.3), (20.0, 1.0)):
         monkeypatch.setitem(opencv.SIGMAS, options["style"], sigmas)
@@ -135,7 +135,7 @@ def test_a_picture_done_in_tiles_shows_no_seams(options: dict[str, Any], monkeyp
         assert off_by(stylize(pixels, **options), whole) <= 1
 
 
-def test_a_picture_is_seen_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filters_see_little_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """What bounds the memory: the filters never see much more than a tile."""
     seen: list[int] = []
 
@@ -152,7 +152,7 @@ def test_a_picture_is_seen_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None
     assert max(seen) <= 64 + 2 * (3 * 4 + 2)
 
 
-def test_long_edge_bounds_the_result() -> None:
+def test_long_edge_limits_the_result() -> None:
     made = stylize(photo(300, 400, alpha=True), long_edge=100)
     assert made.shape == (75, 100, 4)
     assert Stylize().work_edge(parse_options("stylize", "opencv", {"long_edge": 100})) == 100
@@ -161,7 +161,7 @@ def test_long_edge_bounds_the_result() -> None:
 # --- colour transfer --------------------------------------------------------------------------
 
 
-def test_colour_transfer_gives_the_references_mean_and_deviation() -> None:
+def test_colour_transfer_matches_the_references_mean_and_deviation() -> None:
     made = stylize(photo(100, 120), style="colour-transfer", reference=ADDRESS)
     for ours, theirs in zip(statistics(made), statistics(reference().pixels), strict=True):
         assert np.allclose(ours, theirs, atol=0.5)
@@ -179,7 +179,7 @@ def test_colour_transfer_to_itself_changes_nothing() -> None:
     tint=st.tuples(*[st.floats(0.6, 1)] * 3),
     other=st.tuples(*[st.floats(0.6, 1)] * 3),
 )
-def test_any_picture_takes_on_the_colours_of_any_reference(
+def test_transferred_matches_the_colours_of_any_reference(
     seed: int, height: int, tint: tuple[float, ...], other: tuple[float, ...]
 ) -> None:
     pixels, target = photo(height, 40, seed, tint), muted(photo(40, 40, seed + 1, other))
@@ -188,7 +188,7 @@ def test_any_picture_takes_on_the_colours_of_any_reference(
         assert np.allclose(ours, theirs, atol=0.3)
 
 
-def test_what_a_reference_hides_does_not_count() -> None:
+def test_transparent_pixels_of_a_reference_do_not_count() -> None:
     target = np.dstack([photo(40, 40), np.zeros((40, 40), np.uint8)])
     target[:20, :, 3] = 255
     shown, hiding = colours_of(np.ascontiguousarray(target[:20, :, :3])), colours_of(target)
@@ -196,13 +196,13 @@ def test_what_a_reference_hides_does_not_count() -> None:
     assert np.allclose(shown.deviation, hiding.deviation, atol=1e-3)
 
 
-def test_colours_of_an_enormous_reference_are_those_of_a_sample_of_it() -> None:
+def test_colours_of_a_large_reference_are_sampled_accurately() -> None:
     large = np.repeat(np.repeat(photo(300, 400), 4, axis=0), 4, axis=1)
     assert np.allclose(colours_of(large).mean, statistics(large)[0], atol=0.3)
     assert np.allclose(colours_of(large).deviation, statistics(large)[1], atol=0.3)
 
 
-def test_noise_of_a_flat_picture_is_not_blown_up() -> None:
+def test_noise_of_a_flat_image_is_not_blown_up() -> None:
     flat = np.full((40, 40, 3), 120, np.uint8)
     flat[::7, ::5] += 1
     made = stylize(flat, style="colour-transfer", reference=ADDRESS)
@@ -210,7 +210,7 @@ def test_noise_of_a_flat_picture_is_not_blown_up() -> None:
     assert np.allclose(statistics(made)[0], statistics(reference().pixels)[0], atol=2)
 
 
-def test_a_reference_is_measured_once_while_it_stays_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_is_measured_once_while_it_is_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Pixels] = []
 
     def measure(pixels: Pixels) -> Any:
@@ -230,7 +230,7 @@ def test_a_reference_is_measured_once_while_it_stays_the_same_picture(monkeypatc
     assert made(target) == first
 
 
-def test_references_are_forgotten_and_never_kept_alive() -> None:
+def test_palettes_forget_old_references_and_hold_no_pixels() -> None:
     operation = Stylize()
     for number in range(palette.REMEMBERED + 5):
         stylize(photo(8, 8), operation=operation, style="colour-transfer", reference=f"https://images.example/{number}.png")
@@ -244,7 +244,7 @@ def test_references_are_forgotten_and_never_kept_alive() -> None:
     [(NotFound("there is no such image"), BadReference), (Timeout("it took too long"), Timeout)],
     ids=["for good", "for now"],
 )
-def test_a_reference_that_can_not_be_read_fails_the_image(error: ImageError, raised: type[ImageError]) -> None:
+def test_unreadable_reference_fails_the_image(error: ImageError, raised: type[ImageError]) -> None:
     def read(_: str) -> Picture:
         raise error
 
@@ -253,9 +253,11 @@ def test_a_reference_that_can_not_be_read_fails_the_image(error: ImageError, rai
     assert "secret" not in caught.value.message
 
 
-def test_without_a_way_to_read_a_reference_is_an_error() -> None:
+def test_reference_is_an_error_when_inputs_have_no_reader() -> None:
+    item = Item(index=0, source="https://images.example/one.jpg")
+    options = parse_options("stylize", "opencv", {"style": "colour-transfer", "reference": ADDRESS})
     with pytest.raises(BadReference, match="can't be read here"):
-        stylize(photo(8, 8), None, style="colour-transfer", reference=ADDRESS)
+        Stylize().prepare(Picture(photo(8, 8)), Inputs(item, options))
 
 
 @pytest.mark.parametrize("options", [{"style": "colour-transfer"}, {"reference": ADDRESS}])
