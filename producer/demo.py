@@ -26,7 +26,7 @@ from imagemill.producer.demo_site import Site
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.following import Board
 from imagemill.producer.outliers import outliers
-from imagemill.producer.report import JobPage, Picture, render
+from imagemill.producer.report import JobPage, render
 from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec
 from imagemill.producer.terminal import make_console, plain, say, summary_table
@@ -92,7 +92,7 @@ def _run(stack: ExitStack, folder: Path, options: Options, console: Console) -> 
     pages = _pages(client, jobs)
     path = folder / "report.html"
     lead = f"Each job's list also has {len(site.bad)} deliberately bad URLs: each of them fails with its own error code."
-    html = render(pages, picture=_relative(folder, site), title="imagemill demo", lead=lead)
+    html = render(pages, picture=lambda url: _relative(url, folder, site), title="imagemill demo", lead=lead)
     path.write_text(html, encoding="utf-8")
     code = _summarize(pages, site, path, console)
     if options.keep:
@@ -197,16 +197,12 @@ def _pages(client: Client, jobs: Mapping[str, str]) -> list[JobPage]:
     return pages
 
 
-def _relative(folder: Path, site: Site) -> Picture:
-    """Map the demo's URLs to paths relative to the report, which then works without the server."""
-
-    def picture(url: str) -> str | None:
-        if url.startswith(site.base):
-            return url.removeprefix(site.base).partition("?")[0]
-        path = Path(unquote(urlsplit(url).path))
-        return quote(path.relative_to(folder).as_posix()) if path.is_relative_to(folder) else None
-
-    return picture
+def _relative(url: str, folder: Path, site: Site) -> str | None:
+    """One of the demo's URLs as a path relative to the report, which then works without the server."""
+    if url.startswith(site.base):
+        return url.removeprefix(site.base).partition("?")[0]
+    path = Path(unquote(urlsplit(url).path))
+    return quote(path.relative_to(folder).as_posix()) if path.is_relative_to(folder) else None
 
 
 def _summarize(pages: Sequence[JobPage], site: Site, report: Path, console: Console) -> int:

@@ -16,8 +16,8 @@ from typing import NoReturn, Self
 
 from rich.console import Console
 
-from imagemill.producer import terminal
 from imagemill.producer.client import Client
+from imagemill.producer.terminal import say
 from imagemill.shared.errors import ImagemillError
 from imagemill.shared.settings import WeightsSettings
 
@@ -81,21 +81,20 @@ class _Process:
     """An `imagemill` command in its own session, so that Ctrl-C reaches it only through us."""
 
     def __init__(self, folder: Path, log: str, arguments: Sequence[str], settings: Mapping[str, str]) -> None:
-        self._folder, self._log, self._arguments = folder, folder / log, arguments
+        self._log = folder / log
         kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("IMAGEMILL_")}
-        self._environment = {**kept, **settings}
-
-    def __enter__(self) -> Self:
-        with self._log.open("wb") as log:
+        with self._log.open("wb") as file:
             self._process = subprocess.Popen(  # noqa: S603  # our own program, no shell
-                [sys.executable, "-m", "imagemill.producer.cli", *self._arguments],
-                cwd=self._folder,  # where there is no .env file of the user's
-                env=self._environment,
+                [sys.executable, "-m", "imagemill.producer.cli", *arguments],
+                cwd=folder,  # where there is no .env file of the user's
+                env={**kept, **settings},
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=file,
+                stderr=file,
                 start_new_session=True,
             )
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -117,10 +116,10 @@ class ModelPull(_Process):
     """`imagemill models pull` of the demo's model; with `offline`, only `imagemill models verify`."""
 
     def __init__(self, folder: Path, weights: WeightsSettings, *, offline: bool) -> None:
-        super().__init__(folder, "model.log", ["models", "verify" if offline else "pull", MODEL], weights_variables(weights))
         self._weights = weights.folder.expanduser().absolute()
         there = any(self._weights.glob(f"*/{MODEL}.onnx"))
         self._patience = CHECK_SECONDS if offline or there else ANSWER_SECONDS
+        super().__init__(folder, "model.log", ["models", "verify" if offline else "pull", MODEL], weights_variables(weights))
 
     def wait(self) -> str | None:
         """Wait for the model; the reason if it can't be had, else None."""
@@ -151,18 +150,14 @@ class WorkerProcess(_Process):
         while not any(node.ready for node in client.nodes()):
             self.check(console, wait=0.1)
             if time.monotonic() > deadline:
-                self._show_log(console)
-                raise ImagemillError(f"the worker was not ready after {READY_SECONDS:.0f} s; its log is {self._log}")
+                self._fail(console, f"was not ready after {READY_SECONDS:.0f} s")
 
     def check(self, console: Console, *, wait: float) -> None:
         """Return after `wait` seconds; raise ImagemillError at once if the process exits."""
-        try:
-            status = self._process.wait(wait)
-        except subprocess.TimeoutExpired:
-            return
-        self._show_log(console)
-        raise ImagemillError(f"the worker exited with status {status}; its log is {self._log}")
+        with suppress(subprocess.TimeoutExpired):
+            self._fail(console, f"exited with status {self._process.wait(wait)}")
 
-    def _show_log(self, console: Console) -> None:
+    def _fail(self, console: Console, reason: str) -> NoReturn:
         for line in self._log_lines()[-20:]:
-            terminal.say(console, f"  {line}", "dim")
+            say(console, f"  {line}", "dim")
+        raise ImagemillError(f"the worker {reason}; its log is {self._log}")

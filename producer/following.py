@@ -82,37 +82,29 @@ def exit_with(last: JobStatus, as_json: bool = False) -> NoReturn:
     sys.exit(0 if last.state == "done" and not last.failed else 1)
 
 
-class Board:
+class Board(Progress):
     """Progress of jobs: one bar per job on a terminal, otherwise a line for every tenth of a job."""
 
     def __init__(self, out: Console) -> None:
-        self._out = out
-        self._lines: dict[str, tuple[int, JobState]] = {}
-        self._tasks: dict[str, TaskID] = {}
         failed = TextColumn("[red]{task.fields[failed]}")
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), failed, _Rate(), TimeRemainingColumn()
-        self._progress = Progress(*columns, console=out, disable=not out.is_terminal)
-
-    def __enter__(self) -> Board:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._progress.stop()
+        super().__init__(*columns, console=out, disable=not out.is_terminal)
+        self._lines: dict[str, tuple[int, JobState]] = {}
+        self._bars: dict[str, TaskID] = {}
 
     def show(self, status: JobStatus) -> None:
         """Update one job."""
         name, ended = f"{status.operation} ({status.engine})", status.done + status.failed
-        if not self._out.is_terminal:
+        if self.disable:
             line = 10 * ended // max(status.total, 1), status.state
             if self._lines.get(status.job) != line and not status.over:
-                say(self._out, f"{name} {outcome(status)}")
+                say(self.console, f"{name} {outcome(status)}")
             self._lines[status.job] = line
             return
-        if status.job not in self._tasks:
-            self._tasks[status.job] = self._progress.add_task("", total=status.total, failed="")
-        self._progress.update(
-            self._tasks[status.job],
+        if status.job not in self._bars:
+            self._bars[status.job] = self.add_task("", total=status.total, failed="")
+        self.update(
+            self._bars[status.job],
             description=f"{name} [dim]{status.state}[/dim]",
             completed=ended,
             failed=f"{status.failed:,} failed" if status.failed else "",

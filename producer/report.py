@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel
 
 from imagemill.producer.outliers import Outlier
@@ -90,11 +90,11 @@ class Notable:
     count: int = 0
     pairs: list[Pair] = field(default_factory=list)
 
-    def add(self, row: Row, picture: Picture, remark: str | None = None) -> None:
+    def add(self, row: Row, image: Callable[[str | None], str | None], remark: str | None = None) -> None:
         """Count an image, and keep it if there is room."""
         self.count += 1
         if len(self.pairs) < MOST_FLAGGED:
-            self.pairs.append(_pair(row, picture, remark=remark))
+            self.pairs.append(Pair(row, image(row.source), image(row.output), remark=remark))
 
 
 @dataclass
@@ -139,16 +139,11 @@ def render(
     The page has no scripts and loads nothing but images, and only from http, https, file and relative URLs
     returned by `picture`.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(duration=duration, shown=shown, worded=worded)
+    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     sections = [_section(job, picture, most) for job in jobs]
-    return environment.get_template("report.html.j2").render(title=title, jobs=sections, lead=lead, most_failures=MOST_FAILURES)
+    return template.render(title=title, jobs=sections, lead=lead, most_failures=MOST_FAILURES)
 
 
 def _section(page: JobPage, picture: Picture, most: int) -> _Section:
@@ -158,6 +153,10 @@ def _section(page: JobPage, picture: Picture, most: int) -> _Section:
     totals: dict[str, float] = defaultdict(float)  # seconds by stage
     counts = Counter[str]()  # images by stage
     listed = 0
+
+    def image(url: str | None) -> str | None:
+        return allowed(picture(url)) if url else None
+
     for row in page.rows:
         result = row.result
         if result is not None and row.duplicate_of is None:
@@ -178,11 +177,12 @@ def _section(page: JobPage, picture: Picture, most: int) -> _Section:
                 pairs[row.duplicate_of].duplicates += 1
         else:
             if result is not None and flags_of(result.notes):
-                section.flagged.add(row, picture)
+                section.flagged.add(row, image)
             if row.index in page.drift:
-                section.drifted.add(row, picture, str(page.drift[row.index]))
+                section.drifted.add(row, image, str(page.drift[row.index]))
             if len(pairs) < most:
-                pairs[row.index] = _pair(row, picture, compared=_image(page.others.get(row.source), picture))
+                compared = image(page.others.get(row.source))
+                pairs[row.index] = Pair(row, image(row.source), image(row.output), compared=compared)
             else:
                 section.unshown += 1
     section.pairs = list(pairs.values())
@@ -192,14 +192,6 @@ def _section(page: JobPage, picture: Picture, most: int) -> _Section:
     order = sorted(means, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
     section.stages = [(stage, means[stage], 100 * means[stage] / longest) for stage in order]
     return section
-
-
-def _pair(row: Row, picture: Picture, *, remark: str | None = None, compared: str | None = None) -> Pair:
-    return Pair(row, _image(row.source, picture), _image(row.output, picture), remark=remark, compared=compared)
-
-
-def _image(url: str | None, picture: Picture) -> str | None:
-    return allowed(picture(url)) if url else None
 
 
 def allowed(url: str | None) -> str | None:

@@ -1,22 +1,23 @@
-"""The `imagemill results` and `imagemill report` commands."""
+"""The `imagemill results` and `imagemill report` commands, and results in S3: their expiry and links to them."""
 
 from __future__ import annotations
 
 import csv
 import json
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import click
 
 from imagemill.producer.following import Connect
 from imagemill.producer.outliers import outliers
-from imagemill.producer.s3_results import picture_links
 from imagemill.producer.terminal import make_console, say
-from imagemill.shared.errors import UsageError
+from imagemill.shared.errors import ConfigurationError, ImageError, InvalidOption, ServiceUnavailable, UsageError
 from imagemill.shared.quality import flags_of
-from imagemill.shared.settings import load_settings
+from imagemill.shared.s3 import LONGEST_LINK, ensure_bucket, expire_after, make_client, make_signer, presign, split
+from imagemill.shared.settings import S3Settings, load_settings
 
 COLUMNS = ("item", "index", "source", "state", "output", "code", "message", "attempts", "duplicate_of")
 
@@ -28,9 +29,7 @@ COLUMNS = ("item", "index", "source", "state", "output", "code", "message", "att
 @click.option("--flagged", is_flag=True, help="Only images flagged by the check or unlike the others, with their flags.")
 @click.option("--presign", type=int, metavar="SECONDS", help="Add a public link to each result in S3, valid this long.")
 @click.pass_obj
-def results(
-    connect: Connect, job: str, form: Literal["jsonl", "csv"], failed: bool, flagged: bool, presign: int | None
-) -> None:
+def results(connect: Connect, job: str, form: str, failed: bool, flagged: bool, presign: int | None) -> None:
     """Print the result of each image, one per line."""
     if failed and flagged:
         raise UsageError("--failed and --flagged can't be combined: a failed image has no result to flag")
@@ -81,3 +80,42 @@ def report(connect: Connect, job: str, out: Path | None, most: int) -> None:
     except OSError as error:
         raise UsageError(f"can't write {path}: {error.strerror}") from error
     click.echo(str(path))
+
+
+def expire(settings: S3Settings, url: str, days: int) -> None:
+    """Have S3 delete everything under `s3://bucket/prefix` after `days`.
+
+    Raises InvalidOption if the output is not in S3 or has no prefix, ServiceUnavailable if S3 does not
+    respond, ConfigurationError if it refuses.
+    """
+    if not url.startswith("s3://"):
+        raise InvalidOption("--expire-days needs an --output of s3://bucket/prefix")
+    bucket, prefix = split(url)
+    if not prefix:
+        raise InvalidOption("--expire-days needs a prefix: with s3://bucket alone, the whole bucket would expire")
+    client = make_client(settings)
+    try:
+        ensure_bucket(client, bucket, settings.create_bucket, settings.region)
+        expire_after(client, bucket, prefix, days)
+    except ImageError as error:
+        raise (ServiceUnavailable if error.retryable else ConfigurationError)(error.message) from error
+
+
+def picture_links(settings: S3Settings, failures: list[str]) -> Callable[[str], str | None]:
+    """A function from an image's URL to one that a browser can load.
+
+    S3 URLs become links that are valid for seven days; others stay. If a link can't be made, the function
+    returns None and adds the reason to `failures`.
+    """
+    signer = cache(lambda: make_signer(settings))
+
+    def link(url: str) -> str | None:
+        if not url.startswith("s3://"):
+            return url
+        try:
+            return presign(signer(), url, LONGEST_LINK)
+        except (ImageError, ConfigurationError) as error:
+            failures.append(error.message)
+            return None
+
+    return link

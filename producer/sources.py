@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -94,7 +95,8 @@ def _reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
     if not path.exists():
         raise InvalidSource(f"no such file or folder: {source!r}")
     if path.is_dir():
-        return lambda: _read_folder(source)
+        empty = f"{source}: no images in this folder ({', '.join(sorted(IMAGE_EXTENSIONS))})"
+        return lambda: _nonempty(_read_folder(source), empty)
     if suffix in (".csv", ".tsv"):
         return lambda: _read_table(source)
     if suffix in LIST_SUFFIXES or path.is_fifo():
@@ -119,17 +121,17 @@ def _address_reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
     if suffix in LIST_SUFFIXES:
         raise InvalidSource(f"{shown(source)}: lists are read only from files and stdin; download it first")
     if parts.scheme == "s3" and suffix not in IMAGE_EXTENSIONS:
-        return lambda: _read_prefix(source, s3)
+        empty = f"{source}: no images under this prefix"
+        return lambda: _nonempty((SourceRow(url, {"source": url}) for url in list_images(s3(), source)), empty)
     return lambda: iter([SourceRow(_cut(source), {"source": source})])
 
 
-def _read_prefix(url: str, s3: Callable[[], Any]) -> Rows:
-    empty = True
-    for source in list_images(s3(), url):
-        empty = False
-        yield SourceRow(source, {"source": source})
-    if empty:
-        raise InvalidSource(f"{url}: no images under this prefix")
+def _nonempty(rows: Rows, reason: str) -> Rows:
+    """The rows; raises InvalidSource if there are none."""
+    first = next(rows, None)
+    if first is None:
+        raise InvalidSource(reason)
+    yield from chain([first], rows)
 
 
 def _read_folder(folder: str) -> Rows:
@@ -138,17 +140,13 @@ def _read_folder(folder: str) -> Rows:
     def fail(error: OSError) -> None:
         raise InvalidSource(f"{error.filename}: {error.strerror}") from error
 
-    empty = True
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent, name)
             if path.suffix.lower() in IMAGE_EXTENSIONS and not name.startswith("."):
-                empty = False
                 place = os.fsencode(path).decode(errors="backslashreplace")  # file names need not be valid text
                 yield SourceRow(place, {"source": file_url(path)})
-    if empty:
-        raise InvalidSource(f"{folder}: no images in this folder ({', '.join(sorted(IMAGE_EXTENSIONS))})")
 
 
 def file_url(path: str | Path) -> str:
@@ -177,7 +175,9 @@ class _Lines:
         while raw := read(MAX_LINE):
             self.number += 1
             if self.number == 1:
-                raw = self._without_mark(raw)
+                if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise InvalidSource(f"{self.name}: the list is UTF-16; save it as UTF-8")
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
             if len(raw) == MAX_LINE and not raw.endswith(b"\n"):
                 self.fault = f"the line is longer than {MAX_LINE:,} bytes"
                 while (rest := read(MAX_LINE)) and not rest.endswith(b"\n"):
@@ -193,11 +193,6 @@ class _Lines:
         """The latest line or row as a bad row, with `fault` as its reason; resets `fault`."""
         reason, self.fault = self.fault or "", None
         return BadRow(place, reason, _cut(text.strip()))
-
-    def _without_mark(self, raw: bytes) -> bytes:
-        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise InvalidSource(f"{self.name}: the list is UTF-16; save it as UTF-8")
-        return raw.removeprefix(b"\xef\xbb\xbf")
 
 
 Line = Callable[[str, str], SourceRow | BadRow]
@@ -284,9 +279,8 @@ def _table_row(place: str, cells: list[str], columns: list[str | None], delimite
     if len(cells) > len(columns):
         reason = f"{len(cells)} values for {len(columns)} columns; put a value that contains {delimiter!r} in quotes"
         return BadRow(place, reason, _cut(delimiter.join(cells)))
-    fields = {
-        field: cell for field, value in zip(columns, cells, strict=False) if field is not None and (cell := value.strip())
-    }
+    pairs = zip(columns, map(str.strip, cells), strict=False)
+    fields = {field: cell for field, cell in pairs if field is not None and cell}
     if "source" not in fields:
         return BadRow(place, "no URL in the source column", _cut(delimiter.join(cells)))
     return SourceRow(place, fields)

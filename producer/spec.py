@@ -53,10 +53,7 @@ def _merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, A
 
 def option_values(settings: Iterable[str], mask: str | None) -> dict[str, str]:
     """The options from `--set KEY=VALUE` and `--mask`. URLs are checked, and paths become file URLs."""
-    values = parse_settings(settings)
-    if mask is not None:
-        values["mask"] = mask
-    return _addresses(values)
+    return _addresses(parse_settings(settings) | ({} if mask is None else {"mask": mask}))
 
 
 def _addresses(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from imagemill.producer.following import Connect, exit_with, follow
-from imagemill.producer.s3_results import expire
+from imagemill.producer.results import expire
 from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec, local_address, option_values, quality_values
 from imagemill.producer.terminal import bad_rows, counted, make_console, say

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from imagemill.producer.s3_results import expire
+from imagemill.producer.results import expire
 from imagemill.shared.errors import ConfigurationError, InvalidSource, ServiceUnavailable, StorageRefused, StorageUnavailable
 from imagemill.shared.s3 import ensure_bucket, expire_after, list_images, make_client, make_signer, presign
 from imagemill.shared.settings import FileSettings, S3Settings

@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from imagemill.producer.s3_results import expire, picture_links
+from imagemill.producer.results import expire, picture_links
 from imagemill.shared import s3
 from imagemill.shared.errors import ConfigurationError, InvalidOption, ServiceUnavailable
 from imagemill.shared.settings import S3Settings
