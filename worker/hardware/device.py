@@ -14,7 +14,7 @@ from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import DiffusionSettings, Settings
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-_glibc = ctypes.CDLL(None)
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def pin(device: Device) -> None:
     # 3,000 images, with one from 121 to 122. glibc has already read the variable, hence also the call.
     arenas = os.environ.setdefault("MALLOC_ARENA_MAX", "1")
     if arenas.isdecimal():
-        _glibc.mallopt(M_ARENA_MAX, int(arenas))
+        _malloc("mallopt", M_ARENA_MAX, int(arenas))
     # Freed blocks of up to 32 MiB, glibc's maximum, are kept for reuse until `give_back`. Otherwise a network's tensors are
     # unmapped and zeroed again at each step: 30 of 530 ms of CPU per image for U^2-Net.
-    _glibc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    _glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    _malloc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
+    _malloc("mallopt", M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def give_back() -> None:
@@ -116,7 +116,13 @@ def give_back() -> None:
 
     Takes 0.2 to 20 ms.
     """
-    _glibc.malloc_trim(0)
+    _malloc("malloc_trim", 0)
+
+
+def _malloc(function: str, *arguments: int) -> None:
+    """Call one of glibc's extensions; other C libraries, such as musl, have none."""
+    if hasattr(_libc, function):
+        getattr(_libc, function)(*arguments)
 
 
 def end_process() -> NoReturn:
