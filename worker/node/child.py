@@ -24,6 +24,7 @@ from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.cache import Cache
 from imagemill.worker.line.line import Line
 from imagemill.worker.line.manifest import write_manifest
+from imagemill.worker.line.records import Records
 from imagemill.worker.line.stages import Context
 from imagemill.worker.node.lease import LeaseKeeper
 from imagemill.worker.node.offer import lanes
@@ -31,7 +32,7 @@ from imagemill.worker.operations.base import AnyOperation, Untouched
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.store import Store, open_store
-from imagemill.worker.tuning import saved_sizes as tuned
+from imagemill.worker.tuning import saved_sizes
 from imagemill.worker.tuning.trials import example_work
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Child:
                 operation.finish(work, operation.run(work.samples))  # so that the first image meets no surprise
             memory = memory_of(device, operation.spec.runtime)
             self.operations[name, engine] = operation
-            self.sizes[name, engine] = BatchSizes(memory, tuned.read(device.weights, memory.name, operation.spec))
+            self.sizes[name, engine] = BatchSizes(memory, saved_sizes.read(device.weights, memory.name, operation.spec))
             log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})
 
     def work(self, chunk: Chunk, *, task: str, tell: Callable[[int, int], None]) -> str:
@@ -97,19 +98,22 @@ class Child:
             else:
                 line.run(items)
         give_back()
-        seconds = _since(start)
-        fields = dict(action="chunk", job=chunk.job, chunk=chunk.number, seconds=seconds)
+        self._report(lease, spec, records, keeper.reason, _since(start))
+        outcome = self._close(lease, spec, keeper.reason, len(items) - records.over, tell)
+        return f"{records.done} done, {records.failed} failed" if outcome == "done" else outcome
+
+    def _report(self, lease: Lease, spec: Job, records: Records, reason: str | None, seconds: float) -> None:
+        """Log a chunk, and tell the fleet how fast it was and how full the GPU."""
+        fields = dict(action="chunk", job=lease.job, chunk=lease.number, seconds=seconds)
         fields |= dict(done=records.done, failed=records.failed, reused=records.reused)
         on_gpu = [sizes for sizes in self.sizes.values() if sizes.memory.grows]
         if on_gpu:
             top, flagged = max(sizes.top for sizes in on_gpu), sum(sizes.flagged for sizes in on_gpu)
             fields |= dict(memory=round(top, 3), memory_flagged=flagged)
             self.fleet.report_memory(self.node, top, flagged)
-        log.info("chunk done" if keeper.reason is None else "chunk stopped", extra={**fields, "reason": keeper.reason})
-        if keeper.reason is None and not lease.lost and not records.reused and seconds > 0:  # the rate of computing
+        log.info("chunk done" if reason is None else "chunk stopped", extra={**fields, "reason": reason})
+        if reason is None and not lease.lost and not records.reused and seconds > 0:  # the rate of computing
             self.fleet.report_rate(queue_name(spec.operation, spec.lane), self.node, records.over / seconds)
-        outcome = self._close(lease, spec, keeper.reason, len(items) - records.over, tell)
-        return f"{records.done} done, {records.failed} failed" if outcome == "done" else outcome
 
     def _line(self, spec: Job, job: str, stop: Event) -> Line:
         engine = spec.operation, spec.engine
