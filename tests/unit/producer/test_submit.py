@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,8 @@ def test_submit_help_shows_the_options_of_the_named_operation(
 
 
 def test_help_options_lists_the_options_of_every_engine_and_every_limit(imagemill: Invoke) -> None:
-    text = " ".join(imagemill("submit", "--help-options").stdout.split())
+    unwrapped = re.sub(r"(?<=\w-)\n\s+", "", imagemill("submit", "--help-options").stdout)  # lines also break after hyphens
+    text = " ".join(unwrapped.split())
     for engine in ENGINES:
         assert f"{engine.operation} ({engine.name}), for --set:" in text
         fields = {name: field for name, field in engine.options.model_fields.items() if name != "engine"}
