@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -38,7 +40,8 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. An ImagemillError prints `error (code): message` and exits; other exceptions propagate."""
         try:
-            return super().invoke(ctx)
+            with needing_packages(ctx):
+                return super().invoke(ctx)
         except ImagemillError as error:
             click.secho(f"error ({error.code}): ", fg="red", nl=False, err=True)
             click.echo(error.message, err=True)
@@ -57,13 +60,19 @@ class LazyCommand(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        """The real command's context. Raises MissingExtra if a module it needs is not installed."""
-        try:
-            command: click.Command = self._entry.load()
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] == "imagemill":
-                raise  # a bug in imagemill, not a missing package
-            raise MissingExtra(
-                f"`imagemill {self.name}` needs {error.name}, which is not installed: pip install 'imagemill[worker]'"
-            ) from error
+        """The real command's context."""
+        command: click.Command = self._entry.load()
         return command.make_context(info_name, args, parent, **extra)
+
+
+@contextmanager
+def needing_packages(ctx: click.Context) -> Iterator[None]:
+    """Turn the import of a package that is not installed into MissingExtra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "imagemill":
+            raise  # a bug in imagemill, not a missing package
+        raise MissingExtra(
+            f"`imagemill {ctx.invoked_subcommand}` needs {error.name}, which is not installed: pip install 'imagemill[worker]'"
+        ) from error

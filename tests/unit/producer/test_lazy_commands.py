@@ -34,6 +34,20 @@ def test_missing_package_error_names_the_extra(group: click.Group) -> None:
     )
 
 
+def test_package_missing_only_at_run_time_gives_the_same_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    def worker() -> None:
+        import no_such_package  # noqa: F401
+
+    monkeypatch.setattr(lazy_commands, "entry_points", lambda group, **_: [EntryPoint("worker", "x:y", group)])
+    monkeypatch.setattr(EntryPoint, "load", lambda _: worker)
+    result = CliRunner().invoke(lazy_commands.Commands("imagemill"), ["worker"])
+    assert (result.exit_code, result.stderr.partition(",")[0]) == (
+        2,
+        "error (missing_extra): `imagemill worker` needs no_such_package",
+    )
+
+
 def test_missing_imagemill_module_is_not_reported_as_a_missing_package(group: click.Group) -> None:
     assert isinstance(CliRunner().invoke(group, ["faulty"]).exception, ModuleNotFoundError)
 
