@@ -24,7 +24,7 @@ SIZE = (240, 160)  # width, height
 IMAGE = "https://images.example/behind.png"
 
 
-def made(
+def composed(
     pixels: Pixels, alpha: Grey, behind: Pixels | None = None, *, clean_rim: bool = True, **options: Any
 ) -> tuple[Pixels, list[str]]:
     notes: list[str] = []
@@ -32,8 +32,8 @@ def made(
     if behind is not None:
         options["background_image"] = IMAGE
     result = compose(pixels, alpha, RembgRemoveBackground(**options), behind, notes, clean_rim=clean_rim)
-    assert np.array_equal(pixels, before[0]), "the source is never changed"
-    assert np.array_equal(alpha, before[1]), "nor is the matte"
+    assert np.array_equal(pixels, before[0]), "the source must not change"
+    assert np.array_equal(alpha, before[1]), "the matte must not change"
     return result, notes
 
 
@@ -43,14 +43,14 @@ def ellipse(
     soft: float = 1.5,
     size: tuple[int, int] = SIZE,
 ) -> Any:
-    """True alpha, 0..1."""
+    """The true alpha of an ellipse, 0..1."""
     y, x = np.mgrid[: size[1], : size[0]].astype(np.float32)
     far = np.hypot((x + 0.5 - centre[0]) / axes[0], (y + 0.5 - centre[1]) / axes[1]) - 1
     return np.clip(0.5 - far * min(axes) / (2 * soft), 0, 1)
 
 
 def scene(soft: float = 1.5) -> tuple[Pixels, Grey]:
-    """A red ellipse, 120 by 80, before green; and its matte."""
+    """A red ellipse, 120 by 80, on green, and its matte."""
     truth = ellipse(soft=soft)
     alpha = np.rint(truth * 255).astype(np.uint8)
     share = alpha[..., None] / 255
@@ -67,11 +67,11 @@ def box_of(shown: Any) -> tuple[int, ...]:
 def test_cut_out_has_the_matte_as_alpha_and_a_clean_rim(clean: bool, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STRIP", strip)
     pixels, alpha = scene(soft=4)
-    result, notes = made(pixels, alpha, clean_rim=clean)
+    result, notes = composed(pixels, alpha, clean_rim=clean)
     assert not notes
     assert np.array_equal(result[..., 3], alpha)
     assert np.array_equal(result[alpha == 255, :3], pixels[alpha == 255])
-    assert not result[alpha == 0].any(), "what is gone can't be brought back, nor does it take bytes"
+    assert not result[alpha == 0].any(), "invisible pixels have no colours"
     rim = (alpha > 20) & (alpha < 250)
     assert (abs(result[rim, :3] - RED).max() < 8) == clean
 
@@ -80,7 +80,7 @@ def test_cut_out_multiplies_the_matte_with_the_source_alpha() -> None:
     pixels, alpha = scene()
     own = np.full(alpha.shape, 255, np.uint8)
     own[:, 100:], own[:, 120:] = 128, 0
-    result, _ = made(np.dstack([pixels, own]), alpha)
+    result, _ = composed(np.dstack([pixels, own]), alpha)
     assert abs(result[..., 3] - alpha * (own / 255)).max() <= 0.51
 
 
@@ -89,7 +89,7 @@ def test_background_gives_an_opaque_result(shown: dict[str, Any]) -> None:
     pixels, alpha = scene(soft=4)
     picture = shown.pop("picture", None)
     behind = None if picture is None else np.full((9, 7, 3), picture, np.uint8)
-    result, _ = made(pixels, alpha, behind, **shown)
+    result, _ = composed(pixels, alpha, behind, **shown)
     share = alpha[..., None] / 255
     assert result.shape == pixels.shape
     assert abs(result - (RED * share + np.array((0, 128, 255)) * (1 - share))).max() < 8
@@ -100,21 +100,21 @@ def test_background_gives_an_opaque_result(shown: dict[str, Any]) -> None:
 def test_background_image_covers_the_result_and_is_centred(size: tuple[int, int]) -> None:
     x = np.linspace(-1, 1, size[0])[None, :] * size[0]
     y = np.linspace(-1, 1, size[1])[:, None] * size[1]
-    far = np.hypot(x, y) / np.hypot(*size)  # brightness by the distance from the centre
+    far = np.hypot(x, y) / np.hypot(*size)  # brighter further from the centre
     behind = np.repeat(np.rint(far * 250).astype(np.uint8)[..., None], 3, axis=2)
-    result, _ = made(np.zeros((160, 240, 3), np.uint8), np.zeros((160, 240), np.uint8), behind)
+    result, _ = composed(np.zeros((160, 240, 3), np.uint8), np.zeros((160, 240), np.uint8), behind)
     shown = result[..., 0].astype(int)
     assert abs(shown - shown[::-1]).max() <= 6
     assert abs(shown - shown[:, ::-1]).max() <= 6
     scale = max(240 / size[0], 160 / size[1])
     corner = np.hypot(240, 160) / scale / np.hypot(*size) * 250
-    assert shown[0, 0] == pytest.approx(corner, abs=6), "no more is cut off than must be"
+    assert shown[0, 0] == pytest.approx(corner, abs=6), "cropped no more than necessary"
 
 
 def test_transparent_background_image_is_composited_over_white() -> None:
     behind = np.zeros((20, 30, 4), np.uint8)
     behind[..., 3] = 102
-    result, _ = made(*scene(), behind)
+    result, _ = composed(*scene(), behind)
     assert (result[0, 0] == 153).all()
 
 
@@ -128,7 +128,7 @@ def test_background_image_is_flattened_before_it_is_scaled(monkeypatch: pytest.M
 
     monkeypatch.setattr(module, "resize", resize)
     module._covering(np.full((20, 30, 4), 200, np.uint8), SIZE)
-    assert scaled == [3], "alpha makes floats of all that it is scaled to, 4 GB at 100 megapixels"
+    assert scaled == [3], "scaling alpha takes floats, 4 GB at 100 megapixels"
 
 
 @pytest.mark.parametrize("margin", [0, 0.05, 0.25])
@@ -136,20 +136,20 @@ def test_background_image_is_flattened_before_it_is_scaled(monkeypatch: pytest.M
 @pytest.mark.parametrize("tall", [False, True])
 def test_crop_is_the_subject_with_a_margin(margin: float, background: str | None, tall: bool) -> None:
     pixels, alpha = (np.ascontiguousarray(np.swapaxes(some, 0, 1)) if tall else some for some in scene())
-    result, notes = made(pixels, alpha, crop=True, margin=margin, background=background)
+    result, notes = composed(pixels, alpha, crop=True, margin=margin, background=background)
     left, top, right, bottom = box_of(alpha > SEEN)
     side = round(margin * max(right - left, bottom - top))
     assert result.shape[:2] == (bottom - top + 2 * side, right - left + 2 * side)
     assert not notes
-    whole = made(pixels, alpha, background=background)[0][top - side : bottom + side, left - side : right + side]
+    whole = composed(pixels, alpha, background=background)[0][top - side : bottom + side, left - side : right + side]
     assert np.array_equal(result[..., 3:], whole[..., 3:])
-    assert abs(result.astype(int) - whole).max() < 8, "the rim's colours may be learnt from less"
+    assert abs(result.astype(int) - whole).max() < 8, "the rim's colours may be averaged over fewer pixels"
 
 
 @pytest.mark.parametrize("background", [None, "#ffffff"])
 def test_crop_outside_the_image_is_filled(background: str | None) -> None:
     pixels = np.full((40, 60, 3), 90, np.uint8)
-    result, _ = made(pixels, np.full((40, 60), 255, np.uint8), crop=True, margin=0.5, background=background)
+    result, _ = composed(pixels, np.full((40, 60), 255, np.uint8), crop=True, margin=0.5, background=background)
     assert result.shape[:2] == (100, 120)
     outside = np.ones((100, 120), bool)
     outside[30:70, 30:90] = False
@@ -161,7 +161,7 @@ def test_crop_outside_the_image_is_filled(background: str | None) -> None:
 def test_crop_ignores_nearly_invisible_pixels(faint: int) -> None:
     pixels, alpha = scene()
     left, top, right, bottom = box_of(alpha > SEEN)
-    result, _ = made(pixels, np.maximum(alpha, np.uint8(faint)), crop=True, margin=0)
+    result, _ = composed(pixels, np.maximum(alpha, np.uint8(faint)), crop=True, margin=0)
     assert result.shape[:2] == (bottom - top, right - left)
 
 
@@ -176,7 +176,7 @@ def test_canvas_is_a_square_filled_by_the_subject_and_its_margin(
     alpha = np.rint(ellipse(centre, axes) * 255).astype(np.uint8)
     pixels = np.full((160, 240, channels), 255, np.uint8)
     pixels[..., :3] = RED
-    result, notes = made(pixels, alpha, crop=True, canvas=side, margin=margin, background="#ffffff")
+    result, notes = composed(pixels, alpha, crop=True, canvas=side, margin=margin, background="#ffffff")
     assert result.shape == (side, side, 3)
     left, top, right, bottom = box_of(alpha > SEEN)
     scale = side / (1 + 2 * margin) / max(right - left, bottom - top)
@@ -189,7 +189,7 @@ def test_canvas_is_a_square_filled_by_the_subject_and_its_margin(
 
 
 def test_canvas_is_transparent_without_a_background() -> None:
-    result, _ = made(*scene(), crop=True, canvas=300)
+    result, _ = composed(*scene(), crop=True, canvas=300)
     assert result.shape == (300, 300, 4)
     assert not result[0].any()
     assert result[150, 150].tolist() == [*RED, 255]
@@ -198,8 +198,8 @@ def test_canvas_is_transparent_without_a_background() -> None:
 @pytest.mark.parametrize("frame", [dict(), dict(crop=True), dict(crop=True, canvas=90)], ids=["whole", "crop", "canvas"])
 def test_mask_only_returns_the_matte_in_three_equal_channels(frame: dict[str, Any]) -> None:
     pixels, alpha = scene()
-    mask, _ = made(pixels, alpha, mask_only=True, **frame)
-    cutout, _ = made(pixels, alpha, **frame)
+    mask, _ = composed(pixels, alpha, mask_only=True, **frame)
+    cutout, _ = composed(pixels, alpha, **frame)
     assert mask.shape[2] == 3
     assert all(np.array_equal(mask[..., channel], cutout[..., 3]) for channel in range(3))
 
@@ -210,7 +210,7 @@ def test_mask_only_returns_the_matte_in_three_equal_channels(frame: dict[str, An
 @pytest.mark.parametrize("faint", [0, 5])
 def test_empty_cut_out_gets_a_note_and_keeps_its_size(options: dict[str, Any], faint: int) -> None:
     pixels, _ = scene()
-    result, notes = made(pixels, np.full(SIZE[::-1], faint, np.uint8), **options)
+    result, notes = composed(pixels, np.full(SIZE[::-1], faint, np.uint8), **options)
     assert notes == [EMPTY]
     assert result.shape == (160, 240, 4)
     assert (result[..., 3] == faint).all()
@@ -219,8 +219,8 @@ def test_empty_cut_out_gets_a_note_and_keeps_its_size(options: dict[str, Any], f
 def test_compose_skips_matting_when_the_image_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "matted", partial(matted, most=10_000))
     pixels, alpha = scene()
-    plain, _ = made(pixels, alpha)
-    result, notes = made(pixels, alpha, alpha_matting=True)
+    plain, _ = composed(pixels, alpha)
+    result, notes = composed(pixels, alpha, alpha_matting=True)
     assert notes == [TOO_LARGE]
     assert np.array_equal(result, plain)
 
@@ -228,7 +228,7 @@ def test_compose_skips_matting_when_the_image_is_too_large(monkeypatch: pytest.M
 def test_matting_recovers_an_edge_that_the_matte_blurs() -> None:
     pixels, truth = scene(soft=0.5)
     blurred = cv2.GaussianBlur(truth, (0, 0), 5)
-    result, notes = made(pixels, blurred, alpha_matting=True)
+    result, notes = composed(pixels, blurred, alpha_matting=True)
     assert not notes
     assert abs(result[..., 3].astype(int) - truth).mean() < 0.1 * abs(blurred.astype(int) - truth).mean()
 
@@ -238,7 +238,7 @@ DEEP = 0.4
 
 
 def standing(backdrop: str = "plain", colour: tuple[float, float, float] = (1, 1, 1)) -> tuple[Pixels, Grey, Any]:
-    """An egg with a soft shadow (as `colour` says: how much of it in red, green and blue): picture, matte, shadow 0..1."""
+    """An egg with a soft shadow: image, matte and shadow 0..1. `colour` is the shadow's strength in red, green and blue."""
     y, x = np.mgrid[: GROUND[1], : GROUND[0]].astype(np.float32)
     shade = cv2.GaussianBlur(DEEP * ellipse((270, 250), (110, 26), size=GROUND).astype(np.float32), (0, 0), 8)
     light = 235 - 25 * y / GROUND[1] - 12 * x / GROUND[0]
@@ -255,23 +255,23 @@ def standing(backdrop: str = "plain", colour: tuple[float, float, float] = (1, 1
 def test_shadow_becomes_black_with_its_density_as_alpha(strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STRIP", strip)
     pixels, alpha, shade = standing()
-    result, notes = made(pixels, alpha, shadow=True)
+    result, notes = composed(pixels, alpha, shadow=True)
     assert not notes
     away = alpha == 0
-    near = cv2.dilate(alpha, np.ones((25, 25), np.uint8)) > 0  # there the shadow is guessed from beside
+    near = cv2.dilate(alpha, np.ones((25, 25), np.uint8)) > 0  # near the subject, the shadow is extrapolated
     found = result[..., 3] / 255
     assert abs(found - shade)[away & ~near].max() < 0.08
     assert abs(found - shade)[away].max() < 0.15
     assert found[away].max() > 0.3
     assert not result[away, :3].any()
     assert np.array_equal(result[alpha == 255], np.dstack([pixels, alpha])[alpha == 255])
-    assert not made(pixels, alpha)[0][away].any(), "without being asked for it is dropped"
+    assert not composed(pixels, alpha)[0][away].any(), "without the option, the shadow is dropped"
 
 
 def test_shadow_darkens_the_background() -> None:
     pixels, alpha, shade = standing()
-    on_colour, _ = made(pixels, alpha, shadow=True, background="#8090ff")
-    alone, _ = made(pixels, alpha, shadow=True)
+    on_colour, _ = composed(pixels, alpha, shadow=True, background="#8090ff")
+    alone, _ = composed(pixels, alpha, shadow=True)
     away = alpha == 0
     wanted = np.array((128, 144, 255)) * (1 - alone[..., 3:] / 255.0)
     assert abs(on_colour - wanted)[away].max() <= 1.5
@@ -280,9 +280,9 @@ def test_shadow_darkens_the_background() -> None:
 
 def test_crop_includes_the_shadow() -> None:
     pixels, alpha, _ = standing()
-    with_it, without = (made(pixels, alpha, shadow=shadow, crop=True, margin=0)[0] for shadow in (True, False))
+    with_it, without = (composed(pixels, alpha, shadow=shadow, crop=True, margin=0)[0] for shadow in (True, False))
     assert with_it.shape[1] > without.shape[1] + 60
-    whole = made(pixels, alpha, shadow=True)[0]
+    whole = composed(pixels, alpha, shadow=True)[0]
     left, top, right, bottom = box_of(whole[..., 3] > SEEN)
     assert with_it.shape[:2] == pytest.approx((bottom - top, right - left), abs=4)
     part = whole[top : top + with_it.shape[0], left : left + with_it.shape[1]]
@@ -292,7 +292,7 @@ def test_crop_includes_the_shadow() -> None:
 
 def test_canvas_scales_the_shadow_with_the_subject() -> None:
     pixels, alpha, _ = standing()
-    small, large = (made(pixels, alpha, shadow=True, crop=True, canvas=side)[0][..., 3] for side in (200, 800))
+    small, large = (composed(pixels, alpha, shadow=True, crop=True, canvas=side)[0][..., 3] for side in (200, 800))
     assert abs(cv2.resize(large, (200, 200), interpolation=cv2.INTER_AREA).astype(int) - small).mean() < 2
 
 
@@ -303,7 +303,7 @@ def darkened(pixels: Pixels, centre: tuple[float, float]) -> Pixels:
 
 def test_dark_patch_elsewhere_is_not_kept_with_the_shadow() -> None:
     pixels, alpha, shade = standing()
-    result, notes = made(darkened(pixels, (420, 60)), alpha, shadow=True)
+    result, notes = composed(darkened(pixels, (420, 60)), alpha, shadow=True)
     assert not notes
     assert not result[:120, 320:, 3].any()
     assert result[(shade > 0.35) & (alpha == 0), 3].min() > 50
@@ -320,18 +320,18 @@ def test_dark_patch_elsewhere_is_not_kept_with_the_shadow() -> None:
         tuple(part[:240] for part in standing()[:2]),
     ],
     ids=[
-        "there is none",
-        "a coloured thing",
-        "a backdrop too rough to tell",
+        "no shadow",
+        "a coloured object",
+        "a backdrop too rough",
         "a dark patch elsewhere",
         "a dark patch behind its head",
-        "feet out of the picture",
+        "feet outside the image",
     ],
 )
 def test_nothing_but_a_shadow_of_the_subject_is_kept(pixels: Pixels, alpha: Grey) -> None:
-    result, notes = made(pixels, alpha, shadow=True)
+    result, notes = composed(pixels, alpha, shadow=True)
     assert notes == [NO_SHADOW]
-    assert np.array_equal(result, made(pixels, alpha)[0])
+    assert np.array_equal(result, composed(pixels, alpha)[0])
 
 
 MEASURE = """
@@ -383,8 +383,8 @@ def test_result_of_random_images_is_well_formed(
     drawn = (drawn * (255 // (levels - 1))).astype(np.uint8)
     pixels, alpha = np.ascontiguousarray(drawn[..., 1:]), np.ascontiguousarray(drawn[..., 0])
     picture = None if behind is None else np.full((*behind, 3), 77, np.uint8)
-    result, notes = made(pixels, alpha, picture, crop=True, **options)
-    again, _ = made(pixels, alpha, picture, crop=True, **options)
+    result, notes = composed(pixels, alpha, picture, crop=True, **options)
+    again, _ = composed(pixels, alpha, picture, crop=True, **options)
     assert result.dtype == np.uint8
     assert result.flags.c_contiguous
     assert result.shape[2] == (4 if behind is None else 3)

@@ -23,12 +23,12 @@ SIZE = (260, 200)
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled() -> None:
-    """pymatting's first import compiles for up to a minute: not in a test's own time."""
+    """Import pymatting, which may compile for up to a minute, before any test that has a deadline."""
     import pymatting  # noqa: F401
 
 
 def furry(fore: tuple[int, int, int] = FRONT) -> tuple[Pixels, Any, Grey]:
-    """A disc with hairs that stand out of it: picture, true alpha 0..1, and what a model sees of it, uint8."""
+    """A disc with protruding hairs: image, true alpha 0..1, and the blurred uint8 matte that a model would give."""
     x, y = (SIZE[0] // 2, SIZE[1] // 2)
     drawn = np.zeros((4 * SIZE[1], 4 * SIZE[0]), np.uint8)
     cv2.circle(drawn, (4 * x, 4 * y), 200, 255, -1)
@@ -46,15 +46,15 @@ def run(pixels: Pixels, alpha: Grey, most: int = 1_000_000, seconds: float = 60)
     notes: list[str] = []
     before = alpha.copy()
     result = matted(pixels, alpha, notes, most=most, seconds=seconds)
-    assert np.array_equal(alpha, before), "what is given is never changed"
+    assert np.array_equal(alpha, before), "the input is never changed"
     return result, notes
 
 
 def test_matting_restores_hairs_that_the_matte_blurs() -> None:
     pixels, truth, seen = furry()
-    found, notes = run(pixels, seen)
+    result, notes = run(pixels, seen)
     assert not notes
-    assert abs(found / 255 - truth).mean() < 0.25 * abs(seen / 255 - truth).mean()
+    assert abs(result / 255 - truth).mean() < 0.25 * abs(seen / 255 - truth).mean()
 
 
 def test_matting_in_bands_equals_matting_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,9 +66,9 @@ def test_matting_in_bands_equals_matting_the_whole_image(monkeypatch: pytest.Mon
     whole = estimate_alpha_cf(pixels / 255, np.where(front, 1.0, np.where(back, 0.0, 0.5)))
     for band in (7, 64):
         monkeypatch.setattr(matting, "BAND", band)
-        found, notes = run(pixels, seen)
+        result, notes = run(pixels, seen)
         assert not notes
-        assert abs(found - whole * 255).max() <= 1
+        assert abs(result - whole * 255).max() <= 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -93,9 +93,9 @@ def test_matting_returns_the_matte_with_a_note_above_the_cap_or_after_the_deadli
     most: int, seconds: float, note: str | None
 ) -> None:
     pixels, _, seen = furry()
-    found, notes = run(pixels, seen, most, seconds)
+    result, notes = run(pixels, seen, most, seconds)
     assert notes == ([note] if note else [])
-    assert np.array_equal(found, seen) == (note is not None)
+    assert np.array_equal(result, seen) == (note is not None)
 
 
 def test_matting_is_too_large_when_more_than_a_quarter_of_the_cap_is_unsure() -> None:
@@ -107,16 +107,16 @@ def test_matting_is_too_large_when_more_than_a_quarter_of_the_cap_is_unsure() ->
 
 @pytest.mark.parametrize("ticks", [2, 4, 5], ids=["the matrix", "the preconditioner", "the solver"])
 def test_deadline_stops_every_stage(ticks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that goes on a second whenever it is read: the matrix, the preconditioner and the solver read it."""
+    """The matrix, the preconditioner and the solver check the clock, which advances a second on each reading."""
     clock = iter(range(1_000_000))
     monkeypatch.setattr(matting.time, "monotonic", lambda: float(next(clock)))
     monkeypatch.setattr(matting, "PACE", 0)
     pixels, _, seen = furry()
     threads = threading.active_count()
-    found, notes = run(pixels, seen, seconds=ticks + 0.5)
+    result, notes = run(pixels, seen, seconds=ticks + 0.5)
     assert notes == [TIMED_OUT]
-    assert found is seen
-    assert next(clock) == ticks + 2, "the first look beyond the end is the last"
+    assert result is seen
+    assert next(clock) == ticks + 2, "the clock is not read again after the deadline"
     assert threading.active_count() == threads
 
 
@@ -124,7 +124,7 @@ def test_preconditioner_is_not_started_without_enough_time_left(monkeypatch: pyt
     import pymatting
 
     monkeypatch.setattr(matting, "PACE", 1.0)
-    monkeypatch.setattr(pymatting, "ichol", lambda *_, **__: pytest.fail("begun"))
+    monkeypatch.setattr(pymatting, "ichol", lambda *_, **__: pytest.fail("started"))
     assert run(*furry()[::2])[1] == [TIMED_OUT]
 
 
@@ -138,24 +138,24 @@ def test_matting_returns_the_matte_with_a_note_when_the_solver_fails(name: str, 
 
     monkeypatch.setattr(pymatting, name, _raises)
     pixels, _, seen = furry()
-    found, notes = run(pixels, seen)
+    result, notes = run(pixels, seen)
     assert notes == [FAILED]
-    assert found is seen
+    assert result is seen
 
 
 def shapes() -> Iterator[tuple[str, Grey]]:
     yield "only a faint subject", np.full((60, 80), 100, np.uint8)
     thin = np.zeros((60, 80), np.uint8)
     thin[:, 40:44] = 255
-    yield "thinner than what is sure", thin
+    yield "too thin to be certain", thin
 
 
 @pytest.mark.parametrize("alpha", [alpha for _, alpha in shapes()], ids=[name for name, _ in shapes()])
 def test_matting_keeps_the_matte_when_no_pixel_is_certain(alpha: Grey) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*alpha.shape, 3), np.uint8)
-    found, notes = run(pixels, alpha)
+    result, notes = run(pixels, alpha)
     assert notes == [FAILED]
-    assert np.array_equal(found, alpha)
+    assert np.array_equal(result, alpha)
 
 
 def test_matting_keeps_a_thin_part_beside_the_subject() -> None:
@@ -163,19 +163,19 @@ def test_matting_keeps_a_thin_part_beside_the_subject() -> None:
     alpha[20:100, 20:90] = 255
     alpha[20:100, 130:134] = 255
     pixels = np.where(alpha[..., None] > 0, FRONT, BACK).astype(np.uint8)
-    found, notes = run(pixels, alpha)
+    result, notes = run(pixels, alpha)
     assert not notes
-    assert np.array_equal(found[:, 115:], alpha[:, 115:])
+    assert np.array_equal(result[:, 115:], alpha[:, 115:])
 
 
 def test_transparent_pixels_of_the_source_are_certain_background() -> None:
     pixels, _, seen = furry()
     opaque = np.full(seen.shape, 255, np.uint8)
     opaque[:, 150:] = 0
-    found, notes = run(np.dstack([pixels, opaque]), cv2.multiply(seen, opaque, scale=1 / 255))
+    result, notes = run(np.dstack([pixels, opaque]), cv2.multiply(seen, opaque, scale=1 / 255))
     assert not notes
-    assert not found[:, 150:].any()
-    assert found[100, 130] == 255
+    assert not result[:, 150:].any()
+    assert result[100, 130] == 255
 
 
 def test_importing_compose_does_not_import_the_matting_libraries() -> None:

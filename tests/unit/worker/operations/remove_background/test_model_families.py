@@ -19,7 +19,7 @@ BRIGHT = np.full((5, 5, 3), 240, np.uint8)
 
 
 class Recorder:
-    """In place of onnxruntime below one of rembg's own sessions: keeps the input and gives a made-up output."""
+    """Stands in for onnxruntime in a rembg session: records the input and returns a given output."""
 
     def __init__(self, output: NDArray[np.float32]) -> None:
         self.output = output
@@ -33,9 +33,9 @@ class Recorder:
 
 
 def rembgs(model: str, pixels: NDArray[np.uint8], output: NDArray[np.float32]) -> tuple[Any, Any]:
-    """rembg's own tensor for a picture, and its mask for the model's output."""
+    """rembg's input tensor for an image, and its mask for a given output of the model."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries that we don't use
+        warnings.simplefilter("ignore")  # rembg imports libraries that warn
         from rembg.sessions import sessions
     session = object.__new__(sessions[model])
     session.inner_session = Recorder(output)
@@ -44,7 +44,7 @@ def rembgs(model: str, pixels: NDArray[np.uint8], output: NDArray[np.float32]) -
 
 
 def outputs(model: str) -> NDArray[np.float32]:
-    """Something like a model's output [1, size, size]: probabilities, or logits for a family that has a sigmoid."""
+    """A synthetic model output [1, size, size]: probabilities, or logits for a family that needs a sigmoid."""
     family = FAMILIES[model]
     across = np.linspace(-1, 1, family.size, dtype=np.float32)
     found = np.exp(-4 * (across[:, None] ** 2 + across**2))[None]
@@ -74,7 +74,7 @@ def test_scaling_in_strips_is_close_to_scaling_at_once(shape: tuple[int, int], m
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 4), np.uint8)
     whole = scaled(pixels, 320).astype(int)
     monkeypatch.setattr(families, "WHOLE", 1000)
-    assert np.abs(scaled(pixels, 320) - whole).mean() < 0.5  # Pillow begins with the longer side, and rounds between
+    assert np.abs(scaled(pixels, 320) - whole).mean() < 0.5  # Pillow may scale vertically first, and rounds in between
 
 
 def test_input_is_relative_to_the_brightest_value() -> None:

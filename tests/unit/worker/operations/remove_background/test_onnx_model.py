@@ -25,7 +25,7 @@ def tensors(count: int, size: int = 64) -> list[NDArray[np.float32]]:
 
 
 def network(path: Path, *shapes: list[int | str]) -> Path:
-    """A model that gives back the first of its inputs."""
+    """A model that returns its first input."""
     inputs = [helper.make_tensor_value_info(f"in{at}", TensorProto.FLOAT, shape) for at, shape in enumerate(shapes)]
     output = helper.make_tensor_value_info("out", TensorProto.FLOAT, shapes[0])
     graph = helper.make_graph([helper.make_node("Identity", ["in0"], ["out"])], "net", inputs, [output])
@@ -34,7 +34,7 @@ def network(path: Path, *shapes: list[int | str]) -> Path:
 
 
 def watch_options(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The options of each session that is opened from now on."""
+    """The options of every session opened from now on."""
     opened: list[Any] = []
 
     def keep(path: str, options: Any, **more: Any) -> Any:
@@ -57,7 +57,7 @@ def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class OnGpu(onnxruntime.InferenceSession):  # type: ignore[misc]
-    """Says that it runs on CUDA, and remembers how many images came with each run."""
+    """A session that claims to run on CUDA, and records the batch size of each run."""
 
     sizes: list[int]
 
@@ -75,7 +75,7 @@ class OnGpu(onnxruntime.InferenceSession):  # type: ignore[misc]
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images went through onnxruntime in each run, on what passes for a GPU."""
+    """The batch size of each run on a simulated GPU."""
     OnGpu.sizes = []
     monkeypatch.setattr(onnxruntime, "InferenceSession", OnGpu)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
@@ -84,10 +84,10 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_images_share_a_batch_on_a_gpu_when_the_batch_axis_is_dynamic(small: Path, sizes: list[int]) -> None:
     session = OnnxModel(small, "u2net", GPU, 64)
-    made = session.run(tensors(3))
+    outputs = session.run(tensors(3))
     assert session.batches
     assert sizes == [3]
-    assert [output.shape for output in made] == [(1, 64, 64)] * 3
+    assert [output.shape for output in outputs] == [(1, 64, 64)] * 3
     session.run(tensors(2), together=False)
     assert sizes == [3, 1, 1]
 
@@ -95,7 +95,7 @@ def test_images_share_a_batch_on_a_gpu_when_the_batch_axis_is_dynamic(small: Pat
 def test_pip_installed_gpu_libraries_are_loaded_before_the_session(
     small: Path, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """onnxruntime's CUDA library has no path to them, and would not be loaded."""
+    """onnxruntime's CUDA library can't find them otherwise and would not load."""
     steps: list[str] = []
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: steps.append("libraries"))
     monkeypatch.setattr(OnGpu, "get_providers", lambda _: steps.append("session") or ["CUDAExecutionProvider"])
@@ -105,10 +105,10 @@ def test_pip_installed_gpu_libraries_are_loaded_before_the_session(
 
 def test_images_run_one_by_one_on_a_gpu_when_the_batch_axis_is_fixed(fixed: Path, sizes: list[int], small: Path) -> None:
     session = OnnxModel(fixed, "u2net", GPU, 64)
-    made = session.run(tensors(3))
+    outputs = session.run(tensors(3))
     assert not session.batches
     assert sizes == [1, 1, 1]
-    for one, other in zip(made, OnnxModel(small, "u2net", GPU, 64).run(tensors(3)), strict=True):
+    for one, other in zip(outputs, OnnxModel(small, "u2net", GPU, 64).run(tensors(3)), strict=True):
         assert np.allclose(one, other, atol=1e-5)
 
 
@@ -123,14 +123,14 @@ def test_small_models_run_one_image_per_core_on_cpus(
     run = session._run
 
     def together(batch: NDArray[np.float32]) -> Any:
-        at_a_time.wait()  # returns once so many have come, and breaks else
+        at_a_time.wait()  # returns once `lanes` runs are active, otherwise fails
         return run(batch)
 
     monkeypatch.setattr(session, "_run", together)
     several = tensors(lanes)
-    made = session.run(several)
-    for one, tensor in zip(made, several, strict=True):
-        assert np.array_equal(one, run(tensor[None])[0]), "in order, and the same as alone"
+    outputs = session.run(several)
+    for one, tensor in zip(outputs, several, strict=True):
+        assert np.array_equal(one, run(tensor[None])[0]), "in order, and equal to running alone"
 
 
 def test_model_with_a_fixed_reshape_runs_several_images(tmp_path: Path) -> None:
@@ -141,9 +141,9 @@ def test_model_with_a_fixed_reshape_runs_several_images(tmp_path: Path) -> None:
 def test_first_output_is_used(small: Path) -> None:
     (tensor,) = tensors(1)
     found = onnxruntime.InferenceSession(str(small), providers=["CPUExecutionProvider"]).run(None, {"input.1": tensor[None]})
-    (made,) = OnnxModel(small, "u2net", CPU, 64).run([tensor])
-    assert np.array_equal(made, found[0][0])
-    assert not np.array_equal(made, found[1][0])
+    (output,) = OnnxModel(small, "u2net", CPU, 64).run([tensor])
+    assert np.array_equal(output, found[0][0])
+    assert not np.array_equal(output, found[1][0])
 
 
 def test_run_without_images_returns_nothing(small: Path) -> None:
@@ -169,7 +169,7 @@ def test_damaged_file_error_names_path_and_pull_command(content: bytes | None, s
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("shapes", [[["b", 3]], [["b", 3, 8, 8], ["b", 1, 8, 8]]], ids=["no image", "two inputs"])
+@pytest.mark.parametrize("shapes", [[["b", 3]], [["b", 3, 8, 8], ["b", 1, 8, 8]]], ids=["input is not an image", "two inputs"])
 def test_model_of_another_kind_is_rejected(shapes: list[list[int | str]], tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="not a segmentation model"):
         OnnxModel(network(tmp_path / "u2net.onnx", *shapes), "u2net", CPU, 64)
@@ -183,14 +183,14 @@ def test_onnxruntime_error_fails_the_image(small: Path) -> None:
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_unsupported_gpu_provider_is_rejected(provider: Literal["cuda", "tensorrt"], small: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime can")
+        pytest.skip("this onnxruntime supports CUDA")
     with pytest.raises(ConfigurationError, match=r"imagemill\[rembg-gpu\]"):
         OnnxModel(small, "u2net", Device(provider=provider), 64)
 
 
 def test_session_that_fell_back_to_the_cpu_is_rejected(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class FallsBack(onnxruntime.InferenceSession):  # type: ignore[misc]
-        """As onnxruntime does where CUDA's own libraries can't be loaded: a line on stderr, and on with the CPU."""
+        """Falls back to the CPU, as onnxruntime does when CUDA's libraries can't be loaded."""
 
         def __init__(self, path: str, options: Any, *, providers: list[Any], **more: Any) -> None:
             assert providers[0][0] == "CUDAExecutionProvider"
@@ -209,7 +209,7 @@ def test_cuda_options_limit_memory_and_allocate_on_demand() -> None:
     options = chain[0][1]
     assert options["gpu_mem_limit"] == 2**30
     assert options["arena_extend_strategy"] == "kSameAsRequested"
-    assert options["device_id"] == 0, "inside the process the pinned GPU is the first"
+    assert options["device_id"] == 0, "inside the process, the pinned GPU is the first"
     assert "gpu_mem_limit" not in providers(Device(provider="cuda"), Path("u2net.onnx"), {})[0][1]
 
 
@@ -221,7 +221,7 @@ def test_tensorrt_comes_before_cuda() -> None:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "std::bad_alloc",
         "Failed to allocate memory for requested buffer of size 1677721600",
@@ -229,9 +229,9 @@ def test_tensorrt_comes_before_cuda() -> None:
         "CUDNN failure 4: CUDNN_STATUS_ALLOC_FAILED",
     ],
 )
-def test_memory_errors_of_onnxruntime_become_out_of_memory(said: str, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_errors_of_onnxruntime_become_out_of_memory(message: str, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException(f"[ONNXRuntimeError] : 6 : {said}")
+        raise onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException(f"[ONNXRuntimeError] : 6 : {message}")
 
     session = OnnxModel(small, "u2net", CPU, 64)
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", refuse)

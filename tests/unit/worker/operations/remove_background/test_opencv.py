@@ -39,9 +39,9 @@ def grid(size: tuple[int, int]) -> tuple[Any, Any]:
 
 
 def noise(size: tuple[int, int], spread: float, grain: float = 0) -> Any:
-    made = np.random.default_rng(1).normal(0, 1, (size[1], size[0], 3)).astype(np.float32)
-    made = cv2.GaussianBlur(made, (0, 0), grain) if grain else made
-    return made * spread / made.std()
+    result = np.random.default_rng(1).normal(0, 1, (size[1], size[0], 3)).astype(np.float32)
+    result = cv2.GaussianBlur(result, (0, 0), grain) if grain else result
+    return result * spread / result.std()
 
 
 def plain(size: tuple[int, int]) -> Any:
@@ -64,7 +64,7 @@ def blob(size: tuple[int, int]) -> Any:
 
 
 def bottle(size: tuple[int, int]) -> Any:
-    """Stands on the bottom of the picture, as portraits do."""
+    """A subject that touches the lower edge, as in portraits."""
     x, y = grid(size)
     body = np.maximum(abs(x - 0.55 * size[0]) - 60, 0.4 * size[1] - y)
     neck = np.maximum(abs(x - 0.55 * size[0]) - 22, 0.15 * size[1] - y)
@@ -82,7 +82,7 @@ Shape = Callable[[tuple[int, int]], Any]
 def scene(
     background: Shape, shape: Shape, colours: list[tuple[int, int, int]], size: tuple[int, int] = SIZE
 ) -> tuple[Pixels, Any]:
-    """A subject in stripes of `colours`, its edge a pixel wide, before a background; and its true alpha, 0..1."""
+    """An image of a subject with stripes of `colours` and an edge one pixel wide, and its true alpha 0..1."""
     alpha = np.clip(0.5 - shape(size), 0, 1)
     x, _ = grid(size)
     subject = np.array(colours, np.float32)[(x // 30).astype(int) % len(colours)]
@@ -116,28 +116,28 @@ def test_subject_is_found_up_to_its_edge(
     pixels, truth = scene(background, shape, colours)
     for barred in (pixels, truth):
         barred[:bars], barred[len(barred) - bars :] = 0, 0
-    made, notes = cut(pixels)
-    assert iou(made[..., 3], truth) > 0.95
+    result, notes = cut(pixels)
+    assert iou(result[..., 3], truth) > 0.95
     assert not notes
     around = np.ones((11, 11), np.uint8)
     inside, outside = cv2.erode(truth, around) == 1, cv2.dilate(truth, around) == 0
-    assert (made[..., 3][inside] == 255).mean() > 0.995, "no holes in the subject"
-    assert (made[..., 3][outside] == 0).mean() > 0.995, "no crumbs beside it"
-    assert np.array_equal(made[inside][:, :3], pixels[inside]), "the subject's own pixels are untouched"
+    assert (result[..., 3][inside] == 255).mean() > 0.995, "no holes in the subject"
+    assert (result[..., 3][outside] == 0).mean() > 0.995, "no specks outside it"
+    assert np.array_equal(result[inside][:, :3], pixels[inside]), "the subject's own pixels are untouched"
 
 
-@pytest.mark.parametrize("size", [(420, 300), (1500, 1100)], ids=["as it is", "found at a smaller size"])
+@pytest.mark.parametrize("size", [(420, 300), (1500, 1100)], ids=["full size", "mask found at a smaller size"])
 @pytest.mark.parametrize(("feather", "most", "middling"), [(0, 60, 4), (1.5, 14, 2.5), (4, 14, 5)])
 def test_rim_has_no_halo_of_the_old_background(size: tuple[int, int], feather: float, most: float, middling: float) -> None:
-    """A pixel that a hard edge makes opaque keeps what it is mixed of, so only a feathered rim is clean everywhere."""
+    """A hard edge makes mixed pixels opaque with their mixed colour, so only a feathered rim is clean everywhere."""
     red, green = np.array((200, 40, 40)), np.array((40, 210, 60))
     pixels, truth = scene(lambda _: np.full((size[1], size[0], 3), green, np.float32), blob, [tuple(red)], size)
-    made, _ = cut(pixels, feather=feather)
-    assert iou(made[..., 3], truth) > 0.95
-    alpha = made[..., 3:] / 255
+    result, _ = cut(pixels, feather=feather)
+    assert iou(result[..., 3], truth) > 0.95
+    alpha = result[..., 3:] / 255
     rim = (alpha[..., 0] > 0) & (alpha[..., 0] < 1)
     assert (abs(pixels[rim].astype(int) - red) * alpha[rim]).max() > 40, "the source itself has a halo"
-    on_blue = made[..., :3] * alpha + np.array((0, 0, 255)) * (1 - alpha)
+    on_blue = result[..., :3] * alpha + np.array((0, 0, 255)) * (1 - alpha)
     wanted = red * alpha + np.array((0, 0, 255)) * (1 - alpha)
     halo = abs(on_blue - wanted)[rim].max(axis=1)
     assert halo.max() < most
@@ -156,11 +156,11 @@ def test_feather_softens_the_edge() -> None:
 def test_background_colour_gives_an_opaque_result() -> None:
     pixels, _ = scene(gradient, blob, [(190, 60, 40)])
     cutout, _ = cut(pixels)
-    made, _ = cut(pixels, background="#0080ff")
+    result, _ = cut(pixels, background="#0080ff")
     alpha = cutout[..., 3:] / 255
-    assert made.shape[2] == 3
-    assert abs(made - (cutout[..., :3] * alpha + np.array((0, 128, 255)) * (1 - alpha))).max() <= 2
-    assert (made[cutout[..., 3] == 0] == (0, 128, 255)).all()
+    assert result.shape[2] == 3
+    assert abs(result - (cutout[..., :3] * alpha + np.array((0, 128, 255)) * (1 - alpha))).max() <= 2
+    assert (result[cutout[..., 3] == 0] == (0, 128, 255)).all()
 
 
 @pytest.mark.parametrize(
@@ -174,19 +174,19 @@ def test_background_colour_gives_an_opaque_result() -> None:
     ids=["flat", "black", "faint noise", "opaque RGBA"],
 )
 def test_result_is_empty_with_a_note_when_there_is_no_subject(pixels: Pixels) -> None:
-    made, notes = cut(pixels)
+    result, notes = cut(pixels)
     assert notes == [EMPTY]
-    assert not made[..., 3].any()
+    assert not result[..., 3].any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 2), (3, 2000), (5000, 12), (7, 7), (9, 9)], ids=str)
 @pytest.mark.parametrize("channels", [3, 4])
 def test_cut_out_keeps_any_size(size: tuple[int, int], channels: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], channels), np.uint8)
-    made, _ = cut(pixels, long_edge="none")
-    assert made.shape == (size[1], size[0], 4)
+    result, _ = cut(pixels, long_edge="none")
+    assert result.shape == (size[1], size[0], 4)
     if channels == 4:
-        assert (made[..., 3] <= pixels[..., 3]).all(), "nothing that was hidden shows"
+        assert (result[..., 3] <= pixels[..., 3]).all(), "hidden pixels stay hidden"
 
 
 def test_transparent_pixels_stay_transparent_and_have_no_influence() -> None:
@@ -194,29 +194,29 @@ def test_transparent_pixels_stay_transparent_and_have_no_influence() -> None:
     hidden = np.zeros(truth.shape, bool)
     hidden[:, 300:] = True
     rgba = np.dstack([pixels, np.where(hidden, 0, 255).astype(np.uint8)])
-    made, _ = cut(rgba)
-    assert not made[..., 3][hidden].any()
-    assert iou(made[..., 3], truth * ~hidden) > 0.95
+    result, _ = cut(rgba)
+    assert not result[..., 3][hidden].any()
+    assert iou(result[..., 3], truth * ~hidden) > 0.95
     rgba[hidden, :3] = (255, 0, 255)
-    assert np.array_equal(cut(rgba)[0][..., 3], made[..., 3])
+    assert np.array_equal(cut(rgba)[0][..., 3], result[..., 3])
 
 
 def test_existing_cut_out_is_kept() -> None:
     pixels, truth = scene(texture, bottle, [(190, 60, 40)])
     truth[:, :4], truth[:, -4:], truth[:4] = 0, 0, 0
     alpha = np.rint(truth * 255).astype(np.uint8)
-    made, notes = cut(np.dstack([pixels, alpha]), feather=0)
+    result, notes = cut(np.dstack([pixels, alpha]), feather=0)
     assert not notes
-    assert iou(made[..., 3], truth) > 0.99
+    assert iou(result[..., 3], truth) > 0.99
 
 
 @pytest.mark.parametrize(("long_edge", "wanted"), [(210, (210, 150)), (1600, SIZE), ("none", SIZE)])
 def test_long_edge_limits_the_result(long_edge: Any, wanted: tuple[int, int]) -> None:
     pixels, truth = scene(plain, blob, [(190, 60, 40)])
-    made, _ = cut(pixels, long_edge=long_edge)
-    assert (made.shape[1], made.shape[0]) == wanted
+    result, _ = cut(pixels, long_edge=long_edge)
+    assert (result.shape[1], result.shape[0]) == wanted
     alpha = resize(np.rint(truth * 255).astype(np.uint8), wanted)
-    assert iou(made[..., 3], alpha / 255) > 0.95
+    assert iou(result[..., 3], alpha / 255) > 0.95
 
 
 def test_result_does_not_depend_on_earlier_images() -> None:
@@ -260,7 +260,7 @@ def test_colours_stay_the_same_without_a_rim(alpha: float) -> None:
         ((10, 8, 6, 8), (10, 8, 6, 8)),
         ((60, 0, 0, 0), (0, 0, 0, 0)),
     ],
-    ids=["none", "above and below", "all around", "more than a third is no bar"],
+    ids=["none", "above and below", "all around", "more than a third is not a bar"],
 )
 def test_content_box_excludes_letterbox_bars(bars: tuple[int, ...], found: tuple[int, ...]) -> None:
     pixels = np.rint(np.clip(texture((160, 120)), 0, 255)).astype(np.uint8)
@@ -307,8 +307,8 @@ def test_cut_out_of_random_images_is_well_formed(
 ) -> None:
     drawn = np.random.default_rng(seed).integers(0, levels, (size[1], size[0], channels))
     pixels = (drawn * (255 // max(1, levels - 1))).astype(np.uint8)
-    made, notes = cut(pixels, **options)
+    result, notes = cut(pixels, **options)
     edge = None if options["long_edge"] == "none" else options["long_edge"]
-    assert (made.shape[1], made.shape[0], made.shape[2]) == (*fit(size, edge), 4)
-    assert made.dtype == np.uint8
-    assert (notes == [EMPTY]) <= (not made[..., 3].any()), "what is called empty is empty"
+    assert (result.shape[1], result.shape[0], result.shape[2]) == (*fit(size, edge), 4)
+    assert result.dtype == np.uint8
+    assert (notes == [EMPTY]) <= (not result[..., 3].any()), "a result with the note is empty"

@@ -1,4 +1,4 @@
-"""The engine against rembg itself with the same ONNX files, and what it does where rembg has no answer."""
+"""Compares the engine with rembg on the same ONNX files, and tests what rembg does not have."""
 
 from __future__ import annotations
 
@@ -44,34 +44,34 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(weights: Path) -> Rembg:
-    made = Rembg()
-    made.load(Device(threads=1, weights=weights))
-    return made
+    operation = Rembg()
+    operation.load(Device(threads=1, weights=weights))
+    return operation
 
 
-def prepared(operation: Rembg, pixels: Pixels, read: Any = None, **given: Any) -> Work:
-    options = parse_options("remove-background", "rembg", given)
+def prepared(operation: Rembg, pixels: Pixels, read: Any = None, **chosen: Any) -> Work:
+    options = parse_options("remove-background", "rembg", chosen)
     return operation.prepare(
         Picture(pixels), Inputs(Item(index=0, source="https://images.example/one.png"), options, read=read)
     )
 
 
-def cut(operation: Rembg, pixels: Pixels, **given: Any) -> Pixels:
-    work = prepared(operation, pixels, **given)
+def cut(operation: Rembg, pixels: Pixels, **chosen: Any) -> Pixels:
+    work = prepared(operation, pixels, **chosen)
     return operation.finish(work, operation.run(work.samples)).pixels
 
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
-    """rembg itself."""
+    """The rembg package."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries that we don't use
+        warnings.simplefilter("ignore")  # rembg imports libraries that warn
         import rembg
     return rembg
 
 
 def removed(theirs: Any, weights: Path, model: str, pixels: Pixels, **more: Any) -> Pixels:
-    """What `rembg.remove` makes of a picture with the very file that the engine has."""
+    """The result of `rembg.remove` with the engine's own model file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MODEL_CHECKSUM_DISABLED", "1")
         patch.setenv("U2NET_HOME", str(weights / "rembg"))
@@ -85,35 +85,35 @@ def test_exact_equals_rembg(model: str, weights: Path, theirs: Any) -> None:
     for name, pixels in PICTURES.items():
         expected = removed(theirs, weights, model, pixels)
         assert np.array_equal(cut(operation, pixels, model=model, exact=True), expected), name
-        assert expected[..., 3].std() > 5, f"{name}: a matte with nothing in it proves nothing"
+        assert expected[..., 3].std() > 5, f"{name}: an empty matte would prove nothing"
 
 
 @pytest.mark.parametrize(
-    ("ours", "rembgs"),
+    ("own", "rembgs"),
     [
         ({"background": "#ff8000"}, {"bgcolor": (255, 128, 0, 255)}),
         ({"mask_only": True}, {"only_mask": True}),
         ({"alpha_matting": True}, {"alpha_matting": True}),
     ],
-    ids=lambda given: next(iter(given)),
+    ids=lambda chosen: next(iter(chosen)),
 )
 def test_exact_equals_rembg_with_its_own_options(
-    ours: dict[str, Any], rembgs: dict[str, Any], weights: Path, theirs: Any
+    own: dict[str, Any], rembgs: dict[str, Any], weights: Path, theirs: Any
 ) -> None:
     pixels = PICTURES["landscape"]
     expected = removed(theirs, weights, "u2net", pixels, **rembgs)
-    made = cut(loaded(weights), pixels, exact=True, **ours)
+    result = cut(loaded(weights), pixels, exact=True, **own)
     if expected.ndim == 2:
         expected = expected[..., None]
-    assert np.array_equal(made, np.broadcast_to(expected[..., : made.shape[2]], made.shape))
+    assert np.array_equal(result, np.broadcast_to(expected[..., : result.shape[2]], result.shape))
 
 
 def test_exact_skips_matting_when_the_image_is_too_large(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "LARGEST", 10_000)
     operation, pixels = loaded(weights), PICTURES["landscape"]
     work = prepared(operation, pixels, exact=True, alpha_matting=True)
-    made = operation.finish(work, operation.run(work.samples)).pixels
-    assert np.array_equal(made, cut(operation, pixels, exact=True))
+    result = operation.finish(work, operation.run(work.samples)).pixels
+    assert np.array_equal(result, cut(operation, pixels, exact=True))
     assert work.notes == ["matting_too_large"]
 
 
@@ -123,7 +123,7 @@ def test_exact_keeps_the_source_size_and_otherwise_long_edge_applies(weights: Pa
     assert cut(operation, pixels, exact=True, crop=True).shape[1] <= 1870
     assert cut(operation, pixels).shape == (38, 1600, 4)
     assert cut(operation, pixels, long_edge="original").shape == (40, 1700, 4)
-    edges = [operation.work_edge(parse_options("remove-background", "rembg", given)) for given in ({}, {"exact": True})]
+    edges = [operation.work_edge(parse_options("remove-background", "rembg", chosen)) for chosen in ({}, {"exact": True})]
     assert edges == [1600, None]
 
 
@@ -131,7 +131,7 @@ def test_exact_keeps_the_source_size_and_otherwise_long_edge_applies(weights: Pa
 def test_fast_path_alpha_is_close_to_rembg(model: str, weights: Path, theirs: Any) -> None:
     operation = loaded(weights)
     for name, pixels in PICTURES.items():
-        rgb = np.ascontiguousarray(pixels[..., :3])  # what rembg makes of hidden colours is not what we want
+        rgb = np.ascontiguousarray(pixels[..., :3])  # rembg shows hidden colours to the model, the fast path does not
         alpha = cut(operation, rgb, model=model)[..., 3].astype(int)
         assert np.abs(alpha - removed(theirs, weights, model, rgb)[..., 3]).mean() <= 1.5, name
 
@@ -161,8 +161,8 @@ def test_images_for_different_models_never_share_a_batch(weights: Path) -> None:
     operation = loaded(weights)
     batcher: Batcher[int] = Batcher(operation, BatchSizes(), 8)
     wanted = [{"model": model, "exact": exact} for model in MODELS for exact in (True, False)] * 2
-    for place, given in enumerate(wanted):
-        batcher.add(place, [Sample(None, parse_options("remove-background", "rembg", given))])
+    for place, chosen in enumerate(wanted):
+        batcher.add(place, [Sample(None, parse_options("remove-background", "rembg", chosen))])
     while batcher:
         batch = [slot.sample.options for slot in batcher.take()]
         assert len({(options.model, options.exact) for options in batch}) == 1
@@ -182,7 +182,7 @@ def test_open_model_is_dropped_before_another_one_is_opened(weights: Path, monke
 
     monkeypatch.setattr(engine, "OnnxModel", Watched)
     operation, pixels = loaded(weights), PICTURES["landscape"]
-    assert opened == [], "loading opens none"
+    assert opened == [], "loading opens no model"
     first = cut(operation, pixels, model="u2net")
     cut(operation, pixels, model="u2net", exact=True)
     other = cut(operation, pixels, model="isnet-anime")
@@ -192,7 +192,7 @@ def test_open_model_is_dropped_before_another_one_is_opened(weights: Path, monke
 
 
 def test_model_is_reopened_when_its_file_changes(tmp_path: Path) -> None:
-    """Its fingerprint changes with it, and what the old file makes would be remembered as the new one's."""
+    """Otherwise results of the old file would be cached under the fingerprint of the new one."""
     path = u2net_onnx(tmp_path / "rembg" / "u2net.onnx")
     operation, pixels = loaded(tmp_path), PICTURES["landscape"]
     before = cut(operation, pixels)
@@ -232,13 +232,13 @@ def test_damaged_model_stops_the_node_at_the_start_and_later_only_fails_images(w
 def test_empty_matte_gives_an_empty_cut_out_with_a_note(exact: bool, weights: Path) -> None:
     operation = loaded(weights)
     work = prepared(operation, PICTURES["landscape"], exact=exact)
-    made = operation.finish(work, [np.full((1, 320, 320), 0.5, np.float32)]).pixels
-    assert not made[..., 3].any()
+    result = operation.finish(work, [np.full((1, 320, 320), 0.5, np.float32)]).pixels
+    assert not result[..., 3].any()
     assert work.notes == ["empty_cutout"]
 
 
 @pytest.mark.parametrize(
-    ("given", "comparable", "matte"),
+    ("chosen", "comparable", "matte"),
     [
         ({}, True, False),
         ({"background": "#ff0000"}, True, True),
@@ -248,10 +248,10 @@ def test_empty_matte_gives_an_empty_cut_out_with_a_note(exact: bool, weights: Pa
     ids=str,
 )
 def test_evidence_holds_what_the_result_does_not_show(
-    given: dict[str, Any], comparable: bool, matte: bool, weights: Path
+    chosen: dict[str, Any], comparable: bool, matte: bool, weights: Path
 ) -> None:
     operation = loaded(weights)
-    work = prepared(operation, PICTURES["landscape"], **given)
+    work = prepared(operation, PICTURES["landscape"], **chosen)
     operation.finish(work, operation.run(work.samples))
     assert work.evidence.comparable == comparable
     assert (work.evidence.alpha is not None) == matte
@@ -259,9 +259,9 @@ def test_evidence_holds_what_the_result_does_not_show(
 
 def test_result_is_transparent_wherever_the_source_is(weights: Path) -> None:
     pixels = PICTURES["with alpha"]
-    made = cut(loaded(weights), pixels)
-    assert (made[..., 3] <= pixels[..., 3]).all()
-    assert made[..., 3].any()
+    result = cut(loaded(weights), pixels)
+    assert (result[..., 3] <= pixels[..., 3]).all()
+    assert result[..., 3].any()
 
 
 def test_background_image_is_read_once_and_shown_behind_the_subject(weights: Path) -> None:
@@ -272,14 +272,14 @@ def test_background_image_is_read_once_and_shown_behind_the_subject(weights: Pat
         return Picture(np.full((30, 30, 3), (0, 0, 255), np.uint8))
 
     operation, pixels = loaded(weights), PICTURES["landscape"]
-    for given in ({}, {"exact": True}):
-        work = prepared(operation, pixels, read, background_image=REFERENCE, **given)
+    for chosen in ({}, {"exact": True}):
+        work = prepared(operation, pixels, read, background_image=REFERENCE, **chosen)
         assert asked.pop() == REFERENCE
-        made = operation.finish(work, operation.run(work.samples)).pixels
-        assert made.shape == pixels.shape
-        outside = cut(operation, pixels, **given)[..., 3] == 0
+        result = operation.finish(work, operation.run(work.samples)).pixels
+        assert result.shape == pixels.shape
+        outside = cut(operation, pixels, **chosen)[..., 3] == 0
         assert outside.any()
-        assert (made[outside] == (0, 0, 255)).all()
+        assert (result[outside] == (0, 0, 255)).all()
 
 
 @pytest.mark.parametrize(("error", "expected"), [(NotFound("gone"), BadReference), (Unreachable("down"), Unreachable)])
@@ -298,17 +298,17 @@ def test_fingerprint_depends_on_model_file_and_options(tmp_path: Path) -> None:
     u2net_onnx(folder / "rembg" / "silueta.onnx", seed=7)
     operation = loaded(folder)
 
-    def prints(*givens: dict[str, Any]) -> list[str]:
-        return [operation.fingerprint(parse_options("remove-background", "rembg", given)) for given in givens]
+    def fingerprints(*selections: dict[str, Any]) -> list[str]:
+        return [operation.fingerprint(parse_options("remove-background", "rembg", chosen)) for chosen in selections]
 
-    before = prints({}, {"model": "u2netp"}, {"model": "silueta"}, {"alpha_matting": True})
+    before = fingerprints({}, {"model": "u2netp"}, {"model": "silueta"}, {"alpha_matting": True})
     assert len(set(before)) == 4
-    assert prints({}) == before[:1]
+    assert fingerprints({}) == before[:1]
     u2net_onnx(folder / "rembg" / "u2net.onnx", seed=8)
-    assert prints({}) != before[:1]
+    assert fingerprints({}) != before[:1]
     (folder / "rembg" / "silueta.onnx").unlink()
     with pytest.raises(ConfigurationError, match="models pull silueta"):
-        prints({"model": "silueta"})
+        fingerprints({"model": "silueta"})
 
 
 def test_max_batch_is_a_multiple_of_the_cores_on_cpus(weights: Path) -> None:
@@ -342,18 +342,18 @@ random = np.random.default_rng(0)
 def picture(height, width):
     return Picture(np.full((height, width, 3), 90, np.uint8) + random.integers(0, 90, (height, width, 1), np.uint8))
 
-def prepared(height, width, **given):
-    options = parse_options("remove-background", "rembg", given)
+def prepared(height, width, **chosen):
+    options = parse_options("remove-background", "rembg", chosen)
     return operation.prepare(picture(height, width), Inputs(Item(index=0, source="https://images.example/one.png"), options))
 
-def cut(height, width, **given):
-    work = prepared(height, width, **given)
+def cut(height, width, **chosen):
+    work = prepared(height, width, **chosen)
     return operation.finish(work, operation.run(work.samples)).pixels
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 
-def peak():  # not ru_maxrss, which a process has from its parent
+def peak():  # ru_maxrss would include the parent's
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
 
@@ -362,7 +362,7 @@ cut(64, 64)
 
 
 def in_a_process(weights: Path, program: str) -> list[str]:
-    """What a fresh process prints that has cut out one small image and then runs `program`."""
+    """The words that a fresh process prints that cuts out one small image and then runs `program`."""
     command = [sys.executable, "-c", PROGRAM + program, str(weights)]
     environment = clean_environment(MALLOC_ARENA_MAX="1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False, cwd=ROOT)
@@ -397,12 +397,12 @@ print(held() / few)
 def test_large_image_needs_little_more_memory_than_source_and_result(weights: Path) -> None:
     program = """
 before = held()
-made = cut(5000, 6000, long_edge="original")
-assert made.shape == (5000, 6000, 4)
+result = cut(5000, 6000, long_edge="original")
+assert result.shape == (5000, 6000, 4)
 print((peak() - before) / 30)
 """
     (bytes_per_pixel,) = in_a_process(weights, program)
-    assert float(bytes_per_pixel) < 3 + 1 + 4 + 2.5  # source, alpha, result; the source's generator takes some too
+    assert float(bytes_per_pixel) < 3 + 1 + 4 + 2.5  # source, alpha and result, and a margin for generating the source
 
 
 def test_batch_that_does_not_fit_into_memory_is_halved(tmp_path: Path) -> None:

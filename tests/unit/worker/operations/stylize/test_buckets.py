@@ -20,7 +20,7 @@ def test_bucket_has_the_requested_area_and_multiples_near_the_images_proportions
     assert width % multiple == height % multiple == 0
     assert abs(width * height - side**2) <= max(width, height) * multiple / 2
     wanted = min(max(size[0] / size[1], 1 / LONGEST), LONGEST)
-    nearest = multiple * (1 / width + 1 / height)  # as a share: a step of either side
+    nearest = multiple * (1 / width + 1 / height)  # relative change when either side changes by one step
     assert abs(np.log(width / height / wanted)) <= nearest
 
 
@@ -31,9 +31,9 @@ def test_bucket_of_a_rotated_image_is_the_rotated_bucket(size: tuple[int, int], 
 
 @given(SIDES, MULTIPLES)
 def test_there_are_few_buckets(side: int, multiple: int) -> None:
-    found = {bucket((width, 1000), side, multiple) for width in range(1, 10_000, 7)}
-    assert len(found) <= 2 * side // multiple + 1
-    assert (side, side) in found
+    buckets = {bucket((width, 1000), side, multiple) for width in range(1, 10_000, 7)}
+    assert len(buckets) <= 2 * side // multiple + 1
+    assert (side, side) in buckets
 
 
 @given(SIZES, SIZES)
@@ -61,9 +61,9 @@ def test_cropped_is_the_largest_centred_part_with_the_proportions(
     height: int, width: int, proportions: tuple[int, int]
 ) -> None:
     pixels = np.arange(height * width, dtype=np.uint32).reshape(height, width, 1)
-    made = cropped(pixels, proportions)  # type: ignore[arg-type]  # indices tell where it was cut from
-    high, wide = made.shape[:2]
+    crop = cropped(pixels, proportions)  # type: ignore[arg-type]  # indices show the crop's position
+    high, wide = crop.shape[:2]
     assert (wide, high) == inside(proportions, (width, height))
-    top, left = divmod(int(made[0, 0, 0]), width)
+    top, left = divmod(int(crop[0, 0, 0]), width)
     assert abs(2 * top + high - height) <= 1
     assert abs(2 * left + wide - width) <= 1

@@ -1,4 +1,4 @@
-"""The engine on a small pipeline of the real parts: same look, same result; styles, sizes, limits and what goes wrong."""
+"""The engine on a small pipeline of real components: repeatable results, styles, sizes, limits and errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Also where an operation is made to believe that it is on a GPU."""
+    """Run torch on one thread, also in tests that simulate a GPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -59,9 +59,9 @@ def one_thread() -> Iterator[None]:
 
 
 def loaded(weights: Path, *, threads: int = 1, compiled: bool = False, **settings: Any) -> Diffusion:
-    made = Diffusion()
-    made.load(Device(threads=threads, weights=weights, compile=compiled, diffusion=DiffusionSettings(**settings)))
-    return made
+    operation = Diffusion()
+    operation.load(Device(threads=threads, weights=weights, compile=compiled, diffusion=DiffusionSettings(**settings)))
+    return operation
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +69,14 @@ def operation(weights: Path) -> Diffusion:
     return loaded(weights)
 
 
-def prepared(operation: Diffusion, pixels: Pixels = PHOTO, *, index: int = 0, source: str = "", **given: Any) -> Work:
+def prepared(operation: Diffusion, pixels: Pixels = PHOTO, *, index: int = 0, source: str = "", **chosen: Any) -> Work:
     item = Item(index=index, source=source or "https://images.example/one.png")
     read = {REFERENCE: Picture(scene(30, 30, seed=3))}.__getitem__
-    return operation.prepare(Picture(pixels), Inputs(item, parse_options("stylize", "diffusion", QUICK | given), read=read))
+    return operation.prepare(Picture(pixels), Inputs(item, parse_options("stylize", "diffusion", QUICK | chosen), read=read))
 
 
-def styled(operation: Diffusion, pixels: Pixels = PHOTO, **given: Any) -> Pixels:
-    work = prepared(operation, pixels, **given)
+def styled(operation: Diffusion, pixels: Pixels = PHOTO, **chosen: Any) -> Pixels:
+    work = prepared(operation, pixels, **chosen)
     (output,) = run_batch(operation, work.samples, BatchSizes())
     if isinstance(output, Exception):
         raise output
@@ -87,7 +87,7 @@ def difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     return float(np.abs(one.astype(int) - other).mean())
 
 
-# --- the same in, the same out ------------------------------------------------------------------------------------------
+# --- repeatable results -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheduler", ["unipc", "ddim", "euler", "lcm"])
@@ -95,14 +95,14 @@ def difference(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 def test_result_is_identical_alone_in_any_batch_and_on_any_worker(
     scheduler: str, mode: str, operation: Diffusion, weights: Path
 ) -> None:
-    given = {"scheduler": scheduler, "mode": mode}
-    works = [prepared(operation, scene(90, 120, seed=seed), index=seed, seed_policy="per-item", **given) for seed in range(3)]
+    chosen = {"scheduler": scheduler, "mode": mode}
+    works = [prepared(operation, scene(90, 120, seed=seed), index=seed, seed_policy="per-item", **chosen) for seed in range(3)]
     alone = [operation.run(work.samples)[0].pixels for work in works]
     other = loaded(weights, threads=3)
     for worker, order in ((operation, [0, 1, 2]), (other, [2, 0, 1])):
         together = worker.run([works[place].samples[0] for place in order])
-        for place, made in zip(order, together, strict=True):
-            assert np.array_equal(made.pixels, alone[place]), (place, order)
+        for place, result in zip(order, together, strict=True):
+            assert np.array_equal(result.pixels, alone[place]), (place, order)
 
 
 def test_global_random_state_is_neither_used_nor_changed(operation: Diffusion) -> None:
@@ -140,8 +140,8 @@ def test_retry_differs_only_in_its_seed(operation: Diffusion) -> None:
     assert np.array_equal(one.data.edges, two.data.edges)
     assert (two.options, two.footprint, operation.group_key(two)) == (one.options, one.footprint, operation.group_key(one))
     assert (other.plan, other.evidence) == (work.plan, work.evidence)
-    made = operation.finish(other, operation.run(other.samples)).pixels
-    assert np.array_equal(made, styled(operation, seed=0))
+    result = operation.finish(other, operation.run(other.samples)).pixels
+    assert np.array_equal(result, styled(operation, seed=0))
 
 
 def test_evidence_holds_the_edges_given_to_the_controlnet(operation: Diffusion) -> None:
@@ -151,10 +151,10 @@ def test_evidence_holds_the_edges_given_to_the_controlnet(operation: Diffusion) 
         edges, whole = work.evidence.edges, work.samples[0].data.edges
         assert edges is not None
         assert whole.shape == size
-        assert edges.shape == inside((shape[1], shape[0]), size[::-1])[::-1] != size, "without what fills the bucket"
+        assert edges.shape == inside((shape[1], shape[0]), size[::-1])[::-1] != size, "without the filled part of the bucket"
         assert np.array_equal(edges, whole[: edges.shape[0], : edges.shape[1]])
     cropped = prepared(operation, crop="1x1").evidence
-    assert not cropped.comparable, "no place shows what it shows in the source"
+    assert not cropped.comparable, "a crop moves every pixel"
     assert cropped.edges is not None
     assert cropped.edges.shape == (64, 64)
 
@@ -164,7 +164,7 @@ def test_batch_runs_at_once_or_one_by_one_when_deterministic(weights: Path, monk
     styled(operation)
     pipeline = operation._pipeline.current
     assert pipeline is not None
-    monkeypatch.setattr(pipeline, "_on_cpu", False)  # so that batches are run as such
+    monkeypatch.setattr(pipeline, "_on_cpu", False)  # so that whole batches run
     seen: list[tuple[int, bool]] = []
     run = pipeline._run
 
@@ -179,12 +179,12 @@ def test_batch_runs_at_once_or_one_by_one_when_deterministic(weights: Path, monk
     assert seen == [(1, True)] * 3 + [(3, False)]
     monkeypatch.setattr(pipeline, "_compiled", True)
     operation.run(samples)
-    assert seen[4:] == [(2, False), (1, False)], "of the few sizes that are compiled"
+    assert seen[4:] == [(2, False), (1, False)], "in batch sizes that are compiled"
 
 
 def test_footprint_depends_on_options_that_change_memory(operation: Diffusion) -> None:
-    given = ({}, {"deterministic": True}, {"cfg": 1}, {"size": 128})
-    samples = [sample for one in given for sample in prepared(operation, **one).samples]
+    chosen = ({}, {"deterministic": True}, {"cfg": 1}, {"size": 128})
+    samples = [sample for one in chosen for sample in prepared(operation, **one).samples]
     assert len({kind_of(operation, sample) for sample in samples}) == 4
     (styles,) = prepared(operation, loras="red", prompt="blue", steps=3).samples
     assert kind_of(operation, styles) == kind_of(operation, samples[0])
@@ -196,7 +196,7 @@ def test_result_in_a_real_batch_is_close_to_the_result_alone(weights: Path, monk
     alone = [operation.run(work.samples)[0].pixels for work in works]
     monkeypatch.setattr(operation._pipeline.current, "_on_cpu", False)
     together = operation.run([work.samples[0] for work in works])
-    assert max(np.abs(made.pixels.astype(int) - one).max() for made, one in zip(together, alone, strict=True)) <= 2
+    assert max(np.abs(result.pixels.astype(int) - one).max() for result, one in zip(together, alone, strict=True)) <= 2
 
 
 @pytest.mark.parametrize("count", range(1, 40))
@@ -206,16 +206,16 @@ def test_parts_are_powers_of_two_and_cover_all_images(count: int) -> None:
     assert all((some.stop - some.start) in (1, 2, 4, 8, 16) for some in found)
 
 
-# --- what the options do ------------------------------------------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def test_each_style_option_changes_the_image(operation: Diffusion) -> None:
     plain = styled(operation)
-    for given in (
+    for chosen in (
         *({"prompt": "a blue hat"}, {"negative_prompt": "a hat"}, {"cfg": 3}, {"steps": 3}, {"strength": 0.9}),
         *({"control_scale": 0}, {"mode": "text-to-image"}, {"scheduler": "lcm"}, {"loras": "red:0.5"}),
     ):
-        assert difference(plain, styled(operation, **given)) > 0.2, given
+        assert difference(plain, styled(operation, **chosen)) > 0.2, chosen
     assert np.array_equal(styled(operation), plain)
 
 
@@ -278,28 +278,28 @@ def test_prompt_is_encoded_once_per_job_and_a_truncated_one_gets_a_note(weights:
 def test_reference_sets_the_palette_of_all_results(operation: Diffusion) -> None:
     target = colours_of(scene(30, 30, seed=3))
     for seed in range(2):
-        made = colours_of(styled(operation, scene(90, 120, seed=seed), reference=REFERENCE))
-        assert np.allclose(made.mean, target.mean, atol=6)
+        result = colours_of(styled(operation, scene(90, 120, seed=seed), reference=REFERENCE))
+        assert np.allclose(result.mean, target.mean, atol=6)
     assert not np.allclose(colours_of(styled(operation)).mean, target.mean, atol=6)
 
 
-# --- sizes --------------------------------------------------------------------------------------------------------------
+# --- sizes ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("chosen", "expected"),
     [({}, (120, 90)), ({"long_edge": 40}, (40, 30)), ({"crop": "1x1"}, (90, 90)), ({"crop": "1x2", "long_edge": 30}, (15, 30))],
 )
 def test_result_has_the_requested_size_or_the_source_size(
-    given: dict[str, Any], expected: tuple[int, int], operation: Diffusion
+    chosen: dict[str, Any], expected: tuple[int, int], operation: Diffusion
 ) -> None:
-    made = styled(operation, **given)
-    assert made.shape == (expected[1], expected[0], 3)
+    result = styled(operation, **chosen)
+    assert result.shape == (expected[1], expected[0], 3)
 
 
 def test_group_key_depends_on_options_and_bucket_only(operation: Diffusion) -> None:
-    def key(pixels: Pixels = PHOTO, **given: Any) -> Any:
-        return operation.group_key(prepared(operation, pixels, **given).samples[0])
+    def key(pixels: Pixels = PHOTO, **chosen: Any) -> Any:
+        return operation.group_key(prepared(operation, pixels, **chosen).samples[0])
 
     assert key() == key(scene(45, 60, seed=1), index=5)
     assert key(scene(91, 120)) == key(), "the same bucket"
@@ -357,16 +357,16 @@ def test_model_is_compiled_for_each_shape(weights: Path, monkeypatch: pytest.Mon
 
     def traced(part: torch.nn.Module, **how: Any) -> None:
         def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-            def run(*given: Any) -> Any:
+            def run(*chosen: Any) -> Any:
                 compiled[type(part).__name__] += 1
-                return graph(*given)
+                return graph(*chosen)
 
             return run
 
         build(part, backend=backend, **how)
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    with torch._dynamo.config.patch(recompile_limit=1):  # instead of meeting more than eight
+    with torch._dynamo.config.patch(recompile_limit=1):  # lower than torch's limit of eight, so that two shapes exceed it
         device = Device(weights=weights, compile=True, diffusion=DiffusionSettings(warm_up=("64x64",)))
         module.Pipeline("sd15-canny", device)
     torch._dynamo.reset()
@@ -375,7 +375,7 @@ def test_model_is_compiled_for_each_shape(weights: Path, monkeypatch: pytest.Mon
 
 def test_vae_works_in_tiles_for_large_images_and_when_memory_is_short(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
-    assert not operation.relieve(1), "nothing is loaded"
+    assert not operation.relieve(1), "no model is loaded"
     plain = styled(operation)
     pipe = operation._pipeline.current._text  # type: ignore[union-attr]
     assert not pipe.vae.use_tiling
@@ -385,13 +385,13 @@ def test_vae_works_in_tiles_for_large_images_and_when_memory_is_short(weights: P
     monkeypatch.undo()
     assert np.array_equal(styled(operation), plain)
     assert not pipe.vae.use_tiling
-    assert attention(pipe) == {AttnProcessor2_0}, "torch's own fused one"
+    assert attention(pipe) == {AttnProcessor2_0}, "torch's fused attention"
     for level in (1, 2):
         assert operation.relieve(level)
-        made = styled(operation)
+        result = styled(operation)
         assert pipe.vae.use_tiling
         assert pipe.vae.use_slicing
-        assert difference(made, plain) < 3
+        assert difference(result, plain) < 3
     assert not operation.relieve(3)
     assert AttnProcessor2_0 not in attention(pipe)
     assert operation.relieve(0)
@@ -403,7 +403,7 @@ def attention(pipe: Any) -> set[type]:
     return {type(processor) for part in (pipe.unet, pipe.controlnet) for processor in part.attn_processors.values()}
 
 
-# --- LoRAs --------------------------------------------------------------------------------------------------------------
+# --- LoRAs ------------------------------------------------------------------------------------------------------------
 
 
 def test_least_recently_used_lora_is_dropped(weights: Path) -> None:
@@ -419,12 +419,12 @@ def test_least_recently_used_lora_is_dropped(weights: Path) -> None:
     blue = styled(operation, loras="blue:0.5")
     assert pipeline.loras.loaded == ["red", "blue"]
     assert set(pipeline._text.get_list_adapters()["unet"]) == {"red", "blue"}
-    assert np.array_equal(styled(operation, loras="green:0.5"), green), "dropped and loaded again"
+    assert np.array_equal(styled(operation, loras="green:0.5"), green), "dropped and reloaded"
     assert np.array_equal(styled(operation, loras="blue:0.5"), blue)
     both = styled(operation, loras="red:0.5;green:0.5;blue:-1")
     assert pipeline.loras.loaded == ["red", "green", "blue"], "one style may need more than the limit"
     assert difference(both, red) > 0.2
-    assert np.array_equal(styled(operation), plain), "without adapters it is as it was"
+    assert np.array_equal(styled(operation), plain), "without adapters, the result is the original one"
     assert operation._pipeline.current is pipeline
 
 
@@ -437,7 +437,7 @@ def test_missing_or_damaged_lora_fails_only_its_images(weights: Path, tmp_path: 
     (folder / "diffusion" / "loras" / "bad.safetensors").write_bytes(b"\x80\x04pickle")
     with pytest.raises(OperationFailed, match="the LoRA bad can't be used"):
         styled(operation, loras="red;bad")
-    assert np.array_equal(styled(operation), plain), "the style before it does not stay on"
+    assert np.array_equal(styled(operation), plain), "the previous style is not left active"
     assert np.array_equal(styled(operation, loras="red"), red)
 
 
@@ -458,14 +458,14 @@ def test_changed_lora_file_is_reloaded_and_changes_the_fingerprint(weights: Path
     folder = shutil.copytree(weights, tmp_path / "weights")
     operation = loaded(folder)
     options = parse_options("stylize", "diffusion", QUICK | {"loras": "red"})
-    before, told = styled(operation, loras="red"), operation.fingerprint(options)
-    assert operation.fingerprint(options) == told
+    before, fingerprint = styled(operation, loras="red"), operation.fingerprint(options)
+    assert operation.fingerprint(options) == fingerprint
     lora_file(folder / "diffusion" / "loras" / "red.safetensors", folder, seed=9)
-    assert operation.fingerprint(options) != told
+    assert operation.fingerprint(options) != fingerprint
     assert difference(styled(operation, loras="red"), before) > 0.2
 
 
-# --- what goes wrong ----------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_load_without_the_model_names_the_pull_command(tmp_path: Path) -> None:
@@ -522,18 +522,18 @@ def test_non_finite_output_fails_only_its_image(weights: Path, monkeypatch: pyte
 
 
 def operation_pixels(operation: Diffusion) -> Pixels:
-    made: Pixels = operation.run(prepared(operation).samples)[0].pixels
-    return made
+    result: Pixels = operation.run(prepared(operation).samples)[0].pixels
+    return result
 
 
-@pytest.mark.parametrize("made", [made for name, made in SHORT.items() if not name.startswith("onnxruntime")])
+@pytest.mark.parametrize("error", [error for name, error in SHORT.items() if not name.startswith("onnxruntime")])
 def test_memory_errors_of_torch_become_out_of_memory(
-    made: Callable[[], Exception], weights: Path, monkeypatch: pytest.MonkeyPatch
+    error: Callable[[], Exception], weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     operation = loaded(weights)
 
     def short(*_: Any, **__: Any) -> Any:
-        raise made()
+        raise error()
 
     with monkeypatch.context() as patched:
         patched.setattr(module.ControlNetModel, "from_pretrained", short)
@@ -562,27 +562,27 @@ def test_safety_checker_rejects_unsafe_images_and_must_be_installed(weights: Pat
         loaded(folder, safety_checker=True)
 
 
-# --- what is told of it -------------------------------------------------------------------------------------------------
+# --- fingerprint and results ------------------------------------------------------------------------------------------
 
 
 def test_fingerprint_depends_on_weights_and_device_settings(weights: Path, tmp_path: Path) -> None:
     other = pipeline_folder(tmp_path, seed=1)
     options = parse_options("stylize", "diffusion", QUICK)
-    told = [
+    fingerprints = [
         loaded(weights).fingerprint(options),
         loaded(other).fingerprint(options),
         loaded(weights, compiled=True).fingerprint(options),
         loaded(weights, safety_checker=True).fingerprint(options),
     ]
-    assert len(set(told)) == 4
-    assert loaded(weights, threads=2).fingerprint(options) == told[0]
+    assert len(set(fingerprints)) == 4
+    assert loaded(weights, threads=2).fingerprint(options) == fingerprints[0]
 
 
 @pytest.mark.parametrize("mode", ["image-to-image", "text-to-image"])
 def test_half_precision_changes_the_image_only_slightly(
     mode: str, operation: Diffusion, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of 4 * 8 * 8 numbers; of a count that is no multiple of 16 torch draws the last ones otherwise in half precision.
+    # The noise has 4 * 8 * 8 values. If that is not a multiple of 16, torch draws the last ones differently in half precision.
     pixels = scene(64, 64)
     plain = styled(operation, pixels, mode=mode)
     assert {part.dtype for part in parts_of(operation)} == {torch.float32}, "on a CPU"
@@ -600,16 +600,16 @@ def parts_of(operation: Diffusion) -> list[Any]:
 
 
 def test_precision_setting_changes_fingerprint_and_footprint(weights: Path) -> None:
-    told, footprints = [], []
+    fingerprints, footprints = [], []
     for dtype in ("auto", "fp16", "bf16", "fp32"):
         operation = Diffusion()
         operation.load(Device(gpu=0, weights=weights, dtype=dtype))
         (sample,) = prepared(operation).samples
-        told.append(operation.fingerprint(sample.options))
+        fingerprints.append(operation.fingerprint(sample.options))
         footprints.append(sample.footprint)
     assert footprints == [f"72x56 torch.{name} guided" for name in ("float16", "float16", "bfloat16", "float32")]
-    assert told[0] == told[1]
-    assert len(set(told)) == 3
+    assert fingerprints[0] == fingerprints[1]
+    assert len(set(fingerprints)) == 3
 
 
 def test_half_precision_weights_are_loaded_when_they_were_pulled(weights: Path, tmp_path: Path) -> None:
@@ -625,11 +625,11 @@ def test_half_precision_weights_are_loaded_when_they_were_pulled(weights: Path, 
 def test_transparency_is_kept_and_hidden_colours_have_no_influence(operation: Diffusion) -> None:
     pixels = scene(90, 120, channels=4, seed=1)
     pixels[:, 60:, 3] = 0
-    made = styled(operation, pixels)
-    assert np.array_equal(made[..., 3], pixels[..., 3])
+    result = styled(operation, pixels)
+    assert np.array_equal(result[..., 3], pixels[..., 3])
     hidden = pixels.copy()
     hidden[:, 60:, :3] = 0
-    assert np.array_equal(styled(operation, hidden), made)
+    assert np.array_equal(styled(operation, hidden), result)
 
 
 def test_result_keeps_profile_and_format(operation: Diffusion) -> None:

@@ -45,7 +45,7 @@ def stylize(
 
 
 def photo(height: int, width: int, seed: int = 0, tint: tuple[float, ...] = (1.0, 0.8, 0.6), alpha: bool = False) -> Pixels:
-    """Soft patches, a hard edge and some grain, away from black and white."""
+    """Soft patches, a hard edge and some grain, without black or white."""
     rng = np.random.default_rng(seed)
     patches = cv2.resize(rng.uniform(60, 190, (5, 6, 3)), (width, height), interpolation=cv2.INTER_CUBIC).reshape(
         height, width, 3
@@ -58,7 +58,7 @@ def photo(height: int, width: int, seed: int = 0, tint: tuple[float, ...] = (1.0
 
 
 def muted(pixels: Pixels) -> Pixels:
-    """With less contrast, so that other pictures can take on its colours and stay inside the gamut."""
+    """`pixels` with less contrast, so that its colours keep other images inside the gamut."""
     return 80 + pixels // 3
 
 
@@ -75,12 +75,12 @@ def off_by(a: Pixels, b: Pixels) -> int:
 @pytest.mark.parametrize("options", STYLES, ids=lambda options: options["style"])
 def test_every_style_changes_the_image_and_keeps_size_and_alpha(options: dict[str, Any], alpha: bool) -> None:
     pixels = photo(60, 80, alpha=alpha)
-    made = stylize(pixels, **options)
-    assert made.shape == pixels.shape
-    assert abs(made[..., :3].astype(int) - pixels[..., :3]).mean() > 1.5
+    result = stylize(pixels, **options)
+    assert result.shape == pixels.shape
+    assert abs(result[..., :3].astype(int) - pixels[..., :3]).mean() > 1.5
     if alpha:
-        assert np.array_equal(made[..., 3], pixels[..., 3])
-    assert np.array_equal(stylize(pixels, **options), made), "the same in, the same out"
+        assert np.array_equal(result[..., 3], pixels[..., 3])
+    assert np.array_equal(stylize(pixels, **options), result), "results are repeatable"
 
 
 def test_all_styles_differ() -> None:
@@ -136,7 +136,7 @@ def test_tiles_leave_no_seams(options: dict[str, Any], monkeypatch: pytest.Monke
 
 
 def test_filters_see_little_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What bounds the memory: the filters never see much more than a tile."""
+    """This bounds the memory."""
     seen: list[int] = []
 
     def filtered(bgr: Pixels, _: Any) -> Pixels:
@@ -153,18 +153,18 @@ def test_filters_see_little_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_long_edge_limits_the_result() -> None:
-    made = stylize(photo(300, 400, alpha=True), long_edge=100)
-    assert made.shape == (75, 100, 4)
+    result = stylize(photo(300, 400, alpha=True), long_edge=100)
+    assert result.shape == (75, 100, 4)
     assert Stylize().work_edge(parse_options("stylize", "opencv", {"long_edge": 100})) == 100
 
 
-# --- colour transfer --------------------------------------------------------------------------
+# --- colour transfer --------------------------------------------------------------------------------------------------
 
 
 def test_colour_transfer_matches_the_references_mean_and_deviation() -> None:
-    made = stylize(photo(100, 120), style="colour-transfer", reference=ADDRESS)
-    for ours, theirs in zip(statistics(made), statistics(reference().pixels), strict=True):
-        assert np.allclose(ours, theirs, atol=0.5)
+    result = stylize(photo(100, 120), style="colour-transfer", reference=ADDRESS)
+    for own, target_value in zip(statistics(result), statistics(reference().pixels), strict=True):
+        assert np.allclose(own, target_value, atol=0.5)
 
 
 def test_colour_transfer_to_itself_changes_nothing() -> None:
@@ -183,9 +183,9 @@ def test_transferred_matches_the_colours_of_any_reference(
     seed: int, height: int, tint: tuple[float, ...], other: tuple[float, ...]
 ) -> None:
     pixels, target = photo(height, 40, seed, tint), muted(photo(40, 40, seed + 1, other))
-    made = transferred(pixels, colours_of(target))
-    for ours, theirs in zip(statistics(made), statistics(target), strict=True):
-        assert np.allclose(ours, theirs, atol=0.3)
+    result = transferred(pixels, colours_of(target))
+    for own, target_value in zip(statistics(result), statistics(target), strict=True):
+        assert np.allclose(own, target_value, atol=0.3)
 
 
 def test_transparent_pixels_of_a_reference_do_not_count() -> None:
@@ -205,9 +205,9 @@ def test_colours_of_a_large_reference_are_sampled_accurately() -> None:
 def test_noise_of_a_flat_image_is_not_blown_up() -> None:
     flat = np.full((40, 40, 3), 120, np.uint8)
     flat[::7, ::5] += 1
-    made = stylize(flat, style="colour-transfer", reference=ADDRESS)
-    assert np.ptp(made.astype(int), axis=(0, 1)).max() <= 16
-    assert np.allclose(statistics(made)[0], statistics(reference().pixels)[0], atol=2)
+    result = stylize(flat, style="colour-transfer", reference=ADDRESS)
+    assert np.ptp(result.astype(int), axis=(0, 1)).max() <= 16
+    assert np.allclose(statistics(result)[0], statistics(reference().pixels)[0], atol=2)
 
 
 def test_reference_is_measured_once_while_it_is_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,14 +220,14 @@ def test_reference_is_measured_once_while_it_is_the_same_picture(monkeypatch: py
     monkeypatch.setattr(palette, "colours_of", measure)
     operation, pixels, target, other = Stylize(), photo(30, 30), reference(), Picture(photo(30, 30, seed=9))
 
-    def made(picture: Picture) -> bytes:
+    def stylised(picture: Picture) -> bytes:
         return stylize(pixels, lambda _: picture, operation, style="colour-transfer", reference=ADDRESS).tobytes()
 
-    first = made(target)
-    assert made(target) == first
+    first = stylised(target)
+    assert stylised(target) == first
     assert sum(one is target.pixels for one in measured) == 1
-    assert made(other) != first, "other pixels at the same address"
-    assert made(target) == first
+    assert stylised(other) != first, "other pixels at the same URL"
+    assert stylised(target) == first
 
 
 def test_palettes_forget_old_references_and_hold_no_pixels() -> None:
@@ -241,8 +241,8 @@ def test_palettes_forget_old_references_and_hold_no_pixels() -> None:
 
 @pytest.mark.parametrize(
     ("error", "raised"),
-    [(NotFound("there is no such image"), BadReference), (Timeout("it took too long"), Timeout)],
-    ids=["for good", "for now"],
+    [(NotFound("no such image"), BadReference), (Timeout("it took too long"), Timeout)],
+    ids=["permanent", "retryable"],
 )
 def test_unreadable_reference_fails_the_image(error: ImageError, raised: type[ImageError]) -> None:
     def read(_: str) -> Picture:
