@@ -1,1 +1,1 @@
-"""Fill holes: one module per engine, and what they share."""
+"""Fill holes in images: one module per engine, plus the code they share."""

@@ -10,7 +10,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from imagemill.shared.errors import OperationFailed
 from imagemill.shared.options.inpaint import LamaInpaint
@@ -22,53 +21,60 @@ from imagemill.worker.models.checksums import digest, with_digest
 from imagemill.worker.models.files import model_file
 from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Untouched, Work
 from imagemill.worker.operations.inpaint.lama_model import LARGEST_BATCH, LamaModel, dtype_of
-from imagemill.worker.operations.inpaint.mask import Region, find_hole, mix, shrunk, zone_of
-from imagemill.worker.operations.inpaint.tiles import Tile, extent, owners, plan, weights
+from imagemill.worker.operations.inpaint.mask import blend, fill_mask, find_hole, shrunk
+from imagemill.worker.operations.inpaint.rectangle import Rectangle
+from imagemill.worker.operations.inpaint.tiles import Labels, Tile, labels_at, plan, weights
 from imagemill.worker.operations.open_model import OpenModel, missing_model
 
 REVISION = 2
-"""Raise it when the same image and options give other pixels than before: what is remembered is then forgotten."""
+"""Raise it whenever the same image and options would give different pixels, so that cached results are not reused."""
 
 WHOLE = 4_000_000
-"""Pixels that `strategy=whole` takes: up to 3 GB of memory on a GPU."""
+"""Largest image in pixels for `strategy=whole`: up to 3 GB of memory on a GPU."""
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-"""Rec. ITU-R BT.601-7, section 2.5.1: how bright red, green and blue are. The fill of a grey image gets no colours."""
+"""Weights of red, green and blue in brightness: Rec. ITU-R BT.601-7, section 2.5.1. They make the fill of a grey image grey."""
 
-STRIP = 128  # rows blended at a time; floats take four times the bytes of the picture
+STRIP = 128  # rows blended at once: the floats take four times the bytes of the picture
 
 
 @dataclass(frozen=True)
 class Crop:
-    """What one tile sees of its image; views, so that waiting costs no memory."""
+    """One tile of an image, with views of the whole image, so that a waiting crop takes no memory."""
 
     tile: Tile
     rgb: Pixels
-    shares: Grey
-    numbers: NDArray[np.int32]
+    opacity: Grey
+    labels: Labels
     guide: Guide | None = None
 
 
 @dataclass
 class Guide:
-    """The coarse fill of a large hole, of which its tiles take over how things go on; made by the first that needs it."""
+    """The coarse fill of a large hole, which its tiles continue; the first batch with one of them computes it."""
 
     crop: Crop
     fill: Pixels | None = None
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.crop.tile.size
+
 
 @dataclass(frozen=True)
 class Plan:
+    """The image, the opacity of its fill, and the region of the hole that each cell belongs to."""
+
     picture: Picture
-    shares: Grey
-    numbers: NDArray[np.int32]
+    opacity: Grey
+    labels: Labels
 
 
 Filling = Work[LamaInpaint, Crop, Plan]
 
 
 class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
-    """A sample is a tile. One model is open, from the first `run` on."""
+    """Each sample is a tile. The model stays open after the first `run`."""
 
     spec = Spec("inpaint", "lama", needs_mask=True, max_batch=LARGEST_BATCH, runtime="torch")
 
@@ -77,10 +83,10 @@ class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
         self._model: OpenModel[tuple[Path, str], LamaModel] = OpenModel()
 
     def load(self, device: Device) -> None:
-        """Look whether the model is there. It is opened at the first `run`, and ConfigurationError raised if it can't be."""
+        """Check that the model's file exists. The first `run` opens it, and raises ConfigurationError if it can't."""
         set_up(device)
         self._device = device
-        if device.gpu is None:  # nothing is gained by batches there, see session.py
+        if device.gpu is None:  # batches gain nothing on a CPU, see LamaModel.run
             self.spec = replace(self.spec, max_batch=1)
         self._path(LamaInpaint())
 
@@ -88,25 +94,23 @@ class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
         parts = [f"{options.model} {digest(self._path(options))}", f"{dtype_of(self._device)} {torch.__version__}"]
         return ", ".join([*parts, *["compiled"] * self._device.compile, fingerprint(REVISION)])
 
-    @translated("finding what to fill")
+    @translated("finding the hole")
     def prepare(self, picture: Picture, inputs: Inputs[LamaInpaint]) -> Filling | Untouched:
         options = inputs.options
         hole = find_hole(picture.size, inputs)
         if isinstance(hole, Untouched):
             return hole
-        shares = hole.shares
-        if options.strategy == "whole" and shares.size > WHOLE:
-            most, given = WHOLE / 1e6, shares.size / 1e6
+        opacity = hole.opacity
+        if options.strategy == "whole" and opacity.size > WHOLE:
             raise OperationFailed(
-                f"strategy=whole takes up to {most:g} megapixels, the image has {given:.1f}: leave it at auto"
+                f"strategy=whole takes images up to {WHOLE / 1e6:g} megapixels, and this one has {opacity.size / 1e6:.1f}: "
+                "use strategy=auto"
             )
-        made = plan(shares, strategy=options.strategy, longest=options.tile)
-        rgb = picture.pixels[..., :3]
-        common = (rgb, shares, made.numbers)
-        guides = {number: Guide(Crop(tile, *common)) for number, tile in made.guides.items()}
-        crops = [Crop(tile, *common, guides.get(tile.number)) for tile in made.tiles]
-        samples = [Sample(crop, options) for crop in crops]
-        return Work(samples, plan=Plan(picture, shares, made.numbers), notes=hole.notes, evidence=hole.evidence)
+        tiling = plan(opacity, strategy=options.strategy, longest=options.tile)
+        image = (picture.pixels[..., :3], opacity, tiling.labels)
+        guides = {label: Guide(Crop(tile, *image)) for label, tile in tiling.guides.items()}
+        samples = [Sample(Crop(tile, *image, guides.get(tile.label)), options) for tile in tiling.tiles]
+        return Work(samples, plan=Plan(picture, opacity, tiling.labels), notes=hole.notes, evidence=hole.evidence)
 
     def group_key(self, sample: Sample[LamaInpaint, Crop]) -> Hashable:
         return sample.options.model, sample.data.tile.size
@@ -114,33 +118,32 @@ class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
     def together(self, options: LamaInpaint) -> bool:  # noqa: ARG002
         return self._model.current is not None and self._model.current.batches
 
-    @translated("filling the holes")
+    @translated("filling the hole")
     def run(self, samples: Sequence[Sample[LamaInpaint, Crop]]) -> list[Pixels]:
         model = self._open(samples[0].options)
-        # Made once, whatever becomes of this batch: it may be halved, and come again.
+        # A guide keeps its fill, so it is computed once even if this batch runs out of memory and comes back halved.
         guides = {id(guide): guide for sample in samples if (guide := sample.data.guide) is not None and guide.fill is None}
-        for _, alike in groupby(sorted(guides.values(), key=_guides_size), key=_guides_size):
-            group = list(alike)
-            for guide, fill in zip(group, _run(model, [guide.crop for guide in group]), strict=True):
+        for _, same_size in groupby(sorted(guides.values(), key=lambda guide: guide.size), key=lambda guide: guide.size):
+            batch = list(same_size)
+            for guide, fill in zip(batch, _paint(model, [guide.crop for guide in batch]), strict=True):
                 guide.fill = fill
-        made = _run(model, [sample.data for sample in samples])
-        return [_needed(sample.data, output) for sample, output in zip(samples, made, strict=True)]
+        painted = _paint(model, [sample.data for sample in samples])
+        return [_used(sample.data.tile, output) for sample, output in zip(samples, painted, strict=True)]
 
-    @translated("putting the fill into the image")
+    @translated("blending the fill into the image")
     def finish(self, work: Filling, outputs: Sequence[Pixels]) -> Picture:
-        plan = work.plan
         tiles = [sample.data.tile for sample in work.samples]
-        height, width = plan.shares.shape
+        height, width = work.plan.opacity.shape
         for top in range(0, height, STRIP):
-            strip = Region(slice(top, min(top + STRIP, height)), slice(0, width))
-            _paste(strip, plan, tiles, outputs)
-        return plan.picture
+            strip = Rectangle(slice(top, min(top + STRIP, height)), slice(0, width))
+            _fill_strip(strip, work.plan, tiles, outputs)
+        return work.plan.picture
 
     def _open(self, options: LamaInpaint) -> LamaModel:
         return self._model.get(lambda: with_digest(self._path(options)), lambda file: LamaModel(file[0], self._device))
 
     def _path(self, options: LamaInpaint) -> Path:
-        """The model's file. Raises ConfigurationError where it is missing."""
+        """The model's file. Raises ConfigurationError if it is missing."""
         folder = self._device.weights
         path = model_file(folder, self.spec.engine, options.model)
         if not path.is_file():
@@ -148,89 +151,71 @@ class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
         return path
 
 
-def shown(crop: Crop) -> tuple[Pixels, Grey]:
-    """What the network is given for a tile, both at its size: RGB, and 255 where it is to fill."""
-    rows, columns = crop.tile.area.rows, crop.tile.area.columns
-    rgb, zone = crop.rgb[rows, columns], zone_of(crop.shares[rows, columns])
+def network_input(crop: Crop) -> tuple[Pixels, Grey]:
+    """What the network gets for a tile, both at the tile's size: RGB [h, w, 3], and a mask [h, w], 255 where it has to fill."""
+    rgb, mask = crop.rgb[crop.tile.area], fill_mask(crop.opacity[crop.tile.area])
     if crop.tile.reduced:
         size = (crop.tile.size[1], crop.tile.size[0])
-        return resize(rgb, size), shrunk(zone, size)
+        return resize(rgb, size), shrunk(mask, size)
     if crop.guide is not None and crop.guide.fill is not None:
-        rgb, zone = _guided(crop, crop.guide.fill, crop.guide.crop.tile.area, rgb, zone)
-    padding = [(0, wanted - had) for wanted, had in zip(crop.tile.size, zone.shape, strict=True)]
-    return np.pad(rgb, [*padding, (0, 0)], mode="symmetric"), np.pad(zone, padding, mode="symmetric")
+        rgb, mask = _guided(crop, crop.guide.fill, crop.guide.crop.tile.area, rgb, mask)
+    padding = [(0, padded - length) for padded, length in zip(crop.tile.size, mask.shape, strict=True)]
+    return np.pad(rgb, [*padding, (0, 0)], mode="symmetric"), np.pad(mask, padding, mode="symmetric")
 
 
-def _guided(crop: Crop, fill: Pixels, around: Region, rgb: Pixels, zone: Grey) -> tuple[Pixels, Grey]:
-    """A tile's picture and zone, where the coarse fill stands for what other tiles of the same hole fill.
+def _guided(crop: Crop, fill: Pixels, fill_area: Rectangle, rgb: Pixels, mask: Grey) -> tuple[Pixels, Grey]:
+    """A tile's RGB and mask, with the coarse fill wherever other tiles fill the same hole.
 
-    The network sees nothing of what it is to fill: its picture is 0 there. So the one way to tell it how things go on
-    is outside of its own part of the hole, as if it were known; it then fills its part at full size, from sharp
-    surroundings at the rim and from coarse ones inside, and all tiles of the hole agree on what they lead to.
+    The network sees nothing in the pixels it has to fill: they are 0 in its input. So the only way to show it how the
+    picture continues is outside its own part of the hole, as if those pixels were known. It then fills its part at full
+    size, between sharp surroundings at the rim and coarse ones inside, and all tiles of the hole lead to the same picture.
     """
     area = crop.tile.area
-    others = owners(crop.numbers, area) == crop.tile.number
-    for _, where, weight in weights([crop.tile], crop.numbers, area):
-        others[inside(where, area)] &= weight == 0
-    others &= zone > 0
-    rgb, zone = rgb.copy(), zone.copy()
-    rgb[others] = enlarged(fill, around, area)[others]
-    zone[others] = 0
-    return rgb, zone
+    others = labels_at(crop.labels, area) == crop.tile.label
+    for _, place, weight in weights([crop.tile], crop.labels, area):
+        others[place.relative_to(area)] &= weight == 0
+    others &= mask > 0
+    rgb, mask = rgb.copy(), mask.copy()
+    rgb[others] = enlarged(fill, fill_area, area)[others]
+    mask[others] = 0
+    return rgb, mask
 
 
-def enlarged(fill: Pixels, area: Region, where: Region) -> Pixels:
-    """The rectangle `where` of a fill that was made for `area` at a smaller size."""
-    across, down = (
-        have / (side.stop - side.start) for have, side in zip(fill.shape[1::-1], (area.columns, area.rows), strict=True)
-    )
-    left, top = where.columns.start - area.columns.start, where.rows.start - area.rows.start
-    way = np.array([[across, 0, (left + 0.5) * across - 0.5], [0, down, (top + 0.5) * down - 0.5]])
-    size = (where.columns.stop - where.columns.start, where.rows.stop - where.rows.start)
-    how = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-    return np.asarray(cv2.warpAffine(fill, way, size, flags=how, borderMode=cv2.BORDER_REPLICATE), np.uint8)
+def enlarged(fill: Pixels, area: Rectangle, place: Rectangle) -> Pixels:
+    """The rectangle `place` of a fill that was computed for `area` at a smaller size."""
+    down, across = (small / length for small, length in zip(fill.shape[:2], area.shape, strict=True))
+    top, left = place.rows.start - area.rows.start, place.columns.start - area.columns.start
+    matrix = np.array([[across, 0, (left + 0.5) * across - 0.5], [0, down, (top + 0.5) * down - 0.5]])
+    flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+    height, width = place.shape
+    return np.asarray(cv2.warpAffine(fill, matrix, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE), np.uint8)
 
 
-def inside(where: Region, area: Region) -> tuple[slice, slice]:
-    """Rows and columns of `where`, counted from the corner of `area`."""
-    rows, columns = (
-        slice(part.start - whole.start, part.stop - whole.start)
-        for part, whole in ((where.rows, area.rows), (where.columns, area.columns))
-    )
-    return rows, columns
-
-
-def _paste(strip: Region, plan: Plan, tiles: Sequence[Tile], outputs: Sequence[Pixels]) -> None:
-    """Blend what all tiles made of a strip of the picture, and lay it over."""
-    parts = list(weights(tiles, plan.numbers, strip))
-    if not parts:
-        return
-    left, right = min(where.columns.start for _, where, _ in parts), max(where.columns.stop for _, where, _ in parts)
-    strip = replace(strip, columns=slice(left, right))
-    fill = np.zeros((strip.rows.stop - strip.rows.start, right - left, 3), np.float32)
-    total = np.zeros(fill.shape[:2], np.float32)
-    for place, where, weight in parts:
-        tile, output, at = tiles[place], outputs[place], inside(where, strip)
-        made = enlarged(output, tile.area, where) if tile.reduced else output[inside(where, extent(tile))]
-        fill[at] += made * weight[..., None]
-        total[at] += weight
-    fill /= np.maximum(total, np.float32(1e-6))[..., None]
-    if plan.picture.grey:
-        fill[:] = fill @ LUMA[:, None]
-    mix(plan.picture.pixels[strip.rows, strip.columns, :3], fill, plan.shares[strip.rows, strip.columns])
-
-
-def _run(model: LamaModel, crops: Sequence[Crop]) -> list[Pixels]:
-    pictures, holes = zip(*(shown(crop) for crop in crops), strict=True)
+def _paint(model: LamaModel, crops: Sequence[Crop]) -> list[Pixels]:
+    pictures, holes = zip(*(network_input(crop) for crop in crops), strict=True)
     return model.run(pictures, holes)
 
 
-def _needed(crop: Crop, output: Pixels) -> Pixels:
-    """The part of a tile's output that `finish` makes use of, which is all that is kept until then."""
-    if crop.tile.reduced:
-        return output
-    return output[inside(extent(crop.tile), crop.tile.area)].copy()
+def _used(tile: Tile, output: Pixels) -> Pixels:
+    """The part of a tile's output that `finish` uses, copied so that the rest is freed."""
+    return output if tile.reduced else output[tile.used.relative_to(tile.area)].copy()
 
 
-def _guides_size(guide: Guide) -> tuple[int, int]:
-    return guide.crop.tile.size
+def _fill_strip(strip: Rectangle, plan: Plan, tiles: Sequence[Tile], outputs: Sequence[Pixels]) -> None:
+    """Blend the outputs of all tiles in a strip of the picture, and lay the result over it."""
+    parts = list(weights(tiles, plan.labels, strip))
+    if not parts:
+        return
+    left, right = min(place.columns.start for _, place, _ in parts), max(place.columns.stop for _, place, _ in parts)
+    strip = strip._replace(columns=slice(left, right))
+    fill = np.zeros((*strip.shape, 3), np.float32)
+    total = np.zeros(strip.shape, np.float32)
+    for index, place, weight in parts:
+        tile, output = tiles[index], outputs[index]
+        part = enlarged(output, tile.area, place) if tile.reduced else output[place.relative_to(tile.used)]
+        fill[place.relative_to(strip)] += part * weight[..., None]
+        total[place.relative_to(strip)] += weight
+    fill /= np.maximum(total, np.float32(1e-6))[..., None]
+    if plan.picture.grey:
+        fill[:] = fill @ LUMA[:, None]
+    blend(plan.picture.pixels[strip][..., :3], fill, plan.opacity[strip])

@@ -1,4 +1,4 @@
-"""LaMa's generator on torch: opened once, on the device that was asked for and on no other."""
+"""LaMa's generator on torch, opened once, on the requested device and on no other."""
 
 from __future__ import annotations
 
@@ -20,77 +20,76 @@ from imagemill.worker.models.conversion import read
 from imagemill.worker.operations.inpaint.lama_generator import Generator
 
 LARGEST_BATCH = 8
-"""Pictures that go to a GPU at a time."""
+"""Most pictures in one batch on a GPU."""
 BAND = 512 * 512
-"""Pixels that the generator's ends take at a time on a CPU: 1024 x 1024 take some 350 MB instead of 770."""
+"""Pixels that the generator's first and last layers process at once on a CPU: 1024 x 1024 take about 350 MB instead of 770."""
 
 
 class LamaModel:
     """LaMa's generator, opened on a device.
 
-    Raises ConfigurationError where the file is damaged or of something else, and where the device isn't there.
+    Raises ConfigurationError if the file is damaged or holds another model, and if the device is not available.
     """
 
     def __init__(self, path: Path, device: Device) -> None:
         self.device = torch_device(device, "lama")
         self.dtype = dtype_of(device)
-        on_cpu = device.gpu is None
-        if on_cpu:
+        self.batches = device.gpu is not None
+        if not self.batches:
             torch.set_num_threads(device.threads)
         with _translated("opening"):
             try:
-                made = Generator(read(path), BAND if on_cpu else None).fold()
+                generator = Generator(read(path), None if self.batches else BAND).fold()
             except (ConfigurationError, ValueError) as error:
-                again = "`imagemill models verify` checks it, `imagemill models pull lama` fetches it"
-                raise ConfigurationError(f"the model lama can't be opened from {path} ({sentence(error)}): {again}") from error
-            # As oneDNN and cuDNN have it, so that they need not turn their inputs and outputs around.
-            made = made.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._paint: Callable[[Tensor], Tensor] = _compiled(made) if device.compile else made
-        self.batches = not on_cpu
-        give_back()  # what reading it took
+                raise ConfigurationError(
+                    f"the model lama can't be opened from {path} ({sentence(error)}): check it with `imagemill models verify`, "
+                    "or download it again with `imagemill models pull lama`"
+                ) from error
+            # The layout that oneDNN and cuDNN use, so that they need not reorder inputs and outputs.
+            generator = generator.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._paint: Callable[[Tensor], Tensor] = _compiled(generator) if device.compile else generator
+        give_back()  # the memory that reading the file took
 
     def run(self, pictures: Sequence[Pixels], holes: Sequence[Grey]) -> list[Pixels]:
-        """What the generator paints, uint8 [h, w, 3] each, for RGB uint8 [h, w, 3] and holes uint8 [h, w] (above 127: fill).
+        """The generator's pictures, uint8 [h, w, 3] each, for RGB uint8 [h, w, 3] and holes uint8 [h, w] (above 127: fill).
 
-        All are of one size: multiples of 8, at least 16. What it paints outside of the holes is no copy of the picture.
+        All have one size: multiples of 8, at least 16. The result does not reproduce the picture outside the holes.
         Raises OutOfMemory and OperationFailed.
         """
         if not pictures:
             return []
-        # On a CPU one at a time: a single picture keeps all cores busy, and of 512 x 512 it takes some 200 MB, two some 400.
+        # One by one on a CPU: one picture keeps all cores busy, and one of 512 x 512 takes about 200 MB, two about 400.
         size = len(pictures) if self.batches else 1
-        made: list[Pixels] = []
+        painted: list[Pixels] = []
         with _translated("running"), torch.inference_mode():
             for start in range(0, len(pictures), size):
                 batch = slice(start, start + size)
-                made.extend(self._run(np.stack(pictures[batch]), np.stack(holes[batch])))
-        return made
+                painted.extend(self._run(np.stack(pictures[batch]), np.stack(holes[batch])))
+        return painted
 
     def _run(self, pictures: Pixels, holes: Grey) -> Pixels:
         painted = self._paint(self._input(pictures, holes))
         if not bool(painted.isfinite().all()):
-            raise OperationFailed(f"the model lama painted what are no colours; it calculated in {self.dtype}")
-        # To the device's bytes first: a quarter of what would have to be copied.
-        made = painted.float().mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        return np.asarray(made.cpu().numpy(), np.uint8)
+            raise OperationFailed(f"the model lama produced NaN or infinity, computing in {self.dtype}")
+        # To bytes on the device, so that a quarter of the memory has to be copied.
+        pixels = painted.float().mul_(255).round_().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return np.asarray(pixels.cpu().numpy(), np.uint8)
 
     def _input(self, pictures: Pixels, holes: Grey) -> Tensor:
         """[b, 4, h, w]: the pictures in 0..1, black in the holes, and the holes as 1."""
-        height, width = holes.shape[1:]
-        made = torch.empty(
-            (len(holes), 4, height, width), dtype=self.dtype, device=self.device, memory_format=torch.channels_last
-        )
+        shape = (len(holes), 4, *holes.shape[1:])
+        x = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
         hole = torch.from_numpy(holes).to(self.device) > 127
-        made[:, 3] = hole
-        made[:, :3] = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2)
-        made[:, :3].div_(255).masked_fill_(hole[:, None], 0)
-        return made
+        x[:, 3] = hole
+        x[:, :3] = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2)
+        x[:, :3].div_(255).masked_fill_(hole[:, None], 0)
+        return x
 
 
 def _compiled(generator: Generator) -> Callable[[Tensor], Tensor]:
-    """The same, compiled when it first meets a size, once for one picture and once for any number of them.
+    """The generator, compiled at the first batch of each size: once for a single picture and once for any larger number.
 
-    After torch's `recompile_limit`, 8, it goes on without being compiled.
+    After torch's `recompile_limit` of 8, further sizes run uncompiled.
     """
     compiled = torch.compile(generator)
 
@@ -99,27 +98,28 @@ def _compiled(generator: Generator) -> Callable[[Tensor], Tensor]:
             torch._dynamo.mark_static(x, axis)
         if len(x) > 1:
             torch._dynamo.mark_dynamic(x, 0)
-        made: Tensor = compiled(x)
-        return made
+        painted: Tensor = compiled(x)
+        return painted
 
     return paint
 
 
 def dtype_of(device: Device) -> torch.dtype:
-    """What it calculates in, once the process is pinned to its device."""
+    """The precision that the model computes in; on a GPU, the process must be pinned to it already."""
     has_bf16 = device.gpu is not None and torch.cuda.get_device_capability() >= (8, 0)
     return torch_dtype(device, torch.bfloat16 if has_bf16 else torch.float16)
 
 
 @contextmanager
 def _translated(doing: str) -> Iterator[None]:
+    """Turn torch's errors and MemoryError into OutOfMemory or OperationFailed."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one
-        traceback.clear_frames(error.__traceback__)  # they hold tensors for as long as somebody holds the error
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        traceback.clear_frames(error.__traceback__)  # they hold tensors for as long as the error is held
         if not is_out_of_memory(error):
             raise OperationFailed(f"{doing} the model lama failed: {sentence(error)}") from error
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         give_back()
-        raise OutOfMemory(f"there was not enough memory for {doing} the model lama: {sentence(error)}") from error
+        raise OutOfMemory(f"not enough memory for {doing} the model lama: {sentence(error)}") from error

@@ -1,210 +1,188 @@
-"""Which parts of an image go through a network that fills holes: the hole in, tiles out. Nothing here fills anything.
+"""Which parts of an image go through the network: from a mask to tiles. Nothing here fills any pixels.
 
 A hole that fits goes into one tile with its surroundings. A long thin one (a scratch, a cable, a caption) is cut into
-parts wherever that takes fewer pixels than its bounding box, so time follows the hole and not the image. The sides of
-tiles come in steps, so that those of different images are of the same size and share batches.
+parts wherever that takes fewer pixels than its bounding box, so time depends on the hole and not on the image. Tiles'
+sides are multiples of a step, so that tiles of different images often have the same size and share batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.worker.imaging.picture import Grey
-from imagemill.worker.operations.inpaint.mask import Region
+from imagemill.worker.operations.inpaint.rectangle import Rectangle
 
 OVERLAP = 64
 """Pixels over which neighbouring tiles are blended."""
 REACH = OVERLAP // 2
 
 CELL = 8
-"""The plan is made on squares of so many pixels a side: each is in the hole or not, and belongs to one part of it."""
+"""The hole is planned in square cells of this many pixels a side; a cell belongs to the hole if any of its pixels does."""
 
 CONTEXT = 128
-"""Pixels that a tile shows around its part of the hole. IOPaint has as many around each box that it crops to."""
+"""Pixels that a tile shows around its part of the hole; IOPaint shows as many around each box that it crops to."""
 
 STEP = 64
-"""Sides of tiles are multiples of it, rounded down: a tile never has more pixels than its part with CONTEXT all around."""
+"""Tiles' sides are multiples of this, rounded down, so a tile never has more pixels than its part with CONTEXT all around."""
 
-LEAST = CONTEXT - STEP // 2  # pixels of context that are left then; more than half an overlap
+LEAST = CONTEXT - STEP // 2
+"""Pixels of context that remain after rounding down; more than half an overlap."""
+
 NEAR = CONTEXT
-"""Holes less than twice as many pixels apart are planned together, since what tiles would show around them overlaps."""
+"""Holes less than twice this many pixels apart are planned together, since the context of their tiles would overlap."""
 
 THICK = 4
-"""A hole that is thicker than the longest tile's side divided by this is guided where it doesn't fit into one tile."""
+"""A hole that needs several tiles gets a guide if it is thicker than a tile's longest side divided by this."""
 
-STRIP = 512  # rows of the hole looked at a time
+STRIP = 512  # rows of the mask reduced to cells at once; a multiple of CELL
 
 Cells = NDArray[np.bool_]
+Labels = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One input of the network. It sees `area` of the image, at `size` (height, width) and padded to multiples of 8.
+    """One input of the network: `area` of the image at `size` (height, width), a multiple of 8 a side.
 
-    Of the hole of region `number` it fills what lies in `core`, and helps to fill what lies around it. It is `reduced`
-    if `size` is smaller than the area, else the area is padded below and on the right.
+    The tile fills the pixels of region `label` in `core`, and contributes to those up to REACH pixels around it. A
+    `reduced` tile shows its area at a smaller size; any other is padded below and on the right.
     """
 
-    area: Region
-    core: Region
+    area: Rectangle
+    core: Rectangle
     size: tuple[int, int]
-    number: int
+    label: int
     reduced: bool = False
+
+    @property
+    def used(self) -> Rectangle:
+        """The part of the area for which the tile's output is used: the core and REACH pixels around it."""
+        rows, columns = (
+            slice(max(core.start - REACH, area.start), min(core.stop + REACH, area.stop))
+            for core, area in zip(self.core, self.area, strict=True)
+        )
+        return Rectangle(rows, columns)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """`numbers` [rows, columns] says for each cell to which region its part of the hole belongs, 0 where there is none.
+class Tiling:
+    """How an image is cut into tiles.
 
-    `guides` are the regions that need a coarse pass first, by number.
+    `labels` [rows, columns] of cells holds the number of the region that each cell's part of the hole belongs to, or 0
+    outside the hole. `guides` maps the labels of regions that need a coarse pass first to its tile.
     """
 
     tiles: list[Tile]
-    numbers: NDArray[np.int32]
+    labels: Labels
     guides: dict[int, Tile] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Box:
-    """A rectangle of cells."""
+def plan(hole: Grey, *, strategy: str = "auto", longest: int = 1024) -> Tiling:
+    """Tiles, at most `longest` pixels a side, that cover all pixels of `hole` [height, width] above 0.
 
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-
-def plan(hole: Grey, *, strategy: str = "auto", longest: int = 1024) -> Plan:
-    """Tiles, at most `longest` pixels a side, that cover all that isn't 0 in `hole` [height, width].
-
-    `strategy` is of imagemill.shared.options.inpaint.LamaInpaint; with `whole` there is one tile, as large as the image.
+    `strategy` is that of LamaInpaint (shared/options/inpaint.py); with `whole` there is one tile, as large as the image.
     """
     shape = (hole.shape[0], hole.shape[1])
-    cells = in_cells(hole)
+    cells = cells_of(hole)
     if strategy == "whole":
-        everything = Region(slice(0, shape[0]), slice(0, shape[1]))
-        return Plan([Tile(everything, everything, _padded(shape), 1)], cells.astype(np.int32))
-    numbers, boxes = _regions(cells)
-    made = Plan([], numbers)
+        image = _all_of(hole)
+        return Tiling([Tile(image, image, _padded(shape), 1)], cells.astype(np.int32))
+    labels, bounds = _regions(cells)
+    tiling = Tiling([], labels)
     limit = longest - 2 * LEAST
-    for number, box in enumerate(boxes, 1):
-        own = _cut(numbers, box) == number
-        whole = _tight(own, Box(0, 0, *own.shape))
-        fits = _fits(whole, limit)
+    for label, bound in enumerate(bounds, 1):
+        region = labels[bound] == label
+        corner = (bound.rows.start, bound.columns.start)
+        box = _tight(region, _all_of(region))
+        fits = _fits(box, limit)
         if strategy == "resize" and not fits:
-            made.tiles.append(_coarse(_shifted(whole, box), shape, longest, number))
+            tiling.tiles.append(_reduced_tile(box.moved(*corner), shape, longest, label))
             continue
-        if strategy == "auto" and not fits and _thickness(own) > longest / THICK:
-            made.guides[number] = _coarse(_shifted(whole, box), shape, longest, number)
-        parts = [whole] if strategy == "resize" else _parts(own, whole, limit)
-        made.tiles.extend(_around(hole, _shifted(part, box), longest, number) for part in parts)
-    return made
+        if strategy == "auto" and not fits and _thickness(region) > longest / THICK:
+            tiling.guides[label] = _reduced_tile(box.moved(*corner), shape, longest, label)
+        parts = [box] if strategy == "resize" else _parts(region, box, limit)
+        tiling.tiles.extend(_full_tile(part.moved(*corner), hole, longest, label) for part in parts)
+    return tiling
 
 
-def in_cells(hole: Grey) -> Cells:
-    """Which cells have some of the hole in them."""
+def cells_of(hole: Grey) -> Cells:
+    """Whether each cell contains any pixel of the hole."""
     height, width = hole.shape
-    found = np.zeros((-(-height // CELL), -(-width // CELL)), np.bool_)
+    cells = np.zeros((-(-height // CELL), -(-width // CELL)), np.bool_)
     for top in range(0, height, STRIP):
         part = (hole[top : top + STRIP] > 0).view(np.uint8)
         for axis in (0, 1):
             part = np.maximum.reduceat(part, np.arange(0, part.shape[axis], CELL), axis=axis)
-        found[top // CELL : top // CELL + len(part)] = part
-    return found
+        cells[top // CELL : top // CELL + len(part)] = part
+    return cells
 
 
-def weights(
-    tiles: Sequence[Tile], numbers: NDArray[np.int32], part: Region
-) -> Iterator[tuple[int, Region, NDArray[np.float32]]]:
-    """How much each tile counts in a rectangle of the image: its place in `tiles`, where, and weights [h, w].
+def labels_at(labels: Labels, place: Rectangle) -> Labels:
+    """The region label of each pixel in a rectangle of the image."""
+    rows, columns = (np.arange(side.start, side.stop) // CELL for side in place)
+    return np.asarray(labels[rows[:, None], columns], np.int32)
 
-    They are 1 in its core, fall to 0 over `REACH` pixels around it, and are 0 outside its region; to be divided by
-    their sum. So at the border of two cores each counts half, and over twice `REACH` pixels one passes into the other.
+
+def weights(tiles: Sequence[Tile], labels: Labels, part: Rectangle) -> Iterator[tuple[int, Rectangle, NDArray[np.float32]]]:
+    """The weight of each tile in a rectangle of the image: its index in `tiles`, the place, and its weights there [h, w].
+
+    A tile weighs 1 in its core, less and less over REACH pixels around it, and 0 outside its region; the caller divides
+    by the sum. Two tiles whose cores touch weigh the same at the border, and blend over OVERLAP pixels.
     """
-    for place, tile in enumerate(tiles):
-        where = _common(extent(tile), part)
-        if where is not None:
-            ramps = (
-                _ramp(tile.core.rows, where.rows, REACH),
-                _ramp(tile.core.columns, where.columns, REACH),
-            )
-            yield place, where, np.outer(*ramps) * (owners(numbers, where) == tile.number)
+    for index, tile in enumerate(tiles):
+        place = tile.used.intersection(part)
+        if place is not None:
+            down, across = (_ramp(core, side) for core, side in zip(tile.core, place, strict=True))
+            yield index, place, np.outer(down, across) * (labels_at(labels, place) == tile.label)
 
 
-def extent(tile: Tile) -> Region:
-    """What a tile fills, or helps to fill."""
-    rows, columns = (
-        slice(max(core.start - REACH, area.start), min(core.stop + REACH, area.stop))
-        for core, area in ((tile.core.rows, tile.area.rows), (tile.core.columns, tile.area.columns))
-    )
-    return Region(rows, columns)
-
-
-def _common(one: Region, other: Region) -> Region | None:
-    rows, columns = (
-        slice(max(first.start, second.start), min(first.stop, second.stop))
-        for first, second in ((one.rows, other.rows), (one.columns, other.columns))
-    )
-    return Region(rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
-
-
-def owners(numbers: NDArray[np.int32], where: Region) -> NDArray[np.int32]:
-    """For each pixel of a rectangle the number of its cell."""
-    rows, columns = (np.arange(side.start, side.stop) // CELL for side in (where.rows, where.columns))
-    return np.asarray(numbers[rows[:, None], columns], np.int32)
-
-
-def _ramp(core: slice, where: slice, reach: int) -> NDArray[np.float32]:
-    at = np.arange(where.start, where.stop)
+def _ramp(core: slice, side: slice) -> NDArray[np.float32]:
+    at = np.arange(side.start, side.stop)
     outside = np.maximum(np.maximum(core.start - at, at - core.stop + 1), 0)
-    return np.asarray(1 - outside / (reach + 1), np.float32)
+    return np.asarray(1 - outside / (REACH + 1), np.float32)
 
 
-def _regions(cells: Cells) -> tuple[NDArray[np.int32], list[Box]]:
-    """Each cell's region, from 1 on, or 0; and per region a box that it lies in."""
+# --- cells into regions, regions into parts ---------------------------------------------------------------------------
+
+
+def _regions(cells: Cells) -> tuple[Labels, list[Rectangle]]:
+    """The label of each cell's region, from 1 on, or 0 outside the hole; and per region a rectangle of cells around it."""
     reach = NEAR // CELL
     merged = cv2.dilate(cells.view(np.uint8), np.ones((2 * reach + 1, 2 * reach + 1), np.uint8))
-    count, found, stats, _ = cv2.connectedComponentsWithStats(merged, connectivity=8)
-    numbers = np.where(cells, found, 0).astype(np.int32)
-    edges = stats[1:count, [cv2.CC_STAT_TOP, cv2.CC_STAT_LEFT, cv2.CC_STAT_HEIGHT, cv2.CC_STAT_WIDTH]].tolist()
-    return numbers, [Box(top, left, top + height, left + width) for top, left, height, width in edges]
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(merged, connectivity=8)
+    bounds = [Rectangle.at(*bound) for bound in stats[1:count, : cv2.CC_STAT_AREA].tolist()]
+    return np.where(cells, labels, 0).astype(np.int32), bounds
 
 
-# --- a region into parts ----------------------------------------------------------------------------------------------
-
-
-def _parts(own: Cells, whole: Box, limit: int) -> list[Box]:
-    """Boxes that hold all of a region and don't meet, each small enough for a tile: few pixels in all, greedily."""
-    done, open_ = [], [whole]
-    while open_:
-        box = open_.pop()
-        cut = min(_halves(own, box, limit), key=lambda halves: sum(_cost(half, limit) for half in halves), default=None)
-        if cut is None or (_fits(box, limit) and sum(_cost(half, limit) for half in cut) >= _cost(box, limit)):
-            done.append(box)
+def _parts(region: Cells, box: Rectangle, limit: int) -> list[Rectangle]:
+    """Disjoint rectangles of cells that together hold a region, each small enough for a tile; greedily, for few pixels."""
+    parts, uncut = [], [box]
+    while uncut:
+        part = uncut.pop()
+        halves = min(_halves(region, part, limit), key=lambda pair: sum(_cost(half, limit) for half in pair), default=None)
+        if halves is None or (_fits(part, limit) and sum(_cost(half, limit) for half in halves) >= _cost(part, limit)):
+            parts.append(part)
         else:
-            open_.extend(cut)
-    return done
+            uncut.extend(halves)
+    return parts
 
 
-def _halves(own: Cells, box: Box, limit: int) -> Iterator[tuple[Box, Box]]:
-    """Ways to cut a box in two, both shrunk to what they hold: in the middle, or at a gap, of each side."""
-    inside = _cut(own, box)
-    for at in _places(np.any(inside, axis=1), limit):
-        at += box.top
-        yield _tight(own, Box(box.top, box.left, at, box.right)), _tight(own, Box(at, box.left, box.bottom, box.right))
-    for at in _places(np.any(inside, axis=0), limit):
-        at += box.left
-        yield _tight(own, Box(box.top, box.left, box.bottom, at)), _tight(own, Box(box.top, at, box.bottom, box.right))
+def _halves(region: Cells, box: Rectangle, limit: int) -> Iterator[list[Rectangle]]:
+    """Ways to cut a rectangle in two, both halves shrunk to their cells: in the middle, or at a gap, of either side."""
+    inside = region[box]
+    for name, side, filled in (("rows", box.rows, np.any(inside, axis=1)), ("columns", box.columns, np.any(inside, axis=0))):
+        for cut in _cuts(filled, limit):
+            halves = slice(side.start, side.start + cut), slice(side.start + cut, side.stop)
+            yield [_tight(region, box._replace(**{name: half})) for half in halves]
 
 
-def _places(filled: Cells, limit: int) -> list[int]:
-    """Where to cut a side whose ends are filled: into as few parts as fit; or in the most central of its wide gaps."""
+def _cuts(filled: Cells, limit: int) -> list[int]:
+    """Where to cut a side whose ends are filled: for as few parts as fit, and in the most central of its wide gaps."""
     if len(filled) < 2:
         return []
     parts = max(2, -(-len(filled) * CELL // limit))
@@ -218,73 +196,69 @@ def _places(filled: Cells, limit: int) -> list[int]:
     return [middle, int(centres[np.abs(centres - middle).argmin()])]
 
 
-def _tight(own: Cells, box: Box) -> Box:
-    """The smallest box around what a box holds, which is something."""
-    inside = _cut(own, box)
-    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
-    return Box(box.top + int(rows[0]), box.left + int(columns[0]), box.top + int(rows[-1]) + 1, box.left + int(columns[-1]) + 1)
+def _tight(region: Cells, box: Rectangle) -> Rectangle:
+    """The smallest rectangle around the region's cells in `box`, which must hold some."""
+    left, top, width, height = cv2.boundingRect(region[box].view(np.uint8))
+    return Rectangle.at(left, top, width, height).moved(box.rows.start, box.columns.start)
 
 
-def _cost(box: Box, limit: int) -> int:
-    """Pixels of the tile around a box, or of as many as it takes."""
-    lengths = ((box.bottom - box.top) * CELL, (box.right - box.left) * CELL)
+def _all_of(array: NDArray[np.generic]) -> Rectangle:
+    return Rectangle(slice(0, array.shape[0]), slice(0, array.shape[1]))
+
+
+def _cost(box: Rectangle, limit: int) -> int:
+    """Pixels of the tile around a rectangle of cells, or of all the tiles that it needs."""
+    lengths = (cells * CELL for cells in box.shape)
     height, width = (_side(length) if length <= limit else length + -(-length // limit) * 2 * CONTEXT for length in lengths)
     return height * width
 
 
-def _fits(box: Box, limit: int) -> bool:
-    return max(box.bottom - box.top, box.right - box.left) * CELL <= limit
+def _fits(box: Rectangle, limit: int) -> bool:
+    return max(box.shape) * CELL <= limit
 
 
-def _thickness(own: Cells) -> float:
-    """Twice the distance from the innermost pixel of a region to its rim; beyond the image there is nothing to see."""
-    depth = cv2.distanceTransform(own.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    return 2 * CELL * float(depth.max()) if not own.all() else float("inf")
+def _thickness(region: Cells) -> float:
+    """Twice the distance in pixels from the innermost pixel of a region to its rim; infinite if there is no rim."""
+    depth = cv2.distanceTransform(region.view(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return 2 * CELL * float(depth.max()) if not region.all() else float("inf")
 
 
-def _cut(array: NDArray[Any], box: Box) -> NDArray[Any]:
-    return array[box.top : box.bottom, box.left : box.right]
+# --- parts into tiles -------------------------------------------------------------------------------------------------
 
 
-def _shifted(box: Box, by: Box) -> Box:
-    return Box(box.top + by.top, box.left + by.left, box.bottom + by.top, box.right + by.left)
+def _full_tile(part: Rectangle, hole: Grey, longest: int, label: int) -> Tile:
+    """The tile at full size around a part, whose extent is now measured to the pixel."""
+    place = _in_pixels(part, hole.shape)
+    core = Rectangle.at(*cv2.boundingRect(hole[place])).moved(place.rows.start, place.columns.start)
+    lengths = [min(_side(length), longest) for length in core.shape]
+    area = Rectangle(*map(_around, core, lengths, hole.shape))
+    return Tile(area, core, _padded(area.shape), label)
 
 
-# --- a part into a tile -----------------------------------------------------------------------------------------------
+def _reduced_tile(box: Rectangle, shape: tuple[int, int], longest: int, label: int) -> Tile:
+    """One tile for a region that is too large for a full one: reduced, with CONTEXT around it at the reduced size."""
+    core = _in_pixels(box, shape)
+    context = round(2 * CONTEXT * max(core.shape) / (longest - 2 * CONTEXT))
+    area = Rectangle(*map(_around, core, [length + context for length in core.shape], shape))
+    shrink = max(area.shape) / longest  # less than for the core with its context if the image ends before
+    height, width = (max(16, round(length / shrink / 8) * 8) for length in area.shape)
+    return Tile(area, core, (height, width), label, reduced=True)
 
 
-def _around(hole: Grey, part: Box, longest: int, number: int) -> Tile:
-    """The tile around a part, which is measured to the pixel now."""
-    rows, columns = slice(part.top * CELL, part.bottom * CELL), slice(part.left * CELL, part.right * CELL)
-    left, top, width, height = cv2.boundingRect(hole[rows, columns])
-    core = Region(slice(rows.start + top, rows.start + top + height), slice(columns.start + left, columns.start + left + width))
-    area = Region(
-        _placed(core.rows, min(_side(height), longest), hole.shape[0]),
-        _placed(core.columns, min(_side(width), longest), hole.shape[1]),
-    )
-    return Tile(area, core, _padded((area.rows.stop - area.rows.start, area.columns.stop - area.columns.start)), number)
-
-
-def _coarse(box: Box, shape: tuple[int, int], longest: int, number: int) -> Tile:
-    """One tile for a region that is too large for one: reduced, and with CONTEXT around it at the reduced size."""
-    sides = [(slice(box.top * CELL, min(box.bottom * CELL, shape[0])), shape[0])]
-    sides.append((slice(box.left * CELL, min(box.right * CELL, shape[1])), shape[1]))
-    shrink = max(side.stop - side.start for side, _ in sides) / (longest - 2 * CONTEXT)
-    context = round(2 * CONTEXT * shrink)
-    areas = [_placed(side, side.stop - side.start + context, extent) for side, extent in sides]
-    shrink = max(area.stop - area.start for area in areas) / longest  # less where the image ends before the context
-    height, width = (max(16, round((area.stop - area.start) / shrink / 8) * 8) for area in areas)
-    return Tile(Region(*areas), Region(*(side for side, _ in sides)), (height, width), number, reduced=True)
+def _in_pixels(box: Rectangle, shape: tuple[int, ...]) -> Rectangle:
+    """A rectangle of cells in pixels, clipped to the image."""
+    rows, columns = (slice(side.start * CELL, min(side.stop * CELL, length)) for side, length in zip(box, shape, strict=True))
+    return Rectangle(rows, columns)
 
 
 def _side(length: int) -> int:
     return (length + 2 * CONTEXT) // STEP * STEP
 
 
-def _placed(core: slice, length: int, extent: int) -> slice:
-    """`length` pixels around `core`, moved and cut so that they lie within `extent`."""
-    start = max(0, min(core.start - (length - (core.stop - core.start)) // 2, extent - length))
-    return slice(start, min(start + length, extent))
+def _around(core: slice, length: int, image_length: int) -> slice:
+    """`length` pixels centred on `core`, moved and clipped to lie within the image."""
+    start = max(0, min(core.start - (length - (core.stop - core.start)) // 2, image_length - length))
+    return slice(start, min(start + length, image_length))
 
 
 def _padded(shape: tuple[int, int]) -> tuple[int, int]:

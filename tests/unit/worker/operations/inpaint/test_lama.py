@@ -1,4 +1,4 @@
-"""The engine around the network: a stand-in for it continues gradients, so all that shows is what tiles do."""
+"""The engine around the network. The network is replaced by one that continues gradients, so only the tiling can show."""
 
 from __future__ import annotations
 
@@ -12,55 +12,42 @@ import torch
 
 from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import BadMask, ConfigurationError, OperationFailed
-from imagemill.shared.messages import Item
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.operations.base import Inputs, Untouched
+from imagemill.worker.operations.base import Untouched
 from imagemill.worker.operations.inpaint import lama
-from imagemill.worker.operations.inpaint.lama import Crop, Lama, enlarged, shown
-from imagemill.worker.operations.inpaint.mask import EMPTY, LARGE, Region
+from imagemill.worker.operations.inpaint.lama import Crop, Lama, enlarged, network_input
+from imagemill.worker.operations.inpaint.mask import EMPTY, LARGE
+from imagemill.worker.operations.inpaint.rectangle import Rectangle
 from tests.batches import run_batch
-from tests.fills import Continues
+from tests.fills import Continues, damaged, inputs, rectangle_mask, slope
 from tests.unit.worker.operations.conformance import run_all
 
 
 @pytest.fixture
-def session() -> Continues:
+def model() -> Continues:
     return Continues()
 
 
 @pytest.fixture
-def operation(session: Continues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lama:
+def operation(model: Continues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lama:
     (tmp_path / "lama").mkdir()
-    (tmp_path / "lama" / "lama.ckpt").write_bytes(b"the network is not what is tested here")
+    (tmp_path / "lama" / "lama.ckpt").write_bytes(b"never read, since the network is replaced")
     monkeypatch.setattr(lama, "model_file", lambda *_: tmp_path / "lama" / "lama.ckpt")
-    monkeypatch.setattr(lama, "LamaModel", lambda *_: session)
-    made = Lama()
-    made.load(Device(gpu=0, weights=tmp_path))  # batches
-    return made
+    monkeypatch.setattr(lama, "LamaModel", lambda *_: model)
+    operation = Lama()
+    operation.load(Device(gpu=0, weights=tmp_path))  # a GPU, for batches
+    return operation
 
 
-def prepared(operation: Lama, pixels: Pixels, mask: Grey | None = None, boxes: Any = (), **options: Any) -> Any:
-    item = Item(index=0, source="https://images.example/one.jpg", boxes=boxes)
-    return operation.prepare(Picture(pixels.copy()), Inputs(item, parse_options("inpaint", "lama", options), mask))
+def prepared(operation: Lama, pixels: Pixels, mask: Grey | None = None, item_boxes: Any = (), **options: Any) -> Any:
+    return operation.prepare(Picture(pixels.copy()), inputs("lama", mask, item_boxes, **options))
 
 
-def inpaint(operation: Lama, pixels: Pixels, mask: Grey | None = None, **options: Any) -> tuple[Pixels, list[str]]:
+def inpaint(operation: Lama, pixels: Pixels, mask: Grey, **options: Any) -> tuple[Pixels, list[str]]:
     work = prepared(operation, pixels, mask, **options)
     return operation.finish(work, run_all(operation, work.samples)).pixels, work.notes
-
-
-def slope(height: int, width: int, channels: int = 3) -> Pixels:
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    planes = [40 + 150 * x / width, 200 - 120 * y / height, 60 + 60 * (x / width + y / height), 80 + 150 * y / height]
-    return np.ascontiguousarray(np.rint(np.stack(planes[:channels], axis=2)), np.uint8)
-
-
-def damaged(truth: Pixels, mask: Grey) -> Pixels:
-    pixels = truth.copy()
-    pixels[mask > 0, :3] = (255, 0, 255)
-    return pixels
 
 
 def line(height: int, width: int, thickness: int = 12) -> Grey:
@@ -89,148 +76,142 @@ def disc(height: int, width: int, radius: int) -> Grey:
     ],
     ids=["compact", "line", "soft line", "guided", "tiles only", "resized", "whole"],
 )
-def test_a_gradient_goes_on_through_the_hole_without_a_step_and_all_else_stays(
+def test_fill_continues_a_gradient_without_seams_and_keeps_all_other_pixels(
     operation: Lama, mask: Grey, options: dict[str, Any], tiles: int, channels: int
 ) -> None:
-    truth = slope(*mask.shape, channels)
-    pixels = damaged(truth, mask)
+    original = slope(*mask.shape, channels)
+    pixels = damaged(original, mask)
     work = prepared(operation, pixels, mask, **options)
     assert len(work.samples) >= tiles
-    made = operation.finish(work, run_all(operation, work.samples)).pixels
-    near = options.get("mask_dilate", 0) + options.get("mask_feather", 0)
-    kept = cv2.dilate(mask, np.ones((2 * near + 1, 2 * near + 1), np.uint8)) == 0
-    assert np.array_equal(made[kept], pixels[kept])
-    assert made.shape == pixels.shape
-    if "strategy" in options and options["strategy"] == "tile":
-        return  # inside of it, tiles see nothing at all
-    assert np.abs(made.astype(int) - truth).max() <= 2
-    off = made[..., :3].astype(int) - truth[..., :3]
-    assert max(np.abs(np.diff(off, axis=axis)).max() for axis in (0, 1)) <= 2
+    result = operation.finish(work, run_all(operation, work.samples)).pixels
+    margin = options.get("mask_dilate", 0) + options.get("mask_feather", 0)
+    kept = cv2.dilate(mask, np.ones((2 * margin + 1, 2 * margin + 1), np.uint8)) == 0
+    assert np.array_equal(result[kept], pixels[kept])
+    assert result.shape == pixels.shape
+    if options.get("strategy") == "tile":
+        return  # unguided tiles inside the hole see no known pixels
+    assert np.abs(result.astype(int) - original).max() <= 2
+    error = result[..., :3].astype(int) - original[..., :3]
+    assert max(np.abs(np.diff(error, axis=axis)).max() for axis in (0, 1)) <= 2
     if channels == 4:
-        assert np.array_equal(made[..., 3], truth[..., 3])
+        assert np.array_equal(result[..., 3], original[..., 3])
 
 
-def test_a_guided_tile_sees_the_coarse_fill_where_others_fill(operation: Lama, session: Continues) -> None:
+def test_guided_tile_sees_the_coarse_fill_where_other_tiles_fill(operation: Lama) -> None:
     mask = disc(1300, 1500, 500)
     work = prepared(operation, damaged(slope(1300, 1500), mask), mask, tile=512)
-    guides = {id(sample.data.guide) for sample in work.samples}
-    assert len(guides) == 1
-    assert None not in guides
+    guide = work.samples[0].data.guide
+    assert guide is not None
+    assert all(sample.data.guide is guide for sample in work.samples)
     run_all(operation, work.samples)
     for sample in work.samples:
         crop: Crop = sample.data
-        rgb, hole = shown(crop)
-        area = crop.tile.area
-        beyond = (mask[area.rows, area.columns] > 0) & (hole == 0)
-        assert beyond.any()
-        assert not ((rgb[beyond] == (255, 0, 255)).all(axis=1)).any(), "nothing of what is to go"
-        own = mask[crop.tile.core.rows, crop.tile.core.columns] > 0
-        inside = hole[lama.inside(crop.tile.core, area)]
-        assert (inside[own] == 255).all(), "its own part is filled anew, at full size"
+        rgb, hole = network_input(crop)
+        area, core = crop.tile.area, crop.tile.core
+        others = (mask[area] > 0) & (hole == 0)
+        assert others.any()
+        assert not ((rgb[others] == (255, 0, 255)).all(axis=1)).any(), "the damage must not be visible"
+        core_hole = hole[core.relative_to(area)]
+        assert (core_hole[mask[core] > 0] == 255).all(), "the tile fills its own part at full size"
 
 
-def test_the_guide_is_made_once_even_where_a_batch_has_to_be_halved(operation: Lama, session: Continues) -> None:
+def test_guide_is_computed_once_even_when_its_batch_is_halved(operation: Lama, model: Continues) -> None:
     mask = disc(1300, 1500, 500)
     pixels = damaged(slope(1300, 1500), mask)
-    alone, _ = inpaint(operation, pixels, mask, tile=512)
-    session.batches.clear()
-    session.most = 2
+    expected, _ = inpaint(operation, pixels, mask, tile=512)
+    model.batches.clear()
+    model.most = 2
     work = prepared(operation, pixels, mask, tile=512)
-    guide = work.samples[0].data.guide.crop.tile.size
-    alike = [sample for sample in work.samples if operation.group_key(sample) == operation.group_key(work.samples[0])]
+    guide_size = work.samples[0].data.guide.size
+    key = operation.group_key(work.samples[0])
+    first_group = [sample for sample in work.samples if operation.group_key(sample) == key]
     sizes = BatchSizes()
-    outputs = {id(sample): output for sample, output in zip(alike, run_batch(operation, alike, sizes), strict=True)}
-    assert [batch for batch in session.batches if batch[0] == guide] == [[guide]]
-    others = [sample for sample in work.samples if id(sample) not in outputs]
-    outputs |= {id(sample): run_batch(operation, [sample], sizes)[0] for sample in others}
-    assert np.array_equal(operation.finish(work, [outputs[id(sample)] for sample in work.samples]).pixels, alone)
-    assert [batch for batch in session.batches if batch[0] == guide] == [[guide]]
+    outputs = dict(zip(map(id, first_group), run_batch(operation, first_group, sizes), strict=True))
+    assert [batch for batch in model.batches if batch[0] == guide_size] == [[guide_size]]
+    remaining = [sample for sample in work.samples if id(sample) not in outputs]
+    outputs |= {id(sample): run_batch(operation, [sample], sizes)[0] for sample in remaining}
+    result = operation.finish(work, [outputs[id(sample)] for sample in work.samples]).pixels
+    assert np.array_equal(result, expected)
+    assert [batch for batch in model.batches if batch[0] == guide_size] == [[guide_size]]
 
 
-def test_tiles_and_guides_of_different_images_share_batches(operation: Lama, session: Continues) -> None:
+def test_tiles_and_guides_of_different_images_share_batches(operation: Lama, model: Continues) -> None:
     mask = disc(1300, 1500, 500)
     works = [prepared(operation, slope(1300, 1500), mask, tile=512) for _ in range(3)]
     run_all(operation, [sample for work in works for sample in work.samples])
-    guide = works[0].samples[0].data.guide.crop.tile.size
-    assert [guide] * 2 in session.batches  # of the two images that were in one batch
-    assert max(len(batch) for batch in session.batches) == operation.spec.max_batch
-    small = [prepared(operation, slope(400, 500 + 8 * width), boxes=[f"100,100,{40 + width},50"]) for width in (0, 7)]
+    guide_size = works[0].samples[0].data.guide.size
+    assert [guide_size] * 2 in model.batches  # of the two images that were in one batch
+    assert max(len(batch) for batch in model.batches) == operation.spec.max_batch
+    small = [prepared(operation, slope(400, 500 + 8 * extra), item_boxes=[f"100,100,{40 + extra},50"]) for extra in (0, 7)]
     assert operation.group_key(small[0].samples[0]) == operation.group_key(small[1].samples[0])
 
 
-def test_of_a_tile_no_more_is_kept_than_is_used(operation: Lama) -> None:
-    work = prepared(operation, slope(700, 900), boxes=["300,300,20,10"])
+def test_run_keeps_only_the_part_of_a_tile_that_is_used(operation: Lama) -> None:
+    work = prepared(operation, slope(700, 900), item_boxes=["300,300,20,10"])
     (output,) = run_all(operation, work.samples)
     assert output.shape == (10 + 64, 20 + 64, 3)
-    assert output.base is None, "it holds no larger array"
+    assert output.base is None, "a view would keep the whole tile in memory"
 
 
-def test_odd_sizes_are_padded_and_cropped_back(operation: Lama, session: Continues) -> None:
+def test_odd_sizes_are_padded_and_cropped_back(operation: Lama, model: Continues) -> None:
     for height, width in ((1, 9), (37, 53), (100, 17)):
-        truth = slope(height, width)
-        mask = np.zeros((height, width), np.uint8)
-        mask[height // 2, width // 2 : width // 2 + 3] = 255
-        made, _ = inpaint(operation, damaged(truth, mask), mask)
-        assert made.shape == truth.shape
-        assert np.array_equal(made[mask == 0], truth[mask == 0])
-    assert [batch[0] for batch in session.batches] == [(16, 16), (40, 56), (104, 24)]
+        original = slope(height, width)
+        middle = slice(height // 2, height // 2 + 1), slice(width // 2, width // 2 + 3)
+        mask = rectangle_mask(height, width, *middle)
+        result, _ = inpaint(operation, damaged(original, mask), mask)
+        assert result.shape == original.shape
+        assert np.array_equal(result[mask == 0], original[mask == 0])
+    assert [batch[0] for batch in model.batches] == [(16, 16), (40, 56), (104, 24)]
 
 
-def test_all_that_is_to_go_is_hidden_from_every_tile(operation: Lama) -> None:
+def test_every_tile_masks_the_whole_hole_in_its_area(operation: Lama) -> None:
     mask = line(904, 904)
     mask[150:200, 500:560] = 255
     pixels = damaged(slope(904, 904), mask)
     for sample in prepared(operation, pixels, mask).samples:
-        area = sample.data.tile.area
-        rgb, hole = shown(sample.data)
-        assert np.array_equal(hole, mask[area.rows, area.columns])
-        assert np.array_equal(rgb, pixels[area.rows, area.columns])
+        rgb, hole = network_input(sample.data)
+        assert np.array_equal(hole, mask[sample.data.tile.area])
+        assert np.array_equal(rgb, pixels[sample.data.tile.area])
 
 
-def test_an_empty_mask_is_untouched_and_a_large_one_flagged(operation: Lama, session: Continues) -> None:
-    work = prepared(operation, slope(40, 50), np.zeros((40, 50), np.uint8), mask_dilate=5)
-    assert work == Untouched((EMPTY,))
-    mask = np.zeros((40, 50), np.uint8)
-    mask[:20] = 255
-    assert inpaint(operation, slope(40, 50), mask)[1] == [LARGE]
-    with pytest.raises(BadMask, match="nothing says what to fill"):
+def test_empty_mask_is_untouched_a_large_one_noted_and_a_missing_one_rejected(operation: Lama) -> None:
+    assert prepared(operation, slope(40, 50), np.zeros((40, 50), np.uint8), mask_dilate=5) == Untouched((EMPTY,))
+    assert inpaint(operation, slope(40, 50), rectangle_mask(40, 50, slice(0, 20), slice(0, 50)))[1] == [LARGE]
+    with pytest.raises(BadMask, match="no mask and no boxes"):
         prepared(operation, slope(40, 50))
 
 
 @pytest.mark.parametrize("grey", [False, True])
-def test_the_fill_of_a_grey_image_has_no_colours(
-    operation: Lama, session: Continues, grey: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session, "run", lambda pictures, _: [np.full_like(one, (200, 100, 50)) for one in pictures])
-    pixels = np.full((60, 80, 3), 90, np.uint8)
-    options = parse_options("inpaint", "lama", {"boxes": ["20,20,10,10"], "mask_feather": 3})
-    inputs = Inputs(Item(index=0, source="https://images.example/one.jpg"), options)
-    work = operation.prepare(Picture(pixels, grey=grey), inputs)
-    made = operation.finish(work, run_all(operation, work.samples))
-    assert made.grey is grey
-    assert made.pixels[25, 25].tolist() == ([124] * 3 if grey else [200, 100, 50])
-    assert bool((made.pixels == made.pixels[..., :1]).all()) is grey
+def test_fill_of_a_grey_image_is_grey(operation: Lama, model: Continues, grey: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "run", lambda pictures, _: [np.full_like(picture, (200, 100, 50)) for picture in pictures])
+    picture = Picture(np.full((60, 80, 3), 90, np.uint8), grey=grey)
+    work = operation.prepare(picture, inputs("lama", boxes=["20,20,10,10"], mask_feather=3))
+    assert not isinstance(work, Untouched)
+    result = operation.finish(work, run_all(operation, work.samples))
+    assert result.grey is grey
+    assert result.pixels[25, 25].tolist() == ([124] * 3 if grey else [200, 100, 50])
+    assert bool((result.pixels == result.pixels[..., :1]).all()) is grey
 
 
-def test_whole_is_for_images_that_fit(operation: Lama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strategy_whole_is_refused_for_images_that_are_too_large(operation: Lama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lama, "WHOLE", 9_999)
-    with pytest.raises(OperationFailed, match=r"up to 0.009999 megapixels, the image has 0.0: leave it at auto"):
-        prepared(operation, slope(100, 100), boxes=["1,1,5,5"], strategy="whole")
-    assert len(prepared(operation, slope(100, 99), boxes=["1,1,5,5"], strategy="whole").samples) == 1
+    with pytest.raises(OperationFailed, match=r"up to 0.009999 megapixels, and this one has 0.0: use strategy=auto"):
+        prepared(operation, slope(100, 100), item_boxes=["1,1,5,5"], strategy="whole")
+    assert len(prepared(operation, slope(100, 99), item_boxes=["1,1,5,5"], strategy="whole").samples) == 1
 
 
-def test_without_its_model_it_does_not_load(tmp_path: Path) -> None:
+def test_load_fails_when_the_model_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="run `imagemill models pull lama`"):
         Lama().load(Device(weights=tmp_path))
 
 
-def test_on_a_cpu_tiles_go_one_at_a_time(operation: Lama, tmp_path: Path) -> None:
+def test_batch_size_is_one_on_a_cpu(operation: Lama, tmp_path: Path) -> None:
     assert operation.spec.max_batch > 1
     operation.load(Device(weights=tmp_path))
     assert operation.spec.max_batch == 1
 
 
-def test_the_fingerprint_changes_with_the_weights_and_with_what_the_gpu_calculates_in(
+def test_fingerprint_changes_with_weights_and_precision(
     operation: Lama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = parse_options("inpaint", "lama", {})
@@ -238,18 +219,18 @@ def test_the_fingerprint_changes_with_the_weights_and_with_what_the_gpu_calculat
     for dtype in (torch.float16, torch.bfloat16, torch.bfloat16):
         monkeypatch.setattr(lama, "dtype_of", lambda _, dtype=dtype: dtype)
         fingerprints.append(operation.fingerprint(options))
-    older, before, again = fingerprints
-    assert older != before == again
+    fp16, bf16, bf16_again = fingerprints
+    assert fp16 != bf16 == bf16_again
     (tmp_path / "lama" / "lama.ckpt").write_bytes(b"other weights, of another length")
-    assert operation.fingerprint(options) != before
+    assert operation.fingerprint(options) != bf16
 
 
-def test_a_file_that_is_pulled_anew_is_opened_anew(
-    operation: Lama, session: Continues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_model_is_reopened_only_when_its_file_changes(
+    operation: Lama, model: Continues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    monkeypatch.setattr(lama, "LamaModel", lambda path, _: opened.append(path) or session)
-    work = prepared(operation, slope(64, 64), boxes=("20,20,8,8",))
+    monkeypatch.setattr(lama, "LamaModel", lambda path, _: opened.append(path) or model)
+    work = prepared(operation, slope(64, 64), item_boxes=("20,20,8,8",))
     operation.run(work.samples)
     operation.run(work.samples)
     assert len(opened) == 1
@@ -259,12 +240,12 @@ def test_a_file_that_is_pulled_anew_is_opened_anew(
 
 
 @pytest.mark.parametrize("width", [40, 40_000], ids=["small", "wider than OpenCV's own limit"])
-def test_a_part_of_the_enlarged_fill_is_that_part_of_all_of_it(width: int) -> None:
+def test_enlarged_part_equals_the_same_part_of_the_whole_enlarged_fill(width: int) -> None:
     fill = slope(16, 24)
-    area = Region(slice(100, 133), slice(7, 7 + width))
+    area = Rectangle(slice(100, 133), slice(7, 7 + width))
     whole = enlarged(fill, area, area)
     assert whole.shape == (33, width, 3)
-    part = Region(slice(110, 120), slice(20, 7 + width))
+    part = Rectangle(slice(110, 120), slice(20, 7 + width))
     assert np.abs(enlarged(fill, area, part).astype(int) - whole[10:20, 13:]).max() <= 1
-    wanted = cv2.resize(fill, (width, 33), interpolation=cv2.INTER_CUBIC)
-    assert np.abs(whole.astype(int) - wanted).max() <= 2
+    expected = cv2.resize(fill, (width, 33), interpolation=cv2.INTER_CUBIC)
+    assert np.abs(whole.astype(int) - expected).max() <= 2

@@ -24,12 +24,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def source(height: int = 32, width: int = 48, batch: int = 1, seed: int = 0) -> Tensor:
-    """What a generator is given: pictures of noise with a hole."""
-    made = torch.rand((batch, 4, height, width), generator=torch.Generator().manual_seed(seed))
-    made[:, 3] = 0
-    made[:, 3, height // 4 : height // 2, width // 4 : width // 2] = 1
-    made[:, :3] *= 1 - made[:, 3:]
-    return made
+    """A generator's input: pictures of noise with a hole."""
+    x = torch.rand((batch, 4, height, width), generator=torch.Generator().manual_seed(seed))
+    x[:, 3] = 0
+    x[:, 3, height // 4 : height // 2, width // 4 : width // 2] = 1
+    x[:, :3] *= 1 - x[:, 3:]
+    return x
 
 
 def painted(generator: Generator, x: Tensor) -> Tensor:
@@ -37,39 +37,37 @@ def painted(generator: Generator, x: Tensor) -> Tensor:
         return generator(x).clone()
 
 
-def test_what_upstreams_own_generator_painted_is_reproduced() -> None:
+def test_generator_reproduces_the_output_of_the_published_one() -> None:
     if not VECTORS.is_file():
-        pytest.skip(f"{VECTORS} is not here")
-    with np.load(VECTORS) as found:
-        known = {name: torch.from_numpy(found[name]) for name in found.files}
-    weights = {name.removeprefix("weight/"): value for name, value in known.items() if name.startswith("weight/")}
-    x = torch.cat([known["image"] * (1 - known["mask"]), known["mask"]], dim=1)
-    generator = Generator(weights)
-    assert (painted(generator, x) - known["predicted"]).abs().max() <= 1e-5
-    assert (painted(generator.fold(), x) - known["predicted"]).abs().max() <= 1e-5
-    banded = Generator(weights, band=16 * x.shape[-1])
-    assert (painted(banded, x) - known["predicted"]).abs().max() <= 1e-5
+        pytest.skip(f"{VECTORS} does not exist")
+    with np.load(VECTORS) as arrays:
+        vectors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    weights = {name.removeprefix("weight/"): value for name, value in vectors.items() if name.startswith("weight/")}
+    x = torch.cat([vectors["image"] * (1 - vectors["mask"]), vectors["mask"]], dim=1)
+    plain, banded, folded = Generator(weights), Generator(weights, band=16 * x.shape[-1]), Generator(weights).fold()
+    for generator in (plain, banded, folded):
+        assert (painted(generator, x) - vectors["predicted"]).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_its_size_is_read_off_the_weights(size: dict[str, Any]) -> None:
+def test_generator_takes_its_size_from_the_weights(size: dict[str, Any]) -> None:
     weights = lama_weights(**size)
-    made = painted(Generator(weights), source(batch=2))
-    assert made.shape == (2, 3, 32, 48)
-    assert made.min() >= 0
-    assert made.max() <= 1
-    assert made.std() > 0.01
+    result = painted(Generator(weights), source(batch=2))
+    assert result.shape == (2, 3, 32, 48)
+    assert result.min() >= 0
+    assert result.max() <= 1
+    assert result.std() > 0.01
     assert {f"generator.{name}" for name in Generator(weights).state_dict()} == set(weights)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_folding_the_batch_norms_changes_next_to_nothing(size: dict[str, Any]) -> None:
+def test_folding_removes_the_batch_norms_and_barely_changes_the_output(size: dict[str, Any]) -> None:
     weights = lama_weights(**size)
-    before = {name: tensor.clone() for name, tensor in weights.items()}
+    copies = {name: tensor.clone() for name, tensor in weights.items()}
     plain, folded = Generator(weights), Generator(weights).fold()
     assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
     assert (painted(plain, source()) - painted(folded, source())).abs().max() <= 1e-4
-    assert all(torch.equal(weights[name], tensor) for name, tensor in before.items()), "the caller's weights are his"
+    assert all(torch.equal(weights[name], copy) for name, copy in copies.items()), "the caller's weights stay unchanged"
 
 
 @settings(max_examples=20)
@@ -80,7 +78,7 @@ def test_folding_the_batch_norms_changes_next_to_nothing(size: dict[str, Any]) -
     band=st.integers(1, 6000),
     batch=st.integers(1, 2),
 )
-def test_bands_give_what_the_whole_gives(levels: int, rows: int, columns: int, band: int, batch: int) -> None:
+def test_output_is_the_same_in_bands(levels: int, rows: int, columns: int, band: int, batch: int) -> None:
     weights = lama_weights(levels=levels, width=2)
     x = source(rows << levels, columns << levels, batch)
     whole, banded = painted(Generator(weights), x), painted(Generator(weights, band), x)
@@ -88,27 +86,27 @@ def test_bands_give_what_the_whole_gives(levels: int, rows: int, columns: int, b
     assert (banded - whole).abs().max() <= 1e-5
 
 
-def test_a_picture_is_painted_alike_alone_and_in_company() -> None:
+def test_output_for_a_picture_does_not_depend_on_the_rest_of_the_batch() -> None:
     generator, x = Generator(lama_weights()).fold(), source(batch=3)
     together = painted(generator, x)
     for place in range(3):
         assert (painted(generator, x[place : place + 1]) - together[place]).abs().max() <= 1e-6
 
 
-def test_each_pixel_sees_the_whole_picture() -> None:
+def test_every_output_pixel_depends_on_distant_pixels() -> None:
     generator, x = Generator(lama_weights()), source(256, 256)
     other = x.clone()
     other[..., :8, :8] = 1
-    changed = (painted(generator, x) - painted(generator, other)).abs()[..., -8:, -8:]  # too far for its convolutions
+    changed = (painted(generator, x) - painted(generator, other)).abs()[..., -8:, -8:]  # beyond the reach of convolutions
     assert changed.max() > 1e-6
 
 
-def test_the_smallest_picture() -> None:
+def test_generator_accepts_the_smallest_size() -> None:
     assert painted(Generator(lama_weights()), source(16, 16)).shape == (1, 3, 16, 16)
 
 
-def test_the_fourier_unit_is_a_convolution_of_the_spectrum() -> None:
-    """Chi et al., figure 2 and section 3.3, in numpy: real and imaginary parts are channels, in turns."""
+def test_fourier_unit_is_a_convolution_of_the_spectrum() -> None:
+    """Chi et al., figure 2 and section 3.3, in numpy: channels are real and imaginary parts, alternating."""
     prefix = f"{PREFIX}5.conv1.ffc.convg2g.fu."
     weights = {name.removeprefix(prefix): value for name, value in lama_weights().items() if name.startswith(prefix)}
     unit = Fourier(weights)
@@ -121,39 +119,39 @@ def test_the_fourier_unit_is_a_convolution_of_the_spectrum() -> None:
     mean, variance, gain, bias = (weights[f"bn.{name}"].numpy() for name in ("running_mean", "running_var", "weight", "bias"))
     normed = (mixed - mean[:, None, None]) / np.sqrt(variance + 1e-5)[:, None, None] * gain[:, None, None] + bias[:, None, None]
     parts = np.maximum(normed, 0).reshape(-1, 2, *waves.shape[1:])
-    wanted = np.fft.irfft2(parts[:, 0] + 1j * parts[:, 1], s=x.shape[2:], norm="ortho")
+    expected = np.fft.irfft2(parts[:, 0] + 1j * parts[:, 1], s=x.shape[2:], norm="ortho")
     with torch.inference_mode():
-        assert np.allclose(unit(x)[0].numpy(), wanted, atol=1e-5)
+        assert np.allclose(unit(x)[0].numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_transform_is_in_fp32_whatever_the_rest_is_in(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.dtype] = []
+def test_fourier_transform_runs_in_fp32_in_a_half_precision_model(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: set[torch.dtype] = set()
 
-    def watched(x: Tensor, **more: Any) -> Tensor:
-        seen.append(x.dtype)
-        return transform(x, **more)
+    def watched(x: Tensor, **arguments: Any) -> Tensor:
+        dtypes.add(x.dtype)
+        return transform(x, **arguments)
 
     transform = torch.fft.rfft2
     x, weights = source(), lama_weights()
     exact = painted(Generator(weights), x)
     monkeypatch.setattr(torch.fft, "rfft2", watched)
-    made = painted(Generator(weights).fold().to(dtype), x.to(dtype))
-    assert set(seen) == {torch.float32}
-    assert made.dtype is dtype
-    assert (made.float() - exact).abs().max() < 0.1
+    result = painted(Generator(weights).fold().to(dtype), x.to(dtype))
+    assert dtypes == {torch.float32}
+    assert result.dtype is dtype
+    assert (result.float() - exact).abs().max() < 0.1
 
 
-def test_opening_and_running_leave_the_random_numbers_alone() -> None:
-    before = torch.random.get_rng_state()
+def test_opening_and_running_leave_the_random_state_unchanged() -> None:
+    state = torch.random.get_rng_state()
     painted(Generator(lama_weights()).fold(), source())
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def changed(**changes: Tensor | None) -> dict[str, Tensor]:
-    """A small generator's weights with others in their place, or without some; `__` stands for a dot."""
-    renamed = {PREFIX + name.removeprefix("_").replace("__", "."): tensor for name, tensor in changes.items()}
-    merged: dict[str, Tensor | None] = {**lama_weights(), **renamed}
+    """A small generator's weights with some replaced, or removed (None); `__` stands for a dot."""
+    by_name = {PREFIX + name.removeprefix("_").replace("__", "."): tensor for name, tensor in changes.items()}
+    merged: dict[str, Tensor | None] = {**lama_weights(), **by_name}
     return {name: tensor for name, tensor in merged.items() if tensor is not None}
 
 
@@ -172,16 +170,16 @@ def changed(**changes: Tensor | None) -> dict[str, Tensor]:
     ],
     ids=[
         "none",
-        "others",
-        "no number",
+        "other names",
+        "no layer number",
         "no first layer",
         "no norm",
-        "a local Fourier unit",
-        "another length",
-        "no norms",
-        "no end",
+        "local Fourier unit",
+        "wrong length",
+        "no local norms",
+        "no last layer",
     ],
 )
-def test_weights_of_something_else_are_refused(weights: dict[str, Tensor]) -> None:
+def test_weights_of_another_model_are_rejected(weights: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="not the weights of LaMa's generator"):
         Generator(weights)
