@@ -1,0 +1,35 @@
+"""A small pipeline with random weights and three LoRAs, and the engine that has loaded it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from imagemill.worker.operations.stylize.diffusion import Diffusion
+from tests.pipelines import lora_file, pipeline_folder
+from tests.styles import loaded
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = pipeline_folder(tmp_path_factory.getbasetemp() / "weights", checker=True)
+    for number, name in enumerate(("red", "green", "blue")):
+        lora_file(folder / "diffusion" / "loras" / f"{name}.safetensors", folder, seed=number)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread, also in tests that simulate a GPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def operation(weights: Path) -> Diffusion:
+    return loaded(weights)

@@ -1,0 +1,116 @@
+"""What a node says if it cannot load its model, and images that fail alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, UnsafeContent
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.picture import Pixels
+from imagemill.worker.models.catalogue import repository
+from imagemill.worker.models.repositories import folder_of
+from imagemill.worker.operations.stylize import pipeline as module
+from imagemill.worker.operations.stylize.diffusion import Diffusion
+from tests.devices import SHORT
+from tests.styles import loaded, prepared, styled
+
+
+def test_load_without_the_model_names_the_pull_command(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="imagemill models pull sd15-canny"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "scheduler", "text_encoder", "model_index.json"])
+def test_load_with_an_incomplete_model_names_the_pull_command(part: str, weights: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    path = folder_of(folder, repository("sd15")) / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ConfigurationError, match="imagemill models pull sd15-canny"):
+        loaded(folder)
+
+
+def test_damaged_model_is_a_configuration_error(weights: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    next((folder_of(folder, repository("sd15")) / "unet").glob("*.safetensors")).write_bytes(b"<html>")
+    with pytest.raises(ConfigurationError, match="the model sd15-canny can't be loaded"):
+        loaded(folder).run(prepared(loaded(folder)).samples)
+
+
+def test_pickle_is_never_loaded(weights: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    unet = folder_of(folder, repository("sd15")) / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_suffix(".bin"))
+    with pytest.raises(ConfigurationError):
+        loaded(folder).run([])
+
+
+def test_gpu_that_torch_can_not_use_is_a_configuration_error(weights: Path) -> None:
+    operation = Diffusion()
+    operation.load(Device(gpu=0, weights=weights))
+    assert operation.spec.max_batch == 16
+    with pytest.raises(ConfigurationError, match=r"was to run on gpu0, but .* can't"):
+        operation.run(prepared(operation).samples)
+
+
+def test_non_finite_output_fails_only_its_image(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation = loaded(weights)
+    styled(operation)
+    decode = operation._pipeline.current._text.vae.decode  # type: ignore[union-attr]
+    spoilt = iter([True, False])
+
+    def broken(latents: torch.Tensor, **more: Any) -> Any:
+        (images,) = decode(latents, **more)
+        return (images * float("nan") if next(spoilt) else images,)
+
+    monkeypatch.setattr(operation._pipeline.current._text.vae, "decode", broken)  # type: ignore[union-attr]
+    bad, good = operation.run(prepared(operation).samples * 2)
+    assert isinstance(bad, OperationFailed)
+    assert np.array_equal(good.pixels, operation_pixels(loaded(operation._device.weights)))
+
+
+def operation_pixels(operation: Diffusion) -> Pixels:
+    result: Pixels = operation.run(prepared(operation).samples)[0].pixels
+    return result
+
+
+@pytest.mark.parametrize("error", [error for name, error in SHORT.items() if not name.startswith("onnxruntime")])
+def test_memory_errors_of_torch_become_out_of_memory(
+    error: Callable[[], Exception], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operation = loaded(weights)
+
+    def short(*_: Any, **__: Any) -> Any:
+        raise error()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.ControlNetModel, "from_pretrained", short)
+        with pytest.raises(OutOfMemory, match="does not fit"):
+            operation.run(prepared(operation).samples)
+    styled(operation)
+    monkeypatch.setattr(operation._pipeline.current._text.unet, "forward", short)  # type: ignore[union-attr]
+    with pytest.raises(OutOfMemory):
+        operation.run(prepared(operation).samples)
+
+
+def test_safety_checker_rejects_unsafe_images_and_must_be_installed(weights: Path, tmp_path: Path) -> None:
+    operation = loaded(weights, safety_checker=True)
+    outputs = operation.run(prepared(operation).samples)
+    checker = operation._pipeline.current._text.safety_checker  # type: ignore[union-attr]
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    (refused,) = operation.run(prepared(operation).samples)
+    checker.concept_embeds_weights.data.fill_(2.0)
+    (passed,) = operation.run(prepared(operation).samples)
+    assert isinstance(refused, UnsafeContent)
+    assert not isinstance(passed, Exception)
+    assert len(outputs) == 1
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    shutil.rmtree(folder_of(folder, repository("sd15-safety-checker")))
+    with pytest.raises(ConfigurationError, match="imagemill models pull sd15-safety-checker"):
+        loaded(folder, safety_checker=True)
