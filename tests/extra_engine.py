@@ -1,4 +1,4 @@
-"""An engine from outside: one row and one class. `python -m tests.extra_engine ...` is `imagemill ...` with it."""
+"""An engine added from outside: one row and one class. `python -m tests.extra_engine ...` runs `imagemill ...` with it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Wo
 
 
 class InvertOptions(EngineOptions):
-    """The negative of each image."""
+    """Invert each image."""
 
     engine: Literal["invert"] = "invert"
-    strength: int = Field(1, ge=1, le=2, description="how often each image is inverted")
+    strength: int = Field(1, ge=1, le=2, description="how many times each image is inverted")
 
 
 class Invert(Operation[InvertOptions, Pixels, Pixels, Picture]):
-    """Inverts once, or twice."""
+    """Inverts each image once or twice."""
 
     spec = Spec("stylize", "invert", max_batch=4)
 

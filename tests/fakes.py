@@ -1,4 +1,4 @@
-"""Operations that implement the real interface and misbehave in one way each."""
+"""Operations that implement the real interface; each but the first misbehaves in one way."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AnyWork = Work[Any, Any, Any]
 
 
 class Invert(Operation[Any, Any, Any, Any]):
-    """The negative of each image; `run` sees whole pictures, in batches of up to 4."""
+    """Inverts each image; `run` gets whole pictures, in batches of up to 4."""
 
     spec = Spec("stylize", "opencv", max_batch=4)
 
@@ -47,42 +47,42 @@ class Invert(Operation[Any, Any, Any, Any]):
 
 
 class SlowLoad(Invert):
-    """Takes 15 s to load, far longer than the 4 s after which Celery by default kills a replacement child."""
+    """Takes 15 s to load; Celery kills a replacement child after 4 s by default."""
 
     def load(self, device: Device) -> None:
         time.sleep(15)
 
 
 class BrokenLoad(Invert):
-    """Never loads."""
+    """Fails to load because of a bug."""
 
     def load(self, device: Device) -> None:
         raise RuntimeError("the weights are not there")
 
 
 class Unfit(Invert):
-    """Can't work on this machine, and says why."""
+    """Fails to load with a ConfigurationError."""
 
     def load(self, device: Device) -> None:
         raise ConfigurationError("there is no such GPU")
 
 
 class Nameless(Invert):
-    """Can't tell what decides its results, by a fault of its own."""
+    """Has a bug in `fingerprint`."""
 
     def fingerprint(self, options: Any) -> str:
         raise NameError("name 'fingerprint' is not defined")
 
 
 class Tells(Invert):
-    """Says on stderr which GPU it may see."""
+    """Writes the visible GPUs to stderr."""
 
     def load(self, device: Device) -> None:
         sys.stderr.write(f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
 
 
 class Heavy(Invert):
-    """Loads the neural runtimes, as the real engines will."""
+    """Imports the neural runtimes, as the real engines do."""
 
     def load(self, device: Device) -> None:
         import onnxruntime  # noqa: F401
@@ -100,7 +100,7 @@ class Deadly(Invert):
 
 
 class Poisons(Invert):
-    """A white image leaves the GPU in error, as torch says it: nothing works in this process any more."""
+    """After a white image, every `run` of this process fails with torch's error for a lost GPU."""
 
     poisoned = False
 
@@ -112,7 +112,7 @@ class Poisons(Invert):
 
 
 class Gated(Invert):
-    """Tells, by a file each, that an image is being worked on, and waits for the file `open` in the same folder."""
+    """Creates a file `at-*` for each image; from the third one on, waits for the file `open` in the same folder."""
 
     spec = Spec("stylize", "opencv", max_batch=1)
 

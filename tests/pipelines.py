@@ -57,9 +57,9 @@ FULL = Scale(
 def pipeline_folder(
     weights: Path, *, seed: int = 0, checker: bool = False, scale: Scale = SMALL, device: str = "cpu", half: bool = False
 ) -> Path:
-    """Save an `sd15-canny`, unless there is one, where nodes look for it below `weights`; return `weights`.
+    """Save an `sd15-canny` where nodes look for it in `weights`, unless it exists; return `weights`.
 
-    Different seeds give different weights. The hub's own files have `half` precision.
+    Different seeds give different weights. The published files have `half` precision.
     """
     base, controlnet = (folder_of(weights, repository(name)) for name in MODELS["sd15-canny"])
     if not (base / "model_index.json").is_file():
@@ -79,7 +79,7 @@ def _build(base: Path, controlnet: Path, seed: int, scale: Scale, device: str, h
         unet = library.UNet2DConditionModel(attention_head_dim=8, sample_size=64, **scale.unet)
         control = library.ControlNetModel.from_unet(unet)
         for block in (*control.controlnet_down_blocks, control.controlnet_mid_block):
-            torch.nn.init.normal_(block.weight, std=0.8 / block.in_channels**0.5)  # 0 at first, which ignores edges
+            torch.nn.init.normal_(block.weight, std=0.8 / block.in_channels**0.5)  # initially 0, which ignores edges
         for block in control.controlnet_cond_embedding.modules():
             if isinstance(block, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(block.weight)
@@ -110,7 +110,7 @@ def _build(base: Path, controlnet: Path, seed: int, scale: Scale, device: str, h
 
 
 def _letters() -> dict[str, int]:
-    """A vocabulary of single bytes, inside and at the end of a word, as CLIP's tokenizer encodes them."""
+    """A vocabulary of single bytes, within and at the end of words, as CLIP's tokenizer encodes them."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())

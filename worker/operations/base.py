@@ -1,4 +1,4 @@
-"""The interface that every engine implements, and what goes in and out of it."""
+"""The interface that every engine implements, and its input and output types."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ Options = TypeVar("Options", bound=EngineOptions)
 Data = TypeVar("Data")
 """One input of the device step."""
 Output = TypeVar("Output")
-"""What the device step makes of one input."""
+"""What the device step returns for one input."""
 Plan = TypeVar("Plan")
-"""What `finish` must know about an image besides the outputs."""
+"""What `finish` needs to know about an image besides the outputs."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What an engine can do and needs, as data: the line reads it and has no branches per operation.
+    """What an engine can do and what it needs, as data, so that the line has no branches per operation.
 
-    `max_batch` is the most samples that `run` takes at once. `runtime` says which runtime's memory counts for batch sizes.
-    `restyles` says that a job's results should look alike and keep their sources' edges. `warm_up` are options for
-    the made-up image that each child runs before its first task.
+    `max_batch` is the largest number of samples per `run`. `runtime` selects the runtime whose memory limits batch sizes.
+    With `restyles`, a job's results should look alike and keep the edges of their sources. `warm_up` holds options for the
+    synthetic image that each child processes before its first task.
     """
 
     name: OperationName
@@ -53,7 +53,7 @@ class Inputs(Generic[Options]):
     """What `prepare` may use besides the image.
 
     `mask` [height, width] uint8 is None unless `spec.needs_mask` is set and the item or job has one. `read(url)` fetches
-    and decodes another image of the job, such as a reference; it raises an ImageError.
+    and decodes another image of the job, such as a reference, and raises ImageError if it can't.
     """
 
     item: Item
@@ -66,8 +66,8 @@ class Inputs(Generic[Options]):
 class Sample(Generic[Options, Data]):
     """One input of the device step, with its job's options.
 
-    `footprint` names what decides how much device memory the sample takes, such as `768x512 float16`; leave it empty
-    where the group key decides that.
+    `footprint` identifies how much device memory the sample takes, such as `768x512 float16`; leave it empty if the
+    group key already does.
     """
 
     data: Data
@@ -77,13 +77,13 @@ class Sample(Generic[Options, Data]):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the check (worker/checking) needs to know about a result and can't see in it.
+    """What the check (worker/checking) needs to know about a result but can't see in it.
 
-    `comparable`: each place of the result shows the same place of the source, whatever their sizes. `recoloured`: the
-    colours were changed on purpose, so a colour cast is not a fault. `hole` [height, width], of the result's size, is
-    above 0 where the image was filled. `alpha` [height, width], of any size, is the matte of a cut-out that was put on a
-    background. `edges` [height, width], of any size, holds the edges that the result should have (255 on 0); None means
-    the source's own.
+    `comparable`: the result shows the same scene as the source, position by position, at the same or another size.
+    `recoloured`: colours were changed on purpose, so a colour cast is not a fault. `hole` [height, width], of the result's
+    size, is above 0 where the image was filled. `alpha` [height, width], of any size, is the matte of a cut-out placed on
+    a background. `edges` [height, width], of any size, holds the edges that the result should have (255 on 0); None means
+    those of the source.
     """
 
     comparable: bool = True
@@ -97,8 +97,8 @@ class Evidence:
 class Work(Generic[Options, Data, Plan]):
     """One image between `prepare` and `finish`: one or more samples, and the plan that `finish` follows.
 
-    `finish` may add to `notes` and set `evidence`. `retry` is set where chance plays a part: it makes the work for another
-    attempt at the same image, with the next seed.
+    `finish` may add to `notes` and set `evidence`. Engines with an element of chance set `retry`, which returns the work
+    for another attempt at the same image, with the next seed.
     """
 
     samples: Sequence[Sample[Options, Data]]
@@ -110,15 +110,15 @@ class Work(Generic[Options, Data, Plan]):
 
 @dataclass(frozen=True)
 class Untouched:
-    """What `prepare` returns for an image that needs no work: it is stored as it came, with these notes."""
+    """What `prepare` returns for an image that needs no work: the source is stored unchanged, with these notes."""
 
     notes: tuple[str, ...] = ()
 
 
 class Operation(ABC, Generic[Options, Data, Output, Plan]):
-    """One engine of one operation. The line owns order, threads, counts and errors; an engine owns pixels.
+    """One engine of one operation. The line handles order, threads, batches and errors; an engine handles pixels.
 
-    `prepare` and `finish` run in several threads and share no state; `run` runs in one thread. A complete engine:
+    `prepare` and `finish` run in several threads and must share no state; `run` runs in one thread. A complete engine:
 
         class Invert(Operation[InvertOptions, Pixels, Pixels, Picture]):
             spec = Spec("stylize", "invert")
@@ -143,11 +143,11 @@ class Operation(ABC, Generic[Options, Data, Output, Plan]):
 
     @abstractmethod
     def load(self, device: Device) -> None:
-        """Get ready to work on `device`; called once per child. Loads from disk only. Raises ConfigurationError if it can't."""
+        """Get ready to work on `device`, without downloading anything. Called once per child. Raises ConfigurationError."""
 
     @abstractmethod
     def fingerprint(self, options: Options) -> str:
-        """Everything that decides the result besides the source and the options.
+        """Identify everything besides source and options that determines the result.
 
         That is the versions of the engine's libraries, the weights' digest, and a revision of the engine's own code, which
         must be raised whenever the same image would get different pixels. Called for every image, from several threads.
@@ -166,12 +166,12 @@ class Operation(ABC, Generic[Options, Data, Output, Plan]):
     def finish(self, work: Work[Options, Data, Plan], outputs: Sequence[Output]) -> Picture:
         """CPU work after the device step: blend tiles, apply alpha, restore the size. Returns the result as uint8 RGB or RGBA.
 
-        It may write into the picture that `prepare` was given and return that, unless the evidence is `comparable`: the
-        check then still needs the source.
+        It may overwrite and return the picture that `prepare` received, unless the evidence is `comparable`: the check then
+        still needs the source.
         """
 
     def work_edge(self, options: Options) -> int | None:  # noqa: ARG002
-        """Longest edge in pixels that `prepare` can use, so that decoding can stop there; None for the full size."""
+        """Longest edge in pixels that `prepare` needs, so that larger images are decoded smaller; None for the full size."""
         return None
 
     def group_key(self, sample: Sample[Options, Data]) -> Hashable:  # noqa: ARG002
@@ -179,11 +179,11 @@ class Operation(ABC, Generic[Options, Data, Output, Plan]):
         return self.spec.engine
 
     def together(self, options: Options) -> bool:  # noqa: ARG002
-        """Whether a batch goes through the model in one pass, so that rounding may depend on its size. Asked after a `run`."""
+        """Whether a batch goes through the model in one pass, so rounding may depend on its size. Called after a `run`."""
         return False
 
     def relieve(self, level: int) -> bool:
-        """Apply the first `level` memory-saving measures, and no others, from the next `run` on; 0 restores the loaded state.
+        """Apply exactly the first `level` memory-saving measures from the next `run` on; 0 restores the loaded state.
 
         Returns False, and changes nothing, if the engine has fewer. The line calls this when a single sample does not fit.
         """
@@ -191,4 +191,4 @@ class Operation(ABC, Generic[Options, Data, Output, Plan]):
 
 
 AnyOperation = Operation[Any, Any, Any, Any]
-"""An engine picked at run time, by a job's spec; its four types belong together and are nobody else's business."""
+"""An engine chosen at run time by a job's options; only the engine itself knows its four types."""

@@ -1,4 +1,4 @@
-"""The one model that an engine keeps open, and where its file is."""
+"""The one model that an engine keeps open."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Model = TypeVar("Model")
 
 
 class OpenModel(Generic[Key, Model]):
-    """Keeps one model open; a job that needs another one, or another version of its file, replaces it. For one thread."""
+    """Keeps one model open, until a job needs another model or the file has changed. For use in one thread."""
 
     def __init__(self) -> None:
         self.current: Model | None = None
@@ -21,15 +21,15 @@ class OpenModel(Generic[Key, Model]):
         self._proven = False
 
     def get(self, locate: Callable[[], Key], load: Callable[[Key], Model]) -> Model:
-        """The model that `locate` names, opened by `load` unless it is open already.
+        """The model that `locate` identifies, opened with `load` unless it is open already.
 
-        The first model proves that the node is set up correctly: until one has been opened, a ConfigurationError of either
-        is passed on and stops the node. Later it only fails the image, as OperationFailed.
+        Until a first model has been opened, a ConfigurationError from either function is passed on and stops the node, since
+        the node itself may be set up wrongly. Later it only fails the image, as OperationFailed.
         """
         try:
             key = locate()
             if self.current is None or key != self._key:
-                self.current = None  # before the next one is loaded: memory may not hold two
+                self.current = None  # freed first, since memory may not hold two models
                 self.current, self._key = load(key), key
         except ConfigurationError as error:
             if not self._proven:

@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 def create(operation: str, engine: str) -> AnyOperation:
     """A new engine, not yet loaded.
 
-    Raises ConfigurationError if there is no such operation or engine, or if its libraries don't fit together, and
-    MissingExtra with the install command if they are not installed.
+    Raises ConfigurationError if the operation or engine is unknown or its libraries are incompatible, and MissingExtra
+    with the install command if they are not installed.
     """
     rows = {f"{row.operation}/{row.name}": row for row in ENGINES}
     name = f"{operation}/{engine}"
     if name not in rows:
         raise ConfigurationError(f"unknown engine {name}{nearest(name, list(rows))}")
-    module, _, kind = rows[name].module.partition(":")
+    module, _, class_name = rows[name].module.partition(":")
     try:
-        created: AnyOperation = getattr(importlib.import_module(module), kind)()
+        instance: AnyOperation = getattr(importlib.import_module(module), class_name)()
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "imagemill":
             raise  # a bug in imagemill, not a missing library
         command = f"pip install 'imagemill[{rows[name].extra}]'"
         raise MissingExtra(f"{name} needs {error.name}, which is not installed: {command}") from error
-    except (ImportError, RuntimeError) as error:  # libraries that don't fit together
+    except (ImportError, RuntimeError) as error:  # incompatible libraries
         raise ConfigurationError(f"{name} can't be loaded: {sentence(error)}{_hint()}") from error
-    return created
+    return instance
 
 
 def _hint() -> str:
-    """The most common reason why a neural engine's libraries can't be imported."""
+    """How to fix the most common cause: a torchvision that does not match torch."""
     if importlib.util.find_spec("torchvision") is None:
         return ""
     return "; torchvision is installed, which imagemill does not need and which must match torch: pip uninstall torchvision"

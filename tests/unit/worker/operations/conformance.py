@@ -1,6 +1,6 @@
-"""The contract of worker/operations/base.py as checks that any operation must pass, whatever its engine.
+"""The contract of worker/operations/base.py as checks that every engine must pass.
 
-`check` runs them all on one loaded operation. They say nothing about how good a result looks.
+`check` runs all of them on one loaded operation. They do not judge how good a result looks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from imagemill.worker.operations.base import AnyOperation, Evidence, Inputs, Sam
 
 REFERENCE = "https://images.example/reference.png"
 OPAQUE = ("background", "background_image", "mask_only")
-"""Options with which nothing is transparent in what else would have alpha."""
+"""Options that make a cut-out opaque."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Result:
 
 
 def scene(height: int, width: int, channels: int = 3, seed: int = 0) -> Pixels:
-    """A blob on a gradient with noise; the alpha of RGBA falls off to the right."""
+    """A blob on a noisy gradient; alpha, if any, falls off to the right."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     pixels = np.stack([60 + 60 * x / width, 90 + 40 * y / height, np.full_like(x, 120)], axis=2)
@@ -60,7 +60,7 @@ PICTURES: dict[str, Pixels] = {
 
 
 def hole(pixels: Pixels) -> Grey:
-    """A mask that leaves something of every picture; nothing is filled where there is one pixel only."""
+    """A mask over a ninth of the picture; empty if the picture has only one pixel."""
     height, width = pixels.shape[:2]
     mask = np.zeros((height, width), np.uint8)
     if height * width > 1:
@@ -76,7 +76,7 @@ def inputs(operation: AnyOperation, pixels: Pixels, options: EngineOptions) -> I
 
 @dataclass
 class Prepared:
-    """An image after `prepare`: its picture, and work unless there is nothing to do."""
+    """An image after `prepare`: the picture, and its work, or Untouched."""
 
     picture: Picture
     work: Work[Any, Any, Any] | Untouched
@@ -91,13 +91,13 @@ class Prepared:
 
 
 def prepared(operation: AnyOperation, pixels: Pixels, options: EngineOptions) -> Prepared:
-    """`prepare` with a picture that is the operation's: `finish` may write into it."""
+    """`prepare`, with checks of what it returns; `finish` may overwrite `pixels` later."""
     picture = Picture(pixels, "jpeg", full_size=(pixels.shape[1], pixels.shape[0]))
     work = operation.prepare(picture, inputs(operation, pixels, options))
-    assert isinstance(work, Untouched) or work.samples, "an image that needs work has samples"
+    assert isinstance(work, Untouched) or work.samples, "work without samples"
     if isinstance(work, Work) and work.retry is not None:
         keys = [[operation.group_key(sample) for sample in attempt.samples] for attempt in (work, work.retry())]
-        assert keys[0] == keys[1], "a second attempt goes the same way"
+        assert keys[0] == keys[1], "a retry must have the same group keys"
     return Prepared(picture, work)
 
 
@@ -107,20 +107,20 @@ def finished(operation: AnyOperation, prepared: Prepared, outputs: Sequence[Any]
 
 def take_through(operation: AnyOperation, pixels: Pixels, options: EngineOptions) -> Result:
     """One image through all three steps, in batches no larger than the spec's."""
-    given = pixels.copy()
-    work = prepared(operation, given, options)
+    source = pixels.copy()
+    work = prepared(operation, source, options)
     outputs = run_all(operation, work.samples)
-    assert np.array_equal(given, pixels), "only `finish` may write into its input"
+    assert np.array_equal(source, pixels), "only `finish` may overwrite the source"
     picture = finished(operation, work, outputs)
-    assert np.array_equal(given, pixels) or not work.evidence.comparable, "what is compared with its source leaves it alone"
-    assert picture.format == "jpeg", "the source's format is carried through"
+    assert np.array_equal(source, pixels) or not work.evidence.comparable, "the check still needs the source"
+    assert picture.format == "jpeg", "the source's format is lost"
     if isinstance(work.work, Work):
         check_evidence(operation, picture, Picture(pixels), work.work, options)
     return Result(picture.pixels, tuple(work.work.notes))
 
 
 def run_all(operation: AnyOperation, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
-    """`samples` through the device step: as the flow batches them, one group at a time."""
+    """The outputs of `samples`, run in batches as the line does, one group after the other."""
     outputs: list[Any] = [None] * len(samples)
     groups: dict[Any, list[int]] = {}
     for place, sample in enumerate(samples):
@@ -129,15 +129,15 @@ def run_all(operation: AnyOperation, samples: Sequence[Sample[Any, Any]]) -> lis
     for places in groups.values():
         for start in range(0, len(places), size):
             batch = places[start : start + size]
-            made = operation.run([samples[place] for place in batch])
-            assert len(made) == len(batch), "one output per sample"
-            for place, output in zip(batch, made, strict=True):
+            batch_outputs = operation.run([samples[place] for place in batch])
+            assert len(batch_outputs) == len(batch), "run must return one output per sample"
+            for place, output in zip(batch, batch_outputs, strict=True):
                 outputs[place] = output
     return outputs
 
 
 def check(operation: AnyOperation, options: EngineOptions) -> None:
-    """All of the checks, for one set of options."""
+    """Run all checks with one set of options."""
     check_spec(operation.spec)
     for name, pixels in PICTURES.items():
         check_picture(operation, options, name, pixels)
@@ -146,62 +146,61 @@ def check(operation: AnyOperation, options: EngineOptions) -> None:
 
 
 def check_spec(spec: Spec) -> None:
-    """The spec names an engine that jobs can ask for."""
+    """The spec names an engine that jobs can select."""
     assert spec.engine in engines_of(spec.name)
     assert spec.max_batch >= 1
 
 
 def check_picture(operation: AnyOperation, options: EngineOptions, name: str, pixels: Pixels) -> None:
-    """One picture: what comes out is well-formed and repeatable."""
+    """The result for one picture is well-formed and repeatable."""
     edge = operation.work_edge(options)
     assert edge is None or edge >= 1, name
     result = take_through(operation, pixels, options)
-    made = result.pixels
-    assert made.dtype == np.uint8, name
-    assert made.ndim == 3, name
-    assert made.shape[2] in (3, 4), name
-    assert made.flags.c_contiguous, name
-    assert (made.shape[1], made.shape[0]) == fit((pixels.shape[1], pixels.shape[0]), edge), name
-    if operation.spec.makes_alpha and not any(getattr(options, one, None) for one in OPAQUE):
-        assert made.shape[2] == 4, name
+    height, width, channels = result.pixels.shape
+    assert result.pixels.dtype == np.uint8, name
+    assert channels in (3, 4), name
+    assert result.pixels.flags.c_contiguous, name
+    assert (width, height) == fit((pixels.shape[1], pixels.shape[0]), edge), name
+    if operation.spec.makes_alpha and not any(getattr(options, option, None) for option in OPAQUE):
+        assert channels == 4, name
     elif not operation.spec.makes_alpha:
-        assert made.shape[2] == pixels.shape[2], f"{name}: alpha is kept"
-    again = take_through(operation, pixels, options)
-    assert again.pixels.tobytes() == made.tobytes(), f"{name}: the same in, the same out"
-    assert again.notes == result.notes, name
+        assert channels == pixels.shape[2], f"{name}: alpha was lost or added"
+    repeated = take_through(operation, pixels, options)
+    assert repeated.pixels.tobytes() == result.pixels.tobytes(), f"{name}: the result differs when repeated"
+    assert repeated.notes == result.notes, name
 
 
 def check_evidence(
     operation: AnyOperation, result: Picture, source: Picture, work: Work[Any, Any, Any], options: EngineOptions
 ) -> None:
-    """The result can be measured by what the work tells of it: every cut-out has its shares, every hole its size."""
+    """The check can measure the result from the work's evidence."""
     fields = {"operation": operation.spec.name, "options": options, "output": {"url": "s3://results/x"}}
-    found = quality.check(result, source, work, operation.spec, Job.model_validate(fields))
-    assert found.picture.pixels is result.pixels
-    assert found.measures is not None
-    assert (found.measures.opaque is not None) == operation.spec.makes_alpha
+    checked = quality.check(result, source, work, operation.spec, Job.model_validate(fields))
+    assert checked.picture.pixels is result.pixels
+    assert checked.measures is not None
+    assert (checked.measures.opaque is not None) == operation.spec.makes_alpha
     hole = work.evidence.hole
     assert hole is None or hole.shape == result.pixels.shape[:2]
     assert hole is None or not work.evidence.comparable
 
 
 def check_batches(operation: AnyOperation, options: EngineOptions) -> None:
-    """A result does not depend on what else is in the batch, nor on the order."""
+    """A result depends neither on the other samples in its batch nor on their order."""
     alone = {name: take_through(operation, pixels, options).pixels for name, pixels in PICTURES.items()}
     for names in (list(PICTURES), list(PICTURES)[::-1]):
         works = [prepared(operation, PICTURES[name].copy(), options) for name in names]
         outputs = iter(run_all(operation, [sample for work in works for sample in work.samples]))
         for name, work in zip(names, works, strict=True):
-            made = finished(operation, work, [next(outputs) for _ in work.samples]).pixels
-            assert made.tobytes() == alone[name].tobytes(), f"{name}: another result in company"
+            pixels = finished(operation, work, [next(outputs) for _ in work.samples]).pixels
+            assert pixels.tobytes() == alone[name].tobytes(), f"{name}: the result depends on the batch"
 
 
 def check_threads(operation: AnyOperation, options: EngineOptions) -> None:
-    """`prepare` and `finish` of several images at once, while `run` stays in one thread, change nothing."""
+    """Results stay the same when several threads call `prepare` and `finish`, and one thread calls `run`."""
     pictures = list(PICTURES.values()) * 2
     expected = [take_through(operation, pixels, options).pixels.tobytes() for pixels in pictures]
     with ThreadPoolExecutor(4) as pool:
         works = list(pool.map(lambda pixels: prepared(operation, pixels.copy(), options), pictures))
         outputs = [run_all(operation, work.samples) for work in works]
-        made = list(pool.map(lambda pair: finished(operation, *pair).pixels.tobytes(), zip(works, outputs, strict=True)))
-    assert made == expected, "threads disturb one another"
+        results = list(pool.map(lambda pair: finished(operation, *pair).pixels.tobytes(), zip(works, outputs, strict=True)))
+    assert results == expected, "threads disturb each other"

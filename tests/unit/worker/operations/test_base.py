@@ -1,4 +1,4 @@
-"""The interface is as good as the kit that checks it: each way of breaking the contract must be found."""
+"""The conformance kit passes an operation that keeps the contract, and fails each way of breaking it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Inverting = Work[OpencvStylize, Pixels, Picture]
 
 
 class Inverted(Operation[OpencvStylize, Pixels, Pixels, Picture]):
-    """The smallest honest operation: two samples per image, its upper and lower half."""
+    """A minimal operation that keeps the contract: two samples per image, its upper and lower half."""
 
     spec = Spec("stylize", "opencv", max_batch=3)
 
@@ -47,7 +47,7 @@ class Inverted(Operation[OpencvStylize, Pixels, Pixels, Picture]):
         return replace(work.plan, pixels=pixels)
 
 
-class WritesIntoItsInput(Inverted):
+class OverwritesTheSource(Inverted):
     def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
         work.plan.pixels[0, 0] ^= 1
         return super().finish(work, outputs)
@@ -58,7 +58,7 @@ class DropsASample(Inverted):
         return super().run(samples)[: max(1, len(samples) - 1)]
 
 
-class DependsOnItsCompany(Inverted):
+class DependsOnTheBatch(Inverted):
     def run(self, samples: Sequence[Sample[OpencvStylize, Pixels]]) -> list[Pixels]:
         return [output // len(samples) for output in super().run(samples)]
 
@@ -93,55 +93,55 @@ class LosesTheFormat(Inverted):
 
 class LosesAlpha(Inverted):
     def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
-        made = super().finish(work, outputs)
-        return replace(made, pixels=np.ascontiguousarray(made.pixels[..., :3]))
+        picture = super().finish(work, outputs)
+        return replace(picture, pixels=np.ascontiguousarray(picture.pixels[..., :3]))
 
 
-class GivesFloats(Inverted):
+class ReturnsFloats(Inverted):
     def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
-        made = super().finish(work, outputs)
-        return replace(made, pixels=made.pixels / 255)
+        picture = super().finish(work, outputs)
+        return replace(picture, pixels=picture.pixels / 255)
 
 
-class GivesAView(Inverted):
+class ReturnsAView(Inverted):
     def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
-        made = super().finish(work, outputs)
-        return replace(made, pixels=made.pixels[:, ::-1])
+        picture = super().finish(work, outputs)
+        return replace(picture, pixels=picture.pixels[:, ::-1])
 
 
 class ChangesTheSize(Inverted):
     def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
-        made = super().finish(work, outputs)
-        return replace(made, pixels=np.repeat(made.pixels, 2, axis=1))
+        picture = super().finish(work, outputs)
+        return replace(picture, pixels=np.repeat(picture.pixels, 2, axis=1))
 
 
-class NotesAtRandom(Inverted):
+class VariesItsNotes(Inverted):
     count = 0
 
     def finish(self, work: Inverting, outputs: Sequence[Pixels]) -> Picture:
         self.count += 1
-        work.notes.append(f"the {self.count}. image")
+        work.notes.append(f"image {self.count}")
         return super().finish(work, outputs)
 
 
-class HasNoSuchEngine(Inverted):
+class NamesAnUnknownEngine(Inverted):
     spec = Spec("stylize", "watercolour")
 
 
-def test_the_kit_lets_an_honest_operation_pass() -> None:
+def test_kit_passes_an_operation_that_keeps_the_contract() -> None:
     conformance.check(Inverted(), parse_options("stylize", "opencv", {}))
 
 
 @pytest.mark.parametrize("broken", Inverted.__subclasses__(), ids=lambda kind: kind.__name__)
-def test_the_kit_finds_an_operation_that_breaks_the_contract(broken: type[Inverted]) -> None:
+def test_kit_fails_an_operation_that_breaks_the_contract(broken: type[Inverted]) -> None:
     with pytest.raises((AssertionError, ValueError)):
         conformance.check(broken(), parse_options("stylize", "opencv", {}))
 
 
-def test_a_pictures_size_is_width_and_height() -> None:
+def test_picture_size_is_width_and_height() -> None:
     assert Picture(np.zeros((20, 30, 4), np.uint8)).size == (30, 20)
 
 
-def test_notes_of_one_image_are_not_anothers() -> None:
+def test_work_has_its_own_list_of_notes() -> None:
     Work([], plan=None).notes.append("empty_cutout")
     assert Work([], plan=None).notes == []

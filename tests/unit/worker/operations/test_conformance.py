@@ -1,4 +1,4 @@
-"""Every registered operation, with options that take each of its paths, passes the conformance kit."""
+"""Every engine passes the conformance kit, with options for each of its code paths."""
 
 from __future__ import annotations
 
@@ -47,25 +47,25 @@ MORE: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"style": "colour-transfer", "reference": conformance.REFERENCE},
     ],
 }
-"""Beside the defaults, which every engine is checked with."""
+"""In addition to the defaults."""
 
 SMALL: dict[tuple[str, str], dict[str, Any]] = {("stylize", "diffusion"): {"size": 64, "steps": 1}}
-"""Defaults that would take minutes, made small."""
+"""Overrides of defaults that would take minutes."""
 
 PAIRS = [(row.operation, row.name) for row in ENGINES]
-CASES = [(*pair, SMALL.get(pair, {}) | given) for pair in PAIRS for given in ({}, *MORE.get(pair, []))]
+CASES = [(*pair, SMALL.get(pair, {}) | options) for pair in PAIRS for options in ({}, *MORE.get(pair, []))]
 
 
-@pytest.mark.parametrize(("operation", "engine", "given"), CASES, ids=lambda value: str(value))
-def test_operation_keeps_the_contract(
-    operation: str, engine: str, given: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+@pytest.mark.parametrize(("operation", "engine", "options"), CASES, ids=lambda value: str(value))
+def test_engine_keeps_the_contract(
+    operation: str, engine: str, options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     weights = weights_folder(tmp_path_factory.getbasetemp() / "weights", *(["u2net"] if engine == "rembg" else []))
     if engine == "lama":
         lama_file(weights / "lama" / "lama.safetensors")
     if engine == "diffusion":
         pipeline_folder(weights)
-    made = registry.create(operation, engine)
-    made.load(Device(threads=1, weights=weights))
-    assert (made.spec.name, made.spec.engine) == (operation, engine)
-    conformance.check(made, parse_options(operation, engine, given))
+    instance = registry.create(operation, engine)
+    instance.load(Device(threads=1, weights=weights))
+    assert (instance.spec.name, instance.spec.engine) == (operation, engine)
+    conformance.check(instance, parse_options(operation, engine, options))

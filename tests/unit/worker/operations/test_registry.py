@@ -17,12 +17,12 @@ def test_create_returns_the_engine_that_the_row_names(row: Engine) -> None:
     assert (spec.name, spec.engine) == (row.operation, row.name)
 
 
-def test_create_gives_a_new_operation_each_time() -> None:
+def test_create_returns_a_new_instance_each_time() -> None:
     assert registry.create("stylize", "opencv") is not registry.create("stylize", "opencv")
 
 
 @pytest.mark.parametrize("pair", [("inpaint", "lamar"), ("impaint", "opencv")])
-def test_an_unknown_engine_is_named_with_the_nearest_valid_one(pair: tuple[str, str]) -> None:
+def test_create_suggests_the_nearest_engine_for_an_unknown_one(pair: tuple[str, str]) -> None:
     with pytest.raises(ConfigurationError, match="/".join(pair)) as caught:
         registry.create(*pair)
     assert "inpaint/opencv" in caught.value.message
@@ -32,11 +32,11 @@ def test_importing_the_registry_imports_no_engine() -> None:
     program = (
         "import sys, imagemill.worker.operations.registry\nprint([m for m in ('numpy', 'cv2', 'torch') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
 
 
-def test_a_missing_library_is_answered_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_names_the_install_command_when_a_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: str) -> None:
         raise ModuleNotFoundError("No module named 'cv2'", name="cv2")
 
@@ -45,18 +45,18 @@ def test_a_missing_library_is_answered_with_the_install_command(monkeypatch: pyt
         registry.create("inpaint", "opencv")
 
 
-def test_libraries_that_do_not_fit_each_other_are_told_with_the_usual_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_names_the_usual_cause_when_libraries_are_incompatible(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: str) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(registry.importlib, "import_module", refuse)
-    for installed, told in ((None, "nms does not exist$"), (object(), "pip uninstall torchvision$")):
-        monkeypatch.setattr(registry.importlib.util, "find_spec", lambda _, found=installed: found)
-        with pytest.raises(ConfigurationError, match=told):
+    for torchvision, message in ((None, "nms does not exist$"), (object(), "pip uninstall torchvision$")):
+        monkeypatch.setattr(registry.importlib.util, "find_spec", lambda _, spec=torchvision: spec)
+        with pytest.raises(ConfigurationError, match=message):
             registry.create("stylize", "diffusion")
 
 
-def test_a_fault_of_our_own_is_not_taken_for_a_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_create_passes_on_an_import_error_inside_imagemill(monkeypatch: pytest.MonkeyPatch) -> None:
     row = find_engine("inpaint", "opencv")
     monkeypatch.setattr(registry, "ENGINES", [replace(row, module="imagemill.worker.operations.nowhere:Nothing")])
     with pytest.raises(ModuleNotFoundError, match="nowhere"):
