@@ -40,7 +40,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. An ImagemillError prints `error (code): message` and exits; other exceptions propagate."""
         try:
-            with needing_packages(ctx):
+            with explain_missing_packages(ctx):
                 return super().invoke(ctx)
         except ImagemillError as error:
             click.secho(f"error ({error.code}): ", fg="red", nl=False, err=True)
@@ -66,7 +66,7 @@ class LazyCommand(click.Command):
 
 
 @contextmanager
-def needing_packages(ctx: click.Context) -> Iterator[None]:
+def explain_missing_packages(ctx: click.Context) -> Iterator[None]:
     """Turn the import of a package that is not installed into MissingExtra."""
     try:
         yield
