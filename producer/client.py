@@ -17,16 +17,16 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import chain, islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Self
 
 from imagemill.producer.sources import BadRow, SourceRow
-from imagemill.producer.submission import ListCheck, Submission, chunk_size, new_job_id
+from imagemill.producer.submission import ListCheck, Submission, new_job_id
 from imagemill.shared.errors import BrokerUnavailable, UsageError
 from imagemill.shared.fleet import Fleet
+from imagemill.shared.ledger.scripts import PACK
 from imagemill.shared.ledger.submitting import SubmitLedger
-from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, Job, JobStatus, Node, Row
-from imagemill.shared.queues import queue_name
+from imagemill.shared.messages import ItemResult, Job, JobStatus, Node, Priority, Row
 from imagemill.shared.s3 import S3Client, make_client, make_signer, presign
 from imagemill.shared.settings import Settings
 
@@ -37,8 +37,8 @@ __all__ = ["Client", "Submission"]
 
 log = logging.getLogger("imagemill.client")
 
-CHUNKS_PER_WRITE = 64
-"""Chunks written to the ledger in one round trip."""
+PACKS_PER_WRITE = 64
+"""Packs written to the ledger in one round trip."""
 
 
 class Client:
@@ -76,42 +76,29 @@ class Client:
         InvalidSource is raised with the first 1000 invalid rows in `rows`. A row with the same source, mask, boxes
         and name as an earlier one shares its result. An interrupted list (an error, Ctrl-C) is discarded.
         """
-        queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
-        listening = [node for node in self._fleet.nodes() if queue in node.queues]
         job, checked = new_job_id(), ListCheck()
         items = checked.accepted(sources, spec, skip_invalid)
         self._ledger.open_job(job, spec)
         try:
-            self._write(job, items, checked, self._fleet.rates(queue), sum(node.children for node in listening))
+            packs = ((number, list(group)) for number, group in groupby(items, key=lambda item: item.index // PACK))
+            while batch := list(islice(packs, PACKS_PER_WRITE)):
+                self._ledger.add_packs(job, batch)
             if not checked.total or (checked.bad_count and not skip_invalid):
                 raise checked.error()
-            self._ledger.seal(job, chunks=len(checked.images), total=checked.total, duplicates=checked.duplicates)
+            self._ledger.seal(job, size=checked.size, total=checked.total, duplicates=checked.duplicates)
         except BaseException:
             self._discard(job)
             raise
-        chunks = (Chunk(job=job, number=number, images=images) for number, images in enumerate(checked.images))
-        self._publish(job, chunks, spec)
+        listening = [node for node in self._fleet.nodes() if spec.lane in node.lanes]
+        self._wake(job, spec, min(checked.total, sum(node.children for node in listening)))
         return Submission(
             job=job,
             total=checked.total,
-            chunks=len(checked.images),
             duplicates=sum(checked.duplicates.values()),
             invalid=checked.bad,
             invalid_count=checked.bad_count,
             nodes=len(listening),
         )
-
-    def _write(self, job: str, items: Iterator[Item], checked: ListCheck, rates: list[float], workers: int) -> None:
-        """Write the list's items to the ledger, in chunks."""
-        size = chunk_size(None, rates, workers)
-        enough = workers * size  # a full chunk for every worker; only a shorter list must be cut by its length
-        head = list(islice(items, enough))
-        size = chunk_size(len(head) if len(head) < enough else None, rates, workers)
-        rest = chain(head, items)
-        chunks = enumerate(iter(lambda: list(islice(rest, size)), []))
-        while batch := list(islice(chunks, CHUNKS_PER_WRITE)):
-            checked.images += [sum(item.duplicate_of is None for item in chunk) for _, chunk in batch]
-            self._ledger.add_chunks(job, batch)
 
     def _discard(self, job: str) -> None:
         """Discard an unfinished list."""
@@ -121,13 +108,13 @@ class Client:
             extra = {"action": "discard", "job": job, "error": str(error)}
             log.warning("unfinished list not discarded; it will expire", extra=extra)
 
-    def _publish(self, job: str, chunks: Iterable[Chunk], spec: Job) -> None:
-        """Publish chunks that are in the ledger. If that fails, the workers' reaper publishes them later."""
+    def _wake(self, job: str, spec: Job, children: int) -> None:
+        """Wake up children for a job that is in the ledger. If that fails, a node does it within seconds."""
         try:
-            self._publisher.publish((chunk, spec) for chunk in chunks)
+            self._publisher.wake(spec.lane, max(1, children))
         except BrokerUnavailable as error:
             extra = {"action": "publish", "job": job, "error": str(error)}
-            log.warning("job recorded but not published; a worker will publish it", extra=extra)
+            log.warning("job recorded, but no worker was woken up; they will look for themselves", extra=extra)
 
     # --- following --------------------------------------------------------------------------
 
@@ -153,9 +140,8 @@ class Client:
 
     def unserved(self, jobs: Iterable[JobStatus]) -> set[str]:
         """The ids of unfinished jobs that no running node can take."""
-        offered = {queue for node in self.nodes() for queue in node.queues}
-        wanted = {job.job: queue_name(job.operation, job.lane, job.priority) for job in jobs if not job.over}
-        return {job for job, queue in wanted.items() if queue not in offered}
+        offered = {lane for node in self.nodes() for lane in node.lanes}
+        return {job.job for job in jobs if not job.over and job.lane not in offered}
 
     def results(self, job: str) -> Iterator[Row]:
         """Stream every image of a job with its result so far, in the list's order."""
@@ -196,14 +182,30 @@ class Client:
         status = self._ledger.status(job)
         if not status.over:
             raise UsageError(f"job {job} is still {status.state}; only finished jobs can be retried")
-        chunks = self._ledger.retry(job)
-        self._publish(job, chunks, self._ledger.spec(job))
-        return sum(chunk.images for chunk in chunks)
+        images = self._ledger.retry(job)
+        if images:
+            self._wake(job, self._ledger.spec(job), images)
+        return images
 
     def cancel(self, job: str) -> JobStatus:
-        """Cancel a job. Workers stop within seconds; images already being processed may still finish."""
-        if self._ledger.cancel(job) == "stopped":
-            self._publish(job, [Chunk(job=job, number=MANIFEST, images=0)], self._ledger.spec(job))
+        """Cancel a job: nothing more of it is begun, and it is over as soon as nothing of it runs."""
+        self._ledger.cancel(job)
+        return self._ledger.status(job)
+
+    def pause(self, job: str) -> JobStatus:
+        """Begin nothing more of a job until `resume`; images on a device are finished."""
+        self._ledger.pause(job)
+        return self._ledger.status(job)
+
+    def resume(self, job: str) -> JobStatus:
+        """Continue a paused job."""
+        if self._ledger.resume(job):
+            self._wake(job, self._ledger.spec(job), 1)
+        return self._ledger.status(job)
+
+    def prioritize(self, job: str, priority: Priority) -> JobStatus:
+        """Move a job to another priority."""
+        self._ledger.prioritize(job, priority)
         return self._ledger.status(job)
 
     def link(self, row: Row, seconds: int) -> str:

@@ -1,8 +1,7 @@
-"""Submitting a job: check a list while it streams in, and cut it into chunks."""
+"""Submitting a job: check a list while it streams in."""
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,10 +12,6 @@ from imagemill.shared.errors import InvalidSource
 from imagemill.shared.messages import Item, Job
 from imagemill.shared.options.inpaint import InpaintOptions
 
-CHUNK_SECONDS = 20.0
-"""Seconds that one worker needs for a chunk."""
-UNKNOWN, SMALLEST, LARGEST = 32, 8, 256
-"""Images per chunk: while no rate is known, at least, at most."""
 MOST_BAD_ROWS = 1000
 """Bad rows that are kept for messages; all are counted."""
 
@@ -27,13 +22,12 @@ class Submission:
 
     job: str
     total: int
-    chunks: int
     duplicates: int
     invalid: list[BadRow]
     """The first of the skipped rows."""
     invalid_count: int
     nodes: int
-    """Running worker nodes that take chunks from this job's queue."""
+    """Running worker nodes that can work on this job."""
 
     @property
     def served(self) -> bool:
@@ -46,19 +40,6 @@ def new_job_id() -> str:
     return f"{datetime.now(UTC):%y%m%d}-{secrets.token_hex(4)}"
 
 
-def chunk_size(images: int | None, rates: list[float], nodes: int) -> int:
-    """Images per chunk: about 20 s of one worker's work, from 8 to 256.
-
-    `rates` are the images per second that workers on this queue measured; without any, a chunk has 32 images.
-    A job of known length is cut so that each of the `nodes` that can work on it gets a share.
-    """
-    known = sorted(rate for rate in rates if rate > 0 and math.isfinite(rate))
-    size = max(SMALLEST, round(min(LARGEST, CHUNK_SECONDS * known[len(known) // 2]))) if known else UNKNOWN
-    if images is None or nodes < 1:
-        return size
-    return max(1, min(size, math.ceil(images / nodes)))
-
-
 @dataclass
 class ListCheck:
     """Validates the rows of a list as they stream in, and counts them."""
@@ -68,8 +49,8 @@ class ListCheck:
     bad_count: int = 0
     duplicates: dict[int, int] = field(default_factory=dict)
     """Index of an item -> its number of duplicates."""
-    images: list[int] = field(default_factory=list)
-    """Images to process, per chunk."""
+    size: int = 0
+    """Index of the last row + 1."""
 
     def accepted(self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool) -> Iterator[Item]:
         """The items of valid rows. After a bad row, unless `skip_invalid`, the rest is only checked, not yielded."""
@@ -81,7 +62,7 @@ class ListCheck:
                 if len(self.bad) < MOST_BAD_ROWS:
                     self.bad.append(item)
                 continue
-            self.total += 1
+            self.total, self.size = self.total + 1, index + 1
             original = originals.setdefault(int(item.digest[:16], 16), index)
             if original != index:
                 self.duplicates[original] = self.duplicates.get(original, 0) + 1

@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 from celery import Celery
 from kombu import Queue
-from kombu.exceptions import BatchPublishError, OperationalError
+from kombu.exceptions import OperationalError
 
 from imagemill.shared.errors import BrokerUnavailable, sentence
-from imagemill.shared.messages import MANIFEST, Chunk, Job
-from imagemill.shared.queues import MANIFEST_TASK, manifest_queue, queue_name, task_name
+from imagemill.shared.messages import WakeUp
+from imagemill.shared.queues import node_queue, queue_name, task_name
 from imagemill.shared.settings import Settings
 
 KILL_MARGIN = 60.0
-"""Seconds between a chunk's soft and hard time limits."""
+"""Seconds between a task's soft and hard time limits."""
 
 
 def make_app(settings: Settings) -> Celery:
@@ -27,8 +27,7 @@ def make_app(settings: Settings) -> Celery:
         "unacked_restore_interval": 5,  # seconds between checks for messages past that; by default 100
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 30,  # a worker killed during its check must not block the others' for 5 minutes
-        "priority_steps": [0],  # each priority is its own queue (Redis' steps are approximate): fewer keys to poll
-        "queue_order_strategy": "imagemill.shared.queues:PriorityRoundRobin",
+        "priority_steps": [0],  # the ledger orders the work: fewer keys to poll
         "health_check_interval": 25,  # 0 leaves a consumer stuck on a half-open connection
         "socket_timeout": 10,  # with the default, a dead Redis goes unnoticed for 120 s
         "socket_connect_timeout": 5,
@@ -40,11 +39,11 @@ def make_app(settings: Settings) -> Celery:
         accept_content=["json"],
         # The ledger holds the results; a second copy would have to expire separately.
         task_ignore_result=True,
-        # A message is acknowledged once its chunk is recorded, so it is redelivered if its worker dies ...
+        # A message is acknowledged at the end of the shift, so it is redelivered if its worker dies ...
         task_acks_late=True,
-        # ... or only its child process. The ledger counts attempts, since Redis does not count deliveries.
+        # ... or only its child process: somebody else then continues at once.
         task_reject_on_worker_lost=True,
-        # Acknowledge after a timeout: the ledger counts it and reissues the chunk. False would requeue forever.
+        # Acknowledge after a timeout: the ledger hands the images out again. False would requeue forever.
         task_acks_on_failure_or_timeout=True,
         # One message per child process: other nodes can't work on prefetched messages.
         worker_prefetch_multiplier=1,
@@ -64,7 +63,7 @@ def make_app(settings: Settings) -> Celery:
         visibility_timeout=int(2 * hard),
         redis_socket_timeout=10.0,
         redis_socket_keepalive=True,
-        # A producer learns within about 3 s that Redis is down; the reaper publishes recorded chunks later.
+        # A producer learns within about 3 s that Redis is down; a node wakes the others later.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.2, "interval_step": 0.5, "interval_max": 1.0},
         # Flower shows tasks from their events.
         worker_send_task_events=True,
@@ -82,39 +81,23 @@ def queues(names: Iterable[str]) -> list[Queue]:
 
 
 class Publisher:
-    """Publishes chunks. Not thread-safe."""
+    """Publishes wake-ups. Not thread-safe."""
 
     def __init__(self, app: Celery) -> None:
         self._app = app
 
-    def publish(self, chunks: Iterable[tuple[Chunk, Job]]) -> int:
-        """Publish chunks, each with its job's spec, over one connection; returns how many. Raises BrokerUnavailable."""
-        count = 0
+    def wake(self, lane: str, count: int = 1, *, node: str | None = None) -> None:
+        """Wake up `count` children that work in this lane, or those of one node. Raises BrokerUnavailable."""
+        message = WakeUp(lane=lane)
         try:
-            with (
-                self._app.connection_for_write() as connection,
-                self._app.amqp.Producer(connection) as producer,
-                producer.batch(),  # one round trip per thousand messages
-            ):
-                for chunk, spec in chunks:
-                    manifest = chunk.number == MANIFEST
+            with self._app.connection_for_write() as connection, self._app.amqp.Producer(connection) as producer:
+                for _ in range(count):
                     self._app.send_task(
-                        MANIFEST_TASK if manifest else task_name(spec.operation),
-                        kwargs=chunk.model_dump(),
-                        kwargsrepr=_shown(chunk),
-                        queue=manifest_queue(spec.operation, spec.lane)
-                        if manifest
-                        else queue_name(spec.operation, spec.lane, spec.policy.priority),
+                        task_name(lane),
+                        kwargs=message.model_dump(),
+                        kwargsrepr=lane,
+                        queue=node_queue(node) if node else queue_name(lane),
                         producer=producer,
                     )
-                    count += 1
-        except (OperationalError, BatchPublishError) as error:
+        except OperationalError as error:
             raise BrokerUnavailable(f"Redis: {sentence(error)}") from error
-        return count
-
-
-def _shown(chunk: Chunk) -> str:
-    """The arguments as Flower shows them, short and without URLs."""
-    if chunk.number == MANIFEST:
-        return f"job={chunk.job}"
-    return f"job={chunk.job}, chunk={chunk.number}, images={chunk.images}"

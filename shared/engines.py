@@ -39,8 +39,19 @@ class Engine:
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """What a node can offer: `opencv`, or for an engine with models `rembg.u2net`, `rembg.silueta`, ..."""
-        return tuple(f"{self.name}.{model}" for model in self.models) or (self.name,)
+        """The kinds of work that its nodes can take: `inpaint.opencv`, or one per model: `remove-background.rembg.u2net`."""
+        return tuple(lane_of(self.operation, self.name, model) for model in self.models) or (lane_of(self.operation, self.name),)
+
+
+def lane_of(operation: str, engine: str, model: str | None = None) -> str:
+    """The lane of an operation, engine and model: what a node must offer to work on a job."""
+    return ".".join(part for part in (operation, engine, model) if part)
+
+
+def split_lane(lane: str) -> tuple[str, str, str]:
+    """A lane's operation, engine and model; the model is empty for an engine without models."""
+    operation, engine, model = f"{lane}..".split(".", 2)
+    return operation, engine, model.rstrip(".")
 
 
 _OPERATIONS = "imagemill.worker.operations"

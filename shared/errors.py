@@ -223,6 +223,10 @@ class WorkerLost(ImageError, code="worker_lost"):
     """The worker process died every time it processed this image."""
 
 
+class Expired(ImageError, code="expired", retryable=True):
+    """The job's deadline passed before this image was begun."""
+
+
 class InternalError(ImageError, code="internal_error"):
     """A bug in imagemill; the worker's log has the traceback."""
 

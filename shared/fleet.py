@@ -3,7 +3,9 @@
 Keys, all below `imagemill:`:
 
     nodes            hash  node -> its latest report
-    rates            hash  queue|node -> images per second
+    nodes:{lane}     zset  node -> its latest report
+    node-children    hash  node -> its number of children
+    rates:{lane}     hash  child, as NODE/NUMBER -> images per second; the ledger forgets those of dead nodes
     memory           hash  node -> peak share of GPU memory in use, and number of batches above 90 %
     canary:{token}   list  one entry once the canary task has run
 """
@@ -19,7 +21,7 @@ from imagemill.shared.settings import Settings
 NODE_SECONDS = 20
 """A node counts as dead when its latest report is older."""
 FORGET_SECONDS = 3600
-RATE_SECONDS = 3600
+MEMORY_SECONDS = 3600
 CANARY_SECONDS = 600
 
 
@@ -33,12 +35,23 @@ class Fleet(Connected):
 
     def report_node(self, node: Node) -> None:
         """Report that a node is alive, and its state."""
-        stamped = node.model_copy(update={"seen": now_ms(self._redis) / 1000})
-        self._redis.hset("imagemill:nodes", node.node, stamped.model_dump_json())
+        now = now_ms(self._redis)
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hset("imagemill:nodes", node.node, node.model_copy(update={"seen": now / 1000}).model_dump_json())
+            if node.ready:
+                pipe.hset("imagemill:node-children", node.node, node.children)
+                for lane in node.lanes:
+                    pipe.zadd(f"imagemill:nodes:{lane}", {node.node: now})
+            pipe.execute()
 
-    def forget_node(self, node: str) -> None:
+    def forget_node(self, node: Node) -> None:
         """Remove a node that is stopping."""
-        self._redis.hdel("imagemill:nodes", node)
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hdel("imagemill:nodes", node.node)
+            pipe.hdel("imagemill:node-children", node.node)
+            for lane in node.lanes:
+                pipe.zrem(f"imagemill:nodes:{lane}", node.node)
+            pipe.execute()
 
     def nodes(self) -> list[Node]:
         """The live nodes, sorted by name; forgets nodes that have been silent for an hour."""
@@ -46,23 +59,17 @@ class Fleet(Connected):
         known = [Node.model_validate_json(raw) for raw in self._redis.hvals("imagemill:nodes")]
         for node in known:
             if now - node.seen > FORGET_SECONDS:
-                self._redis.hdel("imagemill:nodes", node.node)
+                self.forget_node(node)
         return sorted((node for node in known if now - node.seen < NODE_SECONDS), key=lambda node: node.node)
 
-    def report_rate(self, queue: str, node: str, images_per_second: float) -> None:
-        """Report a node's speed on a queue; kept for an hour after the latest report."""
-        self._redis.hset("imagemill:rates", f"{queue}|{node}", f"{images_per_second:.4g}")
-        self._redis.expire("imagemill:rates", RATE_SECONDS)
-
-    def rates(self, queue: str) -> list[float]:
-        """Images per second of each node that has recently worked on a queue."""
-        known = self._redis.hgetall("imagemill:rates")
-        return [float(rate) for field, rate in known.items() if field.decode().split("|")[0] == queue]
+    def rates(self, lane: str) -> dict[str, float]:
+        """Images per second of each child that has computed images in this lane, by NODE/NUMBER."""
+        return {child.decode(): float(rate) for child, rate in self._redis.hgetall(f"imagemill:rates:{lane}").items()}
 
     def report_memory(self, node: str, share: float, flagged: int) -> None:
         """Report a node's peak share of GPU memory and its number of batches above 90 %, since it loaded its engines."""
         self._redis.hset("imagemill:memory", node, f"{share:.3f} {flagged}")
-        self._redis.expire("imagemill:memory", RATE_SECONDS)
+        self._redis.expire("imagemill:memory", MEMORY_SECONDS)
 
     def memory(self) -> dict[str, tuple[float, int]]:
         """The latest (peak share, batches above 90 %) by node; kept for an hour after the latest report."""

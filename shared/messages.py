@@ -6,27 +6,27 @@ import hashlib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
-from imagemill.shared.engines import engines_of
+from imagemill.shared.engines import engines_of, lane_of
+from imagemill.shared.errors import Expired
 from imagemill.shared.options.base import Boxes, EngineOptions, Model, Operation, validation_sentence
 from imagemill.shared.quality import Measures, Quality
 from imagemill.shared.urls import check_output_url, check_source_url
 
 Priority = Literal["high", "normal", "low"]
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
-JobState = Literal["submitting", "queued", "running", "finishing", "done", "cancelled"]
-ENDED: tuple[JobState, ...] = ("done", "cancelled")
+JobState = Literal["submitting", "queued", "running", "paused", "finishing", "done", "failed", "cancelled"]
+"""`failed`: every image failed."""
+ENDED: tuple[JobState, ...] = ("done", "failed", "cancelled")
+Unfinished = Literal["pending", "cancelled", "expired"]
+"""What an image without a result is."""
 ItemState = Literal["pending", "done", "failed", "cancelled"]
 
 SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_url)]
 KEY_FIELD = re.compile(r"\{(job|index|item|name)(?::0(\d)d)?\}")
 RUN_TOGETHER = re.compile(r"\{index[^}]*\}(\d|\{job\})*\{name|\{name[^}]*\}(\d|\{job\})*\{index")
 """Index and name without a separator: index 1 with name `1a` gives the same key as index 11 with name `a`."""
-
-MANIFEST = -1
-"""The chunk number that stands for 'write the manifest'."""
-
 
 def check_key(template: str) -> str:
     """The template itself. Raises ValueError if two items of a job could get the same key, or a key could leave its prefix."""
@@ -60,6 +60,11 @@ class Policy(Model):
     """How a job is processed."""
 
     priority: Priority = "normal"
+    owner: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$", description="who the job is for; owners take turns"
+    )
+    not_before: AwareDatetime | None = Field(None, description="when the job may begin")
+    until: AwareDatetime | None = Field(None, description="deadline: images that have not begun by then fail as `expired`")
     attempts: int = Field(3, ge=1, le=10, description="attempts per image before it is recorded as failed")
     batch: Literal["quality", "throughput"] = Field(
         "throughput", description="quality: small batches; throughput: batches as large as memory allows"
@@ -106,9 +111,8 @@ class Job(Model):
 
     @property
     def lane(self) -> str:
-        """What a node must offer to process this job; see imagemill.shared.queues."""
-        model: str | None = getattr(self.options, "model", None)
-        return f"{self.engine}.{model}" if model else self.engine
+        """What a node must offer to process this job; see imagemill.shared.engines."""
+        return lane_of(self.operation, self.engine, getattr(self.options, "model", None))
 
 
 class Item(Model):
@@ -132,13 +136,11 @@ class Item(Model):
         return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}".encode()).hexdigest()
 
 
-class Chunk(Model):
-    """One Celery message: chunk `number` of `job`, which holds `images` images."""
+class WakeUp(Model):
+    """A Celery message: there is work in this lane."""
 
-    version: Literal[1] = 1
-    job: str = Field(pattern=r"^[0-9a-z-]{4,40}$")
-    number: int = Field(ge=MANIFEST)
-    images: int = Field(ge=0)
+    version: Literal[2] = 2
+    lane: str = Field(pattern=r"^[a-z-]+(\.[A-Za-z0-9_-]+){1,2}$")
 
 
 class ItemResult(Model):
@@ -185,13 +187,16 @@ class JobStatus(Model):
     job: str
     operation: Operation
     engine: str
-    lane: str = Field(description="what a node must offer to process it; see imagemill.shared.queues")
+    lane: str = Field(description="what a node must offer to process it: operation, engine and model")
     state: JobState
     total: int
     done: int
     failed: int
     duplicates: int
     priority: Priority
+    owner: str | None = None
+    not_before: float | None = Field(None, description="when it may begin, while that lies ahead")
+    until: float | None = Field(None, description="its deadline")
     output: str
     manifest: str | None = Field(None, description="URL of manifest.jsonl, once the job is over")
     created: float
@@ -212,7 +217,7 @@ class Node(Model):
     host: str
     pid: int
     device: str
-    queues: tuple[str, ...]
+    lanes: tuple[str, ...]
     children: int
     ready: bool
     lacks: tuple[str, ...] = Field((), description="why it does not offer everything it is configured for")
@@ -224,13 +229,15 @@ def compact(model: Item | ItemResult) -> str:
     return model.model_dump_json(exclude_defaults=True)
 
 
-def row(item: Item, result: ItemResult | None, *, ended: bool) -> Row:
+def row(item: Item, result: ItemResult | None, unfinished: Unfinished = "pending") -> Row:
     """The public line for an item and its result, if any."""
     base: dict[str, Any] = dict(
         item=item.id, index=item.index, source=item.source, duplicate_of=item.duplicate_of, mask=item.mask, result=result
     )
     if result is None:
-        return Row(state="cancelled" if ended else "pending", **base)
+        if unfinished == "expired":
+            return Row(state="failed", code=Expired.code, message="the deadline passed before this image was begun", **base)
+        return Row(state=unfinished, **base)
     return Row(
         state=result.state, output=result.output, code=result.code, message=result.message, attempts=result.attempts, **base
     )

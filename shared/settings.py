@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imagemill.shared.errors import ConfigurationError
@@ -24,16 +24,16 @@ BETWEEN = "__"
 
 
 def _from_json(value: object) -> object:
-    """A list, given as JSON. Not left to pydantic-settings, whose errors don't name the variable."""
+    """A list or object, given as JSON. Not left to pydantic-settings, whose errors don't name the variable."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError:
-        raise ValueError('expected a JSON list, such as ["one", "two"]') from None
+        raise ValueError('expected JSON: a list such as ["one", "two"], or an object such as {"one": 2}') from None
 
 
-LIST = BeforeValidator(_from_json)
+LIST = OBJECT = BeforeValidator(_from_json)
 
 
 def _in_64s(size: str) -> str:
@@ -132,9 +132,10 @@ class WorkerSettings(Group):
         4, ge=1, le=64, description="parallel uploads (with postprocessing and encoding) per child process"
     )
     reuse: bool = Field(True, description="remember results and copy them when the same image is requested again")
-    lease_seconds: float = Field(20.0, ge=2, description="seconds without a heartbeat before another worker gets the chunk")
-    missing_seconds: float = Field(30.0, gt=0, description="seconds before a chunk missing from its queue is republished")
-    time_limit: float = Field(1800.0, gt=0, description="most seconds per chunk; a minute later its process is killed")
+    lease_seconds: float = Field(20.0, ge=2, description="seconds without a heartbeat before a child's work is handed to others")
+    share_seconds: float = Field(3.0, gt=0, description="seconds of work that a child process takes at a time")
+    shift_seconds: float = Field(60.0, gt=0, description="seconds after which a task ends and the next one continues")
+    time_limit: float = Field(1800.0, gt=0, description="most seconds per task; a minute later its process is killed")
     soft_shutdown: float = Field(
         60.0, ge=0, description="seconds to finish current images after SIGQUIT (after SIGTERM they are always finished)"
     )
@@ -157,6 +158,10 @@ class Settings(BaseSettings):
 
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="URL of Redis (queues and ledger)")
     expire_days: float = Field(7.0, gt=0, description="days after which Redis forgets a job")
+    low_priority_hours: float = Field(1.0, gt=0, description="hours after which a job of low priority moves up to normal")
+    owner_weights: Annotated[dict[str, PositiveFloat], OBJECT] = Field(
+        {}, description='share of the nodes that each owner gets, relative to 1 for all others; JSON object, read by the workers'
+    )
     log_json: bool = Field(False, description="write logs as JSON lines")
     presets: Path | None = Field(None, description="file with your own presets, which add to or override those that ship")
     s3: S3Settings = S3Settings()

@@ -1,102 +1,142 @@
-"""The ledger as workers use it: lease chunks, record results, and reap what other workers lost."""
+"""The ledger as workers use it: take shares, record results, give back what was not begun."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
+from imagemill.shared.fleet import NODE_SECONDS
+from imagemill.shared.ledger.ranges import as_ranges, as_text, indexes_in
 from imagemill.shared.ledger.reading import ReadLedger
-from imagemill.shared.ledger.scripts import key, unpack
-from imagemill.shared.messages import MANIFEST, Chunk, Item, ItemResult, compact
+from imagemill.shared.ledger.scripts import PACK, unpack
+from imagemill.shared.messages import Item, ItemResult, compact
+
+Verdict = Literal["ok", "yield", "stop", "lost"]
 
 
 @dataclass(frozen=True)
-class Lease:
-    """A chunk that this worker may work on. `lost` counts the workers that died with it before."""
+class Request:
+    """What a child asks of the ledger. `child` names this process; of its `lanes`, those with `room` are wanted now.
+
+    `room` is how many more images it wants, `rate` how many images per second it computes, both by lane; `held` is how many
+    images it has at hand, by job. Only with nothing at hand (`empty`) can it get an image that must run alone.
+    """
+
+    child: str
+    lanes: Sequence[str]
+    room: Mapping[str, int]
+    rate: Mapping[str, float] = field(default_factory=dict)
+    held: Mapping[str, int] = field(default_factory=dict)
+    empty: bool = True
+
+
+@dataclass(frozen=True)
+class Share:
+    """Images that this child may work on while it renews the lease. Duplicates are left out.
+
+    `tried` is None, or for an image that must run alone, because its worker died, how often that was tried before.
+    """
 
     job: str
     number: int
-    token: str
-    lost: int
+    indexes: frozenset[int]
     items: list[Item]
+    tried: int | None = None
+
+
+@dataclass(frozen=True)
+class ManifestDue:
+    """A manifest that this child should write; `tries` counts this attempt."""
+
+    job: str
+    tries: int
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """The answer to a renewal: the job whose turn it is, and a verdict for each lease.
+
+    ok; yield: give back what is not fetched yet, for the sake of `urgent`; stop: begin nothing more of this job; lost.
+    """
+
+    urgent: str | None
+    verdicts: list[Verdict]
 
 
 class WorkLedger(ReadLedger):
-    """Leases chunks and records results."""
+    """Hands out shares and records results."""
 
-    scripts = ("acquire", "renew", "record", "complete", "release", "reap")
+    scripts = ("take", "renew", "record", "give_back", "end_job", "tend", "bury")
 
-    def acquire(self, job: str, number: int, *, task: str, token: str) -> Lease | Literal["gone", "held"]:
-        """Lease a chunk for the Celery task with ID `task`; `token` identifies this delivery and starts with `{task}/`.
+    def take(self, request: Request) -> Share | ManifestDue | Literal["none", "drain"]:
+        """The next share for this child: of the job whose turn it is, as many images as it has room for, within its part.
 
-        'gone' if the chunk has nothing left to do; 'held' if another worker has it.
+        'none' if there is nothing for it; 'drain' if it should come back with nothing at hand.
         """
-        answer = self._script("acquire", job, number, task, token, self._lease_ms)
-        if answer[0] != b"ok":
-            return "gone" if answer[0] == b"gone" else "held"
-        return Lease(job, number, token, int(answer[1]), unpack(answer[2]) if answer[2] else [])
+        lanes = [lane for lane in request.lanes if request.room.get(lane, 0) > 0]
+        ask = {**vars(request), "lanes": lanes, "lease": self._lease_ms}
+        answer = self._script("take", json.dumps(ask), PACK)
+        kind = answer[0].decode()
+        if kind == "manifest":
+            return ManifestDue(answer[1].decode(), int(answer[2]))
+        if kind != "share":
+            return cast(Literal["none", "drain"], kind)
+        job, number, tried, ranges, *packs = answer[1:]
+        wanted = indexes_in(ranges.decode())
+        items = [item for raw in packs[1::2] if raw for item in unpack(raw)]
+        mine = [item for item in items if item.index in wanted and item.duplicate_of is None]
+        return Share(job.decode(), int(number), frozenset(wanted), mine, int(tried) if int(tried) >= 0 else None)
 
-    def renew(self, lease: Lease) -> Literal["ok", "lost", "cancelled"]:
-        """Extend a lease. 'lost' if another worker has the chunk; 'cancelled' if the job was cancelled."""
-        answer: Literal["ok", "lost", "cancelled"] = self._script(
-            "renew", lease.job, lease.number, lease.token, self._lease_ms
-        ).decode()
-        return answer
+    def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
+        """Extend leases, and learn what has changed."""
+        named = [part for lease in leases for part in (lease.job, lease.number if isinstance(lease, Share) else "manifest")]
+        urgent, *verdicts = self._script("renew", child, self._lease_ms, json.dumps(list(lanes)), *named)
+        return Renewal(urgent.decode() or None, [verdict.decode() for verdict in verdicts])
+
+    def give_back(self, share: Share, child: str, *, kept: Sequence[int] = (), returned: Sequence[int] = ()) -> bool:
+        """Return the images of a share that were not begun; without `kept` images the share ends. False if it was lost.
+
+        Images that are neither kept nor returned are recorded.
+        """
+        sizes = (as_text(as_ranges(kept)), len(kept), as_text(as_ranges(returned)), len(returned))
+        return bool(self._script("give_back", share.job, share.number, child, *sizes))
 
     def recorded(self, job: str, indexes: Sequence[int]) -> set[int]:
         """Those of `indexes` that already have a result."""
-        return {
-            index for index, result in zip(indexes, self._fields(job, "results", indexes), strict=True) if result is not None
-        }
+        known = zip(indexes, self._fields(job, "results", indexes), strict=True)
+        return {index for index, result in known if result is not None}
 
     def record(self, job: str, result: ItemResult) -> bool:
-        """Record a result; False, and no change, if the image already has one."""
+        """Record a result; False, and no change, if the image already has one or the job is over."""
         return bool(self._script("record", job, result.index, result.state, compact(result)))
 
-    def complete(self, lease: Lease, *, manifest: str | None = None) -> Literal["ok", "lost", "finishing"]:
-        """End the lease of a finished chunk; 'finishing' if it was the job's last and the manifest is due.
+    def end_job(self, job: str, manifest: str | None) -> bool:
+        """The manifest is written, or never will be (None); False if a retry has begun meanwhile."""
+        return bool(self._script("end_job", job, manifest or ""))
 
-        `manifest` is the manifest's URL, given with the chunk MANIFEST.
-        """
-        answer: Literal["ok", "lost", "finishing"] = self._script(
-            "complete", lease.job, lease.number, lease.token, manifest or ""
-        ).decode()
-        return answer
+    def report_rate(self, lane: str, child: str, images_per_second: float) -> None:
+        """Report how many images per second a child computes; forgotten with its node. `child` is NODE/NUMBER."""
+        self._redis.hset(f"imagemill:rates:{lane}", child, f"{images_per_second:.4g}")
 
-    def release(self, lease: Lease) -> bool:
-        """Give back an unfinished chunk without counting it as lost; the caller publishes it again."""
-        return bool(self._script("release", lease.job, lease.number, lease.token))
-
-    def count_attempt(self, job: str, index: int) -> int:
-        """Count an attempt to process an image alone, before it starts; returns the count."""
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """Replace the weights of owners; all others have 1."""
         with self._redis.pipeline() as pipe:
-            pipe.hincrby(key(job, "attempts"), str(index), 1)
-            pipe.expire(key(job, "attempts"), self._ttl)
-            return int(pipe.execute()[0])
+            pipe.delete("imagemill:weights")
+            if weights:
+                pipe.hset("imagemill:weights", mapping=dict(weights))
+            pipe.execute()
 
-    def forget_attempt(self, job: str, index: int) -> None:
-        """Uncount an attempt whose worker was asked to stop before the image could do harm."""
-        self._redis.hincrby(key(job, "attempts"), str(index), -1)
+    def tend(self) -> tuple[int, list[str]]:
+        """What some node must do every second: returns the number of shares of dead workers, and the lanes that need a wake-up."""
+        lost, *lanes = self._script("tend", NODE_SECONDS)
+        return int(lost), [lane.decode() for lane in lanes]
 
-    def attempts(self, job: str, indexes: Sequence[int]) -> dict[int, int]:
-        """How often each image was tried alone."""
-        return {index: int(count or 0) for index, count in zip(indexes, self._fields(job, "attempts", indexes), strict=True)}
+    def bury(self, child: str) -> int:
+        """A child process has died: hand its shares out again at once; returns their number."""
+        return int(self._script("bury", child))
 
-    def reap(self, node: str, *, patience: float = 30.0, every: float = 5.0) -> list[Chunk]:
-        """Overdue chunks, which must be published again; none while another node is the reaper.
-
-        A chunk may be missing from an idle queue for `patience` seconds. A node stays the reaper for 0.9 * `every` seconds.
-        """
-        if not self._redis.set("imagemill:reaper", node, nx=True, px=int(every * 900)):
-            return []
-        chunks = []
-        for member in self._script("reap", int(patience * 1000), 1000):
-            job, _, number = member.decode().rpartition(":")
-            chunks.append(self.chunk(job, int(number)))
-        return chunks
-
-    def chunk(self, job: str, number: int) -> Chunk:
-        """The message for a chunk."""
-        raw = self._redis.hget(key(job, "chunks"), str(number)) if number != MANIFEST else None
-        return Chunk(job=job, number=number, images=sum(i.duplicate_of is None for i in unpack(raw)) if raw else 0)
+    def lead(self, node: str, seconds: float) -> bool:
+        """Whether this node is the one that tends the ledger for the next `seconds`."""
+        return bool(self._redis.set("imagemill:tender", node, nx=True, px=int(seconds * 1000)))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
-from imagemill.shared.connection import longest_wait, now_ms, reachable
+from imagemill.shared.connection import longest_wait, reachable
 from imagemill.shared.errors import JobNotFound
-from imagemill.shared.ledger.scripts import Scripts, key, unpack
-from imagemill.shared.messages import ENDED, Item, ItemResult, Job, JobStatus, Row, row
+from imagemill.shared.ledger.scripts import PACK, Scripts, key, unpack
+from imagemill.shared.messages import ENDED, Item, ItemResult, Job, JobState, JobStatus, Row, Unfinished, row
 
 
 class ReadLedger(Scripts):
@@ -37,12 +38,15 @@ class ReadLedger(Scripts):
             operation=spec.operation,
             engine=spec.engine,
             lane=spec.lane,
-            state=fields["state"].decode(),
+            state=_state(fields),
             total=int(fields.get("total", 0)),
             done=int(fields.get("done", 0)),
             failed=int(fields.get("failed", 0)),
             duplicates=int(fields.get("dup", 0)),
-            priority=spec.policy.priority,
+            priority=fields["priority"].decode(),
+            owner=spec.policy.owner,
+            not_before=float(fields["later"]) / 1000 if "later" in fields else None,
+            until=float(fields["until"]) / 1000 if "until" in fields else None,
             output=spec.output.url,
             manifest=fields["manifest"].decode() if "manifest" in fields else None,
             created=created,
@@ -52,7 +56,6 @@ class ReadLedger(Scripts):
 
     def jobs(self, most: int = 50) -> list[JobStatus]:
         """The latest `most` jobs, newest first."""
-        self._redis.zremrangebyscore("imagemill:jobs", "-inf", now_ms(self._redis) - self._ttl * 1000)
         jobs = []
         for raw in self._redis.zrevrange("imagemill:jobs", 0, most - 1):
             try:
@@ -62,14 +65,15 @@ class ReadLedger(Scripts):
         return jobs
 
     def rows(self, job: str) -> Iterator[Row]:
-        """Every row of a job with its result, in list order; read chunk by chunk."""
+        """Every row of a job with its result, in list order; read pack by pack."""
         # Once the manifest is being written, items without a result will not get one.
-        ended = self.status(job).state in (*ENDED, "finishing")
-        for _, items in self._chunks(job):
+        state, expired = self.status(job).state, self._redis.hexists(key(job), "lapsed")
+        unfinished: Unfinished = "pending" if state not in (*ENDED, "finishing") else "expired" if expired else "cancelled"
+        for _, items in self._packs(job):
             with reachable():
                 results = self._results(job, [item.index if item.duplicate_of is None else item.duplicate_of for item in items])
             for item, result in zip(items, results, strict=True):
-                yield row(item, result, ended=ended)
+                yield row(item, result, unfinished)
 
     def follow(self, job: str, *, since: str = "0", wait: float = 1.0) -> tuple[str, list[ItemResult]]:
         """The job's results after stream position `since`; waits up to `wait` seconds, at most 5, for the first.
@@ -92,14 +96,20 @@ class ReadLedger(Scripts):
     def _fields(self, job: str, part: str, indexes: Sequence[int]) -> list[bytes | None]:
         return self._redis.hmget(key(job, part), list(map(str, indexes))) if indexes else []
 
-    def _chunks(self, job: str) -> Iterator[tuple[int, list[Item]]]:
+    def _packs(self, job: str) -> Iterator[tuple[int, list[Item]]]:
         with reachable():
-            count = int(self._redis.hget(key(job), "chunks") or 0)
-        for number in range(count):
+            size = int(self._redis.hget(key(job), "size") or 0)
+        for number in range(-(-size // PACK)):
             with reachable():  # around the read alone: the generator's caller may raise at the yield
-                raw = self._redis.hget(key(job, "chunks"), str(number))
+                raw = self._redis.hget(key(job, "packs"), str(number))
             if raw is not None:
                 yield number, unpack(raw)
+
+
+def _state(fields: dict[str, bytes]) -> JobState:
+    """The state as users see it: a paused job whose last images are still running is paused."""
+    state = cast(JobState, fields["state"].decode())
+    return "paused" if "paused" in fields and state in ("queued", "running") else state
 
 
 def _not_found(job: str) -> JobNotFound:

@@ -19,10 +19,13 @@ class Scripts(Connected):
     scripts: ClassVar[tuple[str, ...]] = ()
     """Names of the files in `lua/` that a subclass runs."""
 
-    def __init__(self, url: str, *, expire_days: float = 7.0, lease_seconds: float = 20.0) -> None:
+    def __init__(
+        self, url: str, *, expire_days: float = 7.0, lease_seconds: float = 20.0, rise_hours: float = 1.0
+    ) -> None:
         super().__init__(url)
         self._ttl = int(expire_days * 86_400)
         self._lease_ms = int(lease_seconds * 1000)
+        self._rise_ms = int(rise_hours * 3_600_000)
         folder = files("imagemill.shared.ledger") / "lua"
         common = (folder / "common.lua").read_text()
         self._lua = {name: self._redis.register_script(common + (folder / f"{name}.lua").read_text()) for name in self.scripts}
@@ -30,11 +33,19 @@ class Scripts(Connected):
     @classmethod
     def of(cls, settings: Settings) -> Self:
         """The ledger at the settings' Redis."""
-        url, lease_seconds = settings.redis_url.get_secret_value(), settings.worker.lease_seconds
-        return cls(url, expire_days=settings.expire_days, lease_seconds=lease_seconds)
+        return cls(
+            settings.redis_url.get_secret_value(),
+            expire_days=settings.expire_days,
+            lease_seconds=settings.worker.lease_seconds,
+            rise_hours=settings.low_priority_hours,
+        )
 
     def _script(self, name: str, *args: Any) -> Any:
         return self._lua[name](args=args)
+
+
+PACK = 32
+"""Items stored together."""
 
 
 def key(job: str, part: str | None = None) -> str:

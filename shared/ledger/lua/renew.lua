@@ -1,5 +1,48 @@
--- ARGV job, chunk, token, lease ms: extend a lease. Returns 'ok', 'lost' (another worker has the chunk) or 'cancelled'.
-local job, number = ARGV[1], ARGV[2]
-if redis.call('HGET', key(job, 'leases'), number) ~= ARGV[3] then return 'lost' end
-redis.call('ZADD', LEASED, now_ms() + ARGV[4], job .. ':' .. number)
-return redis.call('HEXISTS', key(job), 'cancelled') == 1 and number ~= '-1' and 'cancelled' or 'ok'
+-- ARGV child, lease in ms, its lanes as JSON, then job, share number or 'manifest', ...: extend leases. Returns the job whose
+-- turn it is, or '', and for each lease 'ok'; 'yield': give back what is not fetched yet, for the sake of that job;
+-- 'stop': begin nothing more of this job; or 'lost'.
+local child, ends, lanes = ARGV[1], now_ms() + ARGV[2], cjson.decode(ARGV[3])
+ring(now_ms())
+
+local function find_urgent()
+  for rank, priority in ipairs(PRIORITIES) do
+    for _, owner in ipairs(order(lanes, priority, 4)) do
+      local job = redis.call('ZRANGE', waiting({lane = owner[2], priority = priority, owner = owner[3]}), 0, 0)[1]
+      if job and read(job).left > 0 then
+        -- An owner who already has images at work waits for the next share.
+        return {job = job, rank = rank, owner = owner[3], served = redis.call('HEXISTS', RUNNING, owner[3]) == 1}
+      end
+    end
+  end
+end
+
+local urgent = find_urgent()
+local answer = {urgent and urgent.job or ''}
+for place = 4, #ARGV, 2 do
+  local job, number = ARGV[place], ARGV[place + 1]
+  local verdict = 'lost'
+  if number == 'manifest' then
+    local lane = redis.call('HGET', key(job), 'lane')
+    if lane and redis.call('ZSCORE', manifests(lane), job) then
+      redis.call('ZADD', manifests(lane), ends, job)
+      verdict = 'ok'
+    end
+  else
+    local raw = redis.call('HGET', key(job, 'shares'), number)
+    local share = raw and cjson.decode(raw)
+    if share and share.child == child then
+      redis.call('ZADD', LEASED, ends, job .. ':' .. number)
+      local j = read(job)
+      local rank = RANK[j.priority]
+      if j.cancelled or j.expired or j.paused then
+        verdict = 'stop'
+      elseif urgent and (urgent.rank < rank or (urgent.rank == rank and urgent.owner ~= share.owner and not urgent.served)) then
+        verdict = 'yield'
+      else
+        verdict = 'ok'
+      end
+    end
+  end
+  answer[#answer + 1] = verdict
+end
+return answer

@@ -1,10 +1,22 @@
--- ARGV job, chunks, total, duplicates, ttl: mark a job as completely written; its chunks may be published.
-local job = ARGV[1]
+-- ARGV job, size, total, duplicates, ttl in s, not before, until, ms after which low priority rises: a job is completely written.
+-- `size` is its highest index + 1; times are in ms, 0 for none. Returns 0 if Redis has forgotten the job.
+local job, now = ARGV[1], now_ms()
 if redis.call('HGET', key(job), 'state') ~= 'submitting' then return 0 end
-local now = now_ms()
-redis.call('HSET', key(job), 'state', 'queued', 'chunks', ARGV[2], 'open', ARGV[2], 'total', ARGV[3],
-  'dup', ARGV[4], 'ttl', ARGV[5])
-for number = 0, tonumber(ARGV[2]) - 1 do wait(job, number, now) end
+redis.call('HSET', key(job), 'state', 'queued', 'size', ARGV[2], 'total', ARGV[3], 'dup', ARGV[4], 'ttl', ARGV[5],
+  'open', ARGV[3] - ARGV[4], 'order', redis.call('INCR', 'imagemill:sequence'))
+persist(job)
 redis.call('ZADD', 'imagemill:jobs', now, job)
-expire(job)
+local begins, ends = tonumber(ARGV[6]), tonumber(ARGV[7])
+if begins > now then
+  redis.call('HSET', key(job), 'later', begins)
+  redis.call('ZADD', ALARMS, begins, 'begin ' .. job)
+end
+if ends > 0 then
+  redis.call('HSET', key(job), 'until', ends)
+  redis.call('ZADD', ALARMS, ends, 'end ' .. job)
+end
+if redis.call('HGET', key(job), 'priority') == 'low' then
+  redis.call('ZADD', ALARMS, math.max(now, begins) + ARGV[8], 'rise ' .. job)
+end
+enqueue(job)
 return 1

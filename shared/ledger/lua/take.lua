@@ -1,0 +1,115 @@
+-- ARGV the request as JSON, the size of a pack: hand out a share, or a manifest to write. The request holds
+--   child, lease: who asks, and the lease in ms;   empty: whether the child has nothing at hand;
+--   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
+--   held: by job, images it already has at hand.
+-- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, tries};
+-- or {'share', job, number, earlier attempts or -1, its ranges, then packs as number, items}.
+local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
+local now, drain = now_ms(), false
+ring(now)
+
+for _, lane in ipairs(ask.lanes) do
+  for _, job in ipairs(redis.call('ZRANGEBYSCORE', manifests(lane), '-inf', now, 'LIMIT', 0, 10)) do
+    if redis.call('EXISTS', key(job)) == 1 then
+      redis.call('ZADD', manifests(lane), now + ask.lease, job)
+      return {'manifest', job, redis.call('HINCRBY', key(job), 'manifest_tries', 1)}
+    end
+    redis.call('ZREM', manifests(lane), job)
+  end
+end
+
+-- Lease `images` images, which are no longer waiting.
+local function share(job, j, ranges, images, tried)
+  local number = redis.call('HINCRBY', key(job), 'shares', 1)
+  local held = {child = ask.child, owner = j.owner, lane = j.lane, priority = j.priority, images = images, ranges = ranges,
+    alone = tried >= 0}
+  redis.call('HSET', key(job, 'shares'), number, cjson.encode(held))
+  redis.call('ZADD', LEASED, now + ask.lease, job .. ':' .. number)
+  count_running(j.owner, images)
+  local clock = clock_of(j.priority, j.owner)
+  set_clock(j.priority, '', math.max(clock, clock_of(j.priority, '')))
+  move_clock(j.lane, j.priority, j.owner, images)
+  if j.state == 'queued' then redis.call('HSET', key(job), 'state', 'running', 'started', now) end
+  if read(job).left == 0 and redis.call('EXISTS', key(job, 'suspects')) == 0 then dequeue(job) end
+  local answer, last = {'share', job, number, tried, ranges}, -1
+  for _, range in ipairs(pairs_of(ranges)) do
+    for place = math.floor(range[1] / pack), math.floor((range[2] - 1) / pack) do
+      if place ~= last then
+        answer[#answer + 1] = place
+        answer[#answer + 1] = redis.call('HGET', key(job, 'packs'), place) or ''
+        last = place
+      end
+    end
+  end
+  return answer
+end
+
+-- An image whose worker died, to be run alone.
+local function suspect(job, j)
+  local index = redis.call('LPOP', key(job, 'suspects'))
+  while index and redis.call('HEXISTS', key(job, 'results'), index) == 1 do index = redis.call('LPOP', key(job, 'suspects')) end
+  if not index then
+    dequeue(job)
+    return nil
+  end
+  redis.call('DEL', 'imagemill:draining:' .. job)
+  local tried = redis.call('HINCRBY', key(job, 'attempts'), index, 1) - 1
+  return share(job, j, string.format('%d-%d', index, index + 1), 1, tried)
+end
+
+-- Guided self-scheduling (Polychronopoulos and Kuck 1987), weighted by speed: at most half of the child's part of what is left.
+local function part(j, mine)
+  local rate = ask.rate[j.lane] or 0
+  local speed = tonumber(redis.call('HGET', 'imagemill:speed', j.lane) or 0)
+  local children = math.max(1, tonumber(redis.call('HGET', 'imagemill:children', j.lane) or 1))
+  local its = rate > 0 and speed > 0 and math.min(1, rate / speed) or 1 / children
+  return math.ceil((j.left + mine) * its / (children > 1 and 2 or 1)) - mine
+end
+
+local function grant(job)
+  local j = read(job)
+  if j.left == 0 then
+    if ask.empty then return suspect(job, j) end
+    local mark = 'imagemill:draining:' .. job -- one child at a time
+    drain = drain or redis.call('SET', mark, ask.child, 'NX', 'PX', 10000) or redis.call('GET', mark) == ask.child
+    return nil
+  end
+  local mine = ask.held[job] or 0
+  local images = math.min(ask.room[j.lane] or 0, j.left, math.max(part(j, mine), mine == 0 and 1 or 0))
+  if images < 1 then return nil end
+  local ranges, needed = {}, images
+  while needed > 0 do
+    local first, last
+    local back = redis.call('LPOP', key(job, 'back'))
+    if back then
+      first, last = string.match(back, '(%d+)-(%d+)')
+      first, last = tonumber(first), tonumber(last)
+      if last - first > needed then
+        redis.call('LPUSH', key(job, 'back'), string.format('%d-%d', first + needed, last))
+        last = first + needed
+      end
+      redis.call('HINCRBY', key(job), 'back', first - last)
+    else
+      first, last = j.next, math.min(j.next + needed, j.size)
+      if first >= last then break end
+      redis.call('HSET', key(job), 'next', last)
+      j.next = last
+    end
+    ranges[#ranges + 1] = string.format('%d-%d', first, last)
+    needed = needed - (last - first)
+  end
+  return share(job, j, table.concat(ranges, ','), images - needed, -1)
+end
+
+for _, priority in ipairs(PRIORITIES) do
+  for place, owner in ipairs(order(ask.lanes, priority, 16)) do
+    if place > 16 then break end
+    local j = {lane = owner[2], priority = priority, owner = owner[3]}
+    for _, job in ipairs(redis.call('ZRANGE', waiting(j), 0, 7)) do
+      local answer = grant(job)
+      if answer then return answer end
+      if drain then return {'drain'} end
+    end
+  end
+end
+return {'none'}
