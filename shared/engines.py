@@ -40,7 +40,9 @@ class Engine:
     @property
     def lanes(self) -> tuple[str, ...]:
         """The kinds of work that its nodes can take: `inpaint.opencv`, or one per model: `remove-background.rembg.u2net`."""
-        return tuple(lane_of(self.operation, self.name, model) for model in self.models) or (lane_of(self.operation, self.name),)
+        return tuple(lane_of(self.operation, self.name, model) for model in self.models) or (
+            lane_of(self.operation, self.name),
+        )
 
 
 def lane_of(operation: str, engine: str, model: str | None = None) -> str:

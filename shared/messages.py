@@ -6,7 +6,16 @@ import hashlib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from imagemill.shared.engines import engines_of, lane_of
 from imagemill.shared.errors import Expired
@@ -27,6 +36,7 @@ SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_u
 KEY_FIELD = re.compile(r"\{(job|index|item|name)(?::0(\d)d)?\}")
 RUN_TOGETHER = re.compile(r"\{index[^}]*\}(\d|\{job\})*\{name|\{name[^}]*\}(\d|\{job\})*\{index")
 """Index and name without a separator: index 1 with name `1a` gives the same key as index 11 with name `a`."""
+
 
 def check_key(template: str) -> str:
     """The template itself. Raises ValueError if two items of a job could get the same key, or a key could leave its prefix."""

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, SecretStr, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imagemill.shared.errors import ConfigurationError
@@ -132,7 +142,9 @@ class WorkerSettings(Group):
         4, ge=1, le=64, description="parallel uploads (with postprocessing and encoding) per child process"
     )
     reuse: bool = Field(True, description="remember results and copy them when the same image is requested again")
-    lease_seconds: float = Field(20.0, ge=2, description="seconds without a heartbeat before a child's work is handed to others")
+    lease_seconds: float = Field(
+        20.0, ge=2, description="seconds without a heartbeat before a child's work is handed to others"
+    )
     share_seconds: float = Field(3.0, gt=0, description="seconds of work that a child process takes at a time")
     shift_seconds: float = Field(60.0, gt=0, description="seconds after which a task ends and the next one continues")
     time_limit: float = Field(1800.0, gt=0, description="most seconds per task; a minute later its process is killed")
@@ -160,7 +172,8 @@ class Settings(BaseSettings):
     expire_days: float = Field(7.0, gt=0, description="days after which Redis forgets a job")
     low_priority_hours: float = Field(1.0, gt=0, description="hours after which a job of low priority moves up to normal")
     owner_weights: Annotated[dict[str, PositiveFloat], OBJECT] = Field(
-        {}, description='share of the nodes that each owner gets, relative to 1 for all others; JSON object, read by the workers'
+        {},
+        description="share of the nodes that each owner gets, relative to 1 for all others; JSON object, read by the workers",
     )
     log_json: bool = Field(False, description="write logs as JSON lines")
     presets: Path | None = Field(None, description="file with your own presets, which add to or override those that ship")

@@ -94,7 +94,6 @@ def environment_for(redis_url: str, folder: Path, **more: str) -> dict[str, str]
         IMAGEMILL_FILES__WRITE_ROOTS=json.dumps([str(folder)]),
         IMAGEMILL_FILES__READ_ROOTS=json.dumps([str(folder)]),
         IMAGEMILL_WORKER__LEASE_SECONDS="3",
-        IMAGEMILL_WORKER__MISSING_SECONDS="1",
         # Tests share a Redis and photos, so a worker must not reuse the results of another test.
         **({"IMAGEMILL_WORKER__REUSE": "false"} | more),
     )

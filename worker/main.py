@@ -17,12 +17,12 @@ from imagemill.shared.errors import ConfigurationError, ImagemillError, sentence
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import Node
-from imagemill.shared.queues import node_queue, worker_queues
+from imagemill.shared.queues import node_queue, queue_name
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
 from imagemill.worker.node import logs
 from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
-from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent
+from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
 from imagemill.worker.node.tasks import not_loaded, register
 
 log = logging.getLogger(__name__)
@@ -33,9 +33,9 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.queues = worker_queues(settings.worker.operations, lanes(settings))
+        self.lanes = lanes(settings)
         self.app: Celery = make_app(settings)
-        self.app.conf.task_queues = queues(self.queues)
+        self.app.conf.task_queues = queues(map(queue_name, self.lanes))
         self._child: Any = None
         register(self.app, lambda: self._child or not_loaded())
         self.app.steps["worker"].add(Loaded)
@@ -44,6 +44,7 @@ class Worker:
         signals.setup_logging.connect(self._set_up_logs)
         signals.worker_init.connect(self._prepare_parent)
         signals.worker_process_init.connect(self._load_child)
+        signals.worker_process_shutdown.connect(self._close_child)
         signals.worker_shutting_down.connect(self._leave)
 
     def _set_up_logs(self, **_: Any) -> None:
@@ -62,7 +63,7 @@ class Worker:
             host=socket.gethostname(),
             pid=os.getpid(),
             device=self.device.name,
-            queues=tuple(self.queues),
+            lanes=tuple(self.lanes),
             children=sender.concurrency,
             ready=False,
             lacks=tuple(f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)),
@@ -70,13 +71,15 @@ class Worker:
         (own,) = queues([node_queue(self.node.node)])
         self.app.amqp.queues.select_add(own)
         ledger, fleet, publisher = WorkLedger.of(self.settings), Fleet.of(self.settings), Publisher(self.app)
-        self.app.imagemill_parent = Parent(self.node, self.children, ledger, fleet, publisher, self.settings.worker)
+        self.app.imagemill_parent = Parent(
+            self.node, self.children, ledger, fleet, publisher, self.settings.worker, self.settings.owner_weights
+        )
 
     def _log_engines(self) -> None:
         """Log the engines and models that this node can't offer; exit if it can offer none."""
         idle = nothing_to_do(self.settings)
         if idle:  # without queues, Celery would consume its default queue
-            log.error("no queues to serve; the node exits", extra={"action": "start", "reason": idle})
+            log.error("nothing to do; the node exits", extra={"action": "start", "reason": idle})
             raise SystemExit(ConfigurationError.exit_code)
         for reason, fix in shortcomings(self.settings):
             log.warning("engine not offered", extra={"action": "start", "reason": reason, "fix": fix})
@@ -91,10 +94,17 @@ class Worker:
             # Only now: these imports may start threads and touch the GPU.
             from imagemill.worker.node.child import Child
 
+            node, index = self.node.node, current_process().index
             self._child = Child(
-                self.settings, self.device, node=self.node.node, publisher=Publisher(self.app), stopping=self.children.stopping
+                self.settings,
+                self.device,
+                node=node,
+                seat=f"{node}/{index}",
+                name=child_name(node, index, os.getpid()),
+                publisher=Publisher(self.app),
+                stopping=self.children.stopping,
             )
-            self.children.loaded(current_process().index)
+            self.children.loaded(index)
         except BaseException as error:
             known = error if isinstance(error, ImagemillError) else None  # needs no traceback
             failures = self.children.failed(known.exit_code if known else 1)
@@ -105,11 +115,15 @@ class Worker:
             time.sleep(wait)  # the pool replaces this process at once, which must not become a tight loop
             os._exit(1)
 
+    def _close_child(self, **_: Any) -> None:
+        if self._child is not None:
+            self._child.close()
+
     def _leave(self, **_: Any) -> None:
         self.app.imagemill_parent.leave()
 
     def run(self, *, name: str, concurrency: int) -> int:
-        """Run the node until it stops, and return its exit status. Raises ConfigurationError if it has no queues to serve."""
+        """Run the node until it stops, and return its exit status. Raises ConfigurationError if it can't do any work."""
         idle = nothing_to_do(self.settings)
         if idle:
             raise ConfigurationError(idle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from threading import Event
 from typing import Literal, cast
 
 from imagemill.shared.fleet import NODE_SECONDS
@@ -36,7 +37,8 @@ class Request:
 class Share:
     """Images that this child may work on while it renews the lease. Duplicates are left out.
 
-    `tried` is None, or for an image that must run alone, because its worker died, how often that was tried before.
+    `tried` is None, or for an image that must run alone, because its worker died, how often that was tried before. `rank` is
+    that of its priority, 1 for high to 3 for low; it is `fresh` if nothing else of its owner was running.
     """
 
     job: str
@@ -44,6 +46,8 @@ class Share:
     indexes: frozenset[int]
     items: list[Item]
     tried: int | None = None
+    rank: int = 2
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,12 @@ class WorkLedger(ReadLedger):
             return ManifestDue(answer[1].decode(), int(answer[2]))
         if kind != "share":
             return cast(Literal["none", "drain"], kind)
-        job, number, tried, ranges, *packs = answer[1:]
+        job, number, tried, rank, fresh, ranges, *packs = answer[1:]
+        earlier = int(tried) if int(tried) >= 0 else None
         wanted = indexes_in(ranges.decode())
         items = [item for raw in packs[1::2] if raw for item in unpack(raw)]
         mine = [item for item in items if item.index in wanted and item.duplicate_of is None]
-        return Share(job.decode(), int(number), frozenset(wanted), mine, int(tried) if int(tried) >= 0 else None)
+        return Share(job.decode(), int(number), frozenset(wanted), mine, earlier, int(rank), bool(fresh))
 
     def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
         """Extend leases, and learn what has changed."""
@@ -108,9 +113,15 @@ class WorkLedger(ReadLedger):
         known = zip(indexes, self._fields(job, "results", indexes), strict=True)
         return {index for index, result in known if result is not None}
 
-    def record(self, job: str, result: ItemResult) -> bool:
-        """Record a result; False, and no change, if the image already has one or the job is over."""
-        return bool(self._script("record", job, result.index, result.state, compact(result)))
+    def record(self, job: str, result: ItemResult, stop: Event | None = None) -> bool:
+        """Record a result; False, and no change, if the image already has one or the job is over.
+
+        Sets `stop` if nothing more of the job should be begun: it is cancelled, paused or past its deadline.
+        """
+        first, over = self._script("record", job, result.index, result.state, compact(result))
+        if over and stop is not None:
+            stop.set()
+        return bool(first)
 
     def end_job(self, job: str, manifest: str | None) -> bool:
         """The manifest is written, or never will be (None); False if a retry has begun meanwhile."""
@@ -128,10 +139,13 @@ class WorkLedger(ReadLedger):
                 pipe.hset("imagemill:weights", mapping=dict(weights))
             pipe.execute()
 
-    def tend(self) -> tuple[int, list[str]]:
-        """What some node must do every second: returns the number of shares of dead workers, and the lanes that need a wake-up."""
+    def tend(self) -> tuple[int, dict[str, int]]:
+        """What some node must do every second.
+
+        Returns the number of shares of dead workers, and for each lane that needs wake-ups its number of children.
+        """
         lost, *lanes = self._script("tend", NODE_SECONDS)
-        return int(lost), [lane.decode() for lane in lanes]
+        return int(lost), {lane.decode(): int(children) for lane, children in zip(lanes[::2], lanes[1::2], strict=True)}
 
     def bury(self, child: str) -> int:
         """A child process has died: hand its shares out again at once; returns their number."""

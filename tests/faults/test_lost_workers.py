@@ -99,7 +99,7 @@ def test_job_completes_on_another_node_when_a_node_is_killed(
             check_complete(client, job, 12, tmp_path)
 
 
-def test_chunk_is_republished_when_redis_loses_its_message(
+def test_job_is_done_when_redis_loses_the_wake_ups(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, own_redis: EmbeddedRedis
 ) -> None:
     job = submit(client, images, tmp_path, 6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,8 @@ from imagemill.worker.operations.base import AnyOperation, Sample, Spec
 log = logging.getLogger(__name__)
 Owner = TypeVar("Owner")
 
+PATIENCE = 5.0
+"""Seconds that samples may be overtaken."""
 CAPS = {"quality": 4, "throughput": 64}
 """The largest batch under each policy; an engine's own `max_batch` may be smaller."""
 
@@ -28,6 +30,19 @@ CAPS = {"quality": 4, "throughput": 64}
 def cap(policy: Policy, spec: Spec) -> int:
     """The most samples in a batch, regardless of memory."""
     return min(CAPS[policy.batch], spec.max_batch)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How samples are run. Images of different jobs share a batch if their recipes are equal.
+
+    `options` is the JSON of the job's options; `most` is the largest batch, regardless of memory.
+    """
+
+    operation: AnyOperation
+    sizes: BatchSizes
+    most: int
+    options: str
 
 
 @dataclass(frozen=True)
@@ -44,34 +59,55 @@ class Slot(Generic[Owner]):
 class _Group(Generic[Owner]):
     """Samples that may share a batch. `limit` is how many fit in memory; 0 means ask again."""
 
+    recipe: Recipe
     kind: str
+    wait: float
     slots: deque[Slot[Owner]] = field(default_factory=deque)
     limit: int = 0
+
+    def full(self) -> bool:
+        self.limit = self.limit or self.recipe.sizes.limit(self.kind, self.recipe.most)
+        return len(self.slots) >= self.limit
+
+    def due(self) -> float:
+        """When it should not wait any longer, on the monotonic clock."""
+        return self.slots[0].came + self.wait
 
 
 class Batcher(Generic[Owner]):
     """Sorts samples into groups that may share a batch, and hands out the oldest group that is full or has waited long enough.
 
-    A batch has at most `most` samples, and no more than fit into memory. It waits up to `wait` seconds for more samples,
+    A batch has no more samples than its recipe allows and fit into memory. It waits up to `wait` seconds for more samples,
     but only on devices where larger batches are faster.
     """
 
-    def __init__(self, operation: AnyOperation, sizes: BatchSizes, most: int, wait: float = 0.0) -> None:
-        self._operation, self._sizes, self._most = operation, sizes, most
-        self._wait = wait if sizes.memory.grows else 0.0
+    def __init__(self, wait: float = 0.0) -> None:
+        self._wait = wait
         self._groups: OrderedDict[Hashable, _Group[Owner]] = OrderedDict()
 
     def __bool__(self) -> bool:
         return bool(self._groups)
 
-    def add(self, owner: Owner, samples: Sequence[Sample[Any, Any]]) -> None:
-        """Queue one owner's samples."""
-        keys = [self._operation.group_key(sample) for sample in samples]  # before any is queued, in case one raises
+    def add(self, owner: Owner, samples: Sequence[Sample[Any, Any]], recipe: Recipe, *, first: bool = False) -> None:
+        """Queue one owner's samples, with `first` before all others unless these have been overtaken for too long."""
+        keys = [recipe.operation.group_key(sample) for sample in samples]  # before any is queued, in case one raises
         now = time.monotonic()
-        for place, (key, sample) in enumerate(zip(keys, samples, strict=True)):
-            if key not in self._groups:
-                self._groups[key] = _Group(kind_of(self._operation, sample))
-            self._groups[key].slots.append(Slot(owner, place, sample, now))
+        first = first and all(now - slot.came < PATIENCE for group in self._groups.values() for slot in group.slots)
+        slots = [(key, Slot(owner, place, sample, now)) for place, (key, sample) in enumerate(zip(keys, samples, strict=True))]
+        for key, slot in reversed(slots) if first else slots:
+            group = self._group((recipe, key), slot)
+            if first:
+                group.slots.appendleft(slot)
+                self._groups.move_to_end((recipe, key), last=False)
+            else:
+                group.slots.append(slot)
+
+    def _group(self, key: tuple[Recipe, Hashable], slot: Slot[Owner]) -> _Group[Owner]:
+        recipe = key[0]
+        if key not in self._groups:
+            wait = self._wait if recipe.sizes.memory.grows else 0.0
+            self._groups[key] = _Group(recipe, kind_of(recipe.operation, slot.sample), wait)
+        return self._groups[key]
 
     def patience(self, *, coming: bool) -> float | None:
         """How many seconds to wait for more samples before `take`; None if there is nothing to take yet.
@@ -80,44 +116,36 @@ class Batcher(Generic[Owner]):
         """
         if not self._groups:
             return None if coming else 0.0
-        if not coming or self._wait == 0 or any(self._full(group) for group in self._groups.values()):
+        if not coming or any(group.full() for group in self._groups.values()):
             return 0.0
-        oldest = min(group.slots[0].came for group in self._groups.values())
-        return max(0.0, oldest + self._wait - time.monotonic())
+        return max(0.0, min(group.due() for group in self._groups.values()) - time.monotonic())
 
-    def take(self) -> list[Slot[Owner]]:
+    def take(self) -> tuple[Recipe, list[Slot[Owner]]]:
         """The next batch: one or more samples of one group. Call it only if there is one."""
-        key, group = self._next()
-        limit = self._limit(group)
-        batch = [group.slots.popleft() for _ in range(min(limit, len(group.slots)))]
+        now = time.monotonic()
+        groups = self._groups.items()
+        key, group = next(((key, group) for key, group in groups if group.due() <= now or group.full()), next(iter(groups)))
+        group.full()
+        batch = [group.slots.popleft() for _ in range(min(group.limit, len(group.slots)))]
         for one in self._groups.values():
             one.limit = 0  # this run may change what is known
         if group.slots:
             self._groups.move_to_end(key)
         else:
             del self._groups[key]
-        return batch
+        return group.recipe, batch
 
-    def drain(self) -> list[Owner]:
-        """Remove everything, and return the owners of the removed samples, each once."""
-        owners = {id(slot.owner): slot.owner for group in self._groups.values() for slot in group.slots}
-        self._groups.clear()
-        return list(owners.values())
-
-    def _next(self) -> tuple[Hashable, _Group[Owner]]:
-        """The first group that should not wait any longer, or simply the first."""
-        late = time.monotonic() - self._wait
-        groups = self._groups.items()
-        return next(
-            ((key, group) for key, group in groups if group.slots[0].came <= late or self._full(group)), next(iter(groups))
-        )
-
-    def _full(self, group: _Group[Owner]) -> bool:
-        return len(group.slots) >= self._limit(group)
-
-    def _limit(self, group: _Group[Owner]) -> int:
-        group.limit = group.limit or self._sizes.limit(group.kind, self._most)
-        return group.limit
+    def remove(self, unwanted: Callable[[Owner], bool]) -> list[Owner]:
+        """Remove the samples of unwanted owners, and return these owners, each once."""
+        removed: dict[int, Owner] = {}
+        for key, group in list(self._groups.items()):
+            kept = [slot for slot in group.slots if not unwanted(slot.owner)]
+            if len(kept) < len(group.slots):
+                removed |= {id(slot.owner): slot.owner for slot in group.slots if unwanted(slot.owner)}
+                group.slots = deque(kept)
+            if not kept:
+                del self._groups[key]
+        return list(removed.values())
 
 
 def run_parts(
@@ -126,7 +154,7 @@ def run_parts(
     """Run a batch on the device; yields its parts as they ran: for each sample its output, or that sample's own error.
 
     When memory runs out, the batch is halved and `sizes` learns from it. On any other error each sample is run alone, so
-    that a bad image does not take its neighbours down. Raises SoftTimeLimitExceeded when the chunk's time is up, and
+    that a bad image does not take its neighbours down. Raises SoftTimeLimitExceeded when the task's time is up, and
     DeviceLost when this process can't use the device any more: neither is an image's fault.
     """
     kind = kind_of(operation, samples[0])

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Literal
 
 from imagemill.shared.errors import ImageError
 from imagemill.shared.messages import Item
@@ -16,6 +17,9 @@ from imagemill.worker.imaging.codec import Encoded
 from imagemill.worker.imaging.headers import Header
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.operations.base import Work
+
+if TYPE_CHECKING:
+    from imagemill.worker.line.stages import Context
 
 CACHED = "cached"
 """The note of a result that was copied from an earlier one."""
@@ -42,7 +46,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class NotBegun:
-    """The line stopped before it got to this image, which stays unrecorded: another worker will take it."""
+    """The line stopped before it got to this image, which stays unrecorded: it is handed out again."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class ImageInFlight:
     """One image on its way down the line. A stage reads what earlier stages have set and sets its own part."""
 
     item: Item
+    context: Context = field(repr=False)
+    first: bool = False
+    """Goes before those that are waiting for the device."""
+    earlier: int = 0
+    """Attempts that ended with their process."""
     tries: int = 0
     """Downloads attempted."""
     source_bytes: int = 0
@@ -82,6 +91,25 @@ class ImageInFlight:
     best: Checked = field(init=False, repr=False)
     """The best result so far; a second attempt may beat it."""
     encoded: Encoded = field(init=False, repr=False)
+
+    place: Literal["queued", "fetching", "begun", "over"] = "queued"
+    """Until it is begun, it can be withdrawn."""
+    recorded: bool = False
+    withdrawn: bool = False
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
+
+    def move(self, place: Literal["fetching", "begun"]) -> bool:
+        """Move on; False if it has been withdrawn."""
+        with self._lock:
+            if not self.withdrawn and self.place != "over":
+                self.place = place
+            return not self.withdrawn
+
+    def withdraw(self) -> None:
+        """Take it out of the line, unless it is begun."""
+        with self._lock:
+            if self.place in ("queued", "fetching"):
+                self.withdrawn, self.place = True, "over"
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

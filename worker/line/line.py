@@ -3,142 +3,147 @@
 While batch k is on the device, batch k+1 is being fetched and prepared, and batch k-1 encoded and stored. How far the
 front may run ahead is counted in decoded pixels, so memory stays flat whatever arrives. Every image ends in exactly
 one record, or is left for another worker; a bad one fails alone. The stages themselves are in stages.py.
+
+A line lives as long as its process and takes images of any job; who feeds it is in worker/node/feeder.py.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
+from threading import Lock
 
-from imagemill.shared.errors import ImageError, WorkerLost
-from imagemill.shared.ledger.leasing import WorkLedger
-from imagemill.shared.messages import Item
+from imagemill.shared.errors import ImageError
 from imagemill.shared.settings import Settings
-from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.batching import Batcher, cap, run_parts
+from imagemill.worker.line.batching import Batcher, Recipe, Slot, run_parts
 from imagemill.worker.line.image import Failed, ImageInFlight, NotBegun, Outcome, RunAgain
+from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records
-from imagemill.worker.line.stages import AFTER_DEVICE, BEFORE_DEVICE, DELIVERY, Context, advance, can_run_again
+from imagemill.worker.line.speed import Speed
+from imagemill.worker.line.stages import AFTER_DEVICE, BEFORE_DEVICE, DELIVERY, Context, advance
 from imagemill.worker.transfer.fetch import cut_short
 
-log = logging.getLogger(__name__)
-
-Arrival = tuple[ImageInFlight, Outcome | None] | None
-"""What reaches the device's thread: an image to run (no outcome), one that is over, or None for one that did not come back."""
+GLANCE = 0.5
+"""Seconds after which an idle line asks whether there is still work."""
 
 
 class Line:
-    """Takes the images of one chunk through the stages. Made per chunk; expensive parts are passed in.
+    """Takes images through the stages. Any thread may `enter` images; one thread at a time may `run` the device.
 
-    `context.stop` ends it early: images that have not reached the device stay unrecorded. `records` counts what is done.
+    `changed` is called, in any thread, when an image has left the device or the line.
     """
 
-    def __init__(
-        self, context: Context, *, ledger: WorkLedger, settings: Settings, node: str, sizes: BatchSizes | None = None
-    ) -> None:
-        self.context, self.ledger, self.settings = context, ledger, settings
-        self.sizes = sizes or BatchSizes()
-        self.records = Records(ledger, context.job, node)
+    def __init__(self, settings: Settings, records: Records, changed: Callable[[], None] = lambda: None) -> None:
+        self.records, self.speed = records, Speed()
+        self.budget = PixelBudget(settings.worker.look_ahead)
+        self.starving_since: float | None = None
+        """Since when, on the monotonic clock, the device has had nothing to run."""
+        self._changed = changed
+        self._ready: SimpleQueue[ImageInFlight | None] = SimpleQueue()
+        self._batcher: Batcher[ImageInFlight] = Batcher(settings.worker.batch_wait)
+        self._front = ThreadPoolExecutor(settings.fetch.threads, "fetch")
+        self.back = ThreadPoolExecutor(settings.worker.store_threads, "store")
+        self._device, self._counting = Lock(), Lock()
+        self._coming = 0  # images on their way to the device
+        self._fault: BaseException | None = None
 
-    def run(self, items: Sequence[Item]) -> None:
-        """Take `items` through the line.
+    def enter(self, images: Iterable[ImageInFlight]) -> None:
+        """Send images down the line."""
+        self.speed.resume()
+        for image in images:
+            self._count(1)
+            self._front.submit(self._before_device, image)
 
-        Raises when the ledger can't be reached, when the device is lost, and when the chunk's time is up or this process
-        is told to exit; images without a record are then delivered again.
+    def run(self, until: float, busy: Callable[[], bool]) -> None:
+        """Work while the line is `busy`, until this time on the monotonic clock. Images may remain in it.
+
+        Raises when the device is lost, and when the task's time is up or this process is told to exit.
         """
-        ready: SimpleQueue[Arrival] = SimpleQueue()
-        context, most = self.context, cap(self.context.spec.policy, self.context.operation.spec)
-        batcher: Batcher[ImageInFlight] = Batcher(context.operation, self.sizes, most, self.settings.worker.batch_wait)
-        threads = min(self.settings.fetch.threads, len(items) or 1)
-        with (
-            ThreadPoolExecutor(self.settings.worker.store_threads, "store") as back,
-            ThreadPoolExecutor(threads, "fetch") as front,
-        ):
-            for item in items:
-                front.submit(self._before_device, ImageInFlight(item), ready)
-            coming = len(items)
+        with self._device:
+            while True:
+                self._collect()
+                if self._fault is not None:
+                    raise self._fault
+                if self._batcher:
+                    self._run_batch(*self._batcher.take())
+                elif not busy():
+                    return
+                if time.monotonic() >= until:
+                    return
+
+    def wake(self) -> None:
+        """Let `run` look around."""
+        self._ready.put(None)
+
+    def clear(self) -> None:
+        """Free the pixels of withdrawn images that wait for a device which nobody runs."""
+        if self._device.acquire(blocking=False):
             try:
-                while coming or batcher:
-                    coming -= self._collect(ready, batcher, coming)
-                    if context.stop.is_set():
-                        for image in batcher.drain():
-                            self._settle(image, NotBegun())
-                    elif batcher:
-                        for image in self._run_batch(batcher):
-                            may_return = image.failure is None and can_run_again(image, context)
-                            coming += may_return
-                            back.submit(self._after_device, image, ready if may_return else None)
-            except BaseException:
-                context.stop.set()
-                context.budget.close()
-                raise
-        if self.records.fatal is not None:
-            raise self.records.fatal
+                self._drop_withdrawn()
+            finally:
+                self._device.release()
 
-    def run_alone(self, items: Sequence[Item], lost: int) -> None:
-        """Take `items` through the line one at a time, after `lost` processes died while working on their chunk.
+    def abandon(self) -> None:
+        """Drop everything; whatever has no record is handed out again. The line can't be used any more."""
+        self.budget.close()
+        self._front.shutdown(wait=False, cancel_futures=True)
+        self.back.shutdown(wait=False, cancel_futures=True)
 
-        Each image is counted before it starts, and those started most often come last. So whichever image kills the
-        process again is found out, the others are finished first, and after the policy's number of attempts the culprit
-        is recorded as `worker_lost`.
-        """
-        job, most = self.context.job, self.context.spec.policy.attempts
-        attempts = self.ledger.attempts(job, [item.index for item in items])
-        for item in sorted(items, key=lambda item: attempts[item.index]):
-            if self.context.stop.is_set():
-                return
-            lives = self.records.earlier[item.index] = 1 + attempts[item.index]
-            # Only an image that was tried alone can be blamed: in its batch, a neighbour may have killed the process.
-            if attempts[item.index] and lives >= most:
-                reason = f"the worker process died {lives} times while it worked on this image"
-                self._settle(ImageInFlight(item), Failed(WorkerLost(reason)))
-            else:
-                self.ledger.count_attempt(job, item.index)
-                before = self.records.over
-                self.run([item])
-                if self.records.over == before:  # stopped before it reached the device
-                    self.ledger.forget_attempt(job, item.index)
-        log.info("ran one by one", extra={"action": "isolate", "job": job, "images": len(items), "lost": lost})
-
-    def _before_device(self, image: ImageInFlight, ready: SimpleQueue[Arrival]) -> None:
-        """In a thread: the stages up to the device. Always passes the image on."""
-        context = self.context
+    def _before_device(self, image: ImageInFlight) -> None:
+        """In a thread: the stages up to the device. An image that needs no device does not wait for it either."""
         outcome: Outcome | None = NotBegun()
-        if not context.stop.is_set():
-            outcome = advance(image, BEFORE_DEVICE, context)
-            if isinstance(outcome, Failed) and cut_short(outcome.error, context.stop, context.spec.policy.attempts):
+        if image.move("fetching") and not image.context.stop.is_set():
+            outcome = advance(image, BEFORE_DEVICE)
+            stop, attempts = image.context.stop, image.context.spec.policy.attempts
+            if isinstance(outcome, Failed) and cut_short(outcome.error, stop, attempts):
                 outcome = NotBegun()  # another worker gives it all the attempts that the policy allows
-        ready.put((image, outcome))
+        if outcome is None:
+            self._ready.put(image)
+        else:
+            self._count(-1)
+            self.settle(image, outcome)
 
-    def _collect(self, ready: SimpleQueue[Arrival], batcher: Batcher[ImageInFlight], coming: int) -> int:
-        """Batch what has been prepared, for as long as the batcher waits; returns how many of the `coming` images arrived."""
-        arrived = 0
+    def _collect(self) -> None:
+        """Batch what has been prepared, for as long as the batcher waits."""
         while True:
+            coming = self._coming > 0
+            if not self._batcher:
+                self.starving_since = self.starving_since or time.monotonic()
+                if not coming:
+                    self.speed.pause()
             try:
-                arrival = ready.get(timeout=batcher.patience(coming=arrived < coming))
+                image = self._ready.get(timeout=self._batcher.patience(coming=coming) if self._batcher else GLANCE)
             except Empty:
-                return arrived
-            arrived += 1
-            if arrival is None:
-                continue
-            image, outcome = arrival
-            if outcome is None:
-                outcome = advance(image, [lambda image, _: batcher.add(image, image.work.samples)], self.context)
-                outcome = self._deliver(image) if outcome is not None and image.has_result else outcome
+                break
+            if image is None:
+                break
+            self._count(-1)
+            outcome = advance(image, [self._add])
             if outcome is not None:
-                self._settle(image, outcome)
+                self.settle(image, self._deliver(image) if image.has_result else outcome)
+        self._drop_withdrawn()
 
-    def _run_batch(self, batcher: Batcher[ImageInFlight]) -> Iterator[ImageInFlight]:
-        """One batch on the device; yields the images that now have all of their outputs."""
-        operation, batch = self.context.operation, batcher.take()
+    def _add(self, image: ImageInFlight, context: Context) -> None:
+        self._batcher.add(image, image.work.samples, context.recipe, first=image.first)
+
+    def _drop_withdrawn(self) -> None:
+        for image in self._batcher.remove(lambda image: image.withdrawn):
+            self._free(image)
+
+    def _run_batch(self, recipe: Recipe, batch: list[Slot[ImageInFlight]]) -> None:
+        """One batch on the device. Images that now have all of their outputs go on."""
+        batch = [slot for slot in batch if slot.owner.move("begun")]
+        if not batch:
+            return
+        self.starving_since = None
         start = time.perf_counter()
-        parts = list(run_parts(operation, [slot.sample for slot in batch], self.sizes))
+        parts = list(run_parts(recipe.operation, [slot.sample for slot in batch], recipe.sizes))
         share = (time.perf_counter() - start) / len(batch)
-        together = operation.together(self.context.spec.options)
+        together = recipe.operation.together(batch[0].owner.context.spec.options)
         outputs = [(output, len(part) if together else 1) for part in parts for output in part]
+        computed = 0
         for slot, (output, size) in zip(batch, outputs, strict=True):
             image = slot.owner
             image.batch = max(size, image.batch)
@@ -149,34 +154,45 @@ class Line:
             else:
                 image.outputs[slot.place] = output
             if image.missing == 0:
-                yield image
+                computed += image.failure is None
+                self.back.submit(self._after_device, image)
+        self.speed.ran(batch[0].owner.context.spec.lane, computed, len(batch))
+        self._changed()
 
-    def _after_device(self, image: ImageInFlight, ready: SimpleQueue[Arrival] | None) -> None:
-        """In a thread: the stages after the device, or with `ready` perhaps back to it."""
-        arrival: Arrival = None
-        try:
-            outcome = Failed(image.failure) if image.failure is not None else advance(image, AFTER_DEVICE, self.context)
-            if isinstance(outcome, RunAgain):
-                arrival = image, None
-            elif outcome is None or image.has_result:  # a failed second attempt leaves us the first one's result
-                self._settle(image, self._deliver(image))
-            else:
-                self._settle(image, outcome)
-        finally:
-            if ready is not None:
-                ready.put(arrival)
+    def _after_device(self, image: ImageInFlight) -> None:
+        """In a thread: the stages after the device, or back to it."""
+        outcome = Failed(image.failure) if image.failure is not None else advance(image, AFTER_DEVICE)
+        if isinstance(outcome, RunAgain):
+            self._count(1)
+            self._ready.put(image)
+        elif outcome is None or image.has_result:  # a failed second attempt leaves us the first one's result
+            self.settle(image, self._deliver(image))
+        else:
+            self.settle(image, outcome)
 
     def _deliver(self, image: ImageInFlight) -> Outcome:
         """Encode and store the best result."""
-        return advance(image, DELIVERY, self.context) or NotBegun()
+        return advance(image, DELIVERY) or NotBegun()
 
-    def _settle(self, image: ImageInFlight, outcome: Outcome) -> None:
-        """Record what became of an image, then free its pixels and their place in the budget."""
+    def settle(self, image: ImageInFlight, outcome: Outcome) -> None:
+        """Record what became of an image, unless it has been withdrawn."""
         try:
-            self.records.record(image, outcome)
-            if self.records.fatal is not None:
-                self.context.stop.set()  # `run` raises it, and the chunk is delivered again
+            if image.move("begun"):
+                self.records.record(image, outcome)
+        except BaseException as error:  # noqa: BLE001  # without a record nothing else matters: `run` raises it
+            self._fault = error
+            self.wake()
         finally:
-            image.drop_pixels()
-            self.context.budget.release(image.held_pixels)
-            image.held_pixels = 0
+            self._free(image)
+            self._changed()
+
+    def _free(self, image: ImageInFlight) -> None:
+        """Free an image's pixels and their place in the budget."""
+        image.drop_pixels()
+        self.budget.release(image.held_pixels)
+        image.held_pixels = 0
+        image.place = "over"
+
+    def _count(self, more: int) -> None:
+        with self._counting:
+            self._coming += more

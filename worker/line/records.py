@@ -1,40 +1,66 @@
-"""What became of each image of a chunk: one record in the ledger, and counts."""
+"""What became of each image: one record in the ledger, and a tally."""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import Counter
 from threading import Lock
 from typing import Any
 
-from imagemill.shared.errors import WorkerLost
+from imagemill.shared.errors import ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import ItemResult
 from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
+from imagemill.worker.line.stages import Context
+
+log = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 5.0
+
+
+class Tally:
+    """How many images were recorded, by what became of them. Thread-safe.
+
+    `reused` counts the `done` images that were copied from earlier results.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.done = self.reused = 0
+        self.codes: Counter[str] = Counter()
+
+    def count(self, result: ItemResult, *, reused: bool) -> None:
+        """Count an image that has been recorded."""
+        with self._lock:
+            if result.code is not None:
+                self.codes[result.code] += 1
+            else:
+                self.done, self.reused = self.done + 1, self.reused + reused
+
+    @property
+    def failed(self) -> int:
+        return self.codes.total()
+
+    def __str__(self) -> str:
+        """`160 done, 3 failed (not_found 2, timeout 1)`."""
+        if not self.failed:
+            return f"{self.done} done"
+        codes = ", ".join(f"{code} {count}" for code, count in self.codes.most_common())
+        return f"{self.done} done, {self.failed} failed ({codes})"
 
 
 class Records:
-    """Writes the records of one job's images, and counts those that were first. Thread-safe.
+    """Writes the records of images, and counts those that were first in `tally`, which the caller may replace."""
 
-    `reused` counts the `done` images that were copied from earlier results. `earlier` holds, by index, the attempts that
-    ended with their process. `fatal` is why the ledger could not be written to: without a record nothing else matters.
-    """
-
-    def __init__(self, ledger: WorkLedger, job: str, node: str) -> None:
-        self._ledger, self._job, self._node = ledger, job, node
-        self._counting = Lock()
-        self.done = self.failed = self.reused = 0
-        self.earlier: dict[int, int] = {}
-        self.fatal: Exception | None = None
-
-    @property
-    def over(self) -> int:
-        """How many images are recorded."""
-        return self.done + self.failed
+    def __init__(self, ledger: WorkLedger, node: str) -> None:
+        self._ledger, self._node = ledger, node
+        self.tally = Tally()
 
     def record(self, image: ImageInFlight, outcome: Outcome) -> None:
         """Record an image that is stored or has failed; one that was not begun stays open."""
         if isinstance(outcome, Stored):
-            first = self._record(
-                image,
+            fields: dict[str, Any] = dict(
                 state="done",
                 output=outcome.output,
                 output_bytes=outcome.bytes,
@@ -42,34 +68,32 @@ class Records:
                 notes=outcome.notes,
                 quality=outcome.measures,
             )
-            if first and outcome.how == "reused":
-                with self._counting:
-                    self.reused += 1
         elif isinstance(outcome, Failed):
             error = outcome.error
             image.tries = 0 if isinstance(error, WorkerLost) else max(1, image.tries, error.tries)
-            self._record(
-                image, state="failed", code=error.code, message=error.message, retryable=error.retryable, notes=image.notes
-            )
-
-    def _record(self, image: ImageInFlight, **outcome: Any) -> bool:
-        """Whether this was the image's first record."""
-        index = image.item.index
+            fields = dict(state="failed", code=error.code, message=error.message, retryable=error.retryable, notes=image.notes)
+        else:
+            return
         result = ItemResult(
-            index=index,
-            attempts=self.earlier.get(index, 0) + image.tries,
+            index=image.item.index,
+            attempts=image.earlier + image.tries,
             batch=image.batch,
             seconds=image.seconds,
             node=self._node,
             **image.source,
-            **outcome,
+            **fields,
         )
-        try:
-            first = self._ledger.record(self._job, result)
-        except Exception as error:  # noqa: BLE001  # the line raises it
-            self.fatal = error
-            return False
-        with self._counting:
-            self.done += first and result.state == "done"
-            self.failed += first and result.state == "failed"
-        return first
+        if self._write(image.context, result):
+            self.tally.count(result, reused=isinstance(outcome, Stored) and outcome.how == "reused")
+        image.recorded = True
+
+    def _write(self, context: Context, result: ItemResult) -> bool:
+        """Whether this was the image's first record. Waits for Redis: the result exists, and must not be computed twice."""
+        pause = 0.1
+        while True:
+            try:
+                return self._ledger.record(context.job, result, context.stop)
+            except ServiceUnavailable as error:
+                log.warning("record postponed", extra={"action": "record", "job": context.job, "reason": error.message})
+                time.sleep(pause)
+                pause = min(LONGEST_PAUSE, 2 * pause)

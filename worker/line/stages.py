@@ -18,6 +18,8 @@ from imagemill.shared.quality import Measures, beyond, flagged
 from imagemill.shared.settings import Settings
 from imagemill.worker.checking import quality
 from imagemill.worker.imaging import codec
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.batching import Recipe, cap
 from imagemill.worker.line.cache import Cache, Remembered
 from imagemill.worker.line.image import CACHED, Failed, ImageInFlight, Outcome, RunAgain, Stored
 from imagemill.worker.line.pixel_budget import PixelBudget
@@ -31,11 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Context:
-    """What the stages share while one chunk of a job is worked on."""
+    """What the images of one job share on their way down the line. `stop` ends it: nothing more of the job is begun."""
 
     job: str
     spec: Job
-    operation: AnyOperation
+    recipe: Recipe
     fetcher: Fetcher
     references: References
     store: Store
@@ -52,16 +54,22 @@ class Context:
         settings: Settings,
         *,
         operation: AnyOperation,
+        sizes: BatchSizes,
         fetcher: Fetcher,
         store: Store,
-        stop: Event,
+        budget: PixelBudget,
         cache: Cache | None = None,
     ) -> Context:
-        """The context of one chunk, with references and a pixel budget of its own."""
-        most = settings.worker.max_pixels
+        """A job's context, with references of its own."""
+        most, stop = settings.worker.max_pixels, Event()
         references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop)
-        budget = PixelBudget(settings.worker.look_ahead)
-        return cls(job, spec, operation, fetcher, references, store, budget, most, stop, cache)
+        recipe = Recipe(operation, sizes, cap(spec.policy, operation.spec), spec.options.model_dump_json())
+        return cls(job, spec, recipe, fetcher, references, store, budget, most, stop, cache)
+
+    @property
+    def operation(self) -> AnyOperation:
+        """The job's engine."""
+        return self.recipe.operation
 
     @property
     def repairs(self) -> bool:
@@ -135,7 +143,7 @@ def finish(image: ImageInFlight, context: Context) -> None:
 
 def check(image: ImageInFlight, context: Context) -> RunAgain | None:
     """Measure the result and repair what can be repaired here; the better of two attempts is kept."""
-    may_repeat = can_run_again(image, context)
+    may_repeat = context.repairs and not image.has_result and image.work.retry is not None  # once
     with image.timed("check"):
         image.keep_better(quality.check(image.made, image.picture, image.work, context.operation.spec, context.spec))
     if not may_repeat or context.stop.is_set() or not image.best.beyond or image.work.retry is None:
@@ -174,8 +182,9 @@ AFTER_DEVICE: tuple[Stage, ...] = (finish, check)
 DELIVERY: tuple[Stage, ...] = (encode, store)
 
 
-def advance(image: ImageInFlight, stages: Iterable[Stage], context: Context) -> Outcome | None:
+def advance(image: ImageInFlight, stages: Iterable[Stage]) -> Outcome | None:
     """Take an image through `stages`: its outcome, or None if it passed them all. Whatever goes wrong is its own failure."""
+    context = image.context
     try:
         for stage in stages:
             outcome = stage(image, context)
@@ -189,11 +198,6 @@ def advance(image: ImageInFlight, stages: Iterable[Stage], context: Context) -> 
         log.exception("image failed", extra={"action": "line", "job": context.job, "item": image.item.id})
         return Failed(InternalError(f"{type(error).__name__}: {sentence(error)}"))
     return None
-
-
-def can_run_again(image: ImageInFlight, context: Context) -> bool:
-    """Whether the check may send this image back to the device: once, if the job repairs and there is another seed."""
-    return context.repairs and not image.has_result and image.work.retry is not None
 
 
 def lasting_notes(spec: Job) -> frozenset[str]:

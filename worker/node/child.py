@@ -1,22 +1,19 @@
-"""One child process: its engines, its clients, and how it works on a chunk. Imported only after the fork."""
+"""One child process: its engines, its clients, and its shifts. Imported only after the fork."""
 
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable
 from functools import cache
-from threading import Event
 
 from imagemill.shared import s3
 from imagemill.shared.broker import Publisher
-from imagemill.shared.engines import parse_options
-from imagemill.shared.errors import ImageError, ImagemillError, StorageUnavailable, sentence
+from imagemill.shared.engines import parse_options, split_lane
+from imagemill.shared.errors import BrokerUnavailable, ImageError, ImagemillError, StorageUnavailable, sentence
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger.leasing import Lease, WorkLedger
-from imagemill.shared.messages import MANIFEST, Chunk, Job
-from imagemill.shared.queues import offered, queue_name
+from imagemill.shared.ledger.leasing import ManifestDue, WorkLedger
+from imagemill.shared.messages import Job
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, give_back
 from imagemill.worker.hardware.memory import memory_of
@@ -24,9 +21,10 @@ from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.cache import Cache
 from imagemill.worker.line.line import Line
 from imagemill.worker.line.manifest import write_manifest
-from imagemill.worker.line.records import Records
+from imagemill.worker.line.pixel_budget import PixelBudget
+from imagemill.worker.line.records import Records, Tally
 from imagemill.worker.line.stages import Context
-from imagemill.worker.node.lease import LeaseKeeper
+from imagemill.worker.node.feeder import Feeder
 from imagemill.worker.node.offer import lanes
 from imagemill.worker.operations.base import AnyOperation, Untouched
 from imagemill.worker.operations.registry import create
@@ -41,122 +39,156 @@ MANIFEST_TRIES = 5
 """Attempts to write a manifest while the store does not respond; then the job ends without one."""
 WARM_UP_SIZE = (64, 64)
 
+Tell = Callable[[str], None]
+"""Reports progress, as a short text."""
+
 
 class Child:
-    """Built once per process by `main`; `work` is called for each message."""
+    """Built once per process by `main`; `work` is called for each message. `name` is that of this process in leases."""
 
     def __init__(
-        self, settings: Settings, device: Device, *, node: str, publisher: Publisher, stopping: Callable[[], bool]
+        self,
+        settings: Settings,
+        device: Device,
+        *,
+        node: str,
+        seat: str,
+        name: str,
+        publisher: Publisher,
+        stopping: Callable[[], bool],
     ) -> None:
-        self.settings, self.node, self.publisher, self.stopping = settings, node, publisher, stopping
+        self.settings, self.node, self.seat, self.name = settings, node, seat, name
+        self.publisher, self.stopping = publisher, stopping
         self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
         self.s3 = cache(lambda: s3.make_client(settings.s3))  # one client, made when it is first needed
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
+        self.lanes = lanes(settings)
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
-        for name, lane in offered(settings.worker.operations, lanes(settings)):
-            engine, _, model = lane.partition(".")
-            if (name, engine) in self.operations:
-                continue  # the engine's first model is loaded; it loads another one when a chunk asks for it
-            start = time.perf_counter()
-            operation = create(name, engine)
-            operation.load(device)
-            given = {**operation.spec.warm_up, **({"model": model} if model else {})}
-            work = example_work(operation, parse_options(name, engine, given), WARM_UP_SIZE)
-            if not isinstance(work, Untouched):
-                operation.finish(work, operation.run(work.samples))  # so that the first image meets no surprise
-            memory = memory_of(device, operation.spec.runtime)
-            self.operations[name, engine] = operation
-            self.sizes[name, engine] = BatchSizes(memory, saved_sizes.read(device.weights, memory.name, operation.spec))
-            log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": _since(start)})
+        self.records = Records(self.ledger, node)
+        self.tell: Tell = lambda _: None
+        for lane in self.lanes:
+            operation, engine, model = split_lane(lane)
+            if (operation, engine) not in self.operations:  # it loads another model when a job asks for it
+                self._load(operation, engine, model, device)
+        self.feeder: Feeder | None = None
 
-    def work(self, chunk: Chunk, *, task: str, tell: Callable[[int, int], None]) -> str:
-        """Take a chunk from its lease to its records; return the outcome in a few words, for Celery's result.
-
-        `task` is the id of the Celery task; `tell(done, failed)` is called every second.
-        """
-        token = f"{task}/{socket.gethostname()}/{time.time_ns()}"
-        lease = self.ledger.acquire(chunk.job, chunk.number, task=task, token=token)
-        if not isinstance(lease, Lease):
-            return lease
-        spec = self.ledger.spec(chunk.job)
-        if chunk.number == MANIFEST:
-            return self._manifest(lease, spec)
+    def _load(self, name: str, engine: str, model: str, device: Device) -> None:
         start = time.perf_counter()
-        stop = Event()
-        line = self._line(spec, lease.job, stop)
-        records = line.records
-        items = [item for item in lease.items if item.duplicate_of is None]
-        recorded = self.ledger.recorded(lease.job, [item.index for item in items])
-        items = [item for item in items if item.index not in recorded]
-        seconds = self.settings.worker.lease_seconds
-        keeper = LeaseKeeper(self.ledger, lease, seconds, stop, self.stopping, tell=lambda: tell(records.done, records.failed))
-        with keeper:
-            if lease.lost:
-                line.run_alone(items, lease.lost)
-            else:
-                line.run(items)
-        give_back()
-        self._report(lease, spec, records, keeper.reason, _since(start))
-        outcome = self._close(lease, spec, keeper.reason, len(items) - records.over, tell)
-        return f"{records.done} done, {records.failed} failed" if outcome == "done" else outcome
+        operation = create(name, engine)
+        operation.load(device)
+        given = {**operation.spec.warm_up, **({"model": model} if model else {})}
+        work = example_work(operation, parse_options(name, engine, given), WARM_UP_SIZE)
+        if not isinstance(work, Untouched):
+            operation.finish(work, operation.run(work.samples))  # so that the first image meets no surprise
+        memory = memory_of(device, operation.spec.runtime)
+        self.operations[name, engine] = operation
+        self.sizes[name, engine] = BatchSizes(memory, saved_sizes.read(device.weights, memory.name, operation.spec))
+        seconds = round(time.perf_counter() - start, 3)
+        log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": seconds})
 
-    def _report(self, lease: Lease, spec: Job, records: Records, reason: str | None, seconds: float) -> None:
-        """Log a chunk, and tell the fleet how fast it was and how full the GPU."""
-        fields = dict(action="chunk", job=lease.job, chunk=lease.number, seconds=seconds)
-        fields |= dict(done=records.done, failed=records.failed, reused=records.reused)
+    def work(self, lane: str, tell: Tell) -> str:
+        """One shift: take share after share for about a minute, while there is work; return what became of the images.
+
+        What is in the line then stays there, and the next shift, which this one asks for, continues with it.
+        """
+        start = time.monotonic()
+        feeder = self.feeder = self.feeder or self._make_feeder()
+        tally, self.tell = Tally(), tell
+        self.records.tally = tally
+        feeder.begin()
+        try:
+            feeder.line.run(start + self.settings.worker.shift_seconds, feeder.busy)
+        except BaseException:
+            feeder.close(abandon=True)  # the leases expire, and what has no record is handed out again
+            self.feeder = None
+            raise
+        if feeder.end():
+            self._wake_again(lane)
+        else:
+            give_back()
+        self._report_memory()
+        seconds = round(time.monotonic() - start, 3)
+        fields = dict(action="shift", done=tally.done, failed=tally.failed, reused=tally.reused, seconds=seconds)
+        log.info("shift over", extra=fields)
+        return str(tally)
+
+    def close(self) -> None:
+        """Give back what is not begun; called when the process is told to exit."""
+        if self.feeder is not None:
+            self.feeder.close()
+
+    def _make_feeder(self) -> Feeder:
+        return Feeder(
+            lambda changed: Line(self.settings, self.records, changed),
+            self.ledger,
+            self,
+            child=self.name,
+            seat=self.seat,
+            lanes=self.lanes,
+            seconds=self.settings.worker.share_seconds,
+            threads=self.settings.fetch.threads,
+            stopping=self.stopping,
+        )
+
+    def _wake_again(self, lane: str) -> None:
+        try:
+            self.publisher.wake(lane, node=self.node)
+        except BrokerUnavailable as error:  # a node will wake us when it looks for work without workers
+            log.warning("next shift not asked for", extra={"action": "shift", "reason": error.message})
+
+    def _report_memory(self) -> None:
         on_gpu = [sizes for sizes in self.sizes.values() if sizes.memory.grows]
         if on_gpu:
-            top, flagged = max(sizes.top for sizes in on_gpu), sum(sizes.flagged for sizes in on_gpu)
-            fields |= dict(memory=round(top, 3), memory_flagged=flagged)
-            self.fleet.report_memory(self.node, top, flagged)
-        log.info("chunk done" if reason is None else "chunk stopped", extra={**fields, "reason": reason})
-        if reason is None and not lease.lost and not records.reused and seconds > 0:  # the rate of computing
-            self.fleet.report_rate(queue_name(spec.operation, spec.lane), self.node, records.over / seconds)
+            self.fleet.report_memory(self.node, max(sizes.top for sizes in on_gpu), sum(sizes.flagged for sizes in on_gpu))
 
-    def _line(self, spec: Job, job: str, stop: Event) -> Line:
+    # --- what the feeder asks ---------------------------------------------------------------------
+
+    def open(self, job: str, budget: PixelBudget) -> Context:
+        """A job's context. Raises JobNotFound."""
+        spec = self.ledger.spec(job)
         engine = spec.operation, spec.engine
-        context = Context.of(
+        return Context.of(
             job,
             spec,
             self.settings,
             operation=self.operations[engine],
+            sizes=self.sizes[engine],
             fetcher=self.fetcher,
             store=self._store(spec),
-            stop=stop,
+            budget=budget,
             cache=self.cache,
         )
-        return Line(context, ledger=self.ledger, settings=self.settings, node=self.node, sizes=self.sizes[engine])
 
-    def _close(self, lease: Lease, spec: Job, reason: str | None, left: int, tell: Callable[[int, int], None]) -> str:
-        if reason == "lost":
-            return "lost"
-        if reason == "stopping" and left:
-            if self.ledger.release(lease):
-                self.publisher.publish([(Chunk(job=lease.job, number=lease.number, images=left), spec)])
-            return "released"
-        if self.ledger.complete(lease) == "finishing":
-            self.work(Chunk(job=lease.job, number=MANIFEST, images=0), task=lease.token, tell=tell)
-        return "done"
+    def grows(self, lane: str) -> bool:
+        """Whether larger batches are faster in this lane."""
+        operation, engine, _ = split_lane(lane)
+        return self.sizes[operation, engine].memory.grows
 
-    def _manifest(self, lease: Lease, spec: Job) -> str:
-        written, fields = None, {"action": "manifest", "job": lease.job}
+    def progress(self, context: Context, images: int) -> None:
+        """Report to Flower."""
+        owner = f" for {context.spec.policy.owner}" if context.spec.policy.owner else ""
+        self.tell(f"{self.records.tally}; now {images} of {context.job}{owner}")
+
+    def write_manifest(self, due: ManifestDue) -> None:
+        """Write a job's manifest and end the job; without a manifest if that fails for good."""
+        written, fields = None, {"action": "manifest", "job": due.job}
+        spec = self.ledger.spec(due.job)
         try:
-            written = write_manifest(lease.job, spec, self.ledger, self._store(spec), self._fingerprint(spec))
+            written = write_manifest(due.job, spec, self.ledger, self._store(spec), self._fingerprint(spec))
         except StorageUnavailable as error:
             log.warning("manifest not written", extra={**fields, "reason": error.message})
-            if lease.lost < MANIFEST_TRIES:
-                return "held"  # its lease expires and the reaper publishes it again
+            if due.tries < MANIFEST_TRIES:
+                return  # its lease expires, and it is handed out again
         except ImageError as error:
             log.warning("manifest refused", extra={**fields, "reason": error.message})
         except ImagemillError:
             raise  # from the ledger, without which nothing can be completed
         except Exception:  # a bug; a job may end without its manifest, but it must end
             log.exception("manifest failed", extra=fields)
-        self.ledger.complete(lease, manifest=written)
+        self.ledger.end_job(due.job, written)
         log.info("job over", extra={**fields, "manifest": written})
-        return "done"
 
     def _fingerprint(self, spec: Job) -> str | None:
         """Everything that determines this job's results on this node; None if it can't be determined any more."""
@@ -168,7 +200,3 @@ class Child:
 
     def _store(self, spec: Job) -> Store:
         return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
-
-
-def _since(start: float) -> float:
-    return round(time.perf_counter() - start, 3)

@@ -20,9 +20,10 @@ from rich.console import Console
 
 from imagemill.shared import s3
 from imagemill.shared.broker import make_app, queues
+from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.queues import CANARY_TASK, node_queue, offered, worker_queues
+from imagemill.shared.queues import CANARY_TASK, node_queue
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.models.catalogue import CONVERTED, WEIGHTS, Weights
@@ -92,7 +93,7 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
 
 
 def check_workers(settings: Settings) -> Iterator[Finding]:
-    """Does a node serve every queue?"""
+    """Does a node work in every lane?"""
     try:
         nodes = Fleet.of(settings).nodes()
     except ServiceUnavailable:
@@ -100,11 +101,11 @@ def check_workers(settings: Settings) -> Iterator[Finding]:
     for node in nodes:
         found = f"{node.node}: {node.children} children, {'ready' if node.ready else 'loading'}"
         yield Finding("workers", "ok" if node.ready else "warning", found)
-    served = {queue for node in nodes for queue in node.queues}
-    unserved = [queue for queue in worker_queues(settings.worker.operations, lanes(settings)) if queue not in served]
+    served = {lane for node in nodes for lane in node.lanes}
+    unserved = [lane for lane in lanes(settings) if lane not in served]
     if unserved:
         fix = "start a node: imagemill worker --cpu, --gpu N or --gpus all"
-        yield Finding("workers", "warning", f"{len(unserved)} queues have no node ({unserved[0]}, ...)", fix)
+        yield Finding("workers", "warning", f"{len(unserved)} lanes have no node ({unserved[0]}, ...)", fix)
 
 
 def check_s3(settings: Settings) -> Iterator[Finding]:
@@ -131,7 +132,10 @@ def check_disk(_settings: Settings) -> Iterator[Finding]:
 
 def check_engines(settings: Settings) -> Iterator[Finding]:
     """Can every configured engine be imported, and use its execution provider?"""
-    for operation, engine in offered(settings.worker.operations, settings.worker.engines):
+    for row in ENGINES:
+        operation, engine = row.operation, row.name
+        if operation not in settings.worker.operations or engine not in settings.worker.engines:
+            continue
         try:
             if create(operation, engine).spec.runtime == "onnxruntime":
                 from imagemill.worker.operations.remove_background.onnx_model import check_there  # needs onnxruntime

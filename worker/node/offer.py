@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from imagemill.shared.engines import ENGINES, Engine
+from imagemill.shared.engines import ENGINES, Engine, split_lane
 from imagemill.shared.options.base import nearest
-from imagemill.shared.queues import worker_queues
 from imagemill.shared.settings import Settings
 from imagemill.worker.models.repositories import is_here
 
 
 def lanes(settings: Settings) -> list[str]:
-    """The lanes (see shared/queues.py) that this node can work on."""
+    """The lanes (see shared/engines.py) that this node can work on."""
     absent = missing(settings)
-    offered = [
+    offered = [lane for name in settings.worker.engines for row in _rows(name) for lane in row.lanes]
+    return [
         lane
-        for name in settings.worker.engines
-        for row in _rows(name)
-        for lane in row.lanes
-        if lane.partition(".")[2] not in absent.get(name, [])
+        for operation, engine, model, lane in ((*split_lane(lane), lane) for lane in offered)
+        if operation in settings.worker.operations and model not in absent.get(engine, [])
     ]
-    return list(dict.fromkeys(offered))
 
 
 def models_of(engine: str) -> list[str]:
@@ -53,8 +50,8 @@ def shortcomings(settings: Settings) -> list[tuple[str, str]]:
 
 
 def nothing_to_do(settings: Settings) -> str | None:
-    """Why a node with these settings would have no queue to take work from; None if it has one."""
-    if worker_queues(settings.worker.operations, lanes(settings)):
+    """Why a node with these settings could work in no lane; None if it can."""
+    if lanes(settings):
         return None
     return "; ".join(["this node can't do any work", *(f"{why}: {fix}" for why, fix in shortcomings(settings))])
 

@@ -1,4 +1,4 @@
-"""The parent process of a node: waits for its children, reports the node, and republishes overdue chunks.
+"""The parent process of a node: waits for its children, reports the node, and tends the ledger.
 
 It never imports torch, onnxruntime or numpy, because its children would inherit them through the fork.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing import Value
 from multiprocessing.sharedctypes import RawArray
@@ -19,7 +19,7 @@ from celery import bootsteps
 from celery.worker import state as worker_state
 
 from imagemill.shared.broker import Publisher
-from imagemill.shared.errors import JobNotFound, ServiceUnavailable
+from imagemill.shared.errors import ServiceUnavailable
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import Node
@@ -27,7 +27,10 @@ from imagemill.shared.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
+TICK_SECONDS = 1.0
 REPORT_SECONDS = 5.0
+MOST_WAKE_UPS = 64
+"""Messages for one lane at a time."""
 
 
 class Children:
@@ -36,6 +39,7 @@ class Children:
     def __init__(self, count: int) -> None:
         self.count = count
         self._pids = RawArray("i", count)
+        self._known = [0] * count
         self._failures, self._status = Value("i", 0), Value("i", 1)
         self._stopping = Value("b", 0)
 
@@ -61,10 +65,16 @@ class Children:
 
     def ready(self) -> int:
         """The number of running children that have loaded their engines."""
-        return sum(pid > 0 and psutil.pid_exists(pid) for pid in self._pids)
+        return sum(map(_alive, self._pids))
+
+    def died(self) -> list[tuple[int, int]]:
+        """Index and process ID of each child that has died since the last call."""
+        dead = [(index, pid) for index, pid in enumerate(self._known) if pid and (pid != self._pids[index] or not _alive(pid))]
+        self._known = [pid if _alive(pid) else 0 for pid in self._pids]
+        return dead
 
     def stop(self) -> None:
-        """Called by the parent: children finish their current images and release the rest of their chunks."""
+        """Called by the parent: children finish their current images and give back the rest."""
         self._stopping.value = 1
 
     def stopping(self) -> bool:
@@ -72,7 +82,16 @@ class Children:
         return bool(self._stopping.value)
 
 
-@dataclass(frozen=True)
+def _alive(pid: int) -> bool:
+    return pid > 0 and psutil.pid_exists(pid)
+
+
+def child_name(node: str, index: int, pid: int) -> str:
+    """The name of a child process in leases."""
+    return f"{node}/{index}/{pid}"
+
+
+@dataclass
 class Parent:
     """The parent's own work, beside that of Celery; `node` describes the node in the fleet."""
 
@@ -82,6 +101,8 @@ class Parent:
     fleet: Fleet
     publisher: Publisher
     settings: WorkerSettings
+    weights: Mapping[str, float]
+    report_at: float = 0.0
 
     def wait_for_children(self) -> None:
         """Return when every child has loaded its engines; exit the node if one of them fails or takes too long."""
@@ -101,22 +122,30 @@ class Parent:
         log.info("node ready", extra={"action": "ready", "node": self.node.node, "children": self.children.count})
 
     def tick(self) -> None:
-        """Report the node to Redis, and republish overdue chunks."""
-        node = self.node.model_copy(update={"ready": self.children.ready() == self.children.count})
+        """Report the node to Redis, hand out the work of children that died, and wake up workers for work without any."""
+        name = self.node.node
         try:
-            self.fleet.report_node(node)
-            for chunk in self.ledger.reap(node.node, patience=self.settings.missing_seconds, every=REPORT_SECONDS):
-                with suppress(JobNotFound):
-                    self.publisher.publish([(chunk, self.ledger.spec(chunk.job))])
-                    log.warning("chunk republished", extra={"action": "reap", "job": chunk.job, "chunk": chunk.number})
+            for index, pid in self.children.died():
+                lost = self.ledger.bury(child_name(name, index, pid))
+                log.warning("child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
+            if time.monotonic() >= self.report_at:
+                self.report_at = time.monotonic() + REPORT_SECONDS
+                self.ledger.set_weights(self.weights)
+                self.fleet.report_node(self.node.model_copy(update={"ready": self.children.ready() == self.children.count}))
+            if self.ledger.lead(name, 0.9 * TICK_SECONDS):
+                lost, lanes = self.ledger.tend()
+                if lost:
+                    log.warning("work of dead workers handed out again", extra={"action": "tend", "shares": lost})
+                for lane, children in lanes.items():
+                    self.publisher.wake(lane, min(max(1, children), MOST_WAKE_UPS))
         except ServiceUnavailable as error:
-            log.warning("node not reported", extra={"action": "report", "node": self.node.node, "reason": error.message})
+            log.warning("node not reported", extra={"action": "report", "node": name, "reason": error.message})
 
     def leave(self) -> None:
         """Stop the children after their current images, and remove the node from the fleet."""
         self.children.stop()
         try:
-            self.fleet.forget_node(self.node.node)
+            self.fleet.forget_node(self.node)
         except ServiceUnavailable as error:
             fields = {"action": "report", "node": self.node.node, "reason": error.message}
             log.warning("node not removed from the fleet", extra=fields)
@@ -142,7 +171,7 @@ class Housekeeping(bootsteps.StartStopStep):
         parent: Parent = consumer.app.imagemill_parent
         # The first report also comes from the loop: while Celery is still starting, a dying child can take the node down.
         consumer.timer.call_after(0, parent.tick)
-        self._timer = consumer.timer.call_repeatedly(REPORT_SECONDS, parent.tick)
+        self._timer = consumer.timer.call_repeatedly(TICK_SECONDS, parent.tick)
 
     def stop(self, _consumer: Any) -> None:
         if self._timer is not None:

@@ -1,4 +1,4 @@
-"""The Celery tasks: parse the message, pass it to this process's child, report progress."""
+"""The Celery tasks: parse the message, start a shift of this process's child, report progress."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from celery import Celery, Task
 from kombu.exceptions import OperationalError
 from pydantic import ValidationError
 
-from imagemill.shared.errors import ConfigurationError, DeviceLost, JobNotFound, ServiceUnavailable, sentence
-from imagemill.shared.messages import Chunk
+from imagemill.shared.errors import ConfigurationError, DeviceLost, ServiceUnavailable, sentence
+from imagemill.shared.messages import WakeUp
 from imagemill.shared.options.base import OPERATIONS, validation_sentence
-from imagemill.shared.queues import CANARY_TASK, MANIFEST_TASK, task_name
+from imagemill.shared.queues import CANARY_TASK, task_name
 from imagemill.worker.hardware.device import end_process
 
 log = logging.getLogger(__name__)
@@ -24,32 +24,27 @@ def register(app: Celery, child: Callable[[], Any]) -> None:
 
     def work(task: Task, **payload: Any) -> str:
         try:
-            chunk = Chunk.model_validate(payload)
+            lane = WakeUp.model_validate(payload).lane
         except ValidationError as error:
-            # Not published by imagemill: it has no ledger entry, so dropping it loses no image.
+            # Not published by imagemill. The work is in the ledger, so dropping a message loses nothing.
             log.error("message refused", extra={"action": "parse", "reason": validation_sentence(error)})
             return "refused"
         try:
-            return str(child().work(chunk, task=task.request.id, tell=_progress(task, chunk.images)))
-        except JobNotFound:
-            return "gone"
+            return str(child().work(lane, _progress(task)))
         except ServiceUnavailable as error:
-            # The ledger still has the chunk, and the reaper will republish it.
-            fields = dict(action="chunk", job=chunk.job, chunk=chunk.number, reason=error.message)
-            log.warning("chunk postponed", extra=fields)
+            log.warning("shift ended early", extra={"action": "shift", "reason": error.message})
             return "postponed"
         except DeviceLost as error:
-            # Every further chunk would fail too. As for any child that dies, Celery redelivers this chunk.
-            fields = dict(action="device", job=chunk.job, chunk=chunk.number, reason=error.message)
-            log.critical("the device is lost; this process ends", extra=fields)
+            # Every further image would fail too.
+            log.critical("the device is lost; this process ends", extra={"action": "device", "reason": error.message})
             end_process()
 
     def canary(_task: Task, token: str) -> str:
         child().fleet.answer_canary(token)
         return "alive"
 
-    for name in (*map(task_name, OPERATIONS), MANIFEST_TASK):
-        app.task(work, name=name, bind=True, shared=False)
+    for operation in OPERATIONS:
+        app.task(work, name=task_name(operation), bind=True, shared=False)
     app.task(canary, name=CANARY_TASK, bind=True, shared=False, send_events=False)  # keeps the health check out of Flower
 
 
@@ -58,13 +53,12 @@ def not_loaded() -> Any:
     raise ConfigurationError("this process has no engines loaded")
 
 
-def _progress(task: Task, images: int) -> Callable[[int, int], None]:
-    """A function that reports a chunk's progress to Flower: state PROGRESS, '12 of 32 images'."""
+def _progress(task: Task) -> Callable[[str], None]:
+    """A function that reports a shift's progress to Flower, as the state PROGRESS with a text."""
     # Read now: Celery keeps the request per thread, and progress is reported from another thread.
     uuid, node = task.request.id, task.request.hostname
 
-    def report(done: int, failed: int) -> None:
-        text = f"{done + failed} of {images} images" + (f", {failed} failed" if failed else "")
+    def report(text: str) -> None:
         try:
             with task.app.events.default_dispatcher(hostname=node) as dispatcher:
                 dispatcher.send("task-progress", uuid=uuid, retry=False, result=text)

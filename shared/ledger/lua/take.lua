@@ -3,7 +3,8 @@
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
 --   held: by job, images it already has at hand.
 -- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, tries};
--- or {'share', job, number, earlier attempts or -1, its ranges, then packs as number, items}.
+-- or {'share', job, number, earlier attempts or -1, rank of its priority, 1 if its owner had nothing running, its ranges, then
+-- packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
 local now, drain = now_ms(), false
 ring(now)
@@ -25,13 +26,14 @@ local function share(job, j, ranges, images, tried)
     alone = tried >= 0}
   redis.call('HSET', key(job, 'shares'), number, cjson.encode(held))
   redis.call('ZADD', LEASED, now + ask.lease, job .. ':' .. number)
+  local fresh = redis.call('HEXISTS', RUNNING, j.owner) == 0 and 1 or 0
   count_running(j.owner, images)
   local clock = clock_of(j.priority, j.owner)
   set_clock(j.priority, '', math.max(clock, clock_of(j.priority, '')))
   move_clock(j.lane, j.priority, j.owner, images)
   if j.state == 'queued' then redis.call('HSET', key(job), 'state', 'running', 'started', now) end
   if read(job).left == 0 and redis.call('EXISTS', key(job, 'suspects')) == 0 then dequeue(job) end
-  local answer, last = {'share', job, number, tried, ranges}, -1
+  local answer, last = {'share', job, number, tried, RANK[j.priority], fresh, ranges}, -1
   for _, range in ipairs(pairs_of(ranges)) do
     for place = math.floor(range[1] / pack), math.floor((range[2] - 1) / pack) do
       if place ~= last then

@@ -1,6 +1,6 @@
 -- ARGV seconds after which a silent node is dead: what has to be done every second, whoever does it. Hands out the shares of
--- dead workers again, counts the children of each lane and their speed, and returns {number of lost shares, queues that
--- need a wake-up...}.
+-- dead workers again, counts the children of each lane and their speed, and returns the number of lost shares, then lane and
+-- number of children for each lane that needs wake-ups.
 local now, lost = now_ms(), 0
 ring(now)
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', now, 'LIMIT', 0, 1000)) do
@@ -34,6 +34,7 @@ for _, lane in ipairs(redis.call('SMEMBERS', LANES)) do
     redis.call('SREM', LANES, lane)
   elseif redis.call('LLEN', 'imagemill.' .. lane) == 0 then
     answer[#answer + 1] = lane
+    answer[#answer + 1] = children
   end
 end
 

@@ -1,0 +1,57 @@
+"""How many images per second a child computes, by lane, and how large its batches are."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from threading import Lock
+
+MEMORY = 30.0
+"""Seconds of work after which a measurement counts for 1/e."""
+
+
+@dataclass
+class _Lane:
+    images: float = 0.0
+    seconds: float = 0.0
+    batch: int = 0
+
+
+class Speed:
+    """Smoothed rates of computing. Failed and reused images and idle time don't count. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._lanes: dict[str, _Lane] = {}
+        self._since: float | None = None
+
+    def resume(self) -> None:
+        """There is work, if there was none."""
+        with self._lock:
+            self._since = self._since or time.monotonic()
+
+    def pause(self) -> None:
+        """There is no work."""
+        with self._lock:
+            self._since = None
+
+    def ran(self, lane: str, images: int, batch: int) -> None:
+        """A batch of `batch` samples has run, which completed `images` images."""
+        now = time.monotonic()
+        with self._lock:
+            seconds, self._since = now - (self._since or now), now
+            known = self._lanes.setdefault(lane, _Lane())
+            fading = math.exp(-seconds / MEMORY)
+            known.images, known.seconds = known.images * fading + images, known.seconds * fading + seconds
+            known.batch = batch
+
+    def rates(self) -> dict[str, float]:
+        """Images per second of each lane in which an image has been computed."""
+        with self._lock:
+            return {lane: known.images / known.seconds for lane, known in self._lanes.items() if known.images and known.seconds}
+
+    def batch(self, lane: str) -> int:
+        """Samples in the latest batch of a lane."""
+        with self._lock:
+            return self._lanes[lane].batch if lane in self._lanes else 0

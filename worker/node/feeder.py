@@ -1,0 +1,310 @@
+"""Feeds a child's line: takes shares ahead of the device, renews their leases, and gives back what is not begun in time.
+
+One thread per child, which outlives the shifts (Celery tasks): between two of them the line goes on. If no shift follows,
+what has not reached the device is given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from threading import Event, Thread
+from typing import Protocol
+
+from imagemill.shared.errors import ImagemillError, JobNotFound, ServiceUnavailable, WorkerLost
+from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLedger
+from imagemill.worker.line.image import Failed, ImageInFlight
+from imagemill.worker.line.line import Line
+from imagemill.worker.line.pixel_budget import PixelBudget
+from imagemill.worker.line.stages import Context
+
+log = logging.getLogger(__name__)
+
+RENEWAL_SECONDS = 0.5
+"""Interval between renewals, and so the delay until a child notices that a job is cancelled, paused or overtaken."""
+RETRY_SECONDS = 0.25
+"""Pause before asking again for more when there was nothing."""
+STARVING_SECONDS = 0.25
+"""Once the device has waited this long for downloads, more of them are started."""
+GRACE_SECONDS = 2.0
+"""How long the line goes on without a shift."""
+UNKNOWN_RATE = 2
+"""Images taken ahead before it is known how fast they are computed."""
+MOST_CONTEXTS = 32
+CONTEXT_SECONDS = 60.0
+"""How long references that a job's images share are kept, also those that could not be fetched."""
+
+
+class Jobs(Protocol):
+    """What the feeder needs to know of jobs; the child does."""
+
+    def open(self, job: str, budget: PixelBudget) -> Context:
+        """A new context. Raises an ImagemillError if this child can't work on the job."""
+
+    def write_manifest(self, due: ManifestDue) -> None:
+        """Write the manifest of a job that is over."""
+
+    def grows(self, lane: str) -> bool:
+        """Whether larger batches are faster in this lane."""
+
+    def progress(self, context: Context, images: int) -> None:
+        """Called every half second with a job that is being worked on, and the images of it that are in the line."""
+
+
+@dataclass
+class Held:
+    """A share in the line."""
+
+    share: Share
+    context: Context
+    images: list[ImageInFlight]
+    started: float = field(default_factory=time.monotonic)
+    returned: set[int] = field(default_factory=set)
+    """Indexes that the ledger has got back."""
+
+    def left(self) -> list[ImageInFlight]:
+        """The images that are in the line."""
+        return [image for image in self.images if image.place != "over"]
+
+    def undone(self) -> list[int]:
+        """Indexes of images that have left the line without a record, and are still leased."""
+        over = [image for image in self.images if image.place == "over" and not image.recorded]
+        return [image.item.index for image in over if image.item.index not in self.returned]
+
+
+class Feeder:
+    """Keeps a line filled. `child` names this process in leases, `seat` (NODE/NUMBER) in rates; `lanes` are what it can do."""
+
+    def __init__(
+        self,
+        line: Callable[[Callable[[], None]], Line],
+        ledger: WorkLedger,
+        jobs: Jobs,
+        *,
+        child: str,
+        seat: str,
+        lanes: Iterable[str],
+        seconds: float,
+        threads: int,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._poke = Event()
+        self.line = line(self._poke.set)
+        self._ledger, self._jobs, self._child, self._seat, self._lanes = ledger, jobs, child, seat, list(lanes)
+        self._seconds, self._threads, self._stopping = seconds, threads, stopping
+        self._held: list[Held] = []
+        self._manifests: dict[str, ManifestDue] = {}
+        self._contexts: dict[str, tuple[float, Context]] = {}
+        self._stretch = 1
+        self._ask_at = self._renew_at = 0.0
+        self._ended: float | None = 0.0  # when the last shift ended; None during a shift
+        self._idle = Event()
+        self._closed = False
+        self._thread = Thread(target=self._run, name="feeder", daemon=True)
+        self._thread.start()
+
+    # --- for the thread that runs the device --------------------------------------------------
+
+    def begin(self) -> None:
+        """A shift begins: take work."""
+        self._idle.clear()
+        self._ended, self._ask_at = None, 0.0
+        self._poke.set()
+
+    def busy(self) -> bool:
+        """Whether there is or may be work."""
+        return not self._idle.is_set()
+
+    def end(self) -> bool:
+        """The shift ends; returns whether work remains in the line, which the next shift should continue."""
+        self._ended = time.monotonic()
+        return bool(self._held)
+
+    def close(self, *, abandon: bool = False) -> None:
+        """Give back what is not begun, unless everything is `abandon`ed, and stop."""
+        self._closed = True
+        self._poke.set()
+        self._thread.join()
+        if not abandon:
+            try:
+                self._withdraw(self._ahead())
+                self._settle_shares()
+            except ServiceUnavailable as error:
+                log.warning("images not given back", extra={"action": "feed", "reason": error.message})
+        for held in self._held:
+            held.context.stop.set()
+        self.line.abandon()
+
+    # --- the feeder's thread --------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._poke.wait(RETRY_SECONDS if self._held or self._manifests or self._ended is None else None)
+            self._poke.clear()
+            try:
+                self._step()
+            except ServiceUnavailable as error:
+                log.warning("Redis does not respond", extra={"action": "feed", "reason": error.message})
+                time.sleep(RETRY_SECONDS)
+            except Exception:  # a bug; the leases lapse, and others do the work
+                log.exception("feeding failed", extra={"action": "feed"})
+                time.sleep(RETRY_SECONDS)
+
+    def _step(self) -> None:
+        if time.monotonic() >= self._renew_at:
+            self._renew_at = time.monotonic() + RENEWAL_SECONDS
+            self._renew()
+        over = self._ended is not None and time.monotonic() - self._ended > GRACE_SECONDS
+        if over or self._stopping():
+            self._withdraw(self._ahead())
+        for held in self._held:
+            if held.context.stop.is_set():
+                self._withdraw(held.left())
+        self._settle_shares()
+        if self._ended is None:
+            nothing = self._stopping() or not self._top_up()
+            if nothing and not self._held and not self._manifests:
+                self._idle.set()
+                self.line.wake()
+
+    def _renew(self) -> None:
+        leases: list[Share | ManifestDue] = [held.share for held in self._held]
+        leases += self._manifests.values()
+        if not leases:
+            return
+        renewal = self._ledger.renew(self._child, self._lanes, leases)
+        mine = any(held.share.job == renewal.urgent for held in self._held)
+        for held, verdict in zip(self._held, renewal.verdicts, strict=False):
+            if verdict in ("stop", "lost"):
+                held.context.stop.set()
+            elif verdict == "yield" and not mine:
+                self._withdraw([image for image in held.left() if image.place == "queued"])
+                self._ask_at = 0.0
+        for lane, rate in self.line.speed.rates().items():
+            self._ledger.report_rate(lane, self._seat, rate)
+        self._look_ahead_less()
+        if self._held:
+            self._jobs.progress(self._held[0].context, len(self._held[0].left()))
+
+    def _withdraw(self, images: Iterable[ImageInFlight]) -> None:
+        """Take images that are not begun out of the line."""
+        for image in images:
+            image.withdraw()
+        self.line.clear()
+
+    def _settle_shares(self) -> None:
+        """Give back what has left the line without a record, and end the shares of which nothing is left."""
+        for held in list(self._held):
+            left, undone = held.left(), held.undone()
+            if left and not undone:
+                continue
+            self._ledger.give_back(held.share, self._child, kept=[image.item.index for image in left], returned=undone)
+            held.returned.update(undone)
+            if not left:
+                self._held.remove(held)
+                fields = dict(action="share", job=held.share.job, share=held.share.number, images=len(held.images))
+                log.info("share done", extra={**fields, "seconds": round(time.monotonic() - held.started, 3)})
+
+    def _write_manifest(self, due: ManifestDue) -> None:
+        """In one of the line's threads."""
+        try:
+            self._jobs.write_manifest(due)
+        except ImagemillError as error:  # its lease expires, and it is handed out again
+            log.warning("manifest postponed", extra={"action": "manifest", "job": due.job, "reason": error.message})
+        finally:
+            self._manifests.pop(due.job, None)
+            self._poke.set()
+
+    # --- taking -----------------------------------------------------------------------------------
+
+    def _top_up(self) -> bool:
+        """Take shares while there is room; False if there is nothing to take."""
+        while not self._alone() and time.monotonic() >= self._ask_at:
+            room = self._room()
+            if not room:
+                return True
+            answer = self._ledger.take(self._request(room))
+            if isinstance(answer, Share):
+                self._start(answer)
+            elif isinstance(answer, ManifestDue):
+                self._manifests[answer.job] = answer
+                self.line.back.submit(self._write_manifest, answer)
+            else:
+                self._ask_at = time.monotonic() + RETRY_SECONDS
+                return answer == "drain"
+        return True
+
+    def _alone(self) -> bool:
+        return any(held.share.tried is not None for held in self._held)
+
+    def _ahead(self) -> list[ImageInFlight]:
+        """The images that are not begun, in the order in which they were taken."""
+        return [image for held in self._held for image in held.images if image.place in ("queued", "fetching")]
+
+    def _room(self) -> dict[str, int]:
+        """How many more images each lane wants; empty if the line is filled."""
+        ahead, since = self._ahead(), self.line.starving_since
+        starving = since is not None and time.monotonic() - since > STARVING_SECONDS
+        if starving and 0 < len(ahead) < self._threads and all(image.place == "fetching" for image in ahead):
+            self._stretch *= 2
+        room = {lane: self._most(lane) - len(ahead) for lane in self._lanes}
+        return {lane: images for lane, images in room.items() if images > 0 and 2 * images >= self._most(lane)}
+
+    def _look_ahead_less(self) -> None:
+        """Once the device has enough to do, take less, and give back what was too much for a slow one."""
+        if self.line.starving_since is None:
+            self._stretch = max(1, self._stretch // 2)
+            most = max((self._most(held.context.spec.lane) for held in self._held), default=0)
+            self._withdraw(self._ahead()[2 * most :] if most else [])
+
+    def _most(self, lane: str) -> int:
+        """Images of a lane that should wait for the device: a few seconds of work, or the next batch where those grow."""
+        rate = self.line.speed.rates().get(lane)
+        images = UNKNOWN_RATE if rate is None else max(1, round(rate * self._seconds))
+        if self._jobs.grows(lane):
+            images = max(images, 2 * self.line.speed.batch(lane))
+        return images * self._stretch
+
+    def _request(self, room: dict[str, int]) -> Request:
+        held: dict[str, int] = {}
+        for each in self._held:
+            held[each.share.job] = held.get(each.share.job, 0) + len(each.left())
+        empty = not self._held
+        return Request(self._child, self._lanes, room, self.line.speed.rates(), held, empty)
+
+    def _start(self, share: Share) -> None:
+        """Send the images of a share down the line, except those that are recorded already."""
+        try:
+            context = self._context(share.job)
+            recorded = self._ledger.recorded(share.job, [item.index for item in share.items])
+        except JobNotFound:
+            return
+        first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
+        images = [ImageInFlight(item, context, first=first) for item in share.items if item.index not in recorded]
+        self._held.append(Held(share, context, images))
+        if share.tried is not None:
+            self._isolate(images, share.tried)
+        self.line.enter([image for image in images if image.place != "over"])
+        self._poke.set()
+
+    def _isolate(self, images: list[ImageInFlight], tried: int) -> None:
+        """Images whose worker died run alone. Only one that has been tried alone can be blamed: in a batch, a neighbour may
+        have killed the process.
+        """
+        for image in images:
+            image.earlier = 1 + tried
+            if tried and image.earlier >= image.context.spec.policy.attempts:
+                reason = f"the worker process died {image.earlier} times while it worked on this image"
+                self.line.settle(image, Failed(WorkerLost(reason)))
+
+    def _context(self, job: str) -> Context:
+        """The job's context; a new one now and then."""
+        made, context = self._contexts.get(job, (0.0, None))
+        if context is None or context.stop.is_set() or time.monotonic() - made > CONTEXT_SECONDS:
+            if len(self._contexts) >= MOST_CONTEXTS:
+                del self._contexts[next(iter(self._contexts))]
+            context = self._jobs.open(job, self.line.budget)
+            self._contexts[job] = time.monotonic(), context
+        return context
