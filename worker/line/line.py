@@ -134,8 +134,12 @@ class Line:
 
     def _run_batch(self, recipe: Recipe, batch: list[Slot[ImageInFlight]]) -> None:
         """One batch on the device. Images that now have all of their outputs go on."""
+        for slot in batch:
+            if slot.owner.context.stop.is_set():
+                slot.owner.withdraw()
         batch = [slot for slot in batch if slot.owner.move("begun")]
         if not batch:
+            self._changed()
             return
         self.starving_since = None
         start = time.perf_counter()

@@ -16,6 +16,7 @@ class _Lane:
     images: float = 0.0
     seconds: float = 0.0
     batch: int = 0
+    computed: int = 0
 
 
 class Speed:
@@ -44,12 +45,17 @@ class Speed:
             known = self._lanes.setdefault(lane, _Lane())
             fading = math.exp(-seconds / MEMORY)
             known.images, known.seconds = known.images * fading + images, known.seconds * fading + seconds
-            known.batch = batch
+            known.batch, known.computed = batch, known.computed + images
 
     def rates(self) -> dict[str, float]:
         """Images per second of each lane in which an image has been computed."""
         with self._lock:
             return {lane: known.images / known.seconds for lane, known in self._lanes.items() if known.images and known.seconds}
+
+    def computed(self, lane: str) -> int:
+        """Images of a lane computed so far."""
+        with self._lock:
+            return self._lanes[lane].computed if lane in self._lanes else 0
 
     def batch(self, lane: str) -> int:
         """Samples in the latest batch of a lane."""

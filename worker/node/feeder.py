@@ -30,8 +30,8 @@ STARVING_SECONDS = 0.25
 """Once the device has waited this long for downloads, more of them are started."""
 GRACE_SECONDS = 2.0
 """How long the line goes on without a shift."""
-UNKNOWN_RATE = 2
-"""Images taken ahead before it is known how fast they are computed."""
+FIRST_IMAGES = 2
+"""Images taken ahead before it is known how fast they are computed; from there, the number grows by what has been computed."""
 MOST_CONTEXTS = 32
 CONTEXT_SECONDS = 60.0
 """How long references that a job's images share are kept, also those that could not be fetched."""
@@ -261,8 +261,9 @@ class Feeder:
 
     def _most(self, lane: str) -> int:
         """Images of a lane that should wait for the device: a few seconds of work, or the next batch where those grow."""
-        rate = self.line.speed.rates().get(lane)
-        images = UNKNOWN_RATE if rate is None else max(1, round(rate * self._seconds))
+        speed = self.line.speed
+        wanted = max(1, round(speed.rates().get(lane, 0.0) * self._seconds))
+        images = min(wanted, FIRST_IMAGES + 2 * speed.computed(lane)) if speed.computed(lane) else FIRST_IMAGES
         if self._jobs.grows(lane):
             images = max(images, 2 * self.line.speed.batch(lane))
         return images * self._stretch
