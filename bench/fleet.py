@@ -97,7 +97,7 @@ class Stay:
 
 def ideal_seconds(images: int, stays: Sequence[Stay]) -> float:
     """How long it takes if no node ever waits."""
-    changes = sorted({time for stay in stays for time in (stay.begin, stay.end)})
+    changes = sorted({moment for stay in stays for moment in (stay.begin, stay.end)})
     left = float(images)
     for start, end in pairwise(changes):
         speed = sum(stay.speed for stay in stays if stay.begin <= start < stay.end)
@@ -171,7 +171,7 @@ def measure_owners() -> list[Measured]:
         cores = Cores()
         begun = min(min(fleet.recorded_at(job), default=fleet.now()) for job in jobs)
         wait_until(lambda: fleet.now() >= begun + FAIR_SECONDS, "a minute passed", 2 * FAIR_SECONDS)
-        light, heavy = (sum(time <= begun + FAIR_SECONDS for time in fleet.recorded_at(job)) for job in jobs)
+        light, heavy = (sum(moment <= begun + FAIR_SECONDS for moment in fleet.recorded_at(job)) for job in jobs)
         return [
             Measured(f"{row}: images of b / of a after a minute", heavy / light, "x"),
             Measured(f"{row}: distance from {WEIGHT}", 100 * abs(heavy / light / WEIGHT - 1), "%", 5.0),
@@ -185,7 +185,7 @@ def measure_owners() -> list[Measured]:
 def measure_cancel_running() -> list[Measured]:
     """Cancelling while each node has a batch of 32 seconds on its device."""
     row = "cancel, nodes in batches of 32 s"
-    with StandInNodes() as fleet:
+    with StandInNodes(IMAGEMILL_WORKER__SHARE_SECONDS="64") as fleet:  # two batches; by default a node takes less than one
         fleet.start([BATCH / 32] * NODES)
         job = fleet.submit(IMAGES)
         wait_until(lambda: fleet.on_devices() == NODES * BATCH, "every device has a full batch", 120)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,8 +36,10 @@ from tests.workers import ROOT, clean_environment
 
 SPEC = Job(operation="stylize", output=Output(url="s3://results/sketches"))
 LANE = SPEC.lane
-CHILDREN, SPEED, SHARE_SECONDS = 8, 10, 3
-"""Children of the simulated fleet, their images per second, and the seconds of work that they take at a time."""
+CHILDREN, SPEED = 8, 10
+"""Children of the simulated fleet, and the images per second of each."""
+SHARE = 15
+"""Images that a child takes at a time: it has up to 3 s of work at hand, and asks for more at half of that."""
 SCHEDULED = 24_000
 """Images of the job whose scheduling is measured."""
 PROCESSES, THREADS, SHARES_EACH = 4, 16, 100
@@ -112,7 +115,7 @@ def measure_scheduling() -> list[Measured]:
 def measure_shares() -> list[Measured]:
     """Shares that one Redis hands to 64 nodes, while each ends its share at once and asks for the next."""
     nodes = PROCESSES * THREADS
-    images = 2 * nodes * SHARES_EACH * SPEED * SHARE_SECONDS  # shares get smaller in the second half of a job
+    images = 2 * nodes * SHARES_EACH * SHARE  # shares get smaller in the second half of a job
     with own_redis() as url, redis.Redis.from_url(url) as client:
         submit_list(url, images)
         _report_nodes(url, nodes)
@@ -177,21 +180,21 @@ def _report_nodes(url: str, nodes: int) -> None:
 
 
 def _schedule(ledger: WorkLedger) -> None:
-    """Hand out all images: every second each child renews, and every third second it ends its share and takes another."""
-    shares: dict[str, Share] = {}
-    for second in count():
-        for number in range(CHILDREN):
-            child = f"n{number}/0"
-            if child in shares:
-                ledger.renew(child, [LANE], [shares[child]])
-            if second % SHARE_SECONDS == 0:
-                if child in shares:
-                    ledger.give_back(shares.pop(child), child)
-                share = ledger.take(_ask(child, SPEED * SHARE_SECONDS))
+    """Hand out all images, in steps of half a second: children renew every second; every 1.5 s they end a share and take one."""
+    shares: dict[str, deque[Share]] = {f"n{number}/0": deque() for number in range(CHILDREN)}
+    for step in count():
+        for child, mine in shares.items():
+            if step % 2 == 0 and mine:
+                ledger.renew(child, [LANE], list(mine))
+            if step % 3 == 0:
+                if mine and (len(mine) == 2 or step > 3):
+                    ledger.give_back(mine.popleft(), child)
+                share = ledger.take(_ask(child, SHARE))
                 if isinstance(share, Share):
-                    shares[child] = share
-        ledger.tend()
-        if not shares:
+                    mine.append(share)
+        if step % 2 == 0:
+            ledger.tend()
+        if not any(shares.values()):
             return
 
 
@@ -208,7 +211,7 @@ def _take_in_threads(url: str, process: int) -> None:
 def _take_shares(url: str, child: str) -> None:
     ledger = WorkLedger(url)
     for _ in range(SHARES_EACH):
-        share = ledger.take(_ask(child, SPEED * SHARE_SECONDS))
+        share = ledger.take(_ask(child, SHARE))
         assert isinstance(share, Share), share
         ledger.give_back(share, child)
     ledger.close()

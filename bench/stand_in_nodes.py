@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from imagemill.producer.sources import SourceRow
 from imagemill.shared.connection import connect
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.ledger.scripts import key
-from imagemill.shared.messages import Job, Output, Policy
+from imagemill.shared.messages import Job, JobStatus, Output, Policy
 from imagemill.shared.quality import Quality
 from imagemill.shared.settings import load_settings
 from tests.workers import WorkerProcess, clean_environment, wait_until
@@ -127,14 +127,17 @@ class StandInNodes:
     def await_end(self, *jobs: str) -> None:
         """Wait until these jobs are over; all images must be done."""
         for job in jobs:
-            # Not with `watch`: to read each result as it comes would take as much CPU as a node.
-            wait_until(lambda job=job: self.client.status(job).over, f"job {job} ended", END_SECONDS)
+            self._await(job, lambda status: status.over, "the end")
             status = self.client.status(job)
             assert status.done == status.total, status
 
     def await_done(self, job: str, images: int) -> None:
         """Wait until so many images of a job are done."""
-        wait_until(lambda: self.client.status(job).done >= images, f"{images} images were done", END_SECONDS)
+        self._await(job, lambda status: status.done >= images, f"{images} images done")
+
+    def _await(self, job: str, condition: Callable[[JobStatus], bool], what: str) -> None:
+        # Not with `Client.watch`: to read each result as it comes would take as much CPU as a node.
+        wait_until(lambda: condition(self.client.status(job)), f"job {job}: {what}", END_SECONDS)
 
     def recorded_at(self, job: str) -> list[float]:
         """When each result was recorded, in seconds since the epoch by Redis' clock."""
@@ -144,7 +147,7 @@ class StandInNodes:
     def arrivals(self, job: str) -> list[float]:
         """When each result was recorded, in seconds since the submission began."""
         created = self.client.status(job).created
-        return [time - created for time in self.recorded_at(job)]
+        return [recorded - created for recorded in self.recorded_at(job)]
 
     def leased(self, job: str) -> int:
         """How many images of a job workers hold."""
