@@ -32,6 +32,7 @@ BENCHES = (
     "stylize",
     "quality",
     "cutout",
+    "fleet",
 )
 RESULTS = Path(__file__).parent / "results.json"
 VARIABLE = "IMAGEMILL_BENCH_IMAGES"

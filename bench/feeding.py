@@ -7,8 +7,8 @@ are distinct 12-megapixel JPEGs, results are PNGs of 1600 pixels. The source wai
 that is compared), the store 50 ms per PUT. Celery, Redis and both workers are real processes that run throughout; each
 round measures every side, in a different order.
 
-Our job is one chunk of about 10 s of work, half of what the producer makes. It is timed from submission until its last
-image is recorded, so filling and draining the line count.
+Our job is about 10 s of work. It is timed from submission until its last image is recorded, so filling and draining the
+line count.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from random import Random
-from threading import Event
 from typing import Any
 
 import cv2
@@ -69,10 +68,7 @@ def _figures(kind: str, measured: list[dict[str, float]]) -> list[Figure]:
         ratio("whole path / a tutorial's worker", "ours", "tutorial", 3.3 if full else 6.0),
     ]
     if full:
-        figures += [
-            ratio("500 ms per GET / 0 ms", "500 ms", "0 ms", 0.95),
-            ratio("through Celery / the flow called directly", "ours", "direct", 0.98),
-        ]
+        figures.append(ratio("500 ms per GET / 0 ms", "500 ms", "0 ms", 0.95))
     names = {
         "ours": "whole path",
         "bare": "bare onnxruntime loop",
@@ -110,21 +106,19 @@ class _Sides:
     """All sides of one precision; their processes run until `stack` closes."""
 
     def __init__(self, stack: ExitStack, servers: Servers, folder: Path, kind: str, model: Path) -> None:
-        from bench.nodes import Jobs, OurNode, TutorialNode, environment
+        from bench.nodes import OurNode, TutorialNode, environment
         from imagemill.producer.embedded_redis import EmbeddedRedis
 
         place = folder / kind
         place.mkdir()
         redis = stack.enter_context(EmbeddedRedis(place / "redis"))
-        urls = [redis.url.removesuffix("/0") + f"/{number}" for number in range(3)]
+        urls = [redis.url.removesuffix("/0") + f"/{number}" for number in range(2)]
         int8 = "true" if kind == "int8" else "false"
-        settings = [environment(url, servers, folder / "weights", IMAGEMILL_ONNX__INT8=int8) for url in urls[:2]]
+        settings = environment(urls[0], servers, folder / "weights", IMAGEMILL_ONNX__INT8=int8)
         self.kind, self.servers = kind, servers
-        self.node = stack.enter_context(OurNode(settings[0], place))
-        self.tutorial = stack.enter_context(TutorialNode(urls[2], servers, model, place))
-        self.bare = stack.enter_context(Partner(["bare", str(model)], settings[0], place))
-        if kind == "fp32":
-            self.direct, self._direct_jobs = stack.enter_context(Partner(["direct"], settings[1], place)), Jobs(urls[1])
+        self.node = stack.enter_context(OurNode(settings, place))
+        self.tutorial = stack.enter_context(TutorialNode(urls[1], servers, model, place))
+        self.bare = stack.enter_context(Partner(["bare", str(model)], settings, place))
         self.images = max(8, min(LARGEST_JOB, round(JOB_SECONDS * self._bare())))
         self.tutorial.seconds(servers.fresh(1, delay=0))  # creates its session
         self.node.seconds(servers.fresh(4, delay=0))
@@ -138,7 +132,7 @@ class _Sides:
             "tutorial": self._tutorial,
         }
         if self.kind == "fp32":
-            sides |= {"direct": self._direct, "0 ms": lambda: self._ours(0.0), "500 ms": lambda: self._ours(0.5)}
+            sides |= {"0 ms": lambda: self._ours(0.0), "500 ms": lambda: self._ours(0.5)}
         order = Random(number).sample([*sides], len(sides))  # a side is slower after some others
         return {name: sides[name]() for name in order}
 
@@ -151,15 +145,6 @@ class _Sides:
     def _bare(self, lanes: bool = False) -> float:
         answer = self.bare.ask(seconds=BARE_SECONDS, lanes=lanes)
         return float(answer["images"] / answer["seconds"])
-
-    def _direct(self) -> float:
-        start = time.perf_counter()
-        job = self._direct_jobs.submit(self.servers.fresh(self.images, delay=GET))
-        self.direct.send(job=job, images=self.images)
-        self._direct_jobs.await_images(job)
-        spent = time.perf_counter() - start
-        self.direct.receive()
-        return self.images / spent
 
 
 class Partner:
@@ -240,30 +225,8 @@ def _run_bare(model: str) -> None:
             reply(images=images, seconds=time.perf_counter() - start)
 
 
-def _run_direct() -> None:
-    """A worker's child that gets its chunks from this module instead of Celery."""
-    from imagemill.shared.broker import Publisher, make_app
-    from imagemill.shared.messages import Chunk
-    from imagemill.shared.settings import load_settings
-    from imagemill.worker.hardware.device import Device, pin
-
-    settings = load_settings()
-    device = Device.of(settings, 1)
-    pin(device)
-    from imagemill.worker.node.child import Child
-
-    child = Child(settings, device, node="direct", publisher=Publisher(make_app(settings)), stopping=Event().is_set)
-    reply(ready=True)
-    for line in sys.stdin:
-        message = json.loads(line)
-        chunk = Chunk(job=message["job"], number=0, images=message["images"])
-        reply(outcome=child.work(chunk, task="direct", tell=lambda *_: None))
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] == ["bare"]:
         _run_bare(sys.argv[2])
-    elif sys.argv[1:2] == ["direct"]:
-        _run_direct()
     else:
         print_figures(run)

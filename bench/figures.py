@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -26,6 +27,25 @@ def figure(
     value = float(f"{median(measured):.4g}")
     holds = None if goal is None else (value <= goal if at_most else value >= goal)
     return {"name": name, "value": value, "unit": unit, "goal": goal, "holds": holds, "rounds": rounds or len(measured)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one round gives for one figure. `goal` is an upper limit, or a lower limit without `at_most`."""
+
+    name: str
+    value: float
+    unit: str = ""
+    goal: float | None = None
+    at_most: bool = True
+
+
+def over_rounds(rounds: Sequence[Sequence[Measured]]) -> list[Figure]:
+    """The figures of rounds that all measured the same."""
+    return [
+        figure(first.name, [one.value for one in (first, *others)], first.unit, first.goal, at_most=first.at_most)
+        for first, *others in zip(*rounds, strict=True)
+    ]
 
 
 def print_figures(run: Callable[..., list[Figure]]) -> None:

@@ -2,7 +2,7 @@
 
     python -m bench.memory [ROUNDS]
 
-Chunks and threads are like those of a worker's child. Memory is read between chunks, when no image is in progress.
+Threads are like those of a worker's child. Memory is read after every 100 images, when none is in progress.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.figures import Figure, figure, print_figures
 from tests.models import u2net_onnx
 
 GOAL = 1.05
-IMAGES, FIRST, CHUNK = 3000, 300, 100
+IMAGES, FIRST, STRETCH = 3000, 300, 100
 
 PROGRAM = """
 import sys
@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from imagemill.worker.hardware.device import Device, give_back, pin, share_of_cores
 
-weights, images, chunk = Path(sys.argv[1]), *map(int, sys.argv[2:])
+weights, images, stretch = Path(sys.argv[1]), *map(int, sys.argv[2:])
 device = Device(threads=share_of_cores(1), weights=weights)
 pin(device)
 
@@ -66,19 +66,19 @@ def line(numbers):
             if len(behind) > 8:
                 behind.popleft().result()
 
-for start in range(0, images, chunk):
-    line(range(start, min(start + chunk, images)))
+for start in range(0, images, stretch):
+    line(range(start, min(start + stretch, images)))
     give_back()
     print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6)
 """
 
 
 def measure(weights: Path, images: int, first: int) -> tuple[float, float]:
-    """MB in use during the first and the last `first` images of one process, as medians over their chunks."""
-    command = [sys.executable, "-c", PROGRAM, str(weights), str(images), str(CHUNK)]
+    """MB in use during the first and the last `first` images of one process, as medians over stretches of 100."""
+    command = [sys.executable, "-c", PROGRAM, str(weights), str(images), str(STRETCH)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    used, chunks = [float(line) for line in done.stdout.split()], first // CHUNK
-    return statistics.median(used[:chunks]), statistics.median(used[-chunks:])
+    used, stretches = [float(line) for line in done.stdout.split()], first // STRETCH
+    return statistics.median(used[:stretches]), statistics.median(used[-stretches:])
 
 
 def run(rounds: int = 1) -> list[Figure]:

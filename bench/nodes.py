@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import redis
 
 from bench.servers import Servers
 from imagemill.producer.client import Client
 from imagemill.producer.sources import SourceRow
-from imagemill.producer.submission import CHUNK_SECONDS
-from imagemill.shared.fleet import Fleet
 from imagemill.shared.messages import Job, Output
 from imagemill.shared.options.remove_background import RembgRemoveBackground
-from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import load_settings
 from tests.workers import ROOT, WorkerProcess, clean_environment, wait_until
 
@@ -46,22 +42,15 @@ def environment(redis_url: str, servers: Servers, weights: Path, **more: str) ->
 
 
 class Jobs:
-    """Submits jobs of `chunks` chunks each on one Redis, and waits for them."""
+    """Submits jobs on one Redis, and waits for them."""
 
-    def __init__(self, redis_url: str, spec: Job = SPEC, chunks: int = 1) -> None:
-        settings = load_settings(redis_url=redis_url)
-        self._spec, self._chunks = spec, chunks
-        self.client, self._fleet, self._redis = Client(settings), Fleet(redis_url), redis.Redis.from_url(redis_url)
+    def __init__(self, redis_url: str, spec: Job = SPEC) -> None:
+        self._spec, self.client = spec, Client(load_settings(redis_url=redis_url))
 
     def submit(self, urls: list[str]) -> str:
-        """Submit a job and return its id. The node's rate is overridden, so that the producer makes `chunks` chunks."""
-        self._redis.delete("imagemill:rates")
-        rate = len(urls) / self._chunks / CHUNK_SECONDS
-        self._fleet.report_rate(queue_name(self._spec.operation, self._spec.lane), "bench", rate)
+        """Submit a job and return its id."""
         rows = (SourceRow(f"row {number}", {"source": url}) for number, url in enumerate(urls))
-        submission = self.client.submit(rows, self._spec)
-        assert submission.chunks == self._chunks, submission
-        return submission.job
+        return self.client.submit(rows, self._spec).job
 
     def await_images(self, job: str) -> dict[str, float]:
         """Wait until the last image is recorded; return the mean seconds of each stage."""
@@ -81,11 +70,11 @@ class Jobs:
 
 
 class OurNode:
-    """`imagemill worker --cpu` with so many children, each of which gets a chunk of every job."""
+    """`imagemill worker --cpu` with so many children."""
 
     def __init__(self, environment: dict[str, str], folder: Path, spec: Job = SPEC, children: int = 1) -> None:
         self._worker = WorkerProcess(environment, folder, name=f"ours-{folder.name}", concurrency=children)
-        self.jobs = Jobs(environment["IMAGEMILL_REDIS_URL"], spec, children)
+        self.jobs = Jobs(environment["IMAGEMILL_REDIS_URL"], spec)
         self.stages: dict[str, float] = {}
 
     def __enter__(self) -> OurNode:

@@ -96,7 +96,7 @@ def job(look: str, seed: int) -> tuple[list[Row], set[int]]:
         stray = places.get(index, Stray(own))
         item = Item(index=index, source=f"https://bench.example/{index}.png")
         measures = styled(operation, Picture(photo(rng)), item, stray)
-        rows.append(row(item, ItemResult(index=index, state="done", quality=measures), ended=True))
+        rows.append(row(item, ItemResult(index=index, state="done", quality=measures)))
     return rows, set(places)
 
 
