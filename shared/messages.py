@@ -6,7 +6,16 @@ import hashlib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from imagemill.shared.engines import engines_of, lane_of
 from imagemill.shared.errors import Expired
@@ -27,6 +36,7 @@ SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_u
 KEY_FIELD = re.compile(r"\{(job|index|item|name)(?::0(\d)d)?\}")
 RUN_TOGETHER = re.compile(r"\{index[^}]*\}(\d|\{job\})*\{name|\{name[^}]*\}(\d|\{job\})*\{index")
 """Index and name without a separator: index 1 with name `1a` gives the same key as index 11 with name `a`."""
+
 
 def check_key(template: str) -> str:
     """The template itself. Raises ValueError if two items of a job could get the same key, or a key could leave its prefix."""
@@ -193,10 +203,17 @@ class JobStatus(Model):
     done: int
     failed: int
     duplicates: int
+    waiting: int = Field(0, description="images that are still to be handed out")
+    running: int = Field(0, description="images that workers have at hand")
     priority: Priority
-    owner: str | None = None
+    owner: str | None = Field(None, description="who it is for")
     not_before: float | None = Field(None, description="when it may begin, while that lies ahead")
     until: float | None = Field(None, description="its deadline")
+    position: int | None = Field(None, description="number of jobs that get their turn earlier (`Client.explain`)")
+    ahead: int | None = Field(None, description="images of others that are handed out before its last (`Client.explain`)")
+    why: str | None = Field(None, description="why it waits, in a few words (mostly from `Client.explain`)")
+    starts: float | None = Field(None, description="when it began, or will by a forecast (`Client.explain`)")
+    ends: float | None = Field(None, description="when it will end by a forecast (`Client.explain`)")
     output: str
     manifest: str | None = Field(None, description="URL of manifest.jsonl, once the job is over")
     created: float
