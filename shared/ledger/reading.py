@@ -90,9 +90,8 @@ class ReadLedger(Scripts):
                 pipe.llen(key(job, "suspects"))
             counts = pipe.execute()
         jobs = []
-        for (job, priority, owner), values, shares, suspects in zip(
-            places, counts[::3], counts[1::3], counts[2::3], strict=True
-        ):
+        for place, (job, priority, owner) in enumerate(places):
+            values, shares, suspects = counts[3 * place : 3 * place + 3]
             fields = {name: value for name, value in zip(COUNTS, values, strict=True) if value is not None}
             images, _ = _split(fields, shares, suspects)
             jobs.append(Waiting(job, owner, float(weights.get(owner.encode(), 1)), priority, images))
