@@ -102,6 +102,19 @@ def test_watch_of_a_job_past_its_deadline_suggests_a_retry(imagemill: Invoke, le
     assert ledger.status(job).done == 30
 
 
+def test_retry_ends_a_pause_that_the_job_outlived(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill, "https://example.com/bad.jpg\n")
+    share = asked(ledger)
+    assert isinstance(share, Share)
+    imagemill("pause", job)
+    assert ledger.status(job).state == "paused"
+    ledger.record(job, plain(share.items[0]))
+    ledger.give_back(share, "w/0")
+    work(ledger, job)
+    imagemill("retry", job)
+    assert ledger.status(job).state == "queued"
+
+
 def test_job_of_which_every_image_failed_ends_as_failed(imagemill: Invoke) -> None:
     result = imagemill("watch", submitted(imagemill, "https://example.com/bad.jpg\n"), client=Worked)
     assert result.exit_code == 1
