@@ -178,7 +178,8 @@ def _why(fields: Mapping[str, bytes], now: float) -> str | None:
         return None
     if "cancelled" in fields:
         return "being cancelled"
-    if "expired" in fields:
+    until = _seconds(fields, "until")
+    if "expired" in fields or (until and until <= now):  # without nodes, nobody ends it
         return "its deadline has passed"
     if "paused" in fields:
         return "paused"
