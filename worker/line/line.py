@@ -77,16 +77,29 @@ class Line:
         """Let `run` look around."""
         self._ready.put(None)
 
-    def clear(self) -> None:
-        """Free the pixels of withdrawn images that wait for a device which nobody runs."""
-        if self._device.acquire(blocking=False):
-            try:
-                self._drop_withdrawn()
-            finally:
-                self._device.release()
+    def clear(self, *, begun: bool = False) -> None:
+        """Drop withdrawn images that wait for a device which nobody runs; with `begun`, also those that ran in part."""
+        if not self._device.acquire(blocking=False):
+            return
+        try:
+            while not self._ready.empty():
+                image = self._ready.get()
+                if image is not None:
+                    self._count(-1)
+                    self._take_in(image)
+            for image in self._batcher.remove(lambda image: image.withdrawn or begun):
+                self._free(image)
+        finally:
+            self._device.release()
+
+    def close(self) -> None:
+        """Finish what is past the device; nobody runs the device any more."""
+        self._front.shutdown(wait=False, cancel_futures=True)
+        self.clear(begun=True)
+        self.back.shutdown()
 
     def abandon(self) -> None:
-        """Drop everything; whatever has no record is handed out again. The line can't be used any more."""
+        """Drop everything; whatever has no record is handed out again."""
         self.budget.close()
         self._front.shutdown(wait=False, cancel_futures=True)
         self.back.shutdown(wait=False, cancel_futures=True)
@@ -120,17 +133,17 @@ class Line:
             if image is None:
                 break
             self._count(-1)
-            outcome = advance(image, [self._add])
-            if outcome is not None:
-                self.settle(image, self._deliver(image) if image.has_result else outcome)
-        self._drop_withdrawn()
+            self._take_in(image)
+        for image in self._batcher.remove(lambda image: image.withdrawn):
+            self._free(image)
+
+    def _take_in(self, image: ImageInFlight) -> None:
+        outcome = advance(image, [self._add])
+        if outcome is not None:
+            self.settle(image, self._deliver(image) if image.has_result else outcome)
 
     def _add(self, image: ImageInFlight, context: Context) -> None:
         self._batcher.add(image, image.work.samples, context.recipe, first=image.first)
-
-    def _drop_withdrawn(self) -> None:
-        for image in self._batcher.remove(lambda image: image.withdrawn):
-            self._free(image)
 
     def _run_batch(self, recipe: Recipe, batch: list[Slot[ImageInFlight]]) -> None:
         """One batch on the device. Images that now have all of their outputs go on."""

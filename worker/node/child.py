@@ -101,13 +101,12 @@ class Child:
         try:
             feeder.line.run(start + self.settings.worker.shift_seconds, feeder.busy)
         except BaseException:
-            feeder.close(abandon=True)  # the leases expire, and what has no record is handed out again
+            feeder.abandon()
             self.feeder = None
             raise
         if feeder.end():
             self._wake_again(lane)
-        else:
-            give_back()
+        give_back()
         self._report_memory()
         seconds = round(time.monotonic() - start, 3)
         fields = dict(action="shift", done=tally.done, failed=tally.failed, reused=tally.reused, seconds=seconds)

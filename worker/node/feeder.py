@@ -26,6 +26,7 @@ RENEWAL_SECONDS = 0.5
 """Interval between renewals, and so the delay until a child notices that a job is cancelled, paused or overtaken."""
 RETRY_SECONDS = 0.25
 """Pause before asking again for more when there was nothing."""
+PAUSE_SECONDS = 0.01
 STARVING_SECONDS = 0.25
 """Once the device has waited this long for downloads, more of them are started."""
 GRACE_SECONDS = 2.0
@@ -97,7 +98,7 @@ class Feeder:
         self._held: list[Held] = []
         self._manifests: dict[str, ManifestDue] = {}
         self._contexts: dict[str, tuple[float, Context]] = {}
-        self._stretch = 1
+        self._stretch, self._overtaken = 1, False
         self._ask_at = self._renew_at = 0.0
         self._ended: float | None = 0.0  # when the last shift ended; None during a shift
         self._idle = Event()
@@ -122,20 +123,29 @@ class Feeder:
         self._ended = time.monotonic()
         return bool(self._held)
 
-    def close(self, *, abandon: bool = False) -> None:
-        """Give back what is not begun, unless everything is `abandon`ed, and stop."""
-        self._closed = True
-        self._poke.set()
-        self._thread.join()
-        if not abandon:
-            try:
-                self._withdraw(self._ahead())
-                self._settle_shares()
-            except ServiceUnavailable as error:
-                log.warning("images not given back", extra={"action": "feed", "reason": error.message})
+    def close(self) -> None:
+        """Give back what is not begun, finish what is past the device, and stop. Nobody may run the line any more."""
+        self._stop_thread()
+        self._withdraw(self._ahead())
+        self.line.close()
+        for image in (image for held in self._held for image in held.left()):
+            image.place = "over"
+        try:
+            self._settle_shares()
+        except ServiceUnavailable as error:
+            log.warning("images not given back", extra={"action": "feed", "reason": error.message})
+
+    def abandon(self) -> None:
+        """Drop everything: the leases expire, and what has no record is handed out again."""
+        self._stop_thread()
         for held in self._held:
             held.context.stop.set()
         self.line.abandon()
+
+    def _stop_thread(self) -> None:
+        self._closed = True
+        self._poke.set()
+        self._thread.join()
 
     # --- the feeder's thread --------------------------------------------------------------------
 
@@ -143,6 +153,7 @@ class Feeder:
         while not self._closed:
             self._poke.wait(RETRY_SECONDS if self._held or self._manifests or self._ended is None else None)
             self._poke.clear()
+            time.sleep(PAUSE_SECONDS)  # one look at the shares for many images
             try:
                 self._step()
             except ServiceUnavailable as error:
@@ -159,6 +170,8 @@ class Feeder:
         over = self._ended is not None and time.monotonic() - self._ended > GRACE_SECONDS
         if over or self._stopping():
             self._withdraw(self._ahead())
+        if over:
+            self.line.clear(begun=True)
         for held in self._held:
             if held.context.stop.is_set():
                 self._withdraw(held.left())
@@ -181,7 +194,7 @@ class Feeder:
                 held.context.stop.set()
             elif verdict == "yield" and not mine:
                 self._withdraw([image for image in held.left() if image.place == "queued"])
-                self._ask_at = 0.0
+                self._ask_at, self._overtaken = 0.0, True
         for lane, rate in self.line.speed.rates().items():
             self._ledger.report_rate(lane, self._seat, rate)
         self._look_ahead_less()
@@ -226,6 +239,7 @@ class Feeder:
             if not room:
                 return True
             answer = self._ledger.take(self._request(room))
+            self._overtaken = False
             if isinstance(answer, Share):
                 self._start(answer)
             elif isinstance(answer, ManifestDue):
@@ -249,15 +263,20 @@ class Feeder:
         starving = since is not None and time.monotonic() - since > STARVING_SECONDS
         if starving and 0 < len(ahead) < self._threads and all(image.place == "fetching" for image in ahead):
             self._stretch *= 2
-        room = {lane: self._most(lane) - len(ahead) for lane in self._lanes}
-        return {lane: images for lane, images in room.items() if images > 0 and 2 * images >= self._most(lane)}
+        most = {lane: self._most(lane) for lane in self._lanes}
+        if self._overtaken:  # what comes now goes before what waits
+            return {lane: max(1, images // 2) for lane, images in most.items()}
+        room = {lane: images - len(ahead) for lane, images in most.items()}
+        return {lane: images for lane, images in room.items() if images > 0 and 2 * images >= most[lane]}
 
     def _look_ahead_less(self) -> None:
         """Once the device has enough to do, take less, and give back what was too much for a slow one."""
         if self.line.starving_since is None:
             self._stretch = max(1, self._stretch // 2)
             most = max((self._most(held.context.spec.lane) for held in self._held), default=0)
-            self._withdraw(self._ahead()[2 * most :] if most else [])
+            too_many = self._ahead()[2 * most :]
+            if too_many:
+                self._withdraw(too_many)
 
     def _most(self, lane: str) -> int:
         """Images of a lane that should wait for the device: a few seconds of work, or the next batch where those grow."""
