@@ -60,12 +60,13 @@ class ManifestDue:
 
 @dataclass(frozen=True)
 class Renewal:
-    """The answer to a renewal: the job whose turn it is, and a verdict for each lease.
+    """The answer to a renewal: the job whose turn it is, with its lane, and a verdict for each lease.
 
     ok; yield: give back what is not fetched yet, for the sake of `urgent`; stop: begin nothing more of this job; lost.
     """
 
     urgent: str | None
+    lane: str
     verdicts: list[Verdict]
 
 
@@ -97,8 +98,8 @@ class WorkLedger(ReadLedger):
     def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
         """Extend leases, and learn what has changed."""
         named = [part for lease in leases for part in (lease.job, lease.number if isinstance(lease, Share) else "manifest")]
-        urgent, *verdicts = self._script("renew", child, self._lease_ms, json.dumps(list(lanes)), *named)
-        return Renewal(urgent.decode() or None, [verdict.decode() for verdict in verdicts])
+        urgent, lane, *verdicts = self._script("renew", child, self._lease_ms, json.dumps(list(lanes)), *named)
+        return Renewal(urgent.decode() or None, lane.decode(), [verdict.decode() for verdict in verdicts])
 
     def give_back(self, share: Share, child: str, *, kept: Sequence[int] = (), returned: Sequence[int] = ()) -> bool:
         """Return the images of a share that were not begun; without `kept` images the share ends. False if it was lost.

@@ -1,4 +1,4 @@
-"""What all parts of the ledger share: the connection, keys, Lua scripts and the format of a chunk's items."""
+"""What all parts of the ledger share: the connection, keys, Lua scripts and the format of a pack's items."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -53,6 +53,7 @@ class Slot(Generic[Owner]):
     place: int
     sample: Sample[Any, Any]
     came: float = 0.0
+    first: bool = False
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Batcher(Generic[Owner]):
 
     def __init__(self, wait: float = 0.0) -> None:
         self._wait = wait
-        self._groups: OrderedDict[Hashable, _Group[Owner]] = OrderedDict()
+        self._groups: dict[tuple[Recipe, Hashable], _Group[Owner]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._groups)
@@ -93,12 +94,13 @@ class Batcher(Generic[Owner]):
         keys = [recipe.operation.group_key(sample) for sample in samples]  # before any is queued, in case one raises
         now = time.monotonic()
         first = first and all(now - slot.came < PATIENCE for group in self._groups.values() for slot in group.slots)
-        slots = [(key, Slot(owner, place, sample, now)) for place, (key, sample) in enumerate(zip(keys, samples, strict=True))]
+        slots = [
+            (key, Slot(owner, place, sample, now, first)) for place, (key, sample) in enumerate(zip(keys, samples, strict=True))
+        ]
         for key, slot in reversed(slots) if first else slots:
             group = self._group((recipe, key), slot)
             if first:
                 group.slots.appendleft(slot)
-                self._groups.move_to_end((recipe, key), last=False)
             else:
                 group.slots.append(slot)
 
@@ -124,14 +126,13 @@ class Batcher(Generic[Owner]):
         """The next batch: one or more samples of one group. Call it only if there is one."""
         now = time.monotonic()
         groups = self._groups.items()
-        key, group = next(((key, group) for key, group in groups if group.due() <= now or group.full()), next(iter(groups)))
+        ripe = [entry for entry in groups if entry[1].due() <= now or entry[1].full()] or groups
+        key, group = min(ripe, key=lambda entry: (not entry[1].slots[0].first, entry[1].slots[0].came))
         group.full()
         batch = [group.slots.popleft() for _ in range(min(group.limit, len(group.slots)))]
         for one in self._groups.values():
             one.limit = 0  # this run may change what is known
-        if group.slots:
-            self._groups.move_to_end(key)
-        else:
+        if not group.slots:
             del self._groups[key]
         return group.recipe, batch
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from threading import Event, Thread
 from typing import Protocol
 
+from imagemill.shared.engines import split_lane
 from imagemill.shared.errors import ImagemillError, JobNotFound, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLedger
 from imagemill.worker.line.image import Failed, ImageInFlight
@@ -33,9 +34,16 @@ GRACE_SECONDS = 2.0
 """How long the line goes on without a shift."""
 FIRST_IMAGES = 2
 """Images taken ahead before it is known how fast they are computed; from there, the number grows by what has been computed."""
+SWAP_SECONDS = 20.0
+"""How long an engine works with one model before it opens another, while there is work for both."""
 MOST_CONTEXTS = 32
 CONTEXT_SECONDS = 60.0
 """How long references that a job's images share are kept, also those that could not be fetched."""
+
+
+def engine_of(lane: str) -> tuple[str, str]:
+    """The operation and engine of a lane."""
+    return split_lane(lane)[:2]
 
 
 class Jobs(Protocol):
@@ -64,6 +72,10 @@ class Held:
     started: float = field(default_factory=time.monotonic)
     returned: set[int] = field(default_factory=set)
     """Indexes that the ledger has got back."""
+
+    @property
+    def lane(self) -> str:
+        return self.context.spec.lane
 
     def left(self) -> list[ImageInFlight]:
         """The images that are in the line."""
@@ -98,6 +110,7 @@ class Feeder:
         self._held: list[Held] = []
         self._manifests: dict[str, ManifestDue] = {}
         self._contexts: dict[str, tuple[float, Context]] = {}
+        self._opened: dict[tuple[str, str], tuple[str, float]] = {}  # by engine, the latest lane, and since when
         self._stretch, self._overtaken = 1, False
         self._ask_at = self._renew_at = 0.0
         self._ended: float | None = 0.0  # when the last shift ended; None during a shift
@@ -193,7 +206,8 @@ class Feeder:
             if verdict in ("stop", "lost"):
                 held.context.stop.set()
             elif verdict == "yield" and not mine:
-                self._withdraw([image for image in held.left() if image.place == "queued"])
+                swaps = renewal.lane != held.lane and engine_of(renewal.lane) == engine_of(held.lane)
+                self._withdraw([image for image in held.left() if swaps or image.place == "queued"])
                 self._ask_at, self._overtaken = 0.0, True
         for lane, rate in self.line.speed.rates().items():
             self._ledger.report_rate(lane, self._seat, rate)
@@ -273,7 +287,7 @@ class Feeder:
         """Once the device has enough to do, take less, and give back what was too much for a slow one."""
         if self.line.starving_since is None:
             self._stretch = max(1, self._stretch // 2)
-            most = max((self._most(held.context.spec.lane) for held in self._held), default=0)
+            most = max((self._most(held.lane) for held in self._held), default=0)
             too_many = self._ahead()[2 * most :]
             if too_many:
                 self._withdraw(too_many)
@@ -292,7 +306,19 @@ class Feeder:
         for each in self._held:
             held[each.share.job] = held.get(each.share.job, 0) + len(each.left())
         empty = not self._held
-        return Request(self._child, self._lanes, room, self.line.speed.rates(), held, empty)
+        return Request(self._child, self._lanes_now(), room, self.line.speed.rates(), held, empty)
+
+    def _lanes_now(self) -> list[str]:
+        """The lanes to take work from. An engine keeps one model open, so another's work waits for a while."""
+        if self._overtaken:
+            return self._lanes
+        current = {engine_of(held.lane): held.lane for held in self._held}
+        settled = time.monotonic() - SWAP_SECONDS
+        return [
+            lane
+            for lane in self._lanes
+            if current.get(engine_of(lane), lane) == lane or self._opened[engine_of(lane)][1] < settled
+        ]
 
     def _start(self, share: Share) -> None:
         """Send the images of a share down the line, except those that are recorded already."""
@@ -304,6 +330,9 @@ class Feeder:
         first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
         images = [ImageInFlight(item, context, first=first) for item in share.items if item.index not in recorded]
         self._held.append(Held(share, context, images))
+        lane = context.spec.lane
+        if self._opened.get(engine_of(lane), ("", 0.0))[0] != lane:
+            self._opened[engine_of(lane)] = lane, time.monotonic()
         if share.tried is not None:
             self._isolate(images, share.tried)
         self.line.enter([image for image in images if image.place != "over"])

@@ -1,5 +1,5 @@
 -- ARGV child, lease in ms, its lanes as JSON, then job, share number or 'manifest', ...: extend leases. Returns the job whose
--- turn it is, or '', and for each lease 'ok'; 'yield': give back what is not fetched yet, for the sake of that job;
+-- turn it is, or '', its lane, and for each lease 'ok'; 'yield': give back what is not fetched yet, for the sake of that job;
 -- 'stop': begin nothing more of this job; or 'lost'.
 local child, ends, lanes = ARGV[1], now_ms() + ARGV[2], cjson.decode(ARGV[3])
 ring(now_ms())
@@ -10,14 +10,14 @@ local function find_urgent()
       local job = redis.call('ZRANGE', waiting({lane = owner[2], priority = priority, owner = owner[3]}), 0, 0)[1]
       if job and read(job).left > 0 then
         -- An owner who already has images at work waits for the next share.
-        return {job = job, rank = rank, owner = owner[3], served = redis.call('HEXISTS', RUNNING, owner[3]) == 1}
+        return {job = job, lane = owner[2], rank = rank, owner = owner[3], served = redis.call('HEXISTS', RUNNING, owner[3]) == 1}
       end
     end
   end
 end
 
 local urgent = find_urgent()
-local answer = {urgent and urgent.job or ''}
+local answer = {urgent and urgent.job or '', urgent and urgent.lane or ''}
 for place = 4, #ARGV, 2 do
   local job, number = ARGV[place], ARGV[place + 1]
   local verdict = 'lost'
