@@ -228,13 +228,13 @@ class JobStatus(Model):
 class Node(Model):
     """A worker node's report."""
 
-    model_config = ConfigDict(extra="ignore")  # during an upgrade, newer nodes report more fields
+    model_config = ConfigDict(extra="ignore")  # during an upgrade, nodes report other fields
 
     node: str
     host: str
     pid: int
     device: str
-    lanes: tuple[str, ...]
+    lanes: tuple[str, ...] = ()
     children: int
     ready: bool
     lacks: tuple[str, ...] = Field((), description="why it does not offer everything it is configured for")
