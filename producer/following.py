@@ -107,7 +107,7 @@ class Board(Progress):
             self._bars[status.job] = self.add_task("", total=status.total, failed="")
         self.update(
             self._bars[status.job],
-            description=f"{name} [dim]{status.state}[/dim]",
+            description=f"{name} [dim]{status.why or status.state}[/dim]",
             completed=ended,
             failed=f"{status.failed:,} failed" if status.failed else "",
         )

@@ -77,13 +77,13 @@ def outcome(status: JobStatus) -> str:
 
 def jobs_table(jobs: Sequence[JobStatus]) -> Table:
     """One job per row, in the given order. Columns about owners and waiting are left out where they would be empty."""
-    numbers = _columns("images", "done", "failed", "waiting", "running", "position", "time", justify="right")
-    times, why = _columns("submitted", "starts", "ends"), Column("why it waits", overflow="fold")
-    columns = [*_columns("job", "operation", "engine", "owner", "state"), *numbers, *times, why]
-    optional = ("owner", "waiting", "running", "position", "starts", "ends", "why it waits")
+    wrapped = [Column(name, overflow="fold") for name in ("operation", "owner", "state")]
+    numbers = _columns("images", "done", "failed", "waiting", "running", "ahead", "time", justify="right")
+    columns = [*_columns("job"), *wrapped, *numbers, Column("submitted", overflow="fold"), Column("expected", overflow="fold")]
+    optional = ("owner", "waiting", "running", "ahead", "expected")
     rows = [_cells(job) for job in jobs]
     kept = [place for place, column in enumerate(columns) if column.header not in optional or any(row[place] for row in rows)]
-    table = Table(*(columns[place] for place in kept), box=box.SIMPLE_HEAD)
+    table = Table(*(columns[place] for place in kept), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(*(row[place] for place in kept))
     return table
@@ -91,13 +91,15 @@ def jobs_table(jobs: Sequence[JobStatus]) -> Table:
 
 def _cells(job: JobStatus) -> list[str | Text]:
     """A job's row with all columns."""
-    position = "" if job.position is None else "next" if job.position == 0 else f"{job.position:,} ahead"
-    begun, ends = (brief(at) if at and not job.over else "" for at in (job.starts, job.ends))
+    state = job.state if job.why in (None, job.state) else f"{job.state}, {job.why}"
+    ahead = "" if job.position is None else "next" if job.position == 0 else counted(job.position, "job")
+    begins = brief(job.starts) if job.starts and not job.over else ""
+    ends = f"to {brief(job.ends)}" if job.ends and not job.over else ""
     return [
-        *(job.job, job.operation, job.engine, plain(job.owner or ""), _state(job)),
+        *(job.job, f"{job.operation} ({job.engine})", plain(job.owner or ""), plain(state, STYLES.get(job.state, ""))),
         *(f"{job.total:,}", f"{job.done:,}", _failures(job)),
         *(f"{number:,}" if number else "" for number in (job.waiting, job.running)),
-        *(position, duration(job.seconds), written(job.created), begun, ends, plain(job.why or "")),
+        *(ahead, duration(job.seconds), brief(job.created), f"{begins} {ends}".strip()),
     ]
 
 
@@ -112,7 +114,7 @@ def status_table(status: JobStatus) -> Table:
         ("job", status.job),
         ("operation", f"{status.operation} ({status.engine})"),
         ("owner", plain(status.owner) if status.owner else None),
-        ("state", _state(status)),
+        ("state", Text(status.state, style=STYLES.get(status.state, ""))),
         ("why it waits", plain(status.why) if status.why else None),
         ("images", f"{status.total:,}{duplicates}"),
         ("done", f"{status.done:,}"),
@@ -168,10 +170,6 @@ def summary_table(jobs: Iterable[JobStatus]) -> Table:
 
 def _columns(*names: str, justify: JustifyMethod = "left") -> list[Column]:
     return [Column(name, justify=justify, no_wrap=True) for name in names]
-
-
-def _state(job: JobStatus) -> Text:
-    return Text(job.state, style=STYLES.get(job.state, ""))
 
 
 def _failures(job: JobStatus) -> Text:

@@ -98,11 +98,11 @@ class ReadLedger(Scripts):
         return Lineup(jobs, float(speed or 0))
 
     def _owners(self, lane: str, priority: str) -> list[str]:
-        """The owners with waiting jobs, in the order of their turns; a lane's scores may lag behind the clocks."""
-        waiting = dict(self._redis.zrange(f"imagemill:turns:{lane}:{priority}", 0, -1, withscores=True))
-        clocks = self._redis.zmscore(f"imagemill:clocks:{priority}", list(waiting)) if waiting else []
-        turns = {owner: max(turn, clock or 0) for (owner, turn), clock in zip(waiting.items(), clocks, strict=True)}
-        return [owner.decode() for owner in sorted(turns, key=lambda owner: (turns[owner], owner))]
+        """The owners with waiting jobs, in the order of their turns: by their clocks, then by name."""
+        owners = self._redis.zrange(f"imagemill:turns:{lane}:{priority}", 0, -1)
+        clocks = self._redis.zmscore(f"imagemill:clocks:{priority}", owners) if owners else []
+        turns = sorted(zip((clock or 0 for clock in clocks), owners, strict=True))
+        return [owner.decode() for _, owner in turns]
 
     def jobs(self, most: int = 50) -> list[JobStatus]:
         """The latest `most` jobs, newest first."""

@@ -121,7 +121,7 @@ def test_status_and_jobs_explain_the_order(imagemill: Invoke, ledger: Ledger, fl
     status = imagemill("status", second).stdout
     for text in ("ann", "2 jobs ahead, 60 images of others before it ends", "behind 60 images of others"):
         assert text in status
-    assert "2 ahead" in imagemill("jobs").stdout
+    assert "2 jobs" in imagemill("jobs").stdout
 
 
 def test_help_lists_all_commands(imagemill: Invoke) -> None:
