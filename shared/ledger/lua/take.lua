@@ -5,8 +5,8 @@
 -- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, tries};
 -- or {'share', job, number, earlier attempts or -1, its ranges, then packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
-local now, drain = now_ms(), false
-ring(now)
+ring(now_ms())
+local now, drain, least = now_ms(), false, 0
 
 for _, lane in ipairs(ask.lanes) do
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', manifests(lane), '-inf', now, 'LIMIT', 0, 10)) do
@@ -26,18 +26,20 @@ local function share(job, j, ranges, images, tried)
   redis.call('HSET', key(job, 'shares'), number, cjson.encode(held))
   redis.call('ZADD', LEASED, now + ask.lease, job .. ':' .. number)
   count_running(j.owner, images)
-  local clock = clock_of(j.priority, j.owner)
-  set_clock(j.priority, '', math.max(clock, clock_of(j.priority, '')))
-  move_clock(j.lane, j.priority, j.owner, images)
+  local clock = math.max(clock_of(j.priority, j.owner), least)
+  local latest = math.max(clock, latest_turn(j.lane, j.priority))
+  redis.call('HSET', 'imagemill:latest', j.lane .. ':' .. j.priority, string.format('%.17g', latest))
+  set_clock(j.priority, j.owner, clock)
+  move_clock(j.priority, j.owner, images)
   if j.state == 'queued' then redis.call('HSET', key(job), 'state', 'running', 'started', now) end
   if read(job).left == 0 and redis.call('EXISTS', key(job, 'suspects')) == 0 then dequeue(job) end
-  local answer, last = {'share', job, number, tried, ranges}, -1
+  local answer, seen = {'share', job, number, tried, ranges}, {}
   for _, range in ipairs(pairs_of(ranges)) do
     for place = math.floor(range[1] / pack), math.floor((range[2] - 1) / pack) do
-      if place ~= last then
+      if not seen[place] then
         answer[#answer + 1] = place
         answer[#answer + 1] = redis.call('HGET', key(job, 'packs'), place) or ''
-        last = place
+        seen[place] = true
       end
     end
   end
@@ -66,8 +68,12 @@ local function part(j, mine)
   return math.ceil((j.left + mine) * its / (children > 1 and 2 or 1)) - mine
 end
 
-local function grant(job)
+local function grant(job, line)
   local j = read(job)
+  if not j.state then -- somebody has deleted it
+    leave(line, job)
+    return nil
+  end
   if j.left == 0 then
     if ask.empty then return suspect(job, j) end
     local mark = 'imagemill:draining:' .. job -- one child at a time
@@ -102,11 +108,13 @@ local function grant(job)
 end
 
 for _, priority in ipairs(PRIORITIES) do
-  for place, owner in ipairs(order(ask.lanes, priority, 16)) do
+  local owners
+  owners, least = order(ask.lanes, priority, 16)
+  for place, owner in ipairs(owners) do
     if place > 16 then break end
-    local j = {lane = owner[2], priority = priority, owner = owner[3]}
-    for _, job in ipairs(redis.call('ZRANGE', waiting(j), 0, 7)) do
-      local answer = grant(job)
+    local line = {lane = owner[2], priority = priority, owner = owner[3]}
+    for _, job in ipairs(redis.call('ZRANGE', waiting(line), 0, 7)) do
+      local answer = grant(job, line)
       if answer then return answer end
       if drain then return {'drain'} end
     end
