@@ -23,7 +23,8 @@ Who is next: by priority, then by the owners' clocks (common.lua), then in the o
 
     turns:{lane}:{priority}             zset    owners with waiting jobs -> their clocks
     waiting:{lane}:{priority}:{owner}   zset    jobs with images to hand out -> place in the order of submission
-    clocks:{priority}                   zset    owner -> virtual time; the owner '' is the latest turn
+    clocks:{priority}                   zset    owner -> virtual time
+    latest                              hash    lane:priority -> virtual time of the latest turn
     weights                             hash    owner -> weight
     running                             hash    owner -> images in leased shares
     alarms                              zset    `begin`, `end` or `rise` and a job -> when

@@ -16,6 +16,9 @@ from imagemill.shared.messages import Item, ItemResult, compact
 
 Verdict = Literal["ok", "yield", "stop", "lost"]
 
+EMPTY_SHARES = 100
+"""Most shares without an image that one call skips."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -80,6 +83,14 @@ class WorkLedger(ReadLedger):
 
         'none' if there is nothing for it; 'drain' if it should come back with nothing at hand.
         """
+        for _ in range(EMPTY_SHARES):
+            answer = self._take(request)
+            if not isinstance(answer, Share) or answer.items:
+                return answer
+            self.give_back(answer, request.child)  # nothing but duplicates, whose results come with those of others
+        return "none"
+
+    def _take(self, request: Request) -> Share | ManifestDue | Literal["none", "drain"]:
         lanes = [lane for lane in request.lanes if request.room.get(lane, 0) > 0]
         ask = {**vars(request), "lanes": lanes, "lease": self._lease_ms}
         answer = self._script("take", json.dumps(ask), PACK)
@@ -106,8 +117,8 @@ class WorkLedger(ReadLedger):
 
         Images that are neither kept nor returned are recorded.
         """
-        sizes = (as_text(as_ranges(kept)), len(kept), as_text(as_ranges(returned)), len(returned))
-        return bool(self._script("give_back", share.job, share.number, child, *sizes))
+        parts = (as_text(as_ranges(kept)), len(set(kept)), as_text(as_ranges(returned)))
+        return bool(self._script("give_back", share.job, share.number, child, *parts))
 
     def recorded(self, job: str, indexes: Sequence[int]) -> set[int]:
         """Those of `indexes` that already have a result."""

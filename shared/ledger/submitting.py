@@ -83,7 +83,7 @@ class SubmitLedger(ReadLedger):
             failed = [index for index, result in results if result is not None and result.state == "failed"]
             if failed:
                 self._script("retry", job, *failed)
-        return int(self._script("reopen", job))
+        return int(self._script("reopen", job, self._rise_ms))
 
     def _write(self, name: str, fields: Mapping[Any, Any]) -> None:
         """Write fields that Redis forgets unless the job is sealed."""

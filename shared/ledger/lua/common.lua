@@ -27,27 +27,70 @@ local function read(job)
 end
 
 local function active(j) return j.state == 'queued' or j.state == 'running' end
+local function ended(j) return j.state == 'done' or j.state == 'failed' or j.state == 'cancelled' end
 
 -- Virtual time (start-time fair queueing: Goyal, Vin and Cheng 1996): each image that an owner is given moves the owner's
--- clock by 1 / weight, and the owner whose clock is lowest is next. '' holds the clock of the latest turn: an owner who
--- returns starts there, so nobody saves up turns.
+-- clock by 1 / weight, and the owner whose clock is lowest is next. An owner who returns to a lane starts at the lane's latest
+-- turn, so nobody saves up turns.
 local function clock_of(priority, owner)
   return tonumber(redis.call('ZSCORE', clocks(priority), owner) or 0)
 end
 
-local function set_clock(priority, owner, clock)
-  redis.call('ZADD', clocks(priority), string.format('%.17g', clock), owner)
+local function latest_turn(lane, priority)
+  return tonumber(redis.call('HGET', 'imagemill:latest', lane .. ':' .. priority) or 0)
 end
 
-local function move_clock(lane, priority, owner, images)
+-- Owners share their clock between lanes, but lanes differ in speed. So nobody is more than this ahead or behind for what
+-- happened in other lanes.
+local function minute(lane)
+  return math.max(100, 60 * tonumber(redis.call('HGET', 'imagemill:speed', lane) or 0))
+end
+
+local function waits(priority, owner)
+  for _, lane in ipairs(redis.call('SMEMBERS', LANES)) do
+    if redis.call('ZSCORE', turns(lane, priority), owner) then return true end
+  end
+  return false
+end
+
+local function set_clock(priority, owner, clock)
+  local score = string.format('%.17g', clock)
+  redis.call('ZADD', clocks(priority), score, owner)
+  for _, lane in ipairs(redis.call('SMEMBERS', LANES)) do redis.call('ZADD', turns(lane, priority), 'XX', score, owner) end
+end
+
+local function move_clock(priority, owner, images)
   local weight = tonumber(redis.call('HGET', 'imagemill:weights', owner) or 1)
-  local clock = math.max(0, clock_of(priority, owner) + images / weight)
-  set_clock(priority, owner, clock)
-  redis.call('ZADD', turns(lane, priority), 'XX', string.format('%.17g', clock), owner)
+  set_clock(priority, owner, math.max(0, clock_of(priority, owner) + images / weight))
 end
 
 local function count_running(owner, images)
   if redis.call('HINCRBY', RUNNING, owner, images) <= 0 then redis.call('HDEL', RUNNING, owner) end
+end
+
+-- Count a lane's children and how many images per second they compute.
+local function count_children(lane)
+  local children, alive = 0, {}
+  for _, node in ipairs(redis.call('ZRANGE', 'imagemill:nodes:' .. lane, 0, -1)) do
+    children, alive[node] = children + (redis.call('HGET', 'imagemill:node-children', node) or 0), true
+  end
+  local rates, known, speed = 'imagemill:rates:' .. lane, 0, 0
+  local reports = redis.call('HGETALL', rates)
+  for place = 1, #reports, 2 do
+    if alive[string.match(reports[place], '^(.*)/')] then
+      known, speed = known + 1, speed + reports[place + 1]
+    else
+      redis.call('HDEL', rates, reports[place])
+    end
+  end
+  -- Children that have not computed an image yet are assumed to be as fast as the others.
+  if known > 0 then speed = speed * math.max(1, children / known) end
+  redis.call('HSET', 'imagemill:children', lane, children)
+  redis.call('HSET', 'imagemill:speed', lane, string.format('%.6g', speed))
+end
+
+local function open_lane(lane)
+  if redis.call('SADD', LANES, lane) == 1 then count_children(lane) end
 end
 
 -- Put a job in line if there is something of it to hand out.
@@ -55,49 +98,39 @@ local function enqueue(job)
   local j = read(job)
   if not active(j) or j.paused or j.later or j.cancelled or j.expired then return end
   if j.left == 0 and redis.call('EXISTS', key(job, 'suspects')) == 0 then return end
-  redis.call('SADD', LANES, j.lane)
+  open_lane(j.lane)
   redis.call('ZADD', waiting(j), j.order, job)
   if not redis.call('ZSCORE', turns(j.lane, j.priority), j.owner) then
-    local clock = math.max(clock_of(j.priority, j.owner), clock_of(j.priority, ''))
-    set_clock(j.priority, j.owner, clock)
+    local clock, latest = clock_of(j.priority, j.owner), latest_turn(j.lane, j.priority)
+    if clock > latest and not waits(j.priority, j.owner) then clock = math.min(clock, latest + minute(j.lane)) end
+    clock = math.max(clock, latest)
     redis.call('ZADD', turns(j.lane, j.priority), string.format('%.17g', clock), j.owner)
+    set_clock(j.priority, j.owner, clock)
+  end
+end
+
+local function leave(line, job)
+  if redis.call('ZREM', waiting(line), job) == 1 and redis.call('EXISTS', waiting(line)) == 0 then
+    redis.call('ZREM', turns(line.lane, line.priority), line.owner)
   end
 end
 
 local function dequeue(job)
   local j = read(job)
-  if j.lane and redis.call('ZREM', waiting(j), job) == 1 and redis.call('EXISTS', waiting(j)) == 0 then
-    redis.call('ZREM', turns(j.lane, j.priority), j.owner)
-  end
+  if j.lane then leave(j, job) end
 end
 
--- The first `most` owners of a lane, as {clock, lane, owner}. Scores in other lanes than that of an owner's latest turn are
--- out of date until they come to the front.
-local function heads(lane, priority, most)
-  for _ = 1, most do
-    local found, fresh = redis.call('ZRANGE', turns(lane, priority), 0, most - 1, 'WITHSCORES'), true
-    local owners = {}
-    for place = 1, #found, 2 do
-      local clock = clock_of(priority, found[place])
-      if clock > tonumber(found[place + 1]) then
-        redis.call('ZADD', turns(lane, priority), string.format('%.17g', clock), found[place])
-        fresh = false
-      end
-      owners[#owners + 1] = {clock, lane, found[place]}
-    end
-    if fresh then return owners end
-  end
-  return {}
-end
-
--- Owners in the order of their turns, over several lanes.
+-- The first `most` owners of each lane in the order of their turns, as {clock, lane, owner}; and the least clock that the next
+-- of them should have.
 local function order(lanes, priority, most)
-  local owners = {}
+  local owners, least = {}, 0
   for _, lane in ipairs(lanes) do
-    for _, owner in ipairs(heads(lane, priority, most)) do owners[#owners + 1] = owner end
+    local found = redis.call('ZRANGE', turns(lane, priority), 0, most - 1, 'WITHSCORES')
+    for place = 1, #found, 2 do owners[#owners + 1] = {tonumber(found[place + 1]), lane, found[place]} end
+    if #found > 0 then least = math.max(least, found[2] - minute(lane)) end
   end
   table.sort(owners, function(a, b) if a[1] ~= b[1] then return a[1] < b[1] end return a[2] .. a[3] < b[2] .. b[3] end)
-  return owners
+  return owners, least
 end
 
 -- Keys live until their job ends, and then as long as the settings say.
@@ -118,10 +151,13 @@ end
 local function finish(job, state)
   dequeue(job)
   drop_alarms(job)
-  local lane = redis.call('HGET', key(job), 'lane')
+  local j = read(job)
   redis.call('HSET', key(job), 'state', state)
-  redis.call('ZADD', manifests(lane), now_ms(), job)
-  redis.call('SADD', LANES, lane)
+  redis.call('ZADD', manifests(j.lane), now_ms(), job)
+  open_lane(j.lane)
+  if string.sub(j.owner, 1, 1) == '~' then -- this job was all that it had
+    for _, priority in ipairs(PRIORITIES) do redis.call('ZREM', clocks(priority), j.owner) end
+  end
   if state ~= 'finishing' then
     redis.call('HSET', key(job), 'ended', now_ms())
     redis.call('XADD', key(job, 'events'), '*', 'end', state)
@@ -158,21 +194,24 @@ local function pairs_of(ranges)
 end
 
 -- The worker of a share is dead: what it did not record is handed out again, one image at a time, after everything else.
+-- Returns the number of images of the share, or nil if it has ended.
 local function bury(member)
   local job, number = string.match(member, '^(.*):(%d+)$')
   redis.call('ZREM', LEASED, member)
   local raw = redis.call('HGET', key(job, 'shares'), number)
-  if not raw then return false end
+  if not raw then return nil end
   local share = cjson.decode(raw)
   redis.call('HDEL', key(job, 'shares'), number)
   count_running(share.owner, -share.images)
-  for _, range in ipairs(pairs_of(share.ranges)) do
-    for index = range[1], range[2] - 1 do
-      if redis.call('HEXISTS', key(job, 'results'), index) == 0 then redis.call('RPUSH', key(job, 'suspects'), index) end
+  if active(read(job)) then
+    for _, range in ipairs(pairs_of(share.ranges)) do
+      for index = range[1], range[2] - 1 do
+        if redis.call('HEXISTS', key(job, 'results'), index) == 0 then redis.call('RPUSH', key(job, 'suspects'), index) end
+      end
     end
+    if not finish_if_over(job) then enqueue(job) end
   end
-  if not finish_if_over(job) then enqueue(job) end
-  return true
+  return share.images
 end
 
 -- What is due by now: jobs that may begin, jobs whose deadline has passed, and jobs that have waited long enough to move up.

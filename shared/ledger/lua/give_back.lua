@@ -1,10 +1,13 @@
--- ARGV job, share, child, kept ranges, kept images, returned ranges, returned images: return what a share has not begun.
+-- ARGV job, share, child, kept ranges, kept images, returned ranges: return what a share has not begun.
 -- Without kept ranges, the share ends. Returns 0 if the lease was lost.
 local job, number = ARGV[1], ARGV[2]
 local raw = redis.call('HGET', key(job, 'shares'), number)
 local share = raw and cjson.decode(raw)
 if not share or share.child ~= ARGV[3] then return 0 end
-local kept, returned = tonumber(ARGV[5]), tonumber(ARGV[7])
+local kept, returned, held = tonumber(ARGV[5]), 0, {}
+for _, range in ipairs(pairs_of(share.ranges)) do
+  for index = range[1], range[2] - 1 do held[index] = true end
+end
 count_running(share.owner, kept - share.images)
 if kept == 0 then
   redis.call('HDEL', key(job, 'shares'), number)
@@ -13,17 +16,33 @@ else
   share.ranges, share.images = ARGV[4], kept
   redis.call('HSET', key(job, 'shares'), number, cjson.encode(share))
 end
-if returned > 0 then
-  for _, range in ipairs(pairs_of(ARGV[6])) do
-    if share.alone then
-      redis.call('LPUSH', key(job, 'suspects'), range[1])
-      redis.call('HINCRBY', key(job, 'attempts'), range[1], -1)
-    else
-      redis.call('LPUSH', key(job, 'back'), string.format('%d-%d', range[1], range[2]))
-      redis.call('HINCRBY', key(job), 'back', range[2] - range[1])
-    end
+if not active(read(job)) then return 1 end
+
+local function put_back(first, last)
+  if share.alone then
+    redis.call('LPUSH', key(job, 'suspects'), first)
+    redis.call('HINCRBY', key(job, 'attempts'), first, -1)
+  else
+    redis.call('LPUSH', key(job, 'back'), string.format('%d-%d', first, last))
+    redis.call('HINCRBY', key(job), 'back', last - first)
   end
-  move_clock(share.lane, share.priority, share.owner, -returned)
+  returned = returned + last - first
+end
+
+-- From the last to the first, so that the first is the next to be handed out. What the share no longer holds was returned
+-- before: the child did not get our answer and asks again.
+local ranges = pairs_of(ARGV[6])
+for place = #ranges, 1, -1 do
+  local last = ranges[place][2]
+  while last > ranges[place][1] do
+    local first = last
+    while first > ranges[place][1] and held[first - 1] do first = first - 1 end
+    if first < last then put_back(first, last) end
+    last = math.min(first, last - 1)
+  end
+end
+if returned > 0 and redis.call('ZSCORE', clocks(share.priority), share.owner) then
+  move_clock(share.priority, share.owner, -returned)
 end
 if not finish_if_over(job) then enqueue(job) end
 return 1

@@ -1,6 +1,7 @@
--- ARGV job, 1 to pause or 0 to resume. Returns 0 if the job is over.
+-- ARGV job, 1 to pause or 0 to resume. Returns 0 if the job is over or about to be.
 local job = ARGV[1]
-if not active(read(job)) then return 0 end
+local j = read(job)
+if not active(j) or j.cancelled or j.expired then return 0 end
 if ARGV[2] == '1' then
   dequeue(job)
   redis.call('HSET', key(job), 'paused', now_ms())

@@ -30,9 +30,9 @@ for place = 4, #ARGV, 2 do
   else
     local raw = redis.call('HGET', key(job, 'shares'), number)
     local share = raw and cjson.decode(raw)
-    if share and share.child == child then
+    local j = read(job)
+    if share and share.child == child and j.state then
       redis.call('ZADD', LEASED, ends, job .. ':' .. number)
-      local j = read(job)
       local rank = RANK[j.priority]
       if j.cancelled or j.expired or j.paused then
         verdict = 'stop'

@@ -18,5 +18,5 @@ end
 if redis.call('HGET', key(job), 'priority') == 'low' then
   redis.call('ZADD', ALARMS, math.max(now, begins) + ARGV[8], 'rise ' .. job)
 end
-enqueue(job)
+if not finish_if_over(job) then enqueue(job) end
 return 1

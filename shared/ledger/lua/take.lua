@@ -6,8 +6,8 @@
 -- or {'share', job, number, earlier attempts or -1, rank of its priority, 1 if its owner had nothing running, its ranges, then
 -- packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
-local now, drain = now_ms(), false
-ring(now)
+ring(now_ms())
+local now, drain, least = now_ms(), false, 0
 
 for _, lane in ipairs(ask.lanes) do
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', manifests(lane), '-inf', now, 'LIMIT', 0, 10)) do
@@ -28,18 +28,20 @@ local function share(job, j, ranges, images, tried)
   redis.call('ZADD', LEASED, now + ask.lease, job .. ':' .. number)
   local fresh = redis.call('HEXISTS', RUNNING, j.owner) == 0 and 1 or 0
   count_running(j.owner, images)
-  local clock = clock_of(j.priority, j.owner)
-  set_clock(j.priority, '', math.max(clock, clock_of(j.priority, '')))
-  move_clock(j.lane, j.priority, j.owner, images)
+  local clock = math.max(clock_of(j.priority, j.owner), least)
+  local latest = math.max(clock, latest_turn(j.lane, j.priority))
+  redis.call('HSET', 'imagemill:latest', j.lane .. ':' .. j.priority, string.format('%.17g', latest))
+  set_clock(j.priority, j.owner, clock)
+  move_clock(j.priority, j.owner, images)
   if j.state == 'queued' then redis.call('HSET', key(job), 'state', 'running', 'started', now) end
   if read(job).left == 0 and redis.call('EXISTS', key(job, 'suspects')) == 0 then dequeue(job) end
-  local answer, last = {'share', job, number, tried, RANK[j.priority], fresh, ranges}, -1
+  local answer, seen = {'share', job, number, tried, RANK[j.priority], fresh, ranges}, {}
   for _, range in ipairs(pairs_of(ranges)) do
     for place = math.floor(range[1] / pack), math.floor((range[2] - 1) / pack) do
-      if place ~= last then
+      if not seen[place] then
         answer[#answer + 1] = place
         answer[#answer + 1] = redis.call('HGET', key(job, 'packs'), place) or ''
-        last = place
+        seen[place] = true
       end
     end
   end
@@ -68,8 +70,12 @@ local function part(j, mine)
   return math.ceil((j.left + mine) * its / (children > 1 and 2 or 1)) - mine
 end
 
-local function grant(job)
+local function grant(job, line)
   local j = read(job)
+  if not j.state then -- somebody has deleted it
+    leave(line, job)
+    return nil
+  end
   if j.left == 0 then
     if ask.empty then return suspect(job, j) end
     local mark = 'imagemill:draining:' .. job -- one child at a time
@@ -104,11 +110,13 @@ local function grant(job)
 end
 
 for _, priority in ipairs(PRIORITIES) do
-  for place, owner in ipairs(order(ask.lanes, priority, 16)) do
+  local owners
+  owners, least = order(ask.lanes, priority, 16)
+  for place, owner in ipairs(owners) do
     if place > 16 then break end
-    local j = {lane = owner[2], priority = priority, owner = owner[3]}
-    for _, job in ipairs(redis.call('ZRANGE', waiting(j), 0, 7)) do
-      local answer = grant(job)
+    local line = {lane = owner[2], priority = priority, owner = owner[3]}
+    for _, job in ipairs(redis.call('ZRANGE', waiting(line), 0, 7)) do
+      local answer = grant(job, line)
       if answer then return answer end
       if drain then return {'drain'} end
     end

@@ -3,31 +3,17 @@
 -- number of children for each lane that needs wake-ups.
 local now, lost = now_ms(), 0
 ring(now)
+local images = 0
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', now, 'LIMIT', 0, 1000)) do
-  if bury(member) then lost = lost + 1 end
+  local size = bury(member)
+  if size then lost, images = lost + 1, images + size end
+  if images > 10000 then break end -- the rest in a second: nobody else can use Redis meanwhile
 end
 
 local answer = {lost}
 for _, lane in ipairs(redis.call('SMEMBERS', LANES)) do
-  local nodes, children, alive = 'imagemill:nodes:' .. lane, 0, {}
-  redis.call('ZREMRANGEBYSCORE', nodes, '-inf', now - ARGV[1] * 1000)
-  for _, node in ipairs(redis.call('ZRANGE', nodes, 0, -1)) do
-    children, alive[node] = children + (redis.call('HGET', 'imagemill:node-children', node) or 0), true
-  end
-  local rates, known, speed = 'imagemill:rates:' .. lane, 0, 0
-  local reports = redis.call('HGETALL', rates)
-  for place = 1, #reports, 2 do
-    if alive[string.match(reports[place], '^(.*)/')] then
-      known, speed = known + 1, speed + reports[place + 1]
-    else
-      redis.call('HDEL', rates, reports[place])
-    end
-  end
-  -- Children that have not computed an image yet are assumed to be as fast as the others.
-  if known > 0 then speed = speed * math.max(1, children / known) end
-  redis.call('HSET', 'imagemill:children', lane, children)
-  redis.call('HSET', 'imagemill:speed', lane, string.format('%.6g', speed))
-
+  redis.call('ZREMRANGEBYSCORE', 'imagemill:nodes:' .. lane, '-inf', now - ARGV[1] * 1000)
+  count_children(lane)
   local work = redis.call('EXISTS', manifests(lane)) == 1
   for _, priority in ipairs(PRIORITIES) do work = work or redis.call('EXISTS', turns(lane, priority)) == 1 end
   if not work then
@@ -38,17 +24,20 @@ for _, lane in ipairs(redis.call('SMEMBERS', LANES)) do
   end
 end
 
--- The clock of an owner who has left, once the latest turn has overtaken it, says nothing any more.
+-- The clock of an owner who has left, once the latest turns have overtaken it, says nothing any more.
+local latest = redis.call('HGETALL', 'imagemill:latest')
 for _, priority in ipairs(PRIORITIES) do
-  local latest = string.format('(%.17g', clock_of(priority, ''))
-  local past = redis.call('ZCOUNT', clocks(priority), '-inf', latest)
-  local offset = past > 20 and math.floor(now / 1000) % (past - 19) or 0
-  for _, owner in ipairs(redis.call('ZRANGEBYSCORE', clocks(priority), '-inf', latest, 'LIMIT', offset, 20)) do
-    local waits = false
-    for _, lane in ipairs(redis.call('SMEMBERS', LANES)) do
-      waits = waits or redis.call('ZSCORE', turns(lane, priority), owner)
+  local least = math.huge
+  for place = 1, #latest, 2 do
+    if string.match(latest[place], '[^:]*$') == priority then least = math.min(least, tonumber(latest[place + 1])) end
+  end
+  if least < math.huge then
+    local past = string.format('%.17g', least)
+    local count = redis.call('ZCOUNT', clocks(priority), '-inf', past)
+    local offset = count > 20 and math.floor(now / 1000) % (count - 19) or 0
+    for _, owner in ipairs(redis.call('ZRANGEBYSCORE', clocks(priority), '-inf', past, 'LIMIT', offset, 20)) do
+      if not waits(priority, owner) then redis.call('ZREM', clocks(priority), owner) end
     end
-    if not waits then redis.call('ZREM', clocks(priority), owner) end
   end
 end
 

@@ -1,4 +1,4 @@
-"""Leases and results: one worker per chunk, one result per image."""
+"""Leases and results: every image is at one child, and has one result."""
 
 from __future__ import annotations
 
@@ -8,85 +8,161 @@ from typing import Any
 import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.ledger.leasing import WorkLedger
+from imagemill.shared.ledger.leasing import ManifestDue, Share, WorkLedger
 from imagemill.shared.ledger.submitting import SubmitLedger
-from imagemill.shared.messages import MANIFEST
-from tests.unit.shared.ledger.jobs import counts, done, end_lease, failed, make_job, reap, take, work
+from tests.unit.shared.ledger.jobs import (
+    CHILD,
+    LANE,
+    OTHER,
+    ask,
+    counts,
+    die,
+    done,
+    failed,
+    indexes,
+    make_job,
+    nothing_left,
+    run,
+    take,
+    work,
+    write_manifest,
+)
 from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
 
 
-def test_chunk_belongs_to_one_worker_until_it_is_done(producer: SubmitLedger, worker: WorkLedger) -> None:
-    job = make_job(producer, 2, 1)
-    assert counts(worker, job)[0] == "queued"
-    lease = take(worker, job)
-    assert ([item.index for item in lease.items], lease.lost) == ([0, 1], 0)
-    assert counts(worker, job)[0] == "running"
-    assert worker.acquire(job, 0, task="u", token="u/1") == "held"
-    assert worker.renew(lease) == "ok"
-    assert worker.complete(lease) == "ok"
-    assert worker.acquire(job, 0, task="u", token="u/1") == "gone"
-    assert (worker.renew(lease), worker.complete(lease), worker.release(lease)) == ("lost", "lost", False)
+def renew(worker: WorkLedger, *leases: Share | ManifestDue, child: str = CHILD) -> list[str]:
+    return list(worker.renew(child, [LANE], leases).verdicts)
 
 
-def test_redelivered_task_takes_over_and_counts_as_lost(producer: SubmitLedger, worker: WorkLedger) -> None:
-    job = make_job(producer, 1)
-    first = take(worker, job, task="abc")
-    assert worker.acquire(job, 0, task="ab", token="ab/1") == "held"  # another task, whose ID is a prefix
-    second = take(worker, job, task="abc", delivery=2)
-    assert second.lost == 1
-    assert (worker.renew(first), worker.complete(first), worker.release(first)) == ("lost", "lost", False)
-    assert take(worker, job, task="abc", delivery=3).lost == 2
+# --- giving back ---------------------------------------------------------------------------------
 
 
-def test_chunk_of_expired_lease_is_republished_once(
-    redis_server: EmbeddedRedis, producer: SubmitLedger, worker: WorkLedger, raw: Any
-) -> None:
-    job = make_job(producer, 1, 1)
+def test_images_given_back_are_the_next_to_be_handed_out_and_in_order(producer: SubmitLedger, worker: WorkLedger) -> None:
+    make_job(producer, 200)
+    share = take(worker, room=80)
+    assert worker.give_back(share, CHILD, kept=[0, 50], returned=[1, *range(33, 36), 40, 70])
+    assert indexes(take(worker, OTHER, room=3)) == [1, 33, 34]
+    assert indexes(take(worker, OTHER, room=4)) == [35, 40, 70, 80]
+
+
+def test_images_from_packs_in_mixed_order_are_handed_out_once(producer: SubmitLedger, worker: WorkLedger) -> None:
+    make_job(producer, 64)
+    share = take(worker, room=64)
+    for returned in ([1], [40], [2], [41]):
+        share_left = sorted(share.indexes - set(returned))
+        assert worker.give_back(share, CHILD, kept=share_left, returned=returned)
+        share = Share(share.job, share.number, frozenset(share_left), share.items)
+    assert sorted(indexes(take(worker, OTHER))) == [1, 2, 40, 41]
+
+
+def test_images_given_back_twice_are_handed_out_once(producer: SubmitLedger, worker: WorkLedger) -> None:
+    """The answer to the first call was lost, and the child asks again."""
+    make_job(producer, 6)
+    share = take(worker)
+    for _ in range(2):
+        assert worker.give_back(share, CHILD, kept=[0, 5], returned=[1, 2, 3])
+    worker.record(share.job, done(4))
+    assert indexes(take(worker, OTHER)) == [1, 2, 3]
+    assert ask(worker, OTHER) == "none"
+
+
+def test_share_ends_when_nothing_is_kept(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    job = make_job(producer, 4, owner="ann")
+    share = take(worker)
+    assert raw.hget("imagemill:running", "ann") == "4"
+    worker.record(job, done(0))
+    assert worker.give_back(share, CHILD, kept=[1], returned=[2, 3])
+    assert raw.hget("imagemill:running", "ann") == "1"
+    assert worker.give_back(share, CHILD, returned=[1])
+    assert not worker.give_back(share, CHILD, returned=[1])
+    assert raw.hget("imagemill:running", "ann") is None
+    assert renew(worker, share) == ["lost"]
+    assert [index for _, index in run(worker)] == [1, 2, 3]
+    assert nothing_left(raw)
+
+
+def test_only_its_child_can_give_a_share_back_or_renew_it(producer: SubmitLedger, worker: WorkLedger) -> None:
+    make_job(producer, 2)
+    share = take(worker)
+    assert not worker.give_back(share, OTHER, returned=[0, 1])
+    assert renew(worker, share, child=OTHER) == ["lost"]
+    assert ask(worker, OTHER) == "none"
+    assert renew(worker, share) == ["ok"]
+
+
+# --- renewing ------------------------------------------------------------------------------------
+
+
+def test_share_is_lost_unless_renewed(redis_server: EmbeddedRedis, producer: SubmitLedger, worker: WorkLedger) -> None:
+    make_job(producer, 2)
     brief = WorkLedger(redis_server.url, lease_seconds=0.05)
-    silent, kept = take(brief, job, 0), take(worker, job, 1)
-    republished: list[tuple[str, int]] = []
-    wait_until(lambda: republished.extend(reap(worker, raw)) or republished, "the lease has expired", 20)
-    assert republished == [(job, 0)]
-    assert reap(worker, raw) == []
-    assert (worker.renew(silent), worker.renew(kept)) == ("lost", "ok")
-    assert take(worker, job, 0, task="u").lost == 1
+    silent, kept = take(brief, room=1), take(brief, room=1)
+    assert renew(worker, kept) == ["ok"]
+    lost: list[int] = []
+    wait_until(lambda: lost.append(worker.tend()[0]) or sum(lost), "the lease has expired", 20)
+    assert sum(lost) == 1
+    assert renew(worker, silent, kept) == ["lost", "ok"]
     brief.close()
 
 
-def test_another_worker_takes_chunk_of_expired_lease_without_reaper(
-    producer: SubmitLedger, worker: WorkLedger, raw: Any
-) -> None:
-    job = make_job(producer, 1)
-    late = take(worker, job)
-    end_lease(raw, job, 0)
-    assert take(worker, job, task="u").lost == 1
-    assert worker.complete(late) == "lost"
-    assert reap(worker, raw) == []
+def test_share_yields_to_a_higher_priority(producer: SubmitLedger, worker: WorkLedger) -> None:
+    make_job(producer, 10, owner="ann")
+    shares = [take(worker, room=2), take(worker, room=2)]
+    assert worker.renew(CHILD, [LANE], shares).verdicts == ["ok", "ok"]
+    urgent = make_job(producer, 10, owner="ann", priority="high")
+    renewal = worker.renew(CHILD, [LANE], shares)
+    assert (renewal.urgent, renewal.verdicts) == (urgent, ["yield", "yield"])
+    assert worker.renew(CHILD, [], shares).verdicts == ["ok", "ok"]  # a child that can't work on it
+    assert take(worker, room=10).job == urgent
+    assert worker.renew(CHILD, [LANE], shares).verdicts == ["ok", "ok"]
 
 
-def test_released_chunk_waits_again_and_does_not_count_as_lost(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+def test_share_yields_to_an_owner_who_has_nothing_at_work(producer: SubmitLedger, worker: WorkLedger) -> None:
+    make_job(producer, 10, owner="ann")
+    share = take(worker, room=8)
+    newcomer = make_job(producer, 10, owner="bob")
+    renewal = worker.renew(CHILD, [LANE], [share])
+    assert (renewal.urgent, renewal.verdicts) == (newcomer, ["yield"])
+    assert take(worker, room=2).job == newcomer
+    assert worker.renew(CHILD, [LANE], [share]).verdicts == ["ok"]
+
+
+def test_share_does_not_yield_to_the_same_owner_or_a_lower_priority(producer: SubmitLedger, worker: WorkLedger) -> None:
+    make_job(producer, 2, owner="ann")
+    share = take(worker)
+    assert worker.renew(CHILD, [LANE], [share]).urgent is None
+    for policy in ({"owner": "bob", "priority": "low"}, {"owner": "ann"}):
+        job = make_job(producer, 2, **policy)
+        renewal = worker.renew(CHILD, [LANE], [share])
+        assert (renewal.urgent, renewal.verdicts) == (job, ["ok"])
+
+
+@pytest.mark.parametrize("order", ["pause", "cancel"])
+def test_paused_or_cancelled_job_stops(producer: SubmitLedger, worker: WorkLedger, order: str) -> None:
     job = make_job(producer, 2)
-    lease = take(worker, job)
-    worker.record(job, done(0))
-    assert worker.release(lease)
-    assert not worker.release(lease)
-    assert reap(worker, raw, patience=0.0) == [(job, 0)]
-    again = take(worker, job, task="u")
-    assert again.lost == 0
-    assert worker.recorded(job, [item.index for item in again.items]) == {0}
+    share = take(worker, room=1)
+    assert getattr(producer, order)(job)
+    assert renew(worker, share) == ["stop"]
+    assert ask(worker) == "none"
 
 
-def test_acquire_returns_gone_when_the_job_has_no_such_chunk(producer: SubmitLedger, worker: WorkLedger) -> None:
-    job = make_job(producer, 1, 1)
-    for number in (2, 99, MANIFEST):
-        assert worker.acquire(job, number, task="t", token="t/1") == "gone"
+def test_leases_of_a_deleted_job_are_lost(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    gone = make_job(producer, 1)
+    share = take(worker)
+    raw.delete(f"imagemill:job:{gone}")
+    make_job(producer, 1)
+    kept = take(worker)
+    assert renew(worker, share, ManifestDue(gone, 1), kept) == ["lost", "lost", "ok"]
+
+
+# --- recording ------------------------------------------------------------------------------------
 
 
 def test_result_is_recorded_once_by_concurrent_threads(producer: SubmitLedger, worker: WorkLedger) -> None:
-    job = make_job(producer, 2, duplicates=(0, 0))
-    take(worker, job)
+    job = make_job(producer, 2, duplicates=[0, 0])
+    take(worker)
     start, answers = threading.Barrier(8), []
 
     def record(thread: int) -> None:
@@ -105,31 +181,44 @@ def test_result_is_recorded_once_by_concurrent_threads(producer: SubmitLedger, w
     assert worker.recorded(job, [0, 1, 7]) == {0}
 
 
-def test_job_is_done_when_its_manifest_is_complete(producer: SubmitLedger, worker: WorkLedger) -> None:
-    job = make_job(producer, 2, 1, duplicates=(2,))
-    assert work(worker, job, 0, bad={1}) == "ok"
+def test_result_counts_even_after_the_lease_was_lost(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    job = make_job(producer, 1)
+    share = take(worker)
+    assert die(worker, raw, share) == 1
+    assert worker.record(job, done(0))
+    assert counts(worker, job) == ("finishing", 1, 0)
+    assert not worker.give_back(share, CHILD)
+    write_manifest(worker, job)
+    assert nothing_left(raw)
+
+
+def test_nothing_is_recorded_after_the_end(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job = make_job(producer, 2)
+    share = take(worker, room=1)
+    producer.cancel(job)
+    assert worker.give_back(share, CHILD, returned=[0])
+    assert not worker.record(job, done(0))
+    assert counts(worker, job) == ("cancelled", 0, 0)
+    assert worker.recorded(job, [0]) == set()
+
+
+def test_job_is_over_when_its_manifest_is_written(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job = make_job(producer, 4, duplicates=[2])
+    work(worker, take(worker, room=2), bad={1})
     assert counts(worker, job) == ("running", 1, 1)
-    assert work(worker, job, 1) == "ok"
-    lease = take(worker, job, 2)
-    assert worker.complete(lease) == "finishing"
+    work(worker, take(worker))
     status = worker.status(job)
     assert (status.state, status.over, status.manifest, status.ended) == ("finishing", False, None, None)
-    manifest = take(worker, job, MANIFEST)
-    assert worker.acquire(job, MANIFEST, task="u", token="u/1") == "held"
-    assert worker.complete(manifest, manifest="s3://results/x/m.jsonl") == "ok"
+    write_manifest(worker, job)
     status = worker.status(job)
-    assert (status.state, status.total, status.done, status.failed, status.duplicates) == ("done", 4, 3, 1, 1)
-    assert status.manifest == "s3://results/x/m.jsonl"
+    assert (status.state, status.total, status.done, status.failed, status.duplicates) == ("done", 5, 4, 1, 1)
+    assert status.manifest == "s3://results/x/manifest.jsonl"
     assert status.ended is not None
     assert status.seconds == pytest.approx(status.ended - status.created, abs=0.001)
-    assert worker.acquire(job, MANIFEST, task="u", token="u/1") == "gone"
 
 
-def test_worker_that_lost_the_manifest_cannot_set_its_url(producer: SubmitLedger, worker: WorkLedger) -> None:
-    job = make_job(producer, 1)
-    assert worker.complete(take(worker, job)) == "finishing"
-    late = take(worker, job, MANIFEST)
-    take(worker, job, MANIFEST, delivery=2)
-    assert worker.complete(late, manifest="s3://results/x/m.jsonl") == "lost"
-    status = worker.status(job)
-    assert (status.state, status.manifest) == ("finishing", None)
+def test_job_in_which_every_image_failed_has_failed(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job = make_job(producer, 3, duplicates=[1])
+    run(worker, bad=range(3))
+    assert counts(worker, job) == ("failed", 0, 4)
+    assert worker.status(job).over

@@ -13,26 +13,40 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import JobNotFound
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.ledger.submitting import SubmitLedger
-from imagemill.shared.messages import MANIFEST
-from tests.unit.shared.ledger.jobs import done, failed, make_job, take
+from tests.unit.shared.ledger.jobs import LANE, done, failed, make_job, take, work, write_manifest
 
 pytestmark = pytest.mark.integration
 
 
-def test_rows_have_results_and_duplicates_share_them(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
-    job = make_job(producer, 3, duplicates=(0, 1, 2))
+def test_status_names_owner_lane_and_priority(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job, nobodys = make_job(producer, 1, owner="ann@example.com", priority="high"), make_job(producer, 1)
+    status = worker.status(job)
+    assert (status.owner, status.priority, status.lane) == ("ann@example.com", "high", LANE)
+    assert worker.status(nobodys).owner is None
+    assert [status.job for status in worker.jobs()] == [nobodys, job]
+    assert [status.job for status in worker.jobs(1)] == [nobodys]
+
+
+def test_rows_have_results_and_duplicates_share_them(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job = make_job(producer, 3, duplicates=[0, 1, 2])
+    share = take(worker, room=2)
     worker.record(job, done(0))
     worker.record(job, failed(1))
-    before = [row.state for row in worker.rows(job)]
-    assert before == ["done", "failed", "pending"] * 2
-    assert producer.cancel(job) == "stopped"
+    assert [row.state for row in worker.rows(job)] == ["done", "failed", "pending"] * 2
+    producer.cancel(job)
+    work(worker, share)
     writing = list(worker.rows(job))  # the rows of the manifest
-    worker.complete(take(worker, job, MANIFEST))
+    write_manifest(worker, job)
     assert list(worker.rows(job)) == writing
     assert [row.state for row in writing] == ["done", "failed", "cancelled"] * 2
     assert [row.duplicate_of for row in writing] == [None] * 3 + [0, 1, 2]
     assert writing[3].output == writing[0].output == "s3://results/x/0.png"
     assert writing[4].code == "not_found"
+
+
+def test_rows_skip_gaps(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job = make_job(producer, 100, gaps=range(1, 98))
+    assert [row.index for row in worker.rows(job)] == [0, 98, 99]
 
 
 def test_follow_returns_results_in_order_of_recording(producer: SubmitLedger, worker: WorkLedger) -> None:
@@ -41,11 +55,11 @@ def test_follow_returns_results_in_order_of_recording(producer: SubmitLedger, wo
     assert (place, results) == ("0", [])
     recorder = threading.Timer(0.05, lambda: [worker.record(job, result) for result in (done(2), failed(0))])
     recorder.start()
-    indexes: list[int] = []
-    while len(indexes) < 2:
+    found: list[int] = []
+    while len(found) < 2:
         place, results = worker.follow(job, since=place, wait=60.0)
-        indexes += [result.index for result in results]
-    assert indexes == [2, 0]
+        found += [result.index for result in results]
+    assert found == [2, 0]
     recorder.join()
     assert worker.follow(job, since=place, wait=0.01) == (place, [])
 
@@ -61,11 +75,14 @@ def test_unknown_job_is_named_in_the_error(producer: SubmitLedger, worker: WorkL
         worker.status,
         worker.spec,
         producer.cancel,
+        producer.pause,
+        producer.resume,
+        lambda job: producer.prioritize(job, "high"),
         producer.retry,
         lambda job: list(worker.rows(job)),
     ]
     for call in calls:
         with pytest.raises(JobNotFound, match="260730-00000000"):
             call("260730-00000000")
-    assert worker.acquire("260730-00000000", 0, task="t", token="t/1") == "gone"
+    assert not worker.end_job("260730-00000000", None)
     assert worker.follow("260730-00000000", wait=0.01) == ("0", [])

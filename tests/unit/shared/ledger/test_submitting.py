@@ -1,4 +1,4 @@
-"""Submitting, cancelling and retrying jobs, on a real Redis."""
+"""Submitting jobs, on a real Redis."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from typing import Any
 import pytest
 
 from imagemill.shared.errors import JobNotFound
-from imagemill.shared.ledger.leasing import Lease, WorkLedger
+from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.ledger.scripts import pack, unpack
 from imagemill.shared.ledger.submitting import SUBMITTING_SECONDS, SubmitLedger
-from imagemill.shared.messages import MANIFEST, Chunk, Item
-from tests.unit.shared.ledger.jobs import counts, done, failed, item, keys, make_job, reap, spec, take, work
+from imagemill.shared.messages import Item
+from tests.unit.shared.ledger.jobs import ask, counts, indexes, item, keys, make_job, nothing_left, run, spec, take, work
 
 pytestmark = pytest.mark.integration
 
 
 def test_unsealed_job_is_invisible_and_expires_within_an_hour(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     producer.open_job("job-unsealed", spec())
-    producer.add_chunks("job-unsealed", [(0, [item(0)])])
-    assert worker.acquire("job-unsealed", 0, task="t", token="t/1") == "gone"
-    assert reap(worker, raw, patience=0.0) == []
+    producer.add_packs("job-unsealed", [(0, [item(0)])])
+    assert ask(worker) == "none"
+    assert worker.tend() == (0, [])
     assert worker.jobs() == []
-    assert producer.cancel("job-unsealed") == "over"
-    assert producer.retry("job-unsealed") == []
+    assert not producer.cancel("job-unsealed")
+    assert not producer.pause("job-unsealed")
+    assert not producer.prioritize("job-unsealed", "high")
+    assert producer.retry("job-unsealed") == 0
     assert counts(worker, "job-unsealed") == ("submitting", 0, 0)
     assert all(0 < raw.ttl(key) <= SUBMITTING_SECONDS for key in keys(raw, "job-unsealed"))
     producer.discard("job-unsealed")
@@ -32,19 +34,21 @@ def test_unsealed_job_is_invisible_and_expires_within_an_hour(producer: SubmitLe
 
 def test_seal_fails_when_the_unsealed_job_has_expired(producer: SubmitLedger, raw: Any) -> None:
     producer.open_job("job-slow", spec())
-    producer.add_chunks("job-slow", [(0, [item(0), item(1, 0)])])
+    producer.add_packs("job-slow", [(0, [item(0), item(1, 0)])])
     raw.delete("imagemill:job:job-slow")  # as after an hour
-    with pytest.raises(JobNotFound, match="submit it again"):
-        producer.seal("job-slow", chunks=1, total=2, duplicates={0: 1})
+    with pytest.raises(JobNotFound):
+        producer.seal("job-slow", size=2, total=2, duplicates={0: 1})
     assert all(raw.ttl(key) > 0 for key in keys(raw, "job-slow"))
     producer.discard("job-slow")
     assert raw.keys("*job-slow*") == []
 
 
-def test_seal_fails_the_second_time(producer: SubmitLedger) -> None:
+def test_seal_fails_the_second_time(producer: SubmitLedger, worker: WorkLedger) -> None:
     job = make_job(producer, 2)
-    with pytest.raises(JobNotFound):
-        producer.seal(job, chunks=1, total=2, duplicates={})
+    take(worker)
+    with pytest.raises(JobNotFound, match="submit it again"):
+        producer.seal(job, size=2, total=2, duplicates={})
+    assert ask(worker) == "none"
 
 
 def test_unpack_restores_packed_items() -> None:
@@ -52,80 +56,32 @@ def test_unpack_restores_packed_items() -> None:
     assert unpack(pack(items)) == items
 
 
-def test_cancel_closes_waiting_chunks_and_notifies_workers(producer: SubmitLedger, worker: WorkLedger) -> None:
-    job = make_job(producer, 1, 1, 1)
-    assert work(worker, job, 0) == "ok"
-    lease = take(worker, job, 1)
-    assert producer.cancel(job) == "stopping"
-    assert worker.acquire(job, 2, task="u", token="u/1") == "gone"
-    assert worker.renew(lease) == "cancelled"
-    assert producer.cancel(job) == "stopping"  # a second time does no harm
-    assert worker.complete(lease) == "finishing"
-    assert producer.cancel(job) == "over"
-    manifest = take(worker, job, MANIFEST)
-    assert worker.renew(manifest) == "ok"  # a cancelled job gets a manifest too
-    worker.complete(manifest)
-    assert counts(worker, job) == ("cancelled", 1, 0)
-    assert producer.cancel(job) == "over"
+@pytest.mark.parametrize(("images", "gaps"), [(1, ()), (32, ()), (33, ()), (100, range(20, 70)), (70, (0, 31, 32, 69))])
+def test_every_image_is_handed_out_once(producer: SubmitLedger, worker: WorkLedger, raw: Any, images: int, gaps: Any) -> None:
+    job = make_job(producer, images, gaps=gaps)
+    assert run(worker) == [(job, index) for index in range(images) if index not in gaps]
+    assert counts(worker, job) == ("done", images - len(gaps), 0)
+    assert nothing_left(raw)
 
 
-def test_cancel_stops_at_once_when_no_worker_has_a_chunk(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
-    job = make_job(producer, 1, 1)
-    worker.release(take(worker, job))
-    assert producer.cancel(job) == "stopped"
-    assert counts(worker, job)[0] == "finishing"
-    assert reap(worker, raw, patience=0.0) == [(job, MANIFEST)]
+def test_duplicates_count_with_their_originals_and_are_not_handed_out(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job = make_job(producer, 3, duplicates=[0, 0, 2])
+    share = take(worker)
+    assert indexes(share) == [0, 1, 2]
+    work(worker, share, bad={2})
+    assert counts(worker, job) == ("finishing", 4, 2)
+    assert worker.status(job).duplicates == 3
 
 
-def test_retry_queues_only_failed_and_unprocessed_images(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
-    job = make_job(producer, 2, 2, 2, 1, duplicates=(1,))
-    assert producer.retry(job) == []
-    work(worker, job, 0, bad={1})
-    work(worker, job, 1)
-    lease = take(worker, job, 2)
-    worker.record(job, done(4))
-    assert producer.cancel(job) == "stopping"
-    worker.complete(lease)
-    worker.complete(take(worker, job, MANIFEST))
-    assert counts(worker, job) == ("cancelled", 4, 2)
-    assert producer.retry(job) == [Chunk(job=job, number=number, images=1) for number in (0, 2, 3)]
-    assert producer.retry(job) == []
-    assert counts(worker, job) == ("queued", 4, 0)
-    assert worker.status(job).ended is None
-    assert [worker.recorded(job, [index]) != set() for index in range(7)] == [True, False, True, True, True, False, False]
-    assert worker.acquire(job, 1, task="t", token="t/1") == "gone"
-    assert worker.renew(take(worker, job, 0)) == "ok"  # no longer cancelled
-    assert sorted(reap(worker, raw, patience=0.0)) == [(job, 2), (job, 3)]
-    worker.release(Lease(job, 0, "t/1", 0, []))
-    assert [work(worker, job, number) for number in (0, 2, 3)] == ["ok", "ok", "finishing"]
-    assert counts(worker, job) == ("done", 8, 0)
-    assert producer.retry(job) == []
+def test_child_does_not_get_shares_of_duplicates_alone(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job, next_job = make_job(producer, 2, duplicates=[0] * 70), make_job(producer, 1)
+    assert take(worker, room=2).job == job
+    share = take(worker, room=8)
+    assert (share.job, indexes(share)) == (next_job, [0])
 
 
-def test_retry_resets_attempts_and_lost_workers(producer: SubmitLedger, worker: WorkLedger) -> None:
-    job = make_job(producer, 1)
-    take(worker, job)
-    assert take(worker, job, delivery=2).lost == 1
-    assert [worker.count_attempt(job, 0) for _ in range(3)] == [1, 2, 3]
-    worker.forget_attempt(job, 0)
-    assert worker.attempts(job, [0, 1]) == {0: 2, 1: 0}
-    worker.count_attempt(job, 0)
-    assert worker.attempts(job, [0, 1]) == {0: 3, 1: 0}
-    worker.record(job, failed(0))
-    worker.complete(Lease(job, 0, "t/2", 1, []))
-    worker.complete(take(worker, job, MANIFEST))
-    producer.retry(job)
-    assert worker.attempts(job, [0]) == {0: 0}
-    assert take(worker, job).lost == 0
-
-
-def test_late_manifest_does_not_end_a_retried_job(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
-    job = make_job(producer, 1)
-    work(worker, job, 0, bad={0})
-    raw.hset(f"imagemill:job:{job}", "state", "finishing")
-    manifest = take(worker, job, MANIFEST)
-    raw.hset(f"imagemill:job:{job}", "state", "done")
-    assert len(producer.retry(job)) == 1
-    assert worker.complete(manifest) == "lost"
-    assert work(worker, job, 0) == "finishing"
-    assert counts(worker, job) == ("done", 1, 0)
+def test_job_without_images_is_over_at_once(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    job = make_job(producer, 0)
+    assert run(worker) == []
+    assert worker.status(job).over
+    assert nothing_left(raw)

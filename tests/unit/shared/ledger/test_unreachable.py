@@ -9,34 +9,37 @@ from typing import Any
 import pytest
 
 from imagemill.shared.errors import BrokerUnavailable
-from imagemill.shared.ledger.leasing import Lease
+from imagemill.shared.ledger.leasing import Request, Share
 from tests.ledgers import Ledger
-from tests.unit.shared.ledger.jobs import done, item, spec
+from tests.unit.shared.ledger.jobs import CHILD, LANE, done, item, spec
 
-LEASE = Lease("job-lost", 0, "t/1", 0, [])
+SHARE = Share("job-lost", 1, frozenset({0}), [item(0)])
 CALLS: dict[str, Callable[[Ledger], Any]] = {
     "open_job": lambda ledger: ledger.open_job("job-lost", spec()),
-    "add_chunks": lambda ledger: ledger.add_chunks("job-lost", [(0, [item(0)])]),
-    "seal": lambda ledger: ledger.seal("job-lost", chunks=1, total=1, duplicates={0: 1}),
+    "add_packs": lambda ledger: ledger.add_packs("job-lost", [(0, [item(0)])]),
+    "seal": lambda ledger: ledger.seal("job-lost", size=1, total=1, duplicates={0: 1}),
     "discard": lambda ledger: ledger.discard("job-lost"),
-    "acquire": lambda ledger: ledger.acquire("job-lost", 0, task="t", token="t/1"),
-    "renew": lambda ledger: ledger.renew(LEASE),
+    "take": lambda ledger: ledger.take(Request(CHILD, [LANE], {LANE: 1})),
+    "renew": lambda ledger: ledger.renew(CHILD, [LANE], [SHARE]),
+    "give_back": lambda ledger: ledger.give_back(SHARE, CHILD, returned=[0]),
     "recorded": lambda ledger: ledger.recorded("job-lost", [0]),
     "record": lambda ledger: ledger.record("job-lost", done(0)),
-    "complete": lambda ledger: ledger.complete(LEASE, manifest="s3://results/m"),
-    "release": lambda ledger: ledger.release(LEASE),
-    "count_attempt": lambda ledger: ledger.count_attempt("job-lost", 0),
-    "forget_attempt": lambda ledger: ledger.forget_attempt("job-lost", 0),
-    "attempts": lambda ledger: ledger.attempts("job-lost", [0]),
-    "reap": lambda ledger: ledger.reap("cpu@a"),
+    "end_job": lambda ledger: ledger.end_job("job-lost", "s3://results/m"),
+    "report_rate": lambda ledger: ledger.report_rate(LANE, CHILD, 1.0),
+    "set_weights": lambda ledger: ledger.set_weights({"ann": 2.0}),
+    "tend": lambda ledger: ledger.tend(),
+    "bury": lambda ledger: ledger.bury(CHILD),
+    "lead": lambda ledger: ledger.lead("cpu@a", 5.0),
     "spec": lambda ledger: ledger.spec("job-lost"),
     "status": lambda ledger: ledger.status("job-lost"),
     "jobs": lambda ledger: ledger.jobs(),
     "rows": lambda ledger: list(ledger.rows("job-lost")),
     "follow": lambda ledger: ledger.follow("job-lost"),
     "cancel": lambda ledger: ledger.cancel("job-lost"),
+    "pause": lambda ledger: ledger.pause("job-lost"),
+    "resume": lambda ledger: ledger.resume("job-lost"),
+    "prioritize": lambda ledger: ledger.prioritize("job-lost", "high"),
     "retry": lambda ledger: ledger.retry("job-lost"),
-    "chunk": lambda ledger: ledger.chunk("job-lost", 0),
 }
 
 
