@@ -162,9 +162,7 @@ class Ledgers(RuleBasedStateMachine):
             next(job for job in due if job.id == answer.job).manifest = "leased"
             return "manifest"
         # What this child must get before anything of a lower priority.
-        urgent = [
-            job for job in offered if job.waits and ((job.free and not held[job.id]) or (job.suspects and not at_hand))
-        ]
+        urgent = [job for job in offered if job.waits and ((job.free and not held[job.id]) or (job.suspects and not at_hand))]
         if isinstance(answer, Share):
             job = next(job for job in offered if job.id == answer.job)
             self.check_share(job, answer, child, room, empty=not at_hand)
