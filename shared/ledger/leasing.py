@@ -76,7 +76,7 @@ class Renewal:
 class WorkLedger(ReadLedger):
     """Hands out shares and records results."""
 
-    scripts = ("take", "renew", "record", "give_back", "end_job", "tend", "bury")
+    scripts = (*ReadLedger.scripts, "take", "renew", "record", "give_back", "end_job", "tend", "bury")
 
     def take(self, request: Request) -> Share | ManifestDue | Literal["none", "drain"]:
         """The next share for this child: of the job whose turn it is, as many images as it has room for, within its part.

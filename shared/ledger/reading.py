@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 from imagemill.shared.connection import longest_wait, reachable
 from imagemill.shared.errors import JobNotFound
@@ -25,6 +25,8 @@ class Lineup:
 class ReadLedger(Scripts):
     """Reads jobs."""
 
+    scripts: ClassVar[tuple[str, ...]] = ("ring",)
+
     def spec(self, job: str) -> Job:
         """The job's spec as submitted."""
         raw = self._redis.hget(key(job), "spec")
@@ -34,6 +36,13 @@ class ReadLedger(Scripts):
 
     def status(self, job: str) -> JobStatus:
         """The job's state and counts; cheap. Only what needs no look at other jobs: `position` and the like stay None."""
+        status = self._status(job)
+        if status.until and not status.over and status.created + status.seconds > status.until:
+            self._script("ring")  # no node has noticed yet; perhaps none runs
+            status = self._status(job)
+        return status
+
+    def _status(self, job: str) -> JobStatus:
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(key(job))
             pipe.hlen(key(job, "shares"))

@@ -19,7 +19,7 @@ SUBMITTING_SECONDS = 3600
 class SubmitLedger(ReadLedger):
     """Writes jobs."""
 
-    scripts = ("seal", "cancel", "pause", "prioritize", "retry", "reopen")
+    scripts = (*ReadLedger.scripts, "seal", "cancel", "pause", "prioritize", "retry", "reopen")
 
     def open_job(self, job: str, spec: Job) -> None:
         """Start a job. Workers see none of it until `seal`."""

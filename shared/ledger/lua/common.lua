@@ -180,7 +180,7 @@ local function finish_if_over(job)
     local lapsed = counts[1] - (counts[2] or 0) - (counts[3] or 0)
     redis.call('HSET', key(job), 'lapsed', lapsed)
     redis.call('HINCRBY', key(job), 'failed', lapsed)
-    finish(job, 'finishing')
+    finish(job, tonumber(counts[2] or 0) > 0 and 'done' or 'failed')
   else
     return false
   end
