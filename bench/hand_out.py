@@ -180,14 +180,14 @@ def _report_nodes(url: str, nodes: int) -> None:
 
 
 def _schedule(ledger: WorkLedger) -> None:
-    """Hand out all images, in steps of half a second: children renew every second; every 1.5 s they end a share and take one."""
+    """Hand out all images, in steps of half a second: children renew every second, and every 1.5 s they take the next share."""
     shares: dict[str, deque[Share]] = {f"n{number}/0": deque() for number in range(CHILDREN)}
     for step in count():
         for child, mine in shares.items():
             if step % 2 == 0 and mine:
                 ledger.renew(child, [LANE], list(mine))
             if step % 3 == 0:
-                if mine and (len(mine) == 2 or step > 3):
+                if mine and step > 3:
                     ledger.give_back(mine.popleft(), child)
                 share = ledger.take(_ask(child, SHARE))
                 if isinstance(share, Share):

@@ -18,7 +18,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +101,9 @@ class StandInNodes:
 
     def kill(self, node: WorkerProcess) -> None:
         """Send SIGKILL to a node and its children, as if its host had lost power."""
-        with suppress(ProcessLookupError):  # it is a session of its own
-            os.killpg(node.process.pid, signal.SIGKILL)
-        node.process.wait()
+        if node.process.poll() is None:
+            os.killpg(node.process.pid, signal.SIGKILL)  # it is a session of its own
+            node.process.wait()
 
     def on_devices(self) -> int:
         """How many images are on a device now."""
