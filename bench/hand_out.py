@@ -264,7 +264,7 @@ def _redis_cpu(client: redis.Redis) -> float:
 
 
 def _submit_long_job(url: str) -> None:
-    """Submit the long job; print its id, and this process's memory after 100,000 images and at the end."""
+    """Submit the long job; print its id, and this process's memory after 100,000 images and after the last."""
     process, memory = psutil.Process(), {}
 
     def rows() -> Iterator[SourceRow]:
@@ -272,10 +272,11 @@ def _submit_long_job(url: str) -> None:
             if number == SHORT:
                 memory["first"] = process.memory_info().rss
             yield SourceRow("list", {"source": source})
+        memory["last"] = process.memory_info().rss  # afterwards, what was kept for the check of the list is freed
 
     with Client(load_settings(redis_url=url)) as client:
         job = client.submit(rows(), SPEC).job
-    print(json.dumps({"job": job, **memory, "last": process.memory_info().rss}))
+    print(json.dumps({"job": job, **memory}))
 
 
 if __name__ == "__main__":
