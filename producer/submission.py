@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from imagemill.producer.duplicates import Firsts
 from imagemill.producer.sources import BadRow, SourceRow, parse, refused
 from imagemill.shared.errors import InvalidSource
 from imagemill.shared.messages import Item, Job
@@ -54,7 +55,7 @@ class ListCheck:
 
     def accepted(self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool) -> Iterator[Item]:
         """The items of valid rows. After a bad row, unless `skip_invalid`, the rest is only checked, not yielded."""
-        originals: dict[int, int] = {}  # first 64 bits of an item's digest -> index of the first item that has it
+        firsts = Firsts()
         for index, row in enumerate(sources):
             item = row if isinstance(row, BadRow) else _checked(row, index, spec)
             if isinstance(item, BadRow):
@@ -63,7 +64,7 @@ class ListCheck:
                     self.bad.append(item)
                 continue
             self.total, self.size = self.total + 1, index + 1
-            original = originals.setdefault(int(item.digest[:16], 16), index)
+            original = firsts.first(item.digest, index)
             if original != index:
                 self.duplicates[original] = self.duplicates.get(original, 0) + 1
                 item = item.model_copy(update={"duplicate_of": original})

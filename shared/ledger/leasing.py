@@ -102,9 +102,8 @@ class WorkLedger(ReadLedger):
         job, number, tried, rank, fresh, ranges, *packs = answer[1:]
         earlier = int(tried) if int(tried) >= 0 else None
         wanted = indexes_in(ranges.decode())
-        items = [item for raw in packs[1::2] if raw for item in unpack(raw)]
-        mine = [item for item in items if item.index in wanted and item.duplicate_of is None]
-        return Share(job.decode(), int(number), frozenset(wanted), mine, earlier, int(rank), bool(fresh))
+        items = [item for raw in packs[1::2] if raw for item in unpack(raw, wanted) if item.duplicate_of is None]
+        return Share(job.decode(), int(number), frozenset(wanted), items, earlier, int(rank), bool(fresh))
 
     def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
         """Extend leases, and learn what has changed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from importlib.resources import files
 from typing import Any, ClassVar, Self
 
@@ -56,6 +56,7 @@ def pack(items: Sequence[Item]) -> bytes:
     return zlib.compress(("[" + ",".join(compact(item) for item in items) + "]").encode(), 9)
 
 
-def unpack(data: bytes) -> list[Item]:
-    """The inverse of `pack`."""
-    return [Item.model_validate(fields) for fields in json.loads(zlib.decompress(data))]
+def unpack(data: bytes, wanted: Container[int] | None = None) -> list[Item]:
+    """The inverse of `pack`, or only the items with `wanted` indexes."""
+    rows = json.loads(zlib.decompress(data))
+    return [Item.model_validate(fields) for fields in rows if wanted is None or fields["index"] in wanted]
