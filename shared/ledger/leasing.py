@@ -140,7 +140,7 @@ class WorkLedger(ReadLedger):
             pipe.execute()
 
     def tend(self) -> tuple[int, list[str]]:
-        """What some node must do every second: returns the number of shares of dead workers, and the lanes that need a wake-up."""
+        """What some node must do every second; returns the number of shares of dead workers, and the lanes to wake up."""
         lost, *lanes = self._script("tend", NODE_SECONDS)
         return int(lost), [lane.decode() for lane in lanes]
 

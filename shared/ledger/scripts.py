@@ -1,4 +1,4 @@
-"""What all parts of the ledger share: the connection, keys, Lua scripts and the format of a chunk's items."""
+"""What all parts of the ledger share: the connection, keys, Lua scripts and the format of a pack."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ class Scripts(Connected):
     scripts: ClassVar[tuple[str, ...]] = ()
     """Names of the files in `lua/` that a subclass runs."""
 
-    def __init__(
-        self, url: str, *, expire_days: float = 7.0, lease_seconds: float = 20.0, rise_hours: float = 1.0
-    ) -> None:
+    def __init__(self, url: str, *, expire_days: float = 7.0, lease_seconds: float = 20.0, rise_hours: float = 1.0) -> None:
         super().__init__(url)
         self._ttl = int(expire_days * 86_400)
         self._lease_ms = int(lease_seconds * 1000)

@@ -19,9 +19,7 @@ DAYS = 7 * 86_400
 """The default expiry in seconds."""
 
 
-def test_no_key_of_a_job_expires_before_it_ends_and_then_all_do(
-    producer: SubmitLedger, worker: WorkLedger, raw: Any
-) -> None:
+def test_no_key_of_a_job_expires_before_it_ends_and_then_all_do(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     job = make_job(producer, 4, duplicates=[0], until=hours(1))
     first, second = take(worker, room=2), take(worker, room=1)
     running: list[Callable[[], Any]] = [

@@ -64,9 +64,7 @@ def test_shares_of_a_dead_child_are_handed_out_at_once(producer: SubmitLedger, w
     assert sorted(index for _, index in run(worker)) == [0, 1, 1, 2]
 
 
-def test_children_and_their_speed_are_counted(
-    producer: SubmitLedger, worker: WorkLedger, fleet: Fleet, raw: Any
-) -> None:
+def test_children_and_their_speed_are_counted(producer: SubmitLedger, worker: WorkLedger, fleet: Fleet, raw: Any) -> None:
     make_job(producer, 1)
     worker.tend()
     assert measured(raw) == (0, 0)
@@ -81,9 +79,7 @@ def test_children_and_their_speed_are_counted(
     assert fleet.rates(LANE) == {"cpu@a/1": 3.0, "cpu@a/2": 1.0}
 
 
-def test_silent_node_and_its_rates_are_forgotten(
-    producer: SubmitLedger, worker: WorkLedger, fleet: Fleet, raw: Any
-) -> None:
+def test_silent_node_and_its_rates_are_forgotten(producer: SubmitLedger, worker: WorkLedger, fleet: Fleet, raw: Any) -> None:
     make_job(producer, 1)
     for name in ("cpu@a", "cpu@b"):
         report(fleet, name)
