@@ -27,8 +27,8 @@ class Firsts:
     @cached_property
     def _file(self) -> sqlite3.Connection:
         connection = sqlite3.connect("", isolation_level=None)  # a file that SQLite deletes by itself
-        connection.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; CREATE TABLE firsts (digest INTEGER PRIMARY KEY, place INTEGER);"
-        )
+        connection.execute("PRAGMA journal_mode = OFF")
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("CREATE TABLE firsts (digest INTEGER PRIMARY KEY, place INTEGER)")
         connection.execute("BEGIN")
         return connection

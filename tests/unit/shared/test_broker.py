@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import base64
 import gc
-import importlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis
-from kombu.utils.scheduling import round_robin_cycle
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.broker import Publisher, make_app, queues
 from imagemill.shared.errors import BrokerUnavailable
-from imagemill.shared.messages import MANIFEST, Chunk, Job, Output, Policy
+from imagemill.shared.messages import WakeUp
 from imagemill.shared.settings import Settings
 
-JOB = "260730-1f0c9a3e"
-OUT = Output(url="s3://results/x")
+LANE = "stylize.opencv"
 
 
 def settings_for(url: str = "redis://:hush@127.0.0.1:1/0", **worker: Any) -> Settings:
     return Settings(_env_file=None, redis_url=url, worker=worker)  # type: ignore[call-arg]
-
-
-def chunk(number: int = 0, images: int = 256) -> Chunk:
-    return Chunk(job=JOB, number=number, images=images)
 
 
 @pytest.fixture
@@ -84,13 +76,8 @@ def test_lost_redis_is_noticed_soon_and_awaited_without_limit() -> None:
     assert longest < 10
 
 
-def test_kombu_uses_our_queue_order() -> None:
-    options = make_app(settings_for()).conf.broker_transport_options
-    module, _, name = options["queue_order_strategy"].partition(":")
-    ours = getattr(importlib.import_module(module), name)
-    theirs = {name for name in vars(round_robin_cycle) if name[0] != "_"}
-    assert theirs <= set(vars(ours))
-    assert options["priority_steps"] == [0]
+def test_every_lane_has_one_queue() -> None:
+    assert make_app(settings_for()).conf.broker_transport_options["priority_steps"] == [0]
 
 
 def test_queues_are_bound_to_their_names() -> None:
@@ -103,89 +90,52 @@ def test_displayed_configuration_contains_no_password() -> None:
     assert "hush" not in " ".join([*shown, str(app.conf.table(with_defaults=True))])
 
 
-# --- publishing -------------------------------------------------------------------------------
+# --- wake-ups ---------------------------------------------------------------------------------
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("spec", "number", "queue", "task"),
+    ("lane", "node", "queue", "task"),
     [
-        (Job(operation="stylize", output=OUT), 0, "imagemill.stylize.opencv", "imagemill.stylize"),
-        (Job(operation="inpaint", output=OUT), 7, "imagemill.inpaint.opencv", "imagemill.inpaint"),
-        (
-            Job(operation="stylize", output=OUT, policy=Policy(priority="high")),
-            0,
-            "imagemill.stylize.opencv.high",
-            "imagemill.stylize",
-        ),
-        (
-            Job(operation="stylize", output=OUT, policy=Policy(priority="low")),
-            0,
-            "imagemill.stylize.opencv.low",
-            "imagemill.stylize",
-        ),
-        (
-            Job(operation="stylize", output=OUT, policy=Policy(priority="low")),
-            MANIFEST,
-            "imagemill.stylize.opencv.high",
-            "imagemill.manifest",
-        ),
+        ("stylize.opencv", None, "imagemill.stylize.opencv", "imagemill.stylize"),
+        ("inpaint.lama.lama", None, "imagemill.inpaint.lama.lama", "imagemill.inpaint"),
+        ("inpaint.lama.lama", "gpu0@a", "imagemill.node.gpu0@a", "imagemill.inpaint"),
     ],
 )
-def test_message_goes_to_its_queue(publisher: Publisher, raw: Any, spec: Job, number: int, queue: str, task: str) -> None:
-    assert publisher.publish([(chunk(number), spec)]) == 1
+def test_message_goes_to_its_queue(publisher: Publisher, raw: Any, lane: str, node: str | None, queue: str, task: str) -> None:
+    publisher.wake(lane, node=node)
     ((name, (message,)),) = published(raw).items()
     assert name == queue
     assert message["headers"]["task"] == task
     assert message["content-type"] == "application/json"
     _, arguments, _ = json.loads(base64.b64decode(message["body"]))
-    assert Chunk.model_validate(arguments) == chunk(number)
+    assert WakeUp.model_validate(arguments) == WakeUp(lane=lane)
 
 
 @pytest.mark.integration
 def test_messages_are_small_and_readable_in_flower(publisher: Publisher, raw: Any) -> None:
-    publisher.publish(
-        [(chunk(3), Job(operation="stylize", output=OUT)), (chunk(MANIFEST, 0), Job(operation="stylize", output=OUT))]
-    )
-    found = published(raw)
-    shown = [message["headers"]["kwargsrepr"] for messages in found.values() for message in messages]
-    assert sorted(shown) == [f"job={JOB}", f"job={JOB}, chunk=3, images=256"]
-    sizes = [len(text) for name in found for text in raw.lrange(name, 0, -1)]
-    assert max(sizes) < 1200
-    assert not any("://" in text for name in found for text in raw.lrange(name, 0, -1))
+    publisher.wake(LANE)
+    ((text,),) = [raw.lrange(name, 0, -1) for name in published(raw)]
+    assert json.loads(text)["headers"]["kwargsrepr"] == LANE
+    assert len(text) < 1200
 
 
 @pytest.mark.integration
-def test_large_job_keeps_its_order_and_needs_few_connections(publisher: Publisher, raw: Any) -> None:
+def test_many_wake_ups_need_few_connections(publisher: Publisher, raw: Any) -> None:
     gc.collect()  # closes connections of earlier tests
-    before, more = len(raw.client_list()), []
-
-    def chunks(count: int) -> Iterator[tuple[Chunk, Job]]:
-        for number in range(count):
-            yield chunk(number), Job(operation="stylize", output=OUT)
-        more.append(len(raw.client_list()) - before)
-
-    for count in (3, 2500, 3, 3):
-        raw.delete("imagemill.stylize.opencv")
-        gc.collect()
-        assert publisher.publish(chunks(count)) == count
-        (messages,) = published(raw).values()
-        arguments = [json.loads(base64.b64decode(message["body"]))[1] for message in messages]
-        assert [chunk["number"] for chunk in arguments] == list(range(count))
-    assert max(more) <= 2  # kombu's: one to check Redis, one for the messages
-
-
-@pytest.mark.integration
-def test_publishing_nothing_is_not_an_error(publisher: Publisher, raw: Any) -> None:
-    assert publisher.publish([]) == 0
-    assert published(raw) == {}
+    before = len(raw.client_list())
+    for count in (0, 3, 50):
+        raw.delete(f"imagemill.{LANE}")
+        publisher.wake(LANE, count)
+        assert raw.llen(f"imagemill.{LANE}") == count
+    assert len(raw.client_list()) - before <= 2  # kombu's: one to check Redis, one for the messages
 
 
 @pytest.mark.timeout(30)  # seconds are promised; Celery's default is to retry forever
 @pytest.mark.parametrize("url", ["redis://:hush@127.0.0.1:1/0", "redis://:hush@no.such.host.invalid:6379/0"])
-def test_publishing_without_redis_fails_within_seconds_and_hides_the_password(url: str) -> None:
+def test_wake_up_without_redis_fails_within_seconds_and_hides_the_password(url: str) -> None:
     with pytest.raises(BrokerUnavailable, match=r"^Redis: ") as caught:
-        Publisher(make_app(settings_for(url))).publish([(chunk(), Job(operation="stylize", output=OUT))])
+        Publisher(make_app(settings_for(url))).wake(LANE)
     assert "hush" not in f"{caught.value!r} {caught.value.__cause__!r}"
 
 
@@ -193,28 +143,19 @@ def test_publishing_without_redis_fails_within_seconds_and_hides_the_password(ur
 @pytest.mark.timeout(60)
 def test_publisher_survives_a_refusing_and_restarting_redis(own_redis: EmbeddedRedis) -> None:
     publisher = Publisher(make_app(settings_for(own_redis.url)))
-    messages = [(chunk(), Job(operation="stylize", output=OUT))]
-    assert publisher.publish(messages) == 1
+    publisher.wake(LANE)
     with redis.Redis.from_url(own_redis.url) as admin:
         admin.config_set("maxmemory", 1)
         with pytest.raises(BrokerUnavailable, match="memory"):
-            publisher.publish(messages)
+            publisher.wake(LANE)
         admin.config_set("maxmemory", 0)
         admin.config_set("requirepass", "hush")
     with pytest.raises(BrokerUnavailable, match=r"(?i)auth"):
-        publisher.publish(messages)
+        publisher.wake(LANE)
     own_redis.kill()
     with pytest.raises(BrokerUnavailable):
-        publisher.publish(messages)
+        publisher.wake(LANE)
     own_redis.start()
-    assert publisher.publish(messages) == 1
-
-
-@pytest.mark.integration
-def test_errors_of_the_caller_pass_through(publisher: Publisher) -> None:
-    def interrupted() -> Iterator[tuple[Chunk, Job]]:
-        yield chunk(), Job(operation="stylize", output=OUT)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        publisher.publish(interrupted())
+    publisher.wake(LANE)
+    with redis.Redis.from_url(own_redis.url) as admin:
+        assert admin.llen(f"imagemill.{LANE}") >= 1

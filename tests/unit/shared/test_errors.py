@@ -80,7 +80,7 @@ def test_exit_codes_and_retries() -> None:
     assert all(kind.exit_code == 2 for kind in ALL if issubclass(kind, UsageError))
     assert all(kind.exit_code == 3 and kind.retryable for kind in ALL if issubclass(kind, ServiceUnavailable))
     retried = {kind.code for kind in ALL if issubclass(kind, ImageError) and kind.retryable}
-    assert retried == {"timeout", "unreachable", "server_error", "storage_unavailable"}
+    assert retried == {"timeout", "unreachable", "server_error", "storage_unavailable", "expired"}
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from imagemill.shared.errors import BrokerUnavailable
-from imagemill.shared.fleet import CANARY_SECONDS, NODE_SECONDS, RATE_SECONDS, Fleet
+from imagemill.shared.fleet import CANARY_SECONDS, MEMORY_SECONDS, NODE_SECONDS, Fleet
+from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import Node
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
-QUEUE = "imagemill.stylize.opencv"
+LANE = "stylize.opencv"
 
 
 def node(name: str, **changes: Any) -> Node:
-    fields = dict(node=name, host="a", pid=1, device="cpu", queues=(QUEUE,), children=2, ready=True)
+    fields = dict(node=name, host="a", pid=1, device="cpu", lanes=(LANE,), children=2, ready=True)
     return Node.model_validate({**fields, **changes})
 
 
@@ -45,23 +46,32 @@ def test_silent_node_counts_as_dead_by_redis_clock(fleet: Fleet, raw: Any) -> No
 
 def test_forgotten_node_disappears_at_once(fleet: Fleet) -> None:
     fleet.report_node(node("cpu@a"))
-    fleet.forget_node("cpu@a")
-    fleet.forget_node("cpu@never")
+    fleet.forget_node(node("cpu@a"))
+    fleet.forget_node(node("cpu@never"))
     assert fleet.nodes() == []
 
 
-def test_rates_are_each_nodes_latest_on_one_queue(fleet: Fleet, raw: Any) -> None:
-    for queue, name, rate in (
-        (QUEUE, "cpu@a", 1.0),
-        (QUEUE, "cpu@a", 2.5),
-        (QUEUE, "cpu@b", 0.125),
-        (f"{QUEUE}.high", "cpu@a", 9.0),
-        ("imagemill.stylize", "cpu@a", 9.0),
+def test_nodes_are_listed_by_lane_once_they_are_ready(fleet: Fleet, raw: Any) -> None:
+    lanes = (LANE, "inpaint.opencv")
+    fleet.report_node(node("cpu@a", lanes=lanes, children=3))
+    fleet.report_node(node("cpu@b", ready=False))
+    assert [raw.zrange(f"imagemill:nodes:{lane}", 0, -1) for lane in lanes] == [["cpu@a"], ["cpu@a"]]
+    assert raw.hgetall("imagemill:node-children") == {"cpu@a": "3"}
+    fleet.forget_node(node("cpu@a", lanes=lanes))
+    assert not raw.keys("imagemill:nodes:*")
+    assert not raw.exists("imagemill:node-children")
+
+
+def test_rates_are_each_childs_latest_in_one_lane(fleet: Fleet, worker: WorkLedger) -> None:
+    for lane, child, rate in (
+        (LANE, "cpu@a/1", 1.0),
+        (LANE, "cpu@a/1", 2.5),
+        (LANE, "cpu@a/2", 0.125),
+        (f"{LANE}.large", "cpu@a/1", 9.0),
     ):
-        fleet.report_rate(queue, name, rate)
-    assert sorted(fleet.rates(QUEUE)) == [0.125, 2.5]
-    assert fleet.rates("imagemill.inpaint.opencv") == []
-    assert RATE_SECONDS - 60 < raw.ttl("imagemill:rates") <= RATE_SECONDS
+        worker.report_rate(lane, child, rate)
+    assert fleet.rates(LANE) == {"cpu@a/1": 2.5, "cpu@a/2": 0.125}
+    assert fleet.rates("inpaint.opencv") == {}
 
 
 def test_memory_is_each_nodes_latest(fleet: Fleet, raw: Any) -> None:
@@ -69,7 +79,7 @@ def test_memory_is_each_nodes_latest(fleet: Fleet, raw: Any) -> None:
     fleet.report_memory("gpu0@a", 0.931, 12)
     fleet.report_memory("gpu1@a", 0.25, 0)
     assert fleet.memory() == {"gpu0@a": (0.931, 12), "gpu1@a": (0.25, 0)}
-    assert RATE_SECONDS - 60 < raw.ttl("imagemill:memory") <= RATE_SECONDS
+    assert MEMORY_SECONDS - 60 < raw.ttl("imagemill:memory") <= MEMORY_SECONDS
 
 
 def test_canary_answers_only_its_own_token(fleet: Fleet, raw: Any) -> None:
@@ -85,10 +95,9 @@ def test_canary_answers_only_its_own_token(fleet: Fleet, raw: Any) -> None:
 
 CALLS: dict[str, Callable[[Fleet], Any]] = {
     "report_node": lambda fleet: fleet.report_node(node("cpu@a")),
-    "forget_node": lambda fleet: fleet.forget_node("cpu@a"),
+    "forget_node": lambda fleet: fleet.forget_node(node("cpu@a")),
     "nodes": lambda fleet: fleet.nodes(),
-    "report_rate": lambda fleet: fleet.report_rate(QUEUE, "cpu@a", 1.0),
-    "rates": lambda fleet: fleet.rates(QUEUE),
+    "rates": lambda fleet: fleet.rates(LANE),
     "report_memory": lambda fleet: fleet.report_memory("gpu0@a", 0.5, 0),
     "memory": lambda fleet: fleet.memory(),
     "answer_canary": lambda fleet: fleet.answer_canary("mine"),

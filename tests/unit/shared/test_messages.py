@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from imagemill.shared.engines import parse_options
+from imagemill.shared.engines import ENGINES, parse_options
 from imagemill.shared.messages import (
     ENDED,
-    MANIFEST,
-    Chunk,
     Item,
     ItemResult,
     Job,
+    JobState,
     JobStatus,
     Output,
     Policy,
+    WakeUp,
     check_key,
     compact,
     row,
@@ -70,7 +71,8 @@ def test_rembg_job_survives_json(given: dict[str, Any]) -> None:
 
 def test_lane_names_engine_and_model() -> None:
     job = Job.model_validate({"operation": "inpaint", "output": OUT, "options": {"engine": "lama", "boxes": "1,2,3,4"}})
-    assert (job.engine, job.lane) == ("lama", "lama.lama")
+    assert (job.engine, job.lane) == ("lama", "inpaint.lama.lama")
+    assert [job.lane for job in JOBS] == ["remove-background.opencv", "inpaint.opencv", "stylize.opencv"]
 
 
 @pytest.mark.parametrize(
@@ -84,29 +86,28 @@ def test_job_of_another_version_or_with_unknown_fields_is_refused(change: dict[s
         Job.model_validate({**fields, **change})
 
 
-@pytest.mark.parametrize("message", [JOBS[0], Item(index=0, source=A), Chunk(job="260730-1f0c9a3e", number=0, images=1), OUT])
+@pytest.mark.parametrize("message", [JOBS[0], Item(index=0, source=A), WakeUp(lane="stylize.opencv"), OUT, Policy()])
 def test_messages_are_frozen(message: Any) -> None:
     name = next(iter(type(message).model_fields))
     with pytest.raises(ValidationError, match="frozen"):
         setattr(message, name, None)
 
 
-@pytest.mark.parametrize("version", [0, 2])
-def test_chunk_of_another_version_is_refused(version: int) -> None:
+@pytest.mark.parametrize("version", [0, 1, 3])
+def test_wake_up_of_another_version_is_refused(version: int) -> None:
     with pytest.raises(ValidationError):
-        Chunk.model_validate({"version": version, "job": "260730-1f0c9a3e", "number": 0, "images": 1})
+        WakeUp.model_validate({"version": version, "lane": "stylize.opencv"})
 
 
-@pytest.mark.parametrize("job", ["", "abc", "a" * 41, "../../etc", "UPPER", "a:b:c:d", "job*"])
-def test_job_ids_unfit_for_a_redis_key_are_refused(job: str) -> None:
+@pytest.mark.parametrize("lane", [lane for engine in ENGINES for lane in engine.lanes])
+def test_every_lane_can_be_woken_up(lane: str) -> None:
+    assert WakeUp.model_validate_json(WakeUp(lane=lane).model_dump_json()).lane == lane
+
+
+@pytest.mark.parametrize("lane", ["", "stylize", "stylize.", "stylize.opencv.a.b", "stylize.*", "../etc.passwd", "stylize:a.b"])
+def test_lanes_unfit_for_a_queue_are_refused(lane: str) -> None:
     with pytest.raises(ValidationError):
-        Chunk(job=job, number=0, images=0)
-
-
-def test_manifest_is_a_valid_chunk_number() -> None:
-    assert Chunk(job="260730-1f0c9a3e", number=MANIFEST, images=0).number == MANIFEST
-    with pytest.raises(ValidationError):
-        Chunk(job="260730-1f0c9a3e", number=MANIFEST - 1, images=0)
+        WakeUp(lane=lane)
 
 
 @pytest.mark.parametrize("template", ["{job}/{index:06d}-{name}", "{index}", "{item}", "all/{name}/{index:04d}"])
@@ -193,17 +194,23 @@ def test_compact_result_survives_json() -> None:
     assert ItemResult.model_validate_json(compact(result)) == result
 
 
-@pytest.mark.parametrize(("ended", "state"), [(False, "pending"), (True, "cancelled")])
-def test_row_without_a_result(ended: bool, state: str) -> None:
+@pytest.mark.parametrize("state", ["pending", "cancelled"])
+def test_row_without_a_result(state: Any) -> None:
     item = Item(index=1, source=A, mask=A, duplicate_of=0)
-    line = row(item, None, ended=ended)
+    line = row(item, None, state)
     assert (line.state, line.item, line.index, line.source, line.mask, line.duplicate_of) == (state, item.id, 1, A, A, 0)
-    assert line.attempts == 0
+    assert (line.code, line.attempts) == (None, 0)
+
+
+def test_row_of_an_image_that_the_deadline_overtook() -> None:
+    line = row(Item(index=1, source=A), None, "expired")
+    assert (line.state, line.code, line.attempts) == ("failed", "expired", 0)
+    assert "deadline" in (line.message or "")
 
 
 def test_row_with_a_result() -> None:
     failed = ItemResult(index=0, state="failed", code="not_found", message="there is no such image", attempts=2)
-    line = json.loads(row(Item(index=0, source=A), failed, ended=True).model_dump_json())
+    line = json.loads(row(Item(index=0, source=A), failed).model_dump_json())
     assert {name: line[name] for name in ("item", "source", "state", "output", "code", "message", "attempts")} == {
         "item": Item(index=0, source=A).id,
         "source": A,
@@ -216,16 +223,33 @@ def test_row_with_a_result() -> None:
     assert "result" not in line
 
 
-@pytest.mark.parametrize("state", ["submitting", "queued", "running", "finishing", "done", "cancelled"])
+@pytest.mark.parametrize("state", get_args(JobState))
 def test_over_is_true_in_the_final_states(state: Any) -> None:
     status = JobStatus(
         job="260730-1f0c9a3e", operation="stylize", engine="opencv", lane="opencv", state=state, total=1, done=0, failed=0,
         duplicates=0, priority="normal", output="s3://results", created=0.0, seconds=1.0,
     )  # fmt: skip
-    assert status.over == (state in ENDED) == (state in ("done", "cancelled"))
+    assert status.over == (state in ENDED) == (state in ("done", "failed", "cancelled"))
 
 
-@pytest.mark.parametrize("fields", [{"attempts": 0}, {"attempts": 11}, {"priority": "urgent"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attempts": 0},
+        {"attempts": 11},
+        {"priority": "urgent"},
+        {"not_before": "2026-07-30T12:00"},  # in which time zone?
+        {"until": "tomorrow"},
+        *({"owner": owner} for owner in ("", "~job-1", "a b", "a:b", ".a", "a" * 65)),
+    ],
+    ids=str,
+)
 def test_invalid_policies_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Policy.model_validate(fields)
+
+
+@pytest.mark.parametrize("owner", [None, "ann", "ann@example.com", "Team_7.a-b", "a" * 64])
+def test_policy_survives_json(owner: str | None) -> None:
+    policy = Policy(owner=owner, not_before=datetime(2026, 7, 30, tzinfo=UTC), until=datetime(2026, 7, 31, tzinfo=UTC))
+    assert Policy.model_validate_json(policy.model_dump_json()) == policy

@@ -49,6 +49,9 @@ def test_defaults_are_complete_and_grant_no_access() -> None:
     [
         ("IMAGEMILL_EXPIRE_DAYS", "0.5", 0.5),
         ("IMAGEMILL_LOG_JSON", "true", True),
+        ("IMAGEMILL_LOW_PRIORITY_HOURS", "0.25", 0.25),
+        ("IMAGEMILL_OWNER_WEIGHTS", '{"ann": 2, "bob@example.com": 0.5}', {"ann": 2.0, "bob@example.com": 0.5}),
+        ("IMAGEMILL_WORKER__SHARE_SECONDS", "10", 10.0),
         ("IMAGEMILL_S3__ENDPOINT_URL", "http://minio:9000", "http://minio:9000"),
         ("IMAGEMILL_S3__CREATE_BUCKET", "yes", True),
         ("IMAGEMILL_FETCH__ALLOW_HOSTS", '["images.internal", "other"]', ("images.internal", "other")),
@@ -93,17 +96,20 @@ def test_empty_variable_means_the_default(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("IMAGEMILL_EXPIRE_DAYS", "0", "greater than 0, not '0'"),
         ("IMAGEMILL_EXPIRE_DAYS", "a week", "not 'a week'"),
+        ("IMAGEMILL_LOW_PRIORITY_HOURS", "0", "greater than 0"),
+        ("IMAGEMILL_OWNER_WEIGHTS", "ann=2", 'an object such as {"one": 2}'),
+        ("IMAGEMILL_OWNER_WEIGHTS", '["ann"]', "dictionary"),
         ("IMAGEMILL_WORKER__GPU", "-1", "greater than or equal to 0"),
         ("IMAGEMILL_WORKER__GPU", "first", "valid integer"),
         ("IMAGEMILL_WORKER__LEASE_SECONDS", "0.1", "greater than or equal to 2"),
         ("IMAGEMILL_WORKER__OPERATIONS", '["stylise"]', "'stylize', not 'stylise'"),
-        ("IMAGEMILL_WORKER__OPERATIONS", "stylize", "expected a JSON list"),
+        ("IMAGEMILL_WORKER__OPERATIONS", "stylize", "expected JSON: a list such as"),
         ("IMAGEMILL_WORKER__OPERATIONS", '{"stylize": 1}', "tuple"),
         ("IMAGEMILL_WORKER__SPEED", "fast", "not permitted"),
         ("IMAGEMILL_WORKER", "fast", "dictionary"),
-        ("IMAGEMILL_FETCH__ALLOW_HOSTS", "images.internal", "expected a JSON list"),
+        ("IMAGEMILL_FETCH__ALLOW_HOSTS", "images.internal", "expected JSON: a list such as"),
         ("IMAGEMILL_FETCH__ALLOW_NETWORKS", '["10.0.0.0/99"]', "not a valid IPv4 network, not '10.0.0.0/99'"),
-        ("IMAGEMILL_FILES__WRITE_ROOTS", "/srv/out", "expected a JSON list"),
+        ("IMAGEMILL_FILES__WRITE_ROOTS", "/srv/out", "expected JSON: a list such as"),
         ("IMAGEMILL_S3__CREATE_BUCKET", "perhaps", "boolean"),
         ("IMAGEMILL_REDIS_URL", "redis.example:6379", "redis://"),
         ("IMAGEMILL_REDIS_URL", "http://redis.example", "redis://"),
@@ -118,6 +124,12 @@ def test_error_names_the_variable_and_the_reason(monkeypatch: pytest.MonkeyPatch
     assert reason in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.message.count("IMAGEMILL_") == 1
+
+
+def test_error_names_the_owner_of_a_wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEMILL_OWNER_WEIGHTS", '{"ann": 1, "bob": 0}')
+    with pytest.raises(ConfigurationError, match=r"^IMAGEMILL_OWNER_WEIGHTS__BOB: .*greater than 0, not 0$"):
+        load_settings()
 
 
 def test_error_names_all_wrong_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,4 +27,4 @@ def test_indexes_survive_as_text(indexes: list[int]) -> None:
 def test_ranges_are_sorted_and_as_few_as_possible(indexes: list[int]) -> None:
     ranges = as_ranges(indexes)
     assert all(first < last for first, last in ranges)
-    assert all(last < first for (_, last), (first, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(last < first for (_, last), (first, _) in itertools.pairwise(ranges))

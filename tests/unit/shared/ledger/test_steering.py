@@ -87,7 +87,7 @@ def test_job_moves_to_another_priority(producer: SubmitLedger, worker: WorkLedge
 def test_job_that_moves_back_is_in_the_order_of_submission(producer: SubmitLedger, worker: WorkLedger) -> None:
     first, second = make_job(producer, 1, owner="ann"), make_job(producer, 1, owner="ann")
     for priority in ("high", "low", "normal"):
-        producer.prioritize(first, priority)  # type: ignore[arg-type]
+        producer.prioritize(first, priority)
     assert [job for job, _ in run(worker)] == [first, second]
 
 

@@ -1,0 +1,63 @@
+"""What Redis holds of jobs, for tests that check every key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from imagemill.shared.ledger.ranges import indexes_in
+from imagemill.shared.messages import Priority
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One job. `back` is the number of images given back; a share is its child, owner and images."""
+
+    owner: str
+    free: list[int]
+    back: tuple[int, int]
+    suspects: list[int]
+    shares: dict[int, dict[str, Any]]
+    results: set[int]
+    in_line: bool
+    has_turn: bool
+    line: bool
+    manifest: bool
+
+    @property
+    def shared(self) -> list[int]:
+        return [index for share in self.shares.values() for index in indexes_in(share["ranges"])]
+
+
+def contents(raw: Any, jobs: Sequence[tuple[str, str, Priority, str]]) -> list[Contents]:
+    """Read jobs, given as (ID, lane, priority, owner), in one round trip."""
+    pipe = raw.pipeline()
+    for job, lane, priority, owner in jobs:
+        key, line = f"imagemill:job:{job}", f"imagemill:waiting:{lane}:{priority}:{owner}"
+        pipe.hmget(key, "size", "next", "back").lrange(f"{key}:back", 0, -1).lrange(f"{key}:suspects", 0, -1)
+        pipe.hgetall(f"{key}:shares").hkeys(f"{key}:results").zscore(line, job)
+        pipe.zscore(f"imagemill:turns:{lane}:{priority}", owner).exists(line).zscore(f"imagemill:manifests:{lane}", job)
+    answers = iter(pipe.execute())
+    found = []
+    for _, _, _, owner in jobs:
+        (size, following, back), ranges, suspects, shares, results, place, clock, line, manifest = (
+            next(answers) for _ in range(9)
+        )
+        returned = [index for part in ranges for index in indexes_in(part)]
+        found.append(
+            Contents(
+                owner,
+                [*range(int(following or 0), int(size)), *returned],
+                (int(back or 0), len(returned)),
+                [int(index) for index in suspects],
+                {int(number): json.loads(share) for number, share in shares.items()},
+                {int(index) for index in results},
+                place is not None,
+                clock is not None,
+                bool(line),
+                manifest is not None,
+            )
+        )
+    return found
