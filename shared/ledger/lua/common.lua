@@ -68,7 +68,7 @@ local function count_running(owner, images)
   if redis.call('HINCRBY', RUNNING, owner, images) <= 0 then redis.call('HDEL', RUNNING, owner) end
 end
 
--- Count a lane's children and how many images per second they compute.
+-- Count a lane's children, and how many images per second they compute.
 local function count_children(lane)
   local children, alive = 0, {}
   for _, node in ipairs(redis.call('ZRANGE', 'imagemill:nodes:' .. lane, 0, -1)) do
@@ -87,6 +87,7 @@ local function count_children(lane)
   if known > 0 then speed = speed * math.max(1, children / known) end
   redis.call('HSET', 'imagemill:children', lane, children)
   redis.call('HSET', 'imagemill:speed', lane, string.format('%.6g', speed))
+  return children
 end
 
 local function open_lane(lane)

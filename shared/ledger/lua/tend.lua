@@ -13,7 +13,7 @@ end
 local answer = {lost}
 for _, lane in ipairs(redis.call('SMEMBERS', LANES)) do
   redis.call('ZREMRANGEBYSCORE', 'imagemill:nodes:' .. lane, '-inf', now - ARGV[1] * 1000)
-  count_children(lane)
+  local children = count_children(lane)
   local work = redis.call('EXISTS', manifests(lane)) == 1
   for _, priority in ipairs(PRIORITIES) do work = work or redis.call('EXISTS', turns(lane, priority)) == 1 end
   if not work then

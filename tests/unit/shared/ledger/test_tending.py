@@ -27,27 +27,27 @@ def measured(raw: Any, lane: str = LANE) -> tuple[int, float]:
 
 
 def test_lanes_with_work_and_an_empty_queue_need_a_wake_up(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
-    assert worker.tend() == (0, [])
+    assert worker.tend() == (0, {})
     make_job(producer, 2)
     make_job(producer, 2, lane=OTHER_LANE)
     raw.lpush(f"imagemill.{OTHER_LANE}", "a message")
-    assert worker.tend() == (0, [LANE])
+    assert worker.tend() == (0, {LANE: 0})
     raw.delete(f"imagemill.{OTHER_LANE}")
     assert sorted(worker.tend()[1]) == [OTHER_LANE, LANE]
     share = take(worker)
-    assert worker.tend() == (0, [OTHER_LANE])  # all of it is running
+    assert worker.tend() == (0, {OTHER_LANE: 0})  # all of it is running
     work(worker, share)
     assert LANE in worker.tend()[1]  # for the manifest
     run(worker, lanes=[LANE, OTHER_LANE])
-    assert worker.tend() == (0, [])
+    assert worker.tend() == (0, {})
 
 
 def test_shares_of_silent_children_are_handed_out_again(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     make_job(producer, 3, owner="ann")
     share, kept = take(worker, room=2), take(worker, OTHER)
-    assert worker.tend() == (0, [])
+    assert worker.tend() == (0, {})
     assert die(worker, raw, share) == 1
-    assert worker.tend() == (0, [LANE])
+    assert worker.tend() == (0, {LANE: 0})
     assert raw.hgetall("imagemill:running") == {"ann": "1"}
     assert worker.renew(OTHER, [LANE], [kept]).verdicts == ["ok"]
 

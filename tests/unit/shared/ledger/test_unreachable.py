@@ -32,6 +32,7 @@ CALLS: dict[str, Callable[[Ledger], Any]] = {
     "lead": lambda ledger: ledger.lead("cpu@a", 5.0),
     "spec": lambda ledger: ledger.spec("job-lost"),
     "status": lambda ledger: ledger.status("job-lost"),
+    "lineup": lambda ledger: ledger.lineup(LANE),
     "jobs": lambda ledger: ledger.jobs(),
     "rows": lambda ledger: list(ledger.rows("job-lost")),
     "follow": lambda ledger: ledger.follow("job-lost"),
