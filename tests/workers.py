@@ -15,7 +15,7 @@ import psutil
 from imagemill.shared.fleet import Fleet
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 60.0
+PATIENCE = 120.0
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
