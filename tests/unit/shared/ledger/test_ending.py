@@ -220,5 +220,9 @@ def test_image_that_a_worker_thought_dead_has_recorded_is_retried_once(
         worker.record(job, failed(index))
     write_manifest(worker, job)
     assert producer.retry(job) == 2
-    assert run(worker) == [(job, 0), (job, 1)]
+    share = take(worker)
+    assert indexes(share) == [0, 1]
+    assert ask(worker, OTHER) == "none"
+    work(worker, share)
+    run(worker)
     assert nothing_left(raw)

@@ -60,9 +60,9 @@ def test_share_that_outlives_its_job_leaves_no_key_behind(producer: SubmitLedger
     shares = [take(worker, room=1), take(worker)]
     for index in (0, 1):
         worker.record(job, done(index))
+    run(worker)
     assert worker.give_back(shares[0], CHILD, returned=[0])
     assert die(worker, raw, shares[1]) == 1
-    run(worker)
     assert {key for key in keys(raw, job) if not DAYS - 60 < raw.ttl(key) <= DAYS} == set()
     assert nothing_left(raw)
 

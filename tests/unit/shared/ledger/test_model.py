@@ -27,8 +27,20 @@ LANES = (LANE, OTHER_LANE)
 RATES = {0: 1.0, 1: 4.0}
 """Images per second of two children; the third has not computed any yet."""
 CHILDREN = st.integers(0, 2)
-PLACES = st.integers(0, 99)
+JOBS = st.fixed_dictionaries(
+    {
+        "size": st.integers(1, 6) | st.integers(1, 40),
+        "gaps": st.sets(st.integers(0, 39), max_size=6),
+        "copied": st.lists(st.integers(0, 39), max_size=5),
+        "priority": st.sampled_from(PRIORITIES),
+        "owner": st.sampled_from(["ann", "ann", "bob", None]),
+        "lane": st.sampled_from([LANE, LANE, OTHER_LANE]),
+        "times": st.sampled_from(["", "", "begin", "end", "begin end"]),
+    }
+)
+PLACES = st.sampled_from(range(100))
 """Chooses one of what there is."""
+ACTIONS = ("take", "take", "take", "work", "go on", "go on", "fail", "fail", "steer", "steer", "steer", "submit")
 
 
 def name(child: int) -> str:
@@ -47,8 +59,8 @@ class Ledgers(RuleBasedStateMachine):
         self.jobs: list[ModelJob] = []
         self.submitted = 0
 
-    @initialize()
-    def start(self) -> None:
+    @initialize(jobs=st.lists(JOBS, min_size=2, max_size=4), later=st.lists(JOBS, max_size=3))
+    def start(self, jobs: list[dict[str, Any]], later: list[dict[str, Any]]) -> None:
         self.raw.flushall()
         fleet = Fleet(self.url)
         for child in range(3):
@@ -58,23 +70,40 @@ class Ledgers(RuleBasedStateMachine):
         for child, rate in RATES.items():
             for lane in LANES:
                 self.ledger.report_rate(lane, name(child), rate)
+        for job in jobs:
+            self.submit(**job)
+        self.later = later
+
+    @rule(
+        action=st.sampled_from(ACTIONS),
+        child=CHILDREN,
+        place=PLACES,
+        count=st.integers(1, 24),
+        choice=PLACES,
+        failing=st.booleans(),
+    )
+    def step(self, action: str, child: int, place: int, count: int, choice: int, failing: bool) -> None:
+        """One rule for everything, since hypothesis leaves out most rules in most examples."""
+        if action == "take":
+            self.take(child, count, (LANES, LANES[::-1], LANES[:1])[choice % 3])
+        elif action == "work":
+            self.work(child, 1 + place % 9, failing, kept=choice % 3 == 0)
+        elif action == "go on":
+            self.go_on(child, place, count, choice % 6, failing)
+        elif action == "fail":
+            self.fail(child, place, choice % 5, failing)
+        elif action == "steer":
+            self.steer(place, choice % 11)
+        elif self.later:
+            self.submit(**self.later.pop())
 
     # --- users -----------------------------------------------------------------------------------
 
-    @rule(
-        size=st.integers(1, 40),
-        gaps=st.sets(st.integers(0, 39), max_size=12),
-        copied=st.lists(st.integers(0, 39), max_size=5),
-        priority=st.sampled_from(PRIORITIES),
-        owner=st.sampled_from([None, "ann", "bob"]),
-        lane=st.sampled_from(LANES),
-        times=st.sampled_from(["", "", "begin", "end", "begin end"]),
-    )
     def submit(
         self, size: int, gaps: set[int], copied: list[int], priority: Priority, owner: str | None, lane: str, times: str
     ) -> None:
         images = set(range(size)) - gaps
-        if len(self.jobs) == 6 or not images:
+        if not images:
             return
         duplicates = [index for index in copied if index in images]
         later, until = "begin" in times, "end" in times
@@ -85,10 +114,22 @@ class Ledgers(RuleBasedStateMachine):
         self.submitted += 1
         self.jobs.append(ModelJob(job, lane, owner, priority, self.submitted, images, Counter(duplicates), later, until))
 
+    def steer(self, place: int, choice: int) -> None:
+        """A user changes a job, or a time comes."""
+        if choice < 2:
+            self.retry(place)
+        elif choice < 4:
+            self.pause_or_resume(place, pause=choice == 2)
+        elif choice < 7:
+            self.prioritize(place, PRIORITIES[choice - 4])
+        elif choice < 10:
+            self.time_passes(place, ("begin", "end", "rise")[choice - 7])
+        else:
+            self.cancel(place)
+
     def pick(self, place: int) -> ModelJob | None:
         return self.jobs[place % len(self.jobs)] if self.jobs else None
 
-    @rule(place=PLACES)
     def cancel(self, place: int) -> None:
         if not (job := self.pick(place)):
             return
@@ -98,7 +139,6 @@ class Ledgers(RuleBasedStateMachine):
             job.cancelled, job.paused, job.later, job.until, job.rises = True, False, False, False, False
             job.finish_if_over()
 
-    @rule(place=PLACES, pause=st.booleans())
     def pause_or_resume(self, place: int, pause: bool) -> None:
         if not (job := self.pick(place)):
             return
@@ -107,7 +147,6 @@ class Ledgers(RuleBasedStateMachine):
         if possible:
             job.paused = pause
 
-    @rule(place=PLACES, priority=st.sampled_from(PRIORITIES))
     def prioritize(self, place: int, priority: Priority) -> None:
         if not (job := self.pick(place)):
             return
@@ -116,7 +155,6 @@ class Ledgers(RuleBasedStateMachine):
         if possible:
             job.priority, job.rises = priority, priority == "low"
 
-    @rule(place=PLACES, what=st.sampled_from(["begin", "end", "rise"]))
     def time_passes(self, place: int, what: str) -> None:
         if (job := self.pick(place)) and {"begin": job.later and job.active, "end": job.until, "rise": job.rises}[what]:
             ring(self.raw, what, job.id)
@@ -129,9 +167,9 @@ class Ledgers(RuleBasedStateMachine):
                 job.finish_if_over()
             self.tend()
 
-    @rule(place=PLACES)
     def retry(self, place: int) -> None:
-        if job := self.pick(place):
+        over = [job for job in self.jobs if job.over]
+        if job := over[place % len(over)] if over else self.pick(place):
             self.submitted += 1
             assert self.ledger.retry(job.id) == job.retry(self.submitted)
 
@@ -140,9 +178,9 @@ class Ledgers(RuleBasedStateMachine):
     def shares_of(self, child: int) -> list[tuple[ModelJob, SharedOut]]:
         return [(job, share) for job in self.jobs for share in job.shares.values() if share.child == child]
 
-    @rule(child=CHILDREN, room=st.integers(1, 24), lanes=st.sampled_from([LANES, LANES[::-1], LANES[:1]]))
-    def ask(self, child: int, room: int, lanes: tuple[str, ...]) -> None:
-        self.take(child, room, lanes)
+    def pick_share(self, place: int) -> tuple[ModelJob, SharedOut] | None:
+        shares = [(job, share) for job in self.jobs for share in job.shares.values()]
+        return shares[place % len(shares)] if shares else None
 
     def take(self, child: int, room: int, lanes: tuple[str, ...]) -> str:
         at_hand = self.shares_of(child)
@@ -197,10 +235,33 @@ class Ledgers(RuleBasedStateMachine):
         job.suspects -= images
         job.shares[share.number] = SharedOut(child, share.number, images, alone, ghosts=share.indexes != images)
 
-    @rule(child=CHILDREN, place=PLACES, count=st.integers(1, 24), failing=st.sampled_from([False, False, True]))
-    def record(self, child: int, place: int, count: int, failing: bool) -> None:
-        if mine := self.shares_of(child):
-            job, share = mine[place % len(mine)]
+    def work(self, child: int, most: int, failing: bool, kept: bool) -> None:
+        """A child takes up to `most` shares and records all of their images; perhaps it dies before it gives them back."""
+        for _ in range(most):
+            if self.take(child, 24, LANES) in ("none", "drain"):
+                break
+            for job in self.jobs:
+                if job.manifest == "leased":
+                    self.write_manifest_of(job, None)
+                for share in [share for share in job.shares.values() if share.child == child]:
+                    self.record_images(job, sorted(share.images), failing)
+                    if not kept:
+                        self.return_images(job, share)
+
+    def go_on(self, child: int, place: int, count: int, choice: int, failing: bool) -> None:
+        """A child goes on with what it has."""
+        if choice < 2:
+            self.record(place, count, failing)
+        elif choice < 4:
+            self.give_back(place, keep=count if choice == 3 else 0)
+        elif choice == 4:
+            self.renew(child)
+        else:
+            self.write_manifest(place, "s3://results/x/manifest.jsonl" if failing else None)
+
+    def record(self, place: int, count: int, failing: bool) -> None:
+        if found := self.pick_share(place):
+            job, share = found
             self.record_images(job, sorted(share.images)[:count], failing)
 
     def record_images(self, job: ModelJob, images: Iterable[int], failing: bool) -> None:
@@ -208,12 +269,10 @@ class Ledgers(RuleBasedStateMachine):
             state: Any = "failed" if failing else "done"
             assert self.ledger.record(job.id, ItemResult(index=index, state=state)) == job.record(index, state)
 
-    @rule(child=CHILDREN, place=PLACES, keep=st.sampled_from([0, 0, 1, 3]))
-    def give_back(self, child: int, place: int, keep: int) -> None:
+    def give_back(self, place: int, keep: int) -> None:
         """A child gives back what it has not begun, and keeps a few images."""
-        if mine := self.shares_of(child):
-            job, share = mine[place % len(mine)]
-            self.return_images(job, share, keep)
+        if found := self.pick_share(place):
+            self.return_images(*found, keep)
 
     def return_images(self, job: ModelJob, share: SharedOut, keep: int = 0) -> None:
         left = sorted(share.images - set(job.results))
@@ -231,7 +290,6 @@ class Ledgers(RuleBasedStateMachine):
         """A share as its child knows it."""
         return Share(job.id, share.number, frozenset(share.images), [])
 
-    @rule(child=CHILDREN)
     def renew(self, child: int) -> None:
         mine = self.shares_of(child)
         verdicts = self.ledger.renew(name(child), LANES, [self.known(job, share) for job, share in mine]).verdicts
@@ -242,37 +300,47 @@ class Ledgers(RuleBasedStateMachine):
             higher = [other for other in self.jobs if other.waits and other.free and other.rank < job.rank]
             assert verdict == "yield" or stopped or not higher
 
-    @rule(place=PLACES, url=st.sampled_from(["s3://results/x/manifest.jsonl", None]))
     def write_manifest(self, place: int, url: str | None) -> None:
         """A child has written a manifest; perhaps the job was retried meanwhile."""
         if job := self.pick(place):
-            assert self.ledger.end_job(job.id, url) == (job.manifest is not None)
-            if job.manifest:
-                job.end()
+            self.write_manifest_of(job, url)
+
+    def write_manifest_of(self, job: ModelJob, url: str | None) -> None:
+        assert self.ledger.end_job(job.id, url) == (job.manifest is not None)
+        if job.manifest:
+            job.end()
 
     # --- failures ----------------------------------------------------------------------------------
 
-    @rule(child=CHILDREN, place=PLACES)
-    def fall_silent(self, child: int, place: int) -> None:
-        if mine := self.shares_of(child):
-            job, share = mine[place % len(mine)]
+    def fail(self, child: int, place: int, choice: int, failing: bool) -> None:
+        if choice == 0:
+            self.fall_silent(place)
+        elif choice == 1:
+            self.fall_silent_with_a_manifest(place)
+        elif choice == 2:
+            self.die(child)
+        elif choice == 3:
+            self.wake_up_late(place, place % 4, failing)
+        else:
+            self.tend()
+
+    def fall_silent(self, place: int) -> None:
+        if found := self.pick_share(place):
+            job, share = found
             share.silent = True
             self.raw.zadd("imagemill:leased", {f"{job.id}:{share.number}": 1}, xx=True)
 
-    @rule(place=PLACES)
     def fall_silent_with_a_manifest(self, place: int) -> None:
         if (job := self.pick(place)) and job.manifest:
             job.manifest = "due"
             self.raw.zadd(f"imagemill:manifests:{job.lane}", {job.id: 1}, xx=True)
 
-    @rule(child=CHILDREN)
     def die(self, child: int) -> None:
         mine = self.shares_of(child)
         assert self.ledger.bury(name(child)) == len(mine)
         for job, share in mine:
             job.bury(share)
 
-    @rule()
     def tend(self) -> None:
         silent = [(job, share) for job in self.jobs for share in job.shares.values() if share.silent]
         lost, lanes = self.ledger.tend()
@@ -282,7 +350,6 @@ class Ledgers(RuleBasedStateMachine):
         for job in self.jobs:
             assert job.lane in lanes or not (job.manifest or (job.waits and (job.free or job.suspects)))
 
-    @rule(place=PLACES, count=st.integers(0, 3), failing=st.booleans())
     def wake_up_late(self, place: int, count: int, failing: bool) -> None:
         """A child that was thought to be dead goes on."""
         lost = [(job, share) for job in self.jobs for share in job.lost]
@@ -342,14 +409,16 @@ class Ledgers(RuleBasedStateMachine):
                 self.time_passes(place, "begin")
                 for share in list(job.shares.values()):
                     self.return_images(job, share)
+                if job.manifest:
+                    self.write_manifest_of(job, None)
             while (answer := self.take(0, 24, LANES)) != "none":
                 assert answer in ("share", "manifest")
-                for place, job in enumerate(self.jobs):
+                for job in self.jobs:
                     for share in list(job.shares.values()):
                         self.record_images(job, share.images, failing=False)
                         self.return_images(job, share)
                     if job.manifest:
-                        self.write_manifest(place, None)
+                        self.write_manifest_of(job, None)
             assert all(job.over for job in self.jobs)
             assert nothing_left(self.raw)
         finally:
@@ -361,5 +430,5 @@ def test_no_image_is_lost_or_counted_twice(redis_server: EmbeddedRedis) -> None:
     machine = type("Machine", (Ledgers,), {"url": redis_server.url})
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=checks)
+        machine, settings=settings(max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=checks)
     )
