@@ -18,7 +18,7 @@
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
         ├── UnsafeContent
         ├── StorageUnavailable  StorageRefused                    (store)
-        └── WorkerLost  InternalError                             (flow)
+        └── WorkerLost  Expired  InternalError                    (flow)
 
 Each leaf has a `code`, which is public and stable, and `retryable`, whether a retry can help.
 Exceptions of libraries are translated where they enter, with `raise ... from`. The first line of a class's docstring

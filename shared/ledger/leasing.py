@@ -55,10 +55,11 @@ class Share:
 
 @dataclass(frozen=True)
 class ManifestDue:
-    """A manifest that this child should write; `tries` counts this attempt."""
+    """A manifest that this child should write; `tries` counts this attempt. A retry of the job is another `run`."""
 
     job: str
     tries: int
+    run: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class WorkLedger(ReadLedger):
         answer = self._script("take", json.dumps(ask), PACK)
         kind = answer[0].decode()
         if kind == "manifest":
-            return ManifestDue(answer[1].decode(), int(answer[2]))
+            return ManifestDue(answer[1].decode(), int(answer[2]), int(answer[3]))
         if kind != "share":
             return cast(Literal["none", "drain"], kind)
         job, number, tried, rank, fresh, ranges, *packs = answer[1:]
@@ -134,9 +135,9 @@ class WorkLedger(ReadLedger):
             stop.set()
         return bool(first)
 
-    def end_job(self, job: str, manifest: str | None) -> bool:
+    def end_job(self, job: str, manifest: str | None, run: int | None = None) -> bool:
         """The manifest is written, or never will be (None); False if a retry has begun meanwhile."""
-        return bool(self._script("end_job", job, manifest or ""))
+        return bool(self._script("end_job", job, manifest or "", "" if run is None else run))
 
     def report_rate(self, lane: str, child: str, images_per_second: float) -> None:
         """Report how many images per second a child computes; forgotten with its node. `child` is NODE/NUMBER."""

@@ -186,7 +186,7 @@ class Child:
             raise  # from the ledger, without which nothing can be completed
         except Exception:  # a bug; a job may end without its manifest, but it must end
             log.exception("manifest failed", extra=fields)
-        self.ledger.end_job(due.job, written)
+        self.ledger.end_job(due.job, written, due.run)
         log.info("job over", extra={**fields, "manifest": written})
 
     def _fingerprint(self, spec: Job) -> str | None:

@@ -2,7 +2,7 @@
 --   child, lease: who asks, and the lease in ms;   empty: whether the child has nothing at hand;
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
 --   held: by job, images it already has at hand.
--- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, tries};
+-- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, tries, run};
 -- or {'share', job, number, earlier attempts or -1, rank of its priority, 1 if its owner had nothing running, its ranges, then
 -- packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
@@ -13,7 +13,7 @@ for _, lane in ipairs(ask.lanes) do
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', manifests(lane), '-inf', now, 'LIMIT', 0, 10)) do
     if redis.call('EXISTS', key(job)) == 1 then
       redis.call('ZADD', manifests(lane), now + ask.lease, job)
-      return {'manifest', job, redis.call('HINCRBY', key(job), 'manifest_tries', 1)}
+      return {'manifest', job, redis.call('HINCRBY', key(job), 'manifest_tries', 1), redis.call('HGET', key(job), 'order')}
     end
     redis.call('ZREM', manifests(lane), job)
   end
@@ -62,11 +62,16 @@ local function suspect(job, j)
 end
 
 -- Guided self-scheduling (Polychronopoulos and Kuck 1987), weighted by speed: at most half of the child's part of what is left.
-local function part(j, mine)
+-- If all children can finish that within a second, each gets its whole part, so that a small job takes one round.
+local function part(job, j, mine)
   local rate = ask.rate[j.lane] or 0
   local speed = tonumber(redis.call('HGET', 'imagemill:speed', j.lane) or 0)
   local children = math.max(1, tonumber(redis.call('HGET', 'imagemill:children', j.lane) or 1))
   local its = rate > 0 and speed > 0 and math.min(1, rate / speed) or 1 / children
+  local others = children - redis.call('HLEN', key(job, 'shares')) -- who have not got theirs yet, this one included
+  if others > 0 and mine == 0 and j.left * its <= rate then
+    return math.min(math.ceil(j.left * math.min(1, its * children / others)), math.max(1, math.floor(rate)))
+  end
   return math.ceil((j.left + mine) * its / (children > 1 and 2 or 1)) - mine
 end
 
@@ -83,7 +88,7 @@ local function grant(job, line)
     return nil
   end
   local mine = ask.held[job] or 0
-  local images = math.min(ask.room[j.lane] or 0, j.left, math.max(part(j, mine), mine == 0 and 1 or 0))
+  local images = math.min(ask.room[j.lane] or 0, j.left, math.max(part(job, j, mine), mine == 0 and 1 or 0))
   if images < 1 then return nil end
   local ranges, needed = {}, images
   while needed > 0 do

@@ -226,3 +226,18 @@ def test_image_that_a_worker_thought_dead_has_recorded_is_retried_once(
     work(worker, share)
     run(worker)
     assert nothing_left(raw)
+
+
+def test_manifest_of_the_run_before_a_retry_does_not_end_the_job(producer: SubmitLedger, worker: WorkLedger) -> None:
+    job = make_job(producer, 1)
+    work(worker, take(worker), bad=[0])
+    old = ask(worker)
+    assert isinstance(old, ManifestDue)
+    assert worker.end_job(job, None, old.run)
+    assert producer.retry(job) == 1
+    work(worker, take(worker))
+    new = ask(worker)
+    assert isinstance(new, ManifestDue)
+    assert not worker.end_job(job, "s3://results/x/old.jsonl", old.run)
+    assert worker.end_job(job, "s3://results/x/new.jsonl", new.run)
+    assert worker.status(job).manifest == "s3://results/x/new.jsonl"
