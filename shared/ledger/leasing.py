@@ -59,7 +59,7 @@ class ManifestDue:
 
     job: str
     tries: int
-    run: int | None = None
+    run: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

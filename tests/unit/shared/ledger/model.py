@@ -104,9 +104,11 @@ class ModelJob:
             return
         if self.cancelled:
             self.finish("cancelled")
-        elif not self.open or self.expired:
-            self.lapsed = bool(self.open)
+        elif not self.open:
             self.finish("finishing")
+        elif self.expired:
+            self.lapsed = True
+            self.finish("done" if "done" in self.results.values() else "failed")
 
     def finish(self, state: str) -> None:
         self.state, self.manifest, self.until, self.rises = state, "due", False, False
