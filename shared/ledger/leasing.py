@@ -38,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Share:
-    """Images that this child may work on while it renews the lease. Duplicates are left out.
+    """Images that this child may work on while it renews the lease. `items` leaves out duplicates and what is recorded already.
 
     `tried` is None, or for an image that must run alone, because its worker died, how often that was tried before. `rank` is
     that of its priority, 1 for high to 3 for low; it is `fresh` if nothing else of its owner was running.
@@ -88,7 +88,7 @@ class WorkLedger(ReadLedger):
             answer = self._take(request)
             if not isinstance(answer, Share) or answer.items:
                 return answer
-            self.give_back(answer, request.child)  # nothing but duplicates, whose results come with those of others
+            self.give_back(answer, request.child)  # only duplicates, or images that are recorded already
         return "none"
 
     def _take(self, request: Request) -> Share | ManifestDue | Literal["none", "drain"]:
@@ -100,11 +100,12 @@ class WorkLedger(ReadLedger):
             return ManifestDue(answer[1].decode(), int(answer[2]), int(answer[3]))
         if kind != "share":
             return cast(Literal["none", "drain"], kind)
-        job, number, tried, rank, fresh, ranges, *packs = answer[1:]
+        job, number, tried, rank, fresh, ranges, recorded, *packs = answer[1:]
         earlier = int(tried) if int(tried) >= 0 else None
-        wanted = indexes_in(ranges.decode())
+        leased = indexes_in(ranges.decode())
+        wanted = leased - indexes_in(recorded.decode())
         items = [item for raw in packs[1::2] if raw for item in unpack(raw, wanted) if item.duplicate_of is None]
-        return Share(job.decode(), int(number), frozenset(wanted), items, earlier, int(rank), bool(fresh))
+        return Share(job.decode(), int(number), frozenset(leased), items, earlier, int(rank), bool(fresh))
 
     def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
         """Extend leases, and learn what has changed."""
@@ -119,11 +120,6 @@ class WorkLedger(ReadLedger):
         """
         parts = (as_text(as_ranges(kept)), len(set(kept)), as_text(as_ranges(returned)))
         return bool(self._script("give_back", share.job, share.number, child, *parts))
-
-    def recorded(self, job: str, indexes: Sequence[int]) -> set[int]:
-        """Those of `indexes` that already have a result."""
-        known = zip(indexes, self._fields(job, "results", indexes), strict=True)
-        return {index for index, result in known if result is not None}
 
     def record(self, job: str, result: ItemResult, stop: Event | None = None) -> bool:
         """Record a result; False, and no change, if the image already has one or the job is over.

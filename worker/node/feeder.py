@@ -321,14 +321,13 @@ class Feeder:
         ]
 
     def _start(self, share: Share) -> None:
-        """Send the images of a share down the line, except those that are recorded already."""
+        """Send the images of a share down the line."""
         try:
             context = self._context(share.job)
-            recorded = self._ledger.recorded(share.job, [item.index for item in share.items])
         except JobNotFound:
             return
         first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
-        images = [ImageInFlight(item, context, first=first) for item in share.items if item.index not in recorded]
+        images = [ImageInFlight(item, context, first=first) for item in share.items]
         self._held.append(Held(share, context, images))
         lane = context.spec.lane
         if self._opened.get(engine_of(lane), ("", 0.0))[0] != lane:

@@ -1,4 +1,4 @@
--- ARGV job, ms after which low priority rises: put an ended job with open images back in line. Returns how many images are open.
+-- ARGV job, ms after which low priority rises: put an ended job with open images back in line. Returns how many are open.
 local job = ARGV[1]
 local j = read(job)
 if not ended(j) then return 0 end

@@ -3,8 +3,8 @@
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
 --   held: by job, images it already has at hand.
 -- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, tries, run};
--- or {'share', job, number, earlier attempts or -1, rank of its priority, 1 if its owner had nothing running, its ranges, then
--- packs as number, items}.
+-- or {'share', job, number, earlier attempts or -1, rank of its priority, 1 if its owner had nothing running, its ranges,
+-- those of them that are recorded already, then packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
 ring(now_ms())
 local now, drain, least = now_ms(), false, 0
@@ -35,8 +35,11 @@ local function share(job, j, ranges, images, tried)
   move_clock(j.priority, j.owner, images)
   if j.state == 'queued' then redis.call('HSET', key(job), 'state', 'running', 'started', now) end
   if read(job).left == 0 and redis.call('EXISTS', key(job, 'suspects')) == 0 then dequeue(job) end
-  local answer, seen = {'share', job, number, tried, RANK[j.priority], fresh, ranges}, {}
+  local answer, seen, recorded = {'share', job, number, tried, RANK[j.priority], fresh, ranges, ''}, {}, {}
   for _, range in ipairs(pairs_of(ranges)) do
+    for index = range[1], range[2] - 1 do -- by a worker that was thought to be dead
+      if redis.call('HEXISTS', key(job, 'results'), index) == 1 then recorded[#recorded + 1] = index .. '-' .. index + 1 end
+    end
     for place = math.floor(range[1] / pack), math.floor((range[2] - 1) / pack) do
       if not seen[place] then
         answer[#answer + 1] = place
@@ -45,6 +48,7 @@ local function share(job, j, ranges, images, tried)
       end
     end
   end
+  answer[8] = table.concat(recorded, ',')
   return answer
 end
 

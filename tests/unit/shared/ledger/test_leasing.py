@@ -176,7 +176,18 @@ def test_result_is_recorded_once_by_concurrent_threads(producer: SubmitLedger, w
     status = worker.status(job)
     assert sorted((status.done, status.failed)) == [0, 3]
     assert len(worker.follow(job)[1]) == 1
-    assert worker.recorded(job, [0, 1, 7]) == {0}
+
+
+def test_image_recorded_by_a_worker_thought_to_be_dead_is_not_handed_out_again(
+    producer: SubmitLedger, worker: WorkLedger, raw: Any
+) -> None:
+    job = make_job(producer, 3)
+    share = take(worker, room=3)
+    assert worker.give_back(share, CHILD, returned=[0, 1, 2])
+    assert worker.record(job, done(1))
+    again = take(worker, room=3)
+    assert again.indexes == {0, 1, 2}
+    assert [item.index for item in again.items] == [0, 2]
 
 
 def test_result_counts_even_after_the_lease_was_lost(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
@@ -197,7 +208,7 @@ def test_nothing_is_recorded_after_the_end(producer: SubmitLedger, worker: WorkL
     assert worker.give_back(share, CHILD, returned=[0])
     assert not worker.record(job, done(0))
     assert counts(worker, job) == ("cancelled", 0, 0)
-    assert worker.recorded(job, [0]) == set()
+    assert [row.result for row in worker.rows(job)] == [None, None]
 
 
 def test_job_is_over_when_its_manifest_is_written(producer: SubmitLedger, worker: WorkLedger) -> None:

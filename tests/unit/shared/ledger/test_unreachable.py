@@ -22,7 +22,6 @@ CALLS: dict[str, Callable[[Ledger], Any]] = {
     "take": lambda ledger: ledger.take(Request(CHILD, [LANE], {LANE: 1})),
     "renew": lambda ledger: ledger.renew(CHILD, [LANE], [SHARE]),
     "give_back": lambda ledger: ledger.give_back(SHARE, CHILD, returned=[0]),
-    "recorded": lambda ledger: ledger.recorded("job-lost", [0]),
     "record": lambda ledger: ledger.record("job-lost", done(0)),
     "end_job": lambda ledger: ledger.end_job("job-lost", "s3://results/m"),
     "report_rate": lambda ledger: ledger.report_rate(LANE, CHILD, 1.0),
