@@ -191,7 +191,7 @@ def manifest() -> str:
     optional |= {"output": "file:///a.png", "code": "timeout", "message": "", "quality": Measures()}
     job = {"operation": "stylize", "options": {"engine": "diffusion"}, "output": {"url": "file:///results"}}
     spec = Job.model_validate(job)
-    line = manifest_line("job", spec, row(item, ItemResult(index=0, state="done", **optional), ended=True), "digest")
+    line = manifest_line("job", spec, row(item, ItemResult(index=0, state="done", **optional)), "digest")
     if line.keys() != MANIFEST.keys():
         raise ValueError(f"docs/generate.py: MANIFEST and the manifest differ: {line.keys() ^ MANIFEST.keys()}")
     return table(("field", "meaning"), [(f"`{name}`", meaning) for name, meaning in MANIFEST.items()])

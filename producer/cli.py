@@ -19,7 +19,7 @@ from imagemill.producer.presets import presets
 from imagemill.producer.results import report, results
 from imagemill.producer.submit import submit
 from imagemill.producer.terminal import counted, fleet_table, jobs_table, make_console, outcome, say, status_table
-from imagemill.shared.messages import JobStatus
+from imagemill.shared.messages import PRIORITIES, JobStatus, Priority
 from imagemill.shared.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -48,14 +48,14 @@ def main(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def status(connect: Connect, job: str, as_json: bool) -> None:
-    """Show a job's progress."""
+    """Show a job's progress, its place in line and when it should end."""
     with connect(load_settings()) as client:
-        found = client.status(job)
+        (found,) = client.explain([client.status(job)])
         unserved = client.unserved([found])
     if as_json:
         click.echo(json.dumps(_as_json(found, unserved)))
     else:
-        make_console(stderr=False).print(status_table(found, unserved))
+        make_console(stderr=False).print(status_table(found))
 
 
 @main.command()
@@ -64,12 +64,12 @@ def status(connect: Connect, job: str, as_json: bool) -> None:
 def jobs(connect: Connect, as_json: bool) -> None:
     """List the latest jobs, newest first."""
     with connect(load_settings()) as client:
-        found = client.jobs()
+        found = client.explain(client.jobs())
         unserved = client.unserved(found)
     if as_json:
         click.echo(json.dumps([_as_json(job, unserved) for job in found]))
     elif found:
-        make_console(stderr=False).print(jobs_table(found, unserved))
+        make_console(stderr=False).print(jobs_table(found))
     else:
         say(make_console(stderr=True), "no jobs yet")
 
@@ -78,15 +78,17 @@ def jobs(connect: Connect, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_obj
 def fleet(connect: Connect, as_json: bool) -> None:
-    """List the running worker nodes, what each offers and what it lacks."""
+    """List the running worker nodes: what each offers, how fast it is, and what it lacks."""
     with connect(load_settings()) as client:
         nodes, memory = client.nodes(), client.memory()
+        rates = client.rates(nodes)
         unserved = client.unserved(client.jobs())
     out = make_console(stderr=True)
     if as_json:
-        click.echo(json.dumps([{**node.model_dump(mode="json"), "memory": memory.get(node.node)} for node in nodes]))
+        more = {node.node: {"memory": memory.get(node.node), "rates": rates[node.node]} for node in nodes}
+        click.echo(json.dumps([{**node.model_dump(mode="json"), **more[node.node]} for node in nodes]))
     elif nodes:
-        make_console(stderr=False).print(fleet_table(nodes, memory))
+        make_console(stderr=False).print(fleet_table(nodes, memory, rates))
     else:
         say(out, "no worker is running; `imagemill worker` starts one")
     for node in nodes:
@@ -103,6 +105,34 @@ def cancel(connect: Connect, job: str) -> None:
     """Cancel a job; images already being processed may still finish."""
     with connect(load_settings()) as client:
         say(make_console(stderr=True), f"job {job} {outcome(client.cancel(job))}")
+
+
+@main.command()
+@click.argument("job")
+@click.pass_obj
+def pause(connect: Connect, job: str) -> None:
+    """Begin nothing more of a job until it is resumed; images already being processed are finished."""
+    with connect(load_settings()) as client:
+        say(make_console(stderr=True), f"job {job} {outcome(client.pause(job))}")
+
+
+@main.command()
+@click.argument("job")
+@click.pass_obj
+def resume(connect: Connect, job: str) -> None:
+    """Continue a paused job."""
+    with connect(load_settings()) as client:
+        say(make_console(stderr=True), f"job {job} {outcome(client.resume(job))}")
+
+
+@main.command()
+@click.argument("job")
+@click.argument("level", metavar="high|normal|low", type=click.Choice(PRIORITIES))
+@click.pass_obj
+def priority(connect: Connect, job: str, level: Priority) -> None:
+    """Move a job to another priority."""
+    with connect(load_settings()) as client:
+        say(make_console(stderr=True), f"job {job}, now of {level} priority, {outcome(client.prioritize(job, level))}")
 
 
 @main.command()

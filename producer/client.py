@@ -1,4 +1,4 @@
-"""The Python API: submit, follow, retry and cancel jobs.
+"""The Python API: submit, follow, steer and retry jobs.
 
 from imagemill import Client, Job, Output, load_settings, read_sources
 
@@ -15,15 +15,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Self
 
+from imagemill.producer.explaining import explained
 from imagemill.producer.sources import BadRow, SourceRow
 from imagemill.producer.submission import ListCheck, Submission, new_job_id
+from imagemill.producer.times import check_times
 from imagemill.shared.errors import BrokerUnavailable, UsageError
 from imagemill.shared.fleet import Fleet
+from imagemill.shared.forecast import plan
 from imagemill.shared.ledger.scripts import PACK
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import ItemResult, Job, JobStatus, Node, Priority, Row
@@ -75,7 +78,9 @@ class Client:
         Nothing is queued until the last row is checked. If rows are invalid and not skipped, or none is valid,
         InvalidSource is raised with the first 1000 invalid rows in `rows`. A row with the same source, mask, boxes
         and name as an earlier one shares its result. An interrupted list (an error, Ctrl-C) is discarded.
+        Raises InvalidOption for a deadline in the past or before the job may begin.
         """
+        check_times(spec.policy)
         job, checked = new_job_id(), ListCheck()
         items = checked.accepted(sources, spec, skip_invalid)
         self._ledger.open_job(job, spec)
@@ -119,8 +124,18 @@ class Client:
     # --- following --------------------------------------------------------------------------
 
     def status(self, job: str) -> JobStatus:
-        """A job's state and counts."""
+        """A job's state and counts; cheap. `explain` adds what depends on other jobs and on the nodes."""
         return self._ledger.status(job)
+
+    def explain(self, jobs: Iterable[JobStatus]) -> list[JobStatus]:
+        """The same jobs with their position in line, why they wait, and when they are expected to start and end.
+
+        The forecast assumes that nothing changes and that the nodes of each lane work on that lane alone.
+        """
+        jobs, offered = list(jobs), self._offered()
+        lineups = {lane: self._ledger.lineup(lane) for lane in {job.lane for job in jobs if not job.over}}
+        turns = {lane: plan(lineup.jobs) for lane, lineup in lineups.items()}
+        return [explained(job, turns[job.lane], lineups[job.lane].speed, offered) if not job.over else job for job in jobs]
 
     def spec(self, job: str) -> Job:
         """A job as it was submitted."""
@@ -138,10 +153,23 @@ class Client:
         """Each recently active GPU node's peak share of memory in use, and its number of batches that exceeded 90 %."""
         return self._fleet.memory()
 
+    def rates(self, nodes: Sequence[Node]) -> dict[str, dict[str, float]]:
+        """Images per second of each node by lane, as measured; without lanes in which it has not computed images."""
+        rates: dict[str, dict[str, float]] = {node.node: {} for node in nodes}
+        for lane in sorted({lane for node in nodes for lane in node.lanes}):
+            for child, rate in self._fleet.rates(lane).items():
+                node = child.rpartition("/")[0]
+                if node in rates:
+                    rates[node][lane] = rates[node].get(lane, 0.0) + rate
+        return rates
+
     def unserved(self, jobs: Iterable[JobStatus]) -> set[str]:
         """The ids of unfinished jobs that no running node can take."""
-        offered = {lane for node in self.nodes() for lane in node.lanes}
+        offered = self._offered()
         return {job.job for job in jobs if not job.over and job.lane not in offered}
+
+    def _offered(self) -> set[str]:
+        return {lane for node in self.nodes() for lane in node.lanes}
 
     def results(self, job: str) -> Iterator[Row]:
         """Stream every image of a job with its result so far, in the list's order."""
@@ -175,7 +203,7 @@ class Client:
     # --- changing ---------------------------------------------------------------------------
 
     def retry(self, job: str) -> int:
-        """Queue the failed and cancelled images of a finished job again; returns their number.
+        """Queue the failed, expired and cancelled images of a finished job again; returns their number.
 
         Raises UsageError if the job is not over.
         """
@@ -193,20 +221,25 @@ class Client:
         return self._ledger.status(job)
 
     def pause(self, job: str) -> JobStatus:
-        """Begin nothing more of a job until `resume`; images on a device are finished."""
-        self._ledger.pause(job)
-        return self._ledger.status(job)
+        """Begin nothing more of a job until `resume`; images on a device are finished. Raises UsageError if it is over."""
+        return self._steered(job, self._ledger.pause(job), "paused")
 
     def resume(self, job: str) -> JobStatus:
-        """Continue a paused job."""
-        if self._ledger.resume(job):
+        """Continue a paused job. Raises UsageError if it is over."""
+        resumed = self._ledger.resume(job)
+        if resumed:
             self._wake(job, self._ledger.spec(job), 1)
-        return self._ledger.status(job)
+        return self._steered(job, resumed, "resumed")
 
     def prioritize(self, job: str, priority: Priority) -> JobStatus:
-        """Move a job to another priority."""
-        self._ledger.prioritize(job, priority)
-        return self._ledger.status(job)
+        """Move a job to another priority. Raises UsageError if it is over."""
+        return self._steered(job, self._ledger.prioritize(job, priority), "moved to another priority")
+
+    def _steered(self, job: str, changed: bool, what: str) -> JobStatus:
+        status = self._ledger.status(job)
+        if not changed:
+            raise UsageError(f"job {job} is {status.state}; only jobs that wait or run can be {what}")
+        return status
 
     def link(self, row: Row, seconds: int) -> str:
         """A public link to a result in S3, valid for `seconds` (at most seven days); for a file, its URL.

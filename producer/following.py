@@ -37,7 +37,7 @@ def watch(connect: Connect, job: str) -> None:
 @click.option("--wait", is_flag=True, help="Show progress until the job ends.")
 @click.pass_obj
 def retry(connect: Connect, job: str, wait: bool) -> None:
-    """Queue a job's failed images again."""
+    """Queue a job's failed, expired and cancelled images again."""
     out = make_console(stderr=True)
     with connect(load_settings()) as client:
         count = client.retry(job)
@@ -68,7 +68,9 @@ def follow(client: Client, job: str, out: Console) -> JobStatus:
         sys.exit(INTERRUPTED)
     say(out, f"job {job} {outcome(last)}")
     if last.failed:
-        again = f"; try again: `imagemill retry {job}`" if any(result.retryable for result in latest.values()) else ""
+        late = last.until is not None and last.ended is not None and last.ended >= last.until  # expired images have no result
+        retryable = late or any(result.retryable for result in latest.values())
+        again = f"; try again: `imagemill retry {job}`" if retryable else ""
         say(out, f"reasons: `imagemill results {job} --failed`{again}")
     if flagged := sum(result.state == "done" for result in latest.values()):
         say(out, f"{counted(flagged, 'image')} flagged by the check: `imagemill results {job} --flagged`")
@@ -105,7 +107,7 @@ class Board(Progress):
             self._bars[status.job] = self.add_task("", total=status.total, failed="")
         self.update(
             self._bars[status.job],
-            description=f"{name} [dim]{status.state}[/dim]",
+            description=f"{name} [dim]{status.why or status.state}[/dim]",
             completed=ended,
             failed=f"{status.failed:,} failed" if status.failed else "",
         )

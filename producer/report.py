@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from imagemill.producer.outliers import Outlier
 from imagemill.producer.terminal import duration
+from imagemill.shared.errors import Expired
 from imagemill.shared.messages import Job, JobStatus, Row
 from imagemill.shared.quality import FLAG, RULES, flags_of
 from imagemill.shared.urls import shown
@@ -165,7 +166,7 @@ def _section(page: JobPage, picture: Picture, most: int) -> _Section:
                 totals[stage] += seconds
         if row.state == "failed":
             group = codes.setdefault(row.code or "error", Failures(row.code or "error"))
-            group.retryable |= result is not None and result.retryable
+            group.retryable |= result.retryable if result is not None else row.code == Expired.code
             group.count += 1
             if listed < MOST_FAILURES and row.duplicate_of is None:
                 group.rows.append(row)

@@ -15,13 +15,13 @@ from imagemill.producer.results import expire
 from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec, local_address, option_values, quality_values
 from imagemill.producer.terminal import bad_rows, counted, make_console, say
-from imagemill.shared.engines import ENGINES
+from imagemill.producer.times import parse_time
+from imagemill.shared.engines import ENGINES, split_lane
 from imagemill.shared.errors import InvalidSource
 from imagemill.shared.messages import PRIORITIES, Job
 from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, Quality
-from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import load_settings
 
 if TYPE_CHECKING:
@@ -107,7 +107,10 @@ def _limit(name: str, operation: str | None) -> str:
     help="Convert to sRGB, or keep the source's profile; default srgb, inpaint: keep.",
 )
 @click.option("--key", metavar="TEMPLATE", help="File names of the results; default {job}/{index:06d}-{name}.")
-@click.option("--priority", type=click.Choice(PRIORITIES), help="Queue priority; default normal.")
+@click.option("--priority", type=click.Choice(PRIORITIES), help="Which jobs go first; default normal.")
+@click.option("--owner", metavar="NAME", help="Who the job is for; owners take turns.")
+@click.option("--not-before", metavar="TIME", help="Begin no earlier: 2026-11-29T08:00, or from now: 90s, 30m, 2h, 1d.")
+@click.option("--until", metavar="TIME", help="Deadline: images that have not begun by then fail as expired.")
 @click.option("--batch", type=click.Choice(["quality", "throughput"]), help="Small batches, or large ones; default throughput.")
 @click.option("--fresh", is_flag=True, help="Compute every image again instead of reusing earlier results.")
 @click.option(
@@ -145,8 +148,9 @@ def submit(
     SOURCE is a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or an image's URL or path.
     """
     files = {"url": local_address(flags["output"]), **{name: flags[name] for name in ("format", "quality", "icc", "key")}}
-    policy = {"priority": flags["priority"], "batch": flags["batch"], "reuse": False if flags["fresh"] else None}
-    policy["quality"] = quality_values(flags["check"], flags["limits"])
+    policy: dict[str, object] = {name: flags[name] for name in ("priority", "owner", "batch")}
+    policy |= {"reuse": False if flags["fresh"] else None, "quality": quality_values(flags["check"], flags["limits"])}
+    policy |= {name: parse_time(flag, flags[name]) for name, flag in (("not_before", "--not-before"), ("until", "--until"))}
     configured = load_settings()
     look = Presets(configured.presets).get(preset) if preset is not None else None
     options = option_values(flags["settings"], flags["mask"])
@@ -186,10 +190,9 @@ def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: boo
         text += f"; {counted(submission.invalid_count, 'invalid row')} skipped"
     say(out, text)
     if not submission.served:
-        queue = queue_name(spec.operation, spec.lane, spec.policy.priority)
-        model = spec.lane.partition(".")[2]
+        model = split_lane(spec.lane)[2]
         start = "`imagemill worker --cpu`"
         if model:
             start = f"`imagemill models pull {model}` and `IMAGEMILL_WORKER__ENGINES='[\"{spec.engine}\"]' imagemill worker`"
-        say(out, f"warning: no worker listens to {queue}; start one with {start}", "yellow")
+        say(out, f"warning: no worker offers {spec.lane}; start one with {start}", "yellow")
     return submission

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console, JustifyMethod
@@ -12,10 +11,18 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from imagemill.producer.sources import BadRow
+from imagemill.producer.times import brief, written
 from imagemill.shared.messages import JobStatus, Node
 
 MOST_BAD_ROWS = 20
-STYLES = {"done": "green", "cancelled": "yellow", "running": "cyan", "finishing": "cyan"}
+STYLES = {
+    "done": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+    "paused": "yellow",
+    "running": "cyan",
+    "finishing": "cyan",
+}
 
 
 def make_console(*, stderr: bool) -> Console:
@@ -65,46 +72,88 @@ def outcome(status: JobStatus) -> str:
         text += f", {status.failed:,} failed"
     if status.over and status.seconds > 0:
         text += f", in {duration(status.seconds)} ({status.done / status.seconds:.2f} images/s)"
-    return text
+    return text if status.why in (None, status.state) else f"{text}; {status.why}"
 
 
-def jobs_table(jobs: Sequence[JobStatus], unserved: Collection[str] = ()) -> Table:
-    """One job per row, in the given order; `unserved` holds the ids of jobs that no worker can take."""
-    numbers = _columns("images", "done", "failed", "time", "started", justify="right")
-    table = Table(*_columns("job", "operation", "engine", "state"), *numbers, box=box.SIMPLE_HEAD)
-    for job in jobs:
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.created))
-        counts = f"{job.total:,}", f"{job.done:,}", _failures(job)
-        table.add_row(job.job, job.operation, job.engine, _state(job, unserved), *counts, duration(job.seconds), started)
+def jobs_table(jobs: Sequence[JobStatus]) -> Table:
+    """One job per row, in the given order. Columns about owners and waiting are left out where they would be empty."""
+    wrapped = [Column(name, overflow="fold") for name in ("operation", "owner", "state")]
+    numbers = _columns("images", "done", "failed", "waiting", "running", "ahead", "time", justify="right")
+    columns = [*_columns("job"), *wrapped, *numbers, Column("submitted", overflow="fold"), Column("expected", overflow="fold")]
+    optional = ("owner", "waiting", "running", "ahead", "expected")
+    rows = [_cells(job) for job in jobs]
+    kept = [place for place, column in enumerate(columns) if column.header not in optional or any(row[place] for row in rows)]
+    table = Table(*(columns[place] for place in kept), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for row in rows:
+        table.add_row(*(row[place] for place in kept))
     return table
 
 
-def status_table(status: JobStatus, unserved: Collection[str] = ()) -> Table:
-    """One job, one property per row."""
-    table = Table(Column(style="dim"), Column(overflow="fold"), box=None, show_header=False)
+def _cells(job: JobStatus) -> list[str | Text]:
+    """A job's row with all columns."""
+    state = job.state if job.why in (None, job.state) else f"{job.state}, {job.why}"
+    ahead = "" if job.position is None else "next" if job.position == 0 else counted(job.position, "job")
+    begins = brief(job.starts) if job.starts and not job.over else ""
+    ends = f"to {brief(job.ends)}" if job.ends and not job.over else ""
+    return [
+        *(job.job, f"{job.operation} ({job.engine})", plain(job.owner or ""), plain(state, STYLES.get(job.state, ""))),
+        *(f"{job.total:,}", f"{job.done:,}", _failures(job)),
+        *(f"{number:,}" if number else "" for number in (job.waiting, job.running)),
+        *(ahead, duration(job.seconds), brief(job.created), f"{begins} {ends}".strip()),
+    ]
+
+
+def status_table(status: JobStatus) -> Table:
+    """One job, one property per row; what does not apply is left out."""
+    position = None
+    if status.position is not None:
+        position = f"{counted(status.position, 'job')} ahead" if status.position else "next"
+        position += f", {counted(status.ahead, 'image')} of others before it ends" if status.ahead else ""
     duplicates = f", including {counted(status.duplicates, 'duplicate')}" if status.duplicates else ""
-    table.add_row("job", status.job)
-    table.add_row("operation", f"{status.operation} ({status.engine})")
-    table.add_row("state", _state(status, unserved))
-    table.add_row("images", f"{status.total:,}{duplicates}")
-    table.add_row("done", f"{status.done:,}")
-    table.add_row("failed", _failures(status))
-    table.add_row("priority", status.priority)
-    table.add_row("output", plain(status.output))
-    table.add_row("time", duration(status.seconds))
+    rows: list[tuple[str, str | Text | None]] = [
+        ("job", status.job),
+        ("operation", f"{status.operation} ({status.engine})"),
+        ("owner", plain(status.owner) if status.owner else None),
+        ("state", Text(status.state, style=STYLES.get(status.state, ""))),
+        ("why it waits", plain(status.why) if status.why else None),
+        ("images", f"{status.total:,}{duplicates}"),
+        ("done", f"{status.done:,}"),
+        ("failed", _failures(status)),
+        ("running", None if status.over else f"{status.running:,}"),
+        ("waiting", None if status.over else f"{status.waiting:,}"),
+        ("position", position),
+        ("priority", status.priority),
+        ("submitted", written(status.created)),
+        ("starts", written(status.starts) if status.starts else None),
+        ("ends", f"about {written(status.ends)}" if status.ends else None),
+        ("deadline", written(status.until) if status.until else None),
+        ("output", plain(status.output)),
+        ("time", duration(status.seconds)),
+    ]
+    table = Table(Column(style="dim"), Column(overflow="fold"), box=None, show_header=False)
+    for name, value in rows:
+        if value is not None:
+            table.add_row(name, value)
     return table
 
 
-def fleet_table(nodes: Sequence[Node], memory: Mapping[str, tuple[float, int]]) -> Table:
-    """One worker node per row; `memory` holds each GPU node's peak share of memory and its count of batches above 90 %."""
-    children, offers = Column("children", justify="right"), Column("offers", overflow="fold")
+def fleet_table(
+    nodes: Sequence[Node], memory: Mapping[str, tuple[float, int]], rates: Mapping[str, Mapping[str, float]]
+) -> Table:
+    """One worker node per row.
+
+    `memory` holds each GPU node's peak share of memory and its count of batches above 90 %, `rates` each node's images per
+    second by lane.
+    """
+    children, offers = Column("children", justify="right"), Column("offers (images/s)", overflow="fold")
     table = Table(*_columns("node", "device"), children, *_columns("state", "peak memory"), offers, box=box.SIMPLE_HEAD)
     for node in nodes:
-        queues = sorted({queue.removeprefix("imagemill.") for queue in node.queues if not queue.endswith((".high", ".low"))})
+        speeds = rates.get(node.node, {})
+        lanes = [f"{lane} ({speeds[lane]:.3g})" if lane in speeds else lane for lane in sorted(node.lanes)]
         state = Text("ready", style="green") if node.ready else Text("loading", style="yellow")
         share, high = memory.get(node.node, (None, 0))
         peak = "" if share is None else f"{share:.0%}" + (f", {high:,} above 90 %" if high else "")
-        table.add_row(plain(node.node), node.device, str(node.children), state, peak, plain(", ".join(queues)))
+        table.add_row(plain(node.node), node.device, str(node.children), state, peak, plain(", ".join(lanes)))
     return table
 
 
@@ -121,12 +170,6 @@ def summary_table(jobs: Iterable[JobStatus]) -> Table:
 
 def _columns(*names: str, justify: JustifyMethod = "left") -> list[Column]:
     return [Column(name, justify=justify, no_wrap=True) for name in names]
-
-
-def _state(job: JobStatus, unserved: Collection[str]) -> Text:
-    if job.job in unserved:
-        return Text(f"{job.state}, no worker for {job.lane}", style="yellow")
-    return Text(job.state, style=STYLES.get(job.state, ""))
 
 
 def _failures(job: JobStatus) -> Text:

@@ -203,10 +203,17 @@ class JobStatus(Model):
     done: int
     failed: int
     duplicates: int
+    waiting: int = Field(0, description="images that are still to be handed out")
+    running: int = Field(0, description="images that workers have at hand")
     priority: Priority
-    owner: str | None = None
+    owner: str | None = Field(None, description="who it is for")
     not_before: float | None = Field(None, description="when it may begin, while that lies ahead")
     until: float | None = Field(None, description="its deadline")
+    position: int | None = Field(None, description="number of jobs that get their turn earlier (`Client.explain`)")
+    ahead: int | None = Field(None, description="images of others that are handed out before its last (`Client.explain`)")
+    why: str | None = Field(None, description="why it waits, in a few words (mostly from `Client.explain`)")
+    starts: float | None = Field(None, description="when it began, or will by a forecast (`Client.explain`)")
+    ends: float | None = Field(None, description="when it will end by a forecast (`Client.explain`)")
     output: str
     manifest: str | None = Field(None, description="URL of manifest.jsonl, once the job is over")
     created: float

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from imagemill.shared.connection import longest_wait, reachable
 from imagemill.shared.errors import JobNotFound
+from imagemill.shared.forecast import Waiting
 from imagemill.shared.ledger.scripts import PACK, Scripts, key, unpack
-from imagemill.shared.messages import ENDED, Item, ItemResult, Job, JobState, JobStatus, Row, Unfinished, row
+from imagemill.shared.messages import ENDED, PRIORITIES, Item, ItemResult, Job, JobState, JobStatus, Row, Unfinished, row
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """The jobs that wait in a lane, in the order of their turns, and the lane's images per second, 0 if unknown."""
+
+    jobs: list[Waiting]
+    speed: float
 
 
 class ReadLedger(Scripts):
@@ -22,17 +33,20 @@ class ReadLedger(Scripts):
         return Job.model_validate_json(raw)
 
     def status(self, job: str) -> JobStatus:
-        """The job's state and counts."""
+        """The job's state and counts; cheap. Only what needs no look at other jobs: `position` and the like stay None."""
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(key(job))
+            pipe.hlen(key(job, "shares"))
+            pipe.llen(key(job, "suspects"))
             pipe.time()
-            raw, (seconds, micros) = pipe.execute()
+            raw, shares, suspects, (seconds, micros) = pipe.execute()
         if b"spec" not in raw:
             raise _not_found(job)
         fields = {name.decode(): value for name, value in raw.items()}
         spec = Job.model_validate_json(fields["spec"])
-        created = int(fields["created"]) / 1000
-        ended = int(fields["ended"]) / 1000 if "ended" in fields else None
+        now, created, ended = seconds + micros / 1e6, _seconds(fields, "created") or 0.0, _seconds(fields, "ended")
+        later = _seconds(fields, "later")
+        waiting, running = _split(fields, shares, suspects)
         return JobStatus(
             job=job,
             operation=spec.operation,
@@ -43,16 +57,52 @@ class ReadLedger(Scripts):
             done=int(fields.get("done", 0)),
             failed=int(fields.get("failed", 0)),
             duplicates=int(fields.get("dup", 0)),
+            waiting=waiting,
+            running=running,
             priority=fields["priority"].decode(),
             owner=spec.policy.owner,
-            not_before=float(fields["later"]) / 1000 if "later" in fields else None,
-            until=float(fields["until"]) / 1000 if "until" in fields else None,
+            not_before=later if later and later > now else None,
+            until=_seconds(fields, "until"),
+            why=_why(fields, now),
+            starts=_seconds(fields, "started") if fields["state"] != b"queued" else None,  # a retry begins anew
             output=spec.output.url,
             manifest=fields["manifest"].decode() if "manifest" in fields else None,
             created=created,
             ended=ended,
-            seconds=round((ended or seconds + micros / 1e6) - created, 3),
+            seconds=round((ended or now) - created, 3),
         )
+
+    def lineup(self, lane: str) -> Lineup:
+        """Who waits in a lane, and how fast it is."""
+        owners = {priority: self._owners(lane, priority) for priority in PRIORITIES}
+        waiting = [(priority, owner) for priority in PRIORITIES for owner in owners[priority]]
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.hget("imagemill:speed", lane)
+            pipe.hgetall("imagemill:weights")
+            for priority, owner in waiting:
+                pipe.zrange(f"imagemill:waiting:{lane}:{priority}:{owner}", 0, -1)
+            speed, weights, *found = pipe.execute()
+        places = [(job.decode(), *place) for place, jobs in zip(waiting, found, strict=True) for job in jobs]
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job, *_ in places:
+                pipe.hmget(key(job), COUNTS)
+                pipe.hlen(key(job, "shares"))
+                pipe.llen(key(job, "suspects"))
+            counts = pipe.execute()
+        jobs = []
+        for place, (job, priority, owner) in enumerate(places):
+            values, shares, suspects = counts[3 * place : 3 * place + 3]
+            fields = {name: value for name, value in zip(COUNTS, values, strict=True) if value is not None}
+            images, _ = _split(fields, shares, suspects)
+            jobs.append(Waiting(job, owner, float(weights.get(owner.encode(), 1)), priority, images))
+        return Lineup(jobs, float(speed or 0))
+
+    def _owners(self, lane: str, priority: str) -> list[str]:
+        """The owners with waiting jobs, in the order of their turns: by their clocks, then by name."""
+        owners = self._redis.zrange(f"imagemill:turns:{lane}:{priority}", 0, -1)
+        clocks = self._redis.zmscore(f"imagemill:clocks:{priority}", owners) if owners else []
+        turns = sorted(zip((clock or 0 for clock in clocks), owners, strict=True))
+        return [owner.decode() for _, owner in turns]
 
     def jobs(self, most: int = 50) -> list[JobStatus]:
         """The latest `most` jobs, newest first."""
@@ -106,10 +156,46 @@ class ReadLedger(Scripts):
                 yield number, unpack(raw)
 
 
-def _state(fields: dict[str, bytes]) -> JobState:
+COUNTS = ("state", "total", "done", "failed", "size", "next", "back", "cancelled", "expired")
+
+
+def _split(fields: Mapping[str, bytes], shares: int, suspects: int) -> tuple[int, int]:
+    """The images without a result: how many are to be handed out, and how many shares hold.
+
+    Exact unless the list has duplicates or skipped rows, whose places are handed out too.
+    """
+    if fields.get("state") not in (b"queued", b"running"):
+        return 0, 0
+    total, done, failed, size, begun, back = (int(fields.get(name, 0)) for name in COUNTS[1:7])
+    left = total - done - failed
+    waiting = min(left, size - begun + back + suspects) if shares else left
+    return 0 if "cancelled" in fields or "expired" in fields else waiting, left - waiting
+
+
+def _why(fields: Mapping[str, bytes], now: float) -> str | None:
+    """Why a job waits, as far as its own record tells."""
+    if fields["state"] not in (b"queued", b"running"):
+        return None
+    if "cancelled" in fields:
+        return "being cancelled"
+    until = _seconds(fields, "until")
+    if "expired" in fields or (until and until <= now):  # without nodes, nobody ends it
+        return "its deadline has passed"
+    if "paused" in fields:
+        return "paused"
+    later = _seconds(fields, "later")
+    return f"starts at {time.strftime('%Y-%m-%d %H:%M', time.localtime(later))}" if later and later > now else None
+
+
+def _seconds(fields: Mapping[str, bytes], name: str) -> float | None:
+    """A time of the ledger, which counts in milliseconds."""
+    return float(fields[name]) / 1000 if name in fields else None
+
+
+def _state(fields: Mapping[str, bytes]) -> JobState:
     """The state as users see it: a paused job whose last images are still running is paused."""
     state = cast(JobState, fields["state"].decode())
-    return "paused" if "paused" in fields and state in ("queued", "running") else state
+    return "paused" if "paused" in fields and "cancelled" not in fields and state in ("queued", "running") else state
 
 
 def _not_found(job: str) -> JobNotFound:

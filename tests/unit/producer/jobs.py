@@ -8,8 +8,8 @@ from contextlib import closing
 from click.testing import Result
 
 from imagemill.producer.client import Client
-from imagemill.shared.ledger.leasing import Lease
-from imagemill.shared.messages import MANIFEST, Item, ItemResult, JobState, JobStatus
+from imagemill.shared.ledger.leasing import ManifestDue, Request, Share
+from imagemill.shared.messages import Item, ItemResult, JobState, JobStatus, Node
 from imagemill.shared.quality import Measures
 from tests.ledgers import Ledger
 
@@ -19,6 +19,7 @@ Outcome = Callable[[Item], ItemResult]
 GOOD = "https://example.com/a.jpg\nhttps://example.com/b.jpg\nhttps://example.com/a.jpg\n"
 MIXED = GOOD + "https://example.com/bad.jpg\n"
 NUMBERED = "".join(f"https://example.com/{n}.jpg\n" for n in range(30))
+LANE = "stylize.opencv"
 STYLIZE = ("submit", "-", "--operation", "stylize", "--output", "s3://results/out")
 STYLED = Measures(sharpness=500, kept=1, edges=0.8, look=(60, 0, 0, 20, 5, 5), before=(50, 0, 0, 20, 5, 5))
 
@@ -45,19 +46,26 @@ def checked(item: Item) -> ItemResult:
     return ItemResult(index=item.index, state="done", output=output, notes=notes, quality=measures)
 
 
+def asked(ledger: Ledger, lane: str = LANE, images: int = 8) -> Share | ManifestDue | str:
+    """What a child without work is given."""
+    return ledger.take(Request("w/0", [lane], {lane: images}))
+
+
 def work(ledger: Ledger, job: str, outcome: Outcome = plain) -> None:
-    """Process a whole job as a worker would, including its manifest."""
-    number = 0
-    while isinstance(lease := ledger.acquire(job, number, task="t", token=f"t/{number}"), Lease):
-        for item in lease.items:
-            if item.duplicate_of is None:
-                ledger.record(job, outcome(item))
-        number += 1
-        if ledger.complete(lease) == "finishing":
-            lease = ledger.acquire(job, MANIFEST, task="t", token="t/m")
-            assert isinstance(lease, Lease)
-            ledger.complete(lease)
-            return
+    """Do all work of a job's lane as a worker would, including manifests."""
+    lane = ledger.status(job).lane
+    while not isinstance(due := asked(ledger, lane), str):
+        if isinstance(due, ManifestDue):
+            ledger.end_job(due.job, f"s3://results/out/{due.job}/manifest.jsonl")
+            continue
+        for item in due.items:
+            ledger.record(due.job, outcome(item))
+        ledger.give_back(due, "w/0")
+
+
+def node(*lanes: str, name: str = "cpu@x") -> Node:
+    """A ready node of two children."""
+    return Node(node=name, host="x", pid=1, device="cpu", lanes=lanes, children=2, ready=True)
 
 
 def status(done: int, failed: int = 0, state: JobState = "running") -> JobStatus:
@@ -66,7 +74,7 @@ def status(done: int, failed: int = 0, state: JobState = "running") -> JobStatus
         job="260730-00000000",
         operation="stylize",
         engine="opencv",
-        lane="opencv",
+        lane=LANE,
         state=state,
         total=100,
         done=done,

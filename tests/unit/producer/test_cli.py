@@ -1,4 +1,4 @@
-"""The command line against a real Redis: status, jobs, fleet, cancel, errors and help."""
+"""The command line against a real Redis: status, jobs, fleet, steering jobs, errors and help."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import pytest
 
 from imagemill.producer.client import Client
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.messages import Node
-from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import Settings
 from tests.ledgers import Ledger
-from tests.unit.producer.jobs import Invoke, submitted, work
+from tests.unit.producer.jobs import LANE, NUMBERED, Invoke, asked, node, submitted, work
 
 
 def test_unreachable_redis_exits_with_3(imagemill: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,20 +41,22 @@ def test_fleet_lists_nodes_and_jobs_without_a_worker(imagemill: Invoke, ledger: 
     assert "no worker is running" in imagemill("fleet").stderr
     job = submitted(imagemill)
     assert json.loads(imagemill("status", job, "--json").stdout)["served"] is False
-    assert "queued, no worker for opencv" in imagemill("jobs").stdout
+    assert f"no node offers {LANE}" in imagemill("jobs").stdout
     lacks = ("no model of the engine rembg is in /models: imagemill models pull u2net",)
-    node = Node(node="cpu@x", host="x", pid=1, device="cpu", queues=(), children=2, ready=True, lacks=lacks)
-    fleet.report_node(node)
+    fleet.report_node(node().model_copy(update={"lacks": lacks}))
     result = imagemill("fleet")
     assert "cpu@x" in result.stdout
     assert f"cpu@x: {lacks[0]}" in result.stderr
     assert re.search(rf"no worker can take \d+ jobs?: .*{job}", result.stderr)
-    fleet.report_node(node.model_copy(update={"queues": (queue_name("stylize", "opencv"),), "lacks": ()}))
+    fleet.report_node(node(LANE))
     fleet.report_memory("cpu@x", 0.95, 3)
+    for child in ("cpu@x/0", "cpu@x/1", "gone@x/0"):
+        ledger.report_rate(LANE, child, 1.5)
     result = imagemill("fleet", "--json")
     assert job not in result.stderr
     (line,) = json.loads(result.stdout)
-    assert (line["node"], line["memory"]) == ("cpu@x", [0.95, 3])
+    assert (line["node"], line["memory"], line["lanes"], line["rates"]) == ("cpu@x", [0.95, 3], [LANE], {LANE: 3.0})
+    assert f"{LANE} (3)" in imagemill("fleet").stdout
     work(ledger, job)
     assert json.loads(imagemill("jobs", "--json").stdout)[0]["served"] is True
 
@@ -71,7 +71,7 @@ def test_status_and_jobs_show_a_finished_job(imagemill: Invoke, ledger: Ledger) 
     assert "s3://results/out" in imagemill("status", job).stdout
 
 
-@pytest.mark.parametrize("command", ["status", "watch", "results", "retry", "cancel", "report"])
+@pytest.mark.parametrize("command", ["status", "watch", "results", "retry", "cancel", "pause", "resume", "report"])
 def test_unknown_job_exits_with_2(imagemill: Invoke, command: str) -> None:
     result = imagemill(command, "260101-12345678")
     assert result.exit_code == 2
@@ -79,14 +79,53 @@ def test_unknown_job_exits_with_2(imagemill: Invoke, command: str) -> None:
     assert "260101-12345678" in result.stderr
 
 
-def test_cancel_ends_a_job(imagemill: Invoke, ledger: Ledger) -> None:
+def test_cancel_ends_a_job_at_once_unless_images_of_it_run(imagemill: Invoke, ledger: Ledger) -> None:
+    waiting, running = submitted(imagemill), submitted(imagemill)
+    assert f"job {waiting} cancelled: 0 of 4 images done" in imagemill("cancel", waiting).stderr
+    ledger.end_job(waiting, None)
+    asked(ledger, images=1)
+    assert f"job {running} running: 0 of 4 images done; being cancelled" in imagemill("cancel", running).stderr
+
+
+def test_pause_resume_and_priority_steer_a_job(imagemill: Invoke, ledger: Ledger) -> None:
     job = submitted(imagemill)
-    assert imagemill("cancel", job).exit_code == 0
-    assert ledger.status(job).state in ("finishing", "cancelled")
+    assert f"job {job} paused: 0 of 4 images done\n" in imagemill("pause", job).stderr
+    assert json.loads(imagemill("status", job, "--json").stdout)["why"] == "paused"
+    assert asked(ledger) == "none"
+    assert f"job {job} queued: 0 of 4 images done\n" in imagemill("resume", job).stderr
+    assert f"job {job}, now of high priority, queued: " in imagemill("priority", job, "high").stderr
+    assert ledger.status(job).priority == "high"
+    assert imagemill("priority", job, "urgent").exit_code == 2
+
+
+@pytest.mark.parametrize("command", [("pause",), ("resume",), ("priority", "low")], ids=["pause", "resume", "priority"])
+def test_job_that_is_over_can_not_be_steered(imagemill: Invoke, ledger: Ledger, command: tuple[str, ...]) -> None:
+    job = submitted(imagemill)
+    work(ledger, job)
+    result = imagemill(command[0], job, *command[1:])
+    assert result.exit_code == 2
+    assert f"job {job} is done; only jobs that wait or run can be " in result.stderr
+
+
+def test_status_and_jobs_explain_the_order(imagemill: Invoke, ledger: Ledger, fleet: Fleet) -> None:
+    fleet.report_node(node(LANE))
+    first, second = submitted(imagemill, NUMBERED, "--owner", "ann"), submitted(imagemill, NUMBERED, "--owner", "ann")
+    urgent = submitted(imagemill, NUMBERED, "--priority", "high")
+    ledger.report_rate(LANE, "cpu@x/0", 5)
+    ledger.tend()
+    shown = {job["job"]: job for job in json.loads(imagemill("jobs", "--json").stdout)}
+    assert [(shown[job]["position"], shown[job]["ahead"]) for job in (urgent, first, second)] == [(0, 0), (1, 30), (2, 60)]
+    assert shown[second]["why"] == "behind 60 images of others"
+    assert shown[second]["ends"] - shown[second]["starts"] == pytest.approx(3, abs=0.1), "30 images at 2 x 5 images/s"
+    assert shown[second]["starts"] - shown[urgent]["starts"] == pytest.approx(6, abs=0.1)
+    status = imagemill("status", second).stdout
+    for text in ("ann", "2 jobs ahead, 60 images of others before it ends", "behind 60 images of others"):
+        assert text in status
+    assert "2 jobs" in imagemill("jobs").stdout
 
 
 def test_help_lists_all_commands(imagemill: Invoke) -> None:
     assert imagemill("--version").stdout.startswith("imagemill, version ")
     listed = imagemill("--help").stdout
-    for name in ("demo", "submit", "status", "watch", "results", "retry", "cancel", "report", "jobs", "fleet"):
+    for name in ("demo", "submit", "status", "watch", "results", "retry", "cancel", "pause", "resume", "priority", "report"):
         assert f"  {name} " in listed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from imagemill.producer.following import follow
+from imagemill.shared.ledger.leasing import Share
 from imagemill.shared.messages import ItemResult, JobStatus
 from tests.ledgers import Ledger
 from tests.unit.producer.jobs import (
@@ -21,6 +23,8 @@ from tests.unit.producer.jobs import (
     Interrupted,
     Invoke,
     Worked,
+    asked,
+    plain,
     status,
     submitted,
     work,
@@ -74,6 +78,47 @@ def test_retry_queues_failed_images(imagemill: Invoke, ledger: Ledger) -> None:
     assert ledger.status(job).state == "queued"
     work(ledger, job)
     assert imagemill("retry", job, "--wait", client=Worked).exit_code == 1
+
+
+def test_watch_of_a_job_past_its_deadline_suggests_a_retry(imagemill: Invoke, ledger: Ledger, raw: Any) -> None:
+    job = submitted(imagemill, NUMBERED, "--until", "1h")
+    share = asked(ledger, images=4)
+    assert isinstance(share, Share)
+    raw.zadd("imagemill:alarms", {f"end {job}": 1})  # the hour is over
+    raw.hset(f"imagemill:job:{job}", "until", 1)
+    assert asked(ledger) == "none"
+    for item in share.items:
+        ledger.record(job, plain(item))
+    ledger.give_back(share, "w/0")
+    work(ledger, job)
+    result = imagemill("watch", job)
+    assert result.exit_code == 1
+    assert "done: 4 of 30 images done, 26 failed" in result.stderr
+    assert f"try again: `imagemill retry {job}`" in result.stderr
+    rows = [json.loads(line) for line in imagemill("results", job, "--failed").stdout.splitlines()]
+    assert {(row["state"], row["code"]) for row in rows} == {("failed", "expired")}
+    assert "26 images queued again" in imagemill("retry", job).stderr
+    work(ledger, job)
+    assert ledger.status(job).done == 30
+
+
+def test_retry_ends_a_pause_that_the_job_outlived(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill, "https://example.com/bad.jpg\n")
+    share = asked(ledger)
+    assert isinstance(share, Share)
+    imagemill("pause", job)
+    assert ledger.status(job).state == "paused"
+    ledger.record(job, plain(share.items[0]))
+    ledger.give_back(share, "w/0")
+    work(ledger, job)
+    imagemill("retry", job)
+    assert ledger.status(job).state == "queued"
+
+
+def test_job_of_which_every_image_failed_ends_as_failed(imagemill: Invoke) -> None:
+    result = imagemill("watch", submitted(imagemill, "https://example.com/bad.jpg\n"), client=Worked)
+    assert result.exit_code == 1
+    assert "failed: 0 of 1 image done, 1 failed" in result.stderr
 
 
 def test_retry_does_nothing_when_no_image_failed(imagemill: Invoke, ledger: Ledger) -> None:

@@ -40,7 +40,7 @@ def measures(rng: random.Random, style: Style, spoilt: dict[int, float] | None =
 def rows(found: list[Measures | None]) -> list[Row]:
     items = [Item(index=index, source=f"https://shop.example/{index}.jpg") for index in range(len(found))]
     return [
-        row(item, ItemResult(index=item.index, state="done", quality=measured), ended=True)
+        row(item, ItemResult(index=item.index, state="done", quality=measured))
         for item, measured in zip(items, found, strict=True)
     ]
 
@@ -97,7 +97,7 @@ def test_no_outliers_without_a_common_look(missing: str) -> None:
         job = [one.model_copy(update={"look": None}) if one else None for one in job]
     found = rows(job)
     if missing == "failed":
-        found = [row(Item(index=n, source="https://a.example/x.jpg"), None, ended=True) for n in range(40)]
+        found = [row(Item(index=n, source="https://a.example/x.jpg"), None) for n in range(40)]
     assert outliers(found) == {}
 
 

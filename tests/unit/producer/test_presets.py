@@ -75,7 +75,7 @@ def test_job_contains_all_values_of_its_preset(own: Path) -> None:
     preset = Presets(own).get("shop")
     spec = job_spec(None, None, {}, dict(OUTPUT), {"priority": None}, preset)
     assert isinstance(spec.options, DiffusionStylize)
-    assert spec.lane == "diffusion.sd15-canny"
+    assert spec.lane == "stylize.diffusion.sd15-canny"
     assert (spec.options.strength, spec.options.prompt) == (0.3, preset.options["prompt"])
     assert (spec.output.format, spec.output.quality, spec.policy.priority) == ("png", 80, "low")
     assert (spec.options.reference or "").startswith("file:///"), "a path becomes a file URL, as with --set"

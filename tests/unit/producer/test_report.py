@@ -55,7 +55,7 @@ def status(rows: Iterable[Row], **changes: Any) -> JobStatus:
     rows = list(rows)
     counts = {state: sum(row.state == state for row in rows) for state in ("done", "failed")}
     fields = {
-        "job": "260730-1f0c9a3e", "operation": "stylize", "engine": "opencv", "lane": "opencv", "state": "done",
+        "job": "260730-1f0c9a3e", "operation": "stylize", "engine": "opencv", "lane": "stylize.opencv", "state": "done",
         "total": len(rows), **counts, "duplicates": sum(row.duplicate_of is not None for row in rows),
         "priority": "normal", "output": "s3://results/x", "created": 0.0, "ended": 8.0, "seconds": 8.0,
     }  # fmt: skip
@@ -65,12 +65,12 @@ def status(rows: Iterable[Row], **changes: Any) -> JobStatus:
 def done(index: int, source: str | None = None, **facts: Any) -> Row:
     item = Item(index=index, source=source or f"{A}{index}.jpg")
     output = facts.pop("output", f"s3://results/x/{index}.png")
-    return row(item, ItemResult(index=index, state="done", output=output, **facts), ended=True)
+    return row(item, ItemResult(index=index, state="done", output=output, **facts))
 
 
 def failed(index: int, code: str = "not_found", message: str = "there is no such image", **facts: Any) -> Row:
     result = ItemResult(index=index, state="failed", code=code, message=message, **facts)
-    return row(Item(index=index, source=f"{A}{index}.jpg"), result, ended=True)
+    return row(Item(index=index, source=f"{A}{index}.jpg"), result)
 
 
 def again(first: Row, index: int) -> Row:
@@ -115,10 +115,20 @@ def test_page_shows_pairs_failures_and_figures() -> None:
     assert shown.all("img", "alt")[:2] == [f"before: {A}0.jpg", f"after: {A}0.jpg"]
 
 
-@pytest.mark.parametrize(("state", "tile"), [("running", "Remaining 3"), ("cancelled", "Not started 3")])
+def test_expired_images_are_a_group_that_a_retry_may_help() -> None:
+    late = [row(Item(index=n, source=f"{A}{n}.jpg"), None, "expired") for n in range(2)]
+    shown = page(late, changes={"state": "failed"})
+    assert "expired 2 images, retry may help" in shown.text
+    assert "the deadline passed before this image was begun" in shown.text
+    assert "failed, 2 failed" not in shown.text
+
+
+@pytest.mark.parametrize(
+    ("state", "tile"), [("running", "Remaining 3"), ("paused", "Remaining 3"), ("cancelled", "Not started 3")]
+)
 def test_unfinished_images_are_counted_with_their_duplicates(state: str, tile: str) -> None:
     items = [Item(index=0, source=A), Item(index=1, source=A, duplicate_of=0), Item(index=2, source=f"{A}x")]
-    rows = [row(item, None, ended=state == "cancelled") for item in items]
+    rows = [row(item, None, "cancelled" if state == "cancelled" else "pending") for item in items]
     shown = page([*rows, done(3)], changes={"state": state})
     assert tile in shown.text
     assert state in shown.text

@@ -29,7 +29,8 @@ def test_given_values_are_kept() -> None:
     job = job_spec("inpaint", "opencv", options, output, {"priority": "high", "attempts": 5})
     assert job.output.model_dump() == output
     assert job.policy.model_dump() == {
-        "priority": "high", "attempts": 5, "batch": "throughput", "reuse": True, "quality": Quality().model_dump(),
+        "priority": "high", "owner": None, "not_before": None, "until": None, "attempts": 5, "batch": "throughput",
+        "reuse": True, "quality": Quality().model_dump(),
     }  # fmt: skip
     told = job.options.model_dump(include={"mask_dilate", "method", "mask"})
     assert told == {"mask_dilate": 3, "method": "navier-stokes", "mask": None}

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from imagemill.producer.times import written
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.messages import Node
 from imagemill.shared.quality import RULES, Quality
-from imagemill.shared.queues import queue_name
 from tests.ledgers import Ledger
-from tests.unit.producer.jobs import GOOD, MIXED, STYLIZE, Invoke, Worked, submitted
+from tests.unit.producer.jobs import GOOD, LANE, MIXED, STYLIZE, Invoke, Worked, node, submitted
 
 
 def test_submit_prints_only_the_job_on_stdout_and_warns_without_workers(imagemill: Invoke, ledger: Ledger) -> None:
@@ -22,20 +21,19 @@ def test_submit_prints_only_the_job_on_stdout_and_warns_without_workers(imagemil
     job = result.stdout.removesuffix("\n")
     assert ledger.status(job).total == 3
     assert f"{job}: 3 images queued, including 1 duplicate" in result.stderr
-    assert "no worker listens to imagemill.stylize.opencv.high; start one with `imagemill worker --cpu`" in result.stderr
+    assert "no worker offers stylize.opencv; start one with `imagemill worker --cpu`" in result.stderr
 
 
 def test_submit_names_the_model_to_pull_when_no_worker_has_it(imagemill: Invoke) -> None:
     flags = ("--operation", "remove-background", "--engine", "rembg", "--set", "model=silueta", "--output", "s3://results/x")
     stderr = imagemill("submit", "-", *flags, stdin=GOOD).stderr
-    assert "no worker listens to imagemill.remove-background.rembg.silueta" in stderr
+    assert "no worker offers remove-background.rembg.silueta" in stderr
     assert "`imagemill models pull silueta`" in stderr
     assert "IMAGEMILL_WORKER__ENGINES='[\"rembg\"]' imagemill worker" in " ".join(stderr.split())
 
 
-def test_submit_does_not_warn_when_a_worker_listens(imagemill: Invoke, fleet: Fleet) -> None:
-    node = Node(node="cpu@x", host="x", pid=1, device="cpu", queues=(queue_name("stylize", "opencv"),), children=1, ready=True)
-    fleet.report_node(node)
+def test_submit_does_not_warn_when_a_worker_offers_the_lane(imagemill: Invoke, fleet: Fleet) -> None:
+    fleet.report_node(node(LANE))
     assert "no worker" not in imagemill(*STYLIZE, stdin=GOOD).stderr
 
 
@@ -44,6 +42,16 @@ def test_fresh_turns_off_reuse_of_results(imagemill: Invoke, ledger: Ledger, fla
     job = imagemill(*STYLIZE, *flags, stdin=GOOD).stdout.strip()
     policy = ledger.spec(job).policy
     assert (policy.reuse, policy.attempts) == (reuse, 3)
+
+
+def test_owner_and_times_are_passed_on(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill, GOOD, "--owner", "ann", "--not-before", "1h", "--until", "2h")
+    status = ledger.status(job)
+    assert (status.owner, status.waiting, status.running) == ("ann", 3, 0)
+    assert status.not_before is not None
+    assert status.until is not None
+    assert status.until - status.not_before == pytest.approx(3600, abs=1)
+    assert f"starts at {written(status.not_before)}" in imagemill("jobs").stdout
 
 
 def test_submit_json_prints_the_counts(imagemill: Invoke) -> None:
@@ -91,6 +99,10 @@ def test_invalid_rows_are_listed_and_nothing_is_queued(imagemill: Invoke, ledger
         (["--quality", "101"], "output: quality: "),
         (["--key", "{name}"], "output: key: "),
         (["--output", "ftp://host/x"], "output: url: "),
+        (["--owner", "two words"], "policy: owner: "),
+        (["--until", "tomorrow"], "--until takes a time such as "),
+        (["--until", "2020-01-01T08:00"], "the deadline (until) must lie ahead, but 2020-01-01 08:00 has passed"),
+        (["--until", "1h", "--not-before", "2h"], "must lie after the begin (not before)"),
         (["--output", "./out", "--expire-days", "3"], "--expire-days needs an --output of s3://bucket/prefix"),
     ],
 )

@@ -10,8 +10,7 @@ from rich.table import Table
 
 from imagemill.producer import terminal
 from imagemill.producer.terminal import counted, duration
-from imagemill.shared.messages import Node
-from tests.unit.producer.jobs import status
+from tests.unit.producer.jobs import node, status
 
 
 @pytest.mark.parametrize(
@@ -46,18 +45,33 @@ def printed(table: Table) -> str:
     return out.getvalue()
 
 
-def test_job_without_a_worker_is_marked() -> None:
-    job = status(3)
-    for table in (terminal.jobs_table, lambda jobs, *rest: terminal.status_table(jobs[0], *rest)):
-        assert "running, no worker for opencv" in printed(table([job], {job.job}))
-        assert "no worker" not in printed(table([job]))
+def test_outcome_says_why_a_job_waits() -> None:
+    waits = status(0, state="queued").model_copy(update={"why": "starts at 2026-11-29 08:00"})
+    assert terminal.outcome(waits) == "queued: 0 of 100 images done; starts at 2026-11-29 08:00"
+    assert terminal.outcome(status(3, state="paused").model_copy(update={"why": "paused"})) == "paused: 3 of 100 images done"
+
+
+def test_jobs_table_leaves_out_columns_that_would_be_empty() -> None:
+    over, waits = status(100, state="done"), {"state": "queued", "why": "behind 60 images of others", "position": 2}
+    assert [word in printed(terminal.jobs_table([over])) for word in ("owner", "waiting", "ahead")] == [False] * 3
+    text = printed(terminal.jobs_table([over, over.model_copy(update=waits), over.model_copy(update={"owner": "ann"})]))
+    assert [word in text for word in ("owner", "ann", f"queued, {waits['why']}", "2 jobs")] == [True] * 4
+
+
+def test_status_table_shows_the_forecast() -> None:
+    facts = {"owner": "ann", "waiting": 90, "running": 7, "position": 0, "ahead": 40, "starts": 1e9, "ends": 2e9, "until": 3e9}
+    text = " ".join(printed(terminal.status_table(status(3).model_copy(update=facts))).split())
+    for part in ("owner ann", "running 7 waiting 90", "position next, 40 images of others before it ends", "ends about 2033"):
+        assert part in text
+    text = printed(terminal.status_table(status(100, state="done")))
+    assert [word in text for word in ("owner", "waiting", "position", "deadline")] == [False] * 4
 
 
 def test_fleet_table_has_one_row_per_node() -> None:
-    queues = tuple(f"imagemill.stylize.diffusion.sd15-canny{priority}" for priority in (".high", "", ".low"))
-    node = Node(node="gpu0@a", host="a", pid=1, device="gpu0", queues=queues, children=1, ready=False)
-    text = printed(terminal.fleet_table([node], {"gpu0@a": (0.934, 2)}))
+    lane = "stylize.diffusion.sd15-canny"
+    gpu = node(lane, "stylize.opencv", name="gpu0@a").model_copy(update={"ready": False})
+    text = printed(terminal.fleet_table([gpu], {"gpu0@a": (0.934, 2)}, {"gpu0@a": {lane: 1.2345}}))
     assert "loading" in text
     assert "93%, 2 above 90 %" in text
-    assert text.count("stylize.diffusion.sd15-canny") == 1
-    assert "%" not in printed(terminal.fleet_table([node.model_copy(update={"ready": True})], {}))
+    assert f"{lane} (1.23), stylize.opencv" in text
+    assert "%" not in printed(terminal.fleet_table([gpu], {}, {}))
