@@ -1,4 +1,4 @@
-"""Images that another image needs: a job's mask or colour reference, fetched once per chunk, and an item's own mask."""
+"""Images that another image needs: a job's mask or colour reference, fetched once per context, and an item's own mask."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class References:
-    """Thread-safe. A URL that fails is not fetched again for this chunk: every image that needs it gets the same error."""
+    """Thread-safe. A URL that fails is not fetched again: every image that needs it gets the same error."""
 
     def __init__(self, fetcher: Fetcher, *, max_pixels: int, attempts: int, stop: Event | None = None) -> None:
         self._fetcher, self._max_pixels, self._attempts, self._stop = fetcher, max_pixels, attempts, stop or Event()

@@ -55,7 +55,7 @@ class Finding:
     "--worker", "canary", is_flag=True, help="Only run a canary task on each node of this host; exit 0 if all succeed."
 )
 @click.option(
-    "--wait", default=90.0, show_default=True, help="Seconds to wait for a canary; a busy child finishes its chunk first."
+    "--wait", default=90.0, show_default=True, help="Seconds to wait for a canary; a busy child finishes its shift first."
 )
 def doctor(as_json: bool, canary: bool, wait: float) -> None:
     """Check Redis, workers, S3, disk, engines, models and GPU, and suggest fixes."""

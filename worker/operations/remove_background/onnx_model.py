@@ -88,7 +88,7 @@ class OnnxModel:
                 raise OutOfMemory(f"there was not enough memory for the model {self.name}: {sentence(error)}") from error
             if type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError):
                 raise OperationFailed(f"the model {self.name} failed: {sentence(error)}") from error
-            raise  # such as the chunk's time limit
+            raise  # such as the shift's time limit
 
 
 def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
@@ -116,7 +116,7 @@ def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[
 
 def _opened(path: Path, device: Device, abreast: int, chain: list[tuple[str, dict[str, Any]]]) -> Any:
     # U2Net at 320 pixels (44.0 M parameters) on 2 cores, modes interleaved; CPU seconds per image, and MB held while images
-    # run and after malloc_trim, which follows each chunk:
+    # run and after malloc_trim, which follows each shift:
     #     one image on two threads: arena on 0.63, 253, 253;   arena off 0.60, 210, 1
     #     two images on one thread each: arena on 0.52, 490, 490;   arena off 0.53, 508, 1
     # Two threads wait for each other after every step of the model, so one image per core is cheaper. Without the arena, all

@@ -49,7 +49,7 @@ CutOut = Work[RembgRemoveBackground, Tensor, Plan]
 
 
 class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
-    """Keeps one model open and swaps it when a chunk asks for another.
+    """Keeps one model open and swaps it when a job asks for another.
 
     If a GPU ever has to wait for `prepare`, decode and run `Family.tensor` on the GPU here; nothing else depends on where
     the tensor is computed.

@@ -53,7 +53,7 @@ Styling = Work[DiffusionStylize, Canvas, Plan]
 
 
 class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
-    """Keeps one model loaded, from the first chunk that asks for it; all styles run on it."""
+    """Keeps one model loaded, from the first job that asks for it; all styles run on it."""
 
     spec = Spec("stylize", "diffusion", restyles=True, max_batch=LARGEST_BATCH, runtime="torch", warm_up={"steps": 1})
 
