@@ -47,12 +47,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Slot(Generic[Owner]):
-    """One sample waiting for the device: number `place` of its owner's. It arrived at `came` on the monotonic clock."""
+    """One sample waiting for the device: number `place` of its owner's. It arrived at `came` on the monotonic clock.
+
+    It is `first` if it overtakes those that are not.
+    """
 
     owner: Owner
     place: int
     sample: Sample[Any, Any]
     came: float = 0.0
+    first: bool = False
 
 
 @dataclass
@@ -93,11 +97,11 @@ class Batcher(Generic[Owner]):
         keys = [recipe.operation.group_key(sample) for sample in samples]  # before any is queued, in case one raises
         now = time.monotonic()
         first = first and all(now - slot.came < PATIENCE for group in self._groups.values() for slot in group.slots)
-        slots = [(key, Slot(owner, place, sample, now)) for place, (key, sample) in enumerate(zip(keys, samples, strict=True))]
-        for key, slot in reversed(slots) if first else slots:
+        for place, (key, sample) in enumerate(zip(keys, samples, strict=True)):
+            slot = Slot(owner, place, sample, now, first)
             group = self._group((recipe, key), slot)
             if first:
-                group.slots.appendleft(slot)
+                group.slots.insert(sum(other.first for other in group.slots), slot)
                 self._groups.move_to_end((recipe, key), last=False)
             else:
                 group.slots.append(slot)
@@ -129,10 +133,10 @@ class Batcher(Generic[Owner]):
         batch = [group.slots.popleft() for _ in range(min(group.limit, len(group.slots)))]
         for one in self._groups.values():
             one.limit = 0  # this run may change what is known
-        if group.slots:
-            self._groups.move_to_end(key)
-        else:
+        if not group.slots:
             del self._groups[key]
+        elif not group.slots[0].first:
+            self._groups.move_to_end(key)
         return group.recipe, batch
 
     def remove(self, unwanted: Callable[[Owner], bool]) -> list[Owner]:

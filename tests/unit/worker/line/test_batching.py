@@ -139,6 +139,14 @@ def test_first_samples_overtake_those_of_their_group_and_other_groups(clock: Clo
     assert [owners(batcher) for _ in range(3)] == [[2, 1], [0], [1]]
 
 
+def test_first_samples_of_another_recipe_are_all_run_before_the_rest(clock: Clock) -> None:
+    batcher: Batcher[int] = Batcher()
+    batcher.add(0, samples("a", "a"), recipe(1))
+    batcher.add(1, samples("a"), recipe(1, "{}{}"), first=True)
+    batcher.add(2, samples("a"), recipe(1, "{}{}"), first=True)
+    assert [owners(batcher) for _ in range(4)] == [[1], [2], [0], [0]]
+
+
 def test_samples_of_a_first_image_keep_their_order(clock: Clock) -> None:
     batcher: Batcher[int] = Batcher()
     batcher.add(0, samples("a"), recipe(3))

@@ -112,9 +112,7 @@ def test_stop_finishes_the_running_image_and_leaves_the_rest_unrecorded(job: Lin
         assert operation.inside.wait(60)
         job.stop.set()
         operation.open.set()
-    assert (
-        sorted(job.codes()) == ["done"] + ["pending"] * 11
-    )  # two threads fetch: either of the first two may have come first
+    assert sorted(job.codes()) == ["done"] + ["pending"] * 11  # two threads fetch: either of the first two may have come first
     assert sum(job.server.hits.values()) <= 3, "nothing more may be fetched"
 
 
