@@ -176,6 +176,10 @@ class Feeding:
         """How many images are leased, of all owners."""
         return sum(map(int, self.raw.hvals("imagemill:running")))
 
+    def in_line(self) -> int:
+        """How many images are in the line."""
+        return sum(len(held.left()) for held in list(self.feeder._held))
+
     def wait_for(self, *, begun: int, leased: int) -> None:
         """Return when this many images have reached the device, and this many are leased."""
         wait_until(lambda: len(self.operation.begun) >= begun, f"image {begun} reached the device")

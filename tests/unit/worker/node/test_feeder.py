@@ -65,7 +65,7 @@ def test_no_more_than_a_few_seconds_of_work_are_taken_ahead(feeding: Feeding) ->
         feeding.operation.let(6)
         wait_until(lambda: len(feeding.ledger.sizes) == 2, "the next share is taken once half of that is done")
         feeding.wait_for_renewals(3)
-        assert feeding.leased() <= 13
+        assert feeding.in_line() <= 13
         feeding.operation.let(94)
         feeding.check_done(job, 100)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_images_that_are_not_fetched_yet_yield_to_an_urgent_job(
 def test_all_is_given_back_when_no_shift_follows(feeding: Feeding) -> None:
     job = feeding.submit(20)
     feeding.feeder.begin()
-    wait_until(lambda: feeding.leased() == FIRST_IMAGES, "images are taken")
+    wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
     assert feeding.feeder.end(), "work remains"
     wait_until(lambda: feeding.leased() == 0, "it is given back")
     feeding.operation.let(20)
@@ -144,7 +145,10 @@ def test_closing_gives_back_and_waits_for_results_that_are_being_stored(feeding:
 
     feeding.operation.at_finish = finish
     feeding.operation.let(1)
-    feeding.work(seconds=0)
+    feeding.feeder.begin()
+    wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
+    feeding.line.run(time.monotonic(), feeding.feeder.busy)  # one of them
+    assert feeding.feeder.end()
     assert finishing.wait(60)
     closing = threading.Thread(target=feeding.feeder.close)
     closing.start()

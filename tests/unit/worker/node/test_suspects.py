@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from imagemill.shared.ledger.leasing import Request, Share
+from tests.unit.worker.line.jobs import waiting
 from tests.unit.worker.node.feeding import LANE, Feeding
 from tests.workers import wait_until
 
@@ -60,7 +61,7 @@ def test_suspect_that_is_given_back_uses_up_no_attempt(feeding: Feeding) -> None
     job = feeding.submit(1)
     lose(feeding, 1)
     feeding.feeder.begin()  # nobody runs the device
-    wait_until(lambda: feeding.leased() == 1, "it is taken")
+    wait_until(lambda: waiting(feeding.line) == 1, "it waits for the device")
     assert feeding.feeder.end()
     wait_until(lambda: feeding.leased() == 0, "it is given back")
     feeding.operation.let(1)
