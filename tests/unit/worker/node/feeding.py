@@ -20,6 +20,7 @@ from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.line import Line
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records
+from imagemill.worker.line.speed import Speed
 from imagemill.worker.line.stages import Context
 from imagemill.worker.node.feeder import Feeder
 from imagemill.worker.operations.base import Inputs, Sample, Work
@@ -67,6 +68,20 @@ class Turnstile(Invert):
     def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
         self.at_finish()
         return super().finish(work, outputs)
+
+
+class Steady(Speed):
+    """So many images per second, known for long."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def rates(self) -> dict[str, float]:
+        return {LANE: self.rate}
+
+    def computed(self, lane: str) -> int:
+        return 1000
 
 
 class WatchedLedger(Ledger):
