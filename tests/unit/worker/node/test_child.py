@@ -104,9 +104,7 @@ class Site:
 
 
 @pytest.fixture
-def site(
-    redis_server: EmbeddedRedis, images: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Site]:
+def site(redis_server: EmbeddedRedis, images: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     site = Site(redis_server.url, images, tmp_path, monkeypatch)
     yield site
     for child in site.children:
