@@ -71,9 +71,11 @@ def wait_for_gate(gate: Path, count: int) -> None:
     wait_until(lambda: len(list(gate.glob("at-*"))) >= count, f"{count} images started")
 
 
-def test_job_completes_when_a_child_is_killed(
+def test_images_of_a_killed_child_are_handed_out_at_once(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
 ) -> None:
+    """Long before its leases expire."""
+    environment["IMAGEMILL_WORKER__LEASE_SECONDS"] = "3600"
     with WorkerProcess(environment, tmp_path, fake="Gated") as node:
         node.wait_ready()
         job = submit(client, images, tmp_path, 12)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
+import time
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,8 +13,11 @@ from imagemill.shared import s3
 from imagemill.shared.messages import Item, ItemResult, Job
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings
 from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.image import ImageInFlight
 from imagemill.worker.line.line import Line
+from imagemill.worker.line.records import Records
 from imagemill.worker.line.stages import Context
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.transfer.fetch import Fetcher
@@ -111,26 +114,31 @@ class Jobs:
         spec = Job.model_validate({"operation": "stylize", "output": output, "policy": policy})
         items = [Item(index=0, source=self.images.url(path))]
         self.ledger.open_job(job, spec)
-        self.ledger.add_chunks(job, [(0, items)])
-        self.ledger.seal(job, chunks=1, total=1, duplicates={})
+        self.ledger.add_packs(job, [(0, items)])
+        self.ledger.seal(job, size=1, total=1, duplicates={})
         files = FileSettings(write_roots=(place.folder,))
         fetcher = Fetcher(self.settings.fetch, files, no_s3)
         store = open_store(spec.output.url, s3=lambda: place.client, files=files, s3_settings=place.settings)
+        line = Line(self.settings, Records(self.ledger, "here"))
         context = Context.of(
             job,
             spec,
             self.settings,
             operation=operation,
+            sizes=BatchSizes(),
             fetcher=fetcher,
             store=store,
-            stop=threading.Event(),
+            budget=line.budget,
             cache=self.cache,
         )
-        line = Line(context, ledger=self.ledger, settings=self.settings, node="here")
-        line.run(items)
+        image = ImageInFlight(items[0], context)
+        line.enter([image])
+        line.run(time.monotonic() + 60, lambda: image.place != "over")
+        line.abandon()
         _, (result,) = self.ledger.follow(job)
-        assert (line.records.done, line.records.failed) == ((1, 0) if result.state == "done" else (0, 1))
-        assert line.records.reused == ("cached" in result.notes)
+        tally = line.records.tally
+        assert (tally.done, tally.failed) == ((1, 0) if result.state == "done" else (0, 1))
+        assert tally.reused == ("cached" in result.notes)
         return result
 
     def output(self, *args: Any, **kwargs: Any) -> str:

@@ -14,11 +14,12 @@ import pytest
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import BadRow, SourceRow, read_sources
+from imagemill.shared.broker import Publisher
 from imagemill.shared.errors import BrokerUnavailable, InvalidOption, InvalidSource, JobNotFound, UsageError
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger.leasing import Lease
+from imagemill.shared.ledger.leasing import ManifestDue, Request, Share
 from imagemill.shared.ledger.submitting import SubmitLedger
-from imagemill.shared.messages import MANIFEST, ItemResult, Job, Node, Output, Policy, Row
+from imagemill.shared.messages import ItemResult, Job, Node, Output, Row
 from imagemill.shared.options.inpaint import OpencvInpaint
 from imagemill.shared.settings import S3Settings, Settings
 from tests.conftest import client_for
@@ -28,7 +29,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
 OUT = Output(url="s3://results/sketches")
 SPEC = Job(operation="stylize", output=OUT)
-QUEUE = "imagemill.stylize.opencv"
+LANE = "stylize.opencv"
+QUEUE = f"imagemill.{LANE}"
+CHILD = "cpu@a/0/1"
 
 
 def rows(count: int, start: int = 0) -> list[SourceRow | BadRow]:
@@ -45,26 +48,37 @@ def messages(raw: Any, queue: str = QUEUE) -> list[dict[str, Any]]:
     return found
 
 
-def node(children: int, queues: tuple[str, ...] = (QUEUE,), name: str = "cpu@a") -> Node:
-    return Node(node=name, host="a", pid=1, device="cpu", queues=queues, children=children, ready=True)
+def node(children: int, lane: str = LANE, name: str = "cpu@a") -> Node:
+    return Node(node=name, host="a", pid=1, device="cpu", lanes=(lane,), children=children, ready=True)
 
 
-def take(ledger: Ledger, job: str, number: int = 0) -> Lease:
-    lease = ledger.acquire(job, number, task="t", token=f"t/{number}")
-    assert isinstance(lease, Lease)
-    return lease
+def take(ledger: Ledger, images: int = 10_000) -> Share:
+    """A share of at most this many images."""
+    share = ledger.take(Request(CHILD, [LANE], {LANE: images}))
+    assert isinstance(share, Share)
+    return share
 
 
-def work(ledger: Ledger, job: str, number: int, outcome: Callable[[int], ItemResult]) -> str:
-    """Process a chunk as a worker does, and the manifest after the last chunk."""
-    lease = take(ledger, job, number)
-    for item in lease.items:
-        if item.duplicate_of is None:
-            ledger.record(job, outcome(item.index))
-    state = ledger.complete(lease)
-    if state == "finishing":
-        ledger.complete(take(ledger, job, MANIFEST))
-    return state
+def finish(ledger: Ledger, share: Share, outcome: Callable[[int], ItemResult]) -> None:
+    """Record all images of a share, as a worker does."""
+    for item in share.items:
+        ledger.record(share.job, outcome(item.index))
+    ledger.give_back(share, CHILD)
+
+
+def write_manifest(ledger: Ledger) -> None:
+    due = ledger.take(Request(CHILD, [LANE], {LANE: 1}))
+    assert isinstance(due, ManifestDue)
+    ledger.end_job(due.job, None)
+
+
+def work(ledger: Ledger, outcome: Callable[[int], ItemResult]) -> None:
+    """Do all that waits in the lane."""
+    while (answer := ledger.take(Request(CHILD, [LANE], {LANE: 10_000}))) != "none":
+        if isinstance(answer, Share):
+            finish(ledger, answer, outcome)
+        elif isinstance(answer, ManifestDue):
+            ledger.end_job(answer.job, None)
 
 
 def done(index: int) -> ItemResult:
@@ -78,9 +92,9 @@ def failed(index: int) -> ItemResult:
 # --- submitting -------------------------------------------------------------------------------
 
 
-def test_submit_writes_the_ledger_and_publishes_chunks(client: Client, raw: Any) -> None:
+def test_submit_writes_the_ledger(client: Client, raw: Any) -> None:
     submission = client.submit(iter(rows(70)), SPEC)
-    assert (submission.total, submission.chunks, submission.duplicates) == (70, 3, 0)
+    assert (submission.total, submission.duplicates) == (70, 0)
     assert (submission.served, submission.nodes, submission.invalid_count) == (False, 0, 0)
     status = client.status(submission.job)
     assert (status.state, status.total, status.done, status.failed) == ("queued", 70, 0, 0)
@@ -90,33 +104,16 @@ def test_submit_writes_the_ledger_and_publishes_chunks(client: Client, raw: Any)
     assert {row.state for row in found} == {"pending"}
 
 
-def test_messages_contain_no_urls(client: Client, raw: Any) -> None:
-    job = client.submit(rows(70), SPEC).job
-    assert messages(raw) == [
-        {
-            "task": "imagemill.stylize",
-            "shown": f"job={job}, chunk={number}, images={images}",
-            "version": 1,
-            "job": job,
-            "number": number,
-            "images": images,
-        }
-        for number, images in enumerate((32, 32, 6))
-    ]
+def test_message_is_a_wake_up_and_contains_no_urls(client: Client, raw: Any) -> None:
+    client.submit(rows(70), SPEC)
+    assert messages(raw) == [{"task": "imagemill.stylize", "shown": LANE, "version": 2, "lane": LANE}]
     assert "example.com" not in "".join(raw.lrange(QUEUE, 0, -1))
 
 
-def test_chunks_keep_their_order_over_several_writes(client: Client, raw: Any) -> None:
+def test_images_keep_their_order_over_several_writes(client: Client, ledger: Ledger) -> None:
     submission = client.submit((row for row in rows(32 * 64 + 1)), SPEC)
-    assert submission.chunks == 65
-    assert [message["number"] for message in messages(raw)] == list(range(65))
     assert [row.index for row in client.results(submission.job)] == list(range(32 * 64 + 1))
-
-
-@pytest.mark.parametrize(("priority", "suffix"), [("high", ".high"), ("low", ".low")])
-def test_each_priority_has_its_own_queue(client: Client, raw: Any, priority: Any, suffix: str) -> None:
-    client.submit(rows(1), Job(operation="stylize", output=OUT, policy=Policy(priority=priority)))
-    assert len(messages(raw, QUEUE + suffix)) == 1
+    assert [item.index for item in take(ledger).items] == list(range(32 * 64 + 1))
 
 
 def test_interrupted_or_refused_list_leaves_nothing_in_redis(client: Client, raw: Any) -> None:
@@ -169,13 +166,11 @@ def test_empty_list_is_an_error(client: Client) -> None:
         client.submit([], SPEC, skip_invalid=True)
 
 
-def test_duplicates_are_processed_once_and_share_the_result(client: Client, ledger: Ledger, raw: Any) -> None:
+def test_duplicates_are_processed_once_and_share_the_result(client: Client, ledger: Ledger) -> None:
     listed = [*rows(40), *rows(2), SourceRow("list:43", {"source": "https://example.com/0.jpg", "name": "other"})]
     submission = client.submit(listed, SPEC)
     assert (submission.total, submission.duplicates) == (43, 2)
-    assert [message["images"] for message in messages(raw)] == [32, 9]
-    work(ledger, submission.job, 0, lambda index: failed(index) if index == 1 else done(index))
-    work(ledger, submission.job, 1, done)
+    work(ledger, lambda index: failed(index) if index == 1 else done(index))
     status = client.status(submission.job)
     assert (status.state, status.total, status.done, status.failed, status.duplicates) == ("done", 43, 41, 2, 2)
     found = list(client.results(submission.job))
@@ -195,20 +190,17 @@ def test_inpaint_requires_a_mask_or_boxes(client: Client) -> None:
         assert client.submit([with_mask, with_box, without], spec).total == 3
 
 
-def test_small_job_is_shared_by_all_children_on_its_queue(client: Client, fleet: Fleet) -> None:
+def test_submit_wakes_up_the_children_of_the_lane_but_no_more_than_there_are_images(
+    client: Client, fleet: Fleet, raw: Any
+) -> None:
     fleet.report_node(node(2))
     fleet.report_node(node(1, name="cpu@b"))
-    fleet.report_node(node(8, queues=("imagemill.inpaint.opencv",), name="cpu@c"))
+    fleet.report_node(node(8, lane="inpaint.opencv", name="cpu@c"))
     submission = client.submit(rows(7), SPEC)
-    assert (submission.nodes, submission.served, submission.chunks) == (2, True, 3)
-    assert client.submit(rows(97), SPEC).chunks == 4
+    assert (submission.nodes, submission.served, len(messages(raw))) == (2, True, 3)
+    client.submit(rows(2), SPEC)
+    assert len(messages(raw)) == 3 + 2
     assert [known.node for known in client.nodes()] == ["cpu@a", "cpu@b", "cpu@c"]
-
-
-def test_chunk_size_follows_the_reported_rates(client: Client, fleet: Fleet) -> None:
-    fleet.report_rate(QUEUE, "cpu@a", 5.0)
-    fleet.report_rate("imagemill.inpaint.opencv", "cpu@a", 0.1)
-    assert client.submit(rows(250), SPEC).chunks == 3
 
 
 def test_unreachable_redis_raises_broker_unavailable(tmp_path: Path) -> None:
@@ -217,27 +209,25 @@ def test_unreachable_redis_raises_broker_unavailable(tmp_path: Path) -> None:
     assert "secret" not in caught.value.message
 
 
-def test_unpublished_chunks_are_recorded_and_published_by_the_reaper(
+def test_job_whose_wake_up_was_lost_is_recorded_and_waits_for_the_nodes_to_look(
     own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    seal = SubmitLedger.seal
-
     def seal_and_lose_redis(self: SubmitLedger, job: str, **counts: Any) -> None:
         seal(self, job, **counts)
-        own_redis.kill()
+        monkeypatch.setattr(Publisher, "wake", unreachable)
 
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise BrokerUnavailable("Redis: gone")
+
+    seal = SubmitLedger.seal
     monkeypatch.setattr(SubmitLedger, "seal", seal_and_lose_redis)
     with client_for(own_redis.url) as client:
         submission = client.submit(rows(40), SPEC)
         assert submission.total == 40
-        assert "not published" in caplog.text
-        own_redis.start()
+        assert "no worker was woken up" in caplog.text
         assert client.status(submission.job).state == "queued"
     ledger = Ledger(own_redis.url)
-    assert [(chunk.job, chunk.number) for chunk in ledger.reap("cpu@a", patience=0.0)] == [
-        (submission.job, 0),
-        (submission.job, 1),
-    ]
+    assert ledger.tend() == (0, {LANE: 0})
     ledger.close()
 
 
@@ -249,14 +239,14 @@ def test_watch_yields_updates_as_they_happen(client: Client, ledger: Ledger) -> 
     seen = client.watch(job, every=60.0)  # longer than the test: only pushed updates arrive
     first, results = next(seen)
     assert (first.state, results) == ("queued", [])
-    lease = take(ledger, job)
+    share = take(ledger)
     ledger.record(job, done(0))
     status, results = next(seen)
     assert (status.state, status.done, [result.index for result in results]) == ("running", 1, [0])
     ledger.record(job, failed(1))
     ledger.record(job, done(2))
-    assert ledger.complete(lease) == "finishing"
-    ledger.complete(take(ledger, job, MANIFEST))
+    ledger.give_back(share, CHILD)
+    write_manifest(ledger)
     rest = list(seen)
     assert [result.index for _, results in rest for result in results] == [1, 2]
     last = rest[-1][0]
@@ -265,8 +255,7 @@ def test_watch_yields_updates_as_they_happen(client: Client, ledger: Ledger) -> 
 
 def test_watch_yields_all_results_of_a_finished_job(client: Client, ledger: Ledger) -> None:
     submission = client.submit(rows(2200), SPEC)
-    for number in range(submission.chunks):
-        work(ledger, submission.job, number, done)
+    work(ledger, done)
     seen = list(client.watch(submission.job))
     assert sorted(result.index for _, results in seen for result in results) == list(range(2200))
     assert all(status.over for status, _ in seen)
@@ -281,7 +270,7 @@ def test_watch_yields_a_status_when_nothing_happens(client: Client) -> None:
 def test_wait_returns_when_the_job_is_over(client: Client, ledger: Ledger) -> None:
     job = client.submit(rows(2), SPEC).job
     assert client.wait(job, timeout=0.0).state == "queued"
-    worker = threading.Thread(target=work, args=(ledger, job, 0, done))
+    worker = threading.Thread(target=work, args=(ledger, done))
     worker.start()
     assert client.wait(job, timeout=60).state == "done"
     worker.join()
@@ -324,55 +313,62 @@ def test_retry_queues_only_failed_images(client: Client, ledger: Ledger, raw: An
     job = client.submit(rows(70), SPEC).job
     with pytest.raises(UsageError, match="still queued"):
         client.retry(job)
-    for number in range(3):
-        work(ledger, job, number, lambda index: failed(index) if index in (1, 2, 69) else done(index))
+    work(ledger, lambda index: failed(index) if index in (1, 2, 69) else done(index))
     raw.delete(QUEUE)
     assert client.retry(job) == 3
-    assert [(message["number"], message["images"]) for message in messages(raw)] == [(0, 2), (2, 1)]
+    assert messages(raw), "a child is woken up"
     status = client.status(job)
     assert (status.state, status.done, status.failed) == ("queued", 67, 0)
-    lease = take(ledger, job, 0)
-    assert ledger.recorded(job, [item.index for item in lease.items]) == set(range(32)) - {1, 2}
-    for index in (1, 2):
-        ledger.record(job, done(index))
-    ledger.complete(lease)
-    work(ledger, job, 2, done)
+    share = take(ledger)
+    assert sorted(item.index for item in share.items) == [1, 2, 69]
+    finish(ledger, share, done)
+    write_manifest(ledger)
     status = client.status(job)
     assert (status.state, status.done, status.failed) == ("done", 70, 0)
     assert client.retry(job) == 0
     assert client.status(job).state == "done"
 
 
-def test_cancelled_job_that_has_not_started_ends_with_a_manifest(client: Client, ledger: Ledger, raw: Any) -> None:
+def test_cancelled_job_that_has_not_started_is_over_at_once(client: Client, ledger: Ledger) -> None:
     job = client.submit(rows(40), SPEC).job
-    assert client.cancel(job).state == "finishing"
-    manifest = messages(raw, f"{QUEUE}.high")
-    assert [(message["task"], message["job"], message["number"]) for message in manifest] == [
-        ("imagemill.manifest", job, MANIFEST)
-    ]
-    for number in range(2):
-        assert ledger.acquire(job, number, task="t", token="t/0") == "gone"
-    ledger.complete(take(ledger, job, MANIFEST))
+    assert client.cancel(job).state == "cancelled"
     assert client.wait(job).state == "cancelled"
+    write_manifest(ledger)
+    assert ledger.take(Request(CHILD, [LANE], {LANE: 1})) == "none"
     assert {row.state for row in client.results(job)} == {"cancelled"}
     assert client.cancel(job).state == "cancelled"
-    assert len(messages(raw, f"{QUEUE}.high")) == 1
 
 
-def test_cancelled_job_can_be_retried(client: Client, ledger: Ledger, raw: Any) -> None:
+def test_cancelled_job_can_be_retried(client: Client, ledger: Ledger) -> None:
     job = client.submit(rows(40), SPEC).job
-    lease = take(ledger, job, 0)
-    assert client.cancel(job).state == "running"
-    assert ledger.renew(lease) == "cancelled"
+    share = take(ledger, 10)
+    assert client.cancel(job).state == "running", "one image is on a device"
+    assert ledger.renew(CHILD, [LANE], [share]).verdicts == ["stop"]
     ledger.record(job, done(0))
-    assert ledger.complete(lease) == "finishing"
-    ledger.complete(take(ledger, job, MANIFEST))
+    ledger.give_back(share, CHILD, returned=range(1, 10))
     assert client.status(job).state == "cancelled"
     assert client.retry(job) == 39
-    for number in range(2):
-        work(ledger, job, number, done)
+    work(ledger, done)
     status = client.status(job)
     assert (status.state, status.done) == ("done", 40)
+
+
+def test_paused_job_is_handed_out_again_when_resumed(client: Client, ledger: Ledger) -> None:
+    job = client.submit(rows(4), SPEC).job
+    assert client.pause(job).state == "paused"
+    assert ledger.take(Request(CHILD, [LANE], {LANE: 1})) == "none"
+    assert client.resume(job).state == "queued"
+    work(ledger, done)
+    assert client.status(job).state == "done"
+    for change in (client.pause, client.resume):
+        with pytest.raises(UsageError, match="is done"):
+            change(job)
+
+
+def test_job_moved_to_a_higher_priority_is_next(client: Client, ledger: Ledger) -> None:
+    first, second = (client.submit(rows(4), SPEC).job for _ in range(2))
+    assert client.prioritize(second, "high").priority == "high"
+    assert [take(ledger).job for _ in range(2)] == [second, first]
 
 
 # --- links ------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_node_answers_the_canary_and_celery_inspect(worker: WorkerProcess, envir
     assert {"imagemill.remove-background", "imagemill.inpaint", "imagemill.stylize"} <= set(tasks)
 
 
-def test_celery_events_show_progress_and_outcome_of_a_chunk(
+def test_celery_events_show_progress_and_outcome_of_a_shift(
     own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path
 ) -> None:
     """These are what Flower shows. Only this node reports events, under its own name."""
@@ -55,14 +55,12 @@ def test_celery_events_show_progress_and_outcome_of_a_chunk(
         with capture as events, WorkerProcess(environment, tmp_path, name="cpu") as node:
             node.wait_ready()
             next(events)  # a heartbeat: the receiver is listening
-            client.submit(rows, spec("stylize", tmp_path))
-            task = wait_for_task(events, seen, "PROGRESS", "2 of 3 images, 1 failed")
-            assert task.name == "imagemill.stylize"
-            assert task.kwargs.startswith("job=")
-            assert task.kwargs.endswith(", chunk=0, images=3")
+            job = client.submit(rows, spec("stylize", tmp_path)).job
+            task = wait_for_task(events, seen, "PROGRESS", f"1 done, 1 failed (not_found 1); now 1 of {job}")
+            assert (task.name, task.kwargs) == ("imagemill.stylize", "stylize.opencv")
             images.routes["/slow.png"] = photo(2)
             images.released.set()
-            wait_for_task(events, seen, "SUCCESS", "'2 done, 1 failed'")
+            wait_for_task(events, seen, "SUCCESS", "'2 done, 1 failed (not_found 1)'")
     assert len(seen.workers) == 1
     assert next(iter(seen.workers)).startswith("cpu@")
 
@@ -89,6 +87,6 @@ def test_celery_command_can_start_a_node(own_redis: EmbeddedRedis, images: Image
 def test_message_with_invalid_arguments_is_dropped(worker: WorkerProcess, environment: dict[str, str]) -> None:
     before = worker.log.read_text().count("message refused")
     app = make_app(Settings(_env_file=None, redis_url=environment["IMAGEMILL_REDIS_URL"]))  # type: ignore[call-arg]
-    payload = {"version": 1, "job": "../../etc", "number": 0, "images": 1}
+    payload = {"version": 2, "lane": "../../etc"}
     app.send_task("imagemill.stylize", kwargs=payload, queue="imagemill.stylize.opencv")
     wait_until(lambda: worker.log.read_text().count("message refused") == before + 1, "the message is refused")

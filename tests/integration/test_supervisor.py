@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.engines import split_lane
 from imagemill.shared.fleet import Fleet
 from tests.conftest import environment_for
 from tests.workers import ROOT, wait_until
@@ -74,7 +75,7 @@ def test_supervisor_restarts_only_the_killed_node_and_stops_all_nodes_on_sigterm
     assert first.keys() == {"gpu0", "gpu1"}
     assert {node.node.partition("@")[0] for node in fleet.nodes()} == {"gpu0", "gpu1"}
     assert {node.children for node in fleet.nodes()} == {1}
-    assert {queue.split(".")[1] for node in fleet.nodes() for queue in node.queues} == {"stylize"}
+    assert {split_lane(lane)[0] for node in fleet.nodes() for lane in node.lanes} == {"stylize"}
     for device, pid in first.items():
         assert f"--gpu {device[-1]} --operations stylize" in " ".join(psutil.Process(pid).cmdline())
 

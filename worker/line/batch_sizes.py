@@ -77,7 +77,7 @@ class Known:
 
 
 class BatchSizes:
-    """The batch sizes of one engine on one device. A child keeps them for its whole life; for one thread.
+    """The batch sizes of one engine on one device. A child keeps them for life; for one thread.
 
     It starts from `known`. `measures` says whether runs are measured; by default only where the memory `grows`, that is
     where larger batches are faster.

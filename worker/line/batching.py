@@ -47,7 +47,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Slot(Generic[Owner]):
-    """One sample waiting for the device: number `place` of its owner's. It arrived at `came` on the monotonic clock."""
+    """One sample waiting for the device: number `place` of its owner's. It arrived at `came` on the monotonic clock.
+
+    It is `first` if it overtakes those that are not.
+    """
 
     owner: Owner
     place: int
@@ -94,13 +97,11 @@ class Batcher(Generic[Owner]):
         keys = [recipe.operation.group_key(sample) for sample in samples]  # before any is queued, in case one raises
         now = time.monotonic()
         first = first and all(now - slot.came < PATIENCE for group in self._groups.values() for slot in group.slots)
-        slots = [
-            (key, Slot(owner, place, sample, now, first)) for place, (key, sample) in enumerate(zip(keys, samples, strict=True))
-        ]
-        for key, slot in reversed(slots) if first else slots:
+        for place, (key, sample) in enumerate(zip(keys, samples, strict=True)):
+            slot = Slot(owner, place, sample, now, first)
             group = self._group((recipe, key), slot)
             if first:
-                group.slots.appendleft(slot)
+                group.slots.insert(sum(other.first for other in group.slots), slot)
             else:
                 group.slots.append(slot)
 

@@ -48,6 +48,7 @@ class Line:
         self._device, self._counting = Lock(), Lock()
         self._coming = 0  # images on their way to the device
         self._fault: BaseException | None = None
+        self._abandoned = False
 
     def enter(self, images: Iterable[ImageInFlight]) -> None:
         """Send images down the line."""
@@ -92,14 +93,9 @@ class Line:
         finally:
             self._device.release()
 
-    def close(self) -> None:
-        """Finish what is past the device; nobody runs the device any more."""
-        self._front.shutdown(wait=False, cancel_futures=True)
-        self.clear(begun=True)
-        self.back.shutdown()
-
     def abandon(self) -> None:
-        """Drop everything; whatever has no record is handed out again."""
+        """Drop everything; whatever has no record is handed out again. The line can't be used any more."""
+        self._abandoned = True
         self.budget.close()
         self._front.shutdown(wait=False, cancel_futures=True)
         self.back.shutdown(wait=False, cancel_futures=True)
@@ -110,7 +106,7 @@ class Line:
         if image.move("fetching") and not image.context.stop.is_set():
             outcome = advance(image, BEFORE_DEVICE)
             stop, attempts = image.context.stop, image.context.spec.policy.attempts
-            if isinstance(outcome, Failed) and cut_short(outcome.error, stop, attempts):
+            if isinstance(outcome, Failed) and (self._abandoned or cut_short(outcome.error, stop, attempts)):
                 outcome = NotBegun()  # another worker gives it all the attempts that the policy allows
         if outcome is None:
             self._ready.put(image)
@@ -147,10 +143,7 @@ class Line:
 
     def _run_batch(self, recipe: Recipe, batch: list[Slot[ImageInFlight]]) -> None:
         """One batch on the device. Images that now have all of their outputs go on."""
-        for slot in batch:
-            if slot.owner.context.stop.is_set():
-                slot.owner.withdraw()
-        batch = [slot for slot in batch if slot.owner.move("begun")]
+        batch = [slot for slot in batch if self._begin(slot.owner)]
         if not batch:
             self._changed()
             return
@@ -171,10 +164,19 @@ class Line:
             else:
                 image.outputs[slot.place] = output
             if image.missing == 0:
-                computed += image.failure is None
+                computed += image.failure is None and not image.has_result  # a second attempt is no second image
                 self.back.submit(self._after_device, image)
         self.speed.ran(batch[0].owner.context.spec.lane, computed, len(batch))
         self._changed()
+
+    def _begin(self, image: ImageInFlight) -> bool:
+        """Whether the device should run this image; if not, its pixels are freed."""
+        if image.context.stop.is_set():
+            image.withdraw()
+        begun = image.move("begun")
+        if not begun:
+            self._free(image)
+        return begun
 
     def _after_device(self, image: ImageInFlight) -> None:
         """In a thread: the stages after the device, or back to it."""

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class References:
-    """Thread-safe. A URL that fails is not fetched again by this object: every image that needs it gets the same error."""
+    """Thread-safe. A URL that fails is not fetched again: every image that needs it gets the same error."""
 
     def __init__(self, fetcher: Fetcher, *, max_pixels: int, attempts: int, stop: Event | None = None) -> None:
         self._fetcher, self._max_pixels, self._attempts, self._stop = fetcher, max_pixels, attempts, stop or Event()

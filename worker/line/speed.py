@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Lock
 
@@ -20,9 +21,10 @@ class _Lane:
 
 
 class Speed:
-    """Smoothed rates of computing. Failed and reused images and idle time don't count. Thread-safe."""
+    """Smoothed rates of computing. Failed and reused images and idle time don't count. Thread-safe. `clock` is in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._lock = Lock()
         self._lanes: dict[str, _Lane] = {}
         self._since: float | None = None
@@ -30,7 +32,7 @@ class Speed:
     def resume(self) -> None:
         """There is work, if there was none."""
         with self._lock:
-            self._since = self._since or time.monotonic()
+            self._since = self._clock() if self._since is None else self._since
 
     def pause(self) -> None:
         """There is no work."""
@@ -39,9 +41,9 @@ class Speed:
 
     def ran(self, lane: str, images: int, batch: int) -> None:
         """A batch of `batch` samples has run, which completed `images` images."""
-        now = time.monotonic()
         with self._lock:
-            seconds, self._since = now - (self._since or now), now
+            now = self._clock()
+            seconds, self._since = now - (now if self._since is None else self._since), now
             known = self._lanes.setdefault(lane, _Lane())
             fading = math.exp(-seconds / MEMORY)
             known.images, known.seconds = known.images * fading + images, known.seconds * fading + seconds

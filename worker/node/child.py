@@ -95,8 +95,7 @@ class Child:
         """
         start = time.monotonic()
         feeder = self.feeder = self.feeder or self._make_feeder()
-        tally, self.tell = Tally(), tell
-        self.records.tally = tally
+        self.tell = tell
         feeder.begin()
         try:
             feeder.line.run(start + self.settings.worker.shift_seconds, feeder.busy)
@@ -108,6 +107,7 @@ class Child:
             self._wake_again(lane)
         give_back()
         self._report_memory()
+        tally, self.records.tally = self.records.tally, Tally()  # the next one also counts what is recorded between shifts
         seconds = round(time.monotonic() - start, 3)
         fields = dict(action="shift", done=tally.done, failed=tally.failed, reused=tally.reused, seconds=seconds)
         log.info("shift over", extra=fields)

@@ -32,6 +32,8 @@ STARVING_SECONDS = 0.25
 """Once the device has waited this long for downloads, more of them are started."""
 GRACE_SECONDS = 2.0
 """How long the line goes on without a shift."""
+FINISH_SECONDS = 10.0
+"""How long a process that is told to exit waits for results that are being stored."""
 FIRST_IMAGES = 2
 """Images taken ahead before it is known how fast they are computed; from there, the number grows by what has been computed."""
 SWAP_SECONDS = 20.0
@@ -81,10 +83,15 @@ class Held:
         """The images that are in the line."""
         return [image for image in self.images if image.place != "over"]
 
-    def undone(self) -> list[int]:
-        """Indexes of images that have left the line without a record, and are still leased."""
-        over = [image for image in self.images if image.place == "over" and not image.recorded]
-        return [image.item.index for image in over if image.item.index not in self.returned]
+    def divided(self) -> tuple[list[int], list[int]]:
+        """Indexes of the images that are in the line, and of those that have left it without a record and are still leased."""
+        left, undone = [], []
+        for image in self.images:  # each is asked once, because it may leave the line meanwhile
+            if image.place != "over":
+                left.append(image.item.index)
+            elif not image.recorded and image.item.index not in self.returned:
+                undone.append(image.item.index)
+        return left, undone
 
 
 class Feeder:
@@ -139,21 +146,32 @@ class Feeder:
     def close(self) -> None:
         """Give back what is not begun, finish what is past the device, and stop. Nobody may run the line any more."""
         self._stop_thread()
-        self._withdraw(self._ahead())
-        self.line.close()
-        for image in (image for held in self._held for image in held.left()):
-            image.place = "over"
         try:
-            self._settle_shares()
+            self._finish()
         except ServiceUnavailable as error:
             log.warning("images not given back", extra={"action": "feed", "reason": error.message})
+        self._drop()
 
     def abandon(self) -> None:
         """Drop everything: the leases expire, and what has no record is handed out again."""
         self._stop_thread()
+        self._drop()
+
+    def _drop(self) -> None:
         for held in self._held:
             held.context.stop.set()
         self.line.abandon()
+
+    def _finish(self) -> None:
+        """Give back what is not begun, and wait for results that are being stored."""
+        end = time.monotonic() + FINISH_SECONDS
+        self._withdraw(self._ahead())
+        self.line.clear(begun=True)
+        self._settle_shares()
+        while self._held and time.monotonic() < end:
+            self._poke.wait(RETRY_SECONDS)
+            self._poke.clear()
+            self._settle_shares()
 
     def _stop_thread(self) -> None:
         self._closed = True
@@ -224,10 +242,10 @@ class Feeder:
     def _settle_shares(self) -> None:
         """Give back what has left the line without a record, and end the shares of which nothing is left."""
         for held in list(self._held):
-            left, undone = held.left(), held.undone()
+            left, undone = held.divided()
             if left and not undone:
                 continue
-            self._ledger.give_back(held.share, self._child, kept=[image.item.index for image in left], returned=undone)
+            self._ledger.give_back(held.share, self._child, kept=left, returned=undone)
             held.returned.update(undone)
             if not left:
                 self._held.remove(held)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from imagemill.worker.line import line as module
 from tests.ledgers import Ledger
 from tests.services.images import ImageServer
-from tests.unit.worker.line.chunks import Chunk
+from tests.unit.worker.line.jobs import LineJob
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line notices at once that its images are done."""
+    monkeypatch.setattr(module, "GLANCE", 0.01)
 
 
 @pytest.fixture
-def chunk(ledger: Ledger, images: ImageServer, tmp_path: Path) -> Chunk:
-    return Chunk(ledger, images, tmp_path / "out")
+def job(ledger: Ledger, images: ImageServer, tmp_path: Path) -> Iterator[LineJob]:
+    job = LineJob(ledger, images, tmp_path / "out")
+    yield job
+    job.close()
+
+
+@pytest.fixture
+def other(ledger: Ledger, images: ImageServer, tmp_path: Path) -> Iterator[LineJob]:
+    """Another job, with results in another folder."""
+    job = LineJob(ledger, images, tmp_path / "other")
+    yield job
+    job.close()

@@ -1,72 +1,44 @@
-"""Batches: every sample comes out once, with others of its group, and a bad one does not hurt its neighbours."""
+"""Which samples share a batch, which batch is next, and how long it waits."""
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from billiard.exceptions import SoftTimeLimitExceeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagemill.shared.errors import DeviceLost, ImageError, InternalError, OperationFailed, OutOfMemory
 from imagemill.shared.messages import Policy
 from imagemill.worker.line import batching
 from imagemill.worker.line.batch_sizes import BatchSizes, Known
-from imagemill.worker.line.batching import Batcher, Slot, cap, run_parts
+from imagemill.worker.line.batching import PATIENCE, Batcher, Recipe, Slot, cap
 from imagemill.worker.operations.base import Sample
-from tests.batches import run_batch
-from tests.devices import DEAD, HARMLESS, FakeGpu
+from tests.devices import FakeGpu
 from tests.fakes import Invert
 
 NAMES = st.sampled_from("abcd")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections() -> Iterator[None]:
-    """Skip garbage collection on out-of-memory: with everything the tests import it takes a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class Grouped(Invert):
     """A sample's data is (group, number)."""
 
-    def group_key(self, sample: Sample) -> Hashable:
+    def group_key(self, sample: Sample[Any, Any]) -> Hashable:
         if sample.data[0] == "?":
             raise ValueError("this sample belongs nowhere")
         return sample.data[0]
 
 
-class Doubling(Invert):
-    """Doubles numbers. At most `capacity` of them fit into memory, and those in `faults` raise."""
-
-    def __init__(self, capacity: int = 100, faults: dict[int, BaseException] | None = None) -> None:
-        self.capacity, self.faults = capacity, faults or {}
-        self.calls: list[list[int]] = []
-
-    def group_key(self, sample: Sample) -> Hashable:
-        return "numbers"
-
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
-        numbers = [sample.data for sample in samples]
-        self.calls.append(numbers)
-        if len(numbers) > self.capacity:
-            raise OutOfMemory("the batch is too large")
-        for number in numbers:
-            if number in self.faults:
-                raise self.faults[number]
-        return [2 * number for number in numbers]
+OPERATION, SIZES = Grouped(), BatchSizes()
 
 
-def samples(count: int) -> list[Sample]:
-    return [Sample(number, None) for number in range(count)]
+def recipe(most: int = 4, options: str = "{}") -> Recipe:
+    return Recipe(OPERATION, SIZES, most, options)
+
+
+def samples(*names: str) -> list[Sample[Any, Any]]:
+    return [Sample((name, number), None) for number, name in enumerate(names)]
 
 
 def group(batch: list[Slot[int]]) -> str:
@@ -74,49 +46,9 @@ def group(batch: list[Slot[int]]) -> str:
     return str(name)
 
 
-# --- what shares a batch ---
-
-
-@given(st.lists(st.lists(NAMES, max_size=6) | st.none()), st.integers(1, 4))
-def test_every_sample_comes_out_once_oldest_group_first(steps: list[list[str] | None], limit: int) -> None:
-    """A list adds an owner with these samples, None takes a batch; the rest is taken at the end."""
-    batcher: Batcher[int] = Batcher(Grouped(), BatchSizes(), limit)
-    came: list[tuple[int, int, str]] = []
-    out: list[tuple[int, int, str]] = []
-    waiting: list[str] = []  # groups by how long they have waited for their turn
-
-    def take() -> None:
-        batch = batcher.take()
-        assert 1 <= len(batch) <= limit
-        name = group(batch)
-        assert name == waiting.pop(0)
-        out.extend((slot.owner, slot.place, slot.sample.data[0]) for slot in batch)
-        left = [one for one in came if one[2] == name and one not in out]
-        assert len(batch) == limit or not left, "a batch must be as large as possible"
-        waiting.extend([name] if left else [])
-
-    for owner, names in enumerate(steps):
-        if names is not None:
-            batcher.add(owner, [Sample((name, owner), None) for name in names])
-            came.extend((owner, place, name) for place, name in enumerate(names))
-            waiting.extend(name for name in dict.fromkeys(names) if name not in waiting)
-        elif batcher:
-            take()
-    while batcher:
-        take()
-    assert sorted(out) == sorted(came)
-    for name in "abcd":
-        assert [one for one in out if one[2] == name] == [one for one in came if one[2] == name], "first come, first served"
-
-
-def test_image_whose_group_key_raises_leaves_nothing_behind() -> None:
-    batcher: Batcher[int] = Batcher(Grouped(), BatchSizes(), 4)
-    with pytest.raises(ValueError, match="belongs nowhere"):
-        batcher.add(0, [Sample(("a", 0), None), Sample(("?", 0), None)])
-    assert not batcher
-
-
-# --- how long to wait for more samples ---
+def owners(batcher: Batcher[int]) -> list[int]:
+    """The owners in the next batch."""
+    return [slot.owner for slot in batcher.take()[1]]
 
 
 class Clock:
@@ -135,51 +67,59 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def waiting(limit: int, wait: float = 2.0) -> Batcher[int]:
-    """A batcher on a device where `limit` samples of the groups a and b fit."""
-    gpu = FakeGpu(1000 * limit)
-    return Batcher(Grouped(), BatchSizes(gpu, {repr(name): Known({1: 800}, fits=limit) for name in "ab"}), 64, wait)
+# --- what shares a batch ---
 
 
-def test_batch_waits_until_full_but_no_longer_than_the_setting(clock: Clock) -> None:
-    batcher = waiting(limit=3)
-    assert batcher.patience(coming=True) is None, "there is nothing to take yet"
-    assert batcher.patience(coming=False) == 0
-    batcher.add(0, [Sample(("a", 0), None)])
-    assert batcher.patience(coming=True) == 2
-    clock.now += 1.5
-    batcher.add(1, [Sample(("a", 1), None)])
-    assert batcher.patience(coming=True) == 0.5, "the oldest counts"
-    batcher.add(2, [Sample(("a", 2), None), Sample(("a", 3), None)])
-    assert batcher.patience(coming=True) == 0, "it is full"
-    assert [slot.owner for slot in batcher.take()] == [0, 1, 2]
-    assert batcher.patience(coming=True) == 2, "the rest arrived last"
-    clock.now += 3
-    assert batcher.patience(coming=True) == 0
-    assert len(batcher.take()) == 1
+@given(st.lists(st.lists(NAMES, max_size=6) | st.none()), st.integers(1, 4))
+def test_every_sample_comes_out_once_oldest_group_first(steps: list[list[str] | None], limit: int) -> None:
+    """A list adds an owner with these samples, None takes a batch; the rest is taken at the end."""
+    batcher: Batcher[int] = Batcher()
+    came: list[tuple[int, int, str]] = []
+    out: list[tuple[int, int, str]] = []
+    waiting: list[str] = []  # groups by how long they have waited for their turn
+
+    def take() -> None:
+        taken, batch = batcher.take()
+        assert taken == recipe(limit)
+        assert 1 <= len(batch) <= limit
+        name = group(batch)
+        assert name == waiting.pop(0)
+        out.extend((slot.owner, slot.place, slot.sample.data[0]) for slot in batch)
+        left = [one for one in came if one[2] == name and one not in out]
+        assert len(batch) == limit or not left, "a batch must be as large as possible"
+        waiting.extend([name] if left else [])
+
+    for owner, names in enumerate(steps):
+        if names is not None:
+            batcher.add(owner, samples(*names), recipe(limit))
+            came.extend((owner, place, name) for place, name in enumerate(names))
+            waiting.extend(name for name in dict.fromkeys(names) if name not in waiting)
+        elif batcher:
+            take()
+    while batcher:
+        take()
+    assert sorted(out) == sorted(came)
+    for name in "abcd":
+        assert [one for one in out if one[2] == name] == [one for one in came if one[2] == name], "first come, first served"
 
 
-def test_no_wait_when_no_more_samples_can_arrive(clock: Clock) -> None:
-    batcher = waiting(limit=3)
-    batcher.add(0, [Sample(("a", 0), None)])
-    assert batcher.patience(coming=False) == 0
+def test_samples_share_a_batch_only_if_their_recipes_are_equal() -> None:
+    batcher: Batcher[int] = Batcher()
+    other = [recipe(options='{"style": "detail"}'), recipe(most=3), Recipe(Grouped(), SIZES, 4, "{}")]
+    for owner, one in enumerate([recipe(), *other, recipe(), *other]):
+        batcher.add(owner, samples("a"), one)
+    taken = []
+    while batcher:
+        used, batch = batcher.take()
+        taken.append((used, [slot.owner for slot in batch]))
+    assert taken == [(recipe(), [0, 4]), (other[0], [1, 5]), (other[1], [2, 6]), (other[2], [3, 7])]
 
 
-def test_full_group_runs_after_overdue_groups_and_before_the_rest(clock: Clock) -> None:
-    batcher = waiting(limit=2)
-    batcher.add(0, [Sample(("a", 0), None)])
-    batcher.add(1, [Sample(("b", 1), None)] * 4)
-    assert batcher.patience(coming=True) == 0
-    assert group(batcher.take()) == "b"
-    clock.now += 2
-    assert group(batcher.take()) == "a"
-    assert group(batcher.take()) == "b"
-
-
-def test_no_wait_without_a_gpu(clock: Clock) -> None:
-    batcher: Batcher[int] = Batcher(Grouped(), BatchSizes(), 4, wait=60)
-    batcher.add(0, [Sample(("a", 0), None)])
-    assert batcher.patience(coming=True) == 0
+def test_image_whose_group_key_raises_leaves_nothing_behind() -> None:
+    batcher: Batcher[int] = Batcher()
+    with pytest.raises(ValueError, match="belongs nowhere"):
+        batcher.add(0, samples("a", "?"), recipe())
+    assert not batcher
 
 
 @pytest.mark.parametrize(("batch", "own", "most"), [("quality", 64, 4), ("quality", 2, 2), ("throughput", 16, 16)])
@@ -188,136 +128,105 @@ def test_policy_and_engine_both_cap_the_batch(batch: str, own: int, most: int) -
     assert cap(policy, replace(Invert.spec, max_batch=own)) == most
 
 
-# --- when a batch fails ---
+# --- who is first, and who leaves ---
 
 
-def test_batch_that_fits_runs_once() -> None:
-    operation = Doubling()
-    assert run_batch(operation, samples(4), BatchSizes()) == [0, 2, 4, 6]
-    assert operation.calls == [[0, 1, 2, 3]]
+def test_first_samples_overtake_those_of_their_group_and_other_groups(clock: Clock) -> None:
+    batcher: Batcher[int] = Batcher()
+    batcher.add(0, samples("a"), recipe(2))
+    batcher.add(1, samples("b", "b"), recipe(2))
+    batcher.add(2, samples("b"), recipe(2), first=True)
+    assert [owners(batcher) for _ in range(3)] == [[2, 1], [0], [1]]
 
 
-@pytest.mark.parametrize(
-    ("count", "capacity", "calls"),
-    [
-        (8, 4, [8, 4, 4]),
-        (8, 3, [8, 4, 2, 2, 2, 2]),
-        (7, 4, [7, 4, 3]),
-        (5, 2, [5, 3, 2, 2, 1]),
-        (3, 1, [3, 2, 1, 1, 1]),
-    ],
-)
-def test_batch_too_large_for_memory_is_halved_until_it_fits(count: int, capacity: int, calls: list[int]) -> None:
-    operation = Doubling(capacity)
-    parts = list(run_parts(operation, samples(count), BatchSizes()))
-    assert [output for part in parts for output in part] == [2 * number for number in range(count)]
-    assert [len(call) for call in operation.calls] == calls
-    assert [len(part) for part in parts] == [size for size in calls if size <= capacity]
+def test_first_samples_of_another_recipe_are_all_run_before_the_rest(clock: Clock) -> None:
+    batcher: Batcher[int] = Batcher()
+    batcher.add(0, samples("a", "a"), recipe(1))
+    batcher.add(1, samples("a"), recipe(1, "{}{}"), first=True)
+    batcher.add(2, samples("a"), recipe(1, "{}{}"), first=True)
+    assert [owners(batcher) for _ in range(4)] == [[1], [2], [0], [0]]
 
 
-@pytest.mark.parametrize("shortage", [MemoryError("malloc"), OutOfMemory("the device is full")], ids=lambda e: type(e).__name__)
-def test_sample_that_does_not_fit_alone_fails_alone(shortage: BaseException) -> None:
-    operation = Doubling(faults={5: shortage})
-    outputs = run_batch(operation, samples(8), BatchSizes())
-    error = outputs.pop(5)
-    assert isinstance(error, OutOfMemory)
-    assert "stylize ran out of memory" in error.message
-    assert outputs == [0, 2, 4, 6, 8, 12, 14]
-    assert [len(call) for call in operation.calls] == [8, 4, 4, 2, 1, 1, 1, 1]
+def test_samples_of_a_first_image_keep_their_order(clock: Clock) -> None:
+    batcher: Batcher[int] = Batcher()
+    batcher.add(0, samples("a"), recipe(3))
+    batcher.add(1, samples("a", "a"), recipe(3), first=True)
+    _, batch = batcher.take()
+    assert [(slot.owner, slot.place) for slot in batch] == [(1, 0), (1, 1), (0, 0)]
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [(OperationFailed("this one can't be done"), OperationFailed), (ZeroDivisionError("by zero"), InternalError)],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_other_errors_fail_only_their_own_sample(fault: BaseException, kind: type[ImageError]) -> None:
-    operation = Doubling(faults={1: fault})
-    outputs = run_batch(operation, samples(4), BatchSizes())
-    error = outputs.pop(1)
-    assert type(error) is kind
-    assert str(fault) in error.message
-    assert error.__traceback__ is None, "a traceback would keep the batch's arrays alive"
-    assert outputs == [0, 4, 6]
-    assert operation.calls == [[0, 1, 2, 3], [0], [1], [2], [3]]
+def test_nobody_is_overtaken_for_ever(clock: Clock) -> None:
+    """However many first samples come, the one that waits has its turn soon after it has lost patience."""
+    batcher: Batcher[int] = Batcher()
+    batcher.add(0, samples("a"), recipe(1))
+    served = []
+    for owner in range(1, 20):
+        clock.now += PATIENCE / 4
+        batcher.add(owner, samples("a"), recipe(1), first=True)
+        served += owners(batcher)
+    assert served[:3] == [1, 2, 3], "it can be overtaken for a while"
+    assert served.index(0) == 3
+    served += owners(batcher)
+    assert sorted(served) == list(range(20))
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.dictionaries(st.integers(0, 11), st.booleans()))
-def test_only_bad_samples_fail_in_any_mix_of_faults(count: int, capacity: int, bad: dict[int, bool]) -> None:
-    faults = {n: MemoryError() if memory else OperationFailed("no") for n, memory in bad.items()}
-    outputs = run_batch(Doubling(capacity, dict(faults)), samples(count), BatchSizes())
-    expected = {n: OutOfMemory if memory else OperationFailed for n, memory in bad.items()}
-    assert [type(one) if isinstance(one, ImageError) else one for one in outputs] == [
-        expected.get(n, 2 * n) for n in range(count)
-    ]
+@given(st.lists(st.lists(NAMES, min_size=1, max_size=4), max_size=8), st.sets(st.integers(0, 7)))
+def test_removed_owners_leave_no_sample_and_the_others_stay(names: list[list[str]], unwanted: set[int]) -> None:
+    batcher: Batcher[int] = Batcher()
+    for owner, some in enumerate(names):
+        batcher.add(owner, samples(*some), recipe())
+    assert sorted(batcher.remove(lambda owner: owner in unwanted)) == sorted(unwanted & set(range(len(names)))), "each once"
+    left: list[int] = []
+    while batcher:
+        left += owners(batcher)
+    assert sorted(left) == [owner for owner, some in enumerate(names) if owner not in unwanted for _ in some]
 
 
-class Forgetful(Doubling):
-    """Drops the last output of every batch larger than `enough`."""
-
-    def __init__(self, enough: int) -> None:
-        super().__init__()
-        self.enough = enough
-
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
-        done = [2 * sample.data for sample in samples]
-        return done[:-1] if len(samples) > self.enough else done
+# --- how long to wait for more samples ---
 
 
-def test_wrong_number_of_outputs_is_given_to_no_sample() -> None:
-    assert run_batch(Forgetful(1), samples(3), BatchSizes()) == [0, 2, 4], "samples run alone can't be mixed up"
-    for error in run_batch(Forgetful(0), samples(3), BatchSizes()):
-        assert isinstance(error, InternalError)
-        assert error.message == "stylize returned 0 outputs for 1 samples"
+def waiting(limit: int, wait: float = 2.0) -> tuple[Batcher[int], Recipe]:
+    """A batcher, and a recipe of a device where `limit` samples of the groups a and b fit."""
+    sizes = BatchSizes(FakeGpu(1000 * limit), {repr(name): Known({1: 800}, fits=limit) for name in "ab"})
+    return Batcher(wait), Recipe(OPERATION, sizes, 64, "{}")
 
 
-@pytest.mark.parametrize("made", DEAD.values(), ids=DEAD)
-def test_sticky_device_error_raises_device_lost_and_stops_using_the_device(made: Callable[[], Exception]) -> None:
-    operation = Doubling(faults={1: made()})
-    with pytest.raises(DeviceLost, match="stylize left the device in error"):
-        run_batch(operation, samples(3), BatchSizes())
-    assert len(operation.calls) == 1
+def test_batch_waits_until_full_but_no_longer_than_the_setting(clock: Clock) -> None:
+    batcher, large = waiting(limit=3)
+    assert batcher.patience(coming=True) is None, "there is nothing to take yet"
+    assert batcher.patience(coming=False) == 0
+    batcher.add(0, samples("a"), large)
+    assert batcher.patience(coming=True) == 2
+    clock.now += 1.5
+    batcher.add(1, samples("a"), large)
+    assert batcher.patience(coming=True) == 0.5, "the oldest counts"
+    batcher.add(2, samples("a", "a"), large)
+    assert batcher.patience(coming=True) == 0, "it is full"
+    assert owners(batcher) == [0, 1, 2]
+    assert batcher.patience(coming=True) == 2, "the rest arrived last"
+    clock.now += 3
+    assert batcher.patience(coming=True) == 0
+    assert owners(batcher) == [2]
 
 
-@pytest.mark.parametrize(
-    "fault", [ValueError("what is wrong"), OperationFailed("can't be done")], ids=lambda e: type(e).__name__
-)
-def test_broken_device_raises_device_lost_whatever_the_error(fault: Exception) -> None:
-    gpu = FakeGpu(100)
-    gpu.lost = True
-    with pytest.raises(DeviceLost):
-        run_batch(Doubling(faults={0: fault}), samples(1), BatchSizes(gpu))
+def test_no_wait_when_no_more_samples_can_arrive(clock: Clock) -> None:
+    batcher, large = waiting(limit=3)
+    batcher.add(0, samples("a"), large)
+    assert batcher.patience(coming=False) == 0
 
 
-@pytest.mark.parametrize("made", HARMLESS.values(), ids=HARMLESS)
-def test_passing_device_error_fails_one_sample(made: Callable[[], Exception]) -> None:
-    outputs = run_batch(Doubling(faults={1: made()}), samples(3), BatchSizes())
-    assert isinstance(outputs.pop(1), InternalError)
-    assert outputs == [0, 4]
+def test_full_group_runs_after_overdue_groups_and_before_the_rest(clock: Clock) -> None:
+    batcher, large = waiting(limit=2)
+    batcher.add(0, samples("a"), large)
+    batcher.add(1, samples("b", "b", "b", "b"), large)
+    assert batcher.patience(coming=True) == 0
+    assert owners(batcher) == [1, 1]
+    clock.now += 2
+    assert owners(batcher) == [0]
+    assert owners(batcher) == [1, 1]
 
 
-class Holding(Doubling):
-    """Runs out of memory with a large array in its frame, and checks on the next run whether that array is gone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: list[weakref.ref[Any]] = []
-
-    def run(self, samples: Sequence[Sample]) -> list[Any]:
-        assert all(held() is None for held in self.held), "the failed batch's memory is still held"
-        tensor = torch.zeros(1000)
-        self.held.append(weakref.ref(tensor))
-        if len(samples) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return super().run(samples)
-
-
-def test_memory_of_a_failed_batch_is_freed_before_the_next_run() -> None:
-    assert run_batch(Holding(), samples(4), BatchSizes()) == [0, 2, 4, 6]
-
-
-def test_time_limit_fails_no_sample() -> None:
-    operation = Doubling(faults={1: SoftTimeLimitExceeded()})
-    with pytest.raises(SoftTimeLimitExceeded):
-        run_batch(operation, samples(3), BatchSizes())
-    assert len(operation.calls) == 1
+def test_no_wait_without_a_gpu(clock: Clock) -> None:
+    batcher: Batcher[int] = Batcher(wait=60)
+    batcher.add(0, samples("a"), recipe())
+    assert batcher.patience(coming=True) == 0

@@ -1,53 +1,48 @@
-"""Every image of a chunk ends in one record, or in none if the line is stopped, whatever its neighbours do."""
+"""Every image ends in one record, or in none if it is not begun, whatever its neighbours do."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
 
-from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.errors import BrokerUnavailable, OperationFailed, OutOfMemory
+from imagemill.shared.errors import OperationFailed, OutOfMemory
 from imagemill.worker.operations.base import Sample
 from tests.conftest import photo
 from tests.fakes import Invert
-from tests.ledgers import Ledger
-from tests.services.images import Handler, ImageServer, answers, failing, reply
-from tests.unit.worker.line.chunks import SIZE, Bands, Chunk, Faulty, Gate, Masked, pixels, running, source
+from tests.services.images import Handler, answers, failing, reply
+from tests.unit.worker.line.jobs import SIZE, Bands, Faulty, Gate, LineJob, Masked, pixels, source
 
 
 @pytest.mark.parametrize("operation", [Invert, Bands])
-def test_each_image_gets_its_own_result_and_exactly_one_record(operation: type[Invert], chunk: Chunk) -> None:
-    items = chunk.photos(20)
-    chunk.line(operation(), items).run(items)
-    rows = chunk.rows()
+def test_each_image_gets_its_own_result_and_exactly_one_record(operation: type[Invert], job: LineJob) -> None:
+    items = job.photos(20)
+    job.run(operation(), items)
+    rows = job.rows()
     for row in rows:
         assert np.array_equal(pixels(row), 255 - source(row.index))
-    assert sorted(chunk.entries()) == list(range(20))
-    status = chunk.ledger.status(chunk.job)
+    assert sorted(job.entries()) == list(range(20))
+    status = job.ledger.status(job.name)
     assert (status.done, status.failed) == (20, 0)
 
 
-def test_chunk_delivered_twice_is_counted_once(chunk: Chunk) -> None:
-    items = chunk.photos(4)
+def test_images_done_by_two_children_are_recorded_once(job: LineJob) -> None:
+    items = job.photos(4)
     for node, counted in (("here", 4), ("there", 0)):
-        line = chunk.line(Invert(), items, node=node)
-        line.run(items)
-        assert (line.records.done, line.records.failed) == (counted, 0)
-    assert sorted(chunk.entries()) == [0, 1, 2, 3]
-    assert {row.result.node for row in chunk.rows() if row.result} == {"here"}
+        tally = job.run(Invert(), items, node=node)
+        assert (tally.done, tally.failed) == (counted, 0)
+    assert sorted(job.entries()) == [0, 1, 2, 3]
+    assert {row.result.node for row in job.rows() if row.result} == {"here"}
 
 
-def test_record_holds_attempts_sizes_and_seconds_per_stage(chunk: Chunk) -> None:
-    chunk.images.routes["/a.png"] = failing(1, 503, photo(1))
-    items = chunk.items(["/a.png"])
-    chunk.line(Invert(), items).run(items)
-    (row,) = chunk.rows()
+def test_record_holds_attempts_sizes_and_seconds_per_stage(job: LineJob) -> None:
+    job.server.routes["/a.png"] = failing(1, 503, photo(1))
+    items = job.items(["/a.png"])
+    job.run(Invert(), items)
+    (row,) = job.rows()
     result = row.result
     assert result is not None
     assert (result.attempts, result.source_format, result.source_bytes) == (2, "png", len(photo(1)))
@@ -83,96 +78,65 @@ def route(stage: str) -> Any:
         ("store", None, "storage_refused"),
     ],
 )
-def test_bad_image_fails_alone_with_the_right_code(stage: str, fault: Exception | None, code: str, chunk: Chunk) -> None:
-    items = chunk.photos(5)
-    chunk.images.routes["/1.png"] = route(stage)
+def test_bad_image_fails_alone_with_the_right_code(stage: str, fault: Exception | None, code: str, job: LineJob) -> None:
+    items = job.photos(5)
+    job.server.routes["/1.png"] = route(stage)
     if stage == "store":
-        (chunk.folder / "1.webp").mkdir(parents=True)
-    line = chunk.line(Faulty(stage, fault), items, form="webp")
-    line.run(items)
-    assert chunk.codes() == ["done", code, "done", "done", "done"]
-    assert (line.records.done, line.records.failed) == (4, 1)
-    bad = chunk.rows()[1]
+        (job.folder / "1.webp").mkdir(parents=True)
+    tally = job.run(Faulty(stage, fault), items, form="webp")
+    assert job.codes() == ["done", code, "done", "done", "done"]
+    assert (tally.done, tally.failed, tally.codes) == (4, 1, {code: 1})
+    bad = job.rows()[1]
     assert bad.message
     assert bad.attempts == 1
-    assert all(pixels(row).shape == (72, 96, 3) for row in chunk.rows() if row.index != 1)
+    assert all(pixels(row).shape == (72, 96, 3) for row in job.rows() if row.index != 1)
 
 
-def test_image_with_a_failed_tile_is_recorded_once(chunk: Chunk) -> None:
+def test_image_with_a_failed_tile_is_recorded_once(job: LineJob) -> None:
     class Blemish(Bands):
         def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
             if any(np.array_equal(sample.data, source(1)[:18]) for sample in samples):
                 raise OperationFailed("this tile can't be done")
             return super().run(samples)
 
-    items = chunk.photos(4)
-    chunk.line(Blemish(), items).run(items)
-    assert chunk.codes() == ["done", "operation_failed", "done", "done"]
-    assert sorted(chunk.entries()) == [0, 1, 2, 3]
+    items = job.photos(4)
+    job.run(Blemish(), items)
+    assert job.codes() == ["done", "operation_failed", "done", "done"]
+    assert sorted(job.entries()) == [0, 1, 2, 3]
 
 
-def test_stop_finishes_the_running_image_and_leaves_the_rest_unrecorded(chunk: Chunk) -> None:
-    items = chunk.photos(12)
+def test_stop_finishes_the_running_image_and_leaves_the_rest_unrecorded(job: LineJob) -> None:
+    items = job.photos(12)
     operation = Gate()
-    with running(chunk.line(operation, items, threads=2, look_ahead=SIZE), items):
+    with job.running(operation, items, threads=2, look_ahead=SIZE):
         assert operation.inside.wait(60)
-        chunk.stop.set()
+        job.stop.set()
         operation.open.set()
-    assert (
-        sorted(chunk.codes()) == ["done"] + ["pending"] * 11
-    )  # two threads fetch: either of the first two may have come first
-    assert sum(chunk.images.hits.values()) <= 3, "nothing more may be fetched"
+    assert sorted(job.codes()) == ["done"] + ["pending"] * 11  # two threads fetch: either of the first two may have come first
+    assert sum(job.server.hits.values()) <= 3, "nothing more may be fetched"
 
 
 @pytest.mark.parametrize("what", ["source", "mask"])
-def test_stop_records_no_failure_for_an_image_with_attempts_left(what: str, chunk: Chunk) -> None:
+def test_stop_records_no_failure_for_an_image_with_attempts_left(what: str, job: LineJob) -> None:
     def busy(handler: Handler) -> None:
-        chunk.stop.set()
+        job.stop.set()
         reply(handler, 503, b"try later")
 
-    chunk.images.routes |= {"/a.png": photo(1), "/busy.png": busy}
-    items = chunk.items([{"source": "/a.png"} | {what: "/busy.png"}])
-    chunk.line(Masked(), items, kind="inpaint").run(items)
-    assert chunk.codes() == ["pending"]
-
-
-def test_line_stops_and_raises_when_the_ledger_is_unreachable(
-    own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path
-) -> None:
-    ledger = Ledger(own_redis.url)
-    chunk = Chunk(ledger, images, tmp_path / "out")
-    items = chunk.photos(30)
-    operation = Gate()
-    line = chunk.line(operation, items, threads=1, look_ahead=SIZE)
-    raised: list[Exception] = []
-
-    def run() -> None:
-        try:
-            line.run(items)
-        except BrokerUnavailable as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert operation.inside.wait(60)
-    own_redis.kill()
-    operation.open.set()
-    thread.join(120)
-    assert len(raised) == 1
-    assert (line.records.done, line.records.failed) == (0, 0)
-    assert sum(images.hits.values()) < 30
-    ledger.close()
+    job.server.routes |= {"/a.png": photo(1), "/busy.png": busy}
+    items = job.items([{"source": "/a.png"} | {what: "/busy.png"}])
+    job.run(Masked(), items, kind="inpaint")
+    assert job.codes() == ["pending"]
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("error", [SoftTimeLimitExceeded(), SystemExit(1)], ids=lambda e: type(e).__name__)
-def test_time_limit_ends_the_chunk_at_once_and_fails_no_image(error: BaseException, chunk: Chunk) -> None:
+def test_time_limit_ends_the_run_at_once_and_fails_no_image(error: BaseException, job: LineJob) -> None:
     class Endless(Invert):
         def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
             raise error
 
-    items = chunk.photos(12)
+    items = job.photos(12)
     with pytest.raises(type(error)):
-        chunk.line(Endless(), items, threads=4, look_ahead=SIZE).run(items)
-    assert chunk.codes() == ["pending"] * 12
-    assert sum(chunk.images.hits.values()) < 12
+        job.run(Endless(), items, threads=4, look_ahead=SIZE)
+    assert job.codes() == ["pending"] * 12
+    assert sum(job.server.hits.values()) < 12

@@ -16,7 +16,7 @@ from tests.conftest import photo
 from tests.devices import DEAD, FakeGpu
 from tests.fakes import Invert
 from tests.services.images import Handler, reply
-from tests.unit.worker.line.chunks import SIZE, Chunk, Gate, running
+from tests.unit.worker.line.jobs import SIZE, Gate, LineJob
 from tests.workers import wait_until
 
 
@@ -42,59 +42,59 @@ class Sized(Invert):
 @pytest.mark.parametrize(
     ("room", "batch", "expected"), [(8, "throughput", [8, 4]), (3, "throughput", [3] * 4), (8, "quality", [4] * 3)]
 )
-def test_gpu_batch_is_as_large_as_memory_and_policy_allow(room: int, batch: str, expected: list[int], chunk: Chunk) -> None:
-    items, operation = chunk.photos(12), Sized(room)
-    chunk.line(operation, items, sizes=operation.known, wait=60, batch=batch, threads=3).run(items)
+def test_gpu_batch_is_as_large_as_memory_and_policy_allow(room: int, batch: str, expected: list[int], job: LineJob) -> None:
+    items, operation = job.photos(12), Sized(room)
+    job.run(operation, items, sizes=operation.known, wait=60, batch=batch, threads=3)
     assert operation.sizes == expected
-    assert chunk.codes() == ["done"] * 12
+    assert job.codes() == ["done"] * 12
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_record_holds_the_batch_size_that_went_through_the_model(together: bool, chunk: Chunk) -> None:
+def test_record_holds_the_batch_size_that_went_through_the_model(together: bool, job: LineJob) -> None:
     """Half of the first batch, which does not fit; 1 if the engine runs samples one by one anyway."""
-    items, operation = chunk.photos(6), Sized(room=4)
+    items, operation = job.photos(6), Sized(room=4)
     operation.together = lambda _: together  # type: ignore[method-assign]
     operation.known = BatchSizes(operation.gpu, {repr((72, 96, 3)): Known({1: 500}, fits=8)})
-    chunk.line(operation, items, sizes=operation.known, wait=60, threads=3).run(items)
+    job.run(operation, items, sizes=operation.known, wait=60, threads=3)
     assert operation.sizes == [3, 3]
-    batches = [row.result.batch for row in chunk.rows() if row.result]
+    batches = [row.result.batch for row in job.rows() if row.result]
     assert batches == [3 if together else 1] * 6
 
 
-def test_slow_image_does_not_hold_up_the_others(chunk: Chunk) -> None:
-    items, operation = chunk.photos(4), Sized(room=8)
+def test_slow_image_does_not_hold_up_the_others(job: LineJob) -> None:
+    items, operation = job.photos(4), Sized(room=8)
 
     def slow(handler: Handler) -> None:
         assert operation.ran.wait(60), "the others are waiting for this one"
         reply(handler, 200, photo(3))
 
-    chunk.images.routes["/3.png"] = slow
-    chunk.line(operation, items, sizes=operation.known, wait=0.1).run(items)
+    job.server.routes["/3.png"] = slow
+    job.run(operation, items, sizes=operation.known, wait=0.1)
     assert sum(operation.sizes) == 4
-    assert chunk.codes() == ["done"] * 4
+    assert job.codes() == ["done"] * 4
 
 
-def test_lost_device_ends_the_chunk_and_fails_no_image(chunk: Chunk) -> None:
+def test_lost_device_ends_the_run_and_fails_no_image(job: LineJob) -> None:
     class Poisoned(Invert):
         def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
             raise DEAD["illegal access"]()
 
-    items = chunk.photos(6)
+    items = job.photos(6)
     with pytest.raises(DeviceLost):
-        chunk.line(Poisoned(), items).run(items)
-    assert chunk.codes() == ["pending"] * 6
+        job.run(Poisoned(), items)
+    assert job.codes() == ["pending"] * 6
 
 
-def test_fetching_running_and_storing_overlap(chunk: Chunk) -> None:
-    items = chunk.photos(6)
+def test_fetching_running_and_storing_overlap(job: LineJob) -> None:
+    items = job.photos(6)
     operation = Gate(at=2)
-    with running(chunk.line(operation, items), items):
+    with job.running(operation, items):
         assert operation.inside.wait(60)
-        wait_until(lambda: len(chunk.recorded()) == 1, "the image before it is stored and recorded")
-        wait_until(lambda: sum(chunk.images.hits.values()) == 6, "the images behind it are fetched")
-        assert len(list(chunk.folder.glob("*.png"))) == 1
+        wait_until(lambda: len(job.recorded()) == 1, "the image before it is stored and recorded")
+        wait_until(lambda: sum(job.server.hits.values()) == 6, "the images behind it are fetched")
+        assert len(list(job.folder.glob("*.png"))) == 1
         operation.open.set()
-    assert chunk.codes() == ["done"] * 6
+    assert job.codes() == ["done"] * 6
 
 
 class Counting(Invert):
@@ -123,15 +123,15 @@ class Counting(Invert):
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])
-def test_decoded_pixels_never_exceed_the_look_ahead(most: int, chunk: Chunk) -> None:
-    items = chunk.photos(15)
-    operation = Counting(lambda: sum(chunk.images.hits.values()) == 15)
-    chunk.line(operation, items, look_ahead=most * SIZE + SIZE // 2).run(items)
+def test_decoded_pixels_never_exceed_the_look_ahead(most: int, job: LineJob) -> None:
+    items = job.photos(15)
+    operation = Counting(lambda: sum(job.server.hits.values()) == 15)
+    job.run(operation, items, look_ahead=most * SIZE + SIZE // 2)
     assert operation.most <= most * SIZE
-    assert chunk.codes() == ["done"] * 15
+    assert job.codes() == ["done"] * 15
 
 
-def test_image_larger_than_the_look_ahead_is_still_done(chunk: Chunk) -> None:
-    items = chunk.photos(5)
-    chunk.line(Invert(), items, look_ahead=SIZE - 1).run(items)
-    assert chunk.codes() == ["done"] * 5
+def test_image_larger_than_the_look_ahead_is_still_done(job: LineJob) -> None:
+    items = job.photos(5)
+    job.run(Invert(), items, look_ahead=SIZE - 1)
+    assert job.codes() == ["done"] * 5

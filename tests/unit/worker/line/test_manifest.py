@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from imagemill.shared.errors import StorageRefused
-from imagemill.shared.ledger.leasing import Lease
-from imagemill.shared.messages import MANIFEST, Item, ItemResult, Job, Output
+from imagemill.shared.ledger.leasing import ManifestDue, Request
+from imagemill.shared.messages import Item, ItemResult, Job, Output
 from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
 from imagemill.shared.settings import FileSettings
 from imagemill.worker.line.manifest import write_manifest
@@ -59,10 +59,10 @@ def spec(tmp_path: Path) -> Job:
 
 
 def begin(ledger: Ledger, spec: Job, *results: ItemResult) -> None:
-    """Submit the job in two chunks and record these results."""
+    """Submit the job and record these results."""
     ledger.open_job(JOB, spec)
-    ledger.add_chunks(JOB, [(0, ITEMS[:2]), (1, ITEMS[2:])])
-    ledger.seal(JOB, chunks=2, total=len(ITEMS), duplicates={0: 1})
+    ledger.add_packs(JOB, [(0, ITEMS)])
+    ledger.seal(JOB, size=len(ITEMS), total=len(ITEMS), duplicates={0: 1})
     for result in results:
         ledger.record(JOB, result)
 
@@ -161,10 +161,9 @@ def test_duplicate_line_is_complete_and_names_its_original(ledger: Ledger, spec:
 
 def test_unfinished_images_of_a_cancelled_job_are_cancelled(ledger: Ledger, spec: Job, tmp_path: Path) -> None:
     begin(ledger, spec, DONE)
-    assert ledger.cancel(JOB) == "stopped"
-    lease = ledger.acquire(JOB, MANIFEST, task="t", token="t/1")
-    assert isinstance(lease, Lease)
-    lines = written(ledger, spec, tmp_path)  # before the job is over, as the worker does
+    assert ledger.cancel(JOB)
+    assert ledger.take(Request("child", [spec.lane], {spec.lane: 1})) == ManifestDue(JOB, 1)
+    lines = written(ledger, spec, tmp_path)
     assert [line["state"] for line in lines] == ["done", "cancelled", "cancelled", "done"]
 
 

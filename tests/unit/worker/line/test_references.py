@@ -1,4 +1,4 @@
-"""References and masks of a whole job are fetched once per chunk, whether that succeeds or fails."""
+"""References and masks of a whole job are fetched once, whether that succeeds or fails."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_failed_reference_fails_every_image_without_another_fetch(
     assert images.hits[path] == 1
 
 
-def test_next_chunk_fetches_again(fetcher: Fetcher, images: ImageServer) -> None:
+def test_new_references_are_fetched_again(fetcher: Fetcher, images: ImageServer) -> None:
     for _ in range(2):
         images.routes["/a.png"] = photo(1)
         References(fetcher, max_pixels=100_000, attempts=1).picture(images.url("/a.png"))

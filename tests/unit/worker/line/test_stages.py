@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import MagicMock
@@ -21,7 +20,7 @@ from imagemill.worker.operations.base import Inputs, Sample, Untouched, Work
 from tests.conftest import photo
 from tests.fakes import Invert
 from tests.services.images import answers, html
-from tests.unit.worker.line.chunks import SIZE, Chunk, Masked, pixels, running, source
+from tests.unit.worker.line.jobs import SIZE, LineJob, Masked, drain, pixels, source
 
 ALL_BLANK = {"least_entropy": 8}
 """A limit that no photo meets; photos with more entropy come closer."""
@@ -61,20 +60,20 @@ def fails(pixels: np.ndarray) -> np.ndarray:
     raise OperationFailed("no")
 
 
-def test_result_is_measured_and_flagged(chunk: Chunk) -> None:
-    items = chunk.photos(3)
-    chunk.line(Lucky(blank), items).run(items)
-    for row in chunk.rows():
+def test_result_is_measured_and_flagged(job: LineJob) -> None:
+    items = job.photos(3)
+    job.run(Lucky(blank), items)
+    for row in job.rows():
         assert row.result is not None
         assert row.result.notes == ("seed_0", "flag:blank")
         assert row.result.quality is not None
         assert row.result.quality.entropy == 0
 
 
-def test_nothing_is_measured_when_the_check_is_off(chunk: Chunk) -> None:
-    items = chunk.photos(1)
-    chunk.line(Lucky(blank), items, quality={"mode": "off"}).run(items)
-    (row,) = chunk.rows()
+def test_nothing_is_measured_when_the_check_is_off(job: LineJob) -> None:
+    items = job.photos(1)
+    job.run(Lucky(blank), items, quality={"mode": "off"})
+    (row,) = job.rows()
     assert row.result is not None
     assert (row.result.quality, row.result.notes) == (None, ("seed_0",))
 
@@ -90,71 +89,66 @@ def test_nothing_is_measured_when_the_check_is_off(chunk: Chunk) -> None:
     ids=["the second is better", "the first is better", "the second fails", "both alike"],
 )
 def test_bad_result_gets_a_second_attempt_and_the_better_one_is_kept(
-    tries: tuple[Callable[[np.ndarray], np.ndarray], ...], notes: tuple[str, ...], chunk: Chunk
+    tries: tuple[Callable[[np.ndarray], np.ndarray], ...], notes: tuple[str, ...], job: LineJob
 ) -> None:
-    items = chunk.photos(7)
+    items = job.photos(7)
     operation = Lucky(*tries)
-    line = chunk.line(operation, items, quality={"mode": "repair", **ALL_BLANK}, threads=2, look_ahead=2 * SIZE)
-    with running(line, items):
-        pass
+    tally = job.run(operation, items, quality={"mode": "repair", **ALL_BLANK}, threads=2, look_ahead=2 * SIZE)
     assert sorted(set(operation.seeds)) == [0, 1]
-    assert (line.records.done, line.records.failed) == (7, 0)
-    assert sorted(chunk.entries()) == list(range(7))
+    assert (tally.done, tally.failed) == (7, 0)
+    assert sorted(job.entries()) == list(range(7))
     better = tries[notes[0] == "seed_1"]
-    for row in chunk.rows():
+    for row in job.rows():
         assert row.result is not None
         assert row.result.notes == (*notes, "flag:blank")
         assert np.array_equal(pixels(row), better(source(row.index)))
 
 
 @pytest.mark.parametrize("quality", [{"mode": "flag", **ALL_BLANK}, {"mode": "repair"}], ids=["only flagged", "good"])
-def test_no_second_attempt_for_good_results_or_when_only_flagging(quality: dict[str, Any], chunk: Chunk) -> None:
-    items = chunk.photos(3)
+def test_no_second_attempt_for_good_results_or_when_only_flagging(quality: dict[str, Any], job: LineJob) -> None:
+    items = job.photos(3)
     operation = Lucky(same, same)
-    chunk.line(operation, items, quality=quality).run(items)
+    job.run(operation, items, quality=quality)
     assert operation.seeds == [0, 0, 0]
-    assert chunk.codes() == ["done"] * 3
+    assert job.codes() == ["done"] * 3
 
 
-def test_first_result_is_kept_when_the_second_attempt_cannot_be_batched(chunk: Chunk) -> None:
+def test_first_result_is_kept_when_the_second_attempt_cannot_be_batched(job: LineJob) -> None:
     class Ungrouped(Lucky):
         def group_key(self, sample: Sample[Any, Any]) -> Hashable:
             if sample.data[1]:
                 raise MemoryError
             return super().group_key(sample)
 
-    items = chunk.photos(3)
+    items = job.photos(3)
     operation = Ungrouped(blank, same)
-    with running(chunk.line(operation, items, quality={"mode": "repair", **ALL_BLANK}), items):
-        pass
+    job.run(operation, items, quality={"mode": "repair", **ALL_BLANK})
     assert operation.seeds == [0, 0, 0]
-    for row in chunk.rows():
+    for row in job.rows():
         assert row.result is not None
         assert (row.state, row.result.notes) == ("done", ("seed_0", "flag:blank"))
         assert np.array_equal(pixels(row), blank(source(row.index)))
-    assert sorted(chunk.entries()) == [0, 1, 2]
+    assert sorted(job.entries()) == [0, 1, 2]
 
 
-def test_failed_image_gets_no_second_attempt(chunk: Chunk) -> None:
-    items = chunk.photos(2)
+def test_failed_image_gets_no_second_attempt(job: LineJob) -> None:
+    items = job.photos(2)
     operation = Lucky(fails, same)
-    with running(chunk.line(operation, items, quality={"mode": "repair"}), items):
-        pass
-    assert chunk.codes() == ["operation_failed"] * 2
+    job.run(operation, items, quality={"mode": "repair"})
+    assert job.codes() == ["operation_failed"] * 2
 
 
-def test_stop_keeps_the_first_result(chunk: Chunk) -> None:
+def test_stop_keeps_the_first_result(job: LineJob) -> None:
     class Stops(Lucky):
         def finish(self, work: Work[Any, Any, Any], outputs: Sequence[Any]) -> Picture:
-            chunk.stop.set()
+            job.stop.set()
             return super().finish(work, outputs)
 
-    items = chunk.photos(1)
+    items = job.photos(1)
     operation = Stops(blank, same)
-    with running(chunk.line(operation, items, quality={"mode": "repair"}), items):
-        pass
+    job.run(operation, items, quality={"mode": "repair"})
     assert operation.seeds == [0]
-    assert chunk.codes() == ["done"]
+    assert job.codes() == ["done"]
 
 
 def mask(level: int) -> bytes:
@@ -163,39 +157,39 @@ def mask(level: int) -> bytes:
     return file.getvalue()
 
 
-def test_job_mask_is_fetched_once_and_an_items_own_mask_overrides_it(chunk: Chunk) -> None:
-    items = chunk.photos(6)
-    chunk.images.routes |= {"/job.png": mask(200), "/own.png": mask(100)}
-    items[2] = items[2].model_copy(update={"mask": chunk.images.url("/own.png")})
-    chunk.line(Masked(), items, kind="inpaint", mask=chunk.images.url("/job.png")).run(items)
-    assert [int(pixels(row)[0, 0, 0]) for row in chunk.rows()] == [200, 200, 100, 200, 200, 200]
-    assert chunk.images.hits["/job.png"] == chunk.images.hits["/own.png"] == 1
+def test_job_mask_is_fetched_once_and_an_items_own_mask_overrides_it(job: LineJob) -> None:
+    items = job.photos(6)
+    job.server.routes |= {"/job.png": mask(200), "/own.png": mask(100)}
+    items[2] = items[2].model_copy(update={"mask": job.server.url("/own.png")})
+    job.run(Masked(), items, kind="inpaint", mask=job.server.url("/job.png"))
+    assert [int(pixels(row)[0, 0, 0]) for row in job.rows()] == [200, 200, 100, 200, 200, 200]
+    assert job.server.hits["/job.png"] == job.server.hits["/own.png"] == 1
 
 
-def test_no_mask_is_fetched_for_an_operation_without_masks(chunk: Chunk) -> None:
-    items = [chunk.photos(1)[0].model_copy(update={"mask": chunk.images.url("/own.png")})]
-    chunk.line(Invert(), items).run(items)
-    assert chunk.codes() == ["done"]
-    assert chunk.images.hits["/own.png"] == 0
+def test_no_mask_is_fetched_for_an_operation_without_masks(job: LineJob) -> None:
+    items = [job.photos(1)[0].model_copy(update={"mask": job.server.url("/own.png")})]
+    job.run(Invert(), items)
+    assert job.codes() == ["done"]
+    assert job.server.hits["/own.png"] == 0
 
 
 @pytest.mark.parametrize("bad", [answers(404), html(), b"", mask(9)[:50]], ids=["missing", "a page", "empty", "cut"])
-def test_bad_mask_is_reported_as_bad_mask(bad: Any, chunk: Chunk) -> None:
-    items = chunk.photos(3)
-    chunk.images.routes["/bad.png"] = bad
-    items[1] = items[1].model_copy(update={"mask": chunk.images.url("/bad.png?Signature=secret")})
-    chunk.line(Masked(), items, kind="inpaint").run(items)
-    assert chunk.codes() == ["done", "bad_mask", "done"]
-    message = chunk.rows()[1].message or ""
+def test_bad_mask_is_reported_as_bad_mask(bad: Any, job: LineJob) -> None:
+    items = job.photos(3)
+    job.server.routes["/bad.png"] = bad
+    items[1] = items[1].model_copy(update={"mask": job.server.url("/bad.png?Signature=secret")})
+    job.run(Masked(), items, kind="inpaint")
+    assert job.codes() == ["done", "bad_mask", "done"]
+    message = job.rows()[1].message or ""
     assert "/bad.png" in message
     assert "secret" not in message
 
 
-def test_bad_job_mask_is_fetched_once(chunk: Chunk) -> None:
-    items = chunk.photos(5)
-    chunk.line(Masked(), items, kind="inpaint", mask=chunk.images.url("/none.png")).run(items)
-    assert chunk.codes() == ["bad_mask"] * 5
-    assert chunk.images.hits["/none.png"] == 1
+def test_bad_job_mask_is_fetched_once(job: LineJob) -> None:
+    items = job.photos(5)
+    job.run(Masked(), items, kind="inpaint", mask=job.server.url("/none.png"))
+    assert job.codes() == ["bad_mask"] * 5
+    assert job.server.hits["/none.png"] == 1
 
 
 class Nothing(Invert):
@@ -234,14 +228,13 @@ def turned(number: int) -> bytes:
     ],
     ids=["png", "png as png", "jpeg", "jpeg as jpeg", "webp", "jpeg as png", "png as jpeg", "bmp", "turned jpeg"],
 )
-def test_untouched_image_keeps_its_own_bytes_when_the_format_allows(data: bytes, form: str, same: bool, chunk: Chunk) -> None:
-    chunk.images.routes |= {"/a": data, "/b.png": photo(2)}
-    items = chunk.items(["/a"])
-    line = chunk.line(Nothing(), items, form=form)
-    line.run(items)
-    (row,) = chunk.rows()
+def test_untouched_image_keeps_its_own_bytes_when_the_format_allows(data: bytes, form: str, same: bool, job: LineJob) -> None:
+    job.server.routes |= {"/a": data, "/b.png": photo(2)}
+    items = job.items(["/a"])
+    tally = job.run(Nothing(), items, form=form)
+    (row,) = job.rows()
     result = row.result
-    assert (chunk.codes(), line.records.done) == (["done"], 1)
+    assert (job.codes(), tally.done) == (["done"], 1)
     assert result is not None
     assert result.notes == ("empty_mask",)
     assert result.output_size == ((72, 96) if data == turned(1) else (96, 72))
@@ -254,21 +247,23 @@ def test_untouched_image_keeps_its_own_bytes_when_the_format_allows(data: bytes,
 
 
 @pytest.mark.timeout(60)
-def test_stop_while_storing_an_untouched_image_leaves_it_unrecorded(chunk: Chunk) -> None:
-    items = chunk.photos(3)
-    line = chunk.line(Nothing(), items, form="same", threads=2, look_ahead=SIZE)
+def test_stop_while_storing_an_untouched_image_leaves_it_unrecorded(job: LineJob) -> None:
+    items = job.photos(3)
+    line = job.line(threads=2, look_ahead=SIZE)
+    images = job.join(line, Nothing(), items, form="same", enter=False)
 
     def refuse(*_: Any) -> NoReturn:
-        chunk.stop.set()
+        job.stop.set()
         raise StorageUnavailable("try later")
 
-    line.context.store.put = refuse  # type: ignore[method-assign]
-    line.run(items)
-    assert chunk.codes() == ["pending"] * 3
+    job.context.store.put = refuse  # type: ignore[method-assign]
+    line.enter(images)
+    drain(line, images)
+    assert job.codes() == ["pending"] * 3
 
 
 @pytest.mark.parametrize(("note", "remembered"), [("repaired_seed", True), ("a_deadline_was_missed", False)])
-def test_result_is_remembered_only_when_its_notes_are_lasting(note: str, remembered: bool, chunk: Chunk) -> None:
+def test_result_is_remembered_only_when_its_notes_are_lasting(note: str, remembered: bool, job: LineJob) -> None:
     class Noted(Invert):
         def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
             work: Any = super().prepare(picture, inputs)
@@ -277,8 +272,6 @@ def test_result_is_remembered_only_when_its_notes_are_lasting(note: str, remembe
 
     cache = MagicMock(spec=Cache)
     cache.get.return_value = None
-    items = chunk.photos(1)
-    line = chunk.line(Noted(), items)
-    line.context = replace(line.context, cache=cache)
-    line.run(items)
+    items = job.photos(1)
+    job.run(Noted(), items, cache=cache)
     assert cache.put.called == remembered

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.errors import BrokerUnavailable, DeviceLost
 from imagemill.shared.ledger.submitting import SubmitLedger
-from imagemill.shared.messages import Chunk, Item, Job
+from imagemill.shared.messages import Item, Job
 from imagemill.shared.settings import FetchSettings, FileSettings, Settings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.line.batch_sizes import BatchSizes
@@ -19,95 +21,199 @@ from imagemill.worker.node import child as module
 from imagemill.worker.node.child import Child
 from imagemill.worker.operations.base import Sample
 from tests.conftest import photo
-from tests.devices import FakeGpu
+from tests.devices import DEAD, FakeGpu
 from tests.fakes import Invert
-from tests.services.images import ImageServer
+from tests.services.images import ImageServer, answers
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
+LANE = "stylize.opencv"
 PIXELS = 96 * 72  # of conftest's photo
 
 
 class Fills(Invert):
-    """Takes one byte per pixel."""
+    """Takes one byte per pixel. Raises `fault` if it is set."""
 
     gpu: FakeGpu
+    fault: Exception | None = None
 
     def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
+        if self.fault is not None:
+            raise self.fault
         self.gpu.take(sum(sample.data.shape[0] * sample.data.shape[1] for sample in samples))
         return super().run(samples)
 
 
-class NoPublisher:
-    """A publisher that must not be used: each chunk is completed here."""
+class Publisher:
+    """Records wake-ups, as (lane, node). With `down`, Redis does not take them."""
 
-    def publish(self, chunks: Any) -> int:
-        raise AssertionError("a chunk was published")
+    down = False
+
+    def __init__(self) -> None:
+        self.woken: list[tuple[str, str | None]] = []
+
+    def wake(self, lane: str, count: int = 1, *, node: str | None = None) -> None:
+        self.woken.append((lane, node))
+        if self.down:
+            raise BrokerUnavailable("Redis: gone")
+
+
+class Site:
+    """Makes a child, and jobs for it."""
+
+    def __init__(self, url: str, images: ImageServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.url, self.images, self.folder, self.monkeypatch = url, images, folder, monkeypatch
+        self.publisher: Any = Publisher()
+        self.engine = Fills()
+        self.told: list[str] = []
+        self.children: list[Child] = []
+
+    def child(self, room: float = 100.0, **worker: Any) -> Child:
+        """A child whose engine fills a GPU with room for `room` photos."""
+        gpu = self.engine.gpu = FakeGpu(int(room * PIXELS))
+        self.monkeypatch.setattr(module, "create", lambda *_: self.engine)
+        self.monkeypatch.setattr(module, "memory_of", lambda *_: gpu)
+        settings = Settings(
+            _env_file=None,  # type: ignore[call-arg]
+            redis_url=self.url,  # type: ignore[arg-type]
+            fetch=FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "threads": 2}),
+            files=FileSettings(write_roots=(self.folder,)),
+            worker={"operations": ["stylize"], "engines": ["opencv"], "reuse": False, **worker},  # type: ignore[arg-type]
+        )
+        node = f"gpu0@{uuid.uuid4().hex[:8]}"
+        who = dict(node=node, seat=f"{node}/0", name=f"{node}/0/17")
+        self.children.append(Child(settings, Device(), **who, publisher=self.publisher, stopping=lambda: False))
+        return self.children[-1]
+
+    def submit(self, *paths: str, owner: str | None = None) -> str:
+        """A job of images at these paths on the server."""
+        self.images.routes |= {path: photo(number) for number, path in enumerate(paths) if path != "/none.png"}
+        items = [Item(index=number, source=self.images.url(path)) for number, path in enumerate(paths)]
+        job = f"child-{uuid.uuid4().hex[:12]}"
+        fields = {"operation": "stylize", "output": {"url": self.folder.as_uri()}, "policy": {"owner": owner}}
+        producer = SubmitLedger(self.url)
+        producer.open_job(job, Job.model_validate(fields))
+        producer.add_packs(job, [(0, items)])
+        producer.seal(job, size=len(items), total=len(items), duplicates={})
+        producer.close()
+        return job
+
+    def work(self, child: Child) -> str:
+        """What a shift returns; `told` is what it reports meanwhile."""
+        return child.work(LANE, self.told.append)
 
 
 @pytest.fixture
-def made(redis_server: EmbeddedRedis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], Child]]:
-    """Makes a child whose engine fills a GPU with room for `room` photos."""
-    children: list[Child] = []
-
-    def make(room: float) -> Child:
-        gpu = FakeGpu(int(room * PIXELS))
-        engine = Fills()
-        engine.gpu = gpu
-        monkeypatch.setattr(module, "create", lambda *_: engine)
-        monkeypatch.setattr(module, "memory_of", lambda *_: gpu)
-        settings = Settings(
-            _env_file=None,  # type: ignore[call-arg]
-            redis_url=redis_server.url,  # type: ignore[arg-type]
-            fetch=FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "threads": 2}),
-            files=FileSettings(write_roots=(tmp_path,)),
-            worker={"operations": ["stylize"], "engines": ["opencv"], "reuse": False},  # type: ignore[arg-type]
-        )
-        publisher: Any = NoPublisher()
-        node = f"gpu0@{uuid.uuid4().hex[:8]}"
-        children.append(Child(settings, Device(), node=node, publisher=publisher, stopping=lambda: False))
-        return children[-1]
-
-    yield make
-    for one in children:
-        one.ledger.close()
-        one.fleet.close()
+def site(redis_server: EmbeddedRedis, images: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    site = Site(redis_server.url, images, tmp_path, monkeypatch)
+    yield site
+    for child in site.children:
+        child.close()
+        child.ledger.close()
+        child.fleet.close()
 
 
-def worked(child: Child, images: ImageServer, folder: Path, count: int) -> str:
-    """The outcome of a chunk of `count` photos."""
-    images.routes |= {f"/{number}.png": photo(number) for number in range(count)}
-    items = [Item(index=number, source=images.url(f"/{number}.png")) for number in range(count)]
-    job, spec = (
-        f"child-{uuid.uuid4().hex[:12]}",
-        Job.model_validate({"operation": "stylize", "output": {"url": folder.as_uri()}}),
-    )
-    producer = SubmitLedger.of(child.settings)
-    producer.open_job(job, spec)
-    producer.add_chunks(job, [(0, items)])
-    producer.seal(job, chunks=1, total=count, duplicates={})
-    producer.close()
-    return child.work(Chunk(job=job, number=0, images=count), task="task", tell=lambda *_: None)
+def paths(count: int) -> list[str]:
+    return [f"/{number}.png" for number in range(count)]
+
+
+def test_shift_returns_what_became_of_the_images_and_ends_the_job(site: Site) -> None:
+    site.images.routes["/none.png"] = answers(404)
+    jobs = [site.submit(*paths(3), "/none.png"), site.submit(*paths(2))]
+    child = site.child()
+    assert site.work(child) == "5 done, 1 failed (not_found 1)"
+    for job in jobs:
+        status = child.ledger.status(job)
+        assert status.state == "done"
+        assert status.manifest == (site.folder / job / "manifest.jsonl").as_uri()
+    assert site.publisher.woken == [], "nothing is left for another shift"
+    assert site.work(child) == "0 done", "each shift counts its own"
+
+
+def test_shift_that_leaves_work_wakes_a_child_of_the_same_node(site: Site) -> None:
+    job, child = site.submit(*paths(20)), site.child(shift_seconds=0.001)
+    shifts, done = 0, 0
+    while not child.ledger.status(job).over:
+        done += int(site.work(child).split()[0])
+        shifts += 1
+    assert done == 20
+    assert 0 < len(site.publisher.woken) < shifts
+    assert set(site.publisher.woken) == {(LANE, child.node)}
+
+
+def test_shift_ends_well_when_the_next_one_cannot_be_asked_for(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.publisher.down = True
+    job, child = site.submit(*paths(20)), site.child(shift_seconds=0.001)
+    while not child.ledger.status(job).over:
+        site.work(child)
+    assert site.publisher.woken
+    assert "next shift not asked for" in caplog.text
+
+
+@pytest.mark.parametrize(("owner", "shown"), [("anna", " for anna"), (None, "")])
+def test_progress_names_counts_job_and_owner(owner: str | None, shown: str, site: Site) -> None:
+    job, child = site.submit("/0.png", owner=owner), site.child()
+    context = child.open(job, child._make_feeder().line.budget)
+    child.tell = site.told.append
+    child.progress(context, 12)
+    assert site.told == [f"0 done; now 12 of {job}{shown}"]
+
+
+def test_process_with_a_lost_device_leaves_its_images_to_others(site: Site) -> None:
+    job, child = site.submit(*paths(5)), site.child()
+    site.engine.fault = DEAD["illegal access"]()
+    with pytest.raises(DeviceLost):
+        site.work(child)
+    status = child.ledger.status(job)
+    assert (status.state, status.done, status.failed) == ("running", 0, 0)
+    site.engine.fault = None
+    assert child.ledger.bury(child.name) > 0
+    assert site.work(site.child()) == "5 done"
+
+
+def test_closed_child_gives_back_what_is_in_its_line(site: Site) -> None:
+    job, child = site.submit(*paths(20)), site.child(shift_seconds=0.001)
+    while not site.publisher.woken:
+        site.work(child)
+    child.close()
+    other = site.child()
+    site.work(other)
+    assert other.ledger.status(job).state == "done", "there is no lease to wait for"
+
+
+@pytest.mark.parametrize("bug", [NameError("a bug"), OSError("no such file")], ids=lambda error: type(error).__name__)
+def test_job_ends_whatever_goes_wrong_with_its_manifest(
+    bug: Exception, site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> str:
+        raise bug
+
+    monkeypatch.setattr(module, "write_manifest", fail)
+    job, child = site.submit("/0.png"), site.child()
+    with caplog.at_level(logging.INFO):
+        site.work(child)
+    status = child.ledger.status(job)
+    assert (status.state, status.manifest) == ("done", None)
 
 
 @pytest.mark.parametrize(
     ("room", "share", "flagged"),
-    [(1.05, 0.95, 3), (2.5, 0.8, 0)],
+    [(1.05, 0.95, 12), (2.5, 0.8, 0)],
     ids=["each image takes more than 90 %", "two images take 80 %"],
 )
 def test_memory_above_90_percent_is_flagged_and_reported_to_the_fleet(
-    room: float, share: float, flagged: int, made: Callable[[float], Child], images: ImageServer, tmp_path: Path
+    room: float, share: float, flagged: int, site: Site
 ) -> None:
-    child = made(room)
-    assert worked(child, images, tmp_path, 3) == "3 done, 0 failed"
+    child = site.child(room)
+    site.submit(*paths(12))
+    assert site.work(child) == "12 done"
     assert child.fleet.memory()[child.node] == (pytest.approx(share, abs=0.01), flagged)
 
 
-def test_memory_report_keeps_the_highest_share_of_all_engines(
-    made: Callable[[float], Child], images: ImageServer, tmp_path: Path
-) -> None:
-    child = made(2.5)
+def test_memory_report_keeps_the_highest_share_of_all_engines(site: Site) -> None:
+    child = site.child(2.5)
     other = child.sizes["inpaint", "lama"] = BatchSizes(FakeGpu(100))
     other.top, other.flagged = 0.97, 5
-    worked(child, images, tmp_path, 1)
+    site.submit("/0.png")
+    site.work(child)
     assert child.fleet.memory()[child.node] == (0.97, 5)

@@ -15,11 +15,10 @@ from click.testing import CliRunner, Result
 
 from imagemill.producer.cli import main
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.engines import find_engine
+from imagemill.shared.engines import find_engine, lane_of
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.messages import Node
 from imagemill.shared.options.base import OPERATIONS
-from imagemill.shared.queues import worker_queues
 from imagemill.worker.node import doctor as module
 from imagemill.worker.operations import registry
 from tests.services.s3 import S3Server, free_ports
@@ -57,8 +56,8 @@ def findings(result: Result) -> dict[str, dict[str, Any]]:
 
 
 def node(ready: bool = True) -> Node:
-    queues = tuple(worker_queues(OPERATIONS, ["opencv"]))
-    return Node(node="cpu@here", host="here", pid=1, device="cpu", queues=queues, children=2, ready=ready)
+    lanes = tuple(lane_of(operation, "opencv") for operation in OPERATIONS)
+    return Node(node="cpu@here", host="here", pid=1, device="cpu", lanes=lanes, children=2, ready=ready)
 
 
 def test_doctor_reports_ok_for_every_check(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
@@ -122,7 +121,7 @@ def test_doctor_warns_when_redis_may_lose_jobs(
 
 
 @pytest.mark.parametrize(
-    ("reported", "message"), [(None, "9 queues have no node"), (node(ready=False), "cpu@here: 2 children, loading")]
+    ("reported", "message"), [(None, "3 lanes have no node"), (node(ready=False), "cpu@here: 2 children, loading")]
 )
 def test_doctor_warns_when_no_node_is_ready(
     reported: Node | None, message: str, doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server

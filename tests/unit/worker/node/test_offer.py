@@ -22,7 +22,10 @@ from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomi
 @pytest.fixture(autouse=True)
 def no_receivers_left_behind() -> Iterator[None]:
     """A Worker receives Celery's signals for as long as it exists, which may be long after its test."""
-    heard = (signals.setup_logging, signals.worker_init, signals.worker_process_init, signals.worker_shutting_down)
+    heard = (
+        *(signals.setup_logging, signals.worker_init, signals.worker_process_init),
+        *(signals.worker_process_shutdown, signals.worker_shutting_down),
+    )
     before = [list(signal.receivers or ()) for signal in heard]
     yield
     for signal, receivers in zip(heard, before, strict=True):
@@ -42,7 +45,10 @@ def settings(folder: Path, *engines: str, here: tuple[str, ...] = (), int8: bool
 
 def test_engine_is_one_lane_or_one_lane_per_model_on_disk(tmp_path: Path) -> None:
     known = settings(tmp_path, "opencv", "rembg", here=("u2netp", "silueta"))
-    assert lanes(known) == ["opencv", "rembg.u2netp", "rembg.silueta"]
+    assert lanes(known) == [
+        *("remove-background.opencv", "inpaint.opencv", "stylize.opencv"),
+        *("remove-background.rembg.u2netp", "remove-background.rembg.silueta"),
+    ]
     assert "u2net" in missing(known)["rembg"]
     assert not {"u2netp", "silueta", "bria-rmbg"} & set(missing(known)["rembg"])
     assert shortcomings(known) == []
@@ -64,7 +70,7 @@ def test_model_from_several_repositories_is_a_lane_when_all_are_complete(tmp_pat
     controlnet.mkdir()
     for name in ("config.json", "diffusion_pytorch_model.fp16.safetensors"):
         (controlnet / name).touch()
-    assert lanes(known) == ["diffusion.sd15-canny"]
+    assert lanes(known) == ["stylize.diffusion.sd15-canny"]
     assert missing(known) == {}
 
 
@@ -163,7 +169,7 @@ def test_node_offers_lama_when_its_converted_file_is_on_disk(tmp_path: Path) -> 
     (finding,) = check_models(known)
     assert (finding.state, finding.fix) == ("failed", "imagemill models pull lama")
     known = settings(tmp_path, "lama", here=("lama.safetensors",), int8=True)
-    assert lanes(known) == ["lama.lama"]
-    assert Worker(known).queues == [f"imagemill.inpaint.lama.lama{priority}" for priority in (".high", "", ".low")]
+    assert lanes(known) == ["inpaint.lama.lama"]
+    assert [queue.name for queue in Worker(known).app.conf.task_queues] == ["imagemill.inpaint.lama.lama"]
     (finding,) = check_models(known)
     assert (finding.state, finding.found) == ("ok", "lama: lama")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,24 +16,24 @@ from kombu.exceptions import OperationalError
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.broker import make_app, queues
-from imagemill.shared.errors import BrokerUnavailable, DeviceLost, JobNotFound
-from imagemill.shared.messages import Chunk
-from imagemill.shared.queues import CANARY_TASK, MANIFEST_TASK
+from imagemill.shared.errors import BrokerUnavailable, DeviceLost
+from imagemill.shared.queues import CANARY_TASK, queue_name, task_name
 from imagemill.shared.settings import Settings
 from imagemill.worker.node import tasks
 from imagemill.worker.node.tasks import not_loaded, register
 from tests.workers import wait_until
 
-GOOD = {"version": 1, "job": "260730-1f0c9a3e", "number": 3, "images": 32}
+LANE = "stylize.opencv"
+GOOD = {"version": 2, "lane": LANE}
 TASK = "imagemill.stylize"
 
 
 class Child:
-    """Replaces the loaded child of this process: records its chunks, reports progress, and runs `behaviour`."""
+    """Replaces the loaded child of this process: records its shifts, reports progress, and runs `behaviour`."""
 
-    def __init__(self, behaviour: Callable[[], str] = lambda: "done") -> None:
+    def __init__(self, behaviour: Callable[[], str] = lambda: "3 done") -> None:
         self.behaviour = behaviour
-        self.chunks: list[Chunk] = []
+        self.lanes: list[str] = []
         self.canaries: list[str] = []
 
     @property
@@ -42,11 +43,11 @@ class Child:
     def answer_canary(self, token: str) -> None:
         self.canaries.append(token)
 
-    def work(self, chunk: Chunk, *, task: str, tell: Callable[[int, int], None]) -> str:
-        assert task
-        self.chunks.append(chunk)
-        tell(12, 0)
-        tell(12, 3)
+    def work(self, lane: str, tell: Callable[[str], None]) -> str:
+        self.lanes.append(lane)
+        thread = threading.Thread(target=tell, args=("1 done; now 5 of JOB",))  # the feeder's
+        thread.start()
+        thread.join()
         return self.behaviour()
 
 
@@ -75,12 +76,12 @@ def deliver(app: Celery, payload: dict[str, Any], task: str = TASK) -> str:
     return str(app.tasks[task].apply(kwargs=payload).get())
 
 
-@pytest.mark.parametrize("task", [TASK, "imagemill.inpaint", "imagemill.remove-background", MANIFEST_TASK])
-def test_task_works_on_the_chunk_and_reports_progress(task: str, progress: list[str]) -> None:
+@pytest.mark.parametrize("lane", [LANE, "inpaint.lama.lama", "remove-background.rembg.u2net"])
+def test_task_is_a_shift_that_reports_progress_and_what_became_of_the_images(lane: str, progress: list[str]) -> None:
     child = Child()
-    assert deliver(app_for(lambda: child), GOOD, task) == "done"
-    assert child.chunks == [Chunk(job="260730-1f0c9a3e", number=3, images=32)]
-    assert progress == ["12 of 32 images", "15 of 32 images, 3 failed"]
+    assert deliver(app_for(lambda: child), GOOD | {"lane": lane}, task_name(lane)) == "3 done"
+    assert child.lanes == [lane]
+    assert progress == ["1 done; now 5 of JOB"]
 
 
 def test_task_continues_when_progress_cannot_be_reported(
@@ -90,13 +91,13 @@ def test_task_continues_when_progress_cannot_be_reported(
         raise OperationalError("connection refused")
 
     monkeypatch.setattr(EventDispatcher, "send", send)
-    assert deliver(app_for(Child), GOOD) == "done"
-    assert [record.message for record in caplog.records] == ["progress not reported"] * 2
+    assert deliver(app_for(Child), GOOD) == "3 done"
+    assert [record.message for record in caplog.records] == ["progress not reported"]
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"job": "../../etc"}, {"number": "x"}, {"number": -2}, {"images": None}, {"version": 2}, {"surprise": 1}],
+    [{"lane": "../../etc"}, {"lane": None}, {"lane": "stylize"}, {"version": 1}, {"surprise": 1}],
     ids=str,
 )
 def test_task_refuses_a_malformed_message(
@@ -104,20 +105,17 @@ def test_task_refuses_a_malformed_message(
 ) -> None:
     child = Child()
     assert deliver(app_for(lambda: child), GOOD | change) == "refused"
-    assert child.chunks == []
+    assert child.lanes == []
     (record,) = caplog.records
     assert (record.message, record.levelname) == ("message refused", "ERROR")
     assert next(iter(change)) in record.reason  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    ("error", "answer"), [(JobNotFound("there is no job"), "gone"), (BrokerUnavailable("Redis: gone"), "postponed")]
-)
-def test_task_succeeds_when_the_chunk_is_gone_or_redis_is_down(error: Exception, answer: str, progress: list[str]) -> None:
+def test_task_succeeds_when_redis_is_down(progress: list[str]) -> None:
     def fail() -> str:
-        raise error
+        raise BrokerUnavailable("Redis: gone")
 
-    assert deliver(app_for(lambda: Child(fail)), GOOD) == answer
+    assert deliver(app_for(lambda: Child(fail)), GOOD) == "postponed"
 
 
 def test_process_ends_when_its_device_is_lost(
@@ -154,7 +152,7 @@ def test_messages_leave_the_queue_whatever_their_result(own_redis: EmbeddedRedis
     def fail() -> str:
         raise ZeroDivisionError("a bug")
 
-    outcomes = iter([fail, lambda: "done"])
+    outcomes = iter([fail, lambda: "3 done"])
     children: list[Child] = []
 
     def child() -> Child:
@@ -162,13 +160,13 @@ def test_messages_leave_the_queue_whatever_their_result(own_redis: EmbeddedRedis
         return children[-1]
 
     app = app_for(child, own_redis.url)
-    app.conf.task_queues = queues(["imagemill.stylize.opencv"])
+    app.conf.task_queues = queues([queue_name(LANE)])
     with start_worker(app, pool="solo", perform_ping_check=False, loglevel=logging.ERROR):
-        for args, kwargs in (((), GOOD | {"job": "../../etc"}), ((1, 2), {}), ((), GOOD), ((), GOOD)):
-            app.send_task(TASK, args=args, kwargs=kwargs, queue="imagemill.stylize.opencv")
+        for args, kwargs in (((), GOOD | {"lane": "../../etc"}), ((1, 2), {}), ((), GOOD), ((), GOOD)):
+            app.send_task(TASK, args=args, kwargs=kwargs, queue=queue_name(LANE))
         with redis.Redis.from_url(own_redis.url) as raw:
 
             def left() -> int:
-                return int(raw.llen("imagemill.stylize.opencv")) + int(raw.hlen("unacked"))
+                return int(raw.llen(queue_name(LANE))) + int(raw.hlen("unacked"))
 
             wait_until(lambda: len(children) == 2 and left() == 0, "all four messages are acknowledged")

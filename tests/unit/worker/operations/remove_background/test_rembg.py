@@ -379,7 +379,7 @@ def test_engine_imports_no_heavy_libraries_without_matting(weights: Path) -> Non
 
 def test_memory_does_not_grow_with_the_number_of_images(weights: Path) -> None:
     program = """
-from imagemill.worker.hardware.device import give_back  # as after each chunk
+from imagemill.worker.hardware.device import give_back  # as after each shift
 sizes = [(random.integers(40, 400), random.integers(40, 400)) for _ in range(15)]
 for height, width in sizes:
     cut(height, width)

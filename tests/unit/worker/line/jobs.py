@@ -1,10 +1,11 @@
-"""A chunk of a job in a real ledger, with a real fetcher and folder, and engines that misbehave in one way each."""
+"""Jobs in a real ledger, with a real fetcher and folder, and engines that misbehave in one way each."""
 
 from __future__ import annotations
 
 import threading
+import time
 import uuid
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,10 @@ from imagemill.shared.messages import Item, Job, Row
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.image import ImageInFlight
 from imagemill.worker.line.line import Line
+from imagemill.worker.line.records import Records, Tally
 from imagemill.worker.line.stages import Context
 from imagemill.worker.operations.base import Inputs, Sample, Spec, Work
 from imagemill.worker.transfer.fetch import Fetcher
@@ -35,14 +39,29 @@ def no_s3() -> NoReturn:
     raise AssertionError("S3 was asked")
 
 
-class Chunk:
-    """A job in a real ledger, and the line that works on it."""
+def settings_for(*, threads: int = 16, look_ahead: int = 10**8, wait: float = 0.0) -> Settings:
+    """Settings of a worker that may fetch from loopback."""
+    return Settings(
+        _env_file=None,  # type: ignore[call-arg]
+        fetch=FetchSettings.model_validate(FETCH | {"threads": threads}),
+        worker=WorkerSettings(look_ahead=look_ahead, batch_wait=wait),
+    )
 
-    def __init__(self, ledger: Ledger, images: ImageServer, folder: Path) -> None:
-        self.ledger, self.images, self.folder = ledger, images, folder
-        self.job = f"line-{uuid.uuid4().hex[:12]}"
-        self.stop = threading.Event()
+
+class LineJob:
+    """A job in a real ledger, and a line that works on it. Further jobs can `join` the line of the first."""
+
+    context: Context
+
+    def __init__(self, ledger: Ledger, server: ImageServer, folder: Path) -> None:
+        self.ledger, self.server, self.folder = ledger, server, folder
+        self.name = f"line-{uuid.uuid4().hex[:12]}"
         self.opened = False
+        self.lines: list[Line] = []
+
+    @property
+    def stop(self) -> threading.Event:
+        return self.context.stop
 
     def items(self, sources: Sequence[str | dict[str, Any]]) -> list[Item]:
         """Items from paths on the image server, or from rows whose `source` is one."""
@@ -51,27 +70,33 @@ class Chunk:
 
     def photos(self, count: int) -> list[Item]:
         """Items for `count` different photos, which the server has."""
-        self.images.routes |= {f"/{n}.png": photo(n) for n in range(count)}
+        self.server.routes |= {f"/{n}.png": photo(n) for n in range(count)}
         return self.items([f"/{n}.png" for n in range(count)])
 
-    def line(
+    def line(self, *, node: str = "here", changed: Callable[[], object] = lambda: None, **settings: Any) -> Line:
+        """A new line."""
+        line = Line(settings_for(**settings), Records(self.ledger, node), changed)
+        self.lines.append(line)
+        return line
+
+    def join(
         self,
+        line: Line,
         operation: Invert,
         items: list[Item],
         *,
         kind: str = "stylize",
         form: str = "png",
         attempts: int = 3,
-        threads: int = 16,
-        look_ahead: int = 10**8,
-        node: str = "here",
         sizes: BatchSizes | None = None,
-        wait: float = 0.0,
         batch: str = "throughput",
         quality: dict[str, Any] | None = None,
+        cache: Cache | None = None,
+        first: bool = False,
+        enter: bool = True,
         **options: Any,
-    ) -> Line:
-        """A line for the job, which is created on the first call."""
+    ) -> list[ImageInFlight]:
+        """Create the job on the first call, and send its images down the line."""
         fields = {
             "operation": kind,
             "output": {"url": self.folder.as_uri(), "format": form, "key": "{index}"},
@@ -81,22 +106,48 @@ class Chunk:
         spec = Job.model_validate(fields)
         if not self.opened:
             self.opened = True
-            self.ledger.open_job(self.job, spec)
-            self.ledger.add_chunks(self.job, [(0, items)])
-            self.ledger.seal(self.job, chunks=1, total=len(items), duplicates={})
+            self.ledger.open_job(self.name, spec)
+            self.ledger.add_packs(self.name, [(0, items)])
+            self.ledger.seal(self.name, size=len(items), total=len(items), duplicates={})
         files = FileSettings(write_roots=(self.folder,))
-        settings = Settings(
-            _env_file=None,  # type: ignore[call-arg]
-            fetch=FetchSettings.model_validate(FETCH | {"threads": threads}),
-            worker=WorkerSettings(look_ahead=look_ahead, batch_wait=wait),
+        settings = settings_for()
+        self.context = Context.of(
+            self.name,
+            spec,
+            settings,
+            operation=operation,
+            sizes=sizes or BatchSizes(),
+            fetcher=Fetcher(settings.fetch, files, no_s3),
+            store=open_store(spec.output.url, s3=no_s3, files=files, s3_settings=S3Settings()),
+            budget=line.budget,
+            cache=cache,
         )
-        fetcher = Fetcher(settings.fetch, files, no_s3)
-        store = open_store(spec.output.url, s3=no_s3, files=files, s3_settings=S3Settings())
-        context = Context.of(self.job, spec, settings, operation=operation, fetcher=fetcher, store=store, stop=self.stop)
-        return Line(context, ledger=self.ledger, settings=settings, node=node, sizes=sizes)
+        images = [ImageInFlight(item, self.context, first=first) for item in items]
+        if enter:
+            line.enter(images)
+        return images
+
+    def begin(self, operation: Invert, items: list[Item], **settings: Any) -> tuple[Line, list[ImageInFlight]]:
+        """A new line with the job's images in it, whose device nobody runs yet."""
+        names = {"threads", "look_ahead", "wait", "node"} & settings.keys()
+        line = self.line(**{name: settings.pop(name) for name in names})
+        return line, self.join(line, operation, items, **settings)
+
+    def run(self, operation: Invert, items: list[Item], **settings: Any) -> Tally:
+        """Take the job's images through a new line, and return what became of them."""
+        line, images = self.begin(operation, items, **settings)
+        drain(line, images)
+        return line.records.tally
+
+    @contextmanager
+    def running(self, operation: Invert, items: list[Item], **settings: Any) -> Iterator[Line]:
+        """Do the same in a thread, which must end by itself on leaving."""
+        line, images = self.begin(operation, items, **settings)
+        with draining(line, images):
+            yield line
 
     def rows(self) -> list[Row]:
-        return list(self.ledger.rows(self.job))
+        return list(self.ledger.rows(self.name))
 
     def codes(self) -> list[str | None]:
         """Each image's error code, `done`, or `pending` if it has no record."""
@@ -107,10 +158,34 @@ class Chunk:
 
     def entries(self) -> list[int]:
         """The index of every result ever recorded."""
-        return [result.index for result in self.ledger.follow(self.job, wait=0.001)[1]]
+        return [result.index for result in self.ledger.follow(self.name, wait=0.001)[1]]
+
+    def close(self) -> None:
+        for line in self.lines:
+            line.abandon()
 
     def _url(self, path: Any) -> Any:
-        return self.images.url(path) if isinstance(path, str) and path.startswith("/") else path
+        return self.server.url(path) if isinstance(path, str) and path.startswith("/") else path
+
+
+def waiting(line: Line) -> int:
+    """How many images of one sample wait for a device that is busy, or that nobody runs."""
+    return line._ready.qsize() + sum(len(group.slots) for group in list(line._batcher._groups.values()))
+
+
+def drain(line: Line, images: Sequence[ImageInFlight]) -> None:
+    """Run the line until these images have left it."""
+    line.run(time.monotonic() + 60, lambda: any(image.place != "over" for image in images))
+
+
+@contextmanager
+def draining(line: Line, images: Sequence[ImageInFlight]) -> Iterator[None]:
+    """Do the same in a thread, which must end by itself on leaving."""
+    thread = threading.Thread(target=drain, args=(line, images), daemon=True)
+    thread.start()
+    yield
+    thread.join(60)
+    assert not thread.is_alive(), "the line hangs"
 
 
 def pixels(row: Row) -> np.ndarray:
@@ -124,16 +199,6 @@ def source(number: int) -> np.ndarray:
     noise = np.random.default_rng(number).integers(0, 60, (72, 96, 3), np.uint8)
     noise[18:-18, 24:-24] += np.uint8(150)
     return noise
-
-
-@contextmanager
-def running(line: Line, items: list[Item]) -> Iterator[None]:
-    """Run the line in a thread; it must end by itself on leaving."""
-    thread = threading.Thread(target=line.run, args=(items,), daemon=True)
-    thread.start()
-    yield
-    thread.join(60)
-    assert not thread.is_alive(), "the line hangs"
 
 
 class Bands(Invert):

@@ -1,0 +1,103 @@
+"""One record per image, whatever happens to Redis, and a tally of those that were first."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.messages import ItemResult
+from imagemill.worker.line import records as module
+from imagemill.worker.line.records import Tally
+from tests.fakes import Invert
+from tests.ledgers import Ledger
+from tests.services.images import ImageServer
+from tests.unit.worker.line.jobs import SIZE, Gate, LineJob, drain
+from tests.workers import wait_until
+
+
+def tally(*codes: str | None) -> Tally:
+    made = Tally()
+    for index, code in enumerate(codes):
+        made.count(ItemResult(index=index, state="failed" if code else "done", code=code), reused=False)
+    return made
+
+
+def test_tally_is_one_short_line() -> None:
+    assert str(tally()) == "0 done"
+    assert str(tally(None, None)) == "2 done"
+    assert str(tally(*[None] * 160, "timeout", "not_found", "not_found")) == "160 done, 3 failed (not_found 2, timeout 1)"
+
+
+@given(st.lists(st.none() | st.sampled_from(["timeout", "not_found", "bad_mask"]), max_size=30))
+def test_tally_counts_every_image_once(codes: list[str | None]) -> None:
+    made = tally(*codes)
+    assert made.done + made.failed == len(codes)
+    assert made.failed == sum(map(bool, codes))
+    assert {code: made.codes[code] for code in made.codes} == {code: codes.count(code) for code in set(codes) - {None}}
+
+
+def test_record_waits_for_redis_and_is_written_once(
+    own_redis: EmbeddedRedis,
+    images: ImageServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(module, "LONGEST_PAUSE", 0.1)
+    ledger = Ledger(own_redis.url)
+    job = LineJob(ledger, images, tmp_path / "out")
+    items, operation = job.photos(3), Gate()
+
+    def postponed() -> int:
+        return sum(record.message == "record postponed" for record in caplog.records)
+
+    with caplog.at_level(logging.WARNING), job.running(operation, items) as line:
+        assert operation.inside.wait(60)
+        own_redis.stop()
+        operation.open.set()
+        wait_until(lambda: postponed() >= 4, "recording was tried")
+        own_redis.start()
+    assert job.codes() == ["done"] * 3
+    assert sorted(job.entries()) == [0, 1, 2]
+    assert str(line.records.tally) == "3 done"
+    job.close()
+    ledger.close()
+
+
+@pytest.mark.parametrize("how", ["cancel", "pause"])
+def test_nothing_more_is_begun_once_a_record_says_that_the_job_is_stopped(how: str, job: LineJob) -> None:
+    items, operation = job.photos(12), Gate()
+    with job.running(operation, items, threads=2, look_ahead=2 * SIZE):
+        assert operation.inside.wait(60)
+        assert not job.stop.is_set()
+        getattr(job.ledger, how)(job.name)
+        operation.open.set()
+    assert job.stop.is_set()
+    assert operation.begun < 12
+    # Nothing of this job is leased, so it is over as soon as it is cancelled.
+    assert job.codes().count("done") == (operation.begun if how == "pause" else 0)
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_image_of_a_job_that_is_over_is_not_counted(over: bool, job: LineJob) -> None:
+    items = job.photos(2)
+    line, images = job.begin(Invert(), items)
+    if over:
+        job.ledger.cancel(job.name)
+    drain(line, images)
+    assert str(line.records.tally) == ("0 done" if over else "2 done")
+
+
+def test_bug_in_a_record_ends_the_run(job: LineJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> bool:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(job.ledger, "record", fail)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        job.run(Invert(), job.photos(3))

@@ -1,0 +1,96 @@
+"""The rate at which images are computed: neither idle time nor images that were not computed count."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imagemill.worker.line.speed import MEMORY, Speed
+
+SECONDS = st.floats(0.01, 100)
+BATCHES = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 64), SECONDS), min_size=1, max_size=20)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def work(speed: Speed, clock: Clock, lane: str, images: int, seconds: float) -> None:
+    clock.now += seconds
+    speed.ran(lane, images, max(1, images))
+
+
+def test_nothing_is_known_before_the_first_image() -> None:
+    clock = Clock()
+    speed = Speed(clock)
+    speed.resume()
+    assert (speed.rates(), speed.computed("a"), speed.batch("a")) == ({}, 0, 0)
+    work(speed, clock, "a", 0, 5.0)
+    assert (speed.rates(), speed.computed("a")) == ({}, 0), "its only image failed"
+
+
+@given(BATCHES)
+def test_rate_lies_between_that_of_the_slowest_and_that_of_the_fastest_batch(batches: list[tuple[str, int, float]]) -> None:
+    clock = Clock()
+    speed = Speed(clock)
+    speed.resume()
+    for batch in batches:
+        work(speed, clock, *batch)
+    for lane, rate in speed.rates().items():
+        each = [images / seconds for name, images, seconds in batches if name == lane]
+        assert min(each) * 0.999 <= rate <= max(each) * 1.001
+    for lane in "ab":
+        sizes = [images for name, images, _ in batches if name == lane]
+        assert speed.computed(lane) == sum(sizes)
+        assert speed.batch(lane) == (max(1, sizes[-1]) if sizes else 0)
+
+
+@given(BATCHES, st.lists(st.floats(0, 10_000), min_size=20, max_size=20))
+def test_idle_time_does_not_count(batches: list[tuple[str, int, float]], idle: list[float]) -> None:
+    rates = []
+    for pauses in ([0.0] * 20, idle):
+        clock = Clock()
+        speed = Speed(clock)
+        for batch, pause in zip(batches, pauses, strict=False):
+            clock.now += pause
+            speed.resume()
+            speed.resume()  # further images
+            work(speed, clock, *batch)
+            speed.pause()
+        rates.append(speed.rates())
+    assert rates[0] == pytest.approx(rates[1], rel=1e-3)
+
+
+def test_time_between_batches_counts_while_there_is_work() -> None:
+    """A device that waits for downloads is as slow as they are."""
+    clock = Clock()
+    speed = Speed(clock)
+    speed.resume()
+    for _ in range(5):
+        clock.now += 3.0
+        work(speed, clock, "a", 2, 1.0)
+    assert speed.rates() == {"a": pytest.approx(0.5)}
+
+
+def test_rate_follows_a_change_of_pace() -> None:
+    clock = Clock()
+    speed = Speed(clock)
+    speed.resume()
+    for rate in (10, 1):
+        for _ in range(int(4 * MEMORY)):
+            work(speed, clock, "a", rate, 1.0)
+        assert speed.rates()["a"] == pytest.approx(rate, rel=0.2)
+
+
+def test_lanes_are_measured_apart() -> None:
+    clock = Clock()
+    speed = Speed(clock)
+    speed.resume()
+    for _ in range(5):
+        work(speed, clock, "fast", 8, 1.0)
+        work(speed, clock, "slow", 1, 4.0)
+    assert speed.rates() == {"fast": pytest.approx(8), "slow": pytest.approx(0.25)}

@@ -1,0 +1,33 @@
+"""Fixtures of the node's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.worker.line import line
+from imagemill.worker.node import feeder
+from tests.services.images import ImageServer
+from tests.unit.worker.node.feeding import Feeding
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The feeder looks around more often."""
+    monkeypatch.setattr(feeder, "RENEWAL_SECONDS", 0.02)
+    monkeypatch.setattr(feeder, "RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(feeder, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(feeder, "STARVING_SECONDS", 60.0)  # a busy machine must not make it take more than a test expects
+    monkeypatch.setattr(line, "GLANCE", 0.02)
+
+
+@pytest.fixture
+def feeding(redis_server: EmbeddedRedis, raw: Any, images: ImageServer, tmp_path: Path, quick: None) -> Iterator[Feeding]:
+    """A feeder at an empty Redis."""
+    feeding = Feeding(redis_server.url, raw, images, tmp_path / "out")
+    yield feeding
+    feeding.close()

@@ -1,0 +1,168 @@
+"""The parent of a node: it reports the node, buries children that died, and wakes up workers."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from imagemill.shared.errors import BrokerUnavailable
+from imagemill.shared.fleet import Fleet
+from imagemill.shared.ledger.leasing import Request, Share
+from imagemill.shared.messages import Item, Job, Node
+from imagemill.shared.settings import WorkerSettings
+from imagemill.worker.node.parent import MOST_WAKE_UPS, Children, Parent, child_name
+from tests.ledgers import Ledger
+
+pytestmark = pytest.mark.integration
+
+LANE = "stylize.opencv"
+NODE = "cpu@here"
+
+
+class Publisher:
+    """Records wake-ups."""
+
+    def __init__(self) -> None:
+        self.woken: list[tuple[str, int]] = []
+
+    def wake(self, lane: str, count: int = 1) -> None:
+        self.woken.append((lane, count))
+
+
+def parent_of(children: Children, ledger: Any, fleet: Any, weights: dict[str, float] | None = None) -> Parent:
+    node = Node(node=NODE, host="here", pid=1, device="cpu", lanes=(LANE,), children=children.count, ready=False)
+    publisher: Any = Publisher()
+    return Parent(node, children, ledger, fleet, publisher, WorkerSettings(), weights or {})
+
+
+def submit(ledger: Ledger, count: int) -> str:
+    job = "260730-1f0c9a3e"
+    ledger.open_job(job, Job.model_validate({"operation": "stylize", "output": {"url": "s3://results/x"}}))
+    ledger.add_packs(job, [(0, [Item(index=n, source=f"https://a.example/{n}.jpg") for n in range(count)])])
+    ledger.seal(job, size=count, total=count, duplicates={})
+    return job
+
+
+class Process:
+    """A process that runs until it is killed."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        self.pid = self.process.pid
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def loaded(children: Children, *processes: Process) -> None:
+    """These are the children, and have loaded their engines."""
+    for index, process in enumerate(processes):
+        children._pids[index] = process.pid
+
+
+@pytest.mark.usefixtures("raw")
+def test_node_is_reported_with_lanes_and_children_and_ready_once_all_are_loaded(ledger: Ledger, fleet: Fleet) -> None:
+    children = Children(2)
+    parent = parent_of(children, ledger, fleet)
+    parent.tick()
+    (node,) = fleet.nodes()
+    assert (node.lanes, node.children, node.ready) == ((LANE,), 2, False)
+    children.loaded(0)
+    children.loaded(1)
+    parent.report_at = 0.0
+    parent.tick()
+    (node,) = fleet.nodes()
+    assert node.ready
+    parent.leave()
+    assert fleet.nodes() == []
+    assert children.stopping()
+
+
+def test_owner_weights_are_written_to_the_ledger(ledger: Ledger, fleet: Fleet, raw: Any) -> None:
+    parent_of(Children(1), ledger, fleet, {"anna": 2.5}).tick()
+    assert raw.hgetall("imagemill:weights") == {"anna": "2.5"}
+
+
+def test_images_of_a_child_that_died_are_handed_out_again_at_once(ledger: Ledger, fleet: Fleet, raw: Any) -> None:
+    """Its lease has 20 s to go. The other child keeps its share."""
+    children, processes = Children(2), [Process(), Process()]
+    loaded(children, *processes)
+    parent = parent_of(children, ledger, fleet)
+    job = submit(ledger, 8)
+    for index, process in enumerate(processes):
+        assert isinstance(ledger.take(Request(child_name(NODE, index, process.pid), [LANE], {LANE: 2})), Share)
+    parent.tick()
+    assert raw.zcard("imagemill:leased") == 2
+    processes[1].kill()
+    parent.tick()
+    assert raw.zcard("imagemill:leased") == 1
+    assert raw.lrange(f"imagemill:job:{job}:suspects", 0, -1) == ["2", "3"]
+    parent.tick()
+    assert raw.llen(f"imagemill:job:{job}:suspects") == 2, "once"
+    processes[0].kill()
+
+
+def test_child_that_replaced_a_dead_one_is_told_from_it() -> None:
+    children, first, second = Children(1), Process(), Process()
+    loaded(children, first)
+    assert children.died() == []
+    first.kill()
+    loaded(children, second)  # before anybody looked
+    assert children.died() == [(0, first.pid)]
+    assert children.died() == []
+    second.kill()
+    assert children.died() == [(0, second.pid)]
+
+
+def test_lanes_with_work_are_woken_up_one_message_per_child(ledger: Ledger, fleet: Fleet, raw: Any) -> None:
+    children = Children(3)
+    for index in range(3):
+        children.loaded(index)
+    parent: Any = parent_of(children, ledger, fleet)
+    parent.tick()
+    assert parent.publisher.woken == []
+    submit(ledger, 8)
+    raw.delete("imagemill:tender")
+    parent.tick()
+    assert parent.publisher.woken == [(LANE, 3)]
+    parent.tick()
+    assert len(parent.publisher.woken) == 1, "one node does this, once a second"
+
+
+def test_wake_ups_are_limited(ledger: Ledger, fleet: Fleet, raw: Any) -> None:
+    parent: Any = parent_of(Children(1), ledger, fleet)
+    other = parent.node.model_copy(update={"node": "cpu@there", "children": 1000, "ready": True})
+    fleet.report_node(other)
+    submit(ledger, 8)
+    parent.tick()
+    assert parent.publisher.woken == [(LANE, MOST_WAKE_UPS)]
+
+
+@pytest.mark.usefixtures("raw")
+def test_lane_without_any_node_is_not_left_without_a_message(ledger: Ledger, fleet: Fleet) -> None:
+    """Its nodes may be starting."""
+    parent: Any = parent_of(Children(1), ledger, fleet)
+    submit(ledger, 8)
+    parent.tick()
+    assert parent.publisher.woken == [(LANE, 1)]
+
+
+def test_node_goes_on_without_redis(caplog: pytest.LogCaptureFixture) -> None:
+    class Down:
+        def __getattr__(self, name: str) -> Any:
+            raise BrokerUnavailable("Redis: gone")
+
+    children, process = Children(1), Process()
+    loaded(children, process)
+    children.died()
+    process.kill()
+    parent = parent_of(children, Down(), Down())
+    with caplog.at_level(logging.WARNING):
+        parent.tick()
+        parent.leave()
+    assert [record.message for record in caplog.records] == ["node not reported", "node not removed from the fleet"]
