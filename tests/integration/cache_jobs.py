@@ -15,10 +15,10 @@ from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, S
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import ImageInFlight
 from imagemill.worker.line.line import Line
 from imagemill.worker.line.records import Records
-from imagemill.worker.line.stages import Context
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.store import open_store

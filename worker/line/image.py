@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from imagemill.shared.errors import ImageError
 from imagemill.shared.messages import Item
@@ -16,10 +16,8 @@ from imagemill.worker.checking.quality import REPAIRED_SEED, Checked
 from imagemill.worker.imaging.codec import Encoded
 from imagemill.worker.imaging.headers import Header
 from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.line.context import Context
 from imagemill.worker.operations.base import Work
-
-if TYPE_CHECKING:
-    from imagemill.worker.line.stages import Context
 
 CACHED = "cached"
 """The note of a result that was copied from an earlier one."""

@@ -18,11 +18,12 @@ from threading import Lock
 from imagemill.shared.errors import ImageError
 from imagemill.shared.settings import Settings
 from imagemill.worker.line.batching import Batcher, Recipe, Slot, run_parts
+from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight, NotBegun, Outcome, RunAgain
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records
 from imagemill.worker.line.speed import Speed
-from imagemill.worker.line.stages import AFTER_DEVICE, BEFORE_DEVICE, DELIVERY, Context, advance
+from imagemill.worker.line.stages import AFTER_DEVICE, BEFORE_DEVICE, DELIVERY, advance
 from imagemill.worker.transfer.fetch import cut_short
 
 GLANCE = 0.5

@@ -11,8 +11,8 @@ from typing import Any
 from imagemill.shared.errors import ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import ItemResult
+from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
-from imagemill.worker.line.stages import Context
 
 log = logging.getLogger(__name__)
 

@@ -8,73 +8,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from threading import Event
+from dataclasses import replace
 
 from imagemill.shared.engines import find_engine
 from imagemill.shared.errors import ImageError, InternalError, OutOfMemory, sentence
 from imagemill.shared.messages import Job
 from imagemill.shared.quality import Measures, beyond, flagged
-from imagemill.shared.settings import Settings
 from imagemill.worker.checking import quality
 from imagemill.worker.imaging import codec
-from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.batching import Recipe, cap
-from imagemill.worker.line.cache import Cache, Remembered
+from imagemill.worker.line.cache import Remembered
+from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import CACHED, Failed, ImageInFlight, Outcome, RunAgain, Stored
-from imagemill.worker.line.pixel_budget import PixelBudget
-from imagemill.worker.line.references import References
-from imagemill.worker.operations.base import AnyOperation, Inputs, Untouched
-from imagemill.worker.transfer.fetch import Fetcher
-from imagemill.worker.transfer.store import Store, render_key
+from imagemill.worker.operations.base import Inputs, Untouched
+from imagemill.worker.transfer.store import render_key
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the images of one job share on their way down the line. `stop` ends it: nothing more of the job is begun."""
-
-    job: str
-    spec: Job
-    recipe: Recipe
-    fetcher: Fetcher
-    references: References
-    store: Store
-    budget: PixelBudget
-    max_pixels: int
-    stop: Event
-    cache: Cache | None = None
-
-    @classmethod
-    def of(
-        cls,
-        job: str,
-        spec: Job,
-        settings: Settings,
-        *,
-        operation: AnyOperation,
-        sizes: BatchSizes,
-        fetcher: Fetcher,
-        store: Store,
-        budget: PixelBudget,
-        cache: Cache | None = None,
-    ) -> Context:
-        """A job's context, with references of its own."""
-        most, stop = settings.worker.max_pixels, Event()
-        references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop)
-        recipe = Recipe(operation, sizes, cap(spec.policy, operation.spec), spec.options.model_dump_json())
-        return cls(job, spec, recipe, fetcher, references, store, budget, most, stop, cache)
-
-    @property
-    def operation(self) -> AnyOperation:
-        """The job's engine."""
-        return self.recipe.operation
-
-    @property
-    def repairs(self) -> bool:
-        """Whether the job wants bad results repaired."""
-        return self.spec.policy.quality.mode == "repair"
 
 
 Stage = Callable[[ImageInFlight, Context], Outcome | None]

@@ -19,11 +19,11 @@ from imagemill.worker.hardware.device import Device, give_back
 from imagemill.worker.hardware.memory import memory_of
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.context import Context
 from imagemill.worker.line.line import Line
 from imagemill.worker.line.manifest import write_manifest
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records, Tally
-from imagemill.worker.line.stages import Context
 from imagemill.worker.node.feeder import Feeder
 from imagemill.worker.node.offer import lanes
 from imagemill.worker.operations.base import AnyOperation, Untouched

@@ -16,10 +16,10 @@ from typing import Protocol
 from imagemill.shared.engines import split_lane
 from imagemill.shared.errors import ImagemillError, JobNotFound, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLedger
+from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight
 from imagemill.worker.line.line import Line
 from imagemill.worker.line.pixel_budget import PixelBudget
-from imagemill.worker.line.stages import Context
 
 log = logging.getLogger(__name__)
 

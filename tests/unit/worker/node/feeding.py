@@ -17,11 +17,11 @@ from imagemill.shared.messages import Item, ItemResult, Job, Row
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.context import Context
 from imagemill.worker.line.line import Line
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records
 from imagemill.worker.line.speed import Speed
-from imagemill.worker.line.stages import Context
 from imagemill.worker.node.feeder import Feeder
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.transfer.fetch import Fetcher

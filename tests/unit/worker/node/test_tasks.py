@@ -146,7 +146,8 @@ def test_canary_fails_before_the_engines_are_loaded() -> None:
 
 
 @pytest.mark.integration
-def test_messages_leave_the_queue_whatever_their_result(own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.usefixtures("logging_as_before")
+def test_messages_leave_the_queue_whatever_their_result(own_redis: EmbeddedRedis) -> None:
     """With a real consumer: a refused message, a malformed one, a failing one, and one that succeeds."""
 
     def fail() -> str:

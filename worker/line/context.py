@@ -1,0 +1,63 @@
+"""What the images of one job share on their way down the line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from threading import Event
+
+from imagemill.shared.messages import Job
+from imagemill.shared.settings import Settings
+from imagemill.worker.line.batch_sizes import BatchSizes
+from imagemill.worker.line.batching import Recipe, cap
+from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.pixel_budget import PixelBudget
+from imagemill.worker.line.references import References
+from imagemill.worker.operations.base import AnyOperation
+from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.store import Store
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the images of one job share on their way down the line. `stop` ends it: nothing more of the job is begun."""
+
+    job: str
+    spec: Job
+    recipe: Recipe
+    fetcher: Fetcher
+    references: References
+    store: Store
+    budget: PixelBudget
+    max_pixels: int
+    stop: Event
+    cache: Cache | None = None
+
+    @classmethod
+    def of(
+        cls,
+        job: str,
+        spec: Job,
+        settings: Settings,
+        *,
+        operation: AnyOperation,
+        sizes: BatchSizes,
+        fetcher: Fetcher,
+        store: Store,
+        budget: PixelBudget,
+        cache: Cache | None = None,
+    ) -> Context:
+        """A job's context, with references of its own."""
+        most, stop = settings.worker.max_pixels, Event()
+        references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop)
+        recipe = Recipe(operation, sizes, cap(spec.policy, operation.spec), spec.options.model_dump_json())
+        return cls(job, spec, recipe, fetcher, references, store, budget, most, stop, cache)
+
+    @property
+    def operation(self) -> AnyOperation:
+        """The job's engine."""
+        return self.recipe.operation
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the job wants bad results repaired."""
+        return self.spec.policy.quality.mode == "repair"
