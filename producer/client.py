@@ -94,8 +94,7 @@ class Client:
         except BaseException:
             self._discard(job)
             raise
-        listening = [node for node in self._fleet.nodes() if spec.lane in node.lanes]
-        self._wake(job, spec, min(checked.total, sum(node.children for node in listening)))
+        listening = self._wake(job, spec.lane, checked.total)
         return Submission(
             job=job,
             total=checked.total,
@@ -113,13 +112,19 @@ class Client:
             extra = {"action": "discard", "job": job, "error": str(error)}
             log.warning("unfinished list not discarded; it will expire", extra=extra)
 
-    def _wake(self, job: str, spec: Job, children: int) -> None:
-        """Wake up children for a job that is in the ledger. If that fails, a node does it within seconds."""
+    def _wake(self, job: str, lane: str, images: int) -> list[Node]:
+        """Wake up workers for a job that is in the ledger, at most one child per image; returns the nodes of its lane.
+
+        If that fails, a node does it within seconds.
+        """
+        listening = [node for node in self._fleet.nodes() if lane in node.lanes]
+        children = sum(node.children for node in listening)
         try:
-            self._publisher.wake(spec.lane, max(1, children))
+            self._publisher.wake(lane, max(1, min(images, children)))
         except BrokerUnavailable as error:
             extra = {"action": "publish", "job": job, "error": str(error)}
             log.warning("job recorded, but no worker was woken up; they will look for themselves", extra=extra)
+        return listening
 
     # --- following --------------------------------------------------------------------------
 
@@ -212,7 +217,7 @@ class Client:
             raise UsageError(f"job {job} is still {status.state}; only finished jobs can be retried")
         images = self._ledger.retry(job)
         if images:
-            self._wake(job, self._ledger.spec(job), images)
+            self._wake(job, self._ledger.spec(job).lane, images)
         return images
 
     def cancel(self, job: str) -> JobStatus:
@@ -228,7 +233,8 @@ class Client:
         """Continue a paused job. Raises UsageError if it is over."""
         resumed = self._ledger.resume(job)
         if resumed:
-            self._wake(job, self._ledger.spec(job), 1)
+            status = self._ledger.status(job)
+            self._wake(job, status.lane, status.waiting)
         return self._steered(job, resumed, "resumed")
 
     def prioritize(self, job: str, priority: Priority) -> JobStatus:

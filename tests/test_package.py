@@ -20,7 +20,7 @@ from tests.workers import ROOT, clean_environment
 
 PROJECT = ("LICENSE", "README.md", "pyproject.toml", "src", "shared", "producer", "worker")
 DATA = (
-    *("py.typed", "shared/ledger/lua/acquire.lua", "shared/ledger/lua/common.lua", "shared/presets.yaml"),
+    *("py.typed", "shared/ledger/lua/take.lua", "shared/ledger/lua/common.lua", "shared/presets.yaml"),
     "producer/report.html.j2",
 )
 HEAVY = ("boto3", "celery", "numpy", "PIL", "pydantic", "redis", "torch", "imagemill.shared", "imagemill.producer")

@@ -14,7 +14,7 @@ from imagemill.shared.settings import Settings
 from imagemill.worker.imaging.codec import Encoded
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.line import Line
-from imagemill.worker.line.stages import Context
+from imagemill.worker.line.context import Context
 from imagemill.worker.operations.base import AnyOperation
 
 GET, PUT = 0.1, 0.05

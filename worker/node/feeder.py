@@ -27,7 +27,10 @@ RENEWAL_SECONDS = 0.5
 """Interval between renewals, and so the delay until a child notices that a job is cancelled, paused or overtaken."""
 RETRY_SECONDS = 0.25
 """Pause before asking again for more when there was nothing."""
+UNABLE_SECONDS = 5.0
+"""Pause after a job that this child can't work on, such as for want of S3 keys; another may be able to."""
 PAUSE_SECONDS = 0.01
+"""Pause between two looks at the shares, however many images change meanwhile."""
 STARVING_SECONDS = 0.25
 """Once the device has waited this long for downloads, more of them are started."""
 GRACE_SECONDS = 2.0
@@ -297,7 +300,7 @@ class Feeder:
             self._stretch *= 2
         most = {lane: self._most(lane) for lane in self._lanes}
         if self._overtaken:  # what comes now goes before what waits
-            return {lane: max(1, images // 2) for lane, images in most.items()}
+            return most
         room = {lane: images - len(ahead) for lane, images in most.items()}
         return {lane: images for lane, images in room.items() if images > 0 and 2 * images >= most[lane]}
 
@@ -343,6 +346,11 @@ class Feeder:
         try:
             context = self._context(share.job)
         except JobNotFound:
+            return
+        except ImagemillError as error:
+            log.error("job can't be worked on here", extra={"action": "feed", "job": share.job, "reason": error.message})
+            self._ledger.give_back(share, self._child, returned=sorted(share.indexes))
+            self._ask_at = time.monotonic() + UNABLE_SECONDS
             return
         first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
         images = [ImageInFlight(item, context, first=first) for item in share.items]

@@ -76,24 +76,22 @@ def test_every_sample_comes_out_once_oldest_group_first(steps: list[list[str] | 
     batcher: Batcher[int] = Batcher()
     came: list[tuple[int, int, str]] = []
     out: list[tuple[int, int, str]] = []
-    waiting: list[str] = []  # groups by how long they have waited for their turn
 
     def take() -> None:
         taken, batch = batcher.take()
         assert taken == recipe(limit)
         assert 1 <= len(batch) <= limit
         name = group(batch)
-        assert name == waiting.pop(0)
+        waiting = [one for one in came if one not in out]
+        assert min(owner for owner, *_ in waiting) in [owner for owner, _, other in waiting if other == name]
         out.extend((slot.owner, slot.place, slot.sample.data[0]) for slot in batch)
         left = [one for one in came if one[2] == name and one not in out]
         assert len(batch) == limit or not left, "a batch must be as large as possible"
-        waiting.extend([name] if left else [])
 
     for owner, names in enumerate(steps):
         if names is not None:
             batcher.add(owner, samples(*names), recipe(limit))
             came.extend((owner, place, name) for place, name in enumerate(names))
-            waiting.extend(name for name in dict.fromkeys(names) if name not in waiting)
         elif batcher:
             take()
     while batcher:

