@@ -15,7 +15,7 @@ from typing import Any
 from bench.figures import Figure, figure, print_figures
 from imagemill.worker.hardware.memory import HostMemory, Memory, Peak
 from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.batching import Batcher
+from imagemill.worker.line.batching import Batcher, Recipe
 from imagemill.worker.operations.base import Sample, Spec
 from tests.batches import run_batch
 
@@ -64,15 +64,15 @@ def run(rounds: int = 15) -> list[Figure]:
 
 def _microseconds(sizes: BatchSizes) -> float:
     operation: Any = Nothing()
-    batcher: Batcher[int] = Batcher(operation, sizes, BATCH, 0.05)
+    batcher, recipe = Batcher[int](0.05), Recipe(operation, sizes, BATCH, "{}")
     samples = [Sample((512, 512), None) for _ in range(IMAGES)]
     start = time.process_time()
     for number, sample in enumerate(samples):
-        batcher.add(number, [sample])
+        batcher.add(number, [sample], recipe)
         if batcher.patience(coming=True) == 0:
-            run_batch(operation, [slot.sample for slot in batcher.take()], sizes)
+            run_batch(operation, [slot.sample for slot in batcher.take()[1]], sizes)
     while batcher:
-        run_batch(operation, [slot.sample for slot in batcher.take()], sizes)
+        run_batch(operation, [slot.sample for slot in batcher.take()[1]], sizes)
     return 1e6 * (time.process_time() - start) / IMAGES
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Event
 from typing import Any
 
 from imagemill.shared.messages import Item, ItemResult, Job
 from imagemill.shared.settings import Settings
 from imagemill.worker.imaging.codec import Encoded
 from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.line import Line
 from imagemill.worker.line.context import Context
+from imagemill.worker.line.image import ImageInFlight
+from imagemill.worker.line.line import Line
+from imagemill.worker.line.records import Records
 from imagemill.worker.operations.base import AnyOperation
 
 GET, PUT = 0.1, 0.05
@@ -27,20 +29,24 @@ def through_the_line(
     """Images per second of a job of `images` images, which are `files` over and over. Fails if an image fails."""
     ledger = _Ledger()
     settings = Settings(_env_file=None)  # type: ignore[call-arg]
+    line = Line(settings, Records(ledger, "bench"))  # type: ignore[arg-type]
     context = Context.of(
         "bench",
         spec,
         settings,
         operation=operation,
+        sizes=sizes or BatchSizes(),
         fetcher=_Fetcher(files),
         store=_Store(),  # type: ignore[arg-type]
-        stop=Event(),
+        budget=line.budget,
     )
-    line = Line(context, ledger=ledger, settings=settings, node="bench", sizes=sizes)  # type: ignore[arg-type]
-    items = [Item(index=number, source=f"https://bench.example/{number}.jpg") for number in range(images)]
+    items = (Item(index=number, source=f"https://bench.example/{number}.jpg") for number in range(images))
+    flying = [ImageInFlight(item, context) for item in items]
     start = time.perf_counter()
-    line.run(items)
+    line.enter(flying)
+    line.run(math.inf, lambda: any(image.place != "over" for image in flying))
     seconds = time.perf_counter() - start
+    line.abandon()
     failed = [result for result in ledger.results if result.state == "failed"]
     assert not failed, f"{len(failed)} images failed: {failed[0].message}"
     assert len(ledger.results) == images
@@ -80,7 +86,7 @@ class _Ledger:
         self.results: list[ItemResult] = []
         self._lock = threading.Lock()
 
-    def record(self, job: str, result: ItemResult) -> bool:
+    def record(self, job: str, result: ItemResult, stop: threading.Event) -> bool:
         with self._lock:
             self.results.append(result)
         return True
