@@ -103,7 +103,9 @@ class WatchedLedger(Ledger):
 class Feeding:
     """Jobs, and a feeder that takes them. It stands in for the child as far as the feeder knows one."""
 
-    def __init__(self, url: str, raw: Any, server: ImageServer, folder: Path, *, threads: int = 8) -> None:
+    def __init__(
+        self, url: str, raw: Any, server: ImageServer, folder: Path, *, threads: int = 8, lanes: Sequence[str] = (LANE,)
+    ) -> None:
         server.fallback = photo(1)
         self.raw, self.server, self.folder = raw, server, folder
         self.ledger = WatchedLedger(url)
@@ -126,7 +128,7 @@ class Feeding:
             self,
             child=CHILD,
             seat="cpu@a/0",
-            lanes=[LANE],
+            lanes=lanes,
             seconds=3.0,
             threads=threads,
             stopping=self.stopping.is_set,
@@ -162,11 +164,14 @@ class Feeding:
 
     # --- what the tests do and see ---
 
-    def submit(self, count: int, **policy: Any) -> str:
-        """A job of `count` images."""
+    def submit(self, count: int, *, model: str | None = None, **policy: Any) -> str:
+        """A job of `count` images, on opencv or on a model of rembg."""
         job = next(NAMES)
+        work: dict[str, Any] = {"operation": "stylize"}
+        if model is not None:
+            work = {"operation": "remove-background", "options": {"engine": "rembg", "model": model}}
         output = {"url": self.folder.as_uri(), "format": "png"}
-        self.ledger.open_job(job, Job.model_validate({"operation": "stylize", "output": output, "policy": policy}))
+        self.ledger.open_job(job, Job.model_validate({**work, "output": output, "policy": policy}))
         items = [Item(index=index, source=self.server.url(f"/of/{job}/{index}")) for index in range(count)]
         self.ledger.add_packs(job, [(place // 32, items[place : place + 32]) for place in range(0, count, 32)])
         self.ledger.seal(job, size=count, total=count, duplicates={})
