@@ -28,6 +28,7 @@ def make_app(settings: Settings) -> Celery:
         "unacked_restore_throttle": 1,
         "unacked_mutex_expire": 30,  # a worker killed during its check must not block the others' for 5 minutes
         "priority_steps": [0],  # the ledger orders the work: fewer keys to poll
+        "queue_order_strategy": "sorted",  # a node's own queue comes first, see queues.py; which lane wakes it doesn't matter
         "health_check_interval": 25,  # 0 leaves a consumer stuck on a half-open connection
         "socket_timeout": 10,  # with the default, a dead Redis goes unnoticed for 120 s
         "socket_connect_timeout": 5,

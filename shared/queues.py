@@ -18,5 +18,8 @@ def task_name(lane: str) -> str:
 
 
 def node_queue(node: str) -> str:
-    """The queue that only this node reads, for its canary and for the next shift of its own children."""
-    return f"imagemill.node.{node}"
+    """The queue that only this node reads, for its canary and for the next shift of its own children.
+
+    It sorts before every lane's, and nodes read queues in that order: a canary must not wait for several shifts.
+    """
+    return f"imagemill-node.{node}"
