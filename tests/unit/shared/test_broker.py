@@ -99,7 +99,7 @@ def test_displayed_configuration_contains_no_password() -> None:
     [
         ("stylize.opencv", None, "imagemill.stylize.opencv", "imagemill.stylize"),
         ("inpaint.lama.lama", None, "imagemill.inpaint.lama.lama", "imagemill.inpaint"),
-        ("inpaint.lama.lama", "gpu0@a", "imagemill.node.gpu0@a", "imagemill.inpaint"),
+        ("inpaint.lama.lama", "gpu0@a", "imagemill-node.gpu0@a", "imagemill.inpaint"),
     ],
 )
 def test_message_goes_to_its_queue(publisher: Publisher, raw: Any, lane: str, node: str | None, queue: str, task: str) -> None:
