@@ -30,7 +30,8 @@ def publisher(redis_server: EmbeddedRedis, raw: Any) -> Publisher:
 
 def published(raw: Any) -> dict[str, list[dict[str, Any]]]:
     """The messages of each queue, in delivery order."""
-    return {name: [json.loads(text) for text in reversed(raw.lrange(name, 0, -1))] for name in raw.keys("imagemill.*")}
+    queues = raw.keys("imagemill.*") + raw.keys("imagemill-node.*")
+    return {name: [json.loads(text) for text in reversed(raw.lrange(name, 0, -1))] for name in queues}
 
 
 # --- the configuration ------------------------------------------------------------------------
