@@ -252,6 +252,8 @@ class Feeder:
             held.returned.update(undone)
             if not left:
                 self._held.remove(held)
+                if not undone:
+                    self._ask_at = 0.0  # its part of the job may be larger now
                 fields = dict(action="share", job=held.share.job, share=held.share.number, images=len(held.images))
                 log.info("share done", extra={**fields, "seconds": round(time.monotonic() - held.started, 3)})
 
