@@ -57,7 +57,8 @@ def test_resumed_job_is_completed_and_no_image_done_twice(feeding: Feeding) -> N
 def test_other_jobs_go_on_when_one_is_cancelled(feeding: Feeding) -> None:
     cancelled, other = feeding.submit(20), feeding.submit(5)
     with feeding.shift():
-        feeding.wait_for(begun=1, leased=AT_WORK)
+        wait_until(lambda: feeding.operation.begun, "an image is on the device")
+        wait_until(lambda: feeding.leased() >= AT_WORK, "images are taken ahead")
         feeding.ledger.cancel(cancelled)
         feeding.operation.let(20)
         feeding.check_done(other, 5)
