@@ -36,4 +36,5 @@ Who is next: by priority, then by the owners' clocks (common.lua), then in the o
     children, speed                     hash    lane -> number of children, their images per second
     jobs                                zset    job -> when it was submitted
     tender                              string  the node that does what has to be done every second
+    tended                              string  when that was done last
 """

@@ -152,7 +152,7 @@ class WorkLedger(ReadLedger):
 
         Returns the number of shares of dead workers, and for each lane that needs wake-ups its number of children.
         """
-        lost, *lanes = self._script("tend", NODE_SECONDS)
+        lost, *lanes = self._script("tend", NODE_SECONDS, self._lease_ms)
         return int(lost), {lane.decode(): int(children) for lane, children in zip(lanes[::2], lanes[1::2], strict=True)}
 
     def bury(self, child: str) -> int:

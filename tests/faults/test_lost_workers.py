@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import redis
@@ -17,58 +15,13 @@ from PIL import Image
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
-from tests.conftest import client_for, environment_for, photo
+from tests.conftest import photo
+from tests.faults.jobs import check_complete, submit, wait_for_gate
 from tests.integration.jobs import spec
 from tests.services.images import ImageServer
 from tests.workers import WorkerProcess, wait_until
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    folder = tmp_path / "gate"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def environment(own_redis: EmbeddedRedis, tmp_path: Path, gate: Path) -> dict[str, str]:
-    return environment_for(own_redis.url, tmp_path, IMAGEMILL_TEST_GATE=str(gate), IMAGEMILL_WORKER__OPERATIONS='["stylize"]')
-
-
-@pytest.fixture
-def client(own_redis: EmbeddedRedis) -> Iterator[Client]:
-    with client_for(own_redis.url) as client:
-        yield client
-
-
-def submit(client: Client, images: ImageServer, tmp_path: Path, count: int) -> str:
-    for n in range(count):
-        images.routes[f"/{n}.png"] = photo(n)
-    rows = [SourceRow(f"row {n}", {"source": images.url(f"/{n}.png")}) for n in range(count)]
-    return client.submit(rows, spec("stylize", tmp_path / "out")).job
-
-
-def check_complete(client: Client, job: str, count: int, tmp_path: Path) -> None:
-    """Every image was processed once, correctly."""
-    status = client.wait(job, timeout=120)
-    assert (status.state, status.total, status.done, status.failed) == ("done", count, count, 0)
-    rows = list(client.results(job))
-    assert [row.index for row in rows] == list(range(count))
-    for row in rows:
-        assert row.output is not None
-        result = np.asarray(Image.open(Path(row.output.removeprefix("file://"))))
-        source = np.asarray(Image.open(io.BytesIO(photo(row.index))))
-        assert np.array_equal(result, 255 - source)
-    (manifest,) = tmp_path.glob("out/*/manifest.jsonl")
-    assert len(manifest.read_text().splitlines()) == count
-    assert len(list(tmp_path.glob("out/*/*.png"))) == count
-
-
-def wait_for_gate(gate: Path, count: int) -> None:
-    """Return once `count` images have been started."""
-    wait_until(lambda: len(list(gate.glob("at-*"))) >= count, f"{count} images started")
 
 
 def test_images_of_a_killed_child_are_handed_out_at_once(

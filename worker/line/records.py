@@ -8,7 +8,7 @@ from collections import Counter
 from threading import Lock
 from typing import Any
 
-from imagemill.shared.errors import ServiceUnavailable, WorkerLost
+from imagemill.shared.errors import InternalError, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import ItemResult
 from imagemill.worker.line.context import Context
@@ -58,23 +58,31 @@ class Records:
         self.tally = Tally()
 
     def record(self, image: ImageInFlight, outcome: Outcome) -> None:
-        """Record an image that is stored or has failed; one that was not begun stays open."""
-        if isinstance(outcome, Stored):
-            fields: dict[str, Any] = dict(
-                state="done",
-                output=outcome.output,
-                output_bytes=outcome.bytes,
-                output_size=outcome.size,
-                notes=outcome.notes,
-                quality=outcome.measures,
-            )
-        elif isinstance(outcome, Failed):
+        """Record an image that is stored or has failed; one that was not begun stays open.
+
+        What can't be recorded, because of a bug or of text that is no valid UTF-8, is recorded as a failure.
+        """
+        if not isinstance(outcome, Stored | Failed):
+            return
+        try:
+            result = self._result(image, outcome)
+            first = self._write(image.context, result)
+        except ValueError as error:  # pydantic's and those of encoding
+            log.exception("result can't be recorded", extra={"action": "record", "job": image.context.job})
+            failure = Failed(InternalError(f"the result can't be recorded: {type(error).__name__}"))
+            result = ItemResult(index=image.item.index, attempts=image.earlier + 1, node=self._node, **_fields(failure))
+            first = self._write(image.context, result)
+        if first:
+            self.tally.count(result, reused=isinstance(outcome, Stored) and outcome.how == "reused")
+        image.recorded = True
+
+    def _result(self, image: ImageInFlight, outcome: Stored | Failed) -> ItemResult:
+        fields = _fields(outcome)
+        if isinstance(outcome, Failed):
             error = outcome.error
             image.tries = 0 if isinstance(error, WorkerLost) else max(1, image.tries, error.tries)
-            fields = dict(state="failed", code=error.code, message=error.message, retryable=error.retryable, notes=image.notes)
-        else:
-            return
-        result = ItemResult(
+            fields["notes"] = image.notes
+        return ItemResult(
             index=image.item.index,
             attempts=image.earlier + image.tries,
             batch=image.batch,
@@ -83,9 +91,6 @@ class Records:
             **image.source,
             **fields,
         )
-        if self._write(image.context, result):
-            self.tally.count(result, reused=isinstance(outcome, Stored) and outcome.how == "reused")
-        image.recorded = True
 
     def _write(self, context: Context, result: ItemResult) -> bool:
         """Whether this was the image's first record. Waits for Redis: the result exists, and must not be computed twice."""
@@ -97,3 +102,18 @@ class Records:
                 log.warning("record postponed", extra={"action": "record", "job": context.job, "reason": error.message})
                 time.sleep(pause)
                 pause = min(LONGEST_PAUSE, 2 * pause)
+
+
+def _fields(outcome: Stored | Failed) -> dict[str, Any]:
+    """What the record says of an outcome."""
+    if isinstance(outcome, Failed):
+        error = outcome.error
+        return dict(state="failed", code=error.code, message=error.message, retryable=error.retryable)
+    return dict(
+        state="done",
+        output=outcome.output,
+        output_bytes=outcome.bytes,
+        output_size=outcome.size,
+        notes=outcome.notes,
+        quality=outcome.measures,
+    )

@@ -1,8 +1,18 @@
--- ARGV seconds after which a silent node is dead: what has to be done every second, whoever does it. Hands out the shares of
+-- ARGV seconds after which a silent node is dead, lease in ms: what has to be done every second, whoever does it. Hands out the shares of
 -- dead workers again, counts the children of each lane and their speed, and returns the number of lost shares, then lane and
 -- number of children for each lane that needs wake-ups.
+local OUTAGE = 5000
 local now, lost = now_ms(), 0
 ring(now)
+
+-- If nobody has been here for a while, Redis was down or cut off, and nobody could renew. That is no death: the living get the
+-- time of another lease.
+local before = tonumber(redis.call('GET', 'imagemill:tended') or now)
+redis.call('SET', 'imagemill:tended', now)
+if now - before > OUTAGE then
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', now)) do redis.call('ZADD', LEASED, now + ARGV[2], member) end
+end
+
 local images = 0
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', now, 'LIMIT', 0, 1000)) do
   local size = bury(member)

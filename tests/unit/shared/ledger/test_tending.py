@@ -12,7 +12,7 @@ from imagemill.shared.fleet import NODE_SECONDS, Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import Node
-from tests.unit.shared.ledger.jobs import CHILD, LANE, OTHER, OTHER_LANE, die, indexes, make_job, run, take, work
+from tests.unit.shared.ledger.jobs import CHILD, LANE, OTHER, OTHER_LANE, counts, die, indexes, make_job, run, take, work
 
 pytestmark = pytest.mark.integration
 
@@ -147,3 +147,16 @@ def test_leases_of_deleted_jobs_do_not_stop_others(producer: SubmitLedger, worke
     assert die(worker, raw, share) == 1
     assert raw.zcard("imagemill:leased") == 0
     assert (take(worker).job, indexes(share)) == (job, [0])
+
+
+def test_outage_of_redis_is_no_death_of_workers(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    """After it, every lease has expired, since nobody could renew."""
+    job = make_job(producer, 4)
+    share = take(worker)
+    worker.tend()
+    raw.set("imagemill:tended", 1)
+    assert die(worker, raw, share) == 0
+    assert worker.renew(CHILD, [LANE], [share]).verdicts == ["ok"]
+    assert die(worker, raw, share) == 1, "from now on, silence counts again"
+    run(worker)
+    assert counts(worker, job) == ("done", 4, 0)

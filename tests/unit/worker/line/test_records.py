@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.messages import ItemResult
+from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line import records as module
 from imagemill.worker.line.records import Tally
-from tests.fakes import Invert
+from imagemill.worker.operations.base import Inputs
+from tests.fakes import AnyWork, Invert
 from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 from tests.unit.worker.line.jobs import SIZE, Gate, LineJob, drain
@@ -101,3 +103,18 @@ def test_bug_in_a_record_ends_the_run(job: LineJob, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(job.ledger, "record", fail)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         job.run(Invert(), job.photos(3))
+
+
+class Garbled(Invert):
+    """Remarks on its second image in what is no valid text."""
+
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> AnyWork:
+        work = super().prepare(picture, inputs)
+        work.notes += ["caf\udce9"] * (inputs.item.index == 1)
+        return work
+
+
+def test_result_that_cannot_be_written_is_recorded_as_a_failure(job: LineJob) -> None:
+    with job.running(Garbled(), job.photos(3)):
+        pass
+    assert job.codes() == ["done", "internal_error", "done"]
