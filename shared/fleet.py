@@ -2,7 +2,7 @@
 
 Keys, all below `imagemill:`:
 
-    nodes            hash  node -> its latest report
+    nodes            hash  node -> its latest report; the first one claims the name
     nodes:{lane}     zset  node -> its latest report
     node-children    hash  node -> its number of children
     rates:{lane}     hash  child, as NODE/NUMBER -> images per second; the ledger forgets those of dead nodes
@@ -11,6 +11,8 @@ Keys, all below `imagemill:`:
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import redis
 
@@ -24,6 +26,42 @@ FORGET_SECONDS = 3600
 MEMORY_SECONDS = 3600
 CANARY_SECONDS = 600
 
+REPORT = """
+-- ARGV: node, process, report, seconds of silence after which another process loses the name
+-- and optionally process and time of a report that may be replaced
+local raw = redis.call('HGET', 'imagemill:nodes', ARGV[1])
+if raw then
+  local other = cjson.decode(raw)
+  local process, time = other.process or '', redis.call('TIME')
+  local silent = time[1] + time[2] / 1e6 - other.seen
+  local replace = ARGV[5] and process == ARGV[5] and other.seen == tonumber(ARGV[6])
+  if process ~= ARGV[2] and silent < tonumber(ARGV[4]) and not replace then
+    return {raw, tostring(silent)}
+  end
+end
+redis.call('HSET', 'imagemill:nodes', ARGV[1], ARGV[3])
+return false
+"""
+FORGET = """
+-- ARGV: node, process, lanes ...
+local raw = redis.call('HGET', 'imagemill:nodes', ARGV[1])
+if raw and (cjson.decode(raw).process or '') == ARGV[2] then
+  redis.call('HDEL', 'imagemill:nodes', ARGV[1])
+  redis.call('HDEL', 'imagemill:node-children', ARGV[1])
+  for i = 3, #ARGV do
+    redis.call('ZREM', 'imagemill:nodes:' .. ARGV[i], ARGV[1])
+  end
+end
+"""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The latest report under a name, and for how many seconds nothing came after it."""
+
+    node: Node
+    silent: float
+
 
 class Fleet(Connected):
     """Reads and writes the state of nodes."""
@@ -33,25 +71,35 @@ class Fleet(Connected):
         """The fleet at the settings' Redis."""
         return cls(settings.redis_url.get_secret_value())
 
-    def report_node(self, node: Node) -> None:
-        """Report that a node is alive, and its state."""
+    def claim_name(self, node: Node, dead: Node | None = None) -> Holder | None:
+        """Report a node for the first time, unless another process has reported under its name: then return who did.
+
+        `dead` is a report that may be replaced, because its process has ended.
+        """
+        replace = (dead.process, repr(dead.seen)) if dead else ()
+        return self._report(node, now_ms(self._redis), FORGET_SECONDS, *replace)
+
+    def report_node(self, node: Node) -> bool:
+        """Report that a node is alive, and its state; False, and no change, if its name has passed to another live node."""
         now = now_ms(self._redis)
-        with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hset("imagemill:nodes", node.node, node.model_copy(update={"seen": now / 1000}).model_dump_json())
-            if node.ready:
+        if self._report(node, now, NODE_SECONDS):
+            return False
+        if node.ready:
+            with self._redis.pipeline(transaction=False) as pipe:
                 pipe.hset("imagemill:node-children", node.node, node.children)
                 for lane in node.lanes:
                     pipe.zadd(f"imagemill:nodes:{lane}", {node.node: now})
-            pipe.execute()
+                pipe.execute()
+        return True
+
+    def _report(self, node: Node, now: int, *more: object) -> Holder | None:
+        report = node.model_copy(update={"seen": now / 1000}).model_dump_json()
+        held = self._redis.eval(REPORT, 0, node.node, node.process, report, *more)
+        return Holder(Node.model_validate_json(held[0]), float(held[1])) if held else None
 
     def forget_node(self, node: Node) -> None:
-        """Remove a node that is stopping."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            pipe.hdel("imagemill:nodes", node.node)
-            pipe.hdel("imagemill:node-children", node.node)
-            for lane in node.lanes:
-                pipe.zrem(f"imagemill:nodes:{lane}", node.node)
-            pipe.execute()
+        """Remove a node that is stopping; not another that has its name."""
+        self._redis.eval(FORGET, 0, node.node, node.process, *node.lanes)
 
     def nodes(self) -> list[Node]:
         """The live nodes, sorted by name; forgets nodes that have been silent for an hour."""

@@ -233,6 +233,7 @@ class Node(Model):
     node: str
     host: str
     pid: int
+    process: str = Field("", description="tells its parent process from all others, on any host")
     device: str
     lanes: tuple[str, ...] = ()
     children: int

@@ -25,7 +25,9 @@ from imagemill.worker.node.supervisor import Supervisor, find_gpus
     "--concurrency", metavar="N", type=click.IntRange(min=1), help="Child processes of a CPU node; default: one per core."
 )
 @click.option("--operations", metavar="LIST", help="Operations to offer, separated by commas; default: all.")
-@click.option("--name", metavar="NAME", help="The node's name; default: gpuN@host or cpu@host.")
+@click.option(
+    "--name", metavar="NAME", help="The node's name; default: gpuN@host or cpu@host. A number is added if it is in use."
+)
 def worker(
     gpu: int | None, gpus: str | None, cpu: bool, concurrency: int | None, operations: str | None, name: str | None
 ) -> None:

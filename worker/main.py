@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 from billiard import current_process
@@ -21,6 +25,7 @@ from imagemill.shared.queues import node_queue, queue_name
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
 from imagemill.worker.node import logs
+from imagemill.worker.node.naming import take_name, this_process
 from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
 from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
 from imagemill.worker.node.tasks import not_loaded, register
@@ -51,23 +56,27 @@ class Worker:
         logs.set_up(as_json=self.settings.log_json)
 
     def _prepare_parent(self, sender: Any, **_: Any) -> None:
-        """Runs in the parent before the pool forks: sets up the shared memory and the node's own queue."""
+        """Runs in the parent before the pool forks: takes a name, sets up the shared memory and the node's own queue."""
         self._set_up_logs()  # Celery sends setup_logging only after this signal
         self._log_engines()
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU
         self.device = Device.of(self.settings, sender.concurrency)
         self.children = Children(sender.concurrency)
-        self.node = Node(
+        node = Node(
             node=sender.hostname,
             host=socket.gethostname(),
             pid=os.getpid(),
+            process=this_process(),
             device=self.device.name,
             lanes=tuple(self.lanes),
             children=sender.concurrency,
             ready=False,
             lacks=tuple(f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)),
         )
+        with closing(Fleet.of(self.settings)) as before_the_fork, _ending_on_signals():
+            self.node = take_name(before_the_fork, node)
+        sender.hostname = self.node.node  # before Celery passes it on
         (own,) = queues([node_queue(self.node.node)])
         self.app.amqp.queues.select_add(own)
         ledger, fleet, publisher = WorkLedger.of(self.settings), Fleet.of(self.settings), Publisher(self.app)
@@ -140,3 +149,14 @@ class Worker:
         )
         node.start()
         return int(node.exitcode or 0)
+
+
+@contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """End the process on SIGTERM and Ctrl-C: Celery handles them only later, and a container's first process ignores them."""
+    earlier = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

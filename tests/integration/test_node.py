@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from celery.events.state import State
 
+from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.producer.sources import SourceRow
 from imagemill.shared.broker import make_app
@@ -82,6 +84,51 @@ def test_celery_command_can_start_a_node(own_redis: EmbeddedRedis, images: Image
         node.wait_ready()
         (row,) = run(client, [images.url("/a.png")], spec("stylize", tmp_path))
     assert row.state == "done"
+
+
+def test_nodes_with_one_name_are_told_apart(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
+    """Both run tasks; the first to leave takes only itself away; a node that is killed gets its name back."""
+    environment = environment_for(own_redis.url, tmp_path)
+    nodes = [WorkerProcess(environment, tmp_path / name) for name in ("first", "second", "celery")]
+    nodes[2].command = [sys.executable, "-m", "celery", "-A", "imagemill.worker.app", "worker", "-c", "1", "-n", "cpu@%h"]
+    first, second, plain = nodes
+    with ExitStack() as stack, client_for(own_redis.url) as client:
+        for node in nodes:
+            node.log.parent.mkdir()
+            stack.enter_context(node).wait_ready()
+        assert names(client) == {first.process.pid: "cpu", second.process.pid: "cpu-2", plain.process.pid: "cpu-3"}
+        assert "name in use; the node takes another" in second.log.read_text()
+        assert "name in use" not in first.log.read_text()
+        canaries = cli(environment, "doctor", "--worker", "--json")
+        assert [json.loads(line)["state"] for line in canaries.stdout.splitlines()] == ["ok", "ok", "ok"]
+        assert first.stop() == 0
+        assert names(client) == {second.process.pid: "cpu-2", plain.process.pid: "cpu-3"}
+        second.kill()
+        second.start()
+        second.wait_ready()
+        assert names(client)[second.process.pid] == "cpu"
+        plain.kill()
+        plain.command = [*plain.command[:-1], "cpu-3@%h"]
+        plain.start()
+        plain.wait_ready()
+        assert names(client)[plain.process.pid] == "cpu-3", "the old process is gone, so its report does not count"
+
+
+def names(client: Client) -> dict[int, str]:
+    """The first parts of the live nodes' names, by process ID; without those killed nodes that still count as alive."""
+    return {node.pid: node.node.partition("@")[0] for node in client.nodes() if psutil.pid_exists(node.pid)}
+
+
+def test_node_starts_before_redis_and_can_be_stopped_while_it_waits(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
+    own_redis.stop()
+    with WorkerProcess(environment_for(own_redis.url, tmp_path), tmp_path) as node:
+        wait_until(lambda: "the node waits for Redis" in node.tail(), "it waits")
+        assert node.stop() == 0
+        node.log.unlink()
+        node.start()
+        wait_until(lambda: "the node waits for Redis" in node.tail(), "it waits again")
+        own_redis.start()
+        node.wait_ready()
 
 
 def test_message_with_invalid_arguments_is_dropped(worker: WorkerProcess, environment: dict[str, str]) -> None:

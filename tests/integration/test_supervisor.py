@@ -86,6 +86,7 @@ def test_supervisor_restarts_only_the_killed_node_and_stops_all_nodes_on_sigterm
     wait_until(lambda: ready(fleet).get("gpu0", first["gpu0"]) != first["gpu0"], "the killed node restarted")
     again = ready(fleet)
     assert again["gpu1"] == first["gpu1"], "the other node must keep running"
+    assert {node.node.partition("@")[0] for node in fleet.nodes()} == {"gpu0", "gpu1"}, "it keeps its name"
 
     everyone = family(supervisor.pid)
     assert len(everyone) == 5

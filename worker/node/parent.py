@@ -114,11 +114,15 @@ class Parent:
             status = self.children.failure()
             if status is not None:
                 log.error("a child failed to load its engines; the node exits", extra=fields)
+                self.leave()
                 raise SystemExit(status)
             if time.monotonic() - start > timeout:
                 log.error("loading took too long; the node exits", extra={**fields, "seconds": timeout})
+                self.leave()
                 raise SystemExit(1)
+            self._keep_name()
             time.sleep(0.05)
+        self.report_at = 0.0  # now it is ready
         log.info("node ready", extra={"action": "ready", "node": self.node.node, "children": self.children.count})
 
     def tick(self) -> None:
@@ -128,10 +132,9 @@ class Parent:
             for index, pid in self.children.died():
                 lost = self.ledger.bury(child_name(name, index, pid))
                 log.warning("child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
-            if time.monotonic() >= self.report_at:
-                self.report_at = time.monotonic() + REPORT_SECONDS
+            if self._report_due():
                 self.ledger.set_weights(self.weights)
-                self.fleet.report_node(self.node.model_copy(update={"ready": self.children.ready() == self.children.count}))
+                self._report(ready=self.children.ready() == self.children.count)
             if self.ledger.lead(name, 0.9 * TICK_SECONDS):
                 lost, lanes = self.ledger.tend()
                 if lost:
@@ -140,6 +143,28 @@ class Parent:
                     self.publisher.wake(lane, min(max(1, children), MOST_WAKE_UPS))
         except ServiceUnavailable as error:
             log.warning("node not reported", extra={"action": "report", "node": name, "reason": error.message})
+
+    def _keep_name(self) -> None:
+        """Report a node that is still loading."""
+        try:
+            if self._report_due():
+                self._report(ready=False)
+        except ServiceUnavailable as error:
+            log.warning("node not reported", extra={"action": "report", "node": self.node.node, "reason": error.message})
+
+    def _report_due(self) -> bool:
+        if time.monotonic() < self.report_at or self.children.stopping():  # a node that has left does not come back
+            return False
+        self.report_at = time.monotonic() + REPORT_SECONDS
+        return True
+
+    def _report(self, *, ready: bool) -> None:
+        """Report the node. It exits if another has taken its name while this one was silent; restarted, it takes another."""
+        if not self.fleet.report_node(self.node.model_copy(update={"ready": ready})):
+            fields = {"action": "name", "node": self.node.node}
+            log.error("another node has taken this node's name; the node exits", extra=fields)
+            self.leave()
+            worker_state.should_stop = 1
 
     def leave(self) -> None:
         """Stop the children after their current images, and remove the node from the fleet."""
@@ -169,7 +194,7 @@ class Housekeeping(bootsteps.StartStopStep):
 
     def start(self, consumer: Any) -> None:
         parent: Parent = consumer.app.imagemill_parent
-        # The first report also comes from the loop: while Celery is still starting, a dying child can take the node down.
+        # The first report as ready also comes from the loop: while Celery starts, a dying child can take the node down.
         consumer.timer.call_after(0, parent.tick)
         self._timer = consumer.timer.call_repeatedly(TICK_SECONDS, parent.tick)
 

@@ -51,6 +51,44 @@ def test_forgotten_node_disappears_at_once(fleet: Fleet) -> None:
     assert fleet.nodes() == []
 
 
+def test_name_belongs_to_the_process_that_claimed_it(fleet: Fleet, raw: Any) -> None:
+    mine, other = node("cpu@a", process="x/1/5"), node("cpu@a", process="y/1/5", pid=2)
+    assert fleet.claim_name(mine) is None
+    assert fleet.claim_name(mine) is None
+    holder = fleet.claim_name(other)
+    assert holder is not None
+    assert holder.node.process == "x/1/5"
+    assert 0 <= holder.silent < 60
+    assert not fleet.report_node(other)
+    fleet.forget_node(other)
+    assert [node.pid for node in fleet.nodes()] == [1]
+    assert raw.zcard(f"imagemill:nodes:{LANE}") == 0, "a claim is not ready for work, and a refused report changes nothing"
+    assert fleet.report_node(mine)
+    fleet.forget_node(other)
+    assert raw.zcard(f"imagemill:nodes:{LANE}") == 1
+    fleet.forget_node(mine)
+    assert fleet.claim_name(other) is None
+
+
+def test_claim_replaces_only_the_report_that_was_found_dead(fleet: Fleet) -> None:
+    dead = node("cpu@a", process="x/1/5")
+    fleet.report_node(dead)
+    (seen,) = fleet.nodes()
+    fleet.report_node(dead)  # it lives after all
+    assert fleet.claim_name(node("cpu@a", process="y/1/5"), seen) is not None
+    (seen,) = fleet.nodes()
+    assert fleet.claim_name(node("cpu@a", process="y/1/5"), seen) is None
+
+
+def test_name_passes_to_another_node_only_after_silence(fleet: Fleet, raw: Any) -> None:
+    fleet.report_node(node("cpu@a", process="x/1/5"))
+    (first,) = fleet.nodes()
+    raw.hset("imagemill:nodes", "cpu@a", first.model_copy(update={"seen": first.seen - NODE_SECONDS}).model_dump_json())
+    assert fleet.claim_name(node("cpu@a", process="y/1/5")) is not None, "a claim asks who it was"
+    assert fleet.report_node(node("cpu@a", process="y/1/5"))
+    assert not fleet.report_node(first)
+
+
 def test_nodes_are_listed_by_lane_once_they_are_ready(fleet: Fleet, raw: Any) -> None:
     lanes = (LANE, "inpaint.opencv")
     fleet.report_node(node("cpu@a", lanes=lanes, children=3))
@@ -95,6 +133,7 @@ def test_canary_answers_only_its_own_token(fleet: Fleet, raw: Any) -> None:
 
 CALLS: dict[str, Callable[[Fleet], Any]] = {
     "report_node": lambda fleet: fleet.report_node(node("cpu@a")),
+    "claim_name": lambda fleet: fleet.claim_name(node("cpu@a")),
     "forget_node": lambda fleet: fleet.forget_node(node("cpu@a")),
     "nodes": lambda fleet: fleet.nodes(),
     "rates": lambda fleet: fleet.rates(LANE),

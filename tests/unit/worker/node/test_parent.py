@@ -8,12 +8,15 @@ import sys
 from typing import Any
 
 import pytest
+from celery.exceptions import WorkerShutdown
+from celery.worker import state as worker_state
 
 from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import Request, Share
 from imagemill.shared.messages import Item, Job, Node
 from imagemill.shared.settings import WorkerSettings
+from imagemill.worker.node import parent as parent_module
 from imagemill.worker.node.parent import MOST_WAKE_UPS, Children, Parent, child_name
 from tests.ledgers import Ledger
 
@@ -150,6 +153,49 @@ def test_lane_without_any_node_is_not_left_without_a_message(ledger: Ledger, fle
     submit(ledger, 8)
     parent.tick()
     assert parent.publisher.woken == [(LANE, 1)]
+
+
+@pytest.mark.usefixtures("raw")
+def test_node_leaves_when_another_has_taken_its_name(
+    ledger: Ledger, fleet: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker_state, "should_stop", None)
+    children = Children(1)
+    parent = parent_of(children, ledger, fleet)
+    fleet.report_node(parent.node.model_copy(update={"process": "x/1/5"}))
+    parent.tick()
+    with pytest.raises(WorkerShutdown, match="1"):
+        worker_state.maybe_shutdown()
+    assert children.stopping()
+    assert [node.process for node in fleet.nodes()] == ["x/1/5"]
+    assert [record.message for record in caplog.records] == ["another node has taken this node's name; the node exits"]
+
+
+@pytest.mark.usefixtures("raw")
+def test_node_that_has_left_is_not_reported_again(ledger: Ledger, fleet: Fleet) -> None:
+    parent = parent_of(Children(1), ledger, fleet)
+    parent.leave()
+    parent.tick()
+    assert fleet.nodes() == []
+
+
+@pytest.mark.usefixtures("raw")
+def test_node_is_reported_while_it_loads_and_forgotten_if_that_fails(
+    ledger: Ledger, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children = Children(1)
+    parent = parent_of(children, ledger, fleet)
+    reported: list[bool] = []
+
+    def look(_seconds: float) -> None:
+        reported.extend(node.ready for node in fleet.nodes())
+        children.failed(2)
+
+    monkeypatch.setattr(parent_module.time, "sleep", look)
+    with pytest.raises(SystemExit, match="2"):
+        parent.wait_for_children()
+    assert reported == [False]
+    assert fleet.nodes() == []
 
 
 def test_node_goes_on_without_redis(caplog: pytest.LogCaptureFixture) -> None:
