@@ -20,7 +20,7 @@ from imagemill.shared.messages import Item
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.line.batch_sizes import BatchSizes
-from imagemill.worker.line.batching import Batcher
+from imagemill.worker.line.batching import Batcher, Recipe
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.operations.remove_background import rembg as engine
 from imagemill.worker.operations.remove_background.rembg import Rembg
@@ -159,12 +159,12 @@ def test_result_does_not_depend_on_the_batch(dynamic: bool, tmp_path: Path) -> N
 
 def test_images_for_different_models_never_share_a_batch(weights: Path) -> None:
     operation = loaded(weights)
-    batcher: Batcher[int] = Batcher(operation, BatchSizes(), 8)
+    batcher, recipe = Batcher[int](), Recipe(operation, BatchSizes(), 8, "the same for all")
     wanted = [{"model": model, "exact": exact} for model in MODELS for exact in (True, False)] * 2
     for place, chosen in enumerate(wanted):
-        batcher.add(place, [Sample(None, parse_options("remove-background", "rembg", chosen))])
+        batcher.add(place, [Sample(None, parse_options("remove-background", "rembg", chosen))], recipe)
     while batcher:
-        batch = [slot.sample.options for slot in batcher.take()]
+        batch = [slot.sample.options for slot in batcher.take()[1]]
         assert len({(options.model, options.exact) for options in batch}) == 1
         assert len(batch) == 2
 
