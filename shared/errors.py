@@ -16,7 +16,7 @@
         ├── Timeout  Unreachable  ServerError  HttpError          (fetch)
         ├── EmptyFile  NotAnImage  Truncated  TooManyPixels       (codec)
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
-        ├── UnsafeContent
+        ├── UnsafeContent  ModelUnavailable
         ├── StorageUnavailable  StorageRefused                    (store)
         └── WorkerLost  Expired  InternalError                    (flow)
 
@@ -201,6 +201,14 @@ class UnsafeContent(ImageError, code="unsafe_content"):
     """The safety checker rejected the result.
 
     IMAGEMILL_DIFFUSION__SAFETY_CHECKER turns it on or off.
+    """
+
+
+class ModelUnavailable(ImageError, code="model_unavailable", retryable=True):
+    """The worker can't open the model that the job asks for: it is missing, damaged or not for this device.
+
+    On the worker's host, find the cause with `imagemill models verify` and download the model with `imagemill models pull`;
+    then retry the images.
     """
 
 
