@@ -43,6 +43,7 @@ class ImagemillError(Exception):
         cls.retryable = retryable or cls.retryable  # a parent's applies to its children
 
     def __init__(self, message: str) -> None:
+        message = message.encode(errors="backslashreplace").decode()  # it may quote a file name that is not text
         super().__init__(message)  # all of the state is in args, so pickling keeps it
         self.message = message
 

@@ -19,8 +19,8 @@ from imagemill.shared.errors import NotFound, StorageRefused, StorageUnavailable
 from imagemill.shared.messages import KEY_FIELD, Item
 from imagemill.shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_bucket, split, storing
 from imagemill.shared.settings import FileSettings, S3Settings
-from imagemill.shared.urls import check_output_url, safe_name
-from imagemill.worker.transfer.files import is_below, open_at_once, path_of, replacing
+from imagemill.shared.urls import check_output_url, path_of, safe_name
+from imagemill.worker.transfer.files import is_below, open_at_once, replacing
 
 # Errors that an operator has to fix by changing the folder or its permissions; others, such as a full disk, may pass.
 REFUSALS = {

@@ -140,6 +140,17 @@ def test_put_file_stores_content(store: FolderStore, root: Path, tmp_path: Path)
     assert files(root) == {"j/manifest.jsonl": source.read_bytes()}
 
 
+def test_folder_whose_name_is_not_text_takes_results_and_errors_are_text(root: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(root) + b"/\xfc"))
+    store = open_folder(folder.as_uri(), root)
+    assert store.put("a.png", b"image", "image/png") == f"file://{root}/%FC/a.png"
+    store.copy(f"file://{root}/%FC/a.png", "b.png", "image/png", md5=hashlib.md5(b"image", usedforsecurity=False).hexdigest())
+    assert (folder / "b.png").read_bytes() == b"image"
+    with pytest.raises(StorageRefused) as caught:
+        open_folder(folder.as_uri()).put("a.png", b"image", "image/png")
+    assert rf"{root}/\udcfc is not in a folder allowed" in caught.value.message
+
+
 def test_put_respects_umask(store: FolderStore, root: Path) -> None:
     before = os.umask(0o027)
     try:
