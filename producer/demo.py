@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
 from pydantic import SecretStr
 from rich import box
@@ -32,6 +33,7 @@ from imagemill.producer.spec import job_spec
 from imagemill.producer.terminal import make_console, plain, say, summary_table
 from imagemill.shared.errors import ConfigurationError, ImagemillError, MissingExtra, UsageError
 from imagemill.shared.settings import Settings, load_settings
+from imagemill.shared.urls import path_of
 
 MARK = ".imagemill-demo"
 """Marks a folder that belongs to the demo and may be wiped."""
@@ -201,8 +203,8 @@ def _relative(url: str, folder: Path, site: Site) -> str | None:
     """One of the demo's URLs as a path relative to the report, which then works without the server."""
     if url.startswith(site.base):
         return url.removeprefix(site.base).partition("?")[0]
-    path = Path(unquote(urlsplit(url).path))
-    return quote(path.relative_to(folder).as_posix()) if path.is_relative_to(folder) else None
+    path = path_of(url)
+    return quote(os.fsencode(path.relative_to(folder))) if path.is_relative_to(folder) else None
 
 
 def _summarize(pages: Sequence[JobPage], site: Site, report: Path, console: Console) -> int:

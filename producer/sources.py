@@ -24,13 +24,14 @@ from imagemill.shared.errors import InvalidSource
 from imagemill.shared.messages import Item
 from imagemill.shared.options.base import nearest, validation_sentence
 from imagemill.shared.s3 import IMAGE_EXTENSIONS, list_images
-from imagemill.shared.urls import shown
+from imagemill.shared.urls import percent_encoded, shown
 
 MAX_LINE = 65_536
 """Bytes per line of a list; a longer line is a bad row."""
 MAX_SHOWN = 160
 """Characters of a bad row that are kept for messages."""
 SOURCE_NAMES = ("source", "url", "image")
+ADDRESSES = ("source", "mask")
 FIELDS = (*SOURCE_NAMES, "mask", "boxes", "name")
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson")
 
@@ -68,8 +69,9 @@ def read_sources(sources: Sequence[str], *, s3: Callable[[], Any]) -> Rows:
 
 def parse(row: SourceRow, index: int) -> Item:
     """Validate a row as item number `index` of its job. Raises InvalidSource with the reason."""
+    addresses = {name: percent_encoded(row.fields[name]) for name in ADDRESSES if isinstance(row.fields.get(name), str)}
     try:
-        return Item(index=index, **row.fields)
+        return Item(index=index, **row.fields | addresses)
     except ValidationError as error:
         raise InvalidSource(validation_sentence(error)) from error
 
@@ -162,13 +164,16 @@ def _open(path: str) -> BinaryIO:
 
 
 class _Lines:
-    """The lines of a list as text. `fault` is the first problem since the caller last took a bad row."""
+    """The lines of a list as text. `fault` is the first problem since the caller last took a bad row.
 
-    def __init__(self, name: str, stream: BinaryIO) -> None:
+    With `urls`, a line may be a `file://` URL with a name that is not UTF-8; it is percent-encoded.
+    """
+
+    def __init__(self, name: str, stream: BinaryIO, *, urls: bool = False) -> None:
         self.name = name
         self.number = 0
         self.fault: str | None = None
-        self._stream = stream
+        self._stream, self._urls = stream, urls
 
     def __iter__(self) -> Iterator[str]:
         read = self._stream.readline
@@ -185,6 +190,9 @@ class _Lines:
             try:
                 text = raw.decode()
             except UnicodeDecodeError:
+                if self._urls and not self.fault and raw.lstrip().startswith(b"file:"):
+                    yield percent_encoded(raw.decode(errors="surrogateescape"))
+                    continue
                 self.fault = self.fault or "the line is not UTF-8"
                 text = raw.decode(errors="backslashreplace")
             yield text
@@ -201,7 +209,7 @@ Line = Callable[[str, str], SourceRow | BadRow]
 def _read_lines(name: str, source: AbstractContextManager[BinaryIO], kind: Line | None) -> Rows:
     """One row per line; blank lines and lines that start with # are skipped. Without `kind`, the first row decides."""
     with source as stream:
-        lines = _Lines(name, stream)
+        lines = _Lines(name, stream, urls=True)
         for text in lines:
             line = text.strip()
             if lines.fault:

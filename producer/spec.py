@@ -14,7 +14,7 @@ from imagemill.shared.messages import Job, Output, Policy
 from imagemill.shared.options.base import ADDRESSES, Model, nearest, parse_settings, validation_sentence
 from imagemill.shared.presets import Preset, work_of
 from imagemill.shared.quality import RULES
-from imagemill.shared.urls import check_source_url, shown
+from imagemill.shared.urls import check_source_url, percent_encoded, shown
 
 
 def job_spec(
@@ -85,8 +85,8 @@ def quality_values(mode: str | None, limits: Iterable[str]) -> dict[str, str] | 
 
 
 def local_address(text: str) -> str:
-    """A URL unchanged; a path as `file:///absolute/path`."""
-    return text if "://" in text or not text else file_url(text)
+    """A URL, percent-encoded where it is not text; a path as `file:///absolute/path`."""
+    return percent_encoded(text) if "://" in text or not text else file_url(text)
 
 
 def _validated(model: type[Model], section: str, values: Mapping[str, object]) -> Model:

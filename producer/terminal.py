@@ -32,9 +32,11 @@ def make_console(*, stderr: bool) -> Console:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Untrusted text: markup is printed literally, and control characters that could steer a terminal are replaced."""
+    """Untrusted text: markup is printed literally; control characters that could steer a terminal, and what is not text, are
+    replaced.
+    """
     return Text(
-        "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf") else c for c in text), style=style
+        "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text), style=style
     )
 
 

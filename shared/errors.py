@@ -16,7 +16,7 @@
         ├── Timeout  Unreachable  ServerError  HttpError          (fetch)
         ├── EmptyFile  NotAnImage  Truncated  TooManyPixels       (codec)
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
-        ├── UnsafeContent
+        ├── UnsafeContent  ModelUnavailable
         ├── StorageUnavailable  StorageRefused                    (store)
         └── WorkerLost  Expired  InternalError                    (flow)
 
@@ -43,6 +43,7 @@ class ImagemillError(Exception):
         cls.retryable = retryable or cls.retryable  # a parent's applies to its children
 
     def __init__(self, message: str) -> None:
+        message = message.encode(errors="backslashreplace").decode()  # it may quote a file name that is not text
         super().__init__(message)  # all of the state is in args, so pickling keeps it
         self.message = message
 
@@ -201,6 +202,14 @@ class UnsafeContent(ImageError, code="unsafe_content"):
     """The safety checker rejected the result.
 
     IMAGEMILL_DIFFUSION__SAFETY_CHECKER turns it on or off.
+    """
+
+
+class ModelUnavailable(ImageError, code="model_unavailable", retryable=True):
+    """The worker can't open the model that the job asks for: it is missing, damaged or not for this device.
+
+    On the worker's host, find the cause with `imagemill models verify` and download the model with `imagemill models pull`;
+    then retry the images.
     """
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
-from urllib.parse import SplitResult, unquote, urlsplit
+from pathlib import Path
+from urllib.parse import SplitResult, unquote, unquote_to_bytes, urlsplit
 
 SOURCE_SCHEMES = ("http", "https", "s3", "file")
 OUTPUT_SCHEMES = ("s3", "file")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+NO_TEXT = re.compile(r"[\ud800-\udfff]")
+RAW_BYTE = re.compile(r"[\udc80-\udcff]")
+"""A byte that is not UTF-8, as Python decodes it in file names and arguments."""
 USER = re.compile(r"(?<=://)[^/?#]*@")
 PLAIN = re.compile(r"(?:https?|s3)://[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{1,4})?/[ -~]*")
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -46,11 +51,25 @@ def check_output_url(url: str) -> str:
 def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
     if not url.isprintable() and CONTROL.search(url):  # isprintable alone is three times as fast
         raise ValueError("the URL contains control characters")
+    if not url.isprintable() and NO_TEXT.search(url):
+        raise ValueError("the URL is not valid text; percent-encode what is not UTF-8")
     parts = urlsplit(url)
     if parts.scheme not in schemes or url[0] == " ":  # urlsplit skips leading spaces, other parsers don't
         raise ValueError("the URL must start with " + " or ".join(f"{scheme}://" for scheme in schemes))
     _ = parts.port  # raises ValueError outside 0-65535
     return parts
+
+
+def percent_encoded(url: str) -> str:
+    """A URL that may contain bytes of a file name that is not UTF-8, with these bytes as `%E9`. An S3 key has no such form."""
+    if url.isprintable() or url.startswith("s3:"):
+        return url
+    return RAW_BYTE.sub(lambda byte: f"%{ord(byte[0]) - 0xDC00:02X}", url)
+
+
+def path_of(url: str) -> Path:
+    """The path in a `file:///absolute/path` URL, percent-decoded; its name need not be text. Raises ValueError."""
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(url).path)))
 
 
 def shown(url: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from imagemill.producer.client import Client
 from tests.conftest import photo
-from tests.integration.jobs import cli, opened, result_path, run, spec
+from tests.integration.jobs import cli, local_path, opened, result_path, run, spec
 from tests.services.images import ImageServer, answers, failing, html, redirect
 from tests.workers import WorkerProcess
 
@@ -140,6 +141,28 @@ def test_unusual_source_names_get_distinct_files_inside_the_output_folder(
     files = [result_path(row) for row in rows]
     assert len(set(files)) == len(paths)
     assert all(file.is_file() and tmp_path in file.parents for file in files)
+
+
+def test_files_whose_names_are_not_text_are_processed(
+    worker: WorkerProcess, environment: dict[str, str], tmp_path: Path
+) -> None:
+    folder, listed = tmp_path / "in", tmp_path / "list.txt"
+    for place in (folder / os.fsdecode(b"caf\xe9.png"), folder / os.fsdecode(b"\xfc") / "a.png"):
+        place.parent.mkdir(exist_ok=True, parents=True)
+        place.write_bytes(photo(1))
+    listed.write_bytes(b"file://%s/caf\xe9.png\nfile://%s/none\xe9.png\n" % (os.fsencode(folder), os.fsencode(folder)))
+    found: dict[str, str | None] = {}
+    for source in (folder, listed):
+        out = tmp_path / f"{source.stem}-out"
+        more = ["--output", str(out), "--set", "style=detail", "--wait", "--json"]
+        job = json.loads(cli(environment, "submit", str(source), "--operation", "stylize", *more).stdout)["job"]
+        rows = [json.loads(line) for line in cli(environment, "results", job).stdout.splitlines()]
+        manifest = (out / job / "manifest.jsonl").read_text("utf-8")
+        assert [json.loads(line)["source"] for line in manifest.splitlines()] == [row["source"] for row in rows]
+        for row in rows:
+            found[row["source"].removeprefix(f"file://{folder}/")] = row["code"]
+            assert row["output"] is None or local_path(row["output"]).is_file()
+    assert found == {"caf%E9.png": None, "%FC/a.png": None, "none%E9.png": "not_found"}
 
 
 def test_forbidden_output_folder_fails_each_image_and_names_the_setting(

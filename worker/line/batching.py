@@ -11,7 +11,15 @@ from typing import Any, Generic, TypeVar
 
 from billiard.exceptions import SoftTimeLimitExceeded
 
-from imagemill.shared.errors import DeviceLost, ImageError, InternalError, OutOfMemory, sentence
+from imagemill.shared.errors import (
+    ConfigurationError,
+    DeviceLost,
+    ImageError,
+    InternalError,
+    ModelUnavailable,
+    OutOfMemory,
+    sentence,
+)
 from imagemill.shared.messages import Policy
 from imagemill.worker.hardware.errors import is_out_of_memory, is_sticky
 from imagemill.worker.hardware.memory import give_up_caches
@@ -196,6 +204,8 @@ def attempt(
             raise DeviceLost(f"{operation.spec.name} left the device in error: {sentence(error)}") from error
         if is_out_of_memory(error):
             return OutOfMemory(f"{operation.spec.name} ran out of memory: {sentence(error)}")
+        if isinstance(error, ConfigurationError):  # all that an engine opens during a run is a model
+            return ModelUnavailable(error.message)
         if isinstance(error, ImageError):
             error.__cause__ = error.__context__ = None
             return error.with_traceback(None)

@@ -131,6 +131,11 @@ class ImageInFlight:
             self.best = replace(checked, notes=(*checked.notes, REPAIRED_SEED))
 
     @property
+    def stopped(self) -> bool:
+        """Whether nobody wants it to be begun here any more."""
+        return self.withdrawn or self.context.stop.is_set()
+
+    @property
     def has_result(self) -> bool:
         """Whether an attempt has come through the check."""
         return "best" in vars(self)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from threading import Condition, Lock
 
-from imagemill.shared.errors import InternalError
+from imagemill.worker.line.stopped import GLANCE, Stopped
 
 
 class PixelBudget:
@@ -20,13 +21,25 @@ class PixelBudget:
         self._turn = Lock()  # one waits at a time, so that small images can't keep overtaking a large one
         self._changed = Condition()
 
-    def acquire(self, pixels: int) -> None:
-        """Wait until there is room. Raises InternalError once the budget is closed."""
-        with self._turn, self._changed:
-            self._changed.wait_for(lambda: self._closed or self._used == 0 or self._used + pixels <= self._total)
-            if self._closed:
-                raise InternalError("the line was stopped")
-            self._used += pixels
+    def acquire(self, pixels: int, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Wait until there is room. Raises Stopped once the budget is closed or `stopped()` is true."""
+
+        def over() -> bool:
+            return self._closed or stopped()
+
+        while not self._turn.acquire(timeout=GLANCE):
+            if over():
+                raise Stopped
+        try:
+            with self._changed:
+                while not over():
+                    if self._used == 0 or self._used + pixels <= self._total:
+                        self._used += pixels
+                        return
+                    self._changed.wait(GLANCE)
+        finally:
+            self._turn.release()
+        raise Stopped
 
     def release(self, pixels: int) -> None:
         """Give room back."""

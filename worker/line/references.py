@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Event, Lock
 from typing import TypeVar
 
@@ -13,13 +13,17 @@ from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.urls import shown
 from imagemill.worker.imaging import codec
 from imagemill.worker.imaging.picture import Grey, Picture
+from imagemill.worker.line.stopped import GLANCE, Stopped
 from imagemill.worker.transfer.fetch import Fetcher, cut_short
 
 T = TypeVar("T")
 
 
 class References:
-    """Thread-safe. A URL that fails is not fetched again: every image that needs it gets the same error."""
+    """Thread-safe. A URL that fails is not fetched again: every image that needs it gets the same error.
+
+    Once `stop` is set, a failed download is not tried again, and whoever waits for another's gets Stopped.
+    """
 
     def __init__(self, fetcher: Fetcher, *, max_pixels: int, attempts: int, stop: Event | None = None) -> None:
         self._fetcher, self._max_pixels, self._attempts, self._stop = fetcher, max_pixels, attempts, stop or Event()
@@ -67,7 +71,10 @@ class References:
                 future = known[url] = Future()
         if mine:
             try:
-                future.set_result(decode(self._fetcher.fetch(url, attempts=self._attempts).data))
+                future.set_result(decode(self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop).data))
             except BaseException as error:  # noqa: BLE001  # result() raises it for everyone
                 future.set_exception(error)
+        while not wait([future], GLANCE).done:
+            if self._stop.is_set():
+                raise Stopped
         return future.result()

@@ -18,7 +18,8 @@ from imagemill.worker.checking import quality
 from imagemill.worker.imaging import codec
 from imagemill.worker.line.cache import Remembered
 from imagemill.worker.line.context import Context
-from imagemill.worker.line.image import CACHED, Failed, ImageInFlight, Outcome, RunAgain, Stored
+from imagemill.worker.line.image import CACHED, Failed, ImageInFlight, NotBegun, Outcome, RunAgain, Stored
+from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.operations.base import Inputs, Untouched
 from imagemill.worker.transfer.store import render_key
 
@@ -29,8 +30,10 @@ Stage = Callable[[ImageInFlight, Context], Outcome | None]
 
 
 def fetch(image: ImageInFlight, context: Context) -> None:
-    """Download the source, and read its header before anything is decoded."""
+    """Download the source, and read its header before anything is decoded. Raises Stopped."""
     context.store.check()  # a store that refuses everything should not cost a download
+    if image.stopped:  # a store that does not respond takes its time
+        raise Stopped
     with image.timed("fetch"):
         fetched = context.fetcher.fetch(image.item.source, attempts=context.spec.policy.attempts, stop=context.stop)
     image.data, image.tries, image.source_bytes = fetched.data, fetched.tries, len(fetched.data)
@@ -56,10 +59,10 @@ def reuse(image: ImageInFlight, context: Context) -> Stored | None:
 
 
 def decode(image: ImageInFlight, context: Context) -> None:
-    """Wait for room in the pixel budget, then decode to what the engine can use."""
+    """Wait for room in the pixel budget, then decode to what the engine can use. Raises Stopped."""
     pixels = image.header.size[0] * image.header.size[1]
     with image.timed("wait"):
-        context.budget.acquire(pixels)
+        context.budget.acquire(pixels, lambda: image.stopped)
     image.held_pixels = pixels
     with image.timed("decode"):
         edge = context.operation.work_edge(context.spec.options)
@@ -138,6 +141,8 @@ def advance(image: ImageInFlight, stages: Iterable[Stage]) -> Outcome | None:
             outcome = stage(image, context)
             if outcome is not None:
                 return outcome
+    except Stopped:
+        return NotBegun()
     except ImageError as error:
         return Failed(error)
     except MemoryError as error:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from imagemill.worker.transfer.files import replacing
@@ -50,7 +51,10 @@ class Hasher:
 def digest(path: Path) -> str:
     """A file's SHA-256 in hex, read from the file only if its size or modification time has changed. Raises OSError."""
     remembered = remembered_sums(path)
-    return remembered.sha256 if remembered else hash_file(path).sha256
+    if remembered is None:
+        with _hashing:  # all threads of a process ask at once for the model of their first images
+            remembered = remembered_sums(path) or hash_file(path)
+    return remembered.sha256
 
 
 def with_digest(path: Path) -> tuple[Path, str]:
@@ -93,6 +97,7 @@ def remember(path: Path, sums: FileSums) -> None:
         _unwritten[path] = sums
 
 
+_hashing = Lock()
 _unwritten: dict[Path, FileSums] = {}
 """Checksums of files in read-only folders: nodes need them for every image."""
 

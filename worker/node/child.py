@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from functools import cache
 
-from imagemill.shared import s3
 from imagemill.shared.broker import Publisher
 from imagemill.shared.engines import parse_options, split_lane
 from imagemill.shared.errors import BrokerUnavailable, ImageError, ImagemillError, StorageUnavailable, sentence
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import ManifestDue, WorkLedger
 from imagemill.shared.messages import Job
+from imagemill.shared.s3 import lazy_client
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, give_back
 from imagemill.worker.hardware.memory import memory_of
@@ -61,7 +60,7 @@ class Child:
         self.publisher, self.stopping = publisher, stopping
         self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
-        self.s3 = cache(lambda: s3.make_client(settings.s3))  # one client, made when it is first needed
+        self.s3 = lazy_client(settings.s3)
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
         self.lanes = lanes(settings)
         self.operations: dict[tuple[str, str], AnyOperation] = {}

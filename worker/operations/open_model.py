@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from imagemill.shared.errors import ConfigurationError, OperationFailed
+from imagemill.shared.errors import ConfigurationError, ModelUnavailable, OperationFailed, sentence
 
 Key = TypeVar("Key", bound=Hashable)
 Model = TypeVar("Model")
@@ -23,18 +23,19 @@ class OpenModel(Generic[Key, Model]):
     def get(self, locate: Callable[[], Key], load: Callable[[Key], Model]) -> Model:
         """The model that `locate` identifies, opened with `load` unless it is open already.
 
-        Until a first model has been opened, a ConfigurationError from either function is passed on and stops the node, since
-        the node itself may be set up wrongly. Later it only fails the image, as OperationFailed.
+        Until a first model has been opened, errors of either function are passed on and stop the node, since the node itself
+        may be set up wrongly. Later they only fail the image, as ModelUnavailable, or as OutOfMemory if the model is too large.
         """
         try:
             key = locate()
             if self.current is None or key != self._key:
                 self.current = None  # freed first, since memory may not hold two models
                 self.current, self._key = load(key), key
-        except ConfigurationError as error:
+        except (ConfigurationError, OperationFailed, OSError) as error:
             if not self._proven:
                 raise
-            raise OperationFailed(error.message) from error
+            reason = f"the model can't be read: {sentence(error)}" if isinstance(error, OSError) else error.message
+            raise ModelUnavailable(reason) from error
         self._proven = True
         return self.current
 

@@ -10,15 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
 
 from imagemill.shared.errors import AccessDenied, ForbiddenAddress, ImageError, NotFound, TooLarge, Unreachable, sentence
-from imagemill.shared.urls import shown
-
-
-def path_of(url: str) -> Path:
-    """The path in a `file:///absolute/path` URL, percent-decoded."""
-    return Path(unquote(urlsplit(url).path))
+from imagemill.shared.urls import path_of, shown
 
 
 def is_below(path: Path, roots: Iterable[Path]) -> bool:

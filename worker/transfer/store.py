@@ -7,8 +7,9 @@ import errno
 import hashlib
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
@@ -18,8 +19,8 @@ from imagemill.shared.errors import NotFound, StorageRefused, StorageUnavailable
 from imagemill.shared.messages import KEY_FIELD, Item
 from imagemill.shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_bucket, split, storing
 from imagemill.shared.settings import FileSettings, S3Settings
-from imagemill.shared.urls import check_output_url, safe_name
-from imagemill.worker.transfer.files import is_below, open_at_once, path_of, replacing
+from imagemill.shared.urls import check_output_url, path_of, safe_name
+from imagemill.worker.transfer.files import is_below, open_at_once, replacing
 
 # Errors that an operator has to fix by changing the folder or its permissions; others, such as a full disk, may pass.
 REFUSALS = {
@@ -28,6 +29,8 @@ REFUSALS = {
 }
 
 BLOCK = 1 << 20
+SILENCE_SECONDS = 10.0
+"""How long a server that did not respond is not asked again whether it has a bucket."""
 CHANGED = {"PreconditionFailed", "412"}
 
 
@@ -97,12 +100,20 @@ class S3Store:
         self._client = client
         self._settings = settings
         self._checking = threading.Lock()
+        self._ask_at = 0.0
 
     def check(self) -> None:
         """See Store. Asks the server once and, if the operator allows it, creates the bucket."""
-        with self._checking, suppress(StorageUnavailable):  # may be back when the first result is ready; `put` retries
-            if self._refusal is not None:
-                raise StorageRefused(self._refusal)
+        with self._checking:
+            if time.monotonic() < self._ask_at:  # or else a server's silence would hold up one thread after the other
+                return
+            try:
+                refusal = self._refusal
+            except StorageUnavailable:  # may be back when the first result is ready; `put` retries
+                self._ask_at = time.monotonic() + SILENCE_SECONDS
+                return
+        if refusal is not None:
+            raise StorageRefused(refusal)
 
     @cached_property
     def _refusal(self) -> str | None:

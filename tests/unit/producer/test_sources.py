@@ -259,6 +259,30 @@ def test_file_name_that_is_not_text_has_a_url(tmp_path: Path) -> None:
     assert parse(row, 0).source.endswith("/%FF.jpg")
 
 
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("list.txt", b"file:///photos/caf\xe9.jpg\r\n"),
+        ("list.jsonl", rb'{"url": "file:///photos/caf\udce9.jpg"}'),  # as Python writes the name that os.listdir returns
+        ("list.csv", b"url\nfile:///photos/caf%E9.jpg\n"),
+    ],
+)
+def test_list_may_hold_file_names_that_are_not_text(name: str, line: bytes, write: Any) -> None:
+    assert parse(only(read(write(name, line))), 0).source == "file:///photos/caf%E9.jpg"
+
+
+def test_argument_may_be_a_file_name_that_is_not_text(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    Path(path).touch()
+    for argument in (path, f"file://{path}"):
+        assert parse(only(read(argument)), 0).source == f"file://{tmp_path}/caf%E9.jpg"
+
+
+def test_s3_key_that_is_not_text_is_refused() -> None:
+    with pytest.raises(InvalidSource, match="source"):
+        parse(only(read("s3://bucket/caf\udce9.jpg")), 0)
+
+
 def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InvalidSource, match="no images in this folder"):
         read(tmp_path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imagemill.shared import urls
-from imagemill.shared.urls import check_output_url, check_source_url, safe_name, shown
+from imagemill.shared.urls import check_output_url, check_source_url, path_of, percent_encoded, safe_name, shown
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,7 @@ def test_source_urls_are_accepted_unchanged(url: str) -> None:
         ("https://example.com/\x00", "control characters"),
         ("https://exa\tmple.com/", "control characters"),
         ("https://example.com/\x85", "control characters"),
+        ("file:///photos/caf\udce9.jpg", "percent-encode what is not UTF-8"),
         ("file://server/share/a.jpg", "file:///absolute/path"),
         ("file:photos/a.jpg", "file:///absolute/path"),
         ("file://", "file:///absolute/path"),
@@ -183,3 +186,20 @@ def test_safe_name_is_always_a_valid_file_name(text: str) -> None:
     assert not set(name) & set('/\\:*?"<>|\x00\n')
     assert not name.startswith((".", "-", " "))
     assert name == safe_name(name + ".jpg")
+
+
+FILE_NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: not {0, ord("/")} & set(name) and name not in (b".", b".."))
+
+
+@given(FILE_NAMES)
+def test_every_file_name_survives_its_url_and_gives_a_name_that_is_text(name: bytes) -> None:
+    path = Path(os.fsdecode(b"/photos/" + name))
+    url = check_source_url(path.as_uri())
+    assert path_of(url) == path
+    assert url.isascii()
+    safe_name(url).encode()
+
+
+def test_bytes_that_are_not_text_are_percent_encoded_and_nothing_else() -> None:
+    assert percent_encoded("file:///ä/100%/caf\udce9\udcff.jpg") == "file:///ä/100%/caf%E9%FF.jpg"
+    assert percent_encoded("s3://bucket/caf\udce9.jpg") == "s3://bucket/caf\udce9.jpg"

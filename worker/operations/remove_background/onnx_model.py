@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from billiard.exceptions import SoftTimeLimitExceeded
 from numpy.typing import NDArray
 
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
@@ -43,6 +44,8 @@ class OnnxModel:
         hint = f"check it with `imagemill models verify` or download it again with `imagemill models pull {name}`"
         try:
             self._session = _opened(path, device, self.abreast, providers(device, path, _profile(path, device)))
+        except SoftTimeLimitExceeded:
+            raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {name} does not fit into memory: {sentence(error)}") from error

@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from billiard.exceptions import SoftTimeLimitExceeded
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
@@ -195,7 +196,9 @@ class Pipeline:
                 **parts,
                 **_from_disk(base, dtype),
             ).to(self._device)
-        except (MemoryError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        except SoftTimeLimitExceeded:
+            raise
+        except Exception as error:  # the files may contain anything
             if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
             hint = f"check it with `imagemill models verify` or download it again with `imagemill models pull {names}`"

@@ -13,7 +13,15 @@ from billiard.exceptions import SoftTimeLimitExceeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagemill.shared.errors import DeviceLost, ImageError, InternalError, OperationFailed, OutOfMemory
+from imagemill.shared.errors import (
+    ConfigurationError,
+    DeviceLost,
+    ImageError,
+    InternalError,
+    ModelUnavailable,
+    OperationFailed,
+    OutOfMemory,
+)
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.batching import run_parts
 from imagemill.worker.operations.base import Sample
@@ -92,7 +100,11 @@ def test_sample_that_does_not_fit_alone_fails_alone(shortage: BaseException) -> 
 
 @pytest.mark.parametrize(
     ("fault", "kind"),
-    [(OperationFailed("this one can't be done"), OperationFailed), (ZeroDivisionError("by zero"), InternalError)],
+    [
+        (OperationFailed("this one can't be done"), OperationFailed),
+        (ZeroDivisionError("by zero"), InternalError),
+        (ConfigurationError("the model is not here"), ModelUnavailable),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_other_errors_fail_only_their_own_sample(fault: BaseException, kind: type[ImageError]) -> None:

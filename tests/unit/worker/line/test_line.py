@@ -10,11 +10,14 @@ import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
 
 from imagemill.shared.errors import OperationFailed, OutOfMemory
-from imagemill.worker.operations.base import Sample
+from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.operations.base import Inputs, Sample
+from imagemill.worker.operations.job_images import job_image
 from tests.conftest import photo
 from tests.fakes import Invert
 from tests.services.images import Handler, answers, failing, reply
-from tests.unit.worker.line.jobs import SIZE, Bands, Faulty, Gate, LineJob, Masked, pixels, source
+from tests.unit.worker.line.jobs import SIZE, Bands, Faulty, Gate, LineJob, Masked, drain, pixels, source
+from tests.workers import wait_until
 
 
 @pytest.mark.parametrize("operation", [Invert, Bands])
@@ -126,6 +129,40 @@ def test_stop_records_no_failure_for_an_image_with_attempts_left(what: str, job:
     items = job.items([{"source": "/a.png"} | {what: "/busy.png"}])
     job.run(Masked(), items, kind="inpaint")
     assert job.codes() == ["pending"]
+
+
+@pytest.mark.parametrize("what", ["mask", "reference"])
+def test_stop_while_the_jobs_images_wait_for_their_reference_records_no_failure(what: str, job: LineJob) -> None:
+    class Referring(Masked):
+        def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
+            if what == "reference":
+                job_image("reference", job.server.url("/busy.png"), inputs.read)
+            return super().prepare(picture, inputs)
+
+    def busy(handler: Handler) -> None:
+        wait_until(lambda: all(job.server.hits[f"/{number}.png"] for number in range(4)), "all images are fetched")
+        job.stop.set()
+        reply(handler, 503, b"try later")
+
+    items = job.photos(4)
+    job.server.routes["/busy.png"] = busy
+    options = {"mask": job.server.url("/busy.png")} if what == "mask" else {}
+    job.run(Referring(), items, kind="inpaint", **options)
+    assert job.codes() == ["pending"] * 4
+    assert job.server.hits["/busy.png"] == 1
+
+
+@pytest.mark.timeout(60)
+def test_stopped_image_does_not_wait_for_pixels(job: LineJob, other: LineJob) -> None:
+    line = job.line(look_ahead=SIZE)
+    ahead = job.join(line, Invert(), job.photos(1))
+    wait_until(lambda: ahead[0].held_pixels == SIZE, "the budget is used up")
+    behind = other.join(line, Invert(), other.photos(3))
+    wait_until(lambda: all(hasattr(image, "header") for image in behind), "images wait for pixels")
+    other.stop.set()
+    wait_until(lambda: all(image.place == "over" for image in behind), "they have left the line")
+    drain(line, ahead)
+    assert (job.codes(), other.codes()) == (["done"], ["pending"] * 3)
 
 
 @pytest.mark.timeout(60)

@@ -6,10 +6,12 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagemill.worker.line.pixel_budget import PixelBudget
+from imagemill.worker.line.stopped import Stopped
 from tests.workers import wait_until
 
 
@@ -70,3 +72,28 @@ def asks(thread: threading.Thread) -> bool:
     while frame is not None and frame.f_code is not PixelBudget.acquire.__code__:
         frame = frame.f_back
     return frame is not None
+
+
+def test_whoever_is_stopped_waits_no_longer_and_takes_nothing() -> None:
+    budget, stop = PixelBudget(10), threading.Event()
+    budget.acquire(6)
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(budget.acquire, 8, stop.is_set) for _ in range(3)]
+        assert not any(one.done() for one in waiting)
+        stop.set()
+        for one in waiting:
+            with pytest.raises(Stopped):
+                one.result(60)
+    budget.acquire(4)  # is not held up
+    budget.release(10)
+
+
+def test_closed_budget_turns_everyone_away() -> None:
+    budget = PixelBudget(10)
+    budget.acquire(6)
+    with ThreadPoolExecutor(2) as threads:
+        waiting = [threads.submit(budget.acquire, 8) for _ in range(2)]
+        budget.close()
+        for one in waiting:
+            with pytest.raises(Stopped):
+                one.result(60)

@@ -9,10 +9,11 @@ from typing import NoReturn
 import numpy as np
 import pytest
 
-from imagemill.shared.errors import ImageError, NotAnImage, NotFound, TooManyPixels
+from imagemill.shared.errors import ImageError, NotAnImage, NotFound, ServerError, TooManyPixels
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.worker.line.references import References
-from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.line.stopped import Stopped
+from imagemill.worker.transfer.fetch import Fetcher, cut_short
 from tests.conftest import photo
 from tests.services.images import Handler, ImageServer, failing, html, reply
 from tests.workers import wait_until
@@ -82,3 +83,38 @@ def test_new_references_are_fetched_again(fetcher: Fetcher, images: ImageServer)
         images.routes["/a.png"] = photo(1)
         References(fetcher, max_pixels=100_000, attempts=1).picture(images.url("/a.png"))
     assert images.hits["/a.png"] == 2
+
+
+@pytest.mark.parametrize("what", ["picture", "mask"])
+def test_stop_releases_those_who_wait_for_another_ones_download(what: str, fetcher: Fetcher, images: ImageServer) -> None:
+    stop, images.routes["/a.png"] = threading.Event(), images.hang
+    references = References(fetcher, max_pixels=100_000, attempts=3, stop=stop)
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(getattr(references, what), images.url("/a.png"))
+        assert images.stalled.wait(60)
+        others = [threads.submit(getattr(references, what), images.url("/a.png")) for _ in range(2)]
+        stop.set()
+        for one in others:
+            with pytest.raises(Stopped):
+                one.result(60)
+        assert not first.done()
+        images.released.set()
+        with pytest.raises(ImageError):
+            first.result(60)
+    assert images.hits["/a.png"] == 1
+
+
+@pytest.mark.parametrize("what", ["picture", "mask"])
+def test_stop_ends_the_tries_of_a_shared_download(what: str, fetcher: Fetcher, images: ImageServer) -> None:
+    stop = threading.Event()
+
+    def busy(handler: Handler) -> None:
+        stop.set()
+        reply(handler, 503, b"try later")
+
+    images.routes["/a.png"] = busy
+    references = References(fetcher, max_pixels=100_000, attempts=3, stop=stop)
+    with pytest.raises(ServerError) as caught:
+        getattr(references, what)(images.url("/a.png"))
+    assert cut_short(caught.value, stop, 3)
+    assert images.hits["/a.png"] == 1

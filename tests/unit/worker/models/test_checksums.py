@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,17 @@ def test_digest_is_computed_once_per_process_in_a_read_only_folder(file: Path, m
         assert digest(file) == hashlib.sha256(b"weights").hexdigest()
     file.write_bytes(b"another file")
     assert digest(file) == hashlib.sha256(b"another file").hexdigest()
+
+
+def test_threads_that_need_a_digest_at_once_read_the_file_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+
+    def slow(path: Path) -> Iterator[bytes]:
+        reads.append(path)
+        time.sleep(0.1)
+        yield path.read_bytes()
+
+    monkeypatch.setattr(module, "read_blocks", slow)
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(digest, [file] * 8)) == {hashlib.sha256(b"weights").hexdigest()}
+    assert reads == [file]

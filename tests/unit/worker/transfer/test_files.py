@@ -27,6 +27,16 @@ def test_file_below_root_is_read(root: Path) -> None:
     assert read_file(f"file://localhost{root}/a.png", [root], 100) == b"image"
 
 
+def test_file_whose_name_is_not_text_is_read(root: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(root) + b"/\xfc"))
+    folder.mkdir()
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"odd")
+    assert read_file(f"file://{root}/%FC/caf%E9.png", [root], 100) == b"odd"
+    assert read_file(f"file://{root}/%FC/caf%E9.png", [folder], 100) == b"odd"
+    with pytest.raises(NotFound, match=r"%FC/caf%E8\.png does not exist"):
+        read_file(f"file://{root}/%FC/caf%E8.png", [root], 100)
+
+
 def test_error_names_setting_when_no_roots_are_set(root: Path) -> None:
     with pytest.raises(ForbiddenAddress, match="IMAGEMILL_FILES__READ_ROOTS"):
         read_file((root / "a.png").as_uri(), [], 100)

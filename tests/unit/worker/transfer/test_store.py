@@ -7,17 +7,19 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from imagemill.shared.errors import NotFound, StorageRefused, StorageUnavailable
 from imagemill.shared.messages import Item, check_key
 from imagemill.shared.settings import FileSettings, S3Settings
-from imagemill.worker.transfer.store import FolderStore, open_store, render_key
+from imagemill.worker.transfer.store import FolderStore, S3Store, open_store, render_key
 from tests.unit.worker.transfer.samples import no_s3
 
 JOB = "260730-1f0c9a3e"
@@ -136,6 +138,17 @@ def test_put_file_stores_content(store: FolderStore, root: Path, tmp_path: Path)
     source.write_bytes(os.urandom(3 << 20))
     assert store.put_file("j/manifest.jsonl", source, "application/x-ndjson") == (root / "j/manifest.jsonl").as_uri()
     assert files(root) == {"j/manifest.jsonl": source.read_bytes()}
+
+
+def test_folder_whose_name_is_not_text_takes_results_and_errors_are_text(root: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(root) + b"/\xfc"))
+    store = open_folder(folder.as_uri(), root)
+    assert store.put("a.png", b"image", "image/png") == f"file://{root}/%FC/a.png"
+    store.copy(f"file://{root}/%FC/a.png", "b.png", "image/png", md5=hashlib.md5(b"image", usedforsecurity=False).hexdigest())
+    assert (folder / "b.png").read_bytes() == b"image"
+    with pytest.raises(StorageRefused) as caught:
+        open_folder(folder.as_uri()).put("a.png", b"image", "image/png")
+    assert rf"{root}/\udcfc is not in a folder allowed" in caught.value.message
 
 
 def test_put_respects_umask(store: FolderStore, root: Path) -> None:
@@ -335,3 +348,18 @@ def test_folder_without_permission_is_refused(store: FolderStore, root: Path) ->
 def test_open_store_rejects_invalid_url(url: str) -> None:
     with pytest.raises(StorageRefused, match="can't store results"):
         open_store(url, s3=no_s3, files=FileSettings(), s3_settings=S3Settings())
+
+
+def test_silent_server_holds_up_one_check_for_all_threads() -> None:
+    asked = []
+
+    class Silent:
+        def head_bucket(self, **bucket: str) -> NoReturn:
+            asked.append(bucket)
+            raise EndpointConnectionError(endpoint_url="http://s3.example")
+
+    store = S3Store("s3://results/jobs", Silent(), S3Settings())
+    with ThreadPoolExecutor(4) as threads:
+        for check in [threads.submit(store.check) for _ in range(8)]:
+            check.result(60)
+    assert asked == [{"Bucket": "results"}]

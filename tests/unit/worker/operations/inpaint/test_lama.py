@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from imagemill.shared.engines import parse_options
-from imagemill.shared.errors import BadMask, ConfigurationError, OperationFailed
+from imagemill.shared.errors import BadMask, ConfigurationError, ModelUnavailable, OperationFailed
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.operations.base import Untouched
 from imagemill.worker.operations.inpaint import lama
 from imagemill.worker.operations.inpaint.lama import Crop, Lama, enlarged, network_input
+from imagemill.worker.operations.inpaint.lama_model import LamaModel
 from imagemill.worker.operations.inpaint.mask import EMPTY, LARGE
 from imagemill.worker.operations.inpaint.rectangle import Rectangle
 from tests.batches import run_batch
@@ -203,6 +204,20 @@ def test_strategy_whole_is_refused_for_images_that_are_too_large(operation: Lama
 def test_load_fails_when_the_model_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="run `imagemill models pull lama`"):
         Lama().load(Device(weights=tmp_path))
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "run `imagemill models pull lama`"), (b"<html>", "models verify")])
+def test_model_that_is_lost_or_damaged_later_only_fails_images(
+    content: bytes | None, reason: str, operation: Lama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = prepared(operation, slope(64, 64), item_boxes=("20,20,8,8",))
+    operation.run(work.samples)
+    monkeypatch.setattr(lama, "LamaModel", LamaModel)
+    operation._device = Device(weights=tmp_path)
+    path = tmp_path / "lama" / "lama.ckpt"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ModelUnavailable, match=reason):
+        operation.run(work.samples)
 
 
 def test_batch_size_is_one_on_a_cpu(operation: Lama, tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ import pytest
 from PIL import Image
 
 from imagemill.shared.engines import parse_options
-from imagemill.shared.errors import BadReference, ConfigurationError, ImageError, NotFound, OperationFailed, Unreachable
+from imagemill.shared.errors import (
+    BadReference,
+    ConfigurationError,
+    ImageError,
+    ModelUnavailable,
+    NotFound,
+    Unreachable,
+)
 from imagemill.shared.messages import Item
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Picture, Pixels
@@ -212,7 +219,7 @@ def test_missing_model_stops_the_node_at_the_start_and_later_only_fails_images(w
     with pytest.raises(ConfigurationError, match="imagemill models pull silueta"):
         cut(operation, PICTURES["small"], model="silueta")
     cut(operation, PICTURES["small"])
-    with pytest.raises(OperationFailed, match="imagemill models pull silueta"):
+    with pytest.raises(ModelUnavailable, match="imagemill models pull silueta"):
         cut(operation, PICTURES["small"], model="silueta")
     cut(operation, PICTURES["small"])
 
@@ -224,7 +231,7 @@ def test_damaged_model_stops_the_node_at_the_start_and_later_only_fails_images(w
     with pytest.raises(ConfigurationError, match="silueta can't be opened"):
         cut(operation, PICTURES["small"], model="silueta")
     cut(operation, PICTURES["small"])
-    with pytest.raises(OperationFailed, match="silueta can't be opened"):
+    with pytest.raises(ModelUnavailable, match="silueta can't be opened"):
         cut(operation, PICTURES["small"], model="silueta")
 
 

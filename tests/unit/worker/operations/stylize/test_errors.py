@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, UnsafeContent
+from imagemill.shared.errors import ConfigurationError, ModelUnavailable, OperationFailed, OutOfMemory, UnsafeContent
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Pixels
 from imagemill.worker.models.catalogue import repository
@@ -41,6 +41,22 @@ def test_damaged_model_is_a_configuration_error(weights: Path, tmp_path: Path) -
     next((folder_of(folder, repository("sd15")) / "unet").glob("*.safetensors")).write_bytes(b"<html>")
     with pytest.raises(ConfigurationError, match="the model sd15-canny can't be loaded"):
         loaded(folder).run(prepared(loaded(folder)).samples)
+
+
+@pytest.mark.parametrize("part", ["unet", "scheduler", "model_index.json"])
+@pytest.mark.parametrize("content", [None, b"<html>", b"[1]"])
+def test_model_that_is_lost_or_damaged_later_only_fails_images(
+    content: bytes | None, part: str, weights: Path, tmp_path: Path
+) -> None:
+    operation = loaded(shutil.copytree(weights, tmp_path / "weights"))
+    work = prepared(operation)
+    operation.run(work.samples)
+    operation._pipeline.current = None  # as after another model
+    path = folder_of(operation._device.weights, repository("sd15")) / part
+    for file in [path] if path.is_file() else list(path.iterdir()):
+        file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(ModelUnavailable, match="imagemill models pull sd15-canny"):
+        operation.run(work.samples)
 
 
 def test_pickle_is_never_loaded(weights: Path, tmp_path: Path) -> None:
