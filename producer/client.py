@@ -123,7 +123,7 @@ class Client:
             self._publisher.wake(lane, max(1, min(images, children)))
         except BrokerUnavailable as error:
             extra = {"action": "publish", "job": job, "error": str(error)}
-            log.warning("job recorded, but no worker was woken up; they will look for themselves", extra=extra)
+            log.warning("job recorded, but no worker was woken up; one will find it within seconds", extra=extra)
         return listening
 
     # --- following --------------------------------------------------------------------------

@@ -134,7 +134,7 @@ class Child:
         try:
             self.publisher.wake(lane, node=self.node)
         except BrokerUnavailable as error:  # a node will wake us when it looks for work without workers
-            log.warning("next shift not asked for", extra={"action": "shift", "reason": error.message})
+            log.warning("next shift not requested", extra={"action": "shift", "reason": error.message})
 
     def _report_memory(self) -> None:
         on_gpu = [sizes for sizes in self.sizes.values() if sizes.memory.grows]

@@ -38,7 +38,7 @@ GRACE_SECONDS = 2.0
 FINISH_SECONDS = 10.0
 """How long a process that is told to exit waits for results that are being stored."""
 FIRST_IMAGES = 2
-"""Images taken ahead before it is known how fast they are computed; from there, the number grows by what has been computed."""
+"""Images taken ahead before it is known how fast they are computed; after that, the more it has computed, the more it takes."""
 SWAP_SECONDS = 20.0
 """How long an engine works with one model before it opens another, while there is work for both."""
 MOST_CONTEXTS = 32
@@ -350,7 +350,7 @@ class Feeder:
         except JobNotFound:
             return
         except ImagemillError as error:
-            log.error("job can't be worked on here", extra={"action": "feed", "job": share.job, "reason": error.message})
+            log.error("this worker can't process the job", extra={"action": "feed", "job": share.job, "reason": error.message})
             self._ledger.give_back(share, self._child, returned=sorted(share.indexes))
             self._ask_at = time.monotonic() + UNABLE_SECONDS
             return

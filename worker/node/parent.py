@@ -138,7 +138,7 @@ class Parent:
             if self.ledger.lead(name, 0.9 * TICK_SECONDS):
                 lost, lanes = self.ledger.tend()
                 if lost:
-                    log.warning("work of dead workers handed out again", extra={"action": "tend", "shares": lost})
+                    log.warning("shares of dead workers reassigned", extra={"action": "tend", "shares": lost})
                 for lane, children in lanes.items():
                     self.publisher.wake(lane, min(max(1, children), MOST_WAKE_UPS))
         except ServiceUnavailable as error:

@@ -5,8 +5,8 @@ local OUTAGE = 5000
 local now, lost = now_ms(), 0
 ring(now)
 
--- If nobody has been here for a while, Redis was down or cut off, and nobody could renew. That is no death: the living get the
--- time of another lease.
+-- If nobody has been here for a while, Redis was down or unreachable and nobody could renew. That does not make workers dead:
+-- each gets the time of one more lease.
 local before = tonumber(redis.call('GET', 'imagemill:tended') or now)
 redis.call('SET', 'imagemill:tended', now)
 if now - before > OUTAGE then

@@ -147,7 +147,7 @@ def test_shift_ends_well_when_the_next_one_cannot_be_asked_for(site: Site, caplo
     while not child.ledger.status(job).over:
         site.work(child)
     assert site.publisher.woken
-    assert "next shift not asked for" in caplog.text
+    assert "next shift not requested" in caplog.text
 
 
 @pytest.mark.parametrize(("owner", "shown"), [("anna", " for anna"), (None, "")])
