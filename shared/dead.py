@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from imagemill.shared.connection import Connected
 from imagemill.shared.messages import DeadLetter
+from imagemill.shared.options.base import validation_sentence
 from imagemill.shared.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ DEAD = "imagemill:dead"
 MOST_DEAD = 1000
 MOST_CONTENT = 2048
 """Bytes of an entry that are kept."""
+VERSION = 1
+"""The highest version of specs and reports that this installation reads."""
 KEPT_SECONDS = 7 * 86_400
 """Unless the settings say otherwise."""
 
@@ -50,6 +53,27 @@ def _push(client: Any, entry: str, seconds: int) -> None:
         pipe.ltrim(DEAD, 0, MOST_DEAD - 1)
         pipe.expire(DEAD, seconds)
         pipe.execute()
+
+
+def take_out(client: Any, name: str, field: bytes, raw: bytes, reason: str) -> None:
+    """Move a field of a hash to the dead letters; once, even if several readers come across it."""
+    if client.hdel(name, field):
+        put_aside(client, f"{name} {field.decode(errors='backslashreplace')}", reason, raw)
+
+
+def reason_of(error: ValueError) -> str:
+    """Why an entry could not be read, in one sentence."""
+    return validation_sentence(error) if isinstance(error, ValidationError) else str(error)
+
+
+def version_of(raw: bytes | str) -> int:
+    """The version that a JSON row names, 0 if none: a newer one is not damaged, and left alone."""
+    try:
+        row = json.loads(raw)
+    except (ValueError, RecursionError):
+        return 0
+    version = row.get("version") if isinstance(row, dict) else None
+    return version if type(version) is int else 0
 
 
 class DeadLetters(Connected):
