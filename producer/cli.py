@@ -18,8 +18,8 @@ from imagemill.producer.lazy_commands import Commands
 from imagemill.producer.presets import presets
 from imagemill.producer.results import report, results
 from imagemill.producer.submit import submit
-from imagemill.producer.terminal import counted, fleet_table, jobs_table, make_console, outcome, say, status_table
-from imagemill.shared.messages import PRIORITIES, JobStatus, Priority
+from imagemill.producer.terminal import counted, dead_table, fleet_table, jobs_table, make_console, outcome, say, status_table
+from imagemill.shared.messages import PRIORITIES, DeadLetter, JobStatus, Priority
 from imagemill.shared.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -59,19 +59,32 @@ def status(connect: Connect, job: str, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--dead", is_flag=True, help="List what in Redis could not be read and was set aside instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_obj
-def jobs(connect: Connect, as_json: bool) -> None:
+def jobs(connect: Connect, dead: bool, as_json: bool) -> None:
     """List the latest jobs, newest first."""
     with connect(load_settings()) as client:
-        found = client.explain(client.jobs())
+        letters = client.dead() if dead else []
+        found = [] if dead else client.explain(client.jobs())
         unserved = client.unserved(found)
-    if as_json:
+    if dead:
+        _show_dead(letters, as_json)
+    elif as_json:
         click.echo(json.dumps([_as_json(job, unserved) for job in found]))
     elif found:
         make_console(stderr=False).print(jobs_table(found))
     else:
         say(make_console(stderr=True), "no jobs yet")
+
+
+def _show_dead(letters: list[DeadLetter], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps([letter.model_dump() for letter in letters]))
+    elif letters:
+        make_console(stderr=False).print(dead_table(letters))
+    else:
+        say(make_console(stderr=True), "nothing was set aside")
 
 
 @main.command()

@@ -24,12 +24,13 @@ from imagemill.producer.explaining import explained
 from imagemill.producer.sources import BadRow, SourceRow
 from imagemill.producer.submission import ListCheck, Submission, new_job_id
 from imagemill.producer.times import check_times
+from imagemill.shared.dead import DeadLetters
 from imagemill.shared.errors import BrokerUnavailable, UsageError
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.forecast import plan
 from imagemill.shared.ledger.scripts import PACK
 from imagemill.shared.ledger.submitting import SubmitLedger
-from imagemill.shared.messages import ItemResult, Job, JobStatus, Node, Priority, Row
+from imagemill.shared.messages import DeadLetter, ItemResult, Job, JobStatus, Node, Priority, Row
 from imagemill.shared.s3 import S3Client, make_client, make_signer, presign
 from imagemill.shared.settings import Settings
 
@@ -167,6 +168,14 @@ class Client:
                 if node in rates:
                     rates[node][lane] = rates[node].get(lane, 0.0) + rate
         return rates
+
+    def dead(self) -> list[DeadLetter]:
+        """What in Redis could not be read and was set aside, newest first; at most 1,000 entries."""
+        letters = DeadLetters.of(self._settings)
+        try:
+            return letters.entries()
+        finally:
+            letters.close()
 
     def unserved(self, jobs: Iterable[JobStatus]) -> set[str]:
         """The ids of unfinished jobs that no running node can take."""

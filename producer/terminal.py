@@ -12,7 +12,7 @@ from rich.text import Text
 
 from imagemill.producer.sources import BadRow
 from imagemill.producer.times import brief, written
-from imagemill.shared.messages import JobStatus, Node
+from imagemill.shared.messages import DeadLetter, JobStatus, Node
 
 MOST_BAD_ROWS = 20
 STYLES = {
@@ -88,6 +88,15 @@ def jobs_table(jobs: Sequence[JobStatus]) -> Table:
     table = Table(*(columns[place] for place in kept), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for row in rows:
         table.add_row(*(row[place] for place in kept))
+    return table
+
+
+def dead_table(letters: Sequence[DeadLetter]) -> Table:
+    """One entry that was set aside per row."""
+    columns = (Column("when", no_wrap=True), *(Column(name, overflow="fold") for name in ("where", "reason", "content")))
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for letter in letters:
+        table.add_row(brief(letter.time), plain(letter.where), plain(letter.reason), plain(letter.content[:200]))
     return table
 
 

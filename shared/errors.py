@@ -6,6 +6,7 @@
     │   ├── InvalidPreset
     │   ├── InvalidSource
     │   ├── JobNotFound
+    │   ├── JobUnreadable
     │   └── MissingExtra
     ├── ConfigurationError           exit 2: the settings are wrong
     ├── ServiceUnavailable           exit 3: a service does not respond
@@ -78,6 +79,13 @@ class InvalidSource(UsageError, code="invalid_source"):
 
 class JobNotFound(UsageError, code="job_not_found"):
     """There is no job with this ID; it may have expired."""
+
+
+class JobUnreadable(UsageError, code="job_unreadable"):
+    """The job's record in Redis is damaged, or a newer version of imagemill has written it.
+
+    `imagemill jobs --dead` shows what was damaged. For a newer version, update this installation.
+    """
 
 
 class MissingExtra(UsageError, code="missing_extra"):

@@ -12,11 +12,16 @@ Keys, all below `imagemill:`:
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import redis
 
 from imagemill.shared.connection import Connected, now_ms
+from imagemill.shared.dead import VERSION, reason_of, take_out, version_of
 from imagemill.shared.messages import Node
 from imagemill.shared.settings import Settings
 
@@ -63,6 +68,22 @@ class Holder:
     silent: float
 
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def _figure(raw: bytes) -> float:
+    figure = float(raw)
+    if not 0 <= figure < math.inf:
+        raise ValueError(f"not a rate: {figure}")
+    return figure
+
+
+def _memory(raw: bytes) -> tuple[float, int]:
+    share, flagged = raw.split()
+    return _figure(share), int(flagged)
+
+
 class Fleet(Connected):
     """Reads and writes the state of nodes."""
 
@@ -104,7 +125,8 @@ class Fleet(Connected):
     def nodes(self) -> list[Node]:
         """The live nodes, sorted by name; forgets nodes that have been silent for an hour."""
         now = now_ms(self._redis) / 1000
-        known = [Node.model_validate_json(raw) for raw in self._redis.hvals("imagemill:nodes")]
+        found = self._readable("imagemill:nodes", Node.model_validate_json)
+        known = [node for name, node in found.items() if node.node == name]
         for node in known:
             if now - node.seen > FORGET_SECONDS:
                 self.forget_node(node)
@@ -112,7 +134,7 @@ class Fleet(Connected):
 
     def rates(self, lane: str) -> dict[str, float]:
         """Images per second of each child that has computed images in this lane, by NODE/NUMBER."""
-        return {child.decode(): float(rate) for child, rate in self._redis.hgetall(f"imagemill:rates:{lane}").items()}
+        return self._readable(f"imagemill:rates:{lane}", _figure)
 
     def report_memory(self, node: str, share: float, flagged: int) -> None:
         """Report a node's peak share of GPU memory and its number of batches above 90 %, since it loaded its engines."""
@@ -121,8 +143,21 @@ class Fleet(Connected):
 
     def memory(self) -> dict[str, tuple[float, int]]:
         """The latest (peak share, batches above 90 %) by node; kept for an hour after the latest report."""
-        reports = {node.decode(): raw.split() for node, raw in self._redis.hgetall("imagemill:memory").items()}
-        return {node: (float(share), int(flagged)) for node, (share, flagged) in reports.items()}
+        return self._readable("imagemill:memory", _memory)
+
+    def _readable(self, name: str, parse: Callable[[bytes], T]) -> dict[str, T]:
+        """The fields of a hash, parsed. What can't be is set aside, unless a newer version has written it."""
+        found: dict[str, T] = {}
+        for field, raw in self._redis.hgetall(name).items():
+            try:
+                found[field.decode()] = parse(raw)
+            except ValueError as error:
+                if version_of(raw) > VERSION:
+                    fields = {"action": "read", "where": name, "version": version_of(raw)}
+                    log.warning("entry of a newer version left alone", extra=fields)
+                    continue
+                take_out(self._redis, name, field, raw, reason_of(error))
+        return found
 
     def answer_canary(self, token: str) -> None:
         """Report that a child process has run the canary task with this token."""

@@ -242,6 +242,17 @@ class Node(Model):
     seen: float = 0.0
 
 
+class DeadLetter(Model):
+    """An entry in Redis that could not be read, and was set aside."""
+
+    model_config = ConfigDict(extra="ignore")  # during an upgrade
+
+    time: float = Field(description="when it was found, in seconds since the epoch")
+    where: str = Field(description="the queue, or the key and field")
+    reason: str
+    content: str = Field(description="its first 2 kB")
+
+
 def compact(model: Item | ItemResult) -> str:
     """An item or result as JSON, without fields at their defaults."""
     return model.model_dump_json(exclude_defaults=True)

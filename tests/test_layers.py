@@ -26,7 +26,7 @@ UPWARD = {
 }
 """The only imports of a module in a higher room."""
 
-PARENT = ("app", "cli", "main", "node.logs", "node.offer", "node.parent", "node.supervisor", "node.tasks")
+PARENT = ("app", "cli", "main", "node.intake", "node.logs", "node.offer", "node.parent", "node.supervisor", "node.tasks")
 """Modules that a node's parent process loads before it forks."""
 
 

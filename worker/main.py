@@ -24,7 +24,7 @@ from imagemill.shared.messages import Node
 from imagemill.shared.queues import node_queue, queue_name
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
-from imagemill.worker.node import logs
+from imagemill.worker.node import intake, logs
 from imagemill.worker.node.naming import take_name, this_process
 from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
 from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
@@ -39,7 +39,9 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.lanes = lanes(settings)
+        intake.install()
         self.app: Celery = make_app(settings)
+        self.app.conf.worker_consumer = "imagemill.worker.node.intake:Consumer"
         self.app.conf.task_queues = queues(map(queue_name, self.lanes))
         self._child: Any = None
         register(self.app, lambda: self._child or not_loaded())

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
+import redis
+from pydantic import ValidationError
+
 from imagemill.shared.connection import longest_wait, reachable
-from imagemill.shared.errors import JobNotFound
+from imagemill.shared.dead import VERSION, put_aside, version_of
+from imagemill.shared.errors import JobNotFound, JobUnreadable, sentence
 from imagemill.shared.forecast import Waiting
 from imagemill.shared.ledger.scripts import PACK, Scripts, key, unpack
 from imagemill.shared.messages import ENDED, PRIORITIES, Item, ItemResult, Job, JobState, JobStatus, Row, Unfinished, row
+from imagemill.shared.options.base import validation_sentence
+
+log = logging.getLogger(__name__)
+
+LAST_SECOND = 1e11
+"""No time of the ledger is later; it is in the year 5138."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +42,11 @@ class ReadLedger(Scripts):
 
     def spec(self, job: str) -> Job:
         """The job's spec as submitted."""
-        raw = self._redis.hget(key(job), "spec")
+        with _legible(job):
+            raw = self._redis.hget(key(job), "spec")
         if raw is None:
             raise _not_found(job)
-        return Job.model_validate_json(raw)
+        return _spec(job, raw)
 
     def status(self, job: str) -> JobStatus:
         """The job's state and counts; cheap. Only what needs no look at other jobs: `position` and the like stay None."""
@@ -43,6 +57,10 @@ class ReadLedger(Scripts):
         return status
 
     def _status(self, job: str) -> JobStatus:
+        with _legible(job):
+            return self._read_status(job)
+
+    def _read_status(self, job: str) -> JobStatus:
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(key(job))
             pipe.hlen(key(job, "shares"))
@@ -52,7 +70,7 @@ class ReadLedger(Scripts):
         if b"spec" not in raw:
             raise _not_found(job)
         fields = {name.decode(): value for name, value in raw.items()}
-        spec = Job.model_validate_json(fields["spec"])
+        spec = _spec(job, fields["spec"])
         now, created, ended = seconds + micros / 1e6, _seconds(fields, "created") or 0.0, _seconds(fields, "ended")
         later = _seconds(fields, "later")
         waiting, running = _split(fields, shares, suspects)
@@ -91,7 +109,7 @@ class ReadLedger(Scripts):
             for priority, owner in waiting:
                 pipe.zrange(f"imagemill:waiting:{lane}:{priority}:{owner}", 0, -1)
             speed, weights, *found = pipe.execute()
-        places = [(job.decode(), *place) for place, jobs in zip(waiting, found, strict=True) for job in jobs]
+        places = [(job.decode(errors="replace"), *place) for place, jobs in zip(waiting, found, strict=True) for job in jobs]
         with self._redis.pipeline(transaction=False) as pipe:
             for job, *_ in places:
                 pipe.hmget(key(job), COUNTS)
@@ -102,16 +120,19 @@ class ReadLedger(Scripts):
         for place, (job, priority, owner) in enumerate(places):
             values, shares, suspects = counts[3 * place : 3 * place + 3]
             fields = {name: value for name, value in zip(COUNTS, values, strict=True) if value is not None}
-            images, _ = _split(fields, shares, suspects)
-            jobs.append(Waiting(job, owner, float(weights.get(owner.encode(), 1)), priority, images))
-        return Lineup(jobs, float(speed or 0))
+            try:
+                images, _ = _split(fields, shares, suspects)
+            except ValueError:  # a damaged record says nothing about its turn
+                continue
+            jobs.append(Waiting(job, owner, _positive(weights.get(owner.encode())) or 1.0, priority, images))
+        return Lineup(jobs, _positive(speed))
 
     def _owners(self, lane: str, priority: str) -> list[str]:
         """The owners with waiting jobs, in the order of their turns: by their clocks, then by name."""
         owners = self._redis.zrange(f"imagemill:turns:{lane}:{priority}", 0, -1)
         clocks = self._redis.zmscore(f"imagemill:clocks:{priority}", owners) if owners else []
         turns = sorted(zip((clock or 0 for clock in clocks), owners, strict=True))
-        return [owner.decode() for _, owner in turns]
+        return [owner.decode(errors="replace") for _, owner in turns]
 
     def jobs(self, most: int = 50) -> list[JobStatus]:
         """The latest `most` jobs, newest first."""
@@ -121,7 +142,22 @@ class ReadLedger(Scripts):
                 jobs.append(self.status(raw.decode()))
             except JobNotFound:
                 self._redis.zrem("imagemill:jobs", raw)
+            except (JobUnreadable, UnicodeDecodeError) as error:
+                self._leave_out(raw, str(error))
         return jobs
+
+    def _leave_out(self, job: bytes, reason: str) -> None:
+        """A job of the list that can't be read: set its record aside once, unless a newer version has written it."""
+        name = b"imagemill:job:" + job
+        try:
+            record = self._redis.hgetall(name)
+        except redis.ResponseError:
+            record = {}
+        if version_of(record.get(b"spec", b"")) > VERSION:
+            log.warning("job of a newer version left alone", extra={"action": "read", "job": job.decode(errors="replace")})
+        elif self._redis.zrem("imagemill:jobs", job):
+            content = b"; ".join(field + b"=" + value for field, value in record.items())
+            put_aside(self._redis, name.decode(errors="backslashreplace"), reason, content, seconds=self._ttl)
 
     def rows(self, job: str) -> Iterator[Row]:
         """Every row of a job with its result, in list order; read pack by pack."""
@@ -198,13 +234,50 @@ def _why(fields: Mapping[str, bytes], now: float) -> str | None:
 
 def _seconds(fields: Mapping[str, bytes], name: str) -> float | None:
     """A time of the ledger, which counts in milliseconds."""
-    return float(fields[name]) / 1000 if name in fields else None
+    if name not in fields:
+        return None
+    seconds = float(fields[name]) / 1000
+    if not 0 <= seconds < LAST_SECOND:
+        raise ValueError(f"{name} is no time")
+    return seconds
 
 
 def _state(fields: Mapping[str, bytes]) -> JobState:
     """The state as users see it: a paused job whose last images are still running is paused."""
     state = cast(JobState, fields["state"].decode())
     return "paused" if "paused" in fields and "cancelled" not in fields and state in ("queued", "running") else state
+
+
+def _positive(raw: bytes | None) -> float:
+    """A figure of the ledger; 0 if it is unknown or damaged."""
+    try:
+        figure = float(raw or 0)
+    except ValueError:
+        return 0.0
+    return figure if 0 < figure < math.inf else 0.0
+
+
+def _spec(job: str, raw: bytes) -> Job:
+    version = version_of(raw)
+    if version > VERSION:
+        raise JobUnreadable(f"job {job} was submitted by a newer version of imagemill (its version is {version})")
+    try:
+        return Job.model_validate_json(raw)
+    except ValidationError as error:
+        raise JobUnreadable(f"job {job} can't be read: {validation_sentence(error)}") from error
+
+
+@contextmanager
+def _legible(job: str) -> Iterator[None]:
+    """Turns what goes wrong with a damaged record into JobUnreadable."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:  # such as a count that isn't a number, or no state
+        raise JobUnreadable(f"job {job} can't be read: {sentence(error)}") from error
+    except redis.ResponseError as error:
+        if "WRONGTYPE" not in str(error):
+            raise
+        raise JobUnreadable(f"job {job} can't be read: one of its keys is of another type") from error
 
 
 def _not_found(job: str) -> JobNotFound:

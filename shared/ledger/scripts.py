@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any, ClassVar, Self
 
 from imagemill.shared.connection import Connected
+from imagemill.shared.dead import DEAD
 from imagemill.shared.messages import Item, compact
 from imagemill.shared.settings import Settings
 
@@ -25,7 +26,8 @@ class Scripts(Connected):
         self._lease_ms = int(lease_seconds * 1000)
         self._rise_ms = int(rise_hours * 3_600_000)
         folder = files("imagemill.shared.ledger") / "lua"
-        common = (folder / "common.lua").read_text()
+        dead = f"local DEAD, DEAD_SECONDS = '{DEAD}', {self._ttl}\n"
+        common = dead + (folder / "common.lua").read_text()
         self._lua = {name: self._redis.register_script(common + (folder / f"{name}.lua").read_text()) for name in self.scripts}
 
     @classmethod

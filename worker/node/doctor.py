@@ -20,6 +20,7 @@ from rich.console import Console
 
 from imagemill.shared import s3
 from imagemill.shared.broker import make_app, queues
+from imagemill.shared.dead import DeadLetters
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
 from imagemill.shared.fleet import Fleet
@@ -60,7 +61,7 @@ class Finding:
 def doctor(as_json: bool, canary: bool, wait: float) -> None:
     """Check Redis, workers, S3, disk, engines, models and GPU, and suggest fixes."""
     settings = load_settings()
-    checks = (check_redis, check_workers, check_s3, check_disk, check_engines, check_models, check_gpu)
+    checks = (check_redis, check_dead_letters, check_workers, check_s3, check_disk, check_engines, check_models, check_gpu)
     findings = check_canary(settings, wait) if canary else chain.from_iterable(check(settings) for check in checks)
     console = Console()
     status = 0
@@ -90,6 +91,17 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
         yield Finding("redis", "warning", found, "start Redis with --appendonly yes")
     if info.get("maxmemory_policy") != "noeviction":
         yield Finding("redis", "warning", "may evict jobs when full", "start Redis with --maxmemory-policy noeviction")
+
+
+def check_dead_letters(settings: Settings) -> Iterator[Finding]:
+    """Was anything in Redis unreadable?"""
+    try:
+        count = DeadLetters.of(settings).count()
+    except ServiceUnavailable:
+        return  # reported by check_redis
+    if count:
+        found = f"entries that could not be read and were set aside: {count}"
+        yield Finding("redis", "warning", found, "imagemill jobs --dead shows them; look for what else writes to this Redis")
 
 
 def check_workers(settings: Settings) -> Iterator[Finding]:

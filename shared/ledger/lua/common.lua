@@ -8,6 +8,23 @@ local function key(job, part)
   return 'imagemill:job:' .. job .. (part and (':' .. part) or '')
 end
 
+-- A figure that somebody else may have damaged: finite and not negative, or else the default.
+local function figure(value, default)
+  local number = tonumber(value)
+  return number and number >= 0 and number < math.huge and number or default
+end
+
+-- Set aside what can't be read, as dead.py does; the caller removes it.
+local function put_aside(where, reason, content)
+  local t = redis.call('TIME')
+  local text = string.gsub(string.sub(content, 1, 2048), '[^\32-\126]', '?')
+  local entry = {time = t[1] + t[2] / 1e6, where = where, reason = reason, content = text}
+  if redis.call('TYPE', DEAD).ok ~= 'list' then redis.call('DEL', DEAD) end
+  redis.call('LPUSH', DEAD, cjson.encode(entry))
+  redis.call('LTRIM', DEAD, 0, 999)
+  redis.call('EXPIRE', DEAD, DEAD_SECONDS)
+end
+
 local LEASED, ALARMS, LANES, RUNNING = 'imagemill:leased', 'imagemill:alarms', 'imagemill:lanes', 'imagemill:running'
 local PRIORITIES = {'high', 'normal', 'low'}
 local RANK = {high = 1, normal = 2, low = 3}
@@ -21,7 +38,7 @@ local FIELDS = {'state', 'lane', 'priority', 'owner', 'order', 'size', 'next', '
 local function read(job)
   local j = {}
   for place, value in ipairs(redis.call('HMGET', key(job), unpack(FIELDS))) do j[FIELDS[place]] = value or nil end
-  j.size, j.next, j.back = tonumber(j.size or 0), tonumber(j.next or 0), tonumber(j.back or 0)
+  j.size, j.next, j.back = figure(j.size, 0), figure(j.next, 0), figure(j.back, 0)
   j.left = j.size - j.next + j.back -- images that no share holds
   return j
 end
@@ -33,17 +50,17 @@ local function ended(j) return j.state == 'done' or j.state == 'failed' or j.sta
 -- clock by 1 / weight, and the owner whose clock is lowest is next. An owner who returns to a lane starts at the lane's latest
 -- turn, so nobody saves up turns.
 local function clock_of(priority, owner)
-  return tonumber(redis.call('ZSCORE', clocks(priority), owner) or 0)
+  return figure(redis.call('ZSCORE', clocks(priority), owner), 0)
 end
 
 local function latest_turn(lane, priority)
-  return tonumber(redis.call('HGET', 'imagemill:latest', lane .. ':' .. priority) or 0)
+  return figure(redis.call('HGET', 'imagemill:latest', lane .. ':' .. priority), 0)
 end
 
 -- Owners share their clock between lanes, but lanes differ in speed. So nobody is more than this ahead or behind for what
 -- happened in other lanes.
 local function minute(lane)
-  return math.max(100, 60 * tonumber(redis.call('HGET', 'imagemill:speed', lane) or 0))
+  return math.max(100, 60 * figure(redis.call('HGET', 'imagemill:speed', lane), 0))
 end
 
 local function waits(priority, owner)
@@ -60,7 +77,7 @@ local function set_clock(priority, owner, clock)
 end
 
 local function move_clock(priority, owner, images)
-  local weight = tonumber(redis.call('HGET', 'imagemill:weights', owner) or 1)
+  local weight = math.max(1e-6, figure(redis.call('HGET', 'imagemill:weights', owner), 1))
   set_clock(priority, owner, math.max(0, clock_of(priority, owner) + images / weight))
 end
 
@@ -72,13 +89,13 @@ end
 local function count_children(lane)
   local children, alive = 0, {}
   for _, node in ipairs(redis.call('ZRANGE', 'imagemill:nodes:' .. lane, 0, -1)) do
-    children, alive[node] = children + (redis.call('HGET', 'imagemill:node-children', node) or 0), true
+    children, alive[node] = children + figure(redis.call('HGET', 'imagemill:node-children', node), 0), true
   end
   local rates, known, speed = 'imagemill:rates:' .. lane, 0, 0
   local reports = redis.call('HGETALL', rates)
   for place = 1, #reports, 2 do
     if alive[string.match(reports[place], '^(.*)/')] then
-      known, speed = known + 1, speed + reports[place + 1]
+      known, speed = known + 1, speed + figure(reports[place + 1], 0)
     else
       redis.call('HDEL', rates, reports[place])
     end
@@ -199,6 +216,10 @@ end
 local function bury(member)
   local job, number = string.match(member, '^(.*):(%d+)$')
   redis.call('ZREM', LEASED, member)
+  if not job then
+    put_aside(LEASED, 'not a share', member)
+    return nil
+  end
   local raw = redis.call('HGET', key(job, 'shares'), number)
   if not raw then return nil end
   local share = cjson.decode(raw)
@@ -220,7 +241,9 @@ local function ring(now)
   for _, alarm in ipairs(redis.call('ZRANGEBYSCORE', ALARMS, '-inf', now, 'LIMIT', 0, 100)) do
     local what, job = string.match(alarm, '^(%a+) (.*)$')
     redis.call('ZREM', ALARMS, alarm)
-    if active(read(job)) then
+    if not job then
+      put_aside(ALARMS, 'not an alarm', alarm)
+    elseif active(read(job)) then
       if what == 'begin' then
         redis.call('HDEL', key(job), 'later')
       elseif what == 'end' then

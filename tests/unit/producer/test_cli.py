@@ -8,6 +8,8 @@ import re
 import pytest
 
 from imagemill.producer.client import Client
+from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.dead import DeadLetters
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.settings import Settings
 from tests.ledgers import Ledger
@@ -129,3 +131,13 @@ def test_help_lists_all_commands(imagemill: Invoke) -> None:
     listed = imagemill("--help").stdout
     for name in ("demo", "submit", "status", "watch", "results", "retry", "cancel", "pause", "resume", "priority", "report"):
         assert f"  {name} " in listed
+
+
+def test_jobs_lists_what_was_set_aside(imagemill: Invoke, redis_server: EmbeddedRedis) -> None:
+    letters = DeadLetters(redis_server.url)
+    letters.add("imagemill:nodes", "not \x1b[31mJSON", b"null")
+    letters.close()
+    shown = imagemill("jobs", "--dead").stdout
+    assert "imagemill:nodes" in shown
+    assert "\x1b" not in shown
+    assert json.loads(imagemill("jobs", "--dead", "--json").stdout)[0]["content"] == "null"

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from imagemill.producer.cli import main
 from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.dead import DeadLetters
 from imagemill.shared.engines import find_engine, lane_of
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.messages import Node
@@ -74,6 +75,15 @@ def test_doctor_reports_ok_for_every_check(doctor: Doctor, own_redis: EmbeddedRe
     assert found["workers"]["found"] == "cpu@here: 2 children, ready"
     for text in (result.output, doctor(own_redis.url, s3=s3_server).output):
         assert s3_server.secret_key not in text
+
+
+def test_doctor_warns_of_dead_letters(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
+    letters = DeadLetters(own_redis.url)
+    letters.add("imagemill:nodes", "not JSON", b"null")
+    letters.close()
+    found = findings(doctor(own_redis.url, "--json", s3=s3_server))["redis"]
+    assert (found["state"], found["found"]) == ("warning", "entries that could not be read and were set aside: 1")
+    assert "imagemill jobs --dead" in found["fix"]
 
 
 def test_doctor_suggests_a_fix_when_redis_is_unreachable(doctor: Doctor) -> None:
