@@ -19,6 +19,7 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.node import child as module
 from imagemill.worker.node.child import Child
+from imagemill.worker.node.offer import Lanes, lanes
 from imagemill.worker.operations.base import Sample
 from tests.conftest import photo
 from tests.devices import DEAD, FakeGpu
@@ -82,7 +83,9 @@ class Site:
         )
         node = f"gpu0@{uuid.uuid4().hex[:8]}"
         who = dict(node=node, seat=f"{node}/0", name=f"{node}/0/17")
-        self.children.append(Child(settings, Device(), **who, publisher=self.publisher, stopping=lambda: False))
+        self.children.append(
+            Child(settings, Device(), **who, lanes=Lanes(lanes(settings)), publisher=self.publisher, stopping=lambda: False)
+        )
         return self.children[-1]
 
     def submit(self, *paths: str, owner: str | None = None) -> str:
