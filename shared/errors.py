@@ -232,7 +232,7 @@ class StorageUnavailable(ImageError, code="storage_unavailable", retryable=True)
     """
 
 
-class StorageFull(StorageUnavailable, code="storage_full"):
+class StorageFull(ImageError, code="storage_full", retryable=True):
     """There is no space left in the output folder.
 
     Make room, then run `imagemill retry`.

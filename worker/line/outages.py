@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Lock
 
-from imagemill.shared.errors import ImageError, ServerError, StorageFull, StorageUnavailable, Unreachable
+from imagemill.shared.errors import ImageError, ServerError, StorageUnavailable, Unreachable
 from imagemill.shared.s3 import split
 from imagemill.worker.line.image import ImageInFlight
 
@@ -33,7 +33,7 @@ def source_service(source: str) -> str | None:
 def service_of(image: ImageInFlight, error: ImageError) -> str | None:
     """The service that `error` says does not respond; None if it is no outage, or not one that is waited for."""
     if isinstance(error, StorageUnavailable):
-        return None if isinstance(error, StorageFull) else image.context.store.service
+        return image.context.store.service
     fetching = "header" not in vars(image)
     return source_service(image.item.source) if fetching and isinstance(error, Unreachable | ServerError) else None
 

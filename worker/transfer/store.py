@@ -50,7 +50,7 @@ class Store(Protocol):
     def put(self, key: str, data: bytes, content_type: str) -> str:
         """Write bytes below the output URL and return their full URL once they are stored durably.
 
-        Raises StorageUnavailable if a retry may help, otherwise StorageRefused.
+        Raises StorageUnavailable if the store does not respond, StorageFull, or StorageRefused, which a retry can't help.
         """
 
     def put_file(self, key: str, path: Path, content_type: str) -> str:

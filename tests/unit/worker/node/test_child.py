@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.errors import BrokerUnavailable, DeviceLost
+from imagemill.shared.errors import BrokerUnavailable, ConfigurationError, DeviceLost
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import Item, Job
 from imagemill.shared.settings import FetchSettings, FileSettings, Settings
@@ -69,10 +69,10 @@ class Site:
         self.told: list[str] = []
         self.children: list[Child] = []
 
-    def child(self, room: float = 100.0, **worker: Any) -> Child:
-        """A child whose engine fills a GPU with room for `room` photos."""
+    def child(self, room: float = 100.0, make: Callable[[str, str], Any] | None = None, **worker: Any) -> Child:
+        """A child whose engine fills a GPU with room for `room` photos, unless its engines are made by `make`."""
         gpu = self.engine.gpu = FakeGpu(int(room * PIXELS))
-        self.monkeypatch.setattr(module, "create", lambda *_: self.engine)
+        self.monkeypatch.setattr(module, "create", make or (lambda *_: self.engine))
         self.monkeypatch.setattr(module, "memory_of", lambda *_: gpu)
         settings = Settings(
             _env_file=None,  # type: ignore[call-arg]
@@ -118,6 +118,23 @@ def site(redis_server: EmbeddedRedis, images: ImageServer, tmp_path: Path, monke
 
 def paths(count: int) -> list[str]:
     return [f"/{number}.png" for number in range(count)]
+
+
+def test_engine_that_cannot_be_loaded_closes_its_lane_and_no_other(site: Site) -> None:
+    class Damaged(Invert):
+        def load(self, _: Device) -> None:
+            raise ConfigurationError("the model can't be read")
+
+    def make(operation: str, _: str) -> Any:
+        return site.engine if operation == "stylize" else Damaged()
+
+    child = site.child(make=make, operations=["remove-background", "stylize"])
+    assert child.lanes() == [LANE]
+    job = site.submit(*paths(2))
+    assert site.work(child) == "2 done"
+    assert child.ledger.status(job).state == "done"
+    with pytest.raises(ConfigurationError, match="the model can't be read"):
+        site.child(make=make, operations=["remove-background"])
 
 
 def test_shift_returns_what_became_of_the_images_and_ends_the_job(site: Site) -> None:
