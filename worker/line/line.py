@@ -59,12 +59,13 @@ class Line:
         self.speed.resume()
         for image in images:
             self._count(1)
-            self._front.submit(self._before_device, image)
+            self._submit(self._front, self._before_device, image)
 
     def run(self, until: float, busy: Callable[[], bool]) -> None:
         """Work while the line is `busy`, until this time on the monotonic clock. Images may remain in it.
 
-        Raises when the device is lost, and when the task's time is up or this process is told to exit.
+        Raises when the device is lost, when the task's time is up or this process is told to exit, and whatever went wrong in a
+        thread. The line must then be abandoned: what has no record is handed out again.
         """
         with self._device:
             while True:
@@ -81,6 +82,11 @@ class Line:
     def wake(self) -> None:
         """Let `run` look around."""
         self._ready.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        """End the run with this error."""
+        self._fault = error
+        self.wake()
 
     def retry(self) -> None:
         """Try again what waits for a store, if it is time for that. To be called several times per second."""
@@ -108,6 +114,17 @@ class Line:
         self.budget.close()
         self._front.shutdown(wait=False, cancel_futures=True)
         self.back.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self, threads: ThreadPoolExecutor, step: Callable[[ImageInFlight], None], image: ImageInFlight) -> None:
+        """Take a step in a thread. Whatever it raises ends the run instead of vanishing with the thread: see `run`."""
+
+        def guarded() -> None:
+            try:
+                step(image)
+            except BaseException as error:  # noqa: BLE001
+                self.fail(error)
+
+        threads.submit(guarded)
 
     def _before_device(self, image: ImageInFlight) -> None:
         """In a thread: the stages up to the device. An image that needs no device does not wait for it either."""
@@ -178,7 +195,7 @@ class Line:
                 image.outputs[slot.place] = output
             if image.missing == 0:
                 computed += image.failure is None and not image.has_result  # a second attempt is no second image
-                self.back.submit(self._after_device, image)
+                self._submit(self.back, self._after_device, image)
         self.speed.ran(batch[0].owner.context.spec.lane, computed, len(batch))
         self._changed()
 
@@ -211,7 +228,7 @@ class Line:
         if self._abandoned:
             self._free(image)
         elif "encoded" in vars(image):
-            self.back.submit(self._store, image)
+            self._submit(self.back, self._store, image)
         else:
             self.enter([image])
 
@@ -236,9 +253,8 @@ class Line:
         try:
             if image.move("begun"):
                 self.records.record(image, outcome)
-        except BaseException as error:  # noqa: BLE001  # without a record nothing else matters: `run` raises it
-            self._fault = error
-            self.wake()
+        except BaseException as error:  # noqa: BLE001  # without a record, nothing else matters
+            self.fail(error)
         finally:
             self._free(image)
             self._changed()

@@ -141,8 +141,9 @@ class Feeder:
             except ServiceUnavailable as error:
                 log.warning("Redis does not respond", extra={"action": "feed", "reason": error.message})
                 time.sleep(RETRY_SECONDS)
-            except Exception:  # a bug; the leases lapse, and others do the work
+            except Exception as error:  # a bug; the shift ends, and its work is handed out again
                 log.exception("feeding failed", extra={"action": "feed"})
+                self.line.fail(error)
                 time.sleep(RETRY_SECONDS)
 
     def _step(self) -> None:
