@@ -169,6 +169,7 @@ class Feeder:
     def _drop(self) -> None:
         for held in self._held:
             held.context.stop.set()
+        self._held.clear()
         self.line.abandon()
 
     def _finish(self) -> None:
