@@ -159,8 +159,9 @@ class Feeder:
         """Give back what is not begun, and drop the rest: it is handed out again as if this process had died."""
         self._stop_thread()
         try:
-            self._withdraw(self._ahead())
-            self._settle_shares()
+            if any(image.place == "begun" for held in self._held for image in held.images):  # else any may be at fault
+                self._withdraw(self._ahead())
+                self._settle_shares()
             self._ledger.bury(self._child)
         except ServiceUnavailable as error:  # the leases expire
             log.warning("images not given back", extra={"action": "feed", "reason": error.message})

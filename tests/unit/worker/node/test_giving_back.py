@@ -188,6 +188,16 @@ def test_only_what_was_on_a_lost_device_becomes_suspect_and_at_once(feeding: Fee
     assert feeding.ledger.status(job).waiting == 20
 
 
+def test_all_images_are_suspects_when_the_line_is_abandoned_before_any_is_begun(feeding: Feeding) -> None:
+    """They would be handed out again and again if none could be at fault."""
+    job = feeding.submit(20)
+    feeding.feeder.begin()
+    wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
+    feeding.feeder.abandon()
+    assert feeding.leased() == 0
+    assert feeding.raw.hget(f"imagemill:job:{job}", "suspects") == str(FIRST_IMAGES)
+
+
 def test_line_is_abandoned_without_redis(
     own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path, quick: None, caplog: pytest.LogCaptureFixture
 ) -> None:
