@@ -12,8 +12,7 @@ All keys start with `imagemill:`. Those of a job are kept until it ends, and the
     job:{id}              hash    spec, state, counts; `next` is the lowest index that was never handed out
     job:{id}:packs        hash    number -> its items, as zlib-compressed JSON
     job:{id}:back         list    ranges of indexes that were given back, to be handed out first
-    job:{id}:suspects     list    indexes whose worker died, to be run alone
-    job:{id}:attempts     hash    index -> times it was tried alone
+    job:{id}:suspects     list    groups of images whose worker died, as `deaths:ranges`; each is run with nothing else
     job:{id}:shares       hash    number -> its child, owner and images, as JSON
     job:{id}:results      hash    index -> ItemResult, written once
     job:{id}:events       stream  one entry per result, to notify watchers

@@ -27,7 +27,7 @@ class Request:
     """What a child asks of the ledger. `child` names this process; of its `lanes`, those with `room` are wanted now.
 
     `room` is how many more images it wants, `rate` how many images per second it computes, both by lane; `held` is how many
-    images it has at hand, by job. Only with nothing at hand (`empty`) can it get an image that must run alone.
+    images it has at hand, by job. Only with nothing at hand (`empty`) can it get images whose worker died.
     """
 
     child: str
@@ -44,15 +44,15 @@ class Request:
 class Share:
     """Images that this child may work on while it renews the lease. `items` leaves out duplicates and what is recorded already.
 
-    `tried` is None, or for an image that must run alone, because its worker died, how often that was tried before. `rank` is
-    that of its priority, 1 for high to 3 for low; it is `fresh` if nothing else of its owner was running.
+    `deaths` is how many processes have died with these images in them; if any, nothing else may run beside them. `rank` is that
+    of its priority, 1 for high to 3 for low; it is `fresh` if nothing else of its owner was running.
     """
 
     job: str
     number: int
     indexes: frozenset[int]
     items: list[Item]
-    tried: int | None = None
+    deaths: int = 0
     rank: int = 2
     fresh: bool = False
 
@@ -104,12 +104,11 @@ class WorkLedger(ReadLedger):
             return ManifestDue(answer[1].decode(), int(answer[2]), int(answer[3]))
         if kind != "share":
             return cast(Literal["none", "drain"], kind)
-        job, number, tried, rank, fresh, ranges, recorded, *packs = answer[1:]
-        earlier = int(tried) if int(tried) >= 0 else None
+        job, number, deaths, rank, fresh, ranges, recorded, *packs = answer[1:]
         leased = indexes_in(ranges.decode())
         wanted = leased - indexes_in(recorded.decode())
         items = [item for raw in packs[1::2] if raw for item in unpack(raw, wanted) if item.duplicate_of is None]
-        return Share(job.decode(), int(number), frozenset(leased), items, earlier, int(rank), bool(fresh))
+        return Share(job.decode(), int(number), frozenset(leased), items, int(deaths), int(rank), bool(fresh))
 
     def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
         """Extend leases, and learn what has changed."""

@@ -64,17 +64,16 @@ class ReadLedger(Scripts):
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.hgetall(key(job))
             pipe.hlen(key(job, "shares"))
-            pipe.llen(key(job, "suspects"))
             pipe.get(key(job, "wait"))
             pipe.time()
-            raw, shares, suspects, wait, (seconds, micros) = pipe.execute()
+            raw, shares, wait, (seconds, micros) = pipe.execute()
         if b"spec" not in raw:
             raise _not_found(job)
         fields = {name.decode(): value for name, value in raw.items()}
         spec = _spec(job, fields["spec"])
         now, created, ended = seconds + micros / 1e6, _seconds(fields, "created") or 0.0, _seconds(fields, "ended")
         later = _seconds(fields, "later")
-        waiting, running = _split(fields, shares, suspects)
+        waiting, running = _split(fields, shares)
         return JobStatus(
             job=job,
             operation=spec.operation,
@@ -115,14 +114,13 @@ class ReadLedger(Scripts):
             for job, *_ in places:
                 pipe.hmget(key(job), COUNTS)
                 pipe.hlen(key(job, "shares"))
-                pipe.llen(key(job, "suspects"))
             counts = pipe.execute()
         jobs = []
         for place, (job, priority, owner) in enumerate(places):
-            values, shares, suspects = counts[3 * place : 3 * place + 3]
+            values, shares = counts[2 * place : 2 * place + 2]
             fields = {name: value for name, value in zip(COUNTS, values, strict=True) if value is not None}
             try:
-                images, _ = _split(fields, shares, suspects)
+                images, _ = _split(fields, shares)
             except ValueError:  # a damaged record says nothing about its turn
                 continue
             jobs.append(Waiting(job, owner, _positive(weights.get(owner.encode())) or 1.0, priority, images))
@@ -202,17 +200,17 @@ class ReadLedger(Scripts):
                 yield number, unpack(raw)
 
 
-COUNTS = ("state", "total", "done", "failed", "size", "next", "back", "cancelled", "expired")
+COUNTS = ("state", "total", "done", "failed", "size", "next", "back", "suspects", "cancelled", "expired")
 
 
-def _split(fields: Mapping[str, bytes], shares: int, suspects: int) -> tuple[int, int]:
+def _split(fields: Mapping[str, bytes], shares: int) -> tuple[int, int]:
     """The images without a result: how many are to be handed out, and how many shares hold.
 
     Exact unless the list has duplicates or skipped rows, whose places are handed out too.
     """
     if fields.get("state") not in (b"queued", b"running"):
         return 0, 0
-    total, done, failed, size, begun, back = (int(fields.get(name, 0)) for name in COUNTS[1:7])
+    total, done, failed, size, begun, back, suspects = (int(fields.get(name, 0)) for name in COUNTS[1:8])
     left = total - done - failed
     waiting = min(left, size - begun + back + suspects) if shares else left
     return 0 if "cancelled" in fields or "expired" in fields else waiting, left - waiting

@@ -29,6 +29,7 @@ class SubmitLedger(ReadLedger):
             "lane": spec.lane,
             "priority": spec.policy.priority,
             "owner": spec.policy.owner or f"~{job}",  # no name may start with ~
+            "attempts": spec.policy.attempts,
             "created": now_ms(self._redis),
         }
         self._write(key(job), fields)

@@ -122,6 +122,7 @@ class Line:
             try:
                 step(image)
             except BaseException as error:  # noqa: BLE001
+                image.move("begun")  # it may be at fault
                 self.fail(error)
 
         threads.submit(guarded)

@@ -116,6 +116,8 @@ class Child:
         feeder.begin()
         try:
             feeder.line.run(start + self.settings.worker.shift_seconds, feeder.busy)
+        except SystemExit:  # a planned stop, not the fault of any image: `close` gives them back
+            raise
         except BaseException:
             feeder.abandon()
             self.feeder = None

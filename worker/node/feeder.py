@@ -106,13 +106,21 @@ class Feeder:
         self._drop()
 
     def abandon(self) -> None:
-        """Drop everything: the leases expire, and what has no record is handed out again."""
+        """Give back what is not begun, and drop the rest: it is handed out again as if this process had died."""
         self._stop_thread()
+        try:
+            if any(image.place == "begun" for held in self._held for image in held.images):  # else any may be at fault
+                self._withdraw(self._ahead())
+                self._settle_shares()
+            self._ledger.bury(self._child)
+        except ServiceUnavailable as error:  # the leases expire
+            log.warning("images not given back", extra={"action": "feed", "reason": error.message})
         self._drop()
 
     def _drop(self) -> None:
         for held in self._held:
             held.context.stop.set()
+        self._held.clear()
         self.line.abandon()
 
     def _finish(self) -> None:
@@ -125,6 +133,9 @@ class Feeder:
             self._poke.wait(RETRY_SECONDS)
             self._poke.clear()
             self._settle_shares()
+        for held in self._held:  # what is lost now is nobody's fault
+            left, undone = held.divided()
+            self._ledger.give_back(held.share, self._child, returned=left + undone)
 
     def _stop_thread(self) -> None:
         self._closed = True
@@ -263,7 +274,7 @@ class Feeder:
         return True
 
     def _alone(self) -> bool:
-        return any(held.share.tried is not None for held in self._held)
+        return any(held.share.deaths for held in self._held)
 
     def _ahead(self) -> list[ImageInFlight]:
         """The images that are not begun, in the order in which they were taken."""
@@ -338,14 +349,13 @@ class Feeder:
             self._refuse(share)
             return
         first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
-        images = [ImageInFlight(item, context, first=first) for item in share.items]
+        images = [ImageInFlight(item, context, first=first, earlier=share.deaths) for item in share.items]
         self._held.append(Held(share, context, images))
         lane = context.spec.lane
         if self._opened.get(engine_of(lane), ("", 0.0))[0] != lane:
             self._opened[engine_of(lane)] = lane, time.monotonic()
         try:
-            if share.tried is not None:
-                self._isolate(images, share.tried)
+            self._give_up(images)
             self.line.enter([image for image in images if image.place != "over"])
         except Exception:
             self._withdraw(images)  # to be given back
@@ -357,13 +367,12 @@ class Feeder:
         self._ledger.give_back(share, self._child, returned=sorted(share.indexes))
         self._unable[share.job] = time.monotonic() + UNABLE_SECONDS
 
-    def _isolate(self, images: list[ImageInFlight], tried: int) -> None:
-        """Images whose worker died run alone. Only one that has been tried alone can be blamed: in a batch, a neighbour may
-        have killed the process.
+    def _give_up(self, images: list[ImageInFlight]) -> None:
+        """Record images that have used up their attempts. Each had the last one alone, and never less than two: the first time,
+        a neighbour may have killed the process.
         """
         for image in images:
-            image.earlier = 1 + tried
-            if tried and image.earlier >= image.context.spec.policy.attempts:
+            if image.earlier >= max(2, image.context.spec.policy.attempts):
                 reason = f"the worker process died {image.earlier} times while it worked on this image"
                 self.line.settle(image, Failed(WorkerLost(reason)))
 

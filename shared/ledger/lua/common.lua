@@ -34,11 +34,12 @@ local function waiting(j) return 'imagemill:waiting:' .. j.lane .. ':' .. j.prio
 local function clocks(priority) return 'imagemill:clocks:' .. priority end
 local function manifests(lane) return 'imagemill:manifests:' .. lane end
 
-local FIELDS = {'state', 'lane', 'priority', 'owner', 'order', 'size', 'next', 'back', 'paused', 'later', 'cancelled', 'expired'}
+local FIELDS = {'state', 'lane', 'priority', 'owner', 'attempts', 'order', 'size', 'next', 'back', 'paused', 'later', 'cancelled',
+  'expired'}
 local function read(job)
   local j = {}
   for place, value in ipairs(redis.call('HMGET', key(job), unpack(FIELDS))) do j[FIELDS[place]] = value or nil end
-  j.size, j.next, j.back = figure(j.size, 0), figure(j.next, 0), figure(j.back, 0)
+  j.attempts, j.size, j.next, j.back = figure(j.attempts, 3), figure(j.size, 0), figure(j.next, 0), figure(j.back, 0)
   j.left = j.size - j.next + j.back -- images that no share holds
   return j
 end
@@ -152,7 +153,7 @@ local function order(lanes, priority, most)
 end
 
 -- Keys live until their job ends, and then as long as the settings say.
-local PARTS = {false, 'packs', 'results', 'events', 'duplicates', 'attempts', 'shares', 'back', 'suspects'}
+local PARTS = {false, 'packs', 'results', 'events', 'duplicates', 'shares', 'back', 'suspects'}
 local function expire(job)
   local seconds = redis.call('HGET', key(job), 'ttl')
   for _, part in ipairs(PARTS) do redis.call('EXPIRE', key(job, part), seconds) end
@@ -166,8 +167,66 @@ local function drop_alarms(job)
   redis.call('ZREM', ALARMS, 'begin ' .. job, 'end ' .. job, 'rise ' .. job)
 end
 
+local function pairs_of(ranges)
+  local list = {}
+  for first, last in string.gmatch(ranges, '(%d+)-(%d+)') do list[#list + 1] = {tonumber(first), tonumber(last)} end
+  return list
+end
+
+local function text_of(indexes)
+  local ranges, first = {}, 1
+  for place, index in ipairs(indexes) do
+    if indexes[place + 1] ~= index + 1 then
+      ranges[#ranges + 1] = string.format('%d-%d', indexes[first], index + 1)
+      first = place + 1
+    end
+  end
+  return table.concat(ranges, ',')
+end
+
+-- The indexes in these ranges that have no result.
+local function open_in(job, ranges)
+  local indexes = {}
+  for _, range in ipairs(pairs_of(ranges)) do
+    for index = range[1], range[2] - 1 do
+      if redis.call('HEXISTS', key(job, 'results'), index) == 0 then indexes[#indexes + 1] = index end
+    end
+  end
+  return indexes
+end
+
+-- Groups of suspects: images that were together in each of the `deaths` processes that died with them, as 'deaths:ranges'.
+local function add_group(job, command, deaths, indexes)
+  redis.call(command, key(job, 'suspects'), string.format('%d:%s', deaths, text_of(indexes)))
+  redis.call('HINCRBY', key(job), 'suspects', #indexes)
+end
+
+-- Take the first group; returns its deaths and those of its images that have no result, or nil if there is no group.
+local function take_group(job)
+  local group = redis.call('LPOP', key(job, 'suspects'))
+  if not group then return nil end
+  local deaths, ranges = string.match(group, '^(%d+):([%d,-]+)$')
+  if not deaths then
+    put_aside(key(job, 'suspects'), 'not a group of images', group)
+    return 0, {}
+  end
+  local images = 0
+  for _, range in ipairs(pairs_of(ranges)) do images = images + range[2] - range[1] end
+  redis.call('HINCRBY', key(job), 'suspects', -images)
+  return tonumber(deaths), open_in(job, ranges)
+end
+
+-- Keep open images only: a retry hands out the others anew.
+local function drop_recorded_suspects(job)
+  for _ = 1, redis.call('LLEN', key(job, 'suspects')) do
+    local deaths, open = take_group(job)
+    if #open > 0 then add_group(job, 'RPUSH', deaths, open) end
+  end
+end
+
 local function finish(job, state)
   dequeue(job)
+  drop_recorded_suspects(job)
   drop_alarms(job)
   local j = read(job)
   redis.call('HSET', key(job), 'state', state)
@@ -205,13 +264,8 @@ local function finish_if_over(job)
   return true
 end
 
-local function pairs_of(ranges)
-  local list = {}
-  for first, last in string.gmatch(ranges, '(%d+)-(%d+)') do list[#list + 1] = {tonumber(first), tonumber(last)} end
-  return list
-end
-
--- The worker of a share is dead: what it did not record is handed out again, one image at a time, after everything else.
+-- The worker of a share is dead: what it did not record is handed out again after everything else, in two halves; but each
+-- image alone for its last attempt, so that none is given up for a neighbour's sake.
 -- Returns the number of images of the share, or nil if it has ended.
 local function bury(member)
   local job, number = string.match(member, '^(.*):(%d+)$')
@@ -225,10 +279,16 @@ local function bury(member)
   local share = cjson.decode(raw)
   redis.call('HDEL', key(job, 'shares'), number)
   count_running(share.owner, -share.images)
-  if active(read(job)) then
-    for _, range in ipairs(pairs_of(share.ranges)) do
-      for index = range[1], range[2] - 1 do
-        if redis.call('HEXISTS', key(job, 'results'), index) == 0 then redis.call('RPUSH', key(job, 'suspects'), index) end
+  local j = read(job)
+  if active(j) then
+    local open, deaths, group = open_in(job, share.ranges), figure(share.deaths, 0) + 1, {}
+    table.sort(open)
+    local most = deaths < j.attempts - 1 and math.ceil(#open / 2) or 1
+    for place, index in ipairs(open) do
+      group[#group + 1] = index
+      if #group == most or place == #open then
+        add_group(job, 'RPUSH', deaths, group)
+        group = {}
       end
     end
     if not finish_if_over(job) then enqueue(job) end

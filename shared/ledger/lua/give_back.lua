@@ -4,7 +4,7 @@ local job, number = ARGV[1], ARGV[2]
 local raw = redis.call('HGET', key(job, 'shares'), number)
 local share = raw and cjson.decode(raw)
 if not share or share.child ~= ARGV[3] then return 0 end
-local kept, returned, held = tonumber(ARGV[5]), 0, {}
+local kept, returned, held = tonumber(ARGV[5]), {}, {}
 for _, range in ipairs(pairs_of(share.ranges)) do
   for index = range[1], range[2] - 1 do held[index] = true end
 end
@@ -18,31 +18,23 @@ else
 end
 if not active(read(job)) then return 1 end
 
-local function put_back(first, last)
-  if share.alone then
-    redis.call('LPUSH', key(job, 'suspects'), first)
-    redis.call('HINCRBY', key(job, 'attempts'), first, -1)
-  else
-    redis.call('LPUSH', key(job, 'back'), string.format('%d-%d', first, last))
-    redis.call('HINCRBY', key(job), 'back', last - first)
-  end
-  returned = returned + last - first
-end
-
--- From the last to the first, so that the first is the next to be handed out. What the share no longer holds was returned
--- before: the child did not get our answer and asks again.
-local ranges = pairs_of(ARGV[6])
-for place = #ranges, 1, -1 do
-  local last = ranges[place][2]
-  while last > ranges[place][1] do
-    local first = last
-    while first > ranges[place][1] and held[first - 1] do first = first - 1 end
-    if first < last then put_back(first, last) end
-    last = math.min(first, last - 1)
+-- What the share no longer holds was returned before: the child did not get our answer and asks again.
+for _, range in ipairs(pairs_of(ARGV[6])) do
+  for index = range[1], range[2] - 1 do
+    if held[index] then returned[#returned + 1] = index end
   end
 end
-if returned > 0 and redis.call('ZSCORE', clocks(share.priority), share.owner) then
-  move_clock(share.priority, share.owner, -returned)
+if #returned > 0 and figure(share.deaths, 0) > 0 then
+  add_group(job, 'LPUSH', share.deaths, returned)
+elseif #returned > 0 then
+  local ranges = pairs_of(text_of(returned))
+  for place = #ranges, 1, -1 do -- so that the first is the next to be handed out
+    redis.call('LPUSH', key(job, 'back'), string.format('%d-%d', ranges[place][1], ranges[place][2]))
+  end
+  redis.call('HINCRBY', key(job), 'back', #returned)
+end
+if #returned > 0 and redis.call('ZSCORE', clocks(share.priority), share.owner) then
+  move_clock(share.priority, share.owner, -#returned)
 end
 if not finish_if_over(job) then enqueue(job) end
 return 1

@@ -2,9 +2,9 @@
 --   child, lease: who asks, and the lease in ms;   empty: whether the child has nothing at hand;
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
 --   held: by job, images it already has at hand;   avoid: jobs that it can't work on at the moment.
--- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, tries, run};
--- or {'share', job, number, earlier attempts or -1, rank of its priority, 1 if its owner had nothing running, its ranges,
--- those of them that are recorded already, then packs as number, items}.
+-- Returns {'none'}; {'drain'}: come back when nothing is at hand, for suspects; {'manifest', job, tries, run};
+-- or {'share', job, number, processes that died with these images, rank of its priority, 1 if its owner had nothing running,
+-- its ranges, those of them that are recorded already, then packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
 ring(now_ms())
 local now, drain, least = now_ms(), false, 0
@@ -23,10 +23,10 @@ for _, lane in ipairs(ask.lanes) do
 end
 
 -- Lease `images` images, which are no longer waiting.
-local function share(job, j, ranges, images, tried)
+local function share(job, j, ranges, images, deaths)
   local number = redis.call('HINCRBY', key(job), 'shares', 1)
   local held = {child = ask.child, owner = j.owner, lane = j.lane, priority = j.priority, images = images, ranges = ranges,
-    alone = tried >= 0}
+    deaths = deaths}
   redis.call('HSET', key(job, 'shares'), number, cjson.encode(held))
   redis.call('ZADD', LEASED, now + ask.lease, job .. ':' .. number)
   local fresh = redis.call('HEXISTS', RUNNING, j.owner) == 0 and 1 or 0
@@ -38,7 +38,7 @@ local function share(job, j, ranges, images, tried)
   move_clock(j.priority, j.owner, images)
   if j.state == 'queued' then redis.call('HSET', key(job), 'state', 'running', 'started', now) end
   if read(job).left == 0 and redis.call('EXISTS', key(job, 'suspects')) == 0 then dequeue(job) end
-  local answer, seen, recorded = {'share', job, number, tried, RANK[j.priority], fresh, ranges, ''}, {}, {}
+  local answer, seen, recorded = {'share', job, number, deaths, RANK[j.priority], fresh, ranges, ''}, {}, {}
   for _, range in ipairs(pairs_of(ranges)) do
     for index = range[1], range[2] - 1 do -- by a worker that was thought to be dead
       if redis.call('HEXISTS', key(job, 'results'), index) == 1 then recorded[#recorded + 1] = index .. '-' .. index + 1 end
@@ -55,17 +55,16 @@ local function share(job, j, ranges, images, tried)
   return answer
 end
 
--- An image whose worker died, to be run alone.
-local function suspect(job, j)
-  local index = redis.call('LPOP', key(job, 'suspects'))
-  while index and redis.call('HEXISTS', key(job, 'results'), index) == 1 do index = redis.call('LPOP', key(job, 'suspects')) end
-  if not index then
+-- Images whose worker died, to be run with nothing else in the process.
+local function suspects(job, j)
+  local deaths, open = take_group(job)
+  while deaths and #open == 0 do deaths, open = take_group(job) end
+  if not deaths then
     dequeue(job)
     return nil
   end
   redis.call('DEL', 'imagemill:draining:' .. job)
-  local tried = redis.call('HINCRBY', key(job, 'attempts'), index, 1) - 1
-  return share(job, j, string.format('%d-%d', index, index + 1), 1, tried)
+  return share(job, j, text_of(open), #open, deaths)
 end
 
 -- Guided self-scheduling (Polychronopoulos and Kuck 1987), weighted by speed: at most half of the child's part of what is left.
@@ -90,7 +89,7 @@ local function grant(job, line)
     return nil
   end
   if j.left == 0 then
-    if ask.empty then return suspect(job, j) end
+    if ask.empty then return suspects(job, j) end
     local mark = 'imagemill:draining:' .. job -- one child at a time
     drain = drain or redis.call('SET', mark, ask.child, 'NX', 'PX', 10000) or redis.call('GET', mark) == ask.child
     return nil
@@ -119,7 +118,7 @@ local function grant(job, line)
     ranges[#ranges + 1] = string.format('%d-%d', first, last)
     needed = needed - (last - first)
   end
-  return share(job, j, table.concat(ranges, ','), images - needed, -1)
+  return share(job, j, table.concat(ranges, ','), images - needed, 0)
 end
 
 for _, priority in ipairs(PRIORITIES) do

@@ -13,18 +13,24 @@ from imagemill.shared.messages import Priority
 
 @dataclass(frozen=True)
 class Contents:
-    """One job. `back` is the number of images given back; a share is its child, owner and images."""
+    """One job. `back` and `counted` are numbers of images given back and of suspects, as counted and as listed; a suspect
+    group is its deaths and indexes; a share is its child, owner and images."""
 
     owner: str
     free: list[int]
     back: tuple[int, int]
-    suspects: list[int]
+    counted: tuple[int, int]
+    groups: list[tuple[int, set[int]]]
     shares: dict[int, dict[str, Any]]
     results: set[int]
     in_line: bool
     has_turn: bool
     line: bool
     manifest: bool
+
+    @property
+    def suspects(self) -> list[int]:
+        return [index for _, indexes in self.groups for index in indexes]
 
     @property
     def shared(self) -> list[int]:
@@ -36,22 +42,24 @@ def contents(raw: Any, jobs: Sequence[tuple[str, str, Priority, str]]) -> list[C
     pipe = raw.pipeline()
     for job, lane, priority, owner in jobs:
         key, line = f"imagemill:job:{job}", f"imagemill:waiting:{lane}:{priority}:{owner}"
-        pipe.hmget(key, "size", "next", "back").lrange(f"{key}:back", 0, -1).lrange(f"{key}:suspects", 0, -1)
+        pipe.hmget(key, "size", "next", "back", "suspects").lrange(f"{key}:back", 0, -1).lrange(f"{key}:suspects", 0, -1)
         pipe.hgetall(f"{key}:shares").hkeys(f"{key}:results").zscore(line, job)
         pipe.zscore(f"imagemill:turns:{lane}:{priority}", owner).exists(line).zscore(f"imagemill:manifests:{lane}", job)
     answers = iter(pipe.execute())
     found = []
     for _, _, _, owner in jobs:
-        (size, following, back), ranges, suspects, shares, results, place, clock, line, manifest = (
+        (size, following, back, suspects), ranges, listed, shares, results, place, clock, line, manifest = (
             next(answers) for _ in range(9)
         )
+        groups = [(int(deaths), indexes_in(part)) for deaths, _, part in (text.partition(":") for text in listed)]
         returned = [index for part in ranges for index in indexes_in(part)]
         found.append(
             Contents(
                 owner,
                 [*range(int(following or 0), int(size)), *returned],
                 (int(back or 0), len(returned)),
-                [int(index) for index in suspects],
+                (int(suspects or 0), sum(len(indexes) for _, indexes in groups)),
+                groups,
                 {int(number): json.loads(share) for number, share in shares.items()},
                 {int(index) for index in results},
                 place is not None,

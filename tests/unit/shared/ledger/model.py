@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 
 from imagemill.shared.messages import PRIORITIES, Priority
 
@@ -14,10 +15,20 @@ class SharedOut:
     child: int
     number: int
     images: set[int]
+    indexes: set[int]
+    """With those of no image, or of duplicates."""
+    deaths: int
     alone: bool
-    ghosts: bool
-    """Whether it holds indexes of no image, or of duplicates."""
+    """Whether a suspect is run all by itself."""
     silent: bool = False
+
+
+@dataclass
+class Group:
+    """Images that were in the same processes that died, with indexes of no image."""
+
+    deaths: int
+    indexes: set[int]
 
 
 @dataclass
@@ -33,19 +44,19 @@ class ModelJob:
     duplicates: dict[int, int]
     later: bool
     until: bool
+    attempts: int
     state: str = "active"
     paused: bool = False
     cancelled: bool = False
     expired: bool = False
     lapsed: bool = False
-    ghosts: bool = False
     manifest: str | None = None
     """`due` or `leased`, until it is written."""
     free: set[int] = field(default_factory=set)
-    suspects: set[int] = field(default_factory=set)
+    groups: list[Group] = field(default_factory=list)
     shares: dict[int, SharedOut] = field(default_factory=dict)
     lost: list[SharedOut] = field(default_factory=list)
-    tried: dict[int, int] = field(default_factory=dict)
+    died_alone: set[int] = field(default_factory=set)
     results: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +84,18 @@ class ModelJob:
     def open(self) -> set[int]:
         return self.images - set(self.results)
 
+    @property
+    def suspects(self) -> list[tuple[int, set[int]]]:
+        """The groups that hold an open image: their deaths, and the indexes without a result."""
+        return [(group.deaths, group.indexes - set(self.results)) for group in self.groups if group.indexes & self.open]
+
+    def next_group(self) -> tuple[int, set[int]]:
+        """Take the first group; any before it hold no open image."""
+        first = self.suspects[0]
+        place = next(place for place, group in enumerate(self.groups) if group.indexes & self.open)
+        del self.groups[: place + 1]
+        return first
+
     def count(self, state: str) -> int:
         rows = [1 + self.duplicates.get(index, 0) for index, known in self.results.items() if known == state]
         late = [1 + self.duplicates.get(index, 0) for index in self.open] if self.lapsed and state == "failed" else []
@@ -83,7 +106,6 @@ class ModelJob:
         if not self.active or index in self.results:
             return False
         self.results[index] = state
-        self.suspects.discard(index)
         if not self.open:
             self.finish_if_over()
         return True
@@ -94,8 +116,10 @@ class ModelJob:
 
     def bury(self, share: SharedOut) -> None:
         if self.active:
-            self.suspects |= share.images & self.open
-            self.ghosts |= share.ghosts
+            left, deaths = sorted(share.indexes - set(self.results)), share.deaths + 1
+            most = ceil(len(left) / 2) if deaths + 1 < self.attempts else 1
+            self.groups += [Group(deaths, set(left[place : place + most])) for place in range(0, len(left), most or 1)]
+            self.died_alone |= share.images if share.alone else set()
         self.lost.append(share)
         self.end_share(share)
 
@@ -112,6 +136,8 @@ class ModelJob:
 
     def finish(self, state: str) -> None:
         self.state, self.manifest, self.until, self.rises = state, "due", False, False
+        for group in self.groups:
+            group.indexes -= set(self.results)
 
     def end(self) -> None:
         """The manifest is written."""
@@ -126,7 +152,7 @@ class ModelJob:
             return 0
         for index in again & set(self.results):
             del self.results[index]
-            self.tried.pop(index, None)
+            self.died_alone.discard(index)
             self.free.add(index)
         self.shares.clear()
         self.lost.clear()  # a child learns that its share is lost long before anyone retries the job

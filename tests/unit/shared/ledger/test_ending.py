@@ -160,11 +160,11 @@ def test_retry_begins_the_count_of_attempts_anew(producer: SubmitLedger, worker:
     die(worker, raw, take(worker))
     die(worker, raw, take(worker))
     share = take(worker)
-    assert share.tried == 1
+    assert share.deaths == 2
     work(worker, share, bad=[0])
     run(worker)
     assert producer.retry(job) == 1
-    assert take(worker).tried is None
+    assert take(worker).deaths == 0
 
 
 def test_retry_while_the_manifest_is_due_or_being_written(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
@@ -219,6 +219,7 @@ def test_image_that_a_worker_thought_dead_has_recorded_is_retried_once(
     for index in (0, 1):
         worker.record(job, failed(index))
     write_manifest(worker, job)
+    assert raw.hget(f"imagemill:job:{job}", "suspects") == "0"
     assert producer.retry(job) == 2
     share = take(worker)
     assert indexes(share) == [0, 1]

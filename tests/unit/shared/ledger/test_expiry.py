@@ -49,7 +49,7 @@ def test_no_key_of_a_job_expires_before_it_ends_and_then_all_do(producer: Submit
         step()
         seen.update(keys(raw, job))
         assert {key: raw.ttl(key) for key in keys(raw, job) if not DAYS - 60 < raw.ttl(key) <= DAYS} == {}
-    parts = ("packs", "results", "events", "duplicates", "attempts", "shares", "back", "suspects")
+    parts = ("packs", "results", "events", "duplicates", "shares", "back", "suspects")
     assert seen == {f"imagemill:job:{job}", *(f"imagemill:job:{job}:{part}" for part in parts)}
     assert producer.retry(job) == 4
     assert {key for key in keys(raw, job) if raw.ttl(key) != -1} == set()

@@ -19,7 +19,7 @@ from imagemill.shared.messages import PRIORITIES, ItemResult, Node, Priority
 from tests.ledgers import Ledger
 from tests.unit.shared.ledger.contents import contents
 from tests.unit.shared.ledger.jobs import LANE, OTHER_LANE, hours, make_job, nothing_left, ring
-from tests.unit.shared.ledger.model import ModelJob, SharedOut
+from tests.unit.shared.ledger.model import Group, ModelJob, SharedOut
 
 pytestmark = pytest.mark.integration
 
@@ -35,6 +35,7 @@ JOBS = st.fixed_dictionaries(
         "priority": st.sampled_from(PRIORITIES),
         "owner": st.sampled_from(["ann", "ann", "bob", None]),
         "lane": st.sampled_from([LANE, LANE, OTHER_LANE]),
+        "attempts": st.sampled_from([3, 3, 3, 1, 2, 4, 5]),
         "times": st.sampled_from(["", "", "begin", "end", "begin end"]),
     }
 )
@@ -100,7 +101,15 @@ class Ledgers(RuleBasedStateMachine):
     # --- users -----------------------------------------------------------------------------------
 
     def submit(
-        self, size: int, gaps: set[int], copied: list[int], priority: Priority, owner: str | None, lane: str, times: str
+        self,
+        size: int,
+        gaps: set[int],
+        copied: list[int],
+        priority: Priority,
+        owner: str | None,
+        lane: str,
+        attempts: int,
+        times: str,
     ) -> None:
         images = set(range(size)) - gaps
         if not images:
@@ -108,11 +117,13 @@ class Ledgers(RuleBasedStateMachine):
         duplicates = [index for index in copied if index in images]
         later, until = "begin" in times, "end" in times
         job = make_job(
-            self.ledger, size, gaps=gaps, duplicates=duplicates, lane=lane, priority=priority, owner=owner,
+            self.ledger, size, gaps=gaps, duplicates=duplicates, lane=lane, priority=priority, owner=owner, attempts=attempts,
             not_before=hours(1) if later else None, until=hours(2) if until else None,
         )  # fmt: skip
         self.submitted += 1
-        self.jobs.append(ModelJob(job, lane, owner, priority, self.submitted, images, Counter(duplicates), later, until))
+        self.jobs.append(
+            ModelJob(job, lane, owner, priority, self.submitted, images, Counter(duplicates), later, until, attempts)
+        )
 
     def steer(self, place: int, choice: int) -> None:
         """A user changes a job, or a time comes."""
@@ -184,7 +195,7 @@ class Ledgers(RuleBasedStateMachine):
 
     def take(self, child: int, room: int, lanes: tuple[str, ...]) -> str:
         at_hand = self.shares_of(child)
-        if any(share.alone for _, share in at_hand):
+        if any(share.deaths for _, share in at_hand):
             return "none"
         held = Counter({job.id: 0 for job, _ in at_hand})
         for job, share in at_hand:
@@ -209,31 +220,27 @@ class Ledgers(RuleBasedStateMachine):
             return "share"
         if answer == "drain":
             assert at_hand
-            assert any(job.waits and (job.suspects or job.ghosts) for job in offered)
+            assert any(job.waits and job.groups for job in offered)
         else:
             assert not urgent
         return answer
 
     def check_share(self, job: ModelJob, share: Share, child: int, room: int, empty: bool) -> None:
         images = {item.index for item in share.items}
-        alone = share.tried is not None
         assert job.waits
         assert images == share.indexes & job.images
         assert len(share.items) == len(images) > 0
-        if alone:
+        if share.deaths:
             assert empty
             assert not job.free
-            assert len(images) == 1
-            assert images <= job.suspects
-            (index,) = images
-            assert share.tried == job.tried.get(index, 0)
-            job.tried[index] = job.tried.get(index, 0) + 1
+            assert (share.deaths, share.indexes) == job.next_group()
+            assert images <= job.died_alone or share.deaths < max(2, job.attempts), "given up for a neighbour's sake"
         else:
             assert images <= job.free
             assert len(share.indexes) <= room
         job.free -= images
-        job.suspects -= images
-        job.shares[share.number] = SharedOut(child, share.number, images, alone, ghosts=share.indexes != images)
+        alone = share.deaths > 0 and len(images) == 1
+        job.shares[share.number] = SharedOut(child, share.number, images, set(share.indexes), share.deaths, alone)
 
     def work(self, child: int, most: int, failing: bool, kept: bool) -> None:
         """A child takes up to `most` shares and records all of their images; perhaps it dies before it gives them back."""
@@ -279,10 +286,11 @@ class Ledgers(RuleBasedStateMachine):
         kept, returned = left[:keep], left[keep:]
         assert self.ledger.give_back(self.known(job, share), name(share.child), kept=kept, returned=returned)
         if job.active:
-            (job.suspects if share.alone else job.free).update(returned)
-            if share.alone and returned:
-                job.tried[returned[0]] -= 1
-        share.images, share.ghosts = set(kept), False
+            if not share.deaths:
+                job.free.update(returned)
+            elif returned:
+                job.groups.insert(0, Group(share.deaths, set(returned)))
+        share.images, share.indexes = set(kept), set(kept)
         if not kept:
             job.end_share(share)
 
@@ -381,7 +389,9 @@ class Ledgers(RuleBasedStateMachine):
             places = Counter([*found.free, *found.suspects, *found.shared])
             assert all(places[index] == 1 for index in job.open)
             assert set(found.free) & job.images == job.free
-            assert set(found.suspects) & job.open == job.suspects
+            groups = [(deaths, indexes - found.results) for deaths, indexes in found.groups if indexes & job.open]
+            assert groups == job.suspects
+            assert found.counted[0] == found.counted[1]
             assert found.results == set(job.results)
             assert found.back[0] == found.back[1]
             assert {number: share["child"] for number, share in found.shares.items()} == {

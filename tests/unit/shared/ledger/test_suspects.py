@@ -1,4 +1,4 @@
-"""Images whose worker died are tried again, one at a time and alone."""
+"""Images whose worker died are run again after all others, in halves, until the one that kills is found."""
 
 from __future__ import annotations
 
@@ -13,28 +13,80 @@ from tests.unit.shared.ledger.jobs import CHILD, OTHER, ask, counts, die, done, 
 pytestmark = pytest.mark.integration
 
 
-def test_suspects_come_after_all_other_images_and_alone(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+def groups(worker: WorkLedger) -> list[tuple[list[int], int]]:
+    """The images and deaths of the next shares."""
+    found: list[tuple[list[int], int]] = []
+    while (share := ask(worker)) != "none":
+        found.append((indexes(share), share.deaths))
+    return found
+
+
+def test_suspects_come_after_all_other_images_in_halves(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     job = make_job(producer, 6)
     share = take(worker, room=4)
     worker.record(job, done(1))
     assert die(worker, raw, share) == 1
     assert not worker.give_back(share, CHILD, returned=[0, 2, 3])
     assert indexes(take(worker)) == [4, 5]
-    suspects = [take(worker) for _ in range(3)]
-    assert [(indexes(share), share.tried) for share in suspects] == [([0], 0), ([2], 0), ([3], 0)]
-    assert ask(worker) == "none"
+    assert groups(worker) == [([0, 2], 1), ([3], 1)]
 
 
-def test_tries_are_counted_unless_the_image_is_given_back(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+@pytest.mark.parametrize(
+    ("attempts", "deaths"),
+    [
+        (1, [[0, 1, 2, 3, 4, 5, 6, 7], [0]]),
+        (2, [[0, 1, 2, 3, 4, 5, 6, 7], [0]]),
+        (3, [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3], [0]]),
+        (4, [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3], [0, 1], [0]]),
+        (6, [[0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3], [0, 1], [0], [0], [0]]),
+    ],
+)
+def test_image_that_kills_has_its_last_attempt_alone(
+    attempts: int, deaths: list[list[int]], producer: SubmitLedger, worker: WorkLedger, raw: Any
+) -> None:
+    """The first death says nothing of one image. All others are done."""
+    job = make_job(producer, 8, attempts=attempts)
+    killed = []
+    while (share := take(worker)).deaths < len(deaths):
+        if 0 in indexes(share):
+            killed.append(indexes(share))
+            worker.bury(CHILD)
+        else:
+            work(worker, share)
+    assert killed == deaths
+    assert indexes(share) == [0]
+    assert counts(worker, job) == ("running", 7, 0)
+
+
+def test_halves_run_on_different_children_at_the_same_time(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    make_job(producer, 8)
+    die(worker, raw, take(worker))
+    assert [indexes(take(worker, child)) for child in (CHILD, OTHER)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_what_is_given_back_of_a_group_is_next_and_no_more_suspect_than_before(
+    producer: SubmitLedger, worker: WorkLedger, raw: Any
+) -> None:
+    job = make_job(producer, 8)
+    die(worker, raw, take(worker))
+    share = take(worker)
+    assert worker.give_back(share, CHILD, kept=[1], returned=[0, 2, 3])
+    assert worker.give_back(share, CHILD, kept=[1], returned=[0, 2, 3]), "the answer was lost"
+    assert worker.status(job).waiting == 7
+    assert worker.bury(CHILD) == 1
+    assert groups(worker) == [([0, 2, 3], 1), ([4, 5, 6, 7], 1), ([1], 2)]
+
+
+def test_deaths_are_counted_unless_the_image_is_given_back(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     job = make_job(producer, 1)
     die(worker, raw, take(worker))
-    assert take(worker).tried == 0
+    assert take(worker).deaths == 1
     assert worker.bury(CHILD) == 1
     share = take(worker)
-    assert share.tried == 1
+    assert share.deaths == 2
     assert worker.give_back(share, CHILD, returned=[0])
     share = take(worker)
-    assert share.tried == 1
+    assert share.deaths == 2
     work(worker, share, bad=[0])
     run(worker)
     assert counts(worker, job) == ("failed", 0, 1)
@@ -56,13 +108,14 @@ def test_child_that_never_drains_is_replaced(producer: SubmitLedger, worker: Wor
     die(worker, raw, take(worker))
     assert ask(worker, empty=False) == "drain"
     assert 0 < raw.pttl(f"imagemill:draining:{job}") <= 10_000
-    assert take(worker, OTHER).tried == 0
+    assert take(worker, OTHER).deaths == 1
 
 
 def test_suspect_recorded_meanwhile_is_skipped(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     job = make_job(producer, 3)
     die(worker, raw, take(worker))
     worker.record(job, done(0))  # its worker was only slow
+    assert worker.status(job).waiting == 2
     share = take(worker)
     assert indexes(share) == [1]
     worker.record(job, done(2))
@@ -77,7 +130,7 @@ def test_gaps_and_duplicates_are_no_suspects_to_children(producer: SubmitLedger,
     make_job(producer, 8, gaps=range(1, 7), duplicates=[0] * 8)
     next_job = make_job(producer, 1, priority="low")
     die(worker, raw, take(worker))
-    assert [indexes(take(worker)) for _ in range(2)] == [[0], [7]]
+    assert indexes(take(worker)) == [0, 7]
     assert take(worker).job == next_job
 
 
@@ -87,8 +140,7 @@ def test_job_whose_last_images_are_suspects_can_be_cancelled(producer: SubmitLed
     assert producer.cancel(job)
     assert counts(worker, job)[0] == "cancelled"
     assert producer.retry(job) == 2
-    assert [share.tried for share in (take(worker), take(worker))] == [0, 0]
-    assert ask(worker) == "none"
+    assert groups(worker) == [([0], 1), ([1], 1)]
 
 
 def test_suspects_of_a_paused_job_wait(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
@@ -98,4 +150,4 @@ def test_suspects_of_a_paused_job_wait(producer: SubmitLedger, worker: WorkLedge
     die(worker, raw, share)
     assert ask(worker) == "none"
     producer.resume(job)
-    assert take(worker).tried == 0
+    assert take(worker).deaths == 1

@@ -29,6 +29,7 @@ CALLS: dict[str, Callable[[Ledger], Any]] = {
     "tend": lambda ledger: ledger.tend(),
     "bury": lambda ledger: ledger.bury(CHILD),
     "lead": lambda ledger: ledger.lead("cpu@a", 5.0),
+    "report_wait": lambda ledger: ledger.report_wait("job-lost", "no connection"),
     "spec": lambda ledger: ledger.spec("job-lost"),
     "status": lambda ledger: ledger.status("job-lost"),
     "lineup": lambda ledger: ledger.lineup(LANE),

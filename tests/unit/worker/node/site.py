@@ -31,7 +31,7 @@ class Fills(Invert):
     """Takes one byte per pixel. Raises `fault` if it is set."""
 
     gpu: FakeGpu
-    fault: Exception | None = None
+    fault: BaseException | None = None
 
     def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         if self.fault is not None:

@@ -18,7 +18,7 @@ from tests.conftest import photo
 from tests.devices import DEAD
 from tests.services.images import ImageServer
 from tests.unit.worker.line.jobs import waiting
-from tests.unit.worker.node.feeding import CHILD, Feeding, Steady
+from tests.unit.worker.node.feeding import Feeding, Steady
 from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
@@ -158,9 +158,23 @@ def test_closing_gives_back_and_waits_for_results_that_are_being_stored(feeding:
     assert feeding.raw.exists(f"imagemill:job:{job}:suspects") == 0
 
 
-def test_lost_device_leaves_the_leases_to_expire(feeding: Feeding) -> None:
-    """What was on the device must be run alone from now on, and only the ledger knows when it is safe to."""
+def test_closing_gives_back_what_takes_too_long_to_store(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planned stop makes no image a suspect."""
+    monkeypatch.setattr("imagemill.worker.node.feeder.FINISH_SECONDS", 0.2)
+    job, go_on = feeding.submit(20), threading.Event()
+    feeding.operation.at_finish = lambda: go_on.wait(60)
+    feeding.operation.let(1)
+    feeding.feeder.begin()
+    wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
+    feeding.line.run(time.monotonic(), feeding.feeder.busy)
+    feeding.feeder.close()
+    assert feeding.leased() == 0
+    assert feeding.ledger.status(job).waiting == 20
+    assert feeding.raw.exists(f"imagemill:job:{job}:suspects") == 0
+    go_on.set()
 
+
+def test_only_what_was_on_a_lost_device_becomes_suspect_and_at_once(feeding: Feeding) -> None:
     def fail(_: str) -> None:
         raise DEAD["illegal access"]()
 
@@ -168,11 +182,35 @@ def test_lost_device_leaves_the_leases_to_expire(feeding: Feeding) -> None:
     with pytest.raises(DeviceLost):
         feeding.work()
     feeding.feeder.abandon()
-    held = feeding.leased()
-    assert held > 0
+    assert feeding.leased() == 0
     assert feeding.results(job) == []
-    assert feeding.ledger.bury(CHILD) > 0
-    assert feeding.raw.llen(f"imagemill:job:{job}:suspects") == held
+    assert feeding.raw.hget(f"imagemill:job:{job}", "suspects") == "1"
+    assert feeding.ledger.status(job).waiting == 20
+
+
+def test_all_images_are_suspects_when_the_line_is_abandoned_before_any_is_begun(feeding: Feeding) -> None:
+    """They would be handed out again and again if none could be at fault."""
+    job = feeding.submit(20)
+    feeding.feeder.begin()
+    wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
+    feeding.feeder.abandon()
+    assert feeding.leased() == 0
+    assert feeding.raw.hget(f"imagemill:job:{job}", "suspects") == str(FIRST_IMAGES)
+
+
+def test_line_is_abandoned_without_redis(
+    own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path, quick: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with redis.Redis.from_url(own_redis.url, decode_responses=True) as raw:
+        feeding = Feeding(own_redis.url, raw, images, tmp_path / "out")
+        feeding.submit(20)
+        feeding.feeder.begin()
+        wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
+        own_redis.stop()
+        with caplog.at_level(logging.WARNING):
+            feeding.feeder.abandon()
+        assert "images not given back" in caplog.text
+        feeding.ledger.close()
 
 
 def test_feeder_survives_an_outage_of_redis(

@@ -105,7 +105,7 @@ def test_images_of_a_child_that_died_are_handed_out_again_at_once(ledger: Ledger
     processes[1].kill()
     parent.tick()
     assert raw.zcard("imagemill:leased") == 1
-    assert raw.lrange(f"imagemill:job:{job}:suspects", 0, -1) == ["2", "3"]
+    assert raw.lrange(f"imagemill:job:{job}:suspects", 0, -1) == ["1:2-3", "1:3-4"]
     parent.tick()
     assert raw.llen(f"imagemill:job:{job}:suspects") == 2, "once"
     processes[0].kill()

@@ -1,4 +1,4 @@
-"""Images whose worker died are run alone, until the one that kills is found out."""
+"""Images whose worker died are run in halves, until the one that kills is found out."""
 
 from __future__ import annotations
 
@@ -24,18 +24,31 @@ def lose(feeding: Feeding, images: int) -> Share:
     return share
 
 
-def test_images_whose_worker_died_are_run_alone_after_the_others(feeding: Feeding) -> None:
+def test_images_whose_worker_died_are_run_in_halves_after_the_others(feeding: Feeding) -> None:
+    """A half goes down the line together, with nothing else."""
     job = feeding.submit(8)
-    lose(feeding, 3)
+    lose(feeding, 4)
     at_work: dict[str, int] = {}
     feeding.operation.at_begin = lambda name: at_work.update({name: feeding.leased()})
     feeding.operation.let(8)
     with feeding.shift():
         feeding.check_done(job, 8)
-    suspects = [f"{job}/{index}" for index in range(3)]
-    assert feeding.operation.begun[-3:] == suspects
-    assert [at_work[name] for name in suspects] == [1, 1, 1], "nothing else is leased meanwhile"
-    assert [result.attempts for result in feeding.results(job)] == [2] * 3 + [1] * 5
+    suspects = [f"{job}/{index}" for index in range(4)]
+    assert [sorted(half) for half in (feeding.operation.begun[-4:-2], feeding.operation.begun[-2:])] == [
+        suspects[:2],
+        suspects[2:],
+    ]
+    assert [at_work[name] for name in suspects] == [2] * 4, "nothing else is leased meanwhile"
+    assert [result.attempts for result in feeding.results(job)] == [2] * 4 + [1] * 4
+
+
+def test_no_image_runs_alone_after_one_death(feeding: Feeding) -> None:
+    job = feeding.submit(16)
+    lose(feeding, 16)
+    feeding.operation.let(16)
+    with feeding.shift():
+        feeding.check_done(job, 16)
+    assert feeding.ledger.sizes == [16, 8, 8]
 
 
 @pytest.mark.parametrize(("attempts", "deaths", "lost"), [(3, 2, True), (3, 1, False), (1, 1, True), (1, 0, False)])
