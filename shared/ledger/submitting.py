@@ -77,7 +77,7 @@ class SubmitLedger(ReadLedger):
         """Forget the failures of an ended job and put it back in line; returns the number of images to redo."""
         if not self.status(job).over:
             return 0
-        for _, items in self._packs(job):
+        for items in self._lists(job):
             own = [item.index for item in items if item.duplicate_of is None]
             results = zip(own, self._results(job, own), strict=True)
             failed = [index for index, result in results if result is not None and result.state == "failed"]

@@ -163,6 +163,8 @@ class Feeder:
     def _drop(self) -> None:
         for held in self._held:
             held.context.stop.set()
+        for due in list(self._manifests.values()):
+            due.stop.set()
         self.line.abandon()
 
     def _finish(self) -> None:
@@ -218,10 +220,14 @@ class Feeder:
 
     def _renew(self) -> None:
         leases: list[Share | ManifestDue] = [held.share for held in self._held]
-        leases += self._manifests.values()
+        manifests = list(self._manifests.values())
+        leases += manifests
         if not leases:
             return
         renewal = self._ledger.renew(self._child, self._lanes, leases)
+        for due, verdict in zip(manifests, renewal.verdicts[len(self._held) :], strict=True):
+            if verdict == "lost":
+                due.stop.set()
         mine = any(held.share.job == renewal.urgent for held in self._held)
         for held, verdict in zip(self._held, renewal.verdicts, strict=False):
             if verdict in ("stop", "lost"):
@@ -264,7 +270,8 @@ class Feeder:
         except ImagemillError as error:  # its lease expires, and it is handed out again
             log.warning("manifest postponed", extra={"action": "manifest", "job": due.job, "reason": error.message})
         finally:
-            self._manifests.pop(due.job, None)
+            if self._manifests.get(due.job) is due:
+                del self._manifests[due.job]
             self._poke.set()
 
     # --- taking -----------------------------------------------------------------------------------
@@ -280,6 +287,8 @@ class Feeder:
             if isinstance(answer, Share):
                 self._start(answer)
             elif isinstance(answer, ManifestDue):
+                if answer.job in self._manifests:  # its lease expired while Redis was away
+                    self._manifests[answer.job].stop.set()
                 self._manifests[answer.job] = answer
                 self.line.back.submit(self._write_manifest, answer)
             else:

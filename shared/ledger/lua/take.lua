@@ -2,7 +2,8 @@
 --   child, lease: who asks, and the lease in ms;   empty: whether the child has nothing at hand;
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
 --   held: by job, images it already has at hand.
--- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, tries, run};
+-- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, number of
+-- its lease, run, ms since it was first handed out};
 -- or {'share', job, number, earlier attempts or -1, rank of its priority, 1 if its owner had nothing running, its ranges,
 -- those of them that are recorded already, then packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
@@ -13,7 +14,9 @@ for _, lane in ipairs(ask.lanes) do
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', manifests(lane), '-inf', now, 'LIMIT', 0, 10)) do
     if redis.call('EXISTS', key(job)) == 1 then
       redis.call('ZADD', manifests(lane), now + ask.lease, job)
-      return {'manifest', job, redis.call('HINCRBY', key(job), 'manifest_tries', 1), redis.call('HGET', key(job), 'order')}
+      redis.call('HSETNX', key(job), 'manifest_since', now)
+      local since = figure(redis.call('HGET', key(job), 'manifest_since'), now)
+      return {'manifest', job, redis.call('HINCRBY', key(job), 'manifest_leases', 1), redis.call('HGET', key(job), 'order'), now - since}
     end
     redis.call('ZREM', manifests(lane), job)
   end
