@@ -31,7 +31,10 @@ def write_manifest(
         for row in ledger.rows(job):
             if stop is not None and stop.is_set():
                 raise Stopped
-            yield json.dumps(manifest_line(job, spec, row, fingerprint), ensure_ascii=False).encode() + b"\n"
+            yield (
+                json.dumps(manifest_line(job, spec, row, fingerprint), ensure_ascii=False).encode(errors="backslashreplace")
+                + b"\n"
+            )
 
     store.check()
     return store.put_stream(f"{job}/manifest.jsonl", lines(), "application/x-ndjson")
