@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from imagemill.producer.explaining import explained
 from imagemill.producer.sources import BadRow, SourceRow
-from imagemill.producer.submission import ListCheck, Submission, new_job_id
+from imagemill.producer.submission import ListCheck, Submission, check_name, new_job_id
 from imagemill.producer.times import check_times
+from imagemill.producer.writing import Writing
 from imagemill.shared.dead import DeadLetters
 from imagemill.shared.errors import BrokerUnavailable, UsageError
 from imagemill.shared.fleet import Fleet
@@ -73,28 +74,34 @@ class Client:
 
     # --- submitting -------------------------------------------------------------------------
 
-    def submit(self, sources: Iterable[SourceRow | BadRow], spec: Job, *, skip_invalid: bool = False) -> Submission:
+    def submit(
+        self, sources: Iterable[SourceRow | BadRow], spec: Job, *, skip_invalid: bool = False, name: str | None = None
+    ) -> Submission:
         """Queue a job for every image of a list, which is streamed into the ledger.
 
         Nothing is queued until the last row is checked. If rows are invalid and not skipped, or none is valid,
         InvalidSource is raised with the first 1000 invalid rows in `rows`. A row with the same source, mask, boxes
         and name as an earlier one shares its result. An interrupted list (an error, Ctrl-C) is discarded.
-        Raises InvalidOption for a deadline in the past or before the job may begin.
+
+        `name` becomes the job's id. Under a name, an interrupted list is kept for an hour: submit the same list with the same
+        name again to continue. If all of it is queued, nothing is queued twice. The times of the first submission stay.
+        Raises NameTaken if the job of this name has another list or other options, and InvalidOption for an invalid name, or
+        for a deadline in the past or before the job may begin.
         """
         check_times(spec.policy)
-        job, checked = new_job_id(), ListCheck()
-        items = checked.accepted(sources, spec, skip_invalid)
-        self._ledger.open_job(job, spec)
-        try:
+        job, checked = new_job_id() if name is None else check_name(name), ListCheck()
+        writing = Writing(self._ledger, job, keep=name is not None)
+        with writing:
+            self._ledger.open_job(job, spec)
+            items = checked.accepted(sources, spec, skip_invalid)
             packs = ((number, list(group)) for number, group in groupby(items, key=lambda item: item.index // PACK))
             while batch := list(islice(packs, PACKS_PER_WRITE)):
                 self._ledger.add_packs(job, batch)
+                writing.images += sum(len(items) for _, items in batch)
             if not checked.total or (checked.bad_count and not skip_invalid):
                 raise checked.error()
-            self._ledger.seal(job, size=checked.size, total=checked.total, duplicates=checked.duplicates)
-        except BaseException:
-            self._discard(job)
-            raise
+            writing.sealing = True
+            new = self._ledger.seal(job, size=checked.size, total=checked.total, duplicates=checked.duplicates)
         listening = self._wake(job, spec.lane, checked.total)
         return Submission(
             job=job,
@@ -103,15 +110,8 @@ class Client:
             invalid=checked.bad,
             invalid_count=checked.bad_count,
             nodes=len(listening),
+            before=not new,
         )
-
-    def _discard(self, job: str) -> None:
-        """Discard an unfinished list."""
-        try:
-            self._ledger.discard(job)
-        except BrokerUnavailable as error:
-            extra = {"action": "discard", "job": job, "error": str(error)}
-            log.warning("unfinished list not discarded; it will expire", extra=extra)
 
     def _wake(self, job: str, lane: str, images: int) -> list[Node]:
         """Wake up workers for a job that is in the ledger, at most one child per image; returns the nodes of its lane.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from datetime import UTC, datetime
 
 from imagemill.producer.duplicates import Firsts
 from imagemill.producer.sources import BadRow, SourceRow, parse, refused
-from imagemill.shared.errors import InvalidSource
+from imagemill.shared.errors import InvalidOption, InvalidSource
 from imagemill.shared.messages import Item, Job
 from imagemill.shared.options.inpaint import InpaintOptions
 
@@ -29,6 +30,8 @@ class Submission:
     invalid_count: int
     nodes: int
     """Running worker nodes that can work on this job."""
+    before: bool = False
+    """The same list was queued under this name before; nothing was queued now."""
 
     @property
     def served(self) -> bool:
@@ -39,6 +42,13 @@ class Submission:
 def new_job_id() -> str:
     """The UTC date and 32 random bits: `260730-1f0c9a3e`."""
     return f"{datetime.now(UTC):%y%m%d}-{secrets.token_hex(4)}"
+
+
+def check_name(name: str) -> str:
+    """A job's name, which becomes its id: part of keys, URLs and file names. Raises InvalidOption."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise InvalidOption(f"a name has 1 to 64 letters, digits and ._- and starts with a letter or digit, unlike {name!r}")
+    return name
 
 
 @dataclass

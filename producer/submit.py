@@ -119,6 +119,7 @@ def _limit(name: str, operation: str | None) -> str:
     help="Skip the quality check, flag poor results, or also repair them; default flag.",
 )
 @click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE", help="Set a limit of the check; repeatable.")
+@click.option("--name", metavar="NAME", help="The job's ID. After an error, the same command with the same name continues.")
 @click.option("--skip-invalid", is_flag=True, help="Skip invalid rows instead of rejecting the list.")
 @click.option("--expire-days", type=int, metavar="N", help="Have S3 delete everything under --output after N days.")
 @click.option("--wait", is_flag=True, help="Show progress until the job ends.")
@@ -137,6 +138,7 @@ def submit(
     /,
     sources: Sequence[str],
     preset: str | None,
+    name: str | None,
     skip_invalid: bool,
     expire_days: int | None,
     wait: bool,
@@ -159,7 +161,7 @@ def submit(
     with connect(configured) as client:
         if expire_days is not None:
             expire(configured.s3, spec.output.url, expire_days)
-        submission = _submit(client, sources, spec, skip_invalid, out)
+        submission = _submit(client, sources, spec, out, skip_invalid=skip_invalid, name=name)
         if not as_json:
             click.echo(submission.job)
         if wait:
@@ -169,12 +171,14 @@ def submit(
             click.echo(json.dumps({"job": submission.job, **counts}))
 
 
-def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: bool, out: Console) -> Submission:
+def _submit(
+    client: Client, sources: Sequence[str], spec: Job, out: Console, *, skip_invalid: bool, name: str | None
+) -> Submission:
     """Queue the job and report the outcome, including invalid rows and missing workers."""
     rows = read_sources(sources, s3=client.s3)
     try:
         with out.status("reading the list"):
-            submission = client.submit(rows, spec, skip_invalid=skip_invalid)
+            submission = client.submit(rows, spec, skip_invalid=skip_invalid, name=name)
     except InvalidSource as error:
         if not error.rows:
             raise
@@ -183,7 +187,8 @@ def _submit(client: Client, sources: Sequence[str], spec: Job, skip_invalid: boo
         raise InvalidSource(f"{error.message.partition(': ')[0]}; {hint}", error.rows) from error
     if submission.invalid:
         bad_rows(out, submission.invalid, submission.invalid_count)
-    text = f"job {submission.job}: {counted(submission.total, 'image')} queued"
+    queued = "queued already" if submission.before else "queued"
+    text = f"job {submission.job}: {counted(submission.total, 'image')} {queued}"
     if submission.duplicates:
         text += f", including {counted(submission.duplicates, 'duplicate')}"
     if submission.invalid_count:

@@ -7,7 +7,8 @@
     │   ├── InvalidSource
     │   ├── JobNotFound
     │   ├── JobUnreadable
-    │   └── MissingExtra
+    │   ├── MissingExtra
+    │   └── NameTaken
     ├── ConfigurationError           exit 2: the settings are wrong
     ├── ServiceUnavailable           exit 3: a service does not respond
     │   └── BrokerUnavailable
@@ -92,6 +93,13 @@ class MissingExtra(UsageError, code="missing_extra"):
     """A part of imagemill is not installed.
 
     The message contains the install command.
+    """
+
+
+class NameTaken(UsageError, code="name_taken"):
+    """There is a job of this name with another list or other options.
+
+    A name can be used again for the same list with the same options, to continue a submission that broke off.
     """
 
 

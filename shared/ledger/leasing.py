@@ -59,11 +59,16 @@ class Share:
 
 @dataclass(frozen=True)
 class ManifestDue:
-    """A manifest that this child should write; `tries` counts this attempt. A retry of the job is another `run`."""
+    """A manifest that this child should write; `number` is that of its lease. A retry of the job is another `run`.
+
+    It was first handed out `seconds` ago. `stop` is set once the lease is lost.
+    """
 
     job: str
-    tries: int
+    number: int
     run: int | None = field(default=None, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+    stop: Event = field(default_factory=Event, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class WorkLedger(ReadLedger):
         answer = self._script("take", json.dumps(ask), PACK)
         kind = answer[0].decode()
         if kind == "manifest":
-            return ManifestDue(answer[1].decode(), int(answer[2]), int(answer[3]))
+            return ManifestDue(answer[1].decode(), int(answer[2]), int(answer[3]), int(answer[4]) / 1000)
         if kind != "share":
             return cast(Literal["none", "drain"], kind)
         job, number, deaths, rank, fresh, ranges, recorded, *packs = answer[1:]
@@ -112,7 +117,7 @@ class WorkLedger(ReadLedger):
 
     def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
         """Extend leases, and learn what has changed."""
-        named = [part for lease in leases for part in (lease.job, lease.number if isinstance(lease, Share) else "manifest")]
+        named = [part for lease in leases for part in (lease.job, _named(lease))]
         urgent, lane, *verdicts = self._script("renew", child, self._lease_ms, json.dumps(list(lanes)), *named)
         return Renewal(urgent.decode() or None, lane.decode(), [verdict.decode() for verdict in verdicts])
 
@@ -169,3 +174,7 @@ class WorkLedger(ReadLedger):
     def lead(self, node: str, seconds: float) -> bool:
         """Whether this node is the one that tends the ledger for the next `seconds`."""
         return bool(self._redis.set("imagemill:tender", node, nx=True, px=int(seconds * 1000)))
+
+
+def _named(lease: Share | ManifestDue) -> str:
+    return f"{lease.number}" if isinstance(lease, Share) else f"manifest {lease.number}"

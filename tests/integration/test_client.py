@@ -299,7 +299,7 @@ def test_unknown_job_raises_job_not_found(client: Client) -> None:
 
 def test_results_raise_broker_unavailable_when_redis_stops(own_redis: EmbeddedRedis) -> None:
     with client_for(own_redis.url) as client:
-        found = client.results(client.submit(rows(70), SPEC).job)
+        found = client.results(client.submit(rows(2000), SPEC).job)
         next(found)
         own_redis.kill()
         with pytest.raises(BrokerUnavailable):

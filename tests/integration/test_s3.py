@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from imagemill.producer.results import expire
 from imagemill.shared.errors import ConfigurationError, InvalidSource, ServiceUnavailable, StorageRefused, StorageUnavailable
 from imagemill.shared.s3 import ensure_bucket, expire_after, list_images, make_client, make_signer, presign
 from imagemill.shared.settings import FileSettings, S3Settings
+from imagemill.worker.transfer.multipart import PART
 from imagemill.worker.transfer.store import Store, open_store
 from tests.services.s3 import S3Server, changed_environment
 
@@ -73,18 +74,58 @@ def test_stored_result_has_its_content_type_and_checksum(settings: S3Settings, c
 
 
 def test_upload_damaged_in_transit_is_rejected(settings: S3Settings, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imagemill.worker.transfer.store.base64.b64encode", lambda _: MD5_OF_NOTHING)
+    monkeypatch.setattr("imagemill.worker.transfer.multipart.base64.b64encode", lambda _: MD5_OF_NOTHING)
     with pytest.raises(StorageUnavailable, match="BadDigest"):
         store_at(f"s3://{bucket}/jobs", settings).put("a.png", b"damaged in transit", "image/png")
 
 
-def test_file_is_stored_in_a_bucket_without_a_prefix(settings: S3Settings, client: Any, bucket: str, tmp_path: Path) -> None:
-    source = tmp_path / "manifest"
-    source.write_bytes(b'{"index": 0}\n' * 100_000)
-    url = store_at(f"s3://{bucket}", settings).put_file("j/manifest.jsonl", source, "application/x-ndjson")
+@pytest.mark.parametrize(("size", "parts"), [(0, 1), (1_300_000, 1), (PART, 1), (2 * PART + 1000, 3)])
+def test_stream_is_stored_in_parts(settings: S3Settings, client: Any, bucket: str, size: int, parts: int) -> None:
+    content = os.urandom(size)
+    lines = (content[place : place + 1000] for place in range(0, size, 1000))
+    url = store_at(f"s3://{bucket}", settings).put_stream("j/manifest.jsonl", lines, "application/x-ndjson")
     assert url == f"s3://{bucket}/j/manifest.jsonl"
     stored = client.get_object(Bucket=bucket, Key="j/manifest.jsonl")
-    assert (stored["ContentType"], stored["Body"].read()) == ("application/x-ndjson", source.read_bytes())
+    assert (stored["ContentType"], stored["Body"].read()) == ("application/x-ndjson", content)
+    assert stored["ETag"].strip('"').partition("-")[2] == (f"{parts}" if size >= PART else "")
+
+
+def test_stream_that_breaks_off_leaves_nothing_behind(settings: S3Settings, client: Any, bucket: str) -> None:
+    store = store_at(f"s3://{bucket}/out", settings)
+    store.put("m.jsonl", b"before", "application/x-ndjson")
+
+    def broken() -> Iterator[bytes]:
+        yield from [bytes(PART)] * 2
+        assert client.list_multipart_uploads(Bucket=bucket)["Uploads"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.put_stream("m.jsonl", broken(), "application/x-ndjson")
+    assert client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+    assert client.get_object(Bucket=bucket, Key="out/m.jsonl")["Body"].read() == b"before"
+
+
+def test_next_stream_aborts_what_a_killed_process_has_begun(settings: S3Settings, client: Any, bucket: str) -> None:
+    store = store_at(f"s3://{bucket}/out", settings)
+    uploads = [client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"] for key in ("out/m.jsonl", "out/m.jsonl.2")]
+
+    def lines() -> Iterator[bytes]:
+        yield bytes(PART)
+        left = client.list_multipart_uploads(Bucket=bucket)["Uploads"]
+        assert uploads[0] not in {upload["UploadId"] for upload in left}
+
+    store.put_stream("m.jsonl", lines(), "application/x-ndjson")
+    assert [upload["UploadId"] for upload in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == uploads[1:]
+
+
+def test_stream_whose_upload_was_aborted_may_be_tried_again(settings: S3Settings, client: Any, bucket: str) -> None:
+    def lines() -> Iterator[bytes]:
+        yield from [bytes(PART)] * 2
+        for upload in client.list_multipart_uploads(Bucket=bucket)["Uploads"]:
+            client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+
+    with pytest.raises(StorageUnavailable, match="aborted meanwhile"):
+        store_at(f"s3://{bucket}", settings).put_stream("m.jsonl", lines(), "application/x-ndjson")
 
 
 def test_many_threads_can_store_at_once(settings: S3Settings, client: Any, bucket: str) -> None:

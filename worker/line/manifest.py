@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from pathlib import Path
+from collections.abc import Iterator
+from threading import Event
 from typing import Any
 
 from imagemill.shared.ledger.reading import ReadLedger
@@ -12,22 +12,32 @@ from imagemill.shared.messages import Job, Row
 from imagemill.shared.seeds import item_seed, next_seed
 from imagemill.worker.checking.quality import REPAIRED_SEED
 from imagemill.worker.line.image import CACHED
+from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.line.versions import versions
 from imagemill.worker.transfer.store import Store
 
 
-def write_manifest(job: str, spec: Job, ledger: ReadLedger, store: Store, fingerprint: str | None = None) -> str:
-    """Write `{job}/manifest.jsonl` and return its URL. Raises the store's ImageErrors.
+def write_manifest(
+    job: str, spec: Job, ledger: ReadLedger, store: Store, fingerprint: str | None = None, *, stop: Event | None = None
+) -> str:
+    """Write `{job}/manifest.jsonl` row by row and return its URL.
+
+    Raises the store's ImageErrors, and Stopped once `stop` is set.
 
     `fingerprint` is that of this node's engine: its libraries and its weights' digests.
     """
+
+    def lines() -> Iterator[bytes]:
+        for row in ledger.rows(job):
+            if stop is not None and stop.is_set():
+                raise Stopped
+            yield (
+                json.dumps(manifest_line(job, spec, row, fingerprint), ensure_ascii=False).encode(errors="backslashreplace")
+                + b"\n"
+            )
+
     store.check()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "manifest.jsonl"
-        with path.open("w", encoding="utf-8") as file:
-            for row in ledger.rows(job):
-                file.write(json.dumps(manifest_line(job, spec, row, fingerprint), ensure_ascii=False) + "\n")
-        return store.put_file(f"{job}/manifest.jsonl", path, "application/x-ndjson")
+    return store.put_stream(f"{job}/manifest.jsonl", lines(), "application/x-ndjson")
 
 
 def manifest_line(job: str, spec: Job, row: Row, fingerprint: str | None = None) -> dict[str, Any]:

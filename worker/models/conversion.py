@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from imagemill.shared.errors import ConfigurationError, sentence
@@ -81,7 +81,7 @@ def convert(source: Path, target: Path) -> int:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as part:
-            save_file(weights, part)
+            part.write_bytes(save(weights))  # safetensors' own way of writing a file wants to rename it
             part.chmod(0o644)  # workers may run as another user
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"{target} can't be written: {sentence(error)}") from error

@@ -30,6 +30,7 @@ from imagemill.worker.line.line import Line
 from imagemill.worker.line.manifest import write_manifest
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records, Tally
+from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.node.feeder import Feeder
 from imagemill.worker.node.offer import Lanes
 from imagemill.worker.operations.base import AnyOperation, Untouched
@@ -41,8 +42,8 @@ from imagemill.worker.tuning.trials import example_work
 
 log = logging.getLogger(__name__)
 
-MANIFEST_TRIES = 5
-"""Attempts to write a manifest while the store does not respond; then the job ends without one."""
+MANIFEST_SECONDS = 3600
+"""How long writing a manifest is tried again while the store does not respond; then the job ends without one."""
 WARM_UP_SIZE = (64, 64)
 
 Tell = Callable[[str], None]
@@ -203,10 +204,15 @@ class Child:
         written, fields = None, {"action": "manifest", "job": due.job}
         spec = self.ledger.spec(due.job)
         try:
-            written = write_manifest(due.job, spec, self.ledger, self._store(spec), self._fingerprint(spec))
+            store, fingerprint = self._store(spec), self._fingerprint(spec)
+            written = write_manifest(due.job, spec, self.ledger, store, fingerprint, stop=due.stop)
+        except Stopped:
+            log.info("manifest left to others", extra=fields)
+            return
         except StorageUnavailable as error:
             log.warning("manifest not written", extra={**fields, "reason": error.message})
-            if due.tries < MANIFEST_TRIES:
+            if due.seconds < MANIFEST_SECONDS:
+                self.ledger.report_wait(due.job, error.message)
                 return  # its lease expires, and it is handed out again
         except ImageError as error:
             log.warning("manifest refused", extra={**fields, "reason": error.message})
@@ -214,8 +220,8 @@ class Child:
             raise  # from the ledger, without which nothing can be completed
         except Exception:  # a bug; a job may end without its manifest, but it must end
             log.exception("manifest failed", extra=fields)
-        self.ledger.end_job(due.job, written, due.run)
-        log.info("job over", extra={**fields, "manifest": written})
+        if self.ledger.end_job(due.job, written, due.run):
+            log.info("job over", extra={**fields, "manifest": written})
 
     def _fingerprint(self, spec: Job) -> str | None:
         """Everything that determines this job's results on this node; None if it can't be determined any more."""

@@ -121,6 +121,8 @@ class Feeder:
         for held in self._held:
             held.context.stop.set()
         self._held.clear()
+        for due in list(self._manifests.values()):
+            due.stop.set()
         self.line.abandon()
 
     def _finish(self) -> None:
@@ -187,10 +189,14 @@ class Feeder:
 
     def _renew(self) -> None:
         leases: list[Share | ManifestDue] = [held.share for held in self._held]
-        leases += self._manifests.values()
+        manifests = list(self._manifests.values())
+        leases += manifests
         if not leases:
             return
         renewal = self._ledger.renew(self._child, self._jobs.lanes(), leases)
+        for due, verdict in zip(manifests, renewal.verdicts[len(self._held) :], strict=True):
+            if verdict == "lost":
+                due.stop.set()
         mine = renewal.urgent in (*(held.share.job for held in self._held), *self._avoided())
         for held, verdict in zip(self._held, renewal.verdicts, strict=False):
             if verdict in ("stop", "lost"):
@@ -249,8 +255,11 @@ class Feeder:
             self._jobs.write_manifest(due)
         except ImagemillError as error:  # its lease expires, and it is handed out again
             log.warning("manifest postponed", extra={"action": "manifest", "job": due.job, "reason": error.message})
+        except Exception:  # a bug
+            log.exception("manifest postponed", extra={"action": "manifest", "job": due.job})
         finally:
-            self._manifests.pop(due.job, None)
+            if self._manifests.get(due.job) is due:
+                del self._manifests[due.job]
             self._poke.set()
 
     # --- taking -----------------------------------------------------------------------------------
@@ -266,6 +275,8 @@ class Feeder:
             if isinstance(answer, Share):
                 self._start(answer)
             elif isinstance(answer, ManifestDue):
+                if answer.job in self._manifests:  # its lease expired while Redis was away
+                    self._manifests[answer.job].stop.set()
                 self._manifests[answer.job] = answer
                 self.line.back.submit(self._write_manifest, answer)
             else:

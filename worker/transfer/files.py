@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -73,16 +73,79 @@ def _explain(error: Exception, url: str) -> ImageError:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield an unused path in `target`'s folder to write to; on success that file becomes `target`.
+    """Yield a path to write to, which opens an empty file; on success that file becomes `target`.
 
-    If the block or the replacement fails, the new file is removed and `target` keeps its old content. Raises OSError.
+    If the block or the replacement fails, `target` keeps its old content. Raises OSError.
+
+    The file has no name until it is complete, so a process that is killed leaves nothing incomplete behind. Where the file
+    system has no such files (NFS, for example), it has a hidden name, the same for every writer of one target: the next one
+    removes what is left.
     """
-    part = target.with_name(f".{secrets.token_hex(8)}.part")
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]  # a name of its own may be too long
+    nameless, part = True, target.with_name(f".{digest}.new")
+    descriptor = _open_nameless(target.parent)
+    if descriptor is None:
+        nameless, part = False, target.with_name(f".{digest}.part")
+        descriptor = _open_anew(part)
+    own = os.fstat(descriptor)
     try:
-        yield part
-        publish(part, target)
+        yield Path(f"/proc/self/fd/{descriptor}") if nameless else part
+        os.fsync(descriptor)
+        if nameless:
+            _link(descriptor, part, target)
+        else:
+            _check_own(part, own)
+            part.replace(target)
+        _sync(target.parent, os.O_RDONLY | os.O_DIRECTORY)
     finally:
+        os.close(descriptor)
+        with suppress(OSError):
+            _check_own(part, own)
+            part.unlink()
+
+
+def _open_nameless(folder: Path) -> int | None:
+    """A new file without a name; None if the file system has none."""
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            return None
+        raise
+
+
+def _link(descriptor: int, part: Path, target: Path) -> None:
+    """Name a complete file `target`. A file of that name is replaced by way of `part`, which only ever names complete files."""
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    source, name = f"/proc/self/fd/{descriptor}", target.name
+    try:
+        while True:
+            try:
+                os.link(source, name, dst_dir_fd=folder, follow_symlinks=True)  # with a descriptor, Python follows the link
+                break
+            except FileExistsError:
+                if name == part.name:  # of another writer, who may have been killed
+                    with suppress(FileNotFoundError):
+                        part.replace(target)
+                name = part.name
+    finally:
+        os.close(folder)
+    if name == part.name:
+        with suppress(FileNotFoundError):  # another writer has just done the same for us
+            part.replace(target)
+
+
+def _open_anew(part: Path) -> int:
+    """A new file. One that is there is removed; if its writer is alive, it will notice."""
+    while True:
         part.unlink(missing_ok=True)
+        with suppress(FileExistsError):
+            return os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _check_own(part: Path, own: os.stat_result) -> None:
+    if not os.path.samestat(part.stat(), own):
+        raise OSError(errno.EBUSY, "another process writes the same file", str(part))
 
 
 def publish(part: Path, target: Path) -> None:

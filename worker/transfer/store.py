@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import hashlib
 import os
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
 from urllib.parse import urlsplit
@@ -22,6 +21,7 @@ from imagemill.shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_buck
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.shared.urls import check_output_url, path_of, safe_name
 from imagemill.worker.transfer.files import is_below, open_at_once, replacing
+from imagemill.worker.transfer.multipart import PART, Upload, content_md5
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Errors that an operator has to fix by changing the folder or its permissions; others, such as a full disk, may pass.
@@ -53,8 +53,11 @@ class Store(Protocol):
         Raises StorageUnavailable if the store does not respond, StorageFull, or StorageRefused, which a retry can't help.
         """
 
-    def put_file(self, key: str, path: Path, content_type: str) -> str:
-        """Like `put` for a file's content, which need not fit into memory (at most 5 GB on S3)."""
+    def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> str:
+        """Like `put` for content that need not fit into memory (at most 80 GB on S3).
+
+        If `lines` raises, nothing is stored, and the exception passes.
+        """
 
     def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
         """Copy an earlier result, from a URL that `put` returned in this or another job, below this output URL.
@@ -134,14 +137,24 @@ class S3Store:
 
     def put(self, key: str, data: bytes, content_type: str) -> str:
         """See Store."""
-        return self._put(key, data, hashlib.md5(data, usedforsecurity=False).digest(), content_type)
+        full_key, url = self._place(key)
+        with storing(url):
+            self._client.put_object(
+                Bucket=self._bucket, Key=full_key, Body=data, ContentType=content_type, ContentMD5=content_md5(data)
+            )
+        return url
 
-    def put_file(self, key: str, path: Path, content_type: str) -> str:
-        """See Store."""
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
-            file.seek(0)
-            return self._put(key, file, digest, content_type)
+    def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> str:
+        """See Store. What takes more than one part is uploaded part by part."""
+        parts = _parts(lines)
+        first = next(parts, b"")
+        if len(first) < PART:
+            return self.put(key, first, content_type)
+        full_key, url = self._place(key)
+        with Upload(self._client, self._bucket, full_key, url, content_type) as upload:
+            for part in chain((first,), parts):
+                upload.add(part)
+        return url
 
     def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
         """See Store. The server copies, within the bucket or from another that the worker's keys may read.
@@ -177,14 +190,6 @@ class S3Store:
         full_key = f"{self._prefix}/{key}" if self._prefix else key
         return full_key, f"s3://{self._bucket}/{full_key}"
 
-    def _put(self, key: str, body: bytes | IO[bytes], digest: bytes, content_type: str) -> str:
-        full_key, url = self._place(key)
-        md5 = base64.b64encode(digest).decode()
-
-        with storing(url):
-            self._client.put_object(Bucket=self._bucket, Key=full_key, Body=body, ContentType=content_type, ContentMD5=md5)
-        return url
-
 
 class FolderStore:
     """A folder below one of the operator's write roots. Files are written atomically."""
@@ -203,10 +208,9 @@ class FolderStore:
         """See Store."""
         return self._write(key, lambda file: file.write(data))
 
-    def put_file(self, key: str, path: Path, content_type: str) -> str:  # noqa: ARG002
+    def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> str:  # noqa: ARG002
         """See Store."""
-        with path.open("rb") as source:
-            return self._write(key, lambda file: shutil.copyfileobj(source, file, BLOCK))
+        return self._write(key, lambda file: file.writelines(lines))
 
     def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:  # noqa: ARG002
         """See Store. Both files must be below the write roots."""
@@ -230,7 +234,7 @@ class FolderStore:
         with _folder_errors(f"{target} can't be written"):
             folder = self._check(target.parent)  # with links resolved, before creating anything
             folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / target.name) as part, part.open("xb") as file:
+            with replacing(folder / target.name) as part, part.open("wb") as file:
                 fill(file)
         return target.as_uri()
 
@@ -245,6 +249,18 @@ def _is_full(folder: Path) -> bool:
     """Whether no block is left where this folder is or will be created."""
     disk = os.statvfs(next(parent for parent in (folder, *folder.parents) if parent.exists()))
     return disk.f_blocks > 0 and (disk.f_bfree if os.geteuid() == 0 else disk.f_bavail) == 0
+
+
+def _parts(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in parts of `PART` bytes or slightly more; the last may be smaller."""
+    part = bytearray()
+    for line in lines:
+        part += line
+        if len(part) >= PART:
+            yield bytes(part)
+            part.clear()
+    if part:
+        yield bytes(part)
 
 
 def _copy_checked(source: BinaryIO, target: IO[bytes], md5: str, name: str) -> None:

@@ -1,4 +1,4 @@
--- ARGV child, lease in ms, its lanes as JSON, then job, share number or 'manifest', ...: extend leases. Returns the job whose
+-- ARGV child, lease in ms, its lanes as JSON, then job, share number or 'manifest NUMBER', ...: extend leases. Returns the job whose
 -- turn it is, or '', its lane, and for each lease 'ok'; 'yield': give back what is not fetched yet, for the sake of that job;
 -- 'stop': begin nothing more of this job; or 'lost'.
 local child, ends, lanes = ARGV[1], now_ms() + ARGV[2], cjson.decode(ARGV[3])
@@ -21,9 +21,10 @@ local answer = {urgent and urgent.job or '', urgent and urgent.lane or ''}
 for place = 4, #ARGV, 2 do
   local job, number = ARGV[place], ARGV[place + 1]
   local verdict = 'lost'
-  if number == 'manifest' then
+  local lease = string.match(number, '^manifest (%d+)$')
+  if lease then
     local lane = redis.call('HGET', key(job), 'lane')
-    if lane and redis.call('ZSCORE', manifests(lane), job) then
+    if lane and redis.call('HGET', key(job), 'manifest_leases') == lease and redis.call('ZSCORE', manifests(lane), job) then
       redis.call('ZADD', manifests(lane), ends, job)
       verdict = 'ok'
     end

@@ -2,9 +2,9 @@
 --   child, lease: who asks, and the lease in ms;   empty: whether the child has nothing at hand;
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
 --   held: by job, images it already has at hand;   avoid: jobs that it can't work on at the moment.
--- Returns {'none'}; {'drain'}: come back when nothing is at hand, for suspects; {'manifest', job, tries, run};
--- or {'share', job, number, processes that died with these images, rank of its priority, 1 if its owner had nothing running,
--- its ranges, those of them that are recorded already, then packs as number, items}.
+-- Returns {'none'}; {'drain'}: come back when nothing is at hand, for suspects; {'manifest', job, number of its lease, run, ms
+-- since it was first handed out}; or {'share', job, number, processes that died with these images, rank of its priority, 1 if
+-- its owner had nothing running, its ranges, those of them that are recorded already, then packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
 ring(now_ms())
 local now, drain, least = now_ms(), false, 0
@@ -16,7 +16,9 @@ for _, lane in ipairs(ask.lanes) do
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', manifests(lane), '-inf', now, 'LIMIT', 0, 10)) do
     if redis.call('EXISTS', key(job)) == 1 then
       redis.call('ZADD', manifests(lane), now + ask.lease, job)
-      return {'manifest', job, redis.call('HINCRBY', key(job), 'manifest_tries', 1), redis.call('HGET', key(job), 'order')}
+      redis.call('HSETNX', key(job), 'manifest_since', now)
+      local since = figure(redis.call('HGET', key(job), 'manifest_since'), now)
+      return {'manifest', job, redis.call('HINCRBY', key(job), 'manifest_leases', 1), redis.call('HGET', key(job), 'order'), now - since}
     end
     redis.call('ZREM', manifests(lane), job)
   end

@@ -24,11 +24,11 @@ local answer = {lost}
 for _, lane in ipairs(redis.call('SMEMBERS', LANES)) do
   redis.call('ZREMRANGEBYSCORE', 'imagemill:nodes:' .. lane, '-inf', now - ARGV[1] * 1000)
   local children = count_children(lane)
-  local work = redis.call('EXISTS', manifests(lane)) == 1
+  local work = redis.call('ZCOUNT', manifests(lane), '-inf', now_ms()) > 0
   for _, priority in ipairs(PRIORITIES) do work = work or redis.call('EXISTS', turns(lane, priority)) == 1 end
-  if not work then
+  if not work and redis.call('EXISTS', manifests(lane)) == 0 then
     redis.call('SREM', LANES, lane)
-  elseif redis.call('LLEN', 'imagemill.' .. lane) == 0 then
+  elseif work and redis.call('LLEN', 'imagemill.' .. lane) == 0 then
     answer[#answer + 1] = lane
     answer[#answer + 1] = children
   end

@@ -24,6 +24,21 @@ def test_submit_prints_only_the_job_on_stdout_and_warns_without_workers(imagemil
     assert "no worker offers stylize.opencv; start one with `imagemill worker --cpu`" in result.stderr
 
 
+def test_same_name_with_another_list_is_refused_in_one_line(imagemill: Invoke, ledger: Ledger) -> None:
+    assert submitted(imagemill, GOOD, "--name", "spring") == "spring"
+    result = imagemill(*STYLIZE, "--name", "spring", stdin=MIXED)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "error (name_taken): there is a job spring with another list; submit this one under another name\n"
+    assert ledger.status("spring").total == 3
+
+
+def test_submit_with_a_name_again_follows_the_job(imagemill: Invoke) -> None:
+    submitted(imagemill, GOOD, "--name", "spring", "--until", "1d")
+    result = imagemill(*STYLIZE, "--name", "spring", "--until", "1d", "--wait", "--json", stdin=GOOD, client=Worked)
+    assert "job spring: 3 images queued already" in result.stderr
+    assert json.loads(result.stdout)["done"] == 3
+
+
 def test_submit_names_the_model_to_pull_when_no_worker_has_it(imagemill: Invoke) -> None:
     flags = ("--operation", "remove-background", "--engine", "rembg", "--set", "model=silueta", "--output", "s3://results/x")
     stderr = imagemill("submit", "-", *flags, stdin=GOOD).stderr
@@ -100,6 +115,8 @@ def test_invalid_rows_are_listed_and_nothing_is_queued(imagemill: Invoke, ledger
         (["--key", "{name}"], "output: key: "),
         (["--output", "ftp://host/x"], "output: url: "),
         (["--owner", "two words"], "policy: owner: "),
+        (["--name", "two words"], "a name has 1 to 64 letters, digits and ._- and starts with a letter or digit"),
+        (["--name", "../up"], "unlike '../up'"),
         (["--until", "tomorrow"], "--until takes a time such as "),
         (["--until", "2020-01-01T08:00"], "the deadline (until) must lie ahead, but 2020-01-01 08:00 has passed"),
         (["--until", "1h", "--not-before", "2h"], "must lie after the begin (not before)"),

@@ -58,8 +58,33 @@ def test_manifest_of_a_silent_child_is_due_again(
     job = make_job(producer, 1)
     work(worker, take(worker))
     with closing(WorkLedger(redis_server.url, lease_seconds=0.05)) as brief:
-        assert ask(brief) == ManifestDue(job, 1)
+        first = ask(brief)
+    assert first == ManifestDue(job, 1)
     wait_until(lambda: ask(worker, OTHER) == ManifestDue(job, 2), "the lease has expired", 20)
+    leases = [first, ManifestDue(job, 2)]
+    assert worker.renew(CHILD, [LANE], leases).verdicts == ["lost", "ok"]
+
+
+def test_manifest_that_is_due_again_says_for_how_long_it_was_tried(
+    producer: SubmitLedger, worker: WorkLedger, raw: Any
+) -> None:
+    job = make_job(producer, 1)
+    work(worker, take(worker), bad={0})
+    first = ask(worker)
+    assert isinstance(first, ManifestDue)
+    assert first.seconds == 0
+    raw.hincrby(f"imagemill:job:{job}", "manifest_since", -5_000_000)
+    raw.zadd(f"imagemill:manifests:{LANE}", {job: 1})
+    again = ask(worker)
+    assert isinstance(again, ManifestDue)
+    assert again.seconds >= 5000
+    assert worker.end_job(job, None, again.run)
+    assert producer.retry(job) == 1
+    work(worker, take(worker))
+    retried = ask(worker)
+    assert isinstance(retried, ManifestDue)
+    assert retried.seconds == 0
+    assert worker.renew(CHILD, [LANE], [first, again, retried]).verdicts == ["lost", "lost", "ok"]
 
 
 def test_job_can_end_without_a_manifest(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:

@@ -356,7 +356,7 @@ class Ledgers(RuleBasedStateMachine):
         for job, share in silent:
             job.bury(share)
         for job in self.jobs:
-            assert job.lane in lanes or not (job.manifest or (job.waits and (job.free or job.suspects)))
+            assert job.lane in lanes or not (job.manifest == "due" or (job.waits and (job.free or job.suspects)))
 
     def wake_up_late(self, place: int, count: int, failing: bool) -> None:
         """A child that was thought to be dead goes on."""

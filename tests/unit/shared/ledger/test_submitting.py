@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import pytest
 
-from imagemill.shared.errors import JobNotFound
+from imagemill.shared.errors import JobNotFound, NameTaken
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.ledger.scripts import pack, unpack
 from imagemill.shared.ledger.submitting import SUBMITTING_SECONDS, SubmitLedger
@@ -43,12 +44,23 @@ def test_seal_fails_when_the_unsealed_job_has_expired(producer: SubmitLedger, ra
     assert raw.keys("*job-slow*") == []
 
 
-def test_seal_fails_the_second_time(producer: SubmitLedger, worker: WorkLedger) -> None:
+def test_job_is_sealed_once(producer: SubmitLedger, worker: WorkLedger) -> None:
     job = make_job(producer, 2)
     take(worker)
-    with pytest.raises(JobNotFound, match="submit it again"):
-        producer.seal(job, size=2, total=2, duplicates={})
+    assert not producer.seal(job, size=2, total=2, duplicates={})
+    with pytest.raises(NameTaken):
+        producer.seal(job, size=3, total=3, duplicates={})
     assert ask(worker) == "none"
+
+
+def test_packs_that_were_compressed_differently_are_the_same(producer: SubmitLedger, raw: Any) -> None:
+    items = [item(number) for number in range(32)]
+    producer.open_job("job-again", spec())
+    producer.add_packs("job-again", [(0, items)])
+    raw.hset("imagemill:job:job-again:packs", "0", zlib.compress(zlib.decompress(pack(items)), 1))
+    producer.add_packs("job-again", [(0, items), (1, [item(32)])])
+    producer.seal("job-again", size=33, total=33, duplicates={})
+    assert [row.index for row in producer.rows("job-again")] == list(range(33))
 
 
 def test_unpack_restores_packed_items() -> None:

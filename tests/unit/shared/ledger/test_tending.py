@@ -12,7 +12,7 @@ from imagemill.shared.fleet import NODE_SECONDS, Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import Node
-from tests.unit.shared.ledger.jobs import CHILD, LANE, OTHER, OTHER_LANE, counts, die, indexes, make_job, run, take, work
+from tests.unit.shared.ledger.jobs import CHILD, LANE, OTHER, OTHER_LANE, ask, counts, die, indexes, make_job, run, take, work
 
 pytestmark = pytest.mark.integration
 
@@ -38,6 +38,10 @@ def test_lanes_with_work_and_an_empty_queue_need_a_wake_up(producer: SubmitLedge
     assert worker.tend() == (0, {OTHER_LANE: 0})  # all of it is running
     work(worker, share)
     assert LANE in worker.tend()[1]  # for the manifest
+    due = ask(worker)
+    assert worker.tend() == (0, {OTHER_LANE: 0})  # it is being written
+    raw.zadd(f"imagemill:manifests:{LANE}", {due.job: 1})
+    assert LANE in worker.tend()[1]  # its lease has expired
     run(worker, lanes=[LANE, OTHER_LANE])
     assert worker.tend() == (0, {})
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from imagemill.shared.errors import ConfigurationError, DeviceLost
+from imagemill.shared.errors import ConfigurationError, DeviceLost, StorageUnavailable
+from imagemill.shared.ledger.leasing import ManifestDue
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.node import child as module
@@ -116,7 +117,7 @@ def test_process_that_is_told_to_exit_at_once_makes_no_image_a_suspect(site: Sit
 def test_job_ends_whatever_goes_wrong_with_its_manifest(
     bug: Exception, site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: Any) -> str:
+    def fail(*_: Any, **__: Any) -> str:
         raise bug
 
     monkeypatch.setattr(module, "write_manifest", fail)
@@ -125,6 +126,41 @@ def test_job_ends_whatever_goes_wrong_with_its_manifest(
         site.work(child)
     status = child.ledger.status(job)
     assert (status.state, status.manifest) == ("done", None)
+
+
+@pytest.mark.parametrize(("seconds", "state"), [(3000, "finishing"), (4000, "done")])
+def test_manifest_is_tried_for_an_hour_while_the_store_is_down(
+    seconds: int, state: str, site: Site, monkeypatch: pytest.MonkeyPatch, raw: Any
+) -> None:
+    def down(*_: Any, **__: Any) -> str:
+        raise StorageUnavailable("the store is down")
+
+    write = module.write_manifest
+    monkeypatch.setattr(module, "write_manifest", down)
+    job, child = site.submit("/0.png"), site.child()
+    site.work(child)
+    assert child.ledger.status(job).state == "finishing"
+    raw.hincrby(f"imagemill:job:{job}", "manifest_since", -1000 * seconds)
+    raw.zadd(f"imagemill:manifests:{LANE}", {job: 1})  # its lease has expired
+    site.work(child)
+    assert child.ledger.status(job).state == state
+    monkeypatch.setattr(module, "write_manifest", write)
+    raw.zadd(f"imagemill:manifests:{LANE}", {job: 1}, xx=True)
+    site.work(child)
+    status = child.ledger.status(job)
+    assert (status.state, status.manifest is None) == ("done", state == "done")
+
+
+def test_manifest_whose_lease_is_lost_is_neither_stored_nor_the_end(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    job, child = site.submit("/0.png"), site.child()
+    due = ManifestDue(job, 1)
+    due.stop.set()
+    with caplog.at_level(logging.INFO):
+        child.write_manifest(due)
+    assert "manifest left to others" in caplog.text
+    assert "job over" not in caplog.text
+    assert list(site.folder.rglob("*.jsonl")) == []
+    assert child.ledger.status(job).state == "queued"
 
 
 @pytest.mark.parametrize(

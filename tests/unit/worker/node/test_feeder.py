@@ -94,9 +94,25 @@ def test_more_downloads_are_started_while_they_are_too_slow_and_the_surplus_is_g
         feeding.check_done(job, 100)
 
 
+def test_writer_of_a_manifest_is_stopped_when_another_child_has_its_lease(feeding: Feeding) -> None:
+    stopped = []
+
+    def lose(due: ManifestDue) -> None:
+        feeding.raw.hincrby(f"imagemill:job:{due.job}", "manifest_leases", 1)
+        stopped.append(due.stop.wait(30))
+        raise StorageUnavailable("stopped")
+
+    feeding.before_manifest = lose
+    feeding.submit(1)
+    feeding.operation.let(1)
+    with feeding.shift():
+        wait_until(lambda: stopped, "the writer returned")
+    assert stopped == [True]
+
+
 def test_manifest_that_could_not_be_written_is_handed_out_again(feeding: Feeding) -> None:
     def fail_once(due: ManifestDue) -> None:
-        if due.tries == 1:
+        if due.number == 1:
             raise StorageUnavailable("try later")
 
     feeding.before_manifest = fail_once

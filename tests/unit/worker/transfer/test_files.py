@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -8,6 +11,7 @@ import pytest
 
 from imagemill.shared.errors import AccessDenied, ForbiddenAddress, NotFound, TooLarge
 from imagemill.worker.transfer.files import is_below, publish, read_file, replacing
+from tests.workers import clean_environment
 
 
 @pytest.fixture
@@ -159,10 +163,70 @@ def test_failed_block_leaves_target_and_no_other_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_block_that_writes_nothing_fails(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):
-        pass
-    assert list(tmp_path.iterdir()) == []
+# Writes the first half, names what the folder holds then, and waits to be killed.
+HALF = """
+import sys, time
+from pathlib import Path
+from imagemill.worker.transfer import files
+if sys.argv[2] == "named":
+    files._open_nameless = lambda _: None
+with files.replacing(Path(sys.argv[1]) / "a") as part, part.open("wb") as file:
+    file.write(b"half")
+    file.flush()
+    print("written", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kind", ["nameless", "named"])
+def test_killed_writer_leaves_at_most_one_file_which_the_next_removes(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"old")
+    for _ in range(2):
+        command = [sys.executable, "-c", HALF, str(tmp_path), kind]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=clean_environment()) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"written\n"
+            process.kill()
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == (1 if kind == "nameless" else 2)
+    if kind == "named":
+        monkeypatch.setattr("imagemill.worker.transfer.files._open_nameless", lambda _: None)
+    with replacing(tmp_path / "a") as part:
+        part.write_bytes(b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+
+
+def test_name_left_between_two_steps_is_used_by_the_next_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed when its complete file has the hidden name, and not yet the target's."""
+    (tmp_path / "a").write_bytes(b"old")
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", lambda *_: None)
+        killed.setattr(Path, "unlink", lambda *_: None)
+        with replacing(tmp_path / "a") as part:
+            part.write_bytes(b"left")
+    assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == [b"left", b"old"]
+    with replacing(tmp_path / "a") as part:
+        part.write_bytes(b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+
+
+def test_writer_whose_file_another_writer_has_removed_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imagemill.worker.transfer.files._open_nameless", lambda _: None)
+    target = tmp_path / "a"
+
+    def write(content: bytes, meanwhile: Callable[[Path], object]) -> None:
+        with replacing(target) as part:
+            part.write_bytes(content)
+            meanwhile(part)
+
+    with pytest.raises(FileNotFoundError):
+        write(b"slow", lambda _: write(b"quick", lambda _: None))
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"quick"]
+    with pytest.raises(OSError, match="another process"):
+        write(b"slow", lambda part: (part.unlink(), part.write_bytes(b"half")))
+    assert target.read_bytes() == b"quick"
 
 
 def test_publish_syncs_file_before_rename_and_folder_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

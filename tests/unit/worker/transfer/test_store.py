@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 from botocore.exceptions import EndpointConnectionError
@@ -133,11 +133,10 @@ def test_put_writes_file_and_returns_its_url(root: Path) -> None:
     assert files(root) == {"a b/x/ü ?#.png": b"again"}
 
 
-def test_put_file_stores_content(store: FolderStore, root: Path, tmp_path: Path) -> None:
-    source = tmp_path / "manifest"
-    source.write_bytes(os.urandom(3 << 20))
-    assert store.put_file("j/manifest.jsonl", source, "application/x-ndjson") == (root / "j/manifest.jsonl").as_uri()
-    assert files(root) == {"j/manifest.jsonl": source.read_bytes()}
+def test_put_stream_stores_content(store: FolderStore, root: Path) -> None:
+    lines = [os.urandom(100) for _ in range(10_000)]
+    assert store.put_stream("j/manifest.jsonl", iter(lines), "application/x-ndjson") == (root / "j/manifest.jsonl").as_uri()
+    assert files(root) == {"j/manifest.jsonl": b"".join(lines)}
 
 
 def test_folder_whose_name_is_not_text_takes_results_and_errors_are_text(root: Path) -> None:
@@ -184,11 +183,14 @@ def test_concurrent_puts_are_atomic_and_synced(store: FolderStore, root: Path, m
     assert files(root)["a.png"] in contents
 
 
+@pytest.mark.parametrize("nameless", [True, False])
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_failed_put_keeps_old_file_and_leaves_nothing_behind(
-    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, where: str, nameless: bool
 ) -> None:
     store.put("a.png", b"before", "image/png")
+    if not nameless:
+        monkeypatch.setattr("imagemill.worker.transfer.files._open_nameless", lambda _: None)
 
     def full(*_: object) -> NoReturn:
         raise OSError(28, "No space left on device")
@@ -199,14 +201,13 @@ def test_failed_put_keeps_old_file_and_leaves_nothing_behind(
     assert files(root) == {"a.png": b"before"}
 
 
-def test_interrupted_put_leaves_nothing_behind(store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_source: IO[bytes], file: IO[bytes], _size: int) -> NoReturn:
-        file.write(b"half")
+def test_interrupted_put_leaves_nothing_behind(store: FolderStore, root: Path) -> None:
+    def interrupted() -> Iterator[bytes]:
+        yield b"half"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("imagemill.worker.transfer.store.shutil.copyfileobj", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        store.put_file("a.png", Path(__file__), "image/png")
+        store.put_stream("a.png", interrupted(), "image/png")
     assert files(root) == {}
 
 
