@@ -304,8 +304,8 @@ class Feeder:
         return {lane: images for lane, images in room.items() if images > 0 and 2 * images >= most[lane]}
 
     def _look_ahead_less(self) -> None:
-        """Once the device has enough to do, take less, and give back what was too much for a slow one."""
-        if self.line.starving_since is None:
+        """Once the device has enough to do, take less, and give back what was too much for a slow one, but divide no group."""
+        if self.line.starving_since is None and not self._alone():
             self._stretch = max(1, self._stretch // 2)
             most = max((self._most(held.lane) for held in self._held), default=0)
             too_many = self._ahead()[2 * most :]

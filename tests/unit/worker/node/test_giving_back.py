@@ -168,10 +168,10 @@ def test_closing_gives_back_what_takes_too_long_to_store(feeding: Feeding, monke
     wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
     feeding.line.run(time.monotonic(), feeding.feeder.busy)
     feeding.feeder.close()
-    assert feeding.leased() == 0
-    assert feeding.ledger.status(job).waiting == 20
-    assert feeding.raw.exists(f"imagemill:job:{job}:suspects") == 0
+    leased, waiting_again = feeding.leased(), feeding.ledger.status(job).waiting
     go_on.set()
+    assert (leased, waiting_again) == (0, 20)
+    assert feeding.raw.exists(f"imagemill:job:{job}:suspects") == 0
 
 
 def test_only_what_was_on_a_lost_device_becomes_suspect_and_at_once(feeding: Feeding) -> None:
