@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 REPORT_SECONDS = 5.0
+PIDS = 8
+"""Processes of one child that may die between two looks."""
 MOST_WAKE_UPS = 64
 """Messages for one lane at a time."""
 
@@ -40,14 +42,17 @@ class Children:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._pids = RawArray("i", count)
-        self._known = [0] * count
+        # Of each child, the processes that have loaded their engines: how many, and the latest of them in turn. Only the process
+        # of the child writes here, and without a lock, which it might take to its grave.
+        self._loads, self._pids = RawArray("i", count), RawArray("i", count * PIDS)
+        self._buried = [0] * count
         self._failures, self._status = Value("i", 0), Value("i", 1)
         self._stopping = Value("b", 0)
 
     def loaded(self, index: int) -> None:
         """Called by child `index` after loading its engines."""
-        self._pids[index] = os.getpid()
+        self._pids[index * PIDS + self._loads[index] % PIDS] = os.getpid()
+        self._loads[index] += 1
         with self._failures.get_lock():
             self._failures.value = 0
 
@@ -67,13 +72,21 @@ class Children:
 
     def ready(self) -> int:
         """The number of running children that have loaded their engines."""
-        return sum(map(_alive, self._pids))
+        return sum(_alive(self._pid(index, loads - 1)) for index, loads in enumerate(self._loads) if loads)
 
     def died(self) -> list[tuple[int, int]]:
         """Index and process ID of each child that has died since the last call."""
-        dead = [(index, pid) for index, pid in enumerate(self._known) if pid and (pid != self._pids[index] or not _alive(pid))]
-        self._known = [pid if _alive(pid) else 0 for pid in self._pids]
+        dead = []
+        for index, loads in enumerate(self._loads):
+            for load in range(max(self._buried[index], loads - PIDS), loads):
+                pid = self._pid(index, load)
+                if load < loads - 1 or not _alive(pid):
+                    dead.append((index, pid))
+                    self._buried[index] = load + 1
         return dead
+
+    def _pid(self, index: int, load: int) -> int:
+        return int(self._pids[index * PIDS + load % PIDS])
 
     def stop(self) -> None:
         """Called by the parent: children finish their current images and give back the rest."""

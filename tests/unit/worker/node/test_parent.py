@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from celery.exceptions import WorkerShutdown
@@ -66,7 +67,8 @@ class Process:
 def loaded(children: Children, *processes: Process) -> None:
     """These are the children, and have loaded their engines."""
     for index, process in enumerate(processes):
-        children._pids[index] = process.pid
+        with patch("os.getpid", return_value=process.pid):
+            children.loaded(index)
 
 
 @pytest.mark.usefixtures("raw")
@@ -111,8 +113,8 @@ def test_images_of_a_child_that_died_are_handed_out_again_at_once(ledger: Ledger
     processes[0].kill()
 
 
-def test_child_that_replaced_a_dead_one_is_told_from_it() -> None:
-    children, first, second = Children(1), Process(), Process()
+def test_every_process_that_died_is_noticed_once() -> None:
+    children, first, second, third = Children(1), Process(), Process(), Process()
     loaded(children, first)
     assert children.died() == []
     first.kill()
@@ -120,7 +122,10 @@ def test_child_that_replaced_a_dead_one_is_told_from_it() -> None:
     assert children.died() == [(0, first.pid)]
     assert children.died() == []
     second.kill()
-    assert children.died() == [(0, second.pid)]
+    loaded(children, third)
+    third.kill()
+    assert children.died() == [(0, second.pid), (0, third.pid)]
+    assert children.died() == []
 
 
 def test_lanes_with_work_are_woken_up_one_message_per_child(ledger: Ledger, fleet: Fleet, raw: Any) -> None:
