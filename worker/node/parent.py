@@ -42,8 +42,8 @@ class Children:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        # Of each child, the processes that have loaded their engines: how many, and the latest of them in turn. Only the process
-        # of the child writes here, and without a lock, which it might take to its grave.
+        # Of each child, the processes that have loaded their engines: how many, and the latest of them in turn. Only the child
+        # writes here, and without a lock, which it might take to its grave.
         self._loads, self._pids = RawArray("i", count), RawArray("i", count * PIDS)
         self._buried = [0] * count
         self._failures, self._status = Value("i", 0), Value("i", 1)
