@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 
 from bench.fault_run import FaultRun, Row
-from tests.workers import WorkerProcess
 
 SECONDS = "0.02"
 """How long the engine takes per image."""

@@ -50,7 +50,7 @@ class Invert(Operation[Any, Any, Any, Any]):
 
     def run(self, samples: Sequence[AnySample]) -> list[Any]:
         if runs := os.environ.get("IMAGEMILL_TEST_RUNS"):
-            with open(runs, "a") as file:  # lines as short as these are appended in one piece, also by several processes
+            with Path(runs).open("a") as file:  # lines as short as these are appended in one piece, also by several processes
                 file.write("".join(f"{digest(sample.data)} {time.time_ns()}\n" for sample in samples))
         time.sleep(len(samples) * float(os.environ.get("IMAGEMILL_TEST_SECONDS", 0)))
         return [255 - sample.data for sample in samples]
