@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FEW = 5
 """Examples of what is wrong."""
+SETTLE_SECONDS = 15.0
 WINDOW = 2.0
 """Seconds over which a rate is measured."""
 
@@ -51,7 +53,7 @@ def check(run: FaultRun, jobs: Sequence[str], failed: int, again: int | None) ->
         wrong.append(f"{late} images were computed again after their result was recorded")
     if again is not None and second > again:
         wrong.append(f"{second} computations were begun again instead of at most {again}")
-    wrong += _wrong_keys(run)
+    wrong += _lasting_keys(run)
     assert not wrong, "; ".join(wrong)
     done = len(in_all) - len(lost)
     return f"{done} of {len(in_all)} images done, {len(lost)} failed, {second} begun again"
@@ -152,17 +154,23 @@ def _recorded(run: FaultRun, job: str) -> dict[int, float]:
     return {int(fields["i"]): int(place.split("-")[0]) / 1000 for place, fields in events if "i" in fields}
 
 
-def _wrong_keys(run: FaultRun) -> Iterator[str]:
+def _lasting_keys(run: FaultRun) -> Iterator[str]:
     """Nothing in Redis lasts for ever but what is known to, and nothing is at work any more."""
-    queues = {f"imagemill.node.{node.node}" for node in run.client.nodes()}
-    names = list(run.raw.scan_iter(count=1000))
+    end = time.monotonic() + SETTLE_SECONDS  # until nodes have read the last wake-ups
+    while unknown := _unknown_keys(run):
+        if time.monotonic() > end:
+            yield f"{len(unknown)} keys without expiry: {unknown[:FEW]}"
+            return
+        time.sleep(0.2)
+
+
+def _unknown_keys(run: FaultRun) -> list[str]:
+    names = sorted(run.raw.scan_iter(count=1000))
     with run.raw.pipeline(transaction=False) as pipe:
         for name in names:
             pipe.ttl(name)
         lasting = [name for name, ttl in zip(names, pipe.execute(), strict=True) if ttl == -1]
-    unknown = [name for name in lasting if not (LASTING.fullmatch(name) or KOMBU.fullmatch(name) or name in queues)]
-    if unknown:
-        yield f"{len(unknown)} keys without expiry: {sorted(unknown)[:FEW]}"
+    return [name for name in lasting if not (LASTING.fullmatch(name) or KOMBU.fullmatch(name))]
 
 
 def seconds_to_normal(recorded: Sequence[float], begun: float, ended: float) -> float:

@@ -79,10 +79,7 @@ class FaultRun:
             self.redis = self._exit.enter_context(EmbeddedRedis(self.folder / "redis"))
             self.images = self._exit.enter_context(ImageServer())
             self.images.fallback = send_photo
-            self.client: Client = self._exit.enter_context(client_for(self.redis.url))
-            # Without retries, so that a row sees at once whether Redis is there.
-            plain = redis.Redis.from_url(self.redis.url, decode_responses=True, socket_timeout=5, retry=Retry(NoBackoff(), 0))
-            self.raw: Any = self._exit.enter_context(plain)
+            self.use(self.redis.port)
             self.out = self._open_store()
             self._exit.callback(self._end_nodes)
         except BaseException:
@@ -104,6 +101,15 @@ class FaultRun:
         self._exit.enter_context(changed_environment(self.s3.environment))
         ensure_bucket(self.s3_client(), BUCKET, True, "us-east-1")
         return f"s3://{BUCKET}/out"
+
+    def use(self, port: int) -> None:
+        """Submit and check through this port from now on."""
+        self.client: Client = self._exit.enter_context(client_for(f"redis://127.0.0.1:{port}/0"))
+        self.raw: Any = self._exit.enter_context(self.client_of(port))
+
+    def client_of(self, port: int) -> redis.Redis:
+        """A plain client of the Redis at a port, without retries: a row should see at once whether Redis is there."""
+        return redis.Redis(port=port, decode_responses=True, socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
     def s3_client(self) -> Any:
         """A client of the run's S3 server."""

@@ -8,11 +8,15 @@ import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from imagemill.shared.errors import AccessDenied, ForbiddenAddress, ImageError, NotFound, TooLarge, Unreachable, sentence
 from imagemill.shared.urls import path_of, shown
+
+NO_NAMELESS_FILES = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
+"""Errors of a file system that can't create a file without a name."""
 
 
 def is_below(path: Path, roots: Iterable[Path]) -> bool:
@@ -83,6 +87,48 @@ def replacing(target: Path) -> Iterator[Path]:
         publish(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[BinaryIO]:
+    """Yield a new file to write to; on success it becomes `target`, otherwise `target` keeps its old content. Raises OSError.
+
+    The file has no name until it is complete, so nothing is left over if this process is killed meanwhile. File systems that
+    can't do that, such as NFS, get a file named as in `replacing`.
+    """
+    try:
+        descriptor = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except OSError as error:
+        if error.errno not in NO_NAMELESS_FILES:
+            raise
+        with replacing(target) as part, part.open("xb") as file:
+            yield file
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(descriptor)
+        _name(descriptor, target)
+
+
+def _name(descriptor: int, target: Path) -> None:
+    """Give a file without a name its name, in one step, or if it replaces another, in two."""
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)  # `link` follows the link in /proc only with a folder's
+    link = partial(os.link, f"/proc/self/fd/{descriptor}", dst_dir_fd=folder, follow_symlinks=True)
+    try:
+        link(target.name)
+    except FileExistsError:
+        part = target.with_name(f".{secrets.token_hex(8)}.part")
+        try:
+            link(part.name)
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    finally:
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def publish(part: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from imagemill.shared.messages import KEY_FIELD, Item
 from imagemill.shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_bucket, split, storing
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.shared.urls import check_output_url, path_of, safe_name
-from imagemill.worker.transfer.files import is_below, open_at_once, replacing
+from imagemill.worker.transfer.files import is_below, open_at_once, writing
 
 # Errors that an operator has to fix by changing the folder or its permissions; others, such as a full disk, may pass.
 REFUSALS = {
@@ -221,7 +221,7 @@ class FolderStore:
         with _folder_errors(f"{target} can't be written"):
             folder = self._check(target.parent)  # with links resolved, before creating anything
             folder.mkdir(parents=True, exist_ok=True)
-            with replacing(folder / target.name) as part, part.open("xb") as file:
+            with writing(folder / target.name) as file:
                 fill(file)
         return target.as_uri()
 

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import pytest
 
 from imagemill.shared.errors import AccessDenied, ForbiddenAddress, NotFound, TooLarge
-from imagemill.worker.transfer.files import is_below, publish, read_file, replacing
+from imagemill.worker.transfer.files import is_below, publish, read_file, replacing, writing
+from tests.workers import clean_environment
 
 
 @pytest.fixture
@@ -179,3 +184,59 @@ def test_publish_syncs_file_before_rename_and_folder_after(tmp_path: Path, monke
     publish(part, target)
     assert synced == [(False, False), (True, True)]
     assert (target.read_bytes(), part.exists()) == (b"new", False)
+
+
+# --- writing ---
+
+
+@pytest.fixture(params=["nameless", "named"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that can create files without a name, and on one that can't."""
+    real = os.open
+
+    def without(path: Path, flags: int, *more: int, **named: int) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(path, flags, *more, **named)
+
+    if request.param == "named":
+        monkeypatch.setattr(os, "open", without)
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("old", [b"old", None])
+def test_written_file_appears_when_it_is_complete(tmp_path: Path, old: bytes | None) -> None:
+    target = tmp_path / "a"
+    if old is not None:
+        target.write_bytes(old)
+    with writing(target) as file:
+        file.write(b"new")
+        file.flush()
+        assert (target.read_bytes() if target.exists() else None) == old
+    assert target.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.usefixtures("_way")
+def test_failed_writing_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.write_bytes(b"old")
+
+    def fail(file: BinaryIO) -> NoReturn:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), writing(target) as file:
+        fail(file)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_killed_process_leaves_no_file_behind(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, sys; from imagemill.worker.transfer.files import writing\n"
+        "with writing(pathlib.Path(sys.argv[1])) as file: file.write(b'half'); file.flush(); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    assert subprocess.run(command, env=clean_environment(), check=False).returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
