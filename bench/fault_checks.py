@@ -132,17 +132,27 @@ def _split(url: str) -> tuple[str, str]:
     return bucket, name
 
 
-def _computed(run: FaultRun, jobs: Sequence[str], rows: dict[str, list[Row]]) -> tuple[int, int]:
-    """How many computations were begun again, and how many images after their result had been recorded."""
-    begun: dict[str, list[float]] = {}
+def begun(run: FaultRun) -> dict[str, list[float]]:
+    """When engines have begun with each image, by its digest."""
+    moments: dict[str, list[float]] = {}
     for line in run.runs.read_text().splitlines() if run.runs.exists() else ():
         image, nanoseconds = line.split()
-        begun.setdefault(image, []).append(int(nanoseconds) / 1e9)
-    second = late = 0
+        moments.setdefault(image, []).append(int(nanoseconds) / 1e9)
+    return moments
+
+
+def digest_of(file: bytes) -> str:
+    """The digest of an image file's pixels, as engines note it."""
+    return digest(pixels(file))
+
+
+def _computed(run: FaultRun, jobs: Sequence[str], rows: dict[str, list[Row]]) -> tuple[int, int]:
+    """How many computations were begun again, and how many images after their result had been recorded."""
+    second, late, moments = 0, 0, begun(run)
     for job in jobs:
         recorded = _recorded(run, job)
         for row in rows[job]:
-            times = begun.get(digest(pixels(run.picture(row.source))), [])
+            times = moments.get(digest_of(run.picture(row.source)), [])
             second += max(0, len(times) - 1)
             late += any(moment > recorded[row.index] + 0.001 for moment in times[1:])  # the ledger counts in milliseconds
     return second, late

@@ -1,10 +1,13 @@
-"""Faults of processes: nodes and their children that are killed or stopped."""
+"""Faults of processes: nodes and their children that are killed, stopped or hang."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import time
+
+from PIL import Image
 
 from bench.fault_run import QUEUE, FaultRun, Row
 from tests.workers import WorkerProcess, wait_until
@@ -101,8 +104,57 @@ def blocked(run: FaultRun) -> list[int]:
     return [int(client["idle"]) for client in run.raw.client_list() if client["cmd"] == "brpop" and "b" in client["flags"]]
 
 
+# --- images that are bad for processes -----------------------------------------------------------------------------------
+
+
+def poison(run: FaultRun) -> str:
+    """A few images kill the process that computes them."""
+    return _bad_images(run, "Deadly", run.count(5, 1))
+
+
+def hang(run: FaultRun) -> str:
+    """An image hangs until the soft time limit."""
+    return _bad_images(run, "Hangs", 1, IMAGEMILL_WORKER__TIME_LIMIT="6", IMAGEMILL_WORKER__SHIFT_SECONDS="2")
+
+
+def hang_for_good(run: FaultRun) -> str:
+    """An image hangs in native code until the hard time limit, a minute later."""
+    return _bad_images(run, "HangsForGood", 1, IMAGEMILL_WORKER__TIME_LIMIT="6", IMAGEMILL_WORKER__SHIFT_SECONDS="2")
+
+
+def _bad_images(run: FaultRun, fake: str, bad: int, **settings: str) -> str:
+    images = run.count(300, 60)
+    node = run.node("node", fake=fake, concurrency=2, **WORKS, **settings)
+    urls = [run.images.url(f"/{number}.png") for number in range(images - bad)]
+    for number in range(bad):
+        white = run.images.url(f"/white{number}.png")
+        run.images.routes[f"/white{number}.png"] = run.pictures[white] = white_png(40 + number)
+        urls.insert(run.rng.randrange(len(urls)), white)
+    start = time.time()
+    job = run.submit_urls(urls)
+    run.wait(job, 500)
+    counts = run.check(job, failed=bad, again=None)
+    failed = [row for row in run.client.results(job) if row.state == "failed"]
+    assert {(row.code, row.attempts) for row in failed} == {("worker_lost", 3)}, failed
+    times = [run.begun(row.source) for row in failed]
+    assert max(times) <= 3, f"begun {times} times"
+    neighbours = run.recorded_at(job)[-bad - 1] - start
+    assert node.process.poll() is None, "the node has ended"
+    return f"{counts}; bad images begun {max(times)} times; the others done after {neighbours:.0f} s"
+
+
+def white_png(size: int) -> bytes:
+    """A white image, which the fake engines don't like."""
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), "white").save(file, "PNG")
+    return file.getvalue()
+
+
 ROWS = [
     Row("kill-main", "0 lost, 0 twice; done within 60 s beyond the remaining work", kill_main),
     Row("kill-children", "0 lost, 0 twice; the node goes on", kill_children),
     Row("swallow", "woken again within 45 s, every time", swallow),
+    Row("poison", "neighbours done; 3 attempts at most", poison),
+    Row("hang", "neighbours done; 3 attempts at most", hang),
+    Row("hang-for-good", "neighbours done; 3 attempts at most", hang_for_good),
 ]

@@ -208,6 +208,10 @@ class FaultRun:
         """Where engines note the images that they begin."""
         return self.folder / "runs"
 
+    def begun(self, url: str) -> int:
+        """How many times an engine has begun with an image."""
+        return len(fault_checks.begun(self).get(fault_checks.digest_of(self.picture(url)), []))
+
     def recorded_at(self, job: str) -> list[float]:
         """When each result was recorded, in seconds since the epoch."""
         events = self.raw.xrange(key(job, "events"))

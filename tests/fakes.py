@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,11 @@ class Deadly(Invert):
     """A white image kills the process, as a crash in native code would."""
 
     def run(self, samples: Sequence[AnySample]) -> list[Any]:
+        outputs = super().run(samples)
         for sample in samples:
             if sample.data.size > 3 and sample.data.min() == 255:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return super().run(samples)
+        return outputs
 
 
 class Poisons(Invert):
@@ -137,3 +139,24 @@ class Gated(Invert):
             while count >= 2 and not (folder / "open").exists():
                 time.sleep(0.01)
         return super().run(samples)
+
+
+class Hangs(Invert):
+    """A white image takes for ever; on the soft time limit it gives up."""
+
+    def run(self, samples: Sequence[AnySample]) -> list[Any]:
+        outputs = super().run(samples)
+        while any(sample.data.size > 3 and sample.data.min() == 255 for sample in samples):
+            self.wait()
+        return outputs
+
+    def wait(self) -> None:
+        time.sleep(1)
+
+
+class HangsForGood(Hangs):
+    """As native code may, it takes no notice of the soft time limit."""
+
+    def wait(self) -> None:
+        with suppress(BaseException):
+            super().wait()
