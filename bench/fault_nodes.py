@@ -20,8 +20,8 @@ WINDOW = 4.0
 def come_and_go(run: FaultRun) -> str:
     """Work waits for nodes: at first there is none, then one, four and two."""
     stay = run.count(20, 8)
-    job = run.submit(int(stay * 1.4 * 7 / SECONDS))
-    time.sleep(2 * stay / 4)
+    job = run.submit(int(stay * 7 / SECONDS) + 500)  # some are done while nodes start and stop
+    time.sleep(stay / 2)
     assert run.client.status(job).done == 0
     nodes = [run.node("node0", **WORKS)]
     run.wait_done(job, 1)
@@ -74,7 +74,8 @@ def rolling(run: FaultRun) -> str:
     least = min(rate_between(times, moment, moment + WINDOW) for moment in windows(begun, ended))
     counts = run.check(job)
     assert least >= normal / 2, f"{least:.1f} images/s instead of {normal:.1f}"
-    return f"{counts}; {count} nodes replaced, each gone after at most {max(gone):.1f} s; rate at least {100 * least / normal:.0f} %"
+    slowest, share = max(gone), 100 * least / normal
+    return f"{counts}; {count} nodes replaced, each gone after at most {slowest:.1f} s; rate at least {share:.0f} %"
 
 
 def windows(begun: float, ended: float) -> list[float]:

@@ -19,12 +19,12 @@ WORKS = {"IMAGEMILL_TEST_SECONDS": str(SECONDS)}
 
 def kill_main(run: FaultRun) -> str:
     """The main process of the only node is killed again and again."""
-    images, kills = run.count(3000, 300), run.count(40, 4)
+    images, kills = run.count(3000, 120), run.count(40, 3)
     node = run.node("node", concurrency=2, **WORKS)
     job = run.submit(images)
     for kill in range(kills):
         run.wait_done(job, images * kill // kills)
-        time.sleep(run.rng.uniform(0, 0.5))
+        run.pause(0.5)
         node.kill()
         run.restart(node)
     ended, left = time.time(), images - run.client.status(job).done
@@ -35,7 +35,7 @@ def kill_main(run: FaultRun) -> str:
 
 def kill_children(run: FaultRun) -> str:
     """A child of the only node is killed every two seconds."""
-    kills = run.count(30, 5)
+    kills = run.count(30, 3)
     node = run.node("node", concurrency=2, **WORKS)
     job = run.submit(run.count(3000, 300))
     run.wait_done(job, 20)
@@ -57,7 +57,7 @@ def swallow(run: FaultRun) -> str:
     """A node dies with a wake-up in its socket, which nobody else will ever see."""
     other = run.node("other")
     run.wait(run.submit(1), 60)  # so that the producer has its connections
-    jobs, seconds, tries, rounds = [], [], 0, run.count(20, 3)
+    jobs, seconds, tries, rounds = [], [], 0, run.count(20, 1)
     for number in range(rounds):
         victim = run.node(f"victim{number}")
         pause(run, other)
@@ -114,12 +114,13 @@ def poison(run: FaultRun) -> str:
 
 def hang(run: FaultRun) -> str:
     """An image hangs until the soft time limit."""
-    return _bad_images(run, "Hangs", 1, IMAGEMILL_WORKER__TIME_LIMIT="6", IMAGEMILL_WORKER__SHIFT_SECONDS="2")
+    limit = str(run.count(6, 2))
+    return _bad_images(run, "Hangs", 1, IMAGEMILL_WORKER__TIME_LIMIT=limit, IMAGEMILL_WORKER__SHIFT_SECONDS="1")
 
 
 def hang_for_good(run: FaultRun) -> str:
     """An image hangs in native code until the hard time limit, a minute later."""
-    return _bad_images(run, "HangsForGood", 1, IMAGEMILL_WORKER__TIME_LIMIT="6", IMAGEMILL_WORKER__SHIFT_SECONDS="2")
+    return _bad_images(run, "HangsForGood", 1, IMAGEMILL_WORKER__TIME_LIMIT="6", IMAGEMILL_WORKER__SHIFT_SECONDS="1")
 
 
 def _bad_images(run: FaultRun, fake: str, bad: int, **settings: str) -> str:

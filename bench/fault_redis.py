@@ -20,13 +20,13 @@ MUST = "0 lost, 0 twice, nothing recomputed that was stored; consuming resumes"
 
 def kill(run: FaultRun) -> str:
     """Redis is killed and started again with its append-only file."""
-    kills = run.count(20, 3)
+    kills = run.count(20, 2)
 
     def disturb() -> None:
         for _ in range(kills):
-            time.sleep(run.rng.uniform(0.5, 4))
+            run.pause(4)
             run.redis.kill()
-            time.sleep(run.rng.uniform(0, 3))
+            run.pause(3)
             run.redis.start()
 
     return f"{disturbed(run, 60 * kills, disturb)}; {kills} kills"
@@ -34,7 +34,7 @@ def kill(run: FaultRun) -> str:
 
 def freeze(run: FaultRun) -> str:
     """Redis does not respond for longer than a lease."""
-    seconds = run.count(30, 15)
+    seconds = run.count(30, 5)
 
     def disturb() -> None:
         pid = run.raw.info("server")["process_id"]
@@ -47,21 +47,21 @@ def freeze(run: FaultRun) -> str:
 
 def reset(run: FaultRun) -> str:
     """All connections to Redis are closed."""
-    times, closed = run.count(10, 3), 0
+    times, closed = run.count(10, 2), 0
 
     def disturb() -> None:
         nonlocal closed
         for _ in range(times):
             for kind in ("normal", "pubsub"):
                 closed += run.raw.client_kill_filter(_type=kind, skipme=True)
-            time.sleep(run.rng.uniform(0.5, 4))
+            run.pause(4)
 
     return f"{disturbed(run, 600, disturb)}; {closed} connections reset in {times} rounds"
 
 
 def cut_off(run: FaultRun) -> str:
     """The network to Redis swallows everything, and after that refuses connections, each for several leases."""
-    seconds = run.count(60, 15)
+    seconds = run.count(60, 5)
     with Proxy(run.redis.port) as proxy:
 
         def disturb() -> None:
@@ -161,8 +161,8 @@ def disturbed(
 ) -> str:
     """A job is disturbed, and a second one goes undisturbed through the same nodes. Returns the counts."""
     more = {"IMAGEMILL_REDIS_URL": url} if url else {}
-    nodes = [run.node(name, **WORKS, **more) for name in ("first", "second")]
-    job = run.submit(run.count(3000, 400))
+    nodes = run.start("first", "second", **WORKS, **more)
+    job = run.submit(run.count(3000, 200))
     run.wait_done(job, 20)
     begun = time.time()
     disturb()

@@ -44,7 +44,6 @@ from tests.workers import WorkerProcess, wait_until
 
 LANE = "stylize.opencv"
 QUEUE = f"imagemill.{LANE}"
-LEASE_SECONDS = 10.0
 START_SECONDS = 120.0
 BUCKET = "faults"
 
@@ -61,7 +60,7 @@ class Row:
 
 
 class FaultRun:
-    """`small` asks a row for a quick run, to try it out; `settings` are environment variables of all nodes."""
+    """`small` asks a row for a quick run, as in the tests; `settings` are environment variables of all nodes."""
 
     def __init__(self, seed: int = 0, *, small: bool = False, s3: bool = False, **settings: str) -> None:
         self.seed, self.small, self.rng = seed, small, random.Random(seed)
@@ -120,6 +119,10 @@ class FaultRun:
         """How many: `small` if the run is."""
         return small if self.small else full
 
+    def pause(self, most: float) -> None:
+        """Sleep at random, up to so many seconds, or a quarter of them if the run is small."""
+        time.sleep(self.rng.uniform(0, most) / self.count(1, 4))
+
     # --- nodes ----------------------------------------------------------------------------------
 
     def node(
@@ -128,7 +131,7 @@ class FaultRun:
         """Start a node; with `ready`, wait until it takes work. `settings` are environment variables."""
         more = {
             "IMAGEMILL_WORKER__OPERATIONS": '["stylize"]',
-            "IMAGEMILL_WORKER__LEASE_SECONDS": str(LEASE_SECONDS),
+            "IMAGEMILL_WORKER__LEASE_SECONDS": str(self.count(10, 3)),
             "IMAGEMILL_TEST_RUNS": str(self.runs),
             **self._settings,
             **settings,
@@ -140,6 +143,11 @@ class FaultRun:
         if ready:
             node.wait_ready(START_SECONDS)
         return node
+
+    def start(self, *names: str, **options: Any) -> list[WorkerProcess]:
+        """Start several nodes at once, and wait until all take work."""
+        nodes = [self.node(name, ready=False, **options) for name in names]
+        return [node.wait_ready(START_SECONDS) for node in nodes]
 
     def restart(self, node: WorkerProcess, *, ready: bool = True) -> WorkerProcess:
         """Start a node again that has ended."""

@@ -35,7 +35,7 @@ class Proxy:
         self.port = 0
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._loop = asyncio.new_event_loop()
@@ -78,8 +78,17 @@ class Proxy:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
     async def _listen(self) -> None:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, backlog=512)
-        self.port = self._server.sockets[0].getsockname()[1]
+        # Not an asyncio.Server: closed while it accepts, it leaves sockets open.
+        self._listener = listener = socket.create_server(("127.0.0.1", self.port), backlog=512)
+        self.port = listener.getsockname()[1]
+        listener.setblocking(False)
+        self._loop.add_reader(listener, self._accept, listener)
+
+    def _refuse(self) -> None:
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
 
     async def _set(self, mode: Mode) -> None:
         if mode == "stall":
@@ -87,11 +96,9 @@ class Proxy:
         else:
             self._flowing.set()
         if mode == "refuse":
-            if self._server is not None:
-                self._server.close()
-                self._server = None
+            self._refuse()
             await self._reset()
-        elif self._server is None:
+        elif self._listener is None:
             await self._listen()
 
     async def _reset(self) -> int:
@@ -101,28 +108,35 @@ class Proxy:
         return count
 
     async def _close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        self._refuse()
+        await _turns()  # the tasks of those who have just been accepted begin
         await self._reset()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # an aborted connection is closed in the next turn of the loop
-        await asyncio.sleep(0)
+        await _turns()  # connections are closed
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            connection, _ = listener.accept()
+        except OSError:  # the client has left
+            return
         self.connections += 1
-        task = asyncio.current_task()
-        assert task is not None
+        connection.setblocking(False)
+        task = self._loop.create_task(self._serve(connection))
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, connection: socket.socket) -> None:
+        try:
+            reader, writer = await asyncio.open_connection(sock=connection)
+        except BaseException:
+            connection.close()
+            raise
         try:
             await self._forward(reader, writer)
         except OSError:  # the target refuses, or one of the two has gone
             _abort(writer)
-        except asyncio.CancelledError:  # at the end
-            pass
-        finally:
-            self._tasks.discard(task)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
@@ -167,6 +181,12 @@ class Proxy:
         except OSError:  # one side is gone, so the other goes
             _abort(sink)
             _abort(back)
+
+
+async def _turns() -> None:
+    """Let the loop do what it has put off."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:
