@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import time
 import traceback
@@ -65,6 +66,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="smaller counts, to try a row out")
     arguments = parser.parse_args()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
     console, told = Console(), []
     console.print(f"seed {seed}")
     for row in ROWS:
