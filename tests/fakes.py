@@ -61,10 +61,10 @@ class Invert(Operation[Any, Any, Any, Any]):
 
 
 class SlowLoad(Invert):
-    """Takes 15 s to load; Celery kills a replacement child after 4 s by default."""
+    """Takes 6 s to load; Celery kills a replacement child after 4 s by default."""
 
     def load(self, device: Device) -> None:
-        time.sleep(15)
+        time.sleep(6)
 
 
 class BrokenLoad(Invert):
