@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,16 @@ AnySample = Sample[Any, Any]
 AnyWork = Work[Any, Any, Any]
 
 
+def digest(pixels: Any) -> str:
+    """What tells an image from others."""
+    return hashlib.sha1(pixels.tobytes(), usedforsecurity=False).hexdigest()
+
+
 class Invert(Operation[Any, Any, Any, Any]):
-    """Inverts each image; `run` gets whole pictures, in batches of up to 4."""
+    """Inverts each image; `run` gets whole pictures, in batches of up to 4.
+
+    Into the file IMAGEMILL_TEST_RUNS it writes each image that it begins; IMAGEMILL_TEST_SECONDS is how long it takes for one.
+    """
 
     spec = Spec("stylize", "opencv", max_batch=4)
 
@@ -40,6 +50,10 @@ class Invert(Operation[Any, Any, Any, Any]):
         return True
 
     def run(self, samples: Sequence[AnySample]) -> list[Any]:
+        if runs := os.environ.get("IMAGEMILL_TEST_RUNS"):
+            with Path(runs).open("a") as file:  # lines as short as these are appended in one piece, also by several processes
+                file.write("".join(f"{digest(sample.data)} {time.time_ns()}\n" for sample in samples))
+        time.sleep(len(samples) * float(os.environ.get("IMAGEMILL_TEST_SECONDS", 0)))
         return [255 - sample.data for sample in samples]
 
     def finish(self, work: AnyWork, outputs: Sequence[Any]) -> Picture:
@@ -47,10 +61,10 @@ class Invert(Operation[Any, Any, Any, Any]):
 
 
 class SlowLoad(Invert):
-    """Takes 15 s to load; Celery kills a replacement child after 4 s by default."""
+    """Takes 6 s to load; Celery kills a replacement child after 4 s by default."""
 
     def load(self, device: Device) -> None:
-        time.sleep(15)
+        time.sleep(6)
 
 
 class BrokenLoad(Invert):
@@ -93,10 +107,11 @@ class Deadly(Invert):
     """A white image kills the process, as a crash in native code would."""
 
     def run(self, samples: Sequence[AnySample]) -> list[Any]:
+        outputs = super().run(samples)
         for sample in samples:
             if sample.data.size > 3 and sample.data.min() == 255:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return super().run(samples)
+        return outputs
 
 
 class Poisons(Invert):
@@ -124,3 +139,24 @@ class Gated(Invert):
             while count >= 2 and not (folder / "open").exists():
                 time.sleep(0.01)
         return super().run(samples)
+
+
+class Hangs(Invert):
+    """A white image takes for ever; on the soft time limit it gives up."""
+
+    def run(self, samples: Sequence[AnySample]) -> list[Any]:
+        outputs = super().run(samples)
+        while any(sample.data.size > 3 and sample.data.min() == 255 for sample in samples):
+            self.wait()
+        return outputs
+
+    def wait(self) -> None:
+        time.sleep(1)
+
+
+class HangsForGood(Hangs):
+    """As native code may, it takes no notice of the soft time limit."""
+
+    def wait(self) -> None:
+        with suppress(BaseException):
+            super().wait()

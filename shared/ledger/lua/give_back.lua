@@ -1,5 +1,6 @@
 -- ARGV job, share, child, kept ranges, kept images, returned ranges: return what a share has not begun.
--- Without kept ranges, the share ends. Returns 0 if the lease was lost.
+-- Without kept ranges, the share ends. Returned images that have a result stay done: a child returns all that it doesn't keep,
+-- because in a power cut or a failover Redis forgets its last writes, confirmed or not. Returns 0 if the lease was lost.
 local job, number = ARGV[1], ARGV[2]
 local raw = redis.call('HGET', key(job, 'shares'), number)
 local share = raw and cjson.decode(raw)
@@ -21,7 +22,7 @@ if not active(read(job)) then return 1 end
 -- What the share no longer holds was returned before: the child did not get our answer and asks again.
 for _, range in ipairs(pairs_of(ARGV[6])) do
   for index = range[1], range[2] - 1 do
-    if held[index] then returned[#returned + 1] = index end
+    if held[index] and redis.call('HEXISTS', key(job, 'results'), index) == 0 then returned[#returned + 1] = index end
   end
 end
 if #returned > 0 and figure(share.deaths, 0) > 0 then
