@@ -28,6 +28,8 @@ DENIED = frozenset(
 )
 BUSY = frozenset({"SlowDown", "BadDigest", "InternalError", "ServiceUnavailable", "OperationAborted"})
 """BadDigest: the bytes were damaged in transit, so a retry helps."""
+SKEWED = "RequestTimeTooSkewed"
+"""The clock of this host, or of the server, is wrong: sent with status 403, but no key would help."""
 # MalformedXML: the server mistakes the rules for a different request, as Swift does.
 NO_LIFECYCLE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML"})
 
@@ -208,6 +210,8 @@ def translate(error: Exception, what: str) -> errors.ImageError:
         return errors.NotFound(f"{what}: there is no such bucket")
     if code in MISSING or status in (404, 410):
         return errors.NotFound(f"{what} does not exist")
+    if code == SKEWED:
+        return errors.ServerError(f"{what}: the clocks of this host and of the S3 server differ too much ({code})")
     if code in DENIED or status in (401, 403):
         return errors.AccessDenied(f"{what}: the S3 server refuses access ({code or status})")
     if code == "RequestTimeout" or status == 408:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +36,8 @@ from imagemill.worker.operations.registry import create
 
 LEAST_DISK = 2 * 2**30
 """Free bytes that the temporary folder should have, for manifests and pending uploads."""
+MOST_APART = 60
+"""Seconds by which clocks may differ."""
 START_REDIS = "start Redis, or set IMAGEMILL_REDIS_URL to its address"
 SET_S3 = "set IMAGEMILL_S3__ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed for file:// outputs"
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -82,10 +85,15 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
     try:
         with redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5) as client:
             info: Any = client.info()
+            seconds, _ = client.time()
     except redis.RedisError as error:
         yield Finding("redis", "failed", sentence(error), START_REDIS)
         return
     yield Finding("redis", "ok", f"version {info['redis_version']}, {info['used_memory_human']} used")
+    apart = abs(time.time() - seconds)
+    if apart > MOST_APART:
+        found = f"this host's clock and that of Redis are {apart:.0f} s apart; S3 refuses requests at 900 s"
+        yield Finding("redis", "warning", found, "synchronise the clocks of all hosts")
     if not info.get("aof_enabled"):
         found = "no append-only file: all jobs are lost on a restart"
         yield Finding("redis", "warning", found, "start Redis with --appendonly yes")

@@ -244,7 +244,7 @@ def test_listing_errors(stub: Stubber, code: str, status: int, kind: type[Except
         ("SignatureDoesNotMatch", 403, errors.AccessDenied),
         ("InvalidAccessKeyId", 403, errors.AccessDenied),
         ("ExpiredToken", 400, errors.AccessDenied),
-        ("RequestTimeTooSkewed", 403, errors.AccessDenied),
+        ("RequestTimeTooSkewed", 403, errors.ServerError),
         ("RequestTimeout", 400, errors.Timeout),
         ("SlowDown", 503, errors.ServerError),
         ("InternalError", 500, errors.ServerError),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +130,17 @@ def test_doctor_warns_when_redis_may_lose_jobs(
     assert finding["state"] == "warning"
     assert found in finding["found"]
     assert fix in finding["fix"]
+
+
+def test_doctor_warns_of_a_wrong_clock(
+    doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: now - 3600))
+    finding = findings(doctor(own_redis.url, "--json", s3=s3_server))["redis"]
+    assert finding["state"] == "warning"
+    assert "are 36" in finding["found"]
+    assert "clocks" in finding["fix"]
 
 
 @pytest.mark.parametrize(
