@@ -14,7 +14,7 @@ from threading import Event, Thread
 from typing import Protocol
 
 from imagemill.shared.engines import split_lane
-from imagemill.shared.errors import ImagemillError, JobNotFound, ServiceUnavailable, WorkerLost
+from imagemill.shared.errors import ImagemillError, JobNewer, JobNotFound, JobUnreadable, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLedger
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight
@@ -31,6 +31,8 @@ UNABLE_SECONDS = 5.0
 """Pause after a job that this child can't work on, such as for want of S3 keys; another may be able to."""
 PAUSE_SECONDS = 0.01
 """Pause between two looks at the shares, however many images change meanwhile."""
+SKIP_SECONDS = 60.0
+"""How long this child leaves a job of a newer version to other nodes."""
 STARVING_SECONDS = 0.25
 """Once the device has waited this long for downloads, more of them are started."""
 GRACE_SECONDS = 2.0
@@ -121,6 +123,7 @@ class Feeder:
         self._manifests: dict[str, ManifestDue] = {}
         self._contexts: dict[str, tuple[float, Context]] = {}
         self._opened: dict[tuple[str, str], tuple[str, float]] = {}  # by engine, the latest lane, and since when
+        self._skipped: dict[str, float] = {}  # jobs of newer versions, and until when
         self._stretch, self._overtaken = 1, False
         self._ask_at = self._renew_at = 0.0
         self._ended: float | None = 0.0  # when the last shift ended; None during a shift
@@ -261,6 +264,11 @@ class Feeder:
         """In one of the line's threads."""
         try:
             self._jobs.write_manifest(due)
+        except JobNewer as error:
+            log.warning("manifest left to newer nodes", extra={"action": "manifest", "job": due.job, "reason": error.message})
+            self._skipped = {**self._skipped, due.job: time.monotonic() + SKIP_SECONDS}
+        except JobUnreadable as error:
+            self._ledger.condemn(due.job, error.message)
         except ImagemillError as error:  # its lease expires, and it is handed out again
             log.warning("manifest postponed", extra={"action": "manifest", "job": due.job, "reason": error.message})
         finally:
@@ -328,8 +336,9 @@ class Feeder:
         held: dict[str, int] = {}
         for each in self._held:
             held[each.share.job] = held.get(each.share.job, 0) + len(each.left())
-        empty = not self._held
-        return Request(self._child, self._lanes_now(), room, self.line.speed.rates(), held, empty)
+        empty, now = not self._held, time.monotonic()
+        self._skipped = {job: until for job, until in self._skipped.items() if until > now}
+        return Request(self._child, self._lanes_now(), room, self.line.speed.rates(), held, empty, list(self._skipped))
 
     def _lanes_now(self) -> list[str]:
         """The lanes to take work from. An engine keeps one model open, so another's work waits for a while."""
@@ -346,8 +355,18 @@ class Feeder:
     def _start(self, share: Share) -> None:
         """Send the images of a share down the line."""
         try:
+            if share.newer:
+                raise JobNewer(f"rows of job {share.job} are of a newer version of imagemill")
             context = self._context(share.job)
         except JobNotFound:
+            return
+        except JobNewer as error:
+            log.warning("job left to newer nodes", extra={"action": "feed", "job": share.job, "reason": error.message})
+            self._skipped[share.job] = time.monotonic() + SKIP_SECONDS
+            self._ledger.give_back(share, self._child, returned=sorted(share.indexes))
+            return
+        except JobUnreadable as error:
+            self._ledger.condemn(share.job, error.message)
             return
         except ImagemillError as error:
             log.error("this worker can't process the job", extra={"action": "feed", "job": share.job, "reason": error.message})
