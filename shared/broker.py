@@ -60,6 +60,7 @@ def make_app(settings: Settings) -> Celery:
         # Redis may start after us, or disappear for any length of time.
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # whatever its keys hold
         broker_transport_options=transport,
         visibility_timeout=int(2 * hard),
         redis_socket_timeout=10.0,

@@ -7,6 +7,7 @@
     │   ├── InvalidSource
     │   ├── JobNotFound
     │   ├── JobUnreadable
+    │   │   └── JobNewer
     │   ├── MissingExtra
     │   └── NameTaken
     ├── ConfigurationError           exit 2: the settings are wrong
@@ -20,7 +21,7 @@
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
         ├── UnsafeContent  ModelUnavailable
         ├── StorageUnavailable  StorageFull  StorageRefused       (store)
-        └── WorkerLost  Expired  InternalError                    (flow)
+        └── WorkerLost  Expired  RecordDamaged  InternalError     (flow)
 
 Each leaf has a `code`, which is public and stable, and `retryable`, whether a retry can help.
 Exceptions of libraries are translated where they enter, with `raise ... from`. The first line of a class's docstring
@@ -86,6 +87,13 @@ class JobUnreadable(UsageError, code="job_unreadable"):
     """The job's record in Redis is damaged, or a newer version of imagemill has written it.
 
     `imagemill jobs --dead` shows what was damaged. For a newer version, update this installation.
+    """
+
+
+class JobNewer(JobUnreadable, code="job_newer"):
+    """A newer version of imagemill has submitted the job.
+
+    Update this installation.
     """
 
 
@@ -260,6 +268,13 @@ class WorkerLost(ImageError, code="worker_lost"):
 
 class Expired(ImageError, code="expired", retryable=True):
     """The job's deadline passed before this image was begun."""
+
+
+class RecordDamaged(ImageError, code="record_damaged"):
+    """The job's record in Redis was damaged, so this image could not be processed.
+
+    `imagemill jobs --dead` shows what was damaged. Submit the image again.
+    """
 
 
 class InternalError(ImageError, code="internal_error"):

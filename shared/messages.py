@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from imagemill.shared.engines import engines_of, lane_of
-from imagemill.shared.errors import Expired
+from imagemill.shared.errors import Expired, RecordDamaged
 from imagemill.shared.options.base import Boxes, EngineOptions, Model, Operation, validation_sentence
 from imagemill.shared.quality import Measures, Quality
 from imagemill.shared.urls import check_output_url, check_source_url
@@ -28,7 +28,7 @@ PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
 JobState = Literal["submitting", "queued", "running", "paused", "finishing", "done", "failed", "cancelled"]
 """`failed`: every image failed."""
 ENDED: tuple[JobState, ...] = ("done", "failed", "cancelled")
-Unfinished = Literal["pending", "cancelled", "expired"]
+Unfinished = Literal["pending", "cancelled", "expired", "damaged"]
 """What an image without a result is."""
 ItemState = Literal["pending", "done", "failed", "cancelled"]
 
@@ -146,11 +146,14 @@ class Item(Model):
         return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}".encode()).hexdigest()
 
 
+LANE = re.compile(r"[a-z-]+(\.[A-Za-z0-9_-]+){1,2}")
+
+
 class WakeUp(Model):
     """A Celery message: there is work in this lane."""
 
     version: Literal[2] = 2
-    lane: str = Field(pattern=r"^[a-z-]+(\.[A-Za-z0-9_-]+){1,2}$")
+    lane: str = Field(max_length=200, pattern=f"^{LANE.pattern}$")
 
 
 class ItemResult(Model):
@@ -266,6 +269,8 @@ def row(item: Item, result: ItemResult | None, unfinished: Unfinished = "pending
     if result is None:
         if unfinished == "expired":
             return Row(state="failed", code=Expired.code, message="the deadline passed before this image was begun", **base)
+        if unfinished == "damaged":
+            return Row(state="failed", code=RecordDamaged.code, message="the job's record in Redis was damaged", **base)
         return Row(state=unfinished, **base)
     return Row(
         state=result.state, output=result.output, code=result.code, message=result.message, attempts=result.attempts, **base

@@ -6,18 +6,21 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
+from imagemill.shared.dead import put_aside, reason_of
 from imagemill.shared.fleet import NODE_SECONDS
 from imagemill.shared.ledger.ranges import as_ranges, as_text, indexes_in
 from imagemill.shared.ledger.reading import ReadLedger
-from imagemill.shared.ledger.scripts import PACK, key, unpack
-from imagemill.shared.messages import Item, ItemResult, compact
+from imagemill.shared.ledger.scripts import PACK, NewerVersion, key, unpack
+from imagemill.shared.messages import LANE, Item, ItemResult, compact
 
 Verdict = Literal["ok", "yield", "stop", "lost"]
 
 WAIT_SECONDS = 30
 """How long it is shown why a job waits."""
+MOST_DAMAGED = 20
+"""Most damaged jobs that one call ends."""
 EMPTY_SHARES = 100
 """Most shares without an image that one call skips."""
 
@@ -55,6 +58,8 @@ class Share:
     deaths: int = 0
     rank: int = 2
     fresh: bool = False
+    newer: bool = False
+    """Whether some of its rows are of a newer version; then it has no items."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +100,26 @@ class WorkLedger(ReadLedger):
         """
         for _ in range(EMPTY_SHARES):
             answer = self._take(request)
-            if not isinstance(answer, Share) or answer.items:
+            if not isinstance(answer, Share) or answer.items or answer.newer:
                 return answer
             self.give_back(answer, request.child)  # only duplicates, or images that are recorded already
         return "none"
 
     def _take(self, request: Request) -> Share | ManifestDue | Literal["none", "drain"]:
+        for _ in range(MOST_DAMAGED):
+            answer = self._script("take", self._asked(request), PACK)
+            if answer[0] != b"damaged":
+                return self._answer(answer)
+            job, reason = answer[1].decode(errors="replace"), answer[2].decode(errors="replace")
+            if not self._repair().run([job]):
+                self._repair().condemn(job, f"its record can't be used: {reason}"[:300])
+        return "none"
+
+    def _asked(self, request: Request) -> str:
         lanes = [lane for lane in request.lanes if request.room.get(lane, 0) > 0]
-        ask = {**vars(request), "lanes": lanes, "lease": self._lease_ms}
-        answer = self._script("take", json.dumps(ask), PACK)
+        return json.dumps({**vars(request), "lanes": lanes, "lease": self._lease_ms, "avoid": list(request.avoid)})
+
+    def _answer(self, answer: list[Any]) -> Share | ManifestDue | Literal["none", "drain"]:
         kind = answer[0].decode()
         if kind == "manifest":
             return ManifestDue(answer[1].decode(), int(answer[2]), int(answer[3]), int(answer[4]) / 1000)
@@ -112,8 +128,26 @@ class WorkLedger(ReadLedger):
         job, number, deaths, rank, fresh, ranges, recorded, *packs = answer[1:]
         leased = indexes_in(ranges.decode())
         wanted = leased - indexes_in(recorded.decode())
-        items = [item for raw in packs[1::2] if raw for item in unpack(raw, wanted) if item.duplicate_of is None]
-        return Share(job.decode(), int(number), frozenset(leased), items, int(deaths), int(rank), bool(fresh))
+        numbered = zip(packs[::2], packs[1::2], strict=True)
+        items, newer = [], False
+        try:
+            items = [item for pack, raw in numbered for item in self._items(job.decode(), int(pack), raw, wanted)]
+        except NewerVersion:
+            newer = True
+        fields = job.decode(), int(number), frozenset(leased), items, int(deaths), int(rank), bool(fresh), newer
+        return Share(*fields)
+
+    def _items(self, job: str, number: int, raw: bytes, wanted: set[int]) -> list[Item]:
+        """The items of a pack. One that can't be read is set aside; its images fail when the job's others are done."""
+        try:
+            return [item for item in unpack(raw, wanted) if item.duplicate_of is None] if raw else []
+        except NewerVersion:
+            raise
+        except ValueError as error:
+            self._redis.hset(key(job), "damaged", f"some of its images can't be read: {error}"[:300])
+            if self._lua["take_out"](args=[key(job, "packs"), "hash", number, raw]) is not None:
+                put_aside(self._redis, f"{key(job, 'packs')} {number}", reason_of(error), raw, seconds=self._ttl)
+            return []
 
     def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
         """Extend leases, and learn what has changed."""
@@ -127,21 +161,21 @@ class WorkLedger(ReadLedger):
         Those without a result are handed out again.
         """
         parts = (as_text(as_ranges(kept)), len(set(kept)), as_text(as_ranges(returned)))
-        return bool(self._script("give_back", share.job, share.number, child, *parts))
+        return bool(self._script("give_back", share.job, share.number, child, *parts, job=share.job))
 
     def record(self, job: str, result: ItemResult, stop: Event | None = None) -> bool:
         """Record a result; False, and no change, if the image already has one or the job is over.
 
         Sets `stop` if nothing more of the job should be begun: it is cancelled, paused or past its deadline.
         """
-        first, over = self._script("record", job, result.index, result.state, compact(result))
+        first, over = self._script("record", job, result.index, result.state, compact(result), job=job)
         if over and stop is not None:
             stop.set()
         return bool(first)
 
     def end_job(self, job: str, manifest: str | None, run: int | None = None) -> bool:
         """The manifest is written, or never will be (None); False if a retry has begun meanwhile."""
-        return bool(self._script("end_job", job, manifest or "", "" if run is None else run))
+        return bool(self._script("end_job", job, manifest or "", "" if run is None else run, job=job))
 
     def report_wait(self, job: str, reason: str) -> None:
         """Report why images of a job wait on some worker; forgotten unless it is repeated."""
@@ -165,7 +199,8 @@ class WorkLedger(ReadLedger):
         Returns the number of shares of dead workers, and for each lane that needs wake-ups its number of children.
         """
         lost, *lanes = self._script("tend", NODE_SECONDS, self._lease_ms)
-        return int(lost), {lane.decode(): int(children) for lane, children in zip(lanes[::2], lanes[1::2], strict=True)}
+        counts = {lane.decode(errors="replace"): int(children) for lane, children in zip(lanes[::2], lanes[1::2], strict=True)}
+        return int(lost), {lane: children for lane, children in counts.items() if LANE.fullmatch(lane)}
 
     def bury(self, child: str) -> int:
         """A child process has died: hand its shares out again at once; returns their number."""
@@ -173,7 +208,13 @@ class WorkLedger(ReadLedger):
 
     def lead(self, node: str, seconds: float) -> bool:
         """Whether this node is the one that tends the ledger for the next `seconds`."""
-        return bool(self._redis.set("imagemill:tender", node, nx=True, px=int(seconds * 1000)))
+        milliseconds = int(seconds * 1000)
+        if self._redis.set("imagemill:tender", node, nx=True, px=milliseconds):
+            return True
+        left = self._redis.pttl("imagemill:tender")
+        if left == -1 or left > 60_000:
+            self._redis.delete("imagemill:tender")  # not ours, and nobody would lead
+        return False
 
 
 def _named(lease: Share | ManifestDue) -> str:

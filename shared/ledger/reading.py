@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from imagemill.shared.connection import longest_wait, reachable
 from imagemill.shared.dead import VERSION, put_aside, version_of
-from imagemill.shared.errors import JobNotFound, JobUnreadable, sentence
+from imagemill.shared.errors import JobNewer, JobNotFound, JobUnreadable, RecordDamaged, sentence
 from imagemill.shared.forecast import Waiting
-from imagemill.shared.ledger.scripts import PACK, Scripts, key, unpack
+from imagemill.shared.ledger.repair import Repairing
+from imagemill.shared.ledger.scripts import PACK, key, unpack
 from imagemill.shared.messages import ENDED, PRIORITIES, Item, ItemResult, Job, JobState, JobStatus, Row, Unfinished, row
 from imagemill.shared.options.base import validation_sentence
 
@@ -37,18 +38,24 @@ class Lineup:
     speed: float
 
 
-class ReadLedger(Scripts):
+class ReadLedger(Repairing):
     """Reads jobs."""
 
-    scripts: ClassVar[tuple[str, ...]] = ("ring",)
+    scripts: ClassVar[tuple[str, ...]] = (*Repairing.scripts, "ring")
 
     def spec(self, job: str) -> Job:
         """The job's spec as submitted."""
         with _legible(job):
             raw = self._redis.hget(key(job), "spec")
         if raw is None:
-            raise _not_found(job)
+            raise self._missing(job)
         return _spec(job, raw)
+
+    def _missing(self, job: str) -> JobNotFound | JobUnreadable:
+        """What to raise for a job without a spec."""
+        if self._redis.exists(key(job)):
+            return JobUnreadable(f"job {job} can't be read: its record in Redis is damaged")
+        return JobNotFound(f"job {job} not found; it may have expired")
 
     def status(self, job: str) -> JobStatus:
         """The job's state and counts; cheap. Only what needs no look at other jobs: `position` and the like stay None."""
@@ -70,7 +77,7 @@ class ReadLedger(Scripts):
             pipe.time()
             raw, shares, wait, (seconds, micros) = pipe.execute()
         if b"spec" not in raw:
-            raise _not_found(job)
+            raise self._missing(job)
         fields = {name.decode(): value for name, value in raw.items()}
         spec = _spec(job, fields["spec"])
         now, created, ended = seconds + micros / 1e6, _seconds(fields, "created") or 0.0, _seconds(fields, "ended")
@@ -163,10 +170,18 @@ class ReadLedger(Scripts):
     def rows(self, job: str) -> Iterator[Row]:
         """Every row of a job with its result, in list order; read a thousand at a time."""
         # Once the manifest is being written, items without a result will not get one.
-        state, expired = self.status(job).state, self._redis.hexists(key(job), "lapsed")
-        unfinished: Unfinished = "pending" if state not in (*ENDED, "finishing") else "expired" if expired else "cancelled"
+        state, (lapsed, damaged) = self.status(job).state, self._redis.hmget(key(job), "lapsed", "damaged")
+        unfinished: Unfinished = (
+            "pending"
+            if state not in (*ENDED, "finishing")
+            else "cancelled"
+            if lapsed is None
+            else "damaged"
+            if damaged
+            else "expired"
+        )
         for items in self._lists(job):
-            with reachable():
+            with reachable(), _legible(job):
                 results = self._results(job, [item.index if item.duplicate_of is None else item.duplicate_of for item in items])
             for item, result in zip(items, results, strict=True):
                 yield row(item, result, unfinished)
@@ -187,19 +202,30 @@ class ReadLedger(Scripts):
 
     def _results(self, job: str, indexes: Sequence[int]) -> list[ItemResult | None]:
         raw = self._fields(job, "results", indexes)
-        return [ItemResult.model_validate_json(value) if value is not None else None for value in raw]
+        return [_result(index, value) for index, value in zip(indexes, raw, strict=True)]
 
     def _fields(self, job: str, part: str, indexes: Sequence[int]) -> list[bytes | None]:
         return self._redis.hmget(key(job, part), list(map(str, indexes))) if indexes else []
 
     def _lists(self, job: str) -> Iterator[list[Item]]:
-        """A job's items, about a thousand at a time."""
-        with reachable():
+        """A job's items, about a thousand at a time, without packs that can't be read: the counts include their images."""
+        with reachable(), _legible(job):
             numbers = range(-(-int(self._redis.hget(key(job), "size") or 0) // PACK))
         for first in range(0, len(numbers), PACKS_PER_READ):
-            with reachable():  # around the read alone: the generator's caller may raise at the yield
-                packs = self._fields(job, "packs", numbers[first : first + PACKS_PER_READ])
-            yield [item for raw in packs if raw is not None for item in unpack(raw)]
+            some = numbers[first : first + PACKS_PER_READ]
+            with reachable(), _legible(job):  # around the read alone: the generator's caller may raise at the yield
+                packs = self._fields(job, "packs", some)
+            yield [
+                item for number, raw in zip(some, packs, strict=True) if raw is not None for item in _items(job, number, raw)
+            ]
+
+
+def _items(job: str, number: int, raw: bytes) -> list[Item]:
+    try:
+        return unpack(raw)
+    except ValueError as error:
+        log.warning("rows left out", extra={"action": "read", "job": job, "pack": number, "reason": str(error)})
+        return []
 
 
 COUNTS = ("state", "total", "done", "failed", "size", "next", "back", "suspects", "cancelled", "expired")
@@ -249,6 +275,16 @@ def _seconds(fields: Mapping[str, bytes], name: str) -> float | None:
     return seconds
 
 
+def _result(index: int, raw: bytes | None) -> ItemResult | None:
+    """A result; a failure if it can't be read."""
+    if raw is None:
+        return None
+    try:
+        return ItemResult.model_validate_json(raw)
+    except ValidationError:
+        return ItemResult(index=index, state="failed", code=RecordDamaged.code, message="its result in Redis can't be read")
+
+
 def _state(fields: Mapping[str, bytes]) -> JobState:
     """The state as users see it: a paused job whose last images are still running is paused."""
     state = cast(JobState, fields["state"].decode())
@@ -267,7 +303,7 @@ def _positive(raw: bytes | None) -> float:
 def _spec(job: str, raw: bytes) -> Job:
     version = version_of(raw)
     if version > VERSION:
-        raise JobUnreadable(f"job {job} was submitted by a newer version of imagemill (its version is {version})")
+        raise JobNewer(f"job {job} was submitted by a newer version of imagemill (its version is {version})")
     try:
         return Job.model_validate_json(raw)
     except ValidationError as error:
@@ -285,7 +321,3 @@ def _legible(job: str) -> Iterator[None]:
         if "WRONGTYPE" not in str(error):
             raise
         raise JobUnreadable(f"job {job} can't be read: one of its keys is of another type") from error
-
-
-def _not_found(job: str) -> JobNotFound:
-    return JobNotFound(f"job {job} not found; it may have expired")

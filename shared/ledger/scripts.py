@@ -9,7 +9,8 @@ from importlib.resources import files
 from typing import Any, ClassVar, Self
 
 from imagemill.shared.connection import Connected
-from imagemill.shared.dead import DEAD
+from imagemill.shared.dead import DEAD, VERSION
+from imagemill.shared.errors import sentence
 from imagemill.shared.messages import Item, compact
 from imagemill.shared.settings import Settings
 
@@ -46,6 +47,12 @@ class Scripts(Connected):
 
 PACK = 32
 """Items stored together."""
+MOST_PACK = 4 * 1024 * 1024
+"""Bytes of a pack: 32 rows with the longest URLs have less."""
+
+
+class NewerVersion(ValueError):
+    """Not damaged: a newer imagemill has written it."""
 
 
 def key(job: str, part: str | None = None) -> str:
@@ -59,6 +66,16 @@ def pack(items: Sequence[Item]) -> bytes:
 
 
 def unpack(data: bytes, wanted: Container[int] | None = None) -> list[Item]:
-    """The inverse of `pack`, or only the items with `wanted` indexes."""
-    rows = json.loads(zlib.decompress(data))
-    return [Item.model_validate(fields) for fields in rows if wanted is None or fields["index"] in wanted]
+    """The inverse of `pack`, or only the items with `wanted` indexes. Raises ValueError if it can't be read."""
+    inflating = zlib.decompressobj()
+    try:
+        text = inflating.decompress(data, MOST_PACK)
+        if not inflating.eof or inflating.unused_data:
+            raise ValueError("a pack is incomplete or larger than 4 MiB")
+        rows = json.loads(text)
+        newest = max((row.get("version", 0) for row in rows), default=0)
+        if newest > VERSION:
+            raise NewerVersion(f"a row's version is {newest}")
+        return [Item.model_validate(fields) for fields in rows if wanted is None or fields["index"] in wanted]
+    except (zlib.error, AttributeError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"not a pack: {sentence(error)}") from error

@@ -14,6 +14,7 @@ import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.dead import DEAD, DeadLetters
+from imagemill.shared.queues import node_queue
 from tests.conftest import client_for, environment_for, photo
 from tests.integration.jobs import run, spec
 from tests.services.images import ImageServer
@@ -77,7 +78,7 @@ def test_node_survives_messages_of_every_shape(own_redis: EmbeddedRedis, images:
         raw.lpush(QUEUE, *garbage())
         node.wait_ready()
         (name,) = (report.node for report in client.nodes())
-        own = f"imagemill.node.{name}"
+        own = node_queue(name)
         raw.lpush(own, b"null", b"\xff", changed(("headers", "id"), []))
         wait_until(lambda: not raw.exists(QUEUE, own), "everything is taken out of the queues")
         raw.hset("unacked", mapping={"bad": b"null", "worse": b"\xff"})

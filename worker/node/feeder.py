@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from threading import Event, Thread
 
-from imagemill.shared.errors import ImagemillError, JobNotFound, ServiceUnavailable, WorkerLost
+from imagemill.shared.errors import ImagemillError, JobNewer, JobNotFound, JobUnreadable, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLedger
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight
@@ -30,6 +30,8 @@ REPORT_SECONDS = 5.0
 """Interval between reports of why images wait."""
 PAUSE_SECONDS = 0.01
 """Pause between two looks at the shares, however many images change meanwhile."""
+SKIP_SECONDS = 60.0
+"""How long this child leaves a job of a newer version to other nodes."""
 STARVING_SECONDS = 0.25
 """Once the device has waited this long for downloads, more of them are started."""
 GRACE_SECONDS = 2.0
@@ -254,6 +256,11 @@ class Feeder:
         """In one of the line's threads."""
         try:
             self._jobs.write_manifest(due)
+        except JobNewer as error:
+            log.warning("manifest left to newer nodes", extra={"action": "manifest", "job": due.job, "reason": error.message})
+            self._avoid(due.job, SKIP_SECONDS)
+        except JobUnreadable as error:
+            self._ledger.condemn(due.job, error.message)
         except ImagemillError as error:  # its lease expires, and it is handed out again
             log.warning("manifest postponed", extra={"action": "manifest", "job": due.job, "reason": error.message})
         except Exception:  # a bug
@@ -350,8 +357,17 @@ class Feeder:
     def _start(self, share: Share) -> None:
         """Send the images of a share down the line."""
         try:
+            if share.newer:
+                raise JobNewer(f"rows of job {share.job} are of a newer version of imagemill")
             context = self._context(share.job)
         except JobNotFound:
+            return
+        except JobNewer as error:
+            log.warning("job left to newer nodes", extra={"action": "feed", "job": share.job, "reason": error.message})
+            self._refuse(share, SKIP_SECONDS)
+            return
+        except JobUnreadable as error:
+            self._ledger.condemn(share.job, error.message)
             return
         except ImagemillError as error:
             log.error("this worker can't process the job", extra={"action": "feed", "job": share.job, "reason": error.message})
@@ -374,10 +390,13 @@ class Feeder:
             raise
         self._poke.set()
 
-    def _refuse(self, share: Share) -> None:
-        """Give a share back that this child can't work on now."""
+    def _refuse(self, share: Share, seconds: float = UNABLE_SECONDS) -> None:
+        """Give a share back, and leave its job to others for a while."""
         self._ledger.give_back(share, self._child, returned=sorted(share.indexes))
-        self._unable[share.job] = time.monotonic() + UNABLE_SECONDS
+        self._avoid(share.job, seconds)
+
+    def _avoid(self, job: str, seconds: float) -> None:
+        self._unable = {**self._unable, job: time.monotonic() + seconds}  # anew, since another thread may read it
 
     def _give_up(self, images: list[ImageInFlight]) -> None:
         """Record images that have used up their attempts. Each had the last one alone, and never less than two: the first time,

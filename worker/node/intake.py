@@ -11,6 +11,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
+from queue import Empty
 from typing import Annotated, Any, Literal
 
 from celery.worker.consumer import Consumer as CeleryConsumer
@@ -122,6 +123,14 @@ def _unacked_problem(raw: bytes) -> str | None:
     return problem(json.dumps(entry[0]).encode())
 
 
+def _set_aside(client: Any, name: str, wanted: str) -> None:
+    """Set a key aside if it is of another type: Celery could not use it."""
+    found = client.type(name).decode()
+    if found not in ("none", wanted):
+        put_aside(client, name, f"a {found} instead of a {wanted}", f"a {found}")
+        client.delete(name)
+
+
 class Channel(redis.Channel):
     """Delivers well-formed messages only."""
 
@@ -131,6 +140,25 @@ class Channel(redis.Channel):
         client = super()._create_client(asynchronous=asynchronous)
         client.set_response_callback("BRPOP", self._checked)
         return client
+
+    def _brpop_read(self, **options: Any) -> Any:
+        """Set aside queues that are keys of another type."""
+        try:
+            return super()._brpop_read(**options)
+        except self.ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            with self.conn_or_acquire() as client:
+                for queue in self.active_queues:
+                    _set_aside(client, queue, "list")
+            raise Empty from error
+
+    def _queue_bind(self, exchange: str, *args: Any) -> None:
+        with self.conn_or_acquire() as client:
+            _set_aside(client, self.keyprefix_queue % (exchange,), "set")
+            _set_aside(client, self.unacked_key, "hash")
+            _set_aside(client, self.unacked_index_key, "zset")
+        super()._queue_bind(exchange, *args)
 
     def _checked(self, response: Any, **_: Any) -> Any:
         """The queue and message that BRPOP has taken; None, as if there were none, if nobody could read it."""

@@ -22,6 +22,7 @@ from imagemill.shared.broker import Publisher
 from imagemill.shared.errors import ServiceUnavailable
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
+from imagemill.shared.ledger.repair import is_damage
 from imagemill.shared.messages import Node
 from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import WorkerSettings
@@ -33,6 +34,8 @@ TICK_SECONDS = 1.0
 REPORT_SECONDS = 5.0
 PIDS = 8
 """Processes of one child that may die between two looks."""
+REPAIR_SECONDS = 10.0
+"""Interval between looks for damage that no script stumbles over."""
 MOST_WAKE_UPS = 64
 """Messages for one lane at a time."""
 
@@ -119,6 +122,7 @@ class Parent:
     settings: WorkerSettings
     weights: Mapping[str, float]
     report_at: float = 0.0
+    repair_at: float = 0.0
 
     def wait_for_children(self) -> None:
         """Return when every child has loaded its engines; exit the node if one of them fails or takes too long."""
@@ -143,22 +147,44 @@ class Parent:
 
     def tick(self) -> None:
         """Report the node to Redis, hand out the work of children that died, and wake up workers for work without any."""
-        name = self.node.node
         try:
-            for index, pid in self.children.died():
-                lost = self.ledger.bury(child_name(name, index, pid))
-                log.warning("child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
-            if self._report_due():
-                self.ledger.set_weights(self.weights)
-                self._report(ready=self.children.ready() == self.children.count)
-            if self.ledger.lead(name, 0.9 * TICK_SECONDS):
-                lost, lanes = self.ledger.tend()
-                if lost:
-                    log.warning("shares of dead workers reassigned", extra={"action": "tend", "shares": lost})
-                for lane, children in lanes.items():
-                    self.publisher.wake(lane, min(max(1, children), MOST_WAKE_UPS))
+            self._tick()
         except ServiceUnavailable as error:
-            log.warning("node not reported", extra={"action": "report", "node": name, "reason": error.message})
+            fields = {"action": "report", "node": self.node.node, "reason": error.message}
+            log.warning("node not reported", extra=fields)
+            if is_damage(error.__cause__):
+                self._repair()
+        except Exception:  # a bug; Celery would end the node
+            log.exception("tick failed", extra={"action": "report", "node": self.node.node})
+            self._repair()
+
+    def _repair(self) -> None:
+        """Repair the ledger, and look again in a while."""
+        self.repair_at = time.monotonic() + REPAIR_SECONDS
+        try:
+            found = self.ledger.repair()
+        except Exception:  # the next tick tries again
+            log.exception("ledger not repaired", extra={"action": "repair", "node": self.node.node})
+            return
+        if found:
+            log.warning("ledger repaired", extra={"action": "repair", "node": self.node.node, "entries": found})
+
+    def _tick(self) -> None:
+        name = self.node.node
+        for index, pid in self.children.died():
+            lost = self.ledger.bury(child_name(name, index, pid))
+            log.warning("child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
+        if self._report_due():
+            self.ledger.set_weights(self.weights)
+            self._report(ready=self.children.ready() == self.children.count)
+        if self.ledger.lead(name, 0.9 * TICK_SECONDS):
+            lost, lanes = self.ledger.tend()
+            if lost:
+                log.warning("shares of dead workers reassigned", extra={"action": "tend", "shares": lost})
+            for lane, children in lanes.items():
+                self.publisher.wake(lane, min(max(1, children), MOST_WAKE_UPS))
+            if time.monotonic() >= self.repair_at:
+                self._repair()
 
     def _keep_name(self) -> None:
         """Report a node that is still loading."""

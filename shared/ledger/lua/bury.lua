@@ -2,7 +2,7 @@
 local lost = 0
 for _, member in ipairs(redis.call('ZRANGE', LEASED, 0, -1)) do
   local job, number = string.match(member, '^(.*):(%d+)$')
-  local raw = job and redis.call('HGET', key(job, 'shares'), number)
-  if raw and cjson.decode(raw).child == ARGV[1] and bury(member) then lost = lost + 1 end
+  local share = job and share_of(job, number)
+  if share and share.child == ARGV[1] and bury(member) then lost = lost + 1 end
 end
 return lost

@@ -167,10 +167,35 @@ local function drop_alarms(job)
   redis.call('ZREM', ALARMS, 'begin ' .. job, 'end ' .. job, 'rise ' .. job)
 end
 
+-- No share is as large as this: a damaged one must not keep Redis busy for minutes.
+local MOST_IMAGES = 1000000
 local function pairs_of(ranges)
-  local list = {}
-  for first, last in string.gmatch(ranges, '(%d+)-(%d+)') do list[#list + 1] = {tonumber(first), tonumber(last)} end
+  local list, images = {}, 0
+  for first, last in string.gmatch(ranges, '(%d+)-(%d+)') do
+    list[#list + 1] = {tonumber(first), tonumber(last)}
+    images = images + last - first
+  end
+  if images > MOST_IMAGES then error('damaged ranges: ' .. string.sub(ranges, 1, 100)) end
   return list
+end
+
+-- A share, or nil if it has ended. An error, before anything is changed, if it is damaged.
+local function share_of(job, number)
+  local raw = redis.call('HGET', key(job, 'shares'), number)
+  if not raw then return nil end
+  local share = cjson.decode(raw)
+  if type(share) ~= 'table' or type(share.owner) ~= 'string' or type(share.images) ~= 'number' then error('damaged share') end
+  share.pairs = pairs_of(share.ranges)
+  return share
+end
+
+-- The text of an error that a damaged key caused; one of Redis itself, such as being out of memory, goes on.
+local function damage(fault)
+  local text = type(fault) == 'table' and tostring(fault.err) or tostring(fault)
+  for _, code in ipairs({'OOM', 'MISCONF', 'READONLY', 'NOREPLICAS', 'NOPERM', 'MASTERDOWN'}) do
+    if string.find(text, code .. ' ', 1, true) then error(fault) end
+  end
+  return text
 end
 
 local function text_of(indexes)
@@ -242,17 +267,20 @@ local function finish(job, state)
   end
 end
 
--- End a job of which nothing runs and nothing will: it is complete, cancelled or past its deadline.
+-- End a job of which nothing runs and nothing will: it is complete, cancelled or past its deadline, or damage to its record has
+-- cost it the images that are left.
 local function finish_if_over(job)
   local j = read(job)
   if not active(j) then return false end
   local open = tonumber(redis.call('HGET', key(job), 'open'))
   if redis.call('EXISTS', key(job, 'shares')) == 1 and (open > 0 or j.cancelled) then return false end
+  local lost = open > 0 and j.left == 0 and redis.call('EXISTS', key(job, 'suspects')) == 0
   if j.cancelled then
     finish(job, 'cancelled')
   elseif open == 0 then
     finish(job, 'finishing')
-  elseif j.expired then
+  elseif j.expired or lost then
+    if lost then redis.call('HSETNX', key(job), 'damaged', 'the record of these images in Redis is damaged') end
     local counts = redis.call('HMGET', key(job), 'total', 'done', 'failed')
     local lapsed = counts[1] - (counts[2] or 0) - (counts[3] or 0)
     redis.call('HSET', key(job), 'lapsed', lapsed)
@@ -274,9 +302,8 @@ local function bury(member)
     put_aside(LEASED, 'not a share', member)
     return nil
   end
-  local raw = redis.call('HGET', key(job, 'shares'), number)
-  if not raw then return nil end
-  local share = cjson.decode(raw)
+  local share = share_of(job, number)
+  if not share then return nil end
   redis.call('HDEL', key(job, 'shares'), number)
   count_running(share.owner, -share.images)
   local j = read(job)

@@ -2,11 +2,10 @@
 -- Without kept ranges, the share ends. Returned images that have a result stay done: a child returns all that it doesn't keep,
 -- because in a power cut or a failover Redis forgets its last writes, confirmed or not. Returns 0 if the lease was lost.
 local job, number = ARGV[1], ARGV[2]
-local raw = redis.call('HGET', key(job, 'shares'), number)
-local share = raw and cjson.decode(raw)
+local share = share_of(job, number)
 if not share or share.child ~= ARGV[3] then return 0 end
 local kept, returned, held = tonumber(ARGV[5]), {}, {}
-for _, range in ipairs(pairs_of(share.ranges)) do
+for _, range in ipairs(share.pairs) do
   for index = range[1], range[2] - 1 do held[index] = true end
 end
 count_running(share.owner, kept - share.images)
@@ -14,7 +13,7 @@ if kept == 0 then
   redis.call('HDEL', key(job, 'shares'), number)
   redis.call('ZREM', LEASED, job .. ':' .. number)
 else
-  share.ranges, share.images = ARGV[4], kept
+  share.ranges, share.images, share.pairs = ARGV[4], kept, nil
   redis.call('HSET', key(job, 'shares'), number, cjson.encode(share))
 end
 if not active(read(job)) then return 1 end

@@ -5,7 +5,7 @@ local j = redis.call('HMGET', key(job), 'state', 'cancelled', 'paused', 'expired
 local stop = (j[2] or j[3] or j[4]) and 1 or 0
 if j[1] ~= 'running' and j[1] ~= 'queued' then return {0, 1} end
 if redis.call('HSETNX', key(job, 'results'), index, ARGV[4]) == 0 then return {0, stop} end
-redis.call('HINCRBY', key(job), ARGV[3], 1 + tonumber(redis.call('HGET', key(job, 'duplicates'), index) or 0))
+redis.call('HINCRBY', key(job), ARGV[3], 1 + figure(redis.call('HGET', key(job, 'duplicates'), index), 0))
 redis.call('XADD', key(job, 'events'), '*', 'i', index)
 if redis.call('HINCRBY', key(job), 'open', -1) == 0 then finish_if_over(job) end
 return {1, stop}

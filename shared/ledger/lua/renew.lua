@@ -29,8 +29,7 @@ for place = 4, #ARGV, 2 do
       verdict = 'ok'
     end
   else
-    local raw = redis.call('HGET', key(job, 'shares'), number)
-    local share = raw and cjson.decode(raw)
+    local share = share_of(job, number)
     local j = read(job)
     if share and share.child == child and j.state then
       redis.call('ZADD', LEASED, ends, job .. ':' .. number)

@@ -7,16 +7,17 @@ if open == 0 then return 0 end
 -- Shares that were not given back yet when the last image was recorded.
 local shares = redis.call('HGETALL', key(job, 'shares'))
 for place = 1, #shares, 2 do
-  local share = cjson.decode(shares[place + 1])
+  local share = share_of(job, shares[place])
   count_running(share.owner, -share.images)
   redis.call('ZREM', LEASED, job .. ':' .. shares[place])
 end
 redis.call('DEL', key(job, 'shares'))
 redis.call('HINCRBY', key(job), 'failed', 0 - tonumber(redis.call('HGET', key(job), 'lapsed') or 0)) -- never '-0'
-redis.call('HDEL', key(job), 'paused', 'later', 'cancelled', 'expired', 'lapsed', 'until', 'ended', 'manifest', 'manifest_since')
+redis.call('HDEL', key(job), 'paused', 'later', 'cancelled', 'expired', 'lapsed', 'damaged', 'until', 'ended', 'manifest',
+  'manifest_since')
 redis.call('HSET', key(job), 'state', 'queued', 'order', redis.call('INCR', 'imagemill:sequence'))
 redis.call('ZREM', manifests(j.lane), job)
 if j.priority == 'low' then redis.call('ZADD', ALARMS, now_ms() + ARGV[2], 'rise ' .. job) end
 persist(job)
-enqueue(job)
+if not finish_if_over(job) then enqueue(job) end
 return open

@@ -4,7 +4,7 @@ if not ended(read(job)) then return 0 end -- somebody else has retried it
 for place = 2, #ARGV do
   local index = ARGV[place]
   if redis.call('HDEL', key(job, 'results'), index) == 1 then
-    redis.call('HINCRBY', key(job), 'failed', -1 - tonumber(redis.call('HGET', key(job, 'duplicates'), index) or 0))
+    redis.call('HINCRBY', key(job), 'failed', -1 - figure(redis.call('HGET', key(job, 'duplicates'), index), 0))
     redis.call('RPUSH', key(job, 'back'), string.format('%d-%d', index, index + 1))
     redis.call('HINCRBY', key(job), 'back', 1)
     redis.call('HINCRBY', key(job), 'open', 1)

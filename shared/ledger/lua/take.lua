@@ -2,25 +2,28 @@
 --   child, lease: who asks, and the lease in ms;   empty: whether the child has nothing at hand;
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
 --   held: by job, images it already has at hand;   avoid: jobs that it can't work on at the moment.
--- Returns {'none'}; {'drain'}: come back when nothing is at hand, for suspects; {'manifest', job, number of its lease, run, ms
--- since it was first handed out}; or {'share', job, number, processes that died with these images, rank of its priority, 1 if
--- its owner had nothing running, its ranges, those of them that are recorded already, then packs as number, items}.
+-- Returns {'none'}; {'drain'}: come back when nothing is at hand, for suspects; {'damaged', job, why}: its record can't be used;
+-- {'manifest', job, number of its lease, run, ms since it was first handed out}; or {'share', job, number, processes that died
+-- with these images, rank of its priority, 1 if its owner had nothing running, its ranges, those of them that are recorded
+-- already, then packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
 ring(now_ms())
 local now, drain, least = now_ms(), false, 0
 
 local avoid = {}
-for _, job in ipairs(ask.avoid or {}) do avoid[job] = true end
+for _, job in ipairs(ask.avoid) do avoid[job] = true end
 
 for _, lane in ipairs(ask.lanes) do
-  for _, job in ipairs(redis.call('ZRANGEBYSCORE', manifests(lane), '-inf', now, 'LIMIT', 0, 10)) do
-    if redis.call('EXISTS', key(job)) == 1 then
+  for _, job in ipairs(redis.call('ZRANGEBYSCORE', manifests(lane), '-inf', now, 'LIMIT', 0, 10 + #ask.avoid)) do
+    if avoid[job] then -- a node that can will write it
+    elseif redis.call('EXISTS', key(job)) == 1 then
       redis.call('ZADD', manifests(lane), now + ask.lease, job)
       redis.call('HSETNX', key(job), 'manifest_since', now)
       local since = figure(redis.call('HGET', key(job), 'manifest_since'), now)
       return {'manifest', job, redis.call('HINCRBY', key(job), 'manifest_leases', 1), redis.call('HGET', key(job), 'order'), now - since}
+    else
+      redis.call('ZREM', manifests(lane), job)
     end
-    redis.call('ZREM', manifests(lane), job)
   end
 end
 
@@ -130,8 +133,9 @@ for _, priority in ipairs(PRIORITIES) do
   for place, owner in ipairs(owners) do
     if place > 16 then break end
     local line = {lane = owner[2], priority = priority, owner = owner[3]}
-    for _, job in ipairs(redis.call('ZRANGE', waiting(line), 0, 7 + #(ask.avoid or {}))) do
-      local answer = grant(job, line)
+    for _, job in ipairs(redis.call('ZRANGE', waiting(line), 0, 7 + #ask.avoid)) do
+      local fine, answer = pcall(grant, job, line)
+      if not fine then return {'damaged', job, damage(answer)} end
       if answer then return answer end
       if drain then return {'drain'} end
     end

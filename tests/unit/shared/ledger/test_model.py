@@ -17,7 +17,7 @@ from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share
 from imagemill.shared.messages import PRIORITIES, ItemResult, Node, Priority
 from tests.ledgers import Ledger
-from tests.unit.shared.ledger.contents import contents
+from tests.unit.shared.ledger.contents import contents, everything
 from tests.unit.shared.ledger.jobs import LANE, OTHER_LANE, hours, make_job, nothing_left, ring
 from tests.unit.shared.ledger.model import Group, ModelJob, SharedOut
 
@@ -404,6 +404,13 @@ class Ledgers(RuleBasedStateMachine):
             leased |= {f"{job.id}:{number}" for number in found.shares}
         assert {owner: int(count) for owner, count in self.raw.hgetall("imagemill:running").items()} == +running
         assert set(self.raw.zrange("imagemill:leased", 0, -1)) == leased
+
+    @invariant()
+    def repair_finds_nothing(self) -> None:
+        before = everything(self.raw)
+        assert self.ledger.repair() == 0
+        self.ledger.relink()
+        assert everything(self.raw) == before
 
     @invariant()
     def alarms_match_the_model(self) -> None:
