@@ -72,8 +72,12 @@ def contents(raw: Any, jobs: Sequence[tuple[str, str, Priority, str]]) -> list[C
 
 
 def everything(raw: Any) -> dict[str, Any]:
-    """Every key with its value, but for packs, which are not text."""
+    """Every key with its value, but for packs, which are not text, and marks that expire."""
     names = sorted(raw.scan_iter("*"))
     read = {"string": raw.get, "hash": raw.hgetall, "list": lambda name: raw.lrange(name, 0, -1), "set": raw.smembers}
     read |= {"zset": lambda name: raw.zrange(name, 0, -1, withscores=True), "stream": raw.xlen}
-    return {name: read[kind](name) for name in names if not name.endswith(":packs") and (kind := raw.type(name)) in read}
+    return {
+        name: read[kind](name)
+        for name in names
+        if not name.endswith(":packs") and ":draining:" not in name and (kind := raw.type(name)) in read
+    }
