@@ -19,6 +19,7 @@ from imagemill.shared.errors import ImageError
 from imagemill.shared.settings import Settings
 from imagemill.worker.line.batching import Batcher, Recipe, Slot, run_parts
 from imagemill.worker.line.context import Context
+from imagemill.worker.line.front import Front
 from imagemill.worker.line.image import Failed, ImageInFlight, NotBegun, Outcome, RunAgain
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records
@@ -44,7 +45,7 @@ class Line:
         self._changed = changed
         self._ready: SimpleQueue[ImageInFlight | None] = SimpleQueue()
         self._batcher: Batcher[ImageInFlight] = Batcher(settings.worker.batch_wait)
-        self._front = ThreadPoolExecutor(settings.fetch.threads, "fetch")
+        self._front = Front(settings.fetch.threads)
         self.back = ThreadPoolExecutor(settings.worker.store_threads, "store")
         self._device, self._counting = Lock(), Lock()
         self._coming = 0  # images on their way to the device
@@ -75,6 +76,10 @@ class Line:
                 if time.monotonic() >= until:
                     return
 
+    def slow_hosts(self) -> set[str]:
+        """Hosts whose images hold up nothing else."""
+        return self._front.slow_hosts()
+
     def wake(self) -> None:
         """Let `run` look around."""
         self._ready.put(None)
@@ -98,7 +103,7 @@ class Line:
         """Drop everything; whatever has no record is handed out again. The line can't be used any more."""
         self._abandoned = True
         self.budget.close()
-        self._front.shutdown(wait=False, cancel_futures=True)
+        self._front.close()
         self.back.shutdown(wait=False, cancel_futures=True)
 
     def _before_device(self, image: ImageInFlight) -> None:
