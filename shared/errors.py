@@ -18,7 +18,7 @@
         ├── EmptyFile  NotAnImage  Truncated  TooManyPixels       (codec)
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
         ├── UnsafeContent  ModelUnavailable
-        ├── StorageUnavailable  StorageRefused                    (store)
+        ├── StorageUnavailable  StorageFull  StorageRefused       (store)
         └── WorkerLost  Expired  InternalError                    (flow)
 
 Each leaf has a `code`, which is public and stable, and `retryable`, whether a retry can help.
@@ -226,7 +226,17 @@ class OutOfMemory(ImageError, code="out_of_memory"):
 
 
 class StorageUnavailable(ImageError, code="storage_unavailable", retryable=True):
-    """The result could not be stored, even after retries."""
+    """The store did not respond for an hour.
+
+    Shorter outages only delay the images.
+    """
+
+
+class StorageFull(ImageError, code="storage_full", retryable=True):
+    """There is no space left in the output folder.
+
+    Make room, then run `imagemill retry`.
+    """
 
 
 class StorageRefused(ImageError, code="storage_refused"):

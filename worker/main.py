@@ -26,7 +26,7 @@ from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
 from imagemill.worker.node import intake, logs
 from imagemill.worker.node.naming import take_name, this_process
-from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
+from imagemill.worker.node.offer import Lanes, lanes, missing, nothing_to_do, shortcomings
 from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
 from imagemill.worker.node.tasks import not_loaded, register
 
@@ -38,11 +38,11 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.lanes = lanes(settings)
+        self.lanes = Lanes(lanes(settings))
         intake.install()
         self.app: Celery = make_app(settings)
         self.app.conf.worker_consumer = "imagemill.worker.node.intake:Consumer"
-        self.app.conf.task_queues = queues(map(queue_name, self.lanes))
+        self.app.conf.task_queues = queues(map(queue_name, self.lanes.open()))
         self._child: Any = None
         register(self.app, lambda: self._child or not_loaded())
         self.app.steps["worker"].add(Loaded)
@@ -71,7 +71,7 @@ class Worker:
             pid=os.getpid(),
             process=this_process(),
             device=self.device.name,
-            lanes=tuple(self.lanes),
+            lanes=tuple(self.lanes.open()),
             children=sender.concurrency,
             ready=False,
             lacks=tuple(f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)),
@@ -83,7 +83,7 @@ class Worker:
         self.app.amqp.queues.select_add(own)
         ledger, fleet, publisher = WorkLedger.of(self.settings), Fleet.of(self.settings), Publisher(self.app)
         self.app.imagemill_parent = Parent(
-            self.node, self.children, ledger, fleet, publisher, self.settings.worker, self.settings.owner_weights
+            self.node, self.children, self.lanes, ledger, fleet, publisher, self.settings.worker, self.settings.owner_weights
         )
 
     def _log_engines(self) -> None:
@@ -112,6 +112,7 @@ class Worker:
                 node=node,
                 seat=f"{node}/{index}",
                 name=child_name(node, index, os.getpid()),
+                lanes=self.lanes,
                 publisher=Publisher(self.app),
                 stopping=self.children.stopping,
             )

@@ -17,6 +17,7 @@ All keys start with `imagemill:`. Those of a job are kept until it ends, and the
     job:{id}:shares       hash    number -> its child, owner and images, as JSON
     job:{id}:results      hash    index -> ItemResult, written once
     job:{id}:events       stream  one entry per result, to notify watchers
+    job:{id}:wait         string  why its images wait on some worker; expires after 30 s
     job:{id}:duplicates   hash    index -> how many later rows share its result
 
 Who is next: by priority, then by the owners' clocks (common.lua), then in the order of submission.

@@ -11,11 +11,13 @@ from typing import Literal, cast
 from imagemill.shared.fleet import NODE_SECONDS
 from imagemill.shared.ledger.ranges import as_ranges, as_text, indexes_in
 from imagemill.shared.ledger.reading import ReadLedger
-from imagemill.shared.ledger.scripts import PACK, unpack
+from imagemill.shared.ledger.scripts import PACK, key, unpack
 from imagemill.shared.messages import Item, ItemResult, compact
 
 Verdict = Literal["ok", "yield", "stop", "lost"]
 
+WAIT_SECONDS = 30
+"""How long it is shown why a job waits."""
 EMPTY_SHARES = 100
 """Most shares without an image that one call skips."""
 
@@ -34,6 +36,8 @@ class Request:
     rate: Mapping[str, float] = field(default_factory=dict)
     held: Mapping[str, int] = field(default_factory=dict)
     empty: bool = True
+    avoid: Sequence[str] = ()
+    """Jobs that it can't work on at the moment."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,10 @@ class WorkLedger(ReadLedger):
     def end_job(self, job: str, manifest: str | None, run: int | None = None) -> bool:
         """The manifest is written, or never will be (None); False if a retry has begun meanwhile."""
         return bool(self._script("end_job", job, manifest or "", "" if run is None else run))
+
+    def report_wait(self, job: str, reason: str) -> None:
+        """Report why images of a job wait on some worker; forgotten unless it is repeated."""
+        self._redis.set(key(job, "wait"), reason, ex=WAIT_SECONDS)
 
     def report_rate(self, lane: str, child: str, images_per_second: float) -> None:
         """Report how many images per second a child computes; forgotten with its node. `child` is NODE/NUMBER."""

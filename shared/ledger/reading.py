@@ -65,8 +65,9 @@ class ReadLedger(Scripts):
             pipe.hgetall(key(job))
             pipe.hlen(key(job, "shares"))
             pipe.llen(key(job, "suspects"))
+            pipe.get(key(job, "wait"))
             pipe.time()
-            raw, shares, suspects, (seconds, micros) = pipe.execute()
+            raw, shares, suspects, wait, (seconds, micros) = pipe.execute()
         if b"spec" not in raw:
             raise _not_found(job)
         fields = {name.decode(): value for name, value in raw.items()}
@@ -90,7 +91,7 @@ class ReadLedger(Scripts):
             owner=spec.policy.owner,
             not_before=later if later and later > now else None,
             until=_seconds(fields, "until"),
-            why=_why(fields, now),
+            why=_why(fields, now) or _wait(fields, wait),
             starts=_seconds(fields, "started") if fields["state"] != b"queued" else None,  # a retry begins anew
             output=spec.output.url,
             manifest=fields["manifest"].decode() if "manifest" in fields else None,
@@ -230,6 +231,12 @@ def _why(fields: Mapping[str, bytes], now: float) -> str | None:
         return "paused"
     later = _seconds(fields, "later")
     return f"starts at {time.strftime('%Y-%m-%d %H:%M', time.localtime(later))}" if later and later > now else None
+
+
+def _wait(fields: Mapping[str, bytes], reported: bytes | None) -> str | None:
+    """What a worker has reported: why the images that it holds, or the manifest, can't be finished."""
+    waits = reported is not None and fields["state"] in (b"queued", b"running", b"finishing")
+    return reported.decode(errors="replace") if reported is not None and waits else None
 
 
 def _seconds(fields: Mapping[str, bytes], name: str) -> float | None:

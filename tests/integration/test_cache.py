@@ -188,13 +188,13 @@ def test_result_that_cannot_be_stored_is_not_cached(jobs: Jobs, folder: Place, m
 
     with monkeypatch.context() as patch:
         patch.setattr("imagemill.worker.transfer.files.os.fsync", full)
-        assert jobs.run(operation, folder).code == "storage_unavailable"
+        assert jobs.run(operation, folder).code == "storage_full"
     assert [path for path in folder.folder.rglob("*") if path.is_file()] == []
     first = jobs.output(operation, folder)
     assert operation.runs == 2
     with monkeypatch.context() as patch:
         patch.setattr("imagemill.worker.transfer.files.os.fsync", full)
-        assert jobs.run(operation, folder).code == "storage_unavailable"
+        assert jobs.run(operation, folder).code == "storage_full"
     copy = jobs.run(operation, folder)
     assert copy.notes[-1] == "cached"
     stored = {path for path in folder.folder.rglob("*") if path.is_file()}

@@ -32,10 +32,11 @@ EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 
 @dataclass(frozen=True)
 class Encoded:
-    """A finished file of MIME type `image/{format}`."""
+    """A finished file of MIME type `image/{format}`; `size` is (width, height)."""
 
     data: bytes
     format: str
+    size: tuple[int, int]
 
 
 def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal["srgb", "keep"] = "srgb") -> Picture:
@@ -156,7 +157,7 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
                 data = jpeg.encode(np.ascontiguousarray(flatten(pixels, 255)), quality, picture.icc)
         except (ValueError, OSError) as error:
             raise OperationFailed(f"the picture can't be encoded as {format} ({sentence(error)})") from error
-    return Encoded(data, format)
+    return Encoded(data, format, picture.size)
 
 
 def _colourless(picture: Picture) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -91,6 +91,12 @@ class ImageInFlight:
     """The best result so far; a second attempt may beat it."""
     encoded: Encoded = field(init=False, repr=False)
 
+    waits: bool = False
+    """For a service that does not respond."""
+    own_faults: int = 0
+    """Outages that hit this image while its service responded to others."""
+    answers_seen: int | None = None
+    """How often that service had responded at the latest of them."""
     place: Literal["queued", "fetching", "begun", "over"] = "queued"
     """Until it is begun, it can be withdrawn."""
     recorded: bool = False
@@ -159,7 +165,19 @@ class ImageInFlight:
             return (*self.best.notes, *flagged(self.best.beyond))
         return tuple(self.work.notes) if "work" in vars(self) else ()
 
+    def keep_file(self, encoded: Encoded) -> None:
+        """Only the finished file, its notes and measures are needed from now on: free all pixels, and most of their budget."""
+        self.encoded = encoded
+        self.best = self.best.without_pixels()
+        self._free(("data", "picture", "work", "outputs", "made"))
+        pixels = min(self.held_pixels, len(encoded.data) // 4)  # a pixel takes about 4 bytes
+        self.context.budget.release(self.held_pixels - pixels)
+        self.held_pixels = pixels
+
     def drop_pixels(self) -> None:
         """Free everything large. What the record needs stays."""
-        for name in ("data", "picture", "work", "outputs", "made", "best", "encoded"):
+        self._free(("data", "picture", "work", "outputs", "made", "best", "encoded"))
+
+    def _free(self, names: Iterable[str]) -> None:
+        for name in names:
             vars(self).pop(name, None)

@@ -15,16 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from threading import Lock
 
-from imagemill.shared.errors import ImageError
+from imagemill.shared.errors import ImageError, ModelUnavailable
 from imagemill.shared.settings import Settings
 from imagemill.worker.line.batching import Batcher, Recipe, Slot, run_parts
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.front import Front
-from imagemill.worker.line.image import Failed, ImageInFlight, NotBegun, Outcome, RunAgain
+from imagemill.worker.line.image import Failed, ImageInFlight, NotBegun, Outcome, RunAgain, Stored
+from imagemill.worker.line.outages import Outages, service_of, source_service
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records
 from imagemill.worker.line.speed import Speed
-from imagemill.worker.line.stages import AFTER_DEVICE, BEFORE_DEVICE, DELIVERY, advance
+from imagemill.worker.line.stages import AFTER_DEVICE, BEFORE_DEVICE, DELIVERY, advance, store
 from imagemill.worker.transfer.fetch import cut_short
 
 GLANCE = 0.5
@@ -38,10 +39,12 @@ class Line:
     """
 
     def __init__(self, settings: Settings, records: Records, changed: Callable[[], None] = lambda: None) -> None:
-        self.records, self.speed = records, Speed()
+        self.records, self.speed, self.outages = records, Speed(), Outages()
         self.budget = PixelBudget(settings.worker.look_ahead)
         self.starving_since: float | None = None
         """Since when, on the monotonic clock, the device has had nothing to run."""
+        self.closed: dict[str, str] = {}
+        """Lanes whose model can't be opened, and why: nothing more of them is begun."""
         self._changed = changed
         self._ready: SimpleQueue[ImageInFlight | None] = SimpleQueue()
         self._batcher: Batcher[ImageInFlight] = Batcher(settings.worker.batch_wait)
@@ -57,12 +60,13 @@ class Line:
         self.speed.resume()
         for image in images:
             self._count(1)
-            self._front.submit(self._before_device, image)
+            self._submit(self._front, self._before_device, image)
 
     def run(self, until: float, busy: Callable[[], bool]) -> None:
         """Work while the line is `busy`, until this time on the monotonic clock. Images may remain in it.
 
-        Raises when the device is lost, and when the task's time is up or this process is told to exit.
+        Raises when the device is lost, when the task's time is up or this process is told to exit, and whatever went wrong in a
+        thread. The line must then be abandoned: what has no record is handed out again.
         """
         with self._device:
             while True:
@@ -83,6 +87,16 @@ class Line:
     def wake(self) -> None:
         """Let `run` look around."""
         self._ready.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        """End the run with this error."""
+        self._fault = error
+        self.wake()
+
+    def retry(self) -> None:
+        """Try again what waits for a store, if it is time for that. To be called several times per second."""
+        for image in self.outages.due():
+            self._retry(image)
 
     def clear(self, *, begun: bool = False) -> None:
         """Drop withdrawn images that wait for a device which nobody runs; with `begun`, also those that ran in part."""
@@ -106,6 +120,17 @@ class Line:
         self._front.close()
         self.back.shutdown(wait=False, cancel_futures=True)
 
+    def _submit(self, threads: Front | ThreadPoolExecutor, step: Callable[[ImageInFlight], None], image: ImageInFlight) -> None:
+        """Take a step in a thread. Whatever it raises ends the run instead of vanishing with the thread: see `run`."""
+
+        def guarded(image: ImageInFlight) -> None:
+            try:
+                step(image)
+            except BaseException as error:  # noqa: BLE001
+                self.fail(error)
+
+        threads.submit(guarded, image)
+
     def _before_device(self, image: ImageInFlight) -> None:
         """In a thread: the stages up to the device. An image that needs no device does not wait for it either."""
         outcome: Outcome | None = NotBegun()
@@ -114,6 +139,8 @@ class Line:
             stop, attempts = image.context.stop, image.context.spec.policy.attempts
             if isinstance(outcome, Failed) and (self._abandoned or cut_short(outcome.error, stop, attempts)):
                 outcome = NotBegun()  # another worker gives it all the attempts that the policy allows
+            elif "header" in vars(image):
+                self._answered(source_service(image.item.source))
         if outcome is None:
             self._ready.put(image)
         else:
@@ -167,17 +194,19 @@ class Line:
             image.missing -= 1
             if isinstance(output, ImageError):
                 image.failure = output
+                if isinstance(output, ModelUnavailable):
+                    self.closed[image.context.spec.lane] = output.message
             else:
                 image.outputs[slot.place] = output
             if image.missing == 0:
                 computed += image.failure is None and not image.has_result  # a second attempt is no second image
-                self.back.submit(self._after_device, image)
+                self._submit(self.back, self._after_device, image)
         self.speed.ran(batch[0].owner.context.spec.lane, computed, len(batch))
         self._changed()
 
     def _begin(self, image: ImageInFlight) -> bool:
         """Whether the device should run this image; if not, its pixels are freed."""
-        if image.context.stop.is_set():
+        if image.context.stop.is_set() or image.context.spec.lane in self.closed:
             image.withdraw()
         begun = image.move("begun")
         if not begun:
@@ -199,14 +228,38 @@ class Line:
         """Encode and store the best result."""
         return advance(image, DELIVERY) or NotBegun()
 
+    def _retry(self, image: ImageInFlight) -> None:
+        """Continue with an image that has waited for a service."""
+        if self._abandoned:
+            self._free(image)
+        elif "encoded" in vars(image):
+            self._submit(self.back, self._store, image)
+        else:
+            self.enter([image])
+
+    def _store(self, image: ImageInFlight) -> None:
+        """In a thread: store a result that waited for its store, unless its job is not wanted any more."""
+        self.settle(image, NotBegun() if image.stopped else advance(image, [store]) or NotBegun())
+
+    def _answered(self, service: str | None) -> None:
+        for image in self.outages.answered(service):
+            self._retry(image)
+
     def settle(self, image: ImageInFlight, outcome: Outcome) -> None:
-        """Record what became of an image, unless it has been withdrawn."""
+        """Record what became of an image, unless it has been withdrawn or has to wait for a store."""
+        if isinstance(outcome, Failed) and service_of(image, outcome.error):
+            if image.stopped or self._abandoned:
+                outcome = NotBegun()
+            elif self.outages.postpone(image, outcome.error):
+                self._changed()
+                return
+        elif isinstance(outcome, Stored):
+            self._answered(image.context.store.service)
         try:
             if image.move("begun"):
                 self.records.record(image, outcome)
-        except BaseException as error:  # noqa: BLE001  # without a record nothing else matters: `run` raises it
-            self._fault = error
-            self.wake()
+        except BaseException as error:  # noqa: BLE001  # without a record, nothing else matters
+            self.fail(error)
         finally:
             self._free(image)
             self._changed()

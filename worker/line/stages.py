@@ -108,12 +108,13 @@ def encode(image: ImageInFlight, context: Context) -> None:
     """Turn the best result into a file."""
     with image.timed("encode"):
         # The colour under alpha 0 is nobody's if we cut the subject out; otherwise it is the source's, and is kept.
-        image.encoded = codec.encode(
+        encoded = codec.encode(
             image.best.picture,
             format=_format(image, context),
             quality=context.spec.output.quality,
             clear=context.operation.spec.makes_alpha,
         )
+    image.keep_file(encoded)
 
 
 def store(image: ImageInFlight, context: Context) -> Stored:
@@ -122,9 +123,9 @@ def store(image: ImageInFlight, context: Context) -> Stored:
     with image.timed("store"):
         output = context.store.put(_key(image, context, encoded.format), encoded.data, f"image/{encoded.format}")
     if context.cache is not None and lasting_notes(context.spec).issuperset(best.notes):
-        result = Remembered.of(encoded, output=output, size=best.picture.size, notes=best.notes, measures=best.measures)
+        result = Remembered.of(encoded, output=output, notes=best.notes, measures=best.measures)
         context.cache.put(image.cache_key, result)
-    return Stored("computed", output, len(encoded.data), best.picture.size, image.notes, best.measures)
+    return Stored("computed", output, len(encoded.data), encoded.size, image.notes, best.measures)
 
 
 BEFORE_DEVICE: tuple[Stage, ...] = (fetch, reuse, decode, prepare)
@@ -163,7 +164,7 @@ def _keep(image: ImageInFlight, context: Context, untouched: Untouched) -> Store
     picture = image.picture
     image.best = quality.Checked(picture, untouched.notes, Measures())
     if picture.as_stored and _format(image, context) == picture.format:
-        image.encoded = codec.Encoded(image.data, picture.format)
+        image.keep_file(codec.Encoded(image.data, picture.format, picture.size))
     else:
         encode(image, context)
     return replace(store(image, context), how="kept")

@@ -8,7 +8,14 @@ from collections.abc import Callable
 
 from imagemill.shared.broker import Publisher
 from imagemill.shared.engines import parse_options, split_lane
-from imagemill.shared.errors import BrokerUnavailable, ImageError, ImagemillError, StorageUnavailable, sentence
+from imagemill.shared.errors import (
+    BrokerUnavailable,
+    ConfigurationError,
+    ImageError,
+    ImagemillError,
+    StorageUnavailable,
+    sentence,
+)
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import ManifestDue, WorkLedger
 from imagemill.shared.messages import Job
@@ -24,7 +31,7 @@ from imagemill.worker.line.manifest import write_manifest
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records, Tally
 from imagemill.worker.node.feeder import Feeder
-from imagemill.worker.node.offer import lanes
+from imagemill.worker.node.offer import Lanes
 from imagemill.worker.operations.base import AnyOperation, Untouched
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.fetch import Fetcher
@@ -53,6 +60,7 @@ class Child:
         node: str,
         seat: str,
         name: str,
+        lanes: Lanes,
         publisher: Publisher,
         stopping: Callable[[], bool],
     ) -> None:
@@ -62,16 +70,26 @@ class Child:
         self.cache = Cache.of(settings)
         self.s3 = lazy_client(settings.s3)
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
-        self.lanes = lanes(settings)
+        self._lanes = lanes
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
         self.records = Records(self.ledger, node)
         self.tell: Tell = lambda _: None
-        for lane in self.lanes:
-            operation, engine, model = split_lane(lane)
-            if (operation, engine) not in self.operations:  # it loads another model when a job asks for it
-                self._load(operation, engine, model, device)
+        self._load_all(device)
         self.feeder: Feeder | None = None
+
+    def _load_all(self, device: Device) -> None:
+        """Load each engine with its first model that can be opened. Raises the last error if none can."""
+        for lane in self.lanes():
+            operation, engine, model = split_lane(lane)
+            if (operation, engine) in self.operations:  # it loads another model when a job asks for it
+                continue
+            try:
+                self._load(operation, engine, model, device)
+            except (ConfigurationError, ImageError) as error:
+                self.close_lane(lane, error.message)
+                if not self.lanes():
+                    raise
 
     def _load(self, name: str, engine: str, model: str, device: Device) -> None:
         start = time.perf_counter()
@@ -124,7 +142,6 @@ class Child:
             self,
             child=self.name,
             seat=self.seat,
-            lanes=self.lanes,
             seconds=self.settings.worker.share_seconds,
             threads=self.settings.fetch.threads,
             stopping=self.stopping,
@@ -158,6 +175,16 @@ class Child:
             budget=budget,
             cache=self.cache,
         )
+
+    def lanes(self) -> list[str]:
+        """The lanes that this node offers now."""
+        return self._lanes.open()
+
+    def close_lane(self, lane: str, reason: str) -> None:
+        """Take a lane out of service, because its model can't be opened."""
+        self._lanes.close(lane)
+        fix = "repair the model, then restart the node"
+        log.error("lane out of service", extra={"action": "lane", "lane": lane, "reason": reason, "fix": fix})
 
     def grows(self, lane: str) -> bool:
         """Whether larger batches are faster in this lane."""

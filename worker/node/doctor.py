@@ -113,6 +113,8 @@ def check_workers(settings: Settings) -> Iterator[Finding]:
     for node in nodes:
         found = f"{node.node}: {node.children} children, {'ready' if node.ready else 'loading'}"
         yield Finding("workers", "ok" if node.ready else "warning", found)
+        for reason in node.lacks:
+            yield Finding("workers", "warning", f"{node.node} lacks {reason}")
     served = {lane for node in nodes for lane in node.lanes}
     unserved = [lane for lane in lanes(settings) if lane not in served]
     if unserved:

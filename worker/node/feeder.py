@@ -9,17 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from threading import Event, Thread
-from typing import Protocol
 
-from imagemill.shared.engines import split_lane
 from imagemill.shared.errors import ImagemillError, JobNotFound, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLedger
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight
 from imagemill.worker.line.line import Line
-from imagemill.worker.line.pixel_budget import PixelBudget
+from imagemill.worker.node.shares import Held, Jobs, engine_of
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +25,9 @@ RENEWAL_SECONDS = 0.5
 RETRY_SECONDS = 0.25
 """Pause before asking again for more when there was nothing."""
 UNABLE_SECONDS = 5.0
-"""Pause after a job that this child can't work on, such as for want of S3 keys; another may be able to."""
+"""Pause after taking a job that this child can't work on, such as for want of S3 keys; another may be able to."""
+REPORT_SECONDS = 5.0
+"""Interval between reports of why images wait."""
 PAUSE_SECONDS = 0.01
 """Pause between two looks at the shares, however many images change meanwhile."""
 STARVING_SECONDS = 0.25
@@ -39,8 +38,8 @@ FINISH_SECONDS = 10.0
 """How long a process that is told to exit waits for results that are being stored."""
 FIRST_IMAGES = 2
 """Images taken ahead before it is known how fast they are computed; after that, the more it has computed, the more it takes."""
-SLOW_IMAGES = 16
-"""Images of slow hosts per thread that others may overtake. More of them fill the line, like all others."""
+MOST_OVERTAKEN = 16
+"""Images per thread that wait for slow hosts or for S3 while others overtake them. More of them fill the line, as all others do."""
 SWAP_SECONDS = 20.0
 """How long an engine works with one model before it opens another, while there is work for both."""
 MOST_CONTEXTS = 32
@@ -48,59 +47,8 @@ CONTEXT_SECONDS = 60.0
 """How long references that a job's images share are kept, also those that could not be fetched."""
 
 
-def engine_of(lane: str) -> tuple[str, str]:
-    """The operation and engine of a lane."""
-    return split_lane(lane)[:2]
-
-
-class Jobs(Protocol):
-    """What the feeder needs to know of jobs; the child does."""
-
-    def open(self, job: str, budget: PixelBudget) -> Context:
-        """A new context. Raises an ImagemillError if this child can't work on the job."""
-
-    def write_manifest(self, due: ManifestDue) -> None:
-        """Write the manifest of a job that is over."""
-
-    def grows(self, lane: str) -> bool:
-        """Whether larger batches are faster in this lane."""
-
-    def progress(self, context: Context, images: int) -> None:
-        """Called every half second with a job that is being worked on, and the images of it that are in the line."""
-
-
-@dataclass
-class Held:
-    """A share in the line."""
-
-    share: Share
-    context: Context
-    images: list[ImageInFlight]
-    started: float = field(default_factory=time.monotonic)
-    returned: set[int] = field(default_factory=set)
-    """Indexes that the ledger has got back."""
-
-    @property
-    def lane(self) -> str:
-        return self.context.spec.lane
-
-    def left(self) -> list[ImageInFlight]:
-        """The images that are in the line."""
-        return [image for image in self.images if image.place != "over"]
-
-    def divided(self) -> tuple[list[int], list[int]]:
-        """Indexes of the images that are in the line, and of those that have left it without a record and are still leased."""
-        left, undone = [], []
-        for image in self.images:  # each is asked once, because it may leave the line meanwhile
-            if image.place != "over":
-                left.append(image.item.index)
-            elif not image.recorded and image.item.index not in self.returned:
-                undone.append(image.item.index)
-        return left, undone
-
-
 class Feeder:
-    """Keeps a line filled. `child` names this process in leases, `seat` (NODE/NUMBER) in rates; `lanes` are what it can do."""
+    """Keeps a line filled. `child` names this process in leases, `seat` (NODE/NUMBER) in rates."""
 
     def __init__(
         self,
@@ -110,21 +58,21 @@ class Feeder:
         *,
         child: str,
         seat: str,
-        lanes: Iterable[str],
         seconds: float,
         threads: int,
         stopping: Callable[[], bool],
     ) -> None:
         self._poke = Event()
         self.line = line(self._poke.set)
-        self._ledger, self._jobs, self._child, self._seat, self._lanes = ledger, jobs, child, seat, list(lanes)
+        self._ledger, self._jobs, self._child, self._seat = ledger, jobs, child, seat
         self._seconds, self._threads, self._stopping = seconds, threads, stopping
         self._held: list[Held] = []
         self._manifests: dict[str, ManifestDue] = {}
         self._contexts: dict[str, tuple[float, Context]] = {}
+        self._unable: dict[str, float] = {}  # jobs that this child can't work on, until when
         self._opened: dict[tuple[str, str], tuple[str, float]] = {}  # by engine, the latest lane, and since when
         self._stretch, self._overtaken = 1, False
-        self._ask_at = self._renew_at = 0.0
+        self._ask_at = self._renew_at = self._report_at = 0.0
         self._ended: float | None = 0.0  # when the last shift ended; None during a shift
         self._idle = Event()
         self._closed = False
@@ -195,14 +143,18 @@ class Feeder:
             except ServiceUnavailable as error:
                 log.warning("Redis does not respond", extra={"action": "feed", "reason": error.message})
                 time.sleep(RETRY_SECONDS)
-            except Exception:  # a bug; the leases lapse, and others do the work
+            except Exception as error:  # a bug; the shift ends, and its work is handed out again
                 log.exception("feeding failed", extra={"action": "feed"})
+                self.line.fail(error)
                 time.sleep(RETRY_SECONDS)
 
     def _step(self) -> None:
         if time.monotonic() >= self._renew_at:
             self._renew_at = time.monotonic() + RENEWAL_SECONDS
             self._renew()
+            self._report_waits()
+        self.line.retry()
+        self._close_lanes()
         over = self._ended is not None and time.monotonic() - self._ended > GRACE_SECONDS
         if over or self._stopping():
             self._withdraw(self._ahead())
@@ -214,7 +166,7 @@ class Feeder:
         self._settle_shares()
         if self._ended is None:
             nothing = self._stopping() or not self._top_up()
-            if nothing and not self._held and not self._manifests:
+            if nothing and not (self._held or self._manifests or self._unable):
                 self._idle.set()
                 self.line.wake()
 
@@ -223,8 +175,8 @@ class Feeder:
         leases += self._manifests.values()
         if not leases:
             return
-        renewal = self._ledger.renew(self._child, self._lanes, leases)
-        mine = any(held.share.job == renewal.urgent for held in self._held)
+        renewal = self._ledger.renew(self._child, self._jobs.lanes(), leases)
+        mine = renewal.urgent in (*(held.share.job for held in self._held), *self._avoided())
         for held, verdict in zip(self._held, renewal.verdicts, strict=False):
             if verdict in ("stop", "lost"):
                 held.context.stop.set()
@@ -237,6 +189,23 @@ class Feeder:
         self._look_ahead_less()
         if self._held:
             self._jobs.progress(self._held[0].context, len(self._held[0].left()))
+
+    def _report_waits(self) -> None:
+        """Say why images wait, for `status`."""
+        reasons = self.line.outages.reasons()
+        if reasons and time.monotonic() >= self._report_at:
+            self._report_at = time.monotonic() + REPORT_SECONDS
+            for job, reason in reasons.items():
+                self._ledger.report_wait(job, reason)
+
+    def _close_lanes(self) -> None:
+        """Take lanes whose model can't be opened out of service, and give their images back."""
+        for lane, reason in self.line.closed.items():
+            if lane in self._jobs.lanes():
+                self._jobs.close_lane(lane, reason)
+        for held in self._held:
+            if held.lane not in self._jobs.lanes():
+                self._withdraw(held.left())
 
     def _withdraw(self, images: Iterable[ImageInFlight]) -> None:
         """Take images that are not begun out of the line."""
@@ -297,11 +266,12 @@ class Feeder:
         return [image for held in self._held for image in held.images if image.place in ("queued", "fetching")]
 
     def _at_hand(self) -> list[ImageInFlight]:
-        """Those of them that the device can soon have: not those of slow hosts, unless there are too many to overtake."""
+        """Those of them that the device can soon have: not those that others overtake, unless there are too many."""
         slow, at_hand, overtaken = self.line.slow_hosts(), list[ImageInFlight](), 0
         for image in self._ahead():
-            overtaken += image.host in slow
-            if image.host not in slow or overtaken > SLOW_IMAGES * self._threads:
+            late = image.waits or image.host in slow
+            overtaken += late
+            if not late or overtaken > MOST_OVERTAKEN * self._threads:
                 at_hand.append(image)
         return at_hand
 
@@ -311,7 +281,7 @@ class Feeder:
         starving = since is not None and time.monotonic() - since > STARVING_SECONDS
         if starving and 0 < len(ahead) < self._threads and all(image.place == "fetching" for image in ahead):
             self._stretch *= 2
-        most = {lane: self._most(lane) for lane in self._lanes}
+        most = {lane: self._most(lane) for lane in self._jobs.lanes()}
         if self._overtaken:  # what comes now goes before what waits
             return most
         room = {lane: images - len(ahead) for lane, images in most.items()}
@@ -340,17 +310,23 @@ class Feeder:
         for each in self._held:
             held[each.share.job] = held.get(each.share.job, 0) + len(each.left())
         empty = not self._held
-        return Request(self._child, self._lanes_now(), room, self.line.speed.rates(), held, empty)
+        return Request(self._child, self._lanes_now(), room, self.line.speed.rates(), held, empty, self._avoided())
+
+    def _avoided(self) -> list[str]:
+        """The jobs that this child can't work on at the moment: what they need does not respond."""
+        now, full = time.monotonic(), self.line.outages.full
+        self._unable = {job: until for job, until in self._unable.items() if until > now}
+        return [*self._unable, *(job for job, (_, context) in self._contexts.items() if full(context.store.service))]
 
     def _lanes_now(self) -> list[str]:
         """The lanes to take work from. An engine keeps one model open, so another's work waits for a while."""
         if self._overtaken:
-            return self._lanes
+            return self._jobs.lanes()
         current = {engine_of(held.lane): held.lane for held in self._held}
         settled = time.monotonic() - SWAP_SECONDS
         return [
             lane
-            for lane in self._lanes
+            for lane in self._jobs.lanes()
             if current.get(engine_of(lane), lane) == lane or self._opened[engine_of(lane)][1] < settled
         ]
 
@@ -362,8 +338,10 @@ class Feeder:
             return
         except ImagemillError as error:
             log.error("this worker can't process the job", extra={"action": "feed", "job": share.job, "reason": error.message})
-            self._ledger.give_back(share, self._child, returned=sorted(share.indexes))
-            self._ask_at = time.monotonic() + UNABLE_SECONDS
+            self._refuse(share)
+            return
+        if self.line.outages.full(context.store.service):
+            self._refuse(share)
             return
         first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
         images = [ImageInFlight(item, context, first=first) for item in share.items]
@@ -375,6 +353,11 @@ class Feeder:
             self._isolate(images, share.tried)
         self.line.enter([image for image in images if image.place != "over"])
         self._poke.set()
+
+    def _refuse(self, share: Share) -> None:
+        """Give a share back that this child can't work on now."""
+        self._ledger.give_back(share, self._child, returned=sorted(share.indexes))
+        self._unable[share.job] = time.monotonic() + UNABLE_SECONDS
 
     def _isolate(self, images: list[ImageInFlight], tried: int) -> None:
         """Images whose worker died run alone. Only one that has been tried alone can be blamed: in a batch, a neighbour may

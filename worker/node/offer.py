@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from multiprocessing.sharedctypes import RawArray
+
 from imagemill.shared.engines import ENGINES, Engine, split_lane
 from imagemill.shared.options.base import nearest
 from imagemill.shared.settings import Settings
@@ -54,6 +57,29 @@ def nothing_to_do(settings: Settings) -> str | None:
     if lanes(settings):
         return None
     return "; ".join(["this node can't do any work", *(f"{why}: {fix}" for why, fix in shortcomings(settings))])
+
+
+class Lanes:
+    """The lanes of a node, in memory that its processes share; create it before the fork.
+
+    A lane whose model can't be opened goes out of service, for all children, until the node restarts.
+    """
+
+    def __init__(self, lanes: Sequence[str]) -> None:
+        self._lanes = list(lanes)
+        self._closed = RawArray("b", len(self._lanes))
+
+    def open(self) -> list[str]:
+        """The lanes in service."""
+        return [lane for lane, closed in zip(self._lanes, self._closed, strict=True) if not closed]
+
+    def closed(self) -> list[str]:
+        """The lanes out of service."""
+        return [lane for lane, closed in zip(self._lanes, self._closed, strict=True) if closed]
+
+    def close(self, lane: str) -> None:
+        """Take a lane out of service."""
+        self._closed[self._lanes.index(lane)] = 1
 
 
 def _rows(engine: str) -> list[Engine]:

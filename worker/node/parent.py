@@ -23,7 +23,9 @@ from imagemill.shared.errors import ServiceUnavailable
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import Node
+from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import WorkerSettings
+from imagemill.worker.node.offer import Lanes
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ class Parent:
 
     node: Node
     children: Children
+    lanes: Lanes
     ledger: WorkLedger
     fleet: Fleet
     publisher: Publisher
@@ -160,7 +163,10 @@ class Parent:
 
     def _report(self, *, ready: bool) -> None:
         """Report the node. It exits if another has taken its name while this one was silent; restarted, it takes another."""
-        if not self.fleet.report_node(self.node.model_copy(update={"ready": ready})):
+        why = "its model can't be opened; repair it, see the node's log, and restart the node"
+        closed = tuple(f"{lane}: {why}" for lane in self.lanes.closed())
+        changes = {"ready": ready, "lanes": tuple(self.lanes.open()), "lacks": self.node.lacks + closed}
+        if not self.fleet.report_node(self.node.model_copy(update=changes)):
             fields = {"action": "name", "node": self.node.node}
             log.error("another node has taken this node's name; the node exits", extra=fields)
             self.leave()
@@ -194,9 +200,18 @@ class Housekeeping(bootsteps.StartStopStep):
 
     def start(self, consumer: Any) -> None:
         parent: Parent = consumer.app.imagemill_parent
+
+        left: set[str] = set()
+
+        def tick() -> None:
+            parent.tick()
+            for lane in set(parent.lanes.closed()) - left:
+                consumer.cancel_task_queue(queue_name(lane))  # its wake-ups are for other nodes
+                left.add(lane)
+
         # The first report as ready also comes from the loop: while Celery starts, a dying child can take the node down.
-        consumer.timer.call_after(0, parent.tick)
-        self._timer = consumer.timer.call_repeatedly(TICK_SECONDS, parent.tick)
+        consumer.timer.call_after(0, tick)
+        self._timer = consumer.timer.call_repeatedly(TICK_SECONDS, tick)
 
     def stop(self, _consumer: Any) -> None:
         if self._timer is not None:

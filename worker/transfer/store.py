@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
+import os
 import shutil
 import threading
 import time
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
 from urllib.parse import urlsplit
 
-from imagemill.shared.errors import NotFound, StorageRefused, StorageUnavailable, sentence
+from imagemill.shared.errors import NotFound, StorageFull, StorageRefused, StorageUnavailable, sentence
 from imagemill.shared.messages import KEY_FIELD, Item
 from imagemill.shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_bucket, split, storing
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.shared.urls import check_output_url, path_of, safe_name
 from imagemill.worker.transfer.files import is_below, open_at_once, writing
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Errors that an operator has to fix by changing the folder or its permissions; others, such as a full disk, may pass.
 REFUSALS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
@@ -35,7 +37,12 @@ CHANGED = {"PreconditionFailed", "412"}
 
 
 class Store(Protocol):
-    """Stores results; thread-safe. Storing under an existing key replaces its content."""
+    """Stores results; thread-safe. Storing under an existing key replaces its content.
+
+    `service` names what has to respond: it is the same for stores that fail together.
+    """
+
+    service: str
 
     def check(self) -> None:
         """Raise StorageRefused if nothing can be stored here, as far as can be determined in advance."""
@@ -43,7 +50,7 @@ class Store(Protocol):
     def put(self, key: str, data: bytes, content_type: str) -> str:
         """Write bytes below the output URL and return their full URL once they are stored durably.
 
-        Raises StorageUnavailable if a retry may help, otherwise StorageRefused.
+        Raises StorageUnavailable if the store does not respond, StorageFull, or StorageRefused, which a retry can't help.
         """
 
     def put_file(self, key: str, path: Path, content_type: str) -> str:
@@ -97,6 +104,7 @@ class S3Store:
 
     def __init__(self, url: str, client: S3Client, settings: S3Settings) -> None:
         self._bucket, self._prefix = split(url.rstrip("/"))
+        self.service = f"s3://{self._bucket}"
         self._client = client
         self._settings = settings
         self._checking = threading.Lock()
@@ -182,13 +190,14 @@ class FolderStore:
     """A folder below one of the operator's write roots. Files are written atomically."""
 
     def __init__(self, url: str, files: FileSettings) -> None:
-        self._folder = path_of(url)
+        self.service, self._folder = url, path_of(url)
         self._roots = files.write_roots
 
     def check(self) -> None:
         """See Store."""
         with _folder_errors(f"can't store results in {self._folder}"):
-            self._check(self._folder)
+            if _is_full(self._check(self._folder)):  # before anything is computed in vain
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def put(self, key: str, data: bytes, content_type: str) -> str:  # noqa: ARG002  # files have none
         """See Store."""
@@ -232,6 +241,12 @@ class FolderStore:
         return real
 
 
+def _is_full(folder: Path) -> bool:
+    """Whether no block is left where this folder is or will be created."""
+    disk = os.statvfs(next(parent for parent in (folder, *folder.parents) if parent.exists()))
+    return disk.f_blocks > 0 and (disk.f_bfree if os.geteuid() == 0 else disk.f_bavail) == 0
+
+
 def _copy_checked(source: BinaryIO, target: IO[bytes], md5: str, name: str) -> None:
     digest = hashlib.md5(usedforsecurity=False)
     while block := source.read(BLOCK):
@@ -248,5 +263,5 @@ def _folder_errors(what: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:  # ValueError: a zero byte; RuntimeError: symlink loop
         number = error.errno if isinstance(error, OSError) else errno.EINVAL
         reason = (error.strerror if isinstance(error, OSError) else None) or sentence(error)
-        kind = StorageRefused if number in REFUSALS else StorageUnavailable
+        kind = StorageRefused if number in REFUSALS else StorageFull if number in FULL else StorageUnavailable
         raise kind(f"{what}: {reason[:1].lower()}{reason[1:]}") from error

@@ -1,13 +1,16 @@
 -- ARGV the request as JSON, the size of a pack: hand out a share, or a manifest to write. The request holds
 --   child, lease: who asks, and the lease in ms;   empty: whether the child has nothing at hand;
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
---   held: by job, images it already has at hand.
+--   held: by job, images it already has at hand;   avoid: jobs that it can't work on at the moment.
 -- Returns {'none'}; {'drain'}: come back when nothing is at hand, for an image that must run alone; {'manifest', job, tries, run};
 -- or {'share', job, number, earlier attempts or -1, rank of its priority, 1 if its owner had nothing running, its ranges,
 -- those of them that are recorded already, then packs as number, items}.
 local ask, pack = cjson.decode(ARGV[1]), tonumber(ARGV[2])
 ring(now_ms())
 local now, drain, least = now_ms(), false, 0
+
+local avoid = {}
+for _, job in ipairs(ask.avoid or {}) do avoid[job] = true end
 
 for _, lane in ipairs(ask.lanes) do
   for _, job in ipairs(redis.call('ZRANGEBYSCORE', manifests(lane), '-inf', now, 'LIMIT', 0, 10)) do
@@ -80,6 +83,7 @@ local function part(job, j, mine)
 end
 
 local function grant(job, line)
+  if avoid[job] then return nil end
   local j = read(job)
   if not j.state then -- somebody has deleted it
     leave(line, job)
@@ -124,7 +128,7 @@ for _, priority in ipairs(PRIORITIES) do
   for place, owner in ipairs(owners) do
     if place > 16 then break end
     local line = {lane = owner[2], priority = priority, owner = owner[3]}
-    for _, job in ipairs(redis.call('ZRANGE', waiting(line), 0, 7)) do
+    for _, job in ipairs(redis.call('ZRANGE', waiting(line), 0, 7 + #(ask.avoid or {}))) do
       local answer = grant(job, line)
       if answer then return answer end
       if drain then return {'drain'} end

@@ -45,7 +45,7 @@ def test_public_codes_exist() -> None:
         "unsupported_url", "forbidden_address", "access_denied", "not_found", "too_large", "too_many_redirects",
         "timeout", "unreachable", "server_error", "http_error", "empty_file", "not_an_image", "truncated",
         "too_many_pixels", "bad_mask", "bad_reference", "operation_failed", "out_of_memory", "storage_unavailable",
-        "storage_refused", "worker_lost", "internal_error", "model_unavailable",
+        "storage_full", "storage_refused", "worker_lost", "internal_error", "model_unavailable",
     }  # fmt: skip
     assert public <= {kind.code for kind in LEAVES}
 
@@ -80,7 +80,15 @@ def test_exit_codes_and_retries() -> None:
     assert all(kind.exit_code == 2 for kind in ALL if issubclass(kind, UsageError))
     assert all(kind.exit_code == 3 and kind.retryable for kind in ALL if issubclass(kind, ServiceUnavailable))
     retried = {kind.code for kind in ALL if issubclass(kind, ImageError) and kind.retryable}
-    assert retried == {"timeout", "unreachable", "server_error", "storage_unavailable", "model_unavailable", "expired"}
+    assert retried == {
+        "timeout",
+        "unreachable",
+        "server_error",
+        "storage_unavailable",
+        "storage_full",
+        "model_unavailable",
+        "expired",
+    }
 
 
 @pytest.mark.parametrize(

@@ -315,10 +315,10 @@ def test_latest_entry_is_read_back_unchanged(cache: Cache, one: Remembered, othe
 
 
 def test_entry_holds_the_md5_of_the_file(cache: Cache) -> None:
-    encoded = Encoded(b"hello", "jpeg")
-    fields: dict[str, Any] = dict(size=(3, 2), notes=("empty_mask",), measures=Measures(cast=0.4))
+    encoded = Encoded(b"hello", "jpeg", (3, 2))
+    fields: dict[str, Any] = dict(notes=("empty_mask",), measures=Measures(cast=0.4))
     result = Remembered.of(encoded, output="file:///out/1.jpg", **fields)
-    assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, **fields)
+    assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, (3, 2), **fields)
 
 
 def test_entry_expires_with_the_job_and_stays_small(redis_server: EmbeddedRedis, raw: Any) -> None:

@@ -13,6 +13,7 @@ from imagemill.worker.line import line
 from imagemill.worker.node import feeder
 from tests.services.images import ImageServer
 from tests.unit.worker.node.feeding import Feeding
+from tests.unit.worker.node.site import Site
 
 
 @pytest.fixture
@@ -31,3 +32,13 @@ def feeding(redis_server: EmbeddedRedis, raw: Any, images: ImageServer, tmp_path
     feeding = Feeding(redis_server.url, raw, images, tmp_path / "out")
     yield feeding
     feeding.close()
+
+
+@pytest.fixture
+def site(redis_server: EmbeddedRedis, images: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    site = Site(redis_server.url, images, tmp_path, monkeypatch)
+    yield site
+    for child in site.children:
+        child.close()
+        child.ledger.close()
+        child.fleet.close()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from imagemill.shared.errors import StorageUnavailable
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share
 from imagemill.shared.messages import Item, ItemResult, Job, Row
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
@@ -111,6 +112,9 @@ class Feeding:
         self.ledger = WatchedLedger(url)
         self.operation, self.sizes = Turnstile(), BatchSizes()
         self.stopping = threading.Event()
+        self.offered = list(lanes)
+        self.down: set[str] = set()
+        """Jobs whose store does not respond."""
         self.manifests: list[ManifestDue] = []
         self.before_manifest: Callable[[ManifestDue], object] = lambda _: None
         self.renewals = 0
@@ -128,7 +132,6 @@ class Feeding:
             self,
             child=CHILD,
             seat="cpu@a/0",
-            lanes=lanes,
             seconds=3.0,
             threads=threads,
             stopping=self.stopping.is_set,
@@ -139,7 +142,15 @@ class Feeding:
 
     def open(self, job: str, budget: PixelBudget) -> Context:
         spec = self.ledger.spec(job)
-        store = open_store(spec.output.url, s3=no_s3, files=self.settings.files, s3_settings=S3Settings())
+        store: Any = open_store(spec.output.url, s3=no_s3, files=self.settings.files, s3_settings=S3Settings())
+        put = store.put
+
+        def put_unless_down(*args: Any) -> str:
+            if job in self.down:
+                raise StorageUnavailable(f"{store.service}: no connection")
+            return str(put(*args))
+
+        store.put = put_unless_down
         return Context.of(
             job,
             spec,
@@ -156,6 +167,12 @@ class Feeding:
         self.before_manifest(due)
         self.ledger.end_job(due.job, f"file:///{due.job}/manifest.jsonl")
 
+    def lanes(self) -> list[str]:
+        return self.offered
+
+    def close_lane(self, lane: str, reason: str) -> None:
+        self.offered = [other for other in self.offered if other != lane]
+
     def grows(self, lane: str) -> bool:
         return self.sizes.memory.grows
 
@@ -164,13 +181,13 @@ class Feeding:
 
     # --- what the tests do and see ---
 
-    def submit(self, count: int, *, model: str | None = None, **policy: Any) -> str:
-        """A job of `count` images, on opencv or on a model of rembg."""
+    def submit(self, count: int, *, model: str | None = None, folder: str = "", **policy: Any) -> str:
+        """A job of `count` images, on opencv or on a model of rembg, with results in a folder of its own if that has a name."""
         job = next(NAMES)
         work: dict[str, Any] = {"operation": "stylize"}
         if model is not None:
             work = {"operation": "remove-background", "options": {"engine": "rembg", "model": model}}
-        output = {"url": self.folder.as_uri(), "format": "png"}
+        output = {"url": (self.folder / folder).as_uri(), "format": "png"}
         self.ledger.open_job(job, Job.model_validate({**work, "output": output, "policy": policy}))
         items = [Item(index=index, source=self.server.url(f"/of/{job}/{index}")) for index in range(count)]
         self.ledger.add_packs(job, [(place // 32, items[place : place + 32]) for place in range(0, count, 32)])

@@ -17,6 +17,7 @@ from imagemill.shared.ledger.leasing import Request, Share
 from imagemill.shared.messages import Item, Job, Node
 from imagemill.shared.settings import WorkerSettings
 from imagemill.worker.node import parent as parent_module
+from imagemill.worker.node.offer import Lanes
 from imagemill.worker.node.parent import MOST_WAKE_UPS, Children, Parent, child_name
 from tests.ledgers import Ledger
 
@@ -39,7 +40,7 @@ class Publisher:
 def parent_of(children: Children, ledger: Any, fleet: Any, weights: dict[str, float] | None = None) -> Parent:
     node = Node(node=NODE, host="here", pid=1, device="cpu", lanes=(LANE,), children=children.count, ready=False)
     publisher: Any = Publisher()
-    return Parent(node, children, ledger, fleet, publisher, WorkerSettings(), weights or {})
+    return Parent(node, children, Lanes([LANE]), ledger, fleet, publisher, WorkerSettings(), weights or {})
 
 
 def submit(ledger: Ledger, count: int) -> str:

@@ -16,7 +16,7 @@ from botocore.exceptions import EndpointConnectionError
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from imagemill.shared.errors import NotFound, StorageRefused, StorageUnavailable
+from imagemill.shared.errors import NotFound, StorageFull, StorageRefused
 from imagemill.shared.messages import Item, check_key
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.worker.transfer.store import FolderStore, S3Store, open_store, render_key
@@ -194,7 +194,7 @@ def test_failed_put_keeps_old_file_and_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(f"imagemill.worker.transfer.files.{'os.fsync' if where == 'fsync' else 'Path.replace'}", full)
-    with pytest.raises(StorageUnavailable, match=r"a\.png can't be written: no space left on device"):
+    with pytest.raises(StorageFull, match=r"a\.png can't be written: no space left on device"):
         store.put("a.png", b"after", "image/png")
     assert files(root) == {"a.png": b"before"}
 

@@ -1,0 +1,98 @@
+"""What a feeder does while a store does not respond, and when a model can't be opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from imagemill.shared.errors import ModelUnavailable
+from imagemill.worker.line.outages import MANY
+from tests.unit.worker.node.feeding import LANE, Feeding, Steady
+from tests.workers import wait_until
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def feeding(feeding: Feeding) -> Feeding:
+    feeding.line.speed = Steady(4.0)  # 12 images ahead
+    feeding.operation.let(10_000)
+    return feeding
+
+
+def waiting(feeding: Feeding) -> int:
+    return sum(image.waits for held in list(feeding.feeder._held) for image in held.images)
+
+
+def test_job_whose_store_is_down_waits_and_says_why(feeding: Feeding) -> None:
+    job = feeding.submit(60)
+    feeding.down.add(job)
+    with feeding.shift():
+        wait_until(lambda: waiting(feeding) >= MANY, "many results wait")
+        begun = len(feeding.operation.begun)
+        feeding.wait_for_renewals(3)
+        assert len(feeding.operation.begun) <= begun + 12, "no more is taken"
+        status = feeding.ledger.status(job)
+        assert (status.done, status.failed) == (0, 0)
+        assert status.why is not None
+        assert "no connection" in status.why
+        feeding.down.clear()
+        feeding.check_done(job, 60)
+    assert len(feeding.operation.begun) == 60, "nothing is computed twice"
+
+
+def test_job_with_another_store_goes_on(feeding: Feeding) -> None:
+    job = feeding.submit(60, folder="down")
+    feeding.down.add(job)
+    with feeding.shift():
+        wait_until(lambda: waiting(feeding) >= MANY, "many results wait")
+        feeding.check_done(other := feeding.submit(40, folder="up"), 40)
+        feeding.down.clear()
+        feeding.check_done(job, 60)
+    assert len(feeding.operation.begun) == 100
+    assert feeding.ledger.status(other).why is None
+
+
+def test_other_jobs_with_a_store_that_is_down_wait_too(feeding: Feeding) -> None:
+    jobs = [feeding.submit(60) for _ in range(3)]
+    feeding.down.update(jobs)
+    with feeding.shift():
+        wait_until(lambda: waiting(feeding) >= MANY, "many results wait")
+        feeding.wait_for_renewals(3)
+        assert len(feeding.operation.begun) <= 60
+        feeding.down.clear()
+        for job in jobs:
+            feeding.check_done(job, 60)
+    assert len(feeding.operation.begun) == 180
+
+
+def test_cancelled_job_does_not_wait_for_its_store(feeding: Feeding) -> None:
+    job = feeding.submit(60)
+    feeding.down.add(job)
+    with feeding.shift():
+        wait_until(lambda: waiting(feeding) >= MANY, "many results wait")
+        assert feeding.ledger.cancel(job)
+        wait_until(lambda: feeding.ledger.status(job).over, "it is over")
+    assert feeding.ledger.status(job).state == "cancelled"
+
+
+def test_lane_whose_model_cannot_be_opened_goes_out_of_service(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images that hit it fail, and can be retried; all others wait for another node. Other lanes go on."""
+    lane, run = "remove-background.rembg.u2net", feeding.operation.run
+
+    def opened(samples: Sequence[Any]) -> list[Any]:
+        if samples[0].options.engine == "rembg":
+            raise ModelUnavailable("the model can't be read")
+        return run(samples)
+
+    monkeypatch.setattr(feeding.operation, "run", opened)
+    feeding.offered = [lane, LANE]
+    job, other = feeding.submit(40, model="u2net"), feeding.submit(20)
+    with feeding.shift():
+        feeding.check_done(other, 20)
+    assert feeding.offered == [LANE]
+    status = feeding.ledger.status(job)
+    assert (status.done, status.failed, status.running, status.waiting) == (0, 1, 0, 39)
+    assert {result.code for result in feeding.results(job)} == {"model_unavailable"}

@@ -1,0 +1,70 @@
+"""What the feeder keeps: shares in the line; and what it needs to know of jobs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from imagemill.shared.engines import split_lane
+from imagemill.shared.ledger.leasing import ManifestDue, Share
+from imagemill.worker.line.context import Context
+from imagemill.worker.line.image import ImageInFlight
+from imagemill.worker.line.pixel_budget import PixelBudget
+
+
+def engine_of(lane: str) -> tuple[str, str]:
+    """The operation and engine of a lane."""
+    return split_lane(lane)[:2]
+
+
+class Jobs(Protocol):
+    """What the feeder needs to know of jobs; the child does."""
+
+    def open(self, job: str, budget: PixelBudget) -> Context:
+        """A new context. Raises an ImagemillError if this child can't work on the job."""
+
+    def write_manifest(self, due: ManifestDue) -> None:
+        """Write the manifest of a job that is over."""
+
+    def lanes(self) -> list[str]:
+        """The lanes that this node offers now."""
+
+    def close_lane(self, lane: str, reason: str) -> None:
+        """Take a lane out of service, because its model can't be opened."""
+
+    def grows(self, lane: str) -> bool:
+        """Whether larger batches are faster in this lane."""
+
+    def progress(self, context: Context, images: int) -> None:
+        """Called every half second with a job that is being worked on, and the images of it that are in the line."""
+
+
+@dataclass
+class Held:
+    """A share in the line."""
+
+    share: Share
+    context: Context
+    images: list[ImageInFlight]
+    started: float = field(default_factory=time.monotonic)
+    returned: set[int] = field(default_factory=set)
+    """Indexes that the ledger has got back."""
+
+    @property
+    def lane(self) -> str:
+        return self.context.spec.lane
+
+    def left(self) -> list[ImageInFlight]:
+        """The images that are in the line."""
+        return [image for image in self.images if image.place != "over"]
+
+    def divided(self) -> tuple[list[int], list[int]]:
+        """Indexes of the images that are in the line, and of those that have left it without a record and are still leased."""
+        left, undone = [], []
+        for image in self.images:  # each is asked once, because it may leave the line meanwhile
+            if image.place != "over":
+                left.append(image.item.index)
+            elif not image.recorded and image.item.index not in self.returned:
+                undone.append(image.item.index)
+        return left, undone
