@@ -39,7 +39,7 @@ FINISH_SECONDS = 10.0
 FIRST_IMAGES = 2
 """Images taken ahead before it is known how fast they are computed; after that, the more it has computed, the more it takes."""
 MOST_OVERTAKEN = 16
-"""Images per thread that wait for slow hosts or for S3 while others overtake them. More of them fill the line, as all others do."""
+"""Images per thread that others may overtake, since they wait for slow hosts or for S3. More of them fill the line."""
 SWAP_SECONDS = 20.0
 """How long an engine works with one model before it opens another, while there is work for both."""
 MOST_CONTEXTS = 32
