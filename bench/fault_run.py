@@ -220,13 +220,14 @@ class FaultRun:
         """
         return fault_checks.seconds_to_normal(self.recorded_at(job), begun, ended)
 
-    def check(self, *jobs: str, failed: int = 0, again: int | None = 0) -> str:
+    def check(self, *jobs: str, failed: int = 0, again: int | None = 0, late: bool = False) -> str:
         """Raise AssertionError if anything was lost, doubled, left over or wrong in these jobs, which must be over.
 
         `failed` is how many of their images must have failed. `again` is how many computations may have been begun once more
-        before their result was recorded, such as those in a process that was killed; None: any number. Returns the counts.
+        before their result was recorded, such as those in a process that was killed; None: any number. `late`: also after it
+        was, because Redis had forgotten who had them. Returns the counts.
         """
-        return fault_checks.check(self, jobs, failed, again)
+        return fault_checks.check(self, jobs, failed, again, late)
 
 
 def send_photo(handler: Handler) -> None:

@@ -118,9 +118,9 @@ class WorkLedger(ReadLedger):
         return Renewal(urgent.decode() or None, lane.decode(), [verdict.decode() for verdict in verdicts])
 
     def give_back(self, share: Share, child: str, *, kept: Sequence[int] = (), returned: Sequence[int] = ()) -> bool:
-        """Return the images of a share that were not begun; without `kept` images the share ends. False if it was lost.
+        """Return images of a share; without `kept` images the share ends. False if it was lost.
 
-        Images that are neither kept nor returned are recorded.
+        Those without a result are handed out again.
         """
         parts = (as_text(as_ranges(kept)), len(set(kept)), as_text(as_ranges(returned)))
         return bool(self._script("give_back", share.job, share.number, child, *parts))

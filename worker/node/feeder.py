@@ -219,7 +219,8 @@ class Feeder:
             left, undone = held.divided()
             if left and not undone:
                 continue
-            self._ledger.give_back(held.share, self._child, kept=left, returned=undone)
+            gone = sorted({image.item.index for image in held.images}.difference(left))
+            self._ledger.give_back(held.share, self._child, kept=left, returned=gone)
             held.returned.update(undone)
             if not left:
                 self._held.remove(held)

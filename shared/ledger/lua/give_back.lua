@@ -1,5 +1,6 @@
 -- ARGV job, share, child, kept ranges, kept images, returned ranges: return what a share has not begun.
--- Without kept ranges, the share ends. Returns 0 if the lease was lost.
+-- Without kept ranges, the share ends. Returned images that have a result stay done: a child returns all that it doesn't keep,
+-- because in a power cut or a failover Redis forgets its last writes, confirmed or not. Returns 0 if the lease was lost.
 local job, number = ARGV[1], ARGV[2]
 local raw = redis.call('HGET', key(job, 'shares'), number)
 local share = raw and cjson.decode(raw)
@@ -27,6 +28,12 @@ local function put_back(first, last)
     redis.call('HINCRBY', key(job), 'back', last - first)
   end
   returned = returned + last - first
+end
+
+for _, range in ipairs(pairs_of(ARGV[6])) do
+  for index = range[1], range[2] - 1 do
+    if held[index] and redis.call('HEXISTS', key(job, 'results'), index) == 1 then held[index] = nil end
+  end
 end
 
 -- From the last to the first, so that the first is the next to be handed out. What the share no longer holds was returned

@@ -24,7 +24,8 @@ end
 
 -- Lease `images` images, which are no longer waiting.
 local function share(job, j, ranges, images, tried)
-  local number = redis.call('HINCRBY', key(job), 'shares', 1)
+  -- With the time, a number never returns when Redis has forgotten its last writes: the share that had it may live on.
+  local number = string.format('%.0f%04d', now, redis.call('HINCRBY', key(job), 'shares', 1) % 10000)
   local held = {child = ask.child, owner = j.owner, lane = j.lane, priority = j.priority, images = images, ranges = ranges,
     alone = tried >= 0}
   redis.call('HSET', key(job, 'shares'), number, cjson.encode(held))

@@ -83,6 +83,27 @@ def test_share_ends_when_nothing_is_kept(producer: SubmitLedger, worker: WorkLed
     assert nothing_left(raw)
 
 
+def test_returned_images_that_have_a_result_stay_done(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    """A child returns all that it doesn't keep, so that a record that Redis has forgotten is made again."""
+    job = make_job(producer, 4)
+    share = take(worker)
+    for index in (0, 1, 3):
+        worker.record(job, done(index))
+    raw.hdel(f"imagemill:job:{job}:results", "1")
+    assert worker.give_back(share, CHILD, kept=[2], returned=[0, 1, 3])
+    assert indexes(take(worker, OTHER)) == [1]
+
+
+def test_number_of_a_share_does_not_return_when_redis_forgets_it(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    job = make_job(producer, 4)
+    before = raw.hgetall(f"imagemill:job:{job}")
+    share = take(worker, room=1)
+    raw.delete(f"imagemill:job:{job}", f"imagemill:job:{job}:shares")
+    raw.hset(f"imagemill:job:{job}", mapping=before)
+    again = take(worker, room=1)
+    assert (indexes(again), renew(worker, share, again)) == ([0], ["lost", "ok"])
+
+
 def test_only_its_child_can_give_a_share_back_or_renew_it(producer: SubmitLedger, worker: WorkLedger) -> None:
     make_job(producer, 2)
     share = take(worker)
