@@ -42,6 +42,8 @@ MOST_OVERTAKEN = 16
 """Images per thread that others may overtake, since they wait for slow hosts or for S3. More of them fill the line."""
 SWAP_SECONDS = 20.0
 """How long an engine works with one model before it opens another, while there is work for both."""
+MOST_FAILURES = 20
+"""Steps that may fail in a row, because of a bug, before the shift ends and its work is handed out again."""
 MOST_CONTEXTS = 32
 CONTEXT_SECONDS = 60.0
 """How long references that a job's images share are kept, also those that could not be fetched."""
@@ -134,18 +136,22 @@ class Feeder:
     # --- the feeder's thread --------------------------------------------------------------------
 
     def _run(self) -> None:
+        failures = 0
         while not self._closed:
             self._poke.wait(RETRY_SECONDS if self._held or self._manifests or self._ended is None else None)
             self._poke.clear()
             time.sleep(PAUSE_SECONDS)  # one look at the shares for many images
             try:
                 self._step()
+                failures = 0
             except ServiceUnavailable as error:
                 log.warning("Redis does not respond", extra={"action": "feed", "reason": error.message})
                 time.sleep(RETRY_SECONDS)
-            except Exception as error:  # a bug; the shift ends, and its work is handed out again
+            except Exception as error:  # a bug
                 log.exception("feeding failed", extra={"action": "feed"})
-                self.line.fail(error)
+                failures += 1
+                if failures >= MOST_FAILURES:
+                    self.line.fail(error)
                 time.sleep(RETRY_SECONDS)
 
     def _step(self) -> None:
@@ -350,9 +356,13 @@ class Feeder:
         lane = context.spec.lane
         if self._opened.get(engine_of(lane), ("", 0.0))[0] != lane:
             self._opened[engine_of(lane)] = lane, time.monotonic()
-        if share.tried is not None:
-            self._isolate(images, share.tried)
-        self.line.enter([image for image in images if image.place != "over"])
+        try:
+            if share.tried is not None:
+                self._isolate(images, share.tried)
+            self.line.enter([image for image in images if image.place != "over"])
+        except Exception:
+            self._withdraw(images)  # to be given back
+            raise
         self._poke.set()
 
     def _refuse(self, share: Share) -> None:

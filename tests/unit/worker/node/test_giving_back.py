@@ -13,7 +13,7 @@ import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import DeviceLost
-from imagemill.worker.node.feeder import FIRST_IMAGES
+from imagemill.worker.node.feeder import FIRST_IMAGES, Feeder
 from tests.conftest import photo
 from tests.devices import DEAD
 from tests.services.images import ImageServer
@@ -207,3 +207,16 @@ def test_feeder_goes_on_after_a_bug(
         wait_until(lambda: caplog.text.count("feeding failed") == 2, "it has happened")
         feeding.operation.let(10)
         feeding.check_done(job, 10)
+
+
+def test_shift_ends_when_its_feeder_only_fails(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its leases would be renewed for ever, and nothing would come of its images."""
+
+    def fail(_: Feeder) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Feeder, "_settle_shares", fail)
+        with pytest.raises(ZeroDivisionError):
+            feeding.work()
+    feeding.feeder.abandon()
