@@ -171,9 +171,12 @@ class FaultRun:
 
     def submit(self, count: int, **policy: Any) -> str:
         """Submit a job of so many images that no other job has; returns its id."""
-        urls = [self.images.url(f"/{number}.png") for number in range(self._next, self._next + count)]
+        return self.submit_urls([self.images.url(f"/{number}.png") for number in self.numbers(count)], **policy)
+
+    def numbers(self, count: int) -> range:
+        """Numbers of photos that no job has had."""
         self._next += count
-        return self.submit_urls(urls, **policy)
+        return range(self._next - count, self._next)
 
     def submit_urls(self, urls: Sequence[str], **policy: Any) -> str:
         """Submit a job of these images, which `pictures` has if `submit` didn't make them."""

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from bench import fault_nodes, fault_processes, fault_redis
+from bench import fault_nodes, fault_processes, fault_redis, fault_soak, fault_transfer
 from bench.fault_run import FaultRun, Row
 
-ROWS: list[Row] = [*fault_processes.ROWS, *fault_redis.ROWS, *fault_nodes.ROWS]
+ROWS: list[Row] = [*fault_processes.ROWS, *fault_redis.ROWS, *fault_nodes.ROWS, *fault_transfer.ROWS, *fault_soak.ROWS]
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ class FetchSettings(Group):
     allow_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], LIST] = Field(
         (), description="private networks to allow; JSON list"
     )
-    threads: int = Field(16, ge=1, le=256, description="parallel downloads (with decoding and preparation) per child process")
+    threads: int = Field(
+        16, ge=1, le=256, description="parallel downloads (with decoding) per child process, and as many again from slow hosts"
+    )
 
 
 class FileSettings(Group):

@@ -160,3 +160,14 @@ class HangsForGood(Hangs):
     def wait(self) -> None:
         with suppress(BaseException):
             super().wait()
+
+
+class Greedy(Invert):
+    """For a white image, takes memory until the kernel kills the process, or where that is not limited, kills itself."""
+
+    def run(self, samples: Sequence[AnySample]) -> list[Any]:
+        if any(sample.data.size > 3 and sample.data.min() == 255 for sample in samples):
+            taken = [bytearray(os.urandom(1 << 20)) * 64 for _ in range(16)]
+            os.kill(os.getpid(), signal.SIGKILL)
+            del taken
+        return super().run(samples)

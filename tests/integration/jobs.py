@@ -23,11 +23,11 @@ def cli(environment: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def spec(operation: str, folder: Path | str, *, attempts: int = 3, **options: Any) -> Job:
-    """A job that writes its results to a folder."""
+def spec(operation: str, output: Path | str, *, attempts: int = 3, **options: Any) -> Job:
+    """A job that writes its results to a folder or an S3 URL."""
     fields = {
         "operation": operation,
-        "output": {"url": f"file://{folder}"},
+        "output": {"url": str(output) if str(output).startswith("s3://") else f"file://{output}"},
         "options": options,
         "policy": {"attempts": attempts},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import sys
 import threading
 from collections import Counter
@@ -186,5 +188,30 @@ def endless(kind: str = "image/png", length: int | None = None) -> Route:
         block = b"\x89PNG" + bytes(65_532)
         while True:
             handler.wfile.write(block)
+
+    return send
+
+
+def reset(data: bytes) -> Route:
+    """A route that resets the connection after half of `data`."""
+
+    def send(handler: Handler) -> None:
+        start_reply(handler, 200, {"Content-Length": str(len(data)), "Content-Type": "image/png"})
+        handler.wfile.write(data[: len(data) // 2])
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        handler.close_connection = True
+        handler.connection.close()
+
+    return send
+
+
+def stalled(data: bytes, released: threading.Event) -> Route:
+    """A route that sends half of `data`, and then nothing until it is released."""
+
+    def send(handler: Handler) -> None:
+        handler.close_connection = True
+        start_reply(handler, 200, {"Content-Length": str(len(data)), "Content-Type": "image/png"})
+        handler.wfile.write(data[: len(data) // 2])
+        released.wait(60)
 
     return send

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from threading import Lock
 from typing import Any, Literal
 
@@ -135,6 +136,11 @@ class ImageInFlight:
             self.best = checked
         elif checked.better_than(self.best):
             self.best = replace(checked, notes=(*checked.notes, REPAIRED_SEED))
+
+    @cached_property
+    def host(self) -> str:
+        """Where its source is fetched from."""
+        return self.item.source.partition("://")[2].partition("/")[0]
 
     @property
     def stopped(self) -> bool:

@@ -19,6 +19,7 @@ from imagemill.shared.errors import ImageError, ModelUnavailable
 from imagemill.shared.settings import Settings
 from imagemill.worker.line.batching import Batcher, Recipe, Slot, run_parts
 from imagemill.worker.line.context import Context
+from imagemill.worker.line.front import Front
 from imagemill.worker.line.image import Failed, ImageInFlight, NotBegun, Outcome, RunAgain, Stored
 from imagemill.worker.line.outages import Outages, service_of, source_service
 from imagemill.worker.line.pixel_budget import PixelBudget
@@ -47,7 +48,7 @@ class Line:
         self._changed = changed
         self._ready: SimpleQueue[ImageInFlight | None] = SimpleQueue()
         self._batcher: Batcher[ImageInFlight] = Batcher(settings.worker.batch_wait)
-        self._front = ThreadPoolExecutor(settings.fetch.threads, "fetch")
+        self._front = Front(settings.fetch.threads)
         self.back = ThreadPoolExecutor(settings.worker.store_threads, "store")
         self._device, self._counting = Lock(), Lock()
         self._coming = 0  # images on their way to the device
@@ -78,6 +79,10 @@ class Line:
                     return
                 if time.monotonic() >= until:
                     return
+
+    def slow_hosts(self) -> set[str]:
+        """Hosts whose images hold up nothing else."""
+        return self._front.slow_hosts()
 
     def wake(self) -> None:
         """Let `run` look around."""
@@ -112,20 +117,20 @@ class Line:
         """Drop everything; whatever has no record is handed out again. The line can't be used any more."""
         self._abandoned = True
         self.budget.close()
-        self._front.shutdown(wait=False, cancel_futures=True)
+        self._front.close()
         self.back.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, threads: ThreadPoolExecutor, step: Callable[[ImageInFlight], None], image: ImageInFlight) -> None:
+    def _submit(self, threads: Front | ThreadPoolExecutor, step: Callable[[ImageInFlight], None], image: ImageInFlight) -> None:
         """Take a step in a thread. Whatever it raises ends the run instead of vanishing with the thread: see `run`."""
 
-        def guarded() -> None:
+        def guarded(image: ImageInFlight) -> None:
             try:
                 step(image)
             except BaseException as error:  # noqa: BLE001
                 image.move("begun")  # it may be at fault
                 self.fail(error)
 
-        threads.submit(guarded)
+        threads.submit(guarded, image)
 
     def _before_device(self, image: ImageInFlight) -> None:
         """In a thread: the stages up to the device. An image that needs no device does not wait for it either."""

@@ -40,6 +40,8 @@ FINISH_SECONDS = 10.0
 """How long a process that is told to exit waits for results that are being stored."""
 FIRST_IMAGES = 2
 """Images taken ahead before it is known how fast they are computed; after that, the more it has computed, the more it takes."""
+MOST_OVERTAKEN = 16
+"""Images per thread that others may overtake, since they wait for slow hosts or for S3. More of them fill the line."""
 SWAP_SECONDS = 20.0
 """How long an engine works with one model before it opens another, while there is work for both."""
 MOST_FAILURES = 20
@@ -299,9 +301,19 @@ class Feeder:
         """The images that are not begun, in the order in which they were taken."""
         return [image for held in self._held for image in held.images if image.place in ("queued", "fetching")]
 
+    def _at_hand(self) -> list[ImageInFlight]:
+        """Those of them that the device can soon have: not those that others overtake, unless there are too many."""
+        slow, at_hand, overtaken = self.line.slow_hosts(), list[ImageInFlight](), 0
+        for image in self._ahead():
+            late = image.waits or image.host in slow
+            overtaken += late
+            if not late or overtaken > MOST_OVERTAKEN * self._threads:
+                at_hand.append(image)
+        return at_hand
+
     def _room(self) -> dict[str, int]:
         """How many more images each lane wants; empty if the line is filled."""
-        ahead, since = [image for image in self._ahead() if not image.waits], self.line.starving_since
+        ahead, since = self._at_hand(), self.line.starving_since
         starving = since is not None and time.monotonic() - since > STARVING_SECONDS
         if starving and 0 < len(ahead) < self._threads and all(image.place == "fetching" for image in ahead):
             self._stretch *= 2
@@ -316,7 +328,7 @@ class Feeder:
         if self.line.starving_since is None and not self._alone():
             self._stretch = max(1, self._stretch // 2)
             most = max((self._most(held.lane) for held in self._held), default=0)
-            too_many = self._ahead()[2 * most :]
+            too_many = self._at_hand()[2 * most :]
             if too_many:
                 self._withdraw(too_many)
 

@@ -146,10 +146,10 @@ def test_rows_of_a_newer_version_are_left_to_other_nodes(ledger: Ledger, raw: An
     share = take(ledger)
     assert (share.job, share.newer) == (new, True)
     ledger.give_back(share, CHILD, returned=sorted(share.indexes))
-    other = take(ledger, skip=[new])
+    other = take(ledger, avoid=[new])
     assert (other.job, indexes(other)) == (old, [0, 1])
     work(ledger, other)
-    due = ask(ledger, skip=[new])
+    due = ask(ledger, avoid=[new])
     assert isinstance(due, ManifestDue)
     assert due.job == old
     assert ledger.repair() == 0
@@ -158,5 +158,5 @@ def test_rows_of_a_newer_version_are_left_to_other_nodes(ledger: Ledger, raw: An
 def test_manifest_of_a_skipped_job_is_left_to_other_nodes(ledger: Ledger, raw: Any) -> None:
     job = make_job(ledger, 2)
     work(ledger, take(ledger))
-    assert ask(ledger, skip=[job]) == "none"
+    assert ask(ledger, avoid=[job]) == "none"
     assert isinstance(ask(ledger), ManifestDue)

@@ -128,7 +128,7 @@ def test_abandoned_line_records_nothing_more(error: BaseException, job: LineJob)
         drain(line, images)
     wait_until(lambda: sum("fetch" in image.seconds for image in images) == 5, "four images wait for room")
     line.abandon()
-    line._front.shutdown(wait=True)
+    line._front.join()
     assert job.codes() == ["pending"] * 12
 
 

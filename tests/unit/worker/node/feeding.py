@@ -181,15 +181,18 @@ class Feeding:
 
     # --- what the tests do and see ---
 
-    def submit(self, count: int, *, model: str | None = None, folder: str = "", **policy: Any) -> str:
-        """A job of `count` images, on opencv or on a model of rembg, with results in a folder of its own if that has a name."""
+    def submit(
+        self, count: int, *, model: str | None = None, folder: str = "", hosts: Sequence[str] = ("127.0.0.1",), **policy: Any
+    ) -> str:
+        """A job of `count` images, from these hosts in turn, on opencv or a model of rembg, with results in this folder."""
         job = next(NAMES)
         work: dict[str, Any] = {"operation": "stylize"}
         if model is not None:
             work = {"operation": "remove-background", "options": {"engine": "rembg", "model": model}}
         output = {"url": (self.folder / folder).as_uri(), "format": "png"}
         self.ledger.open_job(job, Job.model_validate({**work, "output": output, "policy": policy}))
-        items = [Item(index=index, source=self.server.url(f"/of/{job}/{index}")) for index in range(count)]
+        urls = [self.server.url(f"/of/{job}/{index}", hosts[index % len(hosts)]) for index in range(count)]
+        items = [Item(index=index, source=url) for index, url in enumerate(urls)]
         self.ledger.add_packs(job, [(place // 32, items[place : place + 32]) for place in range(0, count, 32)])
         self.ledger.seal(job, size=count, total=count, duplicates={})
         return job

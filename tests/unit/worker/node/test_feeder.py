@@ -6,9 +6,11 @@ import pytest
 
 from imagemill.shared.errors import StorageUnavailable
 from imagemill.shared.ledger.leasing import ManifestDue
+from imagemill.worker.line import front
 from imagemill.worker.node import feeder as module
 from imagemill.worker.node.feeder import FIRST_IMAGES
 from tests.conftest import photo
+from tests.services.images import Handler, reply
 from tests.unit.worker.line.jobs import waiting
 from tests.unit.worker.node.feeding import LANE, Feeding, Steady
 from tests.workers import wait_until
@@ -108,6 +110,29 @@ def test_writer_of_a_manifest_is_stopped_when_another_child_has_its_lease(feedin
     with feeding.shift():
         wait_until(lambda: stopped, "the writer returned")
     assert stopped == [True]
+
+
+def test_images_of_a_slow_host_are_overtaken(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than there are threads."""
+    monkeypatch.setattr(front, "SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(front, "GLANCE", 0.02)
+    stalls = feeding.server.hang
+
+    def send(handler: Handler) -> None:
+        if handler.headers["Host"].startswith("localhost"):
+            stalls(handler)
+        else:
+            reply(handler, 200, photo(1))
+
+    feeding.server.fallback = send
+    job = feeding.submit(80, hosts=("localhost", "127.0.0.1"))
+    feeding.operation.let(80)
+    with feeding.shift():
+        wait_until(lambda: len(feeding.results(job)) == 40, "all images of the other host are done")
+        assert all(result.index % 2 for result in feeding.results(job))
+        feeding.server.fallback = photo(1)
+        feeding.server.released.set()  # the stalled downloads fail, and are tried again
+        feeding.check_done(job, 80)
 
 
 def test_manifest_that_could_not_be_written_is_handed_out_again(feeding: Feeding) -> None:
