@@ -148,7 +148,7 @@ class Fleet(Connected):
     def _readable(self, name: str, parse: Callable[[bytes], T]) -> dict[str, T]:
         """The fields of a hash, parsed. What can't be is set aside, unless a newer version has written it."""
         found: dict[str, T] = {}
-        for field, raw in self._redis.hgetall(name).items():
+        for field, raw in self._fields(name).items():
             try:
                 found[field.decode()] = parse(raw)
             except ValueError as error:
@@ -158,6 +158,16 @@ class Fleet(Connected):
                     continue
                 take_out(self._redis, name, field, raw, reason_of(error))
         return found
+
+    def _fields(self, name: str) -> dict[bytes, bytes]:
+        """The fields of a hash; none if the key is of another type, which a node will set aside."""
+        try:
+            return dict(self._redis.hgetall(name))
+        except redis.ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            log.warning("key of another type", extra={"action": "read", "where": name})
+            return {}
 
     def answer_canary(self, token: str) -> None:
         """Report that a child process has run the canary task with this token."""

@@ -21,7 +21,7 @@ SHARED = (
     *("tender", "tended", "sequence", f"manifests:{LANE}", f"nodes:{LANE}", f"rates:{LANE}", "clocks:normal"),
     *(f"turns:{LANE}:normal", f"waiting:{LANE}:normal:ann"),
 )
-PARTS = ("packs", "results", "events", "duplicates", "attempts", "shares", "back", "suspects")
+PARTS = ("packs", "results", "events", "duplicates", "shares", "back", "suspects")
 
 
 def replace(raw: Any, name: str) -> None:
@@ -95,7 +95,7 @@ ENTRIES: dict[str, Spoil] = {
         "1",
         json.dumps({"child": OTHER, "owner": f"~{job}", "images": 4, "ranges": "0-99999999999"}),
     ),
-    "attempts": lambda raw, job: raw.hset(f"imagemill:job:{job}:attempts", "1", "text"),
+    "huge group": lambda raw, job: raw.rpush(f"imagemill:job:{job}:suspects", "1:0-99999999999"),
 }
 
 
