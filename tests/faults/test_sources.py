@@ -38,6 +38,7 @@ def test_downloads_that_fail_at_first_are_tried_again(
         reset(photo(0)),
         stalled(photo(1), images.released),
         truncated(photo(2), 100),
+        answers(200, photo(3), headers={"Content-Length": "1000"}),  # announces less than it sends
         answers(429, b"later", "text/plain", {"Retry-After": "1"}),
         answers(500, b"sorry", "text/plain"),
         answers(503, b"later", "text/plain", {"Retry-After": "1"}),

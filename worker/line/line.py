@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from threading import Lock
 
-from imagemill.shared.errors import ImageError, ModelUnavailable
+from imagemill.shared.errors import ImageError, ModelUnavailable, Truncated
 from imagemill.shared.settings import Settings
 from imagemill.worker.line.batching import Batcher, Recipe, Slot, run_parts
 from imagemill.worker.line.context import Context
@@ -137,6 +137,10 @@ class Line:
         outcome: Outcome | None = NotBegun()
         if image.move("fetching") and not image.context.stop.is_set():
             outcome = advance(image, BEFORE_DEVICE)
+            if self._is_cut(image, outcome):
+                self.budget.release(image.held_pixels)
+                image.held_pixels = 0
+                outcome = advance(image, BEFORE_DEVICE)
             stop, attempts = image.context.stop, image.context.spec.policy.attempts
             if isinstance(outcome, Failed) and (self._abandoned or cut_short(outcome.error, stop, attempts)):
                 outcome = NotBegun()  # another worker gives it all the attempts that the policy allows
@@ -147,6 +151,12 @@ class Line:
         else:
             self._count(-1)
             self.settle(image, outcome)
+
+    def _is_cut(self, image: ImageInFlight, outcome: Outcome | None) -> bool:
+        """Whether to fetch a file again that ends early: servers cut files off, or announce less than they have."""
+        cut = isinstance(outcome, Failed) and isinstance(outcome.error, Truncated)
+        web = image.item.source.startswith(("http://", "https://"))
+        return cut and web and not image.stopped and image.tries < image.context.spec.policy.attempts
 
     def _collect(self) -> None:
         """Batch what has been prepared, for as long as the batcher waits."""

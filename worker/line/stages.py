@@ -35,8 +35,11 @@ def fetch(image: ImageInFlight, context: Context) -> None:
     if image.stopped:  # a store that does not respond takes its time
         raise Stopped
     with image.timed("fetch"):
-        fetched = context.fetcher.fetch(image.item.source, attempts=context.spec.policy.attempts, stop=context.stop)
-    image.data, image.tries, image.source_bytes = fetched.data, fetched.tries, len(fetched.data)
+        fetched = context.fetcher.fetch(
+            image.item.source, attempts=max(1, context.spec.policy.attempts - image.tries), stop=context.stop
+        )
+    image.data, image.source_bytes = fetched.data, len(fetched.data)
+    image.tries += fetched.tries
     image.header = codec.probe(image.data, max_pixels=context.max_pixels)
 
 

@@ -16,7 +16,8 @@ from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLed
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight
 from imagemill.worker.line.line import Line
-from imagemill.worker.node.shares import Held, Jobs, engine_of
+from imagemill.worker.node.appetite import Appetite
+from imagemill.worker.node.shares import Held, Jobs, ahead, engine_of
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +33,10 @@ PAUSE_SECONDS = 0.01
 """Pause between two looks at the shares, however many images change meanwhile."""
 SKIP_SECONDS = 60.0
 """How long this child leaves a job of a newer version to other nodes."""
-STARVING_SECONDS = 0.25
-"""Once the device has waited this long for downloads, more of them are started."""
 GRACE_SECONDS = 2.0
 """How long the line goes on without a shift."""
 FINISH_SECONDS = 10.0
 """How long a process that is told to exit waits for results that are being stored."""
-FIRST_IMAGES = 2
-"""Images taken ahead before it is known how fast they are computed; after that, the more it has computed, the more it takes."""
-MOST_OVERTAKEN = 16
-"""Images per thread that others may overtake, since they wait for slow hosts or for S3. More of them fill the line."""
 SWAP_SECONDS = 20.0
 """How long an engine works with one model before it opens another, while there is work for both."""
 MOST_FAILURES = 20
@@ -69,13 +64,13 @@ class Feeder:
         self._poke = Event()
         self.line = line(self._poke.set)
         self._ledger, self._jobs, self._child, self._seat = ledger, jobs, child, seat
-        self._seconds, self._threads, self._stopping = seconds, threads, stopping
+        self._stopping, self._appetite = stopping, Appetite(self.line, jobs.grows, seconds=seconds, threads=threads)
         self._held: list[Held] = []
         self._manifests: dict[str, ManifestDue] = {}
         self._contexts: dict[str, tuple[float, Context]] = {}
         self._unable: dict[str, float] = {}  # jobs that this child can't work on, until when
         self._opened: dict[tuple[str, str], tuple[str, float]] = {}  # by engine, the latest lane, and since when
-        self._stretch, self._overtaken = 1, False
+        self._overtaken = False
         self._ask_at = self._renew_at = self._report_at = 0.0
         self._ended: float | None = 0.0  # when the last shift ended; None during a shift
         self._idle = Event()
@@ -277,7 +272,7 @@ class Feeder:
     def _top_up(self) -> bool:
         """Take shares while there is room; False if there is nothing to take."""
         while not self._alone() and time.monotonic() >= self._ask_at:
-            room = self._room()
+            room = self._appetite.room(self._held, self._jobs.lanes(), overtaken=self._overtaken)
             if not room:
                 return True
             answer = self._ledger.take(self._request(room))
@@ -298,48 +293,14 @@ class Feeder:
         return any(held.share.deaths for held in self._held)
 
     def _ahead(self) -> list[ImageInFlight]:
-        """The images that are not begun, in the order in which they were taken."""
-        return [image for held in self._held for image in held.images if image.place in ("queued", "fetching")]
-
-    def _at_hand(self) -> list[ImageInFlight]:
-        """Those of them that the device can soon have: not those that others overtake, unless there are too many."""
-        slow, at_hand, overtaken = self.line.slow_hosts(), list[ImageInFlight](), 0
-        for image in self._ahead():
-            late = image.waits or image.host in slow
-            overtaken += late
-            if not late or overtaken > MOST_OVERTAKEN * self._threads:
-                at_hand.append(image)
-        return at_hand
-
-    def _room(self) -> dict[str, int]:
-        """How many more images each lane wants; empty if the line is filled."""
-        ahead, since = self._at_hand(), self.line.starving_since
-        starving = since is not None and time.monotonic() - since > STARVING_SECONDS
-        if starving and 0 < len(ahead) < self._threads and all(image.place == "fetching" for image in ahead):
-            self._stretch *= 2
-        most = {lane: self._most(lane) for lane in self._jobs.lanes()}
-        if self._overtaken:  # what comes now goes before what waits
-            return most
-        room = {lane: images - len(ahead) for lane, images in most.items()}
-        return {lane: images for lane, images in room.items() if images > 0 and 2 * images >= most[lane]}
+        return ahead(self._held)
 
     def _look_ahead_less(self) -> None:
         """Once the device has enough to do, take less, and give back what was too much for a slow one, but divide no group."""
         if self.line.starving_since is None and not self._alone():
-            self._stretch = max(1, self._stretch // 2)
-            most = max((self._most(held.lane) for held in self._held), default=0)
-            too_many = self._at_hand()[2 * most :]
+            too_many = self._appetite.shrink(self._held)
             if too_many:
                 self._withdraw(too_many)
-
-    def _most(self, lane: str) -> int:
-        """Images of a lane that should wait for the device: a few seconds of work, or the next batch where those grow."""
-        speed = self.line.speed
-        wanted = max(1, round(speed.rates().get(lane, 0.0) * self._seconds))
-        images = min(wanted, FIRST_IMAGES + 2 * speed.computed(lane)) if speed.computed(lane) else FIRST_IMAGES
-        if self._jobs.grows(lane):
-            images = max(images, 2 * self.line.speed.batch(lane))
-        return images * self._stretch
 
     def _request(self, room: dict[str, int]) -> Request:
         held: dict[str, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,3 +69,8 @@ class Held:
             elif not image.recorded and image.item.index not in self.returned:
                 undone.append(image.item.index)
         return left, undone
+
+
+def ahead(held: Iterable[Held]) -> list[ImageInFlight]:
+    """The images that are not begun, in the order in which they were taken."""
+    return [image for one in held for image in one.images if image.place in ("queued", "fetching")]

@@ -10,7 +10,7 @@ import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.worker.line import line
-from imagemill.worker.node import feeder
+from imagemill.worker.node import appetite, feeder
 from tests.services.images import ImageServer
 from tests.unit.worker.node.feeding import Feeding
 from tests.unit.worker.node.site import Site
@@ -22,7 +22,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeder, "RENEWAL_SECONDS", 0.02)
     monkeypatch.setattr(feeder, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(feeder, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(feeder, "STARVING_SECONDS", 60.0)  # a busy machine must not make it take more than a test expects
+    monkeypatch.setattr(appetite, "STARVING_SECONDS", 60.0)  # a busy machine must not make it take more than a test expects
     monkeypatch.setattr(line, "GLANCE", 0.02)
 
 

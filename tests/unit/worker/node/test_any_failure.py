@@ -56,7 +56,7 @@ PLACES = [
     "node.feeder:Feeder._settle_shares",
     "node.feeder:Feeder._top_up",
     "node.feeder:Feeder._start",
-    "node.feeder:Feeder._room",
+    "node.appetite:Appetite.room",
     "node.feeder:Feeder._ahead",
     "node.feeder:Feeder.begin",
     "node.feeder:Feeder.end",

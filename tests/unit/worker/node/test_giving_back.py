@@ -13,7 +13,8 @@ import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import DeviceLost
-from imagemill.worker.node.feeder import FIRST_IMAGES, Feeder
+from imagemill.worker.node.appetite import FIRST_IMAGES
+from imagemill.worker.node.feeder import Feeder
 from tests.conftest import photo
 from tests.devices import DEAD
 from tests.services.images import ImageServer
