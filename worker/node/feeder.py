@@ -181,8 +181,8 @@ class Feeder:
                 self._withdraw(held.left())
         self._settle_shares()
         if self._ended is None:
-            nothing = self._stopping() or not self._top_up()
-            if nothing and not (self._held or self._manifests or self._unable):
+            nothing = self._stopping() or not (self._top_up() or self._unable)
+            if nothing and not self._held and not self._manifests:
                 self._idle.set()
                 self.line.wake()
 

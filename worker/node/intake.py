@@ -165,6 +165,8 @@ class Channel(redis.Channel):
         if not response:
             return None
         queue, raw = response
+        if not queue.startswith(b"imagemill"):  # replies to `celery inspect`, which runs in a process of its own
+            return response
         reason = problem(raw)
         if reason is None:
             message = json.loads(raw)

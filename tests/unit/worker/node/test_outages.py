@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from imagemill.shared.errors import ModelUnavailable
+from imagemill.shared.errors import ConfigurationError, ModelUnavailable
 from imagemill.worker.line.outages import MANY
 from tests.unit.worker.node.feeding import LANE, Feeding, Steady
 from tests.workers import wait_until
@@ -96,3 +96,16 @@ def test_lane_whose_model_cannot_be_opened_goes_out_of_service(feeding: Feeding,
     status = feeding.ledger.status(job)
     assert (status.done, status.failed, status.running, status.waiting) == (0, 1, 0, 39)
     assert {result.code for result in feeding.results(job)} == {"model_unavailable"}
+
+
+def test_job_that_this_child_cannot_work_on_does_not_delay_a_stop(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise ConfigurationError("no S3 keys")
+
+    monkeypatch.setattr(feeding, "open", refuse)
+    job = feeding.submit(4)
+    with feeding.shift():
+        wait_until(lambda: feeding.feeder._unable, "the job is given back")
+        feeding.stopping.set()
+    status = feeding.ledger.status(job)
+    assert (status.waiting, status.running, status.failed) == (4, 0, 0)
