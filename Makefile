@@ -19,7 +19,7 @@ demo: .venv-demo/.installed
 	@.venv-demo/bin/imagemill demo $(ARGS)
 
 test: venv
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 venv: .venv/.installed
 

@@ -41,6 +41,8 @@ class Request:
     empty: bool = True
     avoid: Sequence[str] = ()
     """Jobs that it can't work on at the moment."""
+    drains: bool = True
+    """Whether it will soon have nothing at hand if it takes nothing."""
 
 
 @dataclass(frozen=True)

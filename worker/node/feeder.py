@@ -133,6 +133,7 @@ class Feeder:
         while self._held and time.monotonic() < end:
             self._poke.wait(RETRY_SECONDS)
             self._poke.clear()
+            self.line.retry()
             self._settle_shares()
         for held in self._held:  # what is lost now is nobody's fault
             left, undone = held.divided()
@@ -306,8 +307,8 @@ class Feeder:
         held: dict[str, int] = {}
         for each in self._held:
             held[each.share.job] = held.get(each.share.job, 0) + len(each.left())
-        empty = not self._held
-        return Request(self._child, self._lanes_now(), room, self.line.speed.rates(), held, empty, self._avoided())
+        rates, empty, drains = self.line.speed.rates(), not self._held, not self.line.outages.reasons()
+        return Request(self._child, self._lanes_now(), room, rates, held, empty, self._avoided(), drains)
 
     def _avoided(self) -> list[str]:
         """The jobs that this child can't work on at the moment: what they need does not respond."""

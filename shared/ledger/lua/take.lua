@@ -1,5 +1,5 @@
 -- ARGV the request as JSON, the size of a pack: hand out a share, or a manifest to write. The request holds
---   child, lease: who asks, and the lease in ms;   empty: whether the child has nothing at hand;
+--   child, lease: who asks, and the lease in ms;   empty, drains: whether the child has nothing at hand, now or soon;
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
 --   held: by job, images it already has at hand;   avoid: jobs that it can't work on at the moment.
 -- Returns {'none'}; {'drain'}: come back when nothing is at hand, for suspects; {'damaged', job, why}: its record can't be used;
@@ -96,6 +96,7 @@ local function grant(job, line)
   end
   if j.left == 0 then
     if ask.empty then return suspects(job, j) end
+    if not ask.drains then return nil end
     local mark = 'imagemill:draining:' .. job -- one child at a time
     drain = drain or redis.call('SET', mark, ask.child, 'NX', 'PX', 10000) or redis.call('GET', mark) == ask.child
     return nil

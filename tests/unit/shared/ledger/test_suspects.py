@@ -151,3 +151,11 @@ def test_suspects_of_a_paused_job_wait(producer: SubmitLedger, worker: WorkLedge
     assert ask(worker) == "none"
     producer.resume(job)
     assert take(worker).deaths == 1
+
+
+def test_child_that_will_not_drain_gets_other_work(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    """Such as one whose results wait for a store that is down."""
+    make_job(producer, 2)
+    die(worker, raw, take(worker))
+    other = make_job(producer, 4, priority="low")
+    assert take(worker, empty=False, drains=False).job == other
