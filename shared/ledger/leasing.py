@@ -49,15 +49,16 @@ class Request:
 class Share:
     """Images that this child may work on while it renews the lease. `items` leaves out duplicates and what is recorded already.
 
-    `deaths` is how many processes have died with these images in them; if any, nothing else may run beside them. `rank` is that
-    of its priority, 1 for high to 3 for low; it is `fresh` if nothing else of its owner was running.
+    `deaths` is how many processes have died with these images in them, where one that died with its node counts half; if any,
+    nothing else may run beside them. `rank` is that of its priority, 1 for high to 3 for low; it is `fresh` if nothing else of
+    its owner was running.
     """
 
     job: str
     number: int
     indexes: frozenset[int]
     items: list[Item]
-    deaths: int = 0
+    deaths: float = 0
     rank: int = 2
     fresh: bool = False
     newer: bool = False
@@ -136,7 +137,7 @@ class WorkLedger(ReadLedger):
             items = [item for pack, raw in numbered for item in self._items(job.decode(), int(pack), raw, wanted)]
         except NewerVersion:
             newer = True
-        fields = job.decode(), int(number), frozenset(leased), items, int(deaths), int(rank), bool(fresh), newer
+        fields = job.decode(), int(number), frozenset(leased), items, float(deaths), int(rank), bool(fresh), newer
         return Share(*fields)
 
     def _items(self, job: str, number: int, raw: bytes, wanted: set[int]) -> list[Item]:

@@ -49,7 +49,7 @@ FIGURES = (
 )
 STATES = ("queued", "running", "finishing")
 RANGE = re.compile(r"(\d{1,16})-(\d{1,16})")
-GROUP = re.compile(r"\d{1,9}:\d{1,16}-\d{1,16}(,\d{1,16}-\d{1,16})*")
+GROUP = re.compile(r"\d{1,9}(?:\.5)?:\d{1,16}-\d{1,16}(,\d{1,16}-\d{1,16})*")
 
 
 def is_damage(error: BaseException | None) -> bool:

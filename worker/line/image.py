@@ -64,8 +64,8 @@ class ImageInFlight:
     context: Context = field(repr=False)
     first: bool = False
     """Goes before those that are waiting for the device."""
-    earlier: int = 0
-    """Attempts that ended with their process."""
+    deaths: float = 0
+    """Attempts that ended with their process; those that ended with their node count half."""
     tries: int = 0
     """Downloads attempted."""
     source_bytes: int = 0
@@ -141,6 +141,11 @@ class ImageInFlight:
     def host(self) -> str:
         """Where its source is fetched from."""
         return self.item.source.partition("://")[2].partition("/")[0]
+
+    @property
+    def earlier(self) -> int:
+        """Attempts that count."""
+        return int(self.deaths)
 
     @property
     def stopped(self) -> bool:

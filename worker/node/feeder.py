@@ -351,7 +351,7 @@ class Feeder:
             self._refuse(share)
             return
         first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
-        images = [ImageInFlight(item, context, first=first, earlier=share.deaths) for item in share.items]
+        images = [ImageInFlight(item, context, first=first, deaths=share.deaths) for item in share.items]
         self._held.append(Held(share, context, images))
         lane = context.spec.lane
         if self._opened.get(engine_of(lane), ("", 0.0))[0] != lane:
@@ -377,7 +377,7 @@ class Feeder:
         a neighbour may have killed the process.
         """
         for image in images:
-            if image.earlier >= max(2, image.context.spec.policy.attempts):
+            if image.deaths >= max(2, image.context.spec.policy.attempts):
                 reason = f"the worker process died {image.earlier} times while it worked on this image"
                 self.line.settle(image, Failed(WorkerLost(reason)))
 

@@ -222,7 +222,7 @@ end
 
 -- Groups of suspects: images that were together in each of the `deaths` processes that died with them, as 'deaths:ranges'.
 local function add_group(job, command, deaths, indexes)
-  redis.call(command, key(job, 'suspects'), string.format('%d:%s', deaths, text_of(indexes)))
+  redis.call(command, key(job, 'suspects'), string.format('%g:%s', deaths, text_of(indexes)))
   redis.call('HINCRBY', key(job), 'suspects', #indexes)
 end
 
@@ -230,7 +230,7 @@ end
 local function take_group(job)
   local group = redis.call('LPOP', key(job, 'suspects'))
   if not group then return nil end
-  local deaths, ranges = string.match(group, '^(%d+):([%d,-]+)$')
+  local deaths, ranges = string.match(group, '^([%d.]+):([%d,-]+)$')
   if not deaths then
     put_aside(key(job, 'suspects'), 'not a group of images', group)
     return 0, {}
@@ -293,9 +293,9 @@ local function finish_if_over(job)
 end
 
 -- The worker of a share is dead: what it did not record is handed out again after everything else, in two halves; but each
--- image alone for its last attempt, so that none is given up for a neighbour's sake.
+-- image alone for its last attempt, so that none is given up for a neighbour's sake. `weight` is what this death counts.
 -- Returns the number of images of the share, or nil if it has ended.
-local function bury(member)
+local function bury(member, weight)
   local job, number = string.match(member, '^(.*):(%d+)$')
   redis.call('ZREM', LEASED, member)
   if not job then
@@ -308,7 +308,7 @@ local function bury(member)
   count_running(share.owner, -share.images)
   local j = read(job)
   if active(j) then
-    local open, deaths, group = open_in(job, share.ranges), figure(share.deaths, 0) + 1, {}
+    local open, deaths, group = open_in(job, share.ranges), figure(share.deaths, 0) + weight, {}
     table.sort(open)
     local most = deaths < j.attempts - 1 and math.ceil(#open / 2) or 1
     for place, index in ipairs(open) do

@@ -44,7 +44,7 @@ local function share(job, j, ranges, images, deaths)
   move_clock(j.priority, j.owner, images)
   if j.state == 'queued' then redis.call('HSET', key(job), 'state', 'running', 'started', now) end
   if read(job).left == 0 and redis.call('EXISTS', key(job, 'suspects')) == 0 then dequeue(job) end
-  local answer, seen, recorded = {'share', job, number, deaths, RANK[j.priority], fresh, ranges, ''}, {}, {}
+  local answer, seen, recorded = {'share', job, number, tostring(deaths), RANK[j.priority], fresh, ranges, ''}, {}, {}
   for _, range in ipairs(pairs_of(ranges)) do
     for index = range[1], range[2] - 1 do -- by a worker that was thought to be dead
       if redis.call('HEXISTS', key(job, 'results'), index) == 1 then recorded[#recorded + 1] = index .. '-' .. index + 1 end

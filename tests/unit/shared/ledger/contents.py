@@ -51,7 +51,7 @@ def contents(raw: Any, jobs: Sequence[tuple[str, str, Priority, str]]) -> list[C
         (size, following, back, suspects), ranges, listed, shares, results, place, clock, line, manifest = (
             next(answers) for _ in range(9)
         )
-        groups = [(int(deaths), indexes_in(part)) for deaths, _, part in (text.partition(":") for text in listed)]
+        groups = [(float(deaths), indexes_in(part)) for deaths, _, part in (text.partition(":") for text in listed)]
         returned = [index for part in ranges for index in indexes_in(part)]
         found.append(
             Contents(

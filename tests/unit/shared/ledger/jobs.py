@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -103,7 +104,16 @@ def run(worker: WorkLedger, bad: Collection[int] = (), lanes: Sequence[str] = (L
 
 
 def die(worker: WorkLedger, raw: Any, share: Share) -> int:
-    """The child of a share falls silent, and a node notices that."""
+    """The child of a share dies, and its node notices that."""
+    name = f"imagemill:job:{share.job}:shares"
+    held = raw.hget(name, str(share.number))
+    if held is not None:
+        raw.hset(name, str(share.number), json.dumps({**json.loads(held), "child": "dead"}))
+    return worker.bury("dead")
+
+
+def fall_silent(worker: WorkLedger, raw: Any, share: Share) -> int:
+    """The child of a share has died with its node, or seems to have; another node notices that."""
     raw.zadd("imagemill:leased", {f"{share.job}:{share.number}": 1}, xx=True)
     return worker.tend()[0]
 

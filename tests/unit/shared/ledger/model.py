@@ -17,7 +17,7 @@ class SharedOut:
     images: set[int]
     indexes: set[int]
     """With those of no image, or of duplicates."""
-    deaths: int
+    deaths: float
     alone: bool
     """Whether a suspect is run all by itself."""
     silent: bool = False
@@ -27,7 +27,7 @@ class SharedOut:
 class Group:
     """Images that were in the same processes that died, with indexes of no image."""
 
-    deaths: int
+    deaths: float
     indexes: set[int]
 
 
@@ -114,9 +114,9 @@ class ModelJob:
         del self.shares[share.number]
         self.finish_if_over()
 
-    def bury(self, share: SharedOut) -> None:
+    def bury(self, share: SharedOut, weight: float) -> None:
         if self.active:
-            left, deaths = sorted(share.indexes - set(self.results)), share.deaths + 1
+            left, deaths = sorted(share.indexes - set(self.results)), share.deaths + weight
             most = ceil(len(left) / 2) if deaths + 1 < self.attempts else 1
             self.groups += [Group(deaths, set(left[place : place + most])) for place in range(0, len(left), most or 1)]
             self.died_alone |= share.images if share.alone else set()

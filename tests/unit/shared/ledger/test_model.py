@@ -347,7 +347,7 @@ class Ledgers(RuleBasedStateMachine):
         mine = self.shares_of(child)
         assert self.ledger.bury(name(child)) == len(mine)
         for job, share in mine:
-            job.bury(share)
+            job.bury(share, 1)
 
     def tend(self) -> None:
         silent = [(job, share) for job in self.jobs for share in job.shares.values() if share.silent]
@@ -355,7 +355,7 @@ class Ledgers(RuleBasedStateMachine):
         lost, lanes = self.ledger.tend()
         assert lost == len(silent)
         for job, share in silent:
-            job.bury(share)
+            job.bury(share, 0.5)
         for job in self.jobs:
             assert job.lane in lanes or not (job.manifest == "due" or (job.waits and (job.free or job.suspects)))
 

@@ -8,7 +8,21 @@ import pytest
 
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.ledger.submitting import SubmitLedger
-from tests.unit.shared.ledger.jobs import CHILD, OTHER, ask, counts, die, done, indexes, make_job, nothing_left, run, take, work
+from tests.unit.shared.ledger.jobs import (
+    CHILD,
+    OTHER,
+    ask,
+    counts,
+    die,
+    done,
+    fall_silent,
+    indexes,
+    make_job,
+    nothing_left,
+    run,
+    take,
+    work,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -159,3 +173,13 @@ def test_child_that_will_not_drain_gets_other_work(producer: SubmitLedger, worke
     die(worker, raw, take(worker))
     other = make_job(producer, 4, priority="low")
     assert take(worker, empty=False, drains=False).job == other
+
+
+def test_death_of_a_whole_node_counts_half(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    """An image that takes nodes down is given up after six of them."""
+    make_job(producer, 1)
+    deaths = []
+    while (share := take(worker)).deaths < 3:
+        deaths.append(share.deaths)
+        assert fall_silent(worker, raw, share) == 1
+    assert deaths == [0, 0.5, 1, 1.5, 2, 2.5]

@@ -12,7 +12,20 @@ from imagemill.shared.fleet import NODE_SECONDS, Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import Node
-from tests.unit.shared.ledger.jobs import CHILD, LANE, OTHER, OTHER_LANE, ask, counts, die, indexes, make_job, run, take, work
+from tests.unit.shared.ledger.jobs import (
+    CHILD,
+    LANE,
+    OTHER,
+    OTHER_LANE,
+    ask,
+    counts,
+    fall_silent,
+    indexes,
+    make_job,
+    run,
+    take,
+    work,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -50,7 +63,7 @@ def test_shares_of_silent_children_are_handed_out_again(producer: SubmitLedger, 
     make_job(producer, 3, owner="ann")
     share, kept = take(worker, room=2), take(worker, OTHER)
     assert worker.tend() == (0, {})
-    assert die(worker, raw, share) == 1
+    assert fall_silent(worker, raw, share) == 1
     assert worker.tend() == (0, {LANE: 0})
     assert raw.hgetall("imagemill:running") == {"ann": "1"}
     assert worker.renew(OTHER, [LANE], [kept]).verdicts == ["ok"]
@@ -148,7 +161,7 @@ def test_leases_of_deleted_jobs_do_not_stop_others(producer: SubmitLedger, worke
     lost, share = take(worker), take(worker)
     raw.delete(*raw.keys(f"imagemill:job:{gone}*"))
     raw.zadd("imagemill:leased", {f"{gone}:{lost.number}": 1})
-    assert die(worker, raw, share) == 1
+    assert fall_silent(worker, raw, share) == 1
     assert raw.zcard("imagemill:leased") == 0
     assert (take(worker).job, indexes(share)) == (job, [0])
 
@@ -159,8 +172,8 @@ def test_outage_of_redis_is_no_death_of_workers(producer: SubmitLedger, worker: 
     share = take(worker)
     worker.tend()
     raw.set("imagemill:tended", 1)
-    assert die(worker, raw, share) == 0
+    assert fall_silent(worker, raw, share) == 0
     assert worker.renew(CHILD, [LANE], [share]).verdicts == ["ok"]
-    assert die(worker, raw, share) == 1, "from now on, silence counts again"
+    assert fall_silent(worker, raw, share) == 1, "from now on, silence counts again"
     run(worker)
     assert counts(worker, job) == ("done", 4, 0)
