@@ -34,7 +34,10 @@ def kill_main(run: FaultRun) -> str:
 
 
 def kill_children(run: FaultRun) -> str:
-    """A child of the only node is killed every two seconds."""
+    """A child of the only node is killed every two seconds.
+
+    Now and then an image is in three of them, alone in the last, and is blamed.
+    """
     kills = run.count(30, 3)
     node = run.node("node", concurrency=2, **WORKS)
     job = run.submit(run.count(3000, 300))
@@ -47,10 +50,13 @@ def kill_children(run: FaultRun) -> str:
             killed += 1
         time.sleep(2)
     ended, left = time.time(), run.client.status(job)
-    run.wait(job, 60 + (left.total - left.done) * SECONDS)
+    blamed = run.wait(job, 60 + (left.total - left.done) * SECONDS).failed
+    if blamed:
+        run.client.retry(job)
+        run.wait(job, 60)
     counts = run.check(job, again=None)
     assert node.process.poll() is None, "the node has ended"
-    return f"{counts}; {killed} kills; normal {run.back_to_normal(job, begun, ended):.1f} s after the last"
+    return f"{counts}, {blamed} of them after a retry; {killed} kills; normal {run.back_to_normal(job, begun, ended):.1f} s after the last"
 
 
 def swallow(run: FaultRun) -> str:
@@ -153,7 +159,7 @@ def white_png(size: int) -> bytes:
 
 ROWS = [
     Row("kill-main", "0 lost, 0 twice; done within 60 s beyond the remaining work", kill_main),
-    Row("kill-children", "0 lost, 0 twice; the node goes on", kill_children),
+    Row("kill-children", "0 lost, 0 twice; the node goes on; a retry does what was blamed", kill_children),
     Row("swallow", "woken again within 45 s, every time", swallow),
     Row("poison", "neighbours done; 3 attempts at most", poison),
     Row("hang", "neighbours done; 3 attempts at most", hang),
