@@ -56,7 +56,8 @@ def kill_children(run: FaultRun) -> str:
         run.wait(job, 60)
     counts = run.check(job, again=None)
     assert node.process.poll() is None, "the node has ended"
-    return f"{counts}, {blamed} of them after a retry; {killed} kills; normal {run.back_to_normal(job, begun, ended):.1f} s after the last"
+    normal = run.back_to_normal(job, begun, ended)
+    return f"{counts}, {blamed} of them after a retry; {killed} kills; normal {normal:.1f} s after the last"
 
 
 def swallow(run: FaultRun) -> str:
