@@ -111,7 +111,7 @@ class Worker:
                 self.device,
                 node=node,
                 seat=f"{node}/{index}",
-                name=child_name(node, index, os.getpid()),
+                name=child_name(node, index, os.getppid(), os.getpid()),
                 lanes=self.lanes,
                 publisher=Publisher(self.app),
                 stopping=self.children.stopping,

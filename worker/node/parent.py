@@ -104,9 +104,9 @@ def _alive(pid: int) -> bool:
     return pid > 0 and psutil.pid_exists(pid)
 
 
-def child_name(node: str, index: int, pid: int) -> str:
-    """The name of a child process in leases."""
-    return f"{node}/{index}/{pid}"
+def child_name(node: str, index: int, parent: int, pid: int) -> str:
+    """The name of a child process in leases; `parent` is the process ID of its node."""
+    return f"{node}/{index}/{parent}.{pid}"
 
 
 @dataclass
@@ -172,7 +172,7 @@ class Parent:
     def _tick(self) -> None:
         name = self.node.node
         for index, pid in self.children.died():
-            lost = self.ledger.bury(child_name(name, index, pid))
+            lost = self.ledger.bury(child_name(name, index, os.getpid(), pid))
             log.warning("child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
         if self._report_due():
             self.ledger.set_weights(self.weights)

@@ -292,8 +292,18 @@ local function finish_if_over(job)
   return true
 end
 
+-- What a silent child's death counts: half if its node's main process has ended or fallen silent, too, because images seldom take
+-- a whole node down; operators, power cuts and networks do. A child's name is NODE/NUMBER/its parent's process ID.its own.
+local function weight_of(child)
+  local node, parent = string.match(tostring(child), '^(.*)/%d+/(%d+)%.%d+$')
+  local fine, report = pcall(cjson.decode, node and redis.call('HGET', 'imagemill:nodes', node) or '')
+  if not fine or type(report) ~= 'table' then return 0.5 end
+  local lives = tostring(report.pid) == parent and now_ms() - 1000 * figure(report.seen, 0) < 10000
+  return lives and 1 or 0.5
+end
+
 -- The worker of a share is dead: what it did not record is handed out again after everything else, in two halves; but each
--- image alone for its last attempt, so that none is given up for a neighbour's sake. `weight` is what this death counts.
+-- image alone for its last attempt, so that none is given up for a neighbour's sake. `weight` is what this death counts, if known.
 -- Returns the number of images of the share, or nil if it has ended.
 local function bury(member, weight)
   local job, number = string.match(member, '^(.*):(%d+)$')
@@ -308,7 +318,7 @@ local function bury(member, weight)
   count_running(share.owner, -share.images)
   local j = read(job)
   if active(j) then
-    local open, deaths, group = open_in(job, share.ranges), figure(share.deaths, 0) + weight, {}
+    local open, deaths, group = open_in(job, share.ranges), figure(share.deaths, 0) + (weight or weight_of(share.child)), {}
     table.sort(open)
     local most = deaths < j.attempts - 1 and math.ceil(#open / 2) or 1
     for place, index in ipairs(open) do

@@ -2,7 +2,6 @@
 -- dead workers again, counts the children of each lane and their speed, and returns the number of lost shares, then lane and
 -- number of children for each lane that needs wake-ups.
 local OUTAGE = 5000
-local NODE_DEATH = 0.5 -- images seldom take a whole node down; operators, power cuts and networks do
 local now, lost = now_ms(), 0
 ring(now)
 
@@ -16,7 +15,7 @@ end
 
 local images = 0
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', now, 'LIMIT', 0, 1000)) do
-  local size = bury(member, NODE_DEATH)
+  local size = bury(member)
   if size then lost, images = lost + 1, images + size end
   if images > 10000 then break end -- the rest in a second: nobody else can use Redis meanwhile
 end

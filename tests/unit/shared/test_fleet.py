@@ -12,6 +12,7 @@ from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.fleet import CANARY_SECONDS, MEMORY_SECONDS, NODE_SECONDS, Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import Node
+from tests.workers import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
@@ -74,7 +75,7 @@ def test_claim_replaces_only_the_report_that_was_found_dead(fleet: Fleet) -> Non
     dead = node("cpu@a", process="x/1/5")
     fleet.report_node(dead)
     (seen,) = fleet.nodes()
-    fleet.report_node(dead)  # it lives after all
+    wait_until(lambda: fleet.report_node(dead) and fleet.nodes()[0].seen > seen.seen, "it lives after all")
     assert fleet.claim_name(node("cpu@a", process="y/1/5"), seen) is not None
     (seen,) = fleet.nodes()
     assert fleet.claim_name(node("cpu@a", process="y/1/5"), seen) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -175,8 +176,23 @@ def test_child_that_will_not_drain_gets_other_work(producer: SubmitLedger, worke
     assert take(worker, empty=False, drains=False).job == other
 
 
-def test_death_of_a_whole_node_counts_half(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
-    """An image that takes nodes down is given up after six of them."""
+@pytest.mark.parametrize(
+    ("pid", "age", "weight"),
+    [(17, 0, 1), (17, 60, 0.5), (18, 0, 0.5)],
+    ids=["lives", "is silent", "was replaced"],
+)
+def test_death_with_the_node_counts_half(
+    pid: int, age: int, weight: float, producer: SubmitLedger, worker: WorkLedger, raw: Any
+) -> None:
+    make_job(producer, 1)
+    seen = raw.time()[0] - age
+    raw.hset("imagemill:nodes", "cpu@a", json.dumps({"node": "cpu@a", "pid": pid, "seen": seen}))
+    share = take(worker, "cpu@a/0/17.21")
+    assert fall_silent(worker, raw, share) == 1
+    assert take(worker).deaths == weight
+
+
+def test_image_that_takes_nodes_down_is_given_up_after_six(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     make_job(producer, 1)
     deaths = []
     while (share := take(worker)).deaths < 3:

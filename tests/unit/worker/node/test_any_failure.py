@@ -57,7 +57,7 @@ PLACES = [
     "node.feeder:Feeder._top_up",
     "node.feeder:Feeder._start",
     "node.appetite:Appetite.room",
-    "node.feeder:Feeder._ahead",
+    "node.appetite:ahead",
     "node.feeder:Feeder.begin",
     "node.feeder:Feeder.end",
     "node.shares:Held.divided",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from typing import Any
@@ -101,7 +102,7 @@ def test_images_of_a_child_that_died_are_handed_out_again_at_once(ledger: Ledger
     parent = parent_of(children, ledger, fleet)
     job = submit(ledger, 8)
     for index, process in enumerate(processes):
-        assert isinstance(ledger.take(Request(child_name(NODE, index, process.pid), [LANE], {LANE: 2})), Share)
+        assert isinstance(ledger.take(Request(child_name(NODE, index, os.getpid(), process.pid), [LANE], {LANE: 2})), Share)
     parent.tick()
     assert raw.zcard("imagemill:leased") == 2
     processes[1].kill()
