@@ -86,7 +86,8 @@ class Outages:
                 if now < outage.try_at:
                     continue
                 if not outage.logged:  # what is over by now is not worth a line
-                    log.warning("outage", extra={"action": "outage", "service": service, "reason": outage.reason})
+                    fields = {"action": "outage", "service": service, "reason": outage.reason}
+                    log.warning("service does not respond", extra=fields)
                     outage.logged = True
                 outage.pause = min(LONGEST_PAUSE, 2 * outage.pause)
                 outage.try_at = now + outage.pause
@@ -107,7 +108,7 @@ class Outages:
             return []
         if outage.logged:
             fields = dict(action="outage", service=service, seconds=round(self._clock() - outage.since, 1))
-            log.info("outage over", extra={**fields, "images": len(outage.images)})
+            log.info("service responds again", extra={**fields, "images": len(outage.images)})
         for image in outage.images:
             image.waits = False
         return list(outage.images)

@@ -202,7 +202,7 @@ class Parent:
 
     def _report(self, *, ready: bool) -> None:
         """Report the node. It exits if another has taken its name while this one was silent; restarted, it takes another."""
-        why = "its model can't be opened; repair it, see the node's log, and restart the node"
+        why = "its model can't be opened; the node's log says why: repair it and restart the node"
         closed = tuple(f"{lane}: {why}" for lane in self.lanes.closed())
         changes = {"ready": ready, "lanes": tuple(self.lanes.open()), "lacks": self.node.lacks + closed}
         if not self.fleet.report_node(self.node.model_copy(update=changes)):

@@ -248,7 +248,7 @@ def test_feeder_goes_on_after_a_bug(
         feeding.check_done(job, 10)
 
 
-def test_shift_ends_when_its_feeder_only_fails(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shift_ends_when_its_feeder_keeps_failing(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its leases would be renewed for ever, and nothing would come of its images."""
 
     def fail(_: Feeder) -> None:
