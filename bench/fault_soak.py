@@ -24,10 +24,8 @@ LIMIT = 640 << 20
 SHARE = 0.05
 """How much more may be used at the end than after a tenth of the images."""
 SAMPLE_SECONDS = 0.5
-FEW = {"files": 4, "threads": 4, "sockets": 4, "redis": 512 << 10}
-"""Changes that are no leak, since connections and threads are made when they are first needed, and Redis' buffers vary. Over
-18,000 images, so little of Redis' memory is 29 bytes per image.
-"""
+FEW = {"files": 4, "threads": 4, "sockets": 4}
+"""Changes that are no leak, since connections and threads are made when they are first needed."""
 
 
 # --- out of memory ----------------------------------------------------------------------------------------------------
