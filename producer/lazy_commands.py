@@ -19,6 +19,7 @@ SHORT_HELP = {
     "worker": "Run a worker node: one per GPU, or one for the CPU.",
     "models": "List, pull, verify and quantise model files.",
     "tune": "Measure how large batches can be on a device, and how fast they are.",
+    "exporter": "Serve metrics of the whole installation to Prometheus.",
     "doctor": "Find problems with Redis, S3, disk and GPU, and how to fix them.",
 }
 

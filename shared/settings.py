@@ -153,6 +153,8 @@ class WorkerSettings(Group):
     soft_shutdown: float = Field(
         60.0, ge=0, description="seconds to finish current images after SIGQUIT (after SIGTERM they are always finished)"
     )
+    metrics_port: int | None = Field(None, ge=1, le=65535, description="port on which the node serves its metrics; empty: none")
+    metrics_host: str = Field("127.0.0.1", description="address on which the node serves its metrics")
     load_timeout: float = Field(600.0, gt=0, description="most seconds to load the engines")
 
 

@@ -28,8 +28,22 @@ from imagemill.worker.node.supervisor import Supervisor, find_gpus
 @click.option(
     "--name", metavar="NAME", help="The node's name; default: gpuN@host or cpu@host. A number is added if it is in use."
 )
+@click.option(
+    "--metrics",
+    metavar="PORT",
+    type=click.IntRange(1, 65535),
+    help="Serve metrics to Prometheus on this port; with --gpus, GPU N gets PORT + N.",
+)
+@click.option("--metrics-host", metavar="HOST", help="Address for --metrics; default: 127.0.0.1.")
 def worker(
-    gpu: int | None, gpus: str | None, cpu: bool, concurrency: int | None, operations: str | None, name: str | None
+    gpu: int | None,
+    gpus: str | None,
+    cpu: bool,
+    concurrency: int | None,
+    operations: str | None,
+    name: str | None,
+    metrics: int | None,
+    metrics_host: str | None,
 ) -> None:
     """Run a worker node: one GPU, all GPUs of this host, or the CPU."""
     if sum((gpu is not None, gpus is not None, cpu)) != 1:
@@ -38,14 +52,13 @@ def worker(
         raise UsageError("--concurrency requires --cpu; a GPU node has one child")
     if name is not None and gpus:
         raise UsageError("--name requires a single node; --gpus all names its nodes gpu0, gpu1 and so on")
-    settings = _settings(gpu, operations)
+    settings = _settings(gpu, operations, metrics, metrics_host)
     if gpus:
         logs.set_up(as_json=settings.log_json)
         gpus_found = find_gpus()
         if not gpus_found:
             raise ConfigurationError("no GPU found; check the driver with `nvidia-smi -L`, or use --cpu")
-        extra = ["--operations", operations] if operations else []
-        sys.exit(Supervisor({f"gpu{n}": ["worker", "--gpu", str(n), *extra] for n in gpus_found}).run())
+        sys.exit(Supervisor({f"gpu{n}": _arguments(n, operations, settings) for n in gpus_found}).run())
     if gpu is None:
         node, children = name or "cpu", concurrency or share_of_cores(1)
     else:
@@ -54,9 +67,23 @@ def worker(
     sys.exit(Worker(settings).run(name=node if "@" in node else f"{node}@%h", concurrency=children))
 
 
-def _settings(gpu: int | None, operations: str | None) -> Settings:
+def _arguments(gpu: int, operations: str | None, settings: Settings) -> list[str]:
+    """The arguments of one of the nodes of `--gpus all`."""
+    arguments = ["worker", "--gpu", str(gpu)]
+    if operations:
+        arguments += ["--operations", operations]
+    if settings.worker.metrics_port is not None:
+        arguments += ["--metrics", str(settings.worker.metrics_port + gpu), "--metrics-host", settings.worker.metrics_host]
+    return arguments
+
+
+def _settings(gpu: int | None, operations: str | None, metrics: int | None, metrics_host: str | None) -> Settings:
     settings = load_settings()
     changes: dict[str, Any] = {"gpu": gpu}  # --cpu sets None, which overrides IMAGEMILL_WORKER__GPU
+    if metrics is not None:
+        changes["metrics_port"] = metrics
+    if metrics_host is not None:
+        changes["metrics_host"] = metrics_host
     if operations is not None:
         names = [part.strip() for part in operations.split(",") if part.strip()]
         if not names:

@@ -24,7 +24,7 @@ from imagemill.shared.messages import Node
 from imagemill.shared.queues import node_queue, queue_name
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
-from imagemill.worker.node import intake, logs
+from imagemill.worker.node import intake, logs, metrics
 from imagemill.worker.node.naming import take_name, this_process
 from imagemill.worker.node.offer import Lanes, lanes, missing, nothing_to_do, shortcomings
 from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
@@ -79,6 +79,7 @@ class Worker:
         with closing(Fleet.of(self.settings)) as before_the_fork, _ending_on_signals():
             self.node = take_name(before_the_fork, node)
         sender.hostname = self.node.node  # before Celery passes it on
+        self._metrics_server = metrics.start_counting(self.settings, self.node.node)
         (own,) = queues([node_queue(self.node.node)])
         self.app.amqp.queues.select_add(own)
         ledger, fleet, publisher = WorkLedger.of(self.settings), Fleet.of(self.settings), Publisher(self.app)

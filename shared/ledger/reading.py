@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 PACKS_PER_READ = 32
 """Packs read in one round trip."""
+MOST_JOBS = 10_000
 LAST_SECOND = 1e11
 """No time of the ledger is later; it is in the year 5138."""
 
@@ -38,10 +39,41 @@ class Lineup:
     speed: float
 
 
+@dataclass(frozen=True)
+class LaneLoad:
+    """Images of one owner in one lane and priority; `owner` is empty for jobs without one. `oldest` is in seconds."""
+
+    lane: str
+    priority: str
+    owner: str
+    waiting: int
+    running: int
+    oldest: float
+
+
+@dataclass(frozen=True)
+class Load:
+    """What waits and runs, the number of unfinished jobs, and by how many seconds the oldest lease is overdue."""
+
+    rows: list[LaneLoad]
+    jobs: int
+    overdue: float
+
+
 class ReadLedger(Repairing):
     """Reads jobs."""
 
-    scripts: ClassVar[tuple[str, ...]] = (*Repairing.scripts, "ring")
+    scripts: ClassVar[tuple[str, ...]] = (*Repairing.scripts, "ring", "load")
+
+    def load(self) -> Load:
+        """What waits and runs, of at most 10,000 jobs."""
+        overdue, jobs, found = self._script("load", MOST_JOBS)
+        rows = []
+        for lane, priority, owner, waiting, running, oldest in found:
+            named = b"" if owner.startswith(b"~") else owner
+            lane, priority, named = (name.decode(errors="replace") for name in (lane, priority, named))
+            rows.append(LaneLoad(lane, priority, named, waiting, running, oldest / 1000))
+        return Load(rows, jobs, overdue / 1000)
 
     def spec(self, job: str) -> Job:
         """The job's spec as submitted."""

@@ -158,7 +158,7 @@ class NvmlMemory(Memory):
 
         self._nvml, self._limit = pynvml, limit
         pynvml.nvmlInit()
-        self._handle = _handle(pynvml, visible)
+        self._handle = handle_of(pynvml, visible)
         self.name = str(pynvml.nvmlDeviceGetName(self._handle))
         self._lowest = self._used()
 
@@ -196,7 +196,7 @@ class NvmlMemory(Memory):
             return self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
 
 
-def _handle(nvml: Any, visible: str) -> Any:
+def handle_of(nvml: Any, visible: str) -> Any:
     """NVML's handle of the first visible device, given as an index or the beginning of a UUID of a GPU or MIG instance."""
     device = visible_gpus(visible)[0]
     if device.isdecimal():

@@ -83,6 +83,7 @@ class BatchSizes:
     where larger batches are faster.
 
     `flagged` counts runs that took more than 90 % of the device's memory; `top` is the largest share so far.
+    `failures` counts runs that did not fit, and `level` is the relief level of the latest run.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class BatchSizes:
     ) -> None:
         self.memory = memory or HostMemory()
         self.flagged, self.top = 0, 0.0
+        self.failures = self.level = 0
         self._measures = self.memory.grows if measures is None else measures
         self._kinds = dict(known or {})
 
@@ -119,6 +121,7 @@ class BatchSizes:
     @contextmanager
     def running(self, kind: str, size: int) -> Iterator[None]:
         """Wraps a run of `size` samples and learns from it, unless it raises."""
+        self.level = 0
         if not self._measures:
             yield
             if kind in self._kinds:
@@ -133,6 +136,7 @@ class BatchSizes:
 
     def failed(self, kind: str, size: int) -> None:
         """Learn that `size` samples of a kind did not fit, even after caches were freed."""
+        self.failures += 1
         known = self.known(kind)
         if size <= known.fits:
             known.fits = 0  # it did fit when more memory was free
@@ -144,6 +148,7 @@ class BatchSizes:
 
     def relieved(self, kind: str, level: int) -> None:
         """Learn that one sample of a kind fits at this level."""
+        self.level = level
         known = self.known(kind)
         known.relief = level
         known.waited += 1

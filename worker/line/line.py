@@ -195,6 +195,7 @@ class Line:
         start = time.perf_counter()
         parts = list(run_parts(recipe.operation, [slot.sample for slot in batch], recipe.sizes))
         share = (time.perf_counter() - start) / len(batch)
+        self.records.meter.ran(recipe, [len(part) for part in parts])
         together = recipe.operation.together(batch[0].owner.context.spec.options)
         outputs = [(output, len(part) if together else 1) for part in parts for output in part]
         computed = 0
@@ -253,7 +254,10 @@ class Line:
         self.settle(image, NotBegun() if image.stopped else advance(image, [store]) or NotBegun())
 
     def _answered(self, service: str | None) -> None:
-        for image in self.outages.answered(service):
+        waited = self.outages.answered(service)
+        if waited:
+            self.records.meter.store_waits(bool(self.outages.reasons()))
+        for image in waited:
             self._retry(image)
 
     def settle(self, image: ImageInFlight, outcome: Outcome) -> None:
@@ -262,6 +266,8 @@ class Line:
             if image.stopped or self._abandoned:
                 outcome = NotBegun()
             elif self.outages.postpone(image, outcome.error):
+                self.records.meter.store_failed(outcome.error.code)
+                self.records.meter.store_waits(True)
                 self._changed()
                 return
         elif isinstance(outcome, Stored):

@@ -13,6 +13,7 @@ from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import ItemResult
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
+from imagemill.worker.line.meter import Meter
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,9 @@ class Tally:
 class Records:
     """Writes the records of images, and counts those that were first in `tally`, which the caller may replace."""
 
-    def __init__(self, ledger: WorkLedger, node: str) -> None:
+    def __init__(self, ledger: WorkLedger, node: str, meter: Meter | None = None) -> None:
         self._ledger, self._node = ledger, node
+        self.meter = meter or Meter()
         self.tally = Tally()
 
     def record(self, image: ImageInFlight, outcome: Outcome) -> None:
@@ -73,7 +75,9 @@ class Records:
             result = ItemResult(index=image.item.index, attempts=image.earlier + 1, node=self._node, **_fields(failure))
             first = self._write(image.context, result)
         if first:
-            self.tally.count(result, reused=isinstance(outcome, Stored) and outcome.how == "reused")
+            how = outcome.how if isinstance(outcome, Stored) else "failed"
+            self.tally.count(result, reused=how == "reused")
+            self.meter.recorded(image.context.spec.operation, result, how)
         image.recorded = True
 
     def _result(self, image: ImageInFlight, outcome: Stored | Failed) -> ItemResult:

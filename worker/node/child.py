@@ -32,6 +32,7 @@ from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records, Tally
 from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.node.feeder import Feeder
+from imagemill.worker.node.metrics import child_meter
 from imagemill.worker.node.offer import Lanes
 from imagemill.worker.operations.base import AnyOperation, Untouched
 from imagemill.worker.operations.registry import create
@@ -74,7 +75,7 @@ class Child:
         self._lanes = lanes
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
-        self.records = Records(self.ledger, node)
+        self.records = Records(self.ledger, node, child_meter())
         self.tell: Tell = lambda _: None
         self._load_all(device)
         self.feeder: Feeder | None = None

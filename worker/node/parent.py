@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Value
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
@@ -26,6 +26,7 @@ from imagemill.shared.ledger.repair import is_damage
 from imagemill.shared.messages import Node
 from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import WorkerSettings
+from imagemill.worker.node.metrics import ParentMeter
 from imagemill.worker.node.offer import Lanes
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,7 @@ class Parent:
     publisher: Publisher
     settings: WorkerSettings
     weights: Mapping[str, float]
+    meter: ParentMeter = field(default_factory=ParentMeter)
     report_at: float = 0.0
     repair_at: float = 0.0
 
@@ -173,6 +175,7 @@ class Parent:
         name = self.node.node
         for index, pid in self.children.died():
             lost = self.ledger.bury(child_name(name, index, os.getpid(), pid))
+            self.meter.died(pid)
             log.warning("child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
         if self._report_due():
             self.ledger.set_weights(self.weights)
@@ -182,7 +185,9 @@ class Parent:
             if lost:
                 log.warning("shares of dead workers reassigned", extra={"action": "tend", "shares": lost})
             for lane, children in lanes.items():
-                self.publisher.wake(lane, min(max(1, children), MOST_WAKE_UPS))
+                count = min(max(1, children), MOST_WAKE_UPS)
+                self.publisher.wake(lane, count)
+                self.meter.republished(count)
             if time.monotonic() >= self.repair_at:
                 self._repair()
 

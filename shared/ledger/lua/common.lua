@@ -343,6 +343,7 @@ local function ring(now)
     elseif active(read(job)) then
       if what == 'begin' then
         redis.call('HDEL', key(job), 'later')
+        redis.call('HSET', key(job), 'due', now)
       elseif what == 'end' then
         dequeue(job)
         redis.call('HSET', key(job), 'expired', now)

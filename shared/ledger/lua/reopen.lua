@@ -15,7 +15,7 @@ redis.call('DEL', key(job, 'shares'))
 redis.call('HINCRBY', key(job), 'failed', 0 - tonumber(redis.call('HGET', key(job), 'lapsed') or 0)) -- never '-0'
 redis.call('HDEL', key(job), 'paused', 'later', 'cancelled', 'expired', 'lapsed', 'damaged', 'until', 'ended', 'manifest',
   'manifest_since')
-redis.call('HSET', key(job), 'state', 'queued', 'order', redis.call('INCR', 'imagemill:sequence'))
+redis.call('HSET', key(job), 'state', 'queued', 'order', redis.call('INCR', 'imagemill:sequence'), 'due', now_ms())
 redis.call('ZREM', manifests(j.lane), job)
 if j.priority == 'low' then redis.call('ZADD', ALARMS, now_ms() + ARGV[2], 'rise ' .. job) end
 persist(job)

@@ -1,0 +1,24 @@
+"""What a line reports to whoever counts: by default to nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from imagemill.shared.messages import ItemResult
+from imagemill.worker.line.batching import Recipe
+
+
+class Meter:
+    """Counts nothing. worker/node/metrics.py has the one that counts for Prometheus."""
+
+    def recorded(self, operation: str, result: ItemResult, how: str) -> None:
+        """An image has its result; `how` is computed, reused, kept or failed."""
+
+    def ran(self, recipe: Recipe, parts: Sequence[int]) -> None:
+        """A batch has run on the device, in parts of these sizes."""
+
+    def store_failed(self, code: str) -> None:
+        """A store did not take or give an image."""
+
+    def store_waits(self, waits: bool) -> None:
+        """Whether images wait for a service that does not respond."""

@@ -1,0 +1,137 @@
+"""What a node counts for Prometheus. Its processes write into files that they share; `metrics_server` serves them.
+
+`start_counting` must run in the parent before prometheus_client is imported anywhere in the node.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from imagemill.shared.messages import ItemResult
+from imagemill.shared.settings import Settings
+from imagemill.worker.hardware.device import visible_gpu
+from imagemill.worker.line.meter import Meter
+
+if TYPE_CHECKING:
+    from imagemill.worker.line.batch_sizes import BatchSizes
+    from imagemill.worker.line.batching import Recipe
+
+log = logging.getLogger(__name__)
+
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""The variable with which prometheus_client is told where a node's processes write."""
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
+
+
+def start_counting(settings: Settings, node: str) -> subprocess.Popen[bytes] | None:
+    """Start the process that serves this node's metrics, if a port is set. It ends with this process, however that ends."""
+    port = settings.worker.metrics_port
+    if port is None:
+        return None
+    os.environ[FOLDER] = tempfile.mkdtemp(prefix="imagemill-metrics-")
+    command = [sys.executable, "-m", "imagemill.worker.node.metrics_server", node, settings.worker.metrics_host, str(port)]
+    if settings.worker.gpu is not None:
+        command.append(visible_gpu(settings.worker.gpu, os.environ.get("CUDA_VISIBLE_DEVICES")))
+    return subprocess.Popen(command, stdin=subprocess.PIPE)  # noqa: S603
+
+
+class ParentMeter:
+    """What the parent of a node counts; nothing unless `start_counting` has started a server."""
+
+    def __init__(self) -> None:
+        self._wakes = None
+        if FOLDER in os.environ:
+            from prometheus_client import Counter
+
+            self._wakes = Counter(
+                "imagemill_wake_ups_republished",
+                "Wake-ups sent for lanes with work and none on its way.",
+                registry=None,
+            )
+
+    def republished(self, count: int) -> None:
+        """Wake-ups were sent again."""
+        if self._wakes is not None:
+            self._wakes.inc(count)
+
+    def died(self, pid: int) -> None:
+        """A child has died: its gauges say nothing any more, its counters stay."""
+        if self._wakes is not None:
+            from prometheus_client.multiprocess import mark_process_dead
+
+            mark_process_dead(pid)
+
+
+def child_meter() -> Meter:
+    """What a child counts with."""
+    return PrometheusMeter() if FOLDER in os.environ else Meter()
+
+
+class PrometheusMeter(Meter):
+    """Counts into the files of this node. Thread-safe."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"imagemill_{name}", text, labels, registry=None)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"imagemill_{name}", text, labels, registry=None, multiprocess_mode="livemax")
+
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(f"imagemill_{name}", text, labels, registry=None, buckets=buckets)
+
+        self._images = counter("images", "Images with a result: computed, reused, kept or failed.", "operation", "result")
+        self._failed = counter("images_failed", "Failed images by code.", "operation", "code")
+        self._retries = counter("image_retries", "Attempts after an image's first.", "operation")
+        self._stages = histogram("stage_seconds", "Seconds of an image in a stage.", SECONDS, "operation", "stage")
+        self._sizes = histogram("batch_size", "Images that ran on the device together.", SIZES, "operation")
+        self._fill = histogram("batch_fill_ratio", "Size of a batch over the largest allowed.", RATIOS, "operation")
+        self._peak = gauge("device_memory_peak_ratio", "Highest share of the GPU's memory in use during a run.")
+        self._oom = counter("out_of_memory", "Runs that did not fit into memory, and were repeated with fewer images.")
+        self._relief = gauge("relief_level", "How far the engine had to save memory for a single image; 0 is normal.")
+        self._received = counter("received_bytes", "Bytes of source images.")
+        self._stored = counter("stored_bytes", "Bytes of results.")
+        self._errors = counter("store_errors", "Failures of a store, retried ones included, by code.", "code")
+        self._paused = gauge("store_paused", "1 while images wait for a store that does not respond.")
+        self._seen: dict[int, int] = {}
+
+    def recorded(self, operation: str, result: ItemResult, how: str) -> None:
+        self._images.labels(operation, how).inc()
+        if result.code is not None:
+            self._failed.labels(operation, result.code).inc()
+        self._retries.labels(operation).inc(max(0, result.attempts - 1))
+        for stage, seconds in (result.seconds or {}).items():
+            self._stages.labels(operation, stage).observe(seconds)
+        self._received.inc(result.source_bytes or 0)
+        self._stored.inc(result.output_bytes or 0)
+
+    def ran(self, recipe: Recipe, parts: Sequence[int]) -> None:
+        name = recipe.operation.spec.name
+        for size in parts:
+            self._sizes.labels(name).observe(size)
+            self._fill.labels(name).observe(size / recipe.most)
+        self._watch(recipe.sizes)
+
+    def _watch(self, sizes: BatchSizes) -> None:
+        self._peak.set(sizes.top)
+        self._relief.set(sizes.level)
+        before = self._seen.get(id(sizes), 0)
+        if sizes.failures > before:
+            self._oom.inc(sizes.failures - before)
+            self._seen[id(sizes)] = sizes.failures
+
+    def store_failed(self, code: str) -> None:
+        self._errors.labels(code).inc()
+
+    def store_waits(self, waits: bool) -> None:
+        self._paused.set(waits)
