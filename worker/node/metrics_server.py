@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
@@ -124,6 +124,7 @@ def main() -> None:
     logs.set_up(as_json=settings.log_json)
     folders = {"temporary": Path(tempfile.gettempdir()), "weights": settings.weights.folder.expanduser()}
     registry = CollectorRegistry()
+    ProcessCollector(registry=registry)  # its start is that of the node
     registry.register(NodeMetrics(node, folders, find_gpu(*gpu)))
     try:
         start_http_server(int(port), host, registry)
