@@ -104,6 +104,16 @@ class Installation(Collector):
         for name, (share, _) in self._fleet.memory().items():
             peak.add_metric([name], share)
         yield peak
+        yield from self._gpus()
+
+    def _gpus(self) -> Iterator[GaugeMetricFamily]:
+        expected = GaugeMetricFamily("imagemill_gpus_expected", "GPUs that a host should have.", labels=["host"])
+        present = GaugeMetricFamily("imagemill_gpus_present", "GPUs that a host has.", labels=["host"])
+        for host, (should, has) in self._fleet.gpus().items():
+            if should is not None:
+                expected.add_metric([host], should)
+            present.add_metric([host], has)
+        yield from (expected, present)
 
     def _rest(self) -> Iterator[GaugeMetricFamily]:
         yield one("imagemill_dead_letters", "Entries in Redis that were unreadable and set aside.", self._dead.count())

@@ -155,6 +155,10 @@ class WorkerSettings(Group):
     )
     metrics_port: int | None = Field(None, ge=1, le=65535, description="port on which the node serves its metrics; empty: none")
     metrics_host: str = Field("127.0.0.1", description="address on which the node serves its metrics")
+    stall_limit: float = Field(
+        600.0, gt=0, description="seconds in one batch after which a node counts as hung; longer than the longest honest batch"
+    )
+    expect_gpus: int | None = Field(None, ge=0, description="GPUs that this host must have; empty: those that are found")
     load_timeout: float = Field(600.0, gt=0, description="most seconds to load the engines")
 
 
