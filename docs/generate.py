@@ -135,7 +135,7 @@ def _command(name: str, command: click.Command, parent: click.Context) -> Iterat
 
 def error_codes() -> str:
     """The codes of failed images."""
-    rows = [(f"`{kind.code}`", _doc(kind), "yes" if kind.retryable else "no") for kind in _leaves(errors.ImageError)]
+    rows = [(f"`{kind.code}`", _doc(kind), "yes" if kind.retryable else "no") for kind in errors.leaves(errors.ImageError)]
     return table(("code", "what happened", "a retry can help"), rows)
 
 
@@ -148,10 +148,6 @@ def exit_codes() -> str:
 
 def _tree(kind: type[errors.ImagemillError]) -> list[type[errors.ImagemillError]]:
     return [kind, *(below for child in kind.__subclasses__() for below in _tree(child) if child.__module__ == errors.__name__)]
-
-
-def _leaves(kind: type[errors.ImagemillError]) -> Iterator[type[errors.ImagemillError]]:
-    return (each for each in _tree(kind) if not each.__subclasses__())
 
 
 MANIFEST = {

@@ -30,7 +30,7 @@ explains its code to users, the rest what to do about it; the documentation prin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 
@@ -285,3 +285,12 @@ def sentence(error: BaseException) -> str:
     """The first line of an error's message, at most 300 characters, for logs and for the messages of our own errors."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]
+
+
+def leaves(kind: type[ImagemillError]) -> Iterator[type[ImagemillError]]:
+    """The errors below a kind that are raised."""
+    below = [child for child in kind.__subclasses__() if child.__module__ == __name__]
+    if not below:
+        yield kind
+    for child in below:
+        yield from leaves(child)

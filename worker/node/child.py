@@ -76,7 +76,7 @@ class Child:
         self._lanes = lanes
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
-        self.records = Records(self.ledger, node, child_meter())
+        self.records = Records(self.ledger, node, child_meter(settings.worker.operations))
         self.tell: Tell = lambda _: None
         self._load_all(device)
         self.feeder: Feeder | None = None

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
+from imagemill.shared.errors import ImageError, leaves
 from imagemill.shared.messages import ItemResult
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import visible_gpu
@@ -70,15 +72,15 @@ class ParentMeter:
             mark_process_dead(pid)
 
 
-def child_meter() -> Meter:
-    """What a child counts with."""
-    return PrometheusMeter() if FOLDER in os.environ else Meter()
+def child_meter(operations: Sequence[str]) -> Meter:
+    """What a child counts with that carries out these operations."""
+    return PrometheusMeter(operations) if FOLDER in os.environ else Meter()
 
 
 class PrometheusMeter(Meter):
     """Counts into the files of this node. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, operations: Sequence[str]) -> None:
         from prometheus_client import Counter, Gauge, Histogram
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -104,6 +106,14 @@ class PrometheusMeter(Meter):
         self._errors = counter("store_errors", "Failures of a store, retried ones included, by code.", "code")
         self._paused = gauge("store_paused", "1 while images wait for a store that does not respond.")
         self._seen: dict[int, int] = {}
+        # Prometheus sees only that a counter rises, not that it appears: a first failure would go unnoticed.
+        for operation, error in product(operations, leaves(ImageError)):
+            self._failed.labels(operation, error.code)
+        for error in leaves(ImageError):
+            if error.code.startswith("storage_"):
+                self._errors.labels(error.code)
+        for operation, how in product(operations, ("computed", "reused", "kept", "failed")):
+            self._images.labels(operation, how)
 
     def recorded(self, operation: str, result: ItemResult, how: str) -> None:
         self._images.labels(operation, how).inc()

@@ -6,103 +6,24 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import redis
-from prometheus_client.parser import text_string_to_metric_families
 
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.producer.sources import SourceRow
 from imagemill.shared.messages import Policy
-from tests.conftest import client_for, environment_for, photo
+from tests.conftest import photo
 from tests.integration.jobs import spec
 from tests.services.images import ImageServer, answers
-from tests.services.s3 import free_ports
-from tests.workers import ROOT, WorkerProcess, wait_until
+from tests.watch.metering import Exporter, MeteredNode, rows_of
+from tests.workers import WorkerProcess, wait_until
 
 pytestmark = pytest.mark.integration
 
 LANE = "stylize.opencv"
-
-
-class Scraped:
-    """The samples of one scrape."""
-
-    def __init__(self, url: str) -> None:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            self.text = answer.read().decode()
-        families = text_string_to_metric_families(self.text)
-        self.samples = [sample for family in families for sample in family.samples]
-
-    def sum(self, name: str, **labels: str) -> float:
-        """The sum of the samples that have these labels."""
-        return sum(sample.value for sample in self.samples if sample.name == name and labels.items() <= sample.labels.items())
-
-    def by(self, name: str, label: str) -> dict[str, float]:
-        """The sums of a metric's samples by one of its labels."""
-        sums: Counter[str] = Counter()
-        for sample in self.samples:
-            if sample.name == name:
-                sums[sample.labels[label]] += sample.value
-        return dict(sums)
-
-
-class MeteredNode(WorkerProcess):
-    """A node that serves metrics; `command` may be changed before it starts."""
-
-    def __init__(self, environment: dict[str, str], folder: Path, **options: object) -> None:
-        super().__init__(environment, folder, **options)  # type: ignore[arg-type]
-        (self.port,) = free_ports(1)
-        self.command = [*self.command, "--metrics", str(self.port)]
-
-    def wait_ready(self, seconds: float = 120.0) -> WorkerProcess:
-        super().wait_ready(seconds)
-        children = psutil.Process(self.process.pid).children()
-        (self.server,) = (child for child in children if "imagemill.worker.node.metrics_server" in child.cmdline())
-        return self
-
-    def pool(self) -> list[int]:
-        """The processes that work on images."""
-        return [child for child in self.children() if child != self.server.pid]
-
-    def scrape(self) -> Scraped:
-        """What the node tells Prometheus."""
-        return Scraped(f"http://127.0.0.1:{self.port}/metrics")
-
-
-@pytest.fixture
-def environment(own_redis: EmbeddedRedis, tmp_path: Path) -> dict[str, str]:
-    return environment_for(own_redis.url, tmp_path, IMAGEMILL_WORKER__OPERATIONS='["stylize"]', IMAGEMILL_WORKER__REUSE="true")
-
-
-@pytest.fixture
-def client(own_redis: EmbeddedRedis) -> Iterator[Client]:
-    with client_for(own_redis.url) as opened:
-        yield opened
-
-
-@pytest.fixture
-def exported(environment: dict[str, str]) -> Iterator[Callable[[], Scraped]]:
-    """A running `imagemill exporter`, as a function that scrapes it."""
-    (port,) = free_ports(1)
-    command = [sys.executable, "-m", "imagemill.producer.cli", "exporter", "--port", str(port)]
-    with subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert f"127.0.0.1:{port}" in process.stderr.readline()
-        yield lambda: Scraped(f"http://127.0.0.1:{port}/metrics")
-        process.terminate()
-        assert process.wait(30) == 0
-
-
-def rows_of(images: ImageServer, *names: str) -> list[SourceRow]:
-    return [SourceRow(name, {"source": images.url(name), "name": name.strip("/").partition(".")[0]}) for name in names]
 
 
 def test_node_counts_what_the_results_say(
@@ -126,7 +47,8 @@ def test_node_counts_what_the_results_say(
     assert scraped.sum("imagemill_stored_bytes_total") == sum(path.stat().st_size for path in tmp_path.rglob("*.png"))
     assert scraped.sum("imagemill_stage_seconds_count", operation="stylize", stage="run") == 5
     assert scraped.sum("imagemill_batch_size_sum") == 5
-    assert {sample.labels.get("node") for sample in scraped.samples} == {name}
+    ours = [sample for sample in scraped.samples if sample.name.startswith("imagemill_")]
+    assert {sample.labels["node"] for sample in ours} == {name}
     assert (
         0
         < scraped.sum("imagemill_disk_free_bytes", folder="temporary")
@@ -168,7 +90,7 @@ def test_node_works_without_metrics_if_their_port_is_taken(
 
 
 def test_exporter_tells_what_waits_who_serves_it_and_how_fast(
-    exported: Callable[[], Scraped], environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
+    exported: Exporter, environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
     images.routes |= {f"/{n}.png": photo(n) for n in range(3)} | {"/slow.png": images.hang}
     policy = Policy(owner="shop", priority="high")
@@ -178,7 +100,7 @@ def test_exporter_tells_what_waits_who_serves_it_and_how_fast(
     place = {"lane": LANE, "priority": "high", "owner": "shop"}
     assert waiting.sum("imagemill_images_waiting", **place) == 4
     assert waiting.sum("imagemill_oldest_waiting_seconds", **place) > 0
-    assert waiting.by("imagemill_lane_nodes", "lane") == {LANE: 0}  # nobody serves it
+    assert f'imagemill_lane_nodes{{lane="{LANE}"}} 0.0' in waiting.text  # nobody serves it
     with WorkerProcess(environment, tmp_path) as node:
         node.wait_ready()
         wait_until(lambda: client.status(submitted).done == 3 and images.stalled.is_set(), "all but one are done")
@@ -193,7 +115,7 @@ def test_exporter_tells_what_waits_who_serves_it_and_how_fast(
 
 
 def test_owners_beyond_the_busiest_share_a_label_and_unnamed_ones_have_none(
-    exported: Callable[[], Scraped], client: Client, images: ImageServer, tmp_path: Path
+    exported: Exporter, client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
     def submit(owner: str | None, count: int) -> None:
         job = spec("stylize", tmp_path).model_copy(update={"policy": Policy(owner=owner)})
@@ -210,7 +132,7 @@ def test_owners_beyond_the_busiest_share_a_label_and_unnamed_ones_have_none(
 
 
 def test_exporter_outlives_redis_and_whatever_its_keys_hold(
-    exported: Callable[[], Scraped], client: Client, images: ImageServer, tmp_path: Path, own_redis: EmbeddedRedis
+    exported: Exporter, client: Client, images: ImageServer, tmp_path: Path, own_redis: EmbeddedRedis
 ) -> None:
     job = client.submit(rows_of(images, "/a.png"), spec("stylize", tmp_path)).job
     with redis.Redis.from_url(own_redis.url) as raw:
@@ -231,7 +153,7 @@ def test_exporter_outlives_redis_and_whatever_its_keys_hold(
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 def test_promtool_finds_no_fault(
-    exported: Callable[[], Scraped], environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
+    exported: Exporter, environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
     images.routes["/a.png"] = photo(1)
     with MeteredNode(environment, tmp_path) as node:
