@@ -47,8 +47,17 @@ COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 def doctor(as_json: bool, alive: bool, node: str | None, wait: float) -> None:
     """Check Redis, workers, S3, disk, engines, models and GPU, and suggest fixes."""
     settings = load_settings()
-    checks = (check_redis, check_dead_letters, check_workers, check_s3, check_disk, check_engines, check_models, check_gpu)
-    checks = (*checks, check_expected_gpus)
+    checks = (
+        check_redis,
+        check_dead_letters,
+        check_workers,
+        check_s3,
+        check_disk,
+        check_engines,
+        check_models,
+        check_gpu,
+        check_expected_gpus,
+    )
     findings = check_nodes(settings, wait, node) if alive or node else chain.from_iterable(check(settings) for check in checks)
     console = Console()
     status = 0

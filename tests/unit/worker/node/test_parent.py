@@ -187,7 +187,7 @@ def test_node_that_has_left_is_not_reported_again(ledger: Ledger, fleet: Fleet) 
 
 
 @pytest.mark.usefixtures("raw")
-def test_node_is_reported_while_it_loads_and_forgotten_if_that_fails(
+def test_node_is_reported_while_it_loads_and_stays_visible_if_that_fails(
     ledger: Ledger, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     children = Children(1)
@@ -196,13 +196,14 @@ def test_node_is_reported_while_it_loads_and_forgotten_if_that_fails(
 
     def look(_seconds: float) -> None:
         reported.extend(node.ready for node in fleet.nodes())
-        children.failed(2)
+        children.failed(2, "the GPU is gone")
 
     monkeypatch.setattr(parent_module.time, "sleep", look)
     with pytest.raises(SystemExit, match="2"):
         parent.wait_for_children()
     assert reported == [False]
-    assert fleet.nodes() == []
+    (node,) = fleet.nodes()
+    assert (node.problem, node.gone, node.ready, node.lanes) == ("the GPU is gone", True, False, ())
 
 
 def test_node_goes_on_without_redis(caplog: pytest.LogCaptureFixture) -> None:
