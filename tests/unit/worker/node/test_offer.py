@@ -15,7 +15,7 @@ from imagemill.worker.models.catalogue import MODELS, repository
 from imagemill.worker.models.checksums import hash_file
 from imagemill.worker.models.files import record_variant, variant
 from imagemill.worker.models.repositories import folder_of
-from imagemill.worker.node.doctor import check_engines, check_models
+from imagemill.worker.node.checks.models import check_engines, check_models
 from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
 
 
