@@ -64,7 +64,7 @@ def make_client(settings: S3Settings, *, patient: bool = True) -> S3Client:
 
     config = Config(
         connect_timeout=5,
-        read_timeout=30 if patient else 10,
+        read_timeout=30 if patient else 5,
         retries={"total_max_attempts": 4 if patient else 1, "mode": "standard"},
         max_pool_connections=settings.connections,
         # By default boto3 signs links for old regions with version 2, which newer servers reject.

@@ -135,6 +135,7 @@ class WorkerSettings(Group):
     """One worker node."""
 
     gpu: int | None = Field(None, ge=0, description="index of the node's GPU; empty: CPU")
+    expect_gpus: int | None = Field(None, ge=0, description="GPUs that this host should have; empty: not checked")
     operations: Annotated[tuple[Operation, ...], LIST] = Field(OPERATIONS, description="operations to offer; JSON list")
     engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines to load; JSON list")
     max_pixels: int = Field(64_000_000, gt=0, description="most pixels in an image; larger ones are rejected undecoded")

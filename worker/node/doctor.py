@@ -20,11 +20,11 @@ from imagemill.shared.queues import CANARY_TASK, node_queue
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.shared.urls import check_output_url
 from imagemill.worker.node.checks.broker import START_REDIS, check_redis
-from imagemill.worker.node.checks.finding import Finding
+from imagemill.worker.node.checks.finding import Finding, State
 from imagemill.worker.node.checks.gpu import check_builds, check_expected_gpus, check_gpu
 from imagemill.worker.node.checks.host import check_disk, check_folders, check_shared_memory
 from imagemill.worker.node.checks.models import check_engines, check_models
-from imagemill.worker.node.checks.store import check_s3
+from imagemill.worker.node.checks.store import check_s3, outputs_of_jobs
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 OF_WORKERS = (check_disk, check_shared_memory, check_engines, check_models, check_gpu, check_expected_gpus, check_builds)
@@ -71,7 +71,10 @@ def doctor(outputs: tuple[str, ...], as_json: bool, canary: bool, wait: float) -
             click.echo(json.dumps(asdict(finding)))
         else:
             console.print(f"[{COLOURS[finding.state]}]{finding.state:<8}[/] [bold]{finding.check}[/]: ", end="")
-            console.print(finding.found + (f"\n         fix: {finding.fix}" if finding.fix else ""), markup=False)
+            # The terminal wraps long lines: a line break would spoil a command that is copied.
+            console.print(
+                finding.found + (f"\n         fix: {finding.fix}" if finding.fix else ""), markup=False, soft_wrap=True
+            )
         if finding.state == "failed":
             status = max(status, 3 if finding.check in ("redis", "s3", "worker") else 2)
     sys.exit(status)
@@ -79,8 +82,14 @@ def doctor(outputs: tuple[str, ...], as_json: bool, canary: bool, wait: float) -
 
 def check_all(settings: Settings, outputs: tuple[str, ...]) -> Iterator[Finding]:
     """All checks that make sense on this host."""
-    yield from check_redis(settings)
-    yield from check_s3(settings, outputs)
+    reachable = True
+    for finding in check_redis(settings):
+        reachable = reachable and finding.state != "failed"
+        yield finding
+    states: dict[str, State] = dict.fromkeys(outputs, "failed")
+    if reachable and not states:  # a bucket of an old job may have been deleted since
+        states = dict.fromkeys(outputs_of_jobs(settings), "warning")
+    yield from check_s3(settings, states)
     if all(importlib.util.find_spec(package) is None for package in ("cv2", "pycurl")):  # as in the tools image
         found = "this host has no worker's packages, so disk, engines, models and GPUs are not checked"
         yield Finding("host", "ok", f"{found}; run imagemill doctor on the workers' hosts, too")

@@ -74,7 +74,8 @@ def explain(error: Exception, url: str) -> tuple[str, str]:
         fix = f"use {other} in IMAGEMILL_REDIS_URL if Redis has no TLS there; otherwise compare their TLS settings"
         return f"Redis at {where} doesn't speak TLS on this port, or not as this host expects", fix
     if isinstance(error, redis.TimeoutError):
-        fix = f"{START_REDIS}; open port {parts.port or 6379} in the firewall between the two hosts"
+        tls = f"; use {other} if it has no TLS there" if parts.scheme == "rediss" else ""  # it would wait for a line
+        fix = f"{START_REDIS}; open port {parts.port or 6379} in the firewall between the two hosts{tls}"
         return f"Redis at {where} does not respond within 5 s", fix
     if "reset" in text or "closed" in text.lower():
         fix = f"set IMAGEMILL_REDIS_URL to {other}... if Redis has {'no ' if parts.scheme == 'rediss' else ''}TLS on this port"

@@ -42,15 +42,15 @@ def check_gpu(_settings: Settings) -> Iterator[Finding]:
 
 def check_expected_gpus(settings: Settings) -> Iterator[Finding]:
     """Are all GPUs present that the operator expects?"""
-    expected, present = getattr(settings.worker, "expect_gpus", None), len(find_gpus())
+    expected, present = settings.worker.expect_gpus, len(find_gpus())
     if expected is None or present == expected:
         return
     if present < expected:
         fix = "nvidia-smi -L, and dmesg | grep -i NVRM, show what happened; in a container, docker run --gpus all"
-        yield Finding("gpu", "failed", f"{expected} GPUs are expected, and {present} present", fix)
+        yield Finding("gpu", "failed", f"GPUs expected: {expected}; present: {present}", fix)
     else:
         fix = f"set IMAGEMILL_WORKER__EXPECT_GPUS={present}"
-        yield Finding("gpu", "warning", f"only {expected} GPUs are expected, but {present} present", fix)
+        yield Finding("gpu", "warning", f"GPUs expected: only {expected}; present: {present}", fix)
 
 
 def check_builds(settings: Settings) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ LEAST_SHARED = 8 * 2**20
 """Free bytes that it should have.
 
 A node and its children use it for semaphores and a few counters only, a page of 4 KiB each. Images and models are not there,
-since every child works alone, so Docker's default of 64 MB is ample. Without any space, a node dies with "No space left on device".
+since every child works alone, so Docker's 64 MB are ample. Without any space a node can't start ("No space left on device").
 """
 
 

@@ -10,8 +10,8 @@ from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.models import repositories
 from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Weights
-from imagemill.worker.models.checksums import hash_file
-from imagemill.worker.models.files import is_current, path_of, state
+from imagemill.worker.models.checksums import digest, hash_file
+from imagemill.worker.models.files import is_current, path_of, state, variant, variant_record
 from imagemill.worker.node.checks.finding import Finding
 from imagemill.worker.node.offer import missing, models_of, shortcomings
 from imagemill.worker.operations.registry import create
@@ -63,14 +63,17 @@ def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:
 
 
 def _is_damaged(weights: Weights, settings: Settings) -> bool:
-    """Whether a file is not the published one. One that has changed since it was last read is read once."""
+    """Whether a file is not the published one, or not as it was converted. One that has changed since it was read is read."""
     folder = settings.weights.folder.expanduser()
     path = path_of(folder, weights)
-    if state(folder, weights) == "unchecked" and path.is_file():  # otherwise converted from the operator's own file
-        try:
+    try:
+        if weights.engine in CONVERTED:
+            made = variant_record(path, "safetensors").get("sha256")  # None if converted elsewhere
+            return made is not None and made != digest(variant(path, "safetensors"))
+        if state(folder, weights) == "unchecked":
             return hash_file(path, weights.checksum).checksum != weights.checksum
-        except OSError:
-            return True
+    except OSError:
+        return True
     return state(folder, weights) == "damaged"
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from ipaddress import ip_address
-from typing import Any
 from urllib.parse import urlsplit
 
 from imagemill.shared import s3
@@ -15,7 +14,7 @@ from imagemill.shared.ledger.reading import ReadLedger
 from imagemill.shared.settings import S3Settings, Settings
 from imagemill.shared.urls import shown
 from imagemill.worker.node.checks.broker import SET_CLOCKS
-from imagemill.worker.node.checks.finding import Finding
+from imagemill.worker.node.checks.finding import Finding, State
 
 SET_S3 = "set IMAGEMILL_S3__ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed for file:// outputs"
 SET_PUBLIC = "set IMAGEMILL_S3__PUBLIC_URL to the address under which browsers reach the S3 server: https://s3.example.com"
@@ -27,10 +26,10 @@ INSIDE = (".local", ".localdomain", ".internal", ".lan", ".home.arpa", ".intrane
 """Ends of names that no public name server knows."""
 
 
-def check_s3(settings: Settings, outputs: Iterable[str] = ()) -> Iterator[Finding]:
-    """Does S3 respond and accept the keys, can the outputs be written to, and can browsers open links?
+def check_s3(settings: Settings, outputs: Mapping[str, State]) -> Iterator[Finding]:
+    """Does S3 respond and accept the keys, can browsers open links, and can the outputs be written to?
 
-    `outputs` are the URLs given by the operator; without any, those of the latest jobs.
+    `outputs` maps URLs to the state of a finding if nothing can be written there.
     """
     endpoint = shown(settings.s3.endpoint_url or "AWS")
     problem, buckets = _buckets(settings.s3, endpoint)
@@ -42,9 +41,9 @@ def check_s3(settings: Settings, outputs: Iterable[str] = ()) -> Iterator[Findin
         yield Finding("s3", "failed" if unusable else "warning", problem.message, _fix(problem))
         if unusable:
             return
-    named = [url for url in outputs if urlsplit(url).scheme == "s3"]
-    for url in named or _outputs_of_jobs(settings):
-        yield _writable(settings.s3, url, "failed" if named else "warning")
+    for url, state in outputs.items():
+        if urlsplit(url).scheme == "s3":
+            yield _writable(settings.s3, url, state)
     yield from _public(settings.s3, works=problem is None)
 
 
@@ -64,15 +63,15 @@ def _fix(problem: ImagemillError) -> str:
     return SET_S3
 
 
-def _outputs_of_jobs(settings: Settings) -> list[str]:
+def outputs_of_jobs(settings: Settings) -> list[str]:
     """One S3 output per bucket of the latest jobs."""
-    with suppress(ServiceUnavailable):  # reported by check_redis
+    with suppress(ServiceUnavailable):  # it has just answered
         jobs = ReadLedger.of(settings).jobs(LATEST_JOBS)
         return list({s3.split(job.output)[0]: job.output for job in jobs if job.output.startswith("s3://")}.values())
     return []
 
 
-def _writable(settings: S3Settings, url: str, state: Any) -> Finding:
+def _writable(settings: S3Settings, url: str, state: State) -> Finding:
     """Can an object be stored below an output, and deleted again?"""
     bucket, prefix = s3.split(url.rstrip("/"))
     client, place = s3.make_client(settings, patient=False), {"Bucket": bucket, "Key": f"{prefix}/{PROBE}".lstrip("/")}
@@ -83,11 +82,10 @@ def _writable(settings: S3Settings, url: str, state: Any) -> Finding:
         at = f" --endpoint-url {shown(settings.endpoint_url)}" if settings.endpoint_url else ""
         fix = f"aws s3 mb s3://{bucket}{at}, or set IMAGEMILL_S3__CREATE_BUCKET=true on the workers"
         return Finding("s3", state, f"there is no bucket {bucket!r}", fix)
-    if isinstance(problem, AccessDenied):
-        fix = f"allow these keys s3:PutObject in {bucket}, or use others: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        return Finding("s3", state, f"these keys may not write to {shown(url)}", fix)
     if problem is not None:
-        fix = f"read the S3 server's log; try again: imagemill doctor --output {shown(url)}"
+        fix = f"read the S3 server's log; then imagemill doctor --output {shown(url)}"
+        if isinstance(problem, AccessDenied):
+            fix = f"allow these keys s3:PutObject in {bucket!r}, or use others: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         return Finding("s3", state, f"nothing can be written to {shown(url)}: {problem.message}", fix)
     left = _attempt(lambda: client.delete_object(**place), url)
     also = f"; these keys may not delete, so the empty object {place['Key']} remains" if left else ""
@@ -126,7 +124,7 @@ def _public(settings: S3Settings, *, works: bool) -> Iterator[Finding]:
         if problem is None or (isinstance(problem, AccessDenied) and not works):
             yield Finding("s3", "ok", f"links to results lead to {shown(url)}, which responds")
         else:
-            fix = f"try it on a browser's host: curl -I {shown(url)}; set IMAGEMILL_S3__PUBLIC_URL; a proxy must keep the Host header"
+            fix = f"curl -I {shown(url)} on a browser's host; set IMAGEMILL_S3__PUBLIC_URL; a proxy must keep the Host header"
             yield Finding("s3", "warning", f"links to results lead to a URL that fails: {problem.message}", fix)
 
 
