@@ -70,11 +70,12 @@ def doctor(outputs: tuple[str, ...], as_json: bool, canary: bool, wait: float) -
         if as_json:
             click.echo(json.dumps(asdict(finding)))
         else:
-            console.print(f"[{COLOURS[finding.state]}]{finding.state:<8}[/] [bold]{finding.check}[/]: ", end="")
-            # The terminal wraps long lines: a line break would spoil a command that is copied.
             console.print(
-                finding.found + (f"\n         fix: {finding.fix}" if finding.fix else ""), markup=False, soft_wrap=True
+                f"[{COLOURS[finding.state]}]{finding.state:<8}[/] [bold]{finding.check}[/]: ", end="", highlight=False
             )
+            # The terminal wraps long lines: a line break would spoil a command that is copied.
+            text = finding.found + (f"\n         fix: {finding.fix}" if finding.fix else "")
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         if finding.state == "failed":
             status = max(status, 3 if finding.check in ("redis", "s3", "worker") else 2)
     sys.exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -80,7 +81,11 @@ def explain(error: Exception, url: str) -> tuple[str, str]:
     if "reset" in text or "closed" in text.lower():
         fix = f"set IMAGEMILL_REDIS_URL to {other}... if Redis has {'no ' if parts.scheme == 'rediss' else ''}TLS on this port"
         return f"Redis at {where} closes the connection", fix
-    return f"no connection to Redis at {where}: {text}", START_REDIS
+    reason = re.sub(r"^Error -?\d+ connecting to \S+ ", "", text)
+    if "Name or service" in reason or "name resolution" in reason:
+        fix = "set IMAGEMILL_REDIS_URL to the address of Redis; only containers know the names of a compose file's services"
+        return f"this host doesn't know the name {parts.hostname!r} of Redis", fix
+    return f"no connection to Redis at {where}: {reason}", START_REDIS
 
 
 def _explain_refusal(where: str, password: str | None, user: str) -> tuple[str, str]:

@@ -67,9 +67,12 @@ def check_shared_memory(_settings: Settings) -> Iterator[Finding]:
         return  # not Linux
     disk: Any = os.statvfs(SHARED_MEMORY)
     free = disk.f_bavail * disk.f_frsize
-    if free < LEAST_SHARED or not os.access(SHARED_MEMORY, os.W_OK):
-        found = f"{SHARED_MEMORY} has {_size(free)} free, or can't be written to; nodes need a little for their semaphores"
-        fix = "docker run --shm-size 64m, in compose `shm_size: 64m`; or delete what others left there: ls -l /dev/shm"
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        found = f"{SHARED_MEMORY} can't be written to, and nodes keep their semaphores there"
+        yield Finding("memory", "failed", found, f"mount -t tmpfs -o size=64m,mode=1777 tmpfs {SHARED_MEMORY}")
+    elif free < LEAST_SHARED:
+        found = f"{SHARED_MEMORY} has {_size(free)} free, and nodes keep their semaphores there"
+        fix = "docker run --shm-size 64m, in compose shm_size: 64m; or delete what others left there: ls -l /dev/shm"
         yield Finding("memory", "warning", found, fix)
     else:
         yield Finding("memory", "ok", f"{SHARED_MEMORY} has {_size(free)} free")

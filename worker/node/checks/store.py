@@ -17,7 +17,10 @@ from imagemill.worker.node.checks.broker import SET_CLOCKS
 from imagemill.worker.node.checks.finding import Finding, State
 
 SET_S3 = "set IMAGEMILL_S3__ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed for file:// outputs"
-SET_PUBLIC = "set IMAGEMILL_S3__PUBLIC_URL to the address under which browsers reach the S3 server: https://s3.example.com"
+START_S3 = "start the S3 server, or set IMAGEMILL_S3__ENDPOINT_URL to its address; not needed for file:// outputs"
+SET_PUBLIC = (
+    "set IMAGEMILL_S3__PUBLIC_URL to the address under which browsers reach the S3 server, such as https://s3.example.com"
+)
 PROBE = ".imagemill-doctor"
 """The object that is written below each output and deleted again."""
 LATEST_JOBS = 20
@@ -50,9 +53,12 @@ def check_s3(settings: Settings, outputs: Mapping[str, State]) -> Iterator[Findi
 def _buckets(settings: S3Settings, what: str) -> tuple[ImagemillError | None, int]:
     """Why the server can't be asked for its buckets, or their number."""
     try:
-        return None, len(s3.make_client(settings, patient=False).list_buckets().get("Buckets", []))
+        reply = s3.make_client(settings, patient=False).list_buckets()
     except Exception as error:  # noqa: BLE001
         return (error if isinstance(error, ConfigurationError) else s3.translate(error, what)), 0
+    if "Buckets" not in reply:
+        return ConfigurationError(f"{what} responds, but not as an S3 server does; it may be its console, or another server"), 0
+    return None, len(reply["Buckets"])
 
 
 def _fix(problem: ImagemillError) -> str:
@@ -60,6 +66,8 @@ def _fix(problem: ImagemillError) -> str:
         return SET_CLOCKS
     if "SSLError" in problem.message:
         return "set AWS_CA_BUNDLE to the file with the certificate of the CA that signed the server's; check the clock"
+    if isinstance(problem, ImageError) and problem.retryable:
+        return START_S3
     return SET_S3
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from imagemill.producer.cli import main
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.fleet import Fleet
+from tests.services.images import ImageServer
 from tests.services.s3 import S3Server
 from tests.services.s3_proxy import S3Proxy
 from tests.unit.worker.node.doctors import PASSWORD, Doctor, findings, listed, node, problems
@@ -201,6 +202,18 @@ def test_public_url_that_does_not_respond(
     assert state == "warning"
     assert "links to results lead to a URL that fails: https://s3.example.com: no connection" in found
     assert "curl -I https://s3.example.com" in fix
+
+
+def test_endpoint_that_is_not_an_s3_server(
+    doctor: Doctor, healthy_redis: EmbeddedRedis, s3_server: S3Server, images: ImageServer
+) -> None:
+    images.routes["/"] = b"<html>A console</html>"
+    endpoint = {"IMAGEMILL_S3__ENDPOINT_URL": images.url("")}
+    result = doctor(healthy_redis.url, "--json", s3=s3_server, **endpoint)
+    assert result.exit_code == 3
+    ((_, state, found, fix),) = problems(result)
+    assert (state, "not as an S3 server does" in found) == ("failed", True)
+    assert "set IMAGEMILL_S3__ENDPOINT_URL" in fix
 
 
 @pytest.mark.timeout(60)
