@@ -160,4 +160,7 @@ def _workers(settings: Settings) -> Iterator[Finding]:
     unserved = [lane for lane in lanes(settings) if lane not in served]
     if unserved:
         fix = "start a node: imagemill worker --cpu, --gpu N or --gpus all"
-        yield Finding("workers", "warning", f"{len(unserved)} lanes have no node ({unserved[0]}, ...)", fix)
+        which = f"1 lane has no node ({unserved[0]})"
+        if len(unserved) > 1:
+            which = f"{len(unserved)} lanes have no node ({unserved[0]}, ...)"
+        yield Finding("workers", "warning", which, fix)

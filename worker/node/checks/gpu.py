@@ -58,10 +58,16 @@ def check_builds(settings: Settings) -> Iterator[Finding]:
     if all(_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
         found = "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files"
         yield Finding("gpu", "failed", found, INSTALL["onnxruntime"])
-    driver = driver_and_cuda() if find_gpus() else None
-    for package in sorted(_packages(settings)):
-        if driver is not None and (file := _build_file(package)) is not None:
-            yield from _suits(package, cuda_of(file), *driver)
+    files = {package: file for package in sorted(_packages(settings)) if (file := _build_file(package)) is not None}
+    if not files or not find_gpus():
+        return
+    driver = driver_and_cuda()
+    if driver is None:
+        fix = "run nvidia-smi -q; in a container, set NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+        yield Finding("gpu", "warning", "nvidia-smi lists GPUs, but no version of CUDA", fix)
+        return
+    for package, file in files.items():
+        yield from _suits(package, cuda_of(file), *driver)
 
 
 def _suits(package: str, cuda: str | None, driver: str, supported: str) -> Iterator[Finding]:

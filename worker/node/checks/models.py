@@ -56,7 +56,7 @@ def check_models(settings: Settings) -> Iterator[Finding]:
 def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:
     name, folder = weights.name, settings.weights.folder.expanduser()
     if _is_damaged(weights, settings):
-        yield Finding("models", "warning", f"{name} is not the published file", f"imagemill models pull {name}")
+        yield Finding("models", "warning", f"{name} is damaged, or not the published file", f"imagemill models pull {name}")
     if settings.onnx.int8 and weights.engine not in CONVERTED and not is_current(path_of(folder, weights), "int8"):
         fix = f"imagemill models quantize {name} --images FOLDER, or unset IMAGEMILL_ONNX__INT8"
         yield Finding("models", "warning", f"{name} has no 8-bit version, so it runs in 32 bits", fix)

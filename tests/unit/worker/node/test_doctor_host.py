@@ -111,6 +111,14 @@ def test_builds_for_cpus_on_a_host_with_gpus(gpus: Plant, installed: Plant) -> N
     assert builds("opencv") == []
 
 
+def test_driver_without_cuda(gpus: Plant, installed: Plant) -> None:
+    gpus(1, cuda="N/A")
+    installed("torch", "version.py", TORCH.format(cuda="12.8"))
+    ((state, found, fix),) = builds("lama")
+    assert (state, found) == ("warning", "nvidia-smi lists GPUs, but no version of CUDA")
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in fix
+
+
 def test_two_builds_of_onnxruntime(installed: Plant) -> None:
     info = "capi/build_and_package_info.py"
     installed("onnxruntime", info, ONNX.format(cuda="12.8"), "onnxruntime", "onnxruntime_gpu")
@@ -158,7 +166,7 @@ def test_model_that_is_missing_or_damaged(
     if content is None:
         assert problem[1:3] == ("failed", f"no model of the engine rembg is in {file.parent}")
     else:
-        assert problem[1:] == ("warning", "u2netp is not the published file", "imagemill models pull u2netp")
+        assert problem[1:] == ("warning", "u2netp is damaged, or not the published file", "imagemill models pull u2netp")
 
 
 def nearly_full(folder: Path, monkeypatch: pytest.MonkeyPatch, **change: int) -> None:

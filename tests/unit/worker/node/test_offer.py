@@ -148,7 +148,7 @@ def test_doctor_reads_a_file_that_is_new_or_has_changed(tmp_path: Path, monkeypa
     known = settings(tmp_path, "rembg", here=("u2net",))
     for _ in range(2):
         (warned,) = (finding for finding in check_models(known) if finding.state == "warning")
-        assert (warned.found, warned.fix) == ("u2net is not the published file", "imagemill models pull u2net")
+        assert (warned.found, warned.fix) == ("u2net is damaged, or not the published file", "imagemill models pull u2net")
         monkeypatch.setattr(checksums, "read_blocks", lambda _: pytest.fail("read again"))
 
 
@@ -158,7 +158,7 @@ def test_doctor_warns_of_a_converted_file_that_has_changed(tmp_path: Path) -> No
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
     (tmp_path / "lama" / "lama.safetensors").write_bytes(b"damaged")
     (warned,) = (finding for finding in check_models(known) if finding.state == "warning")
-    assert (warned.found, warned.fix) == ("lama is not the published file", "imagemill models pull lama")
+    assert (warned.found, warned.fix) == ("lama is damaged, or not the published file", "imagemill models pull lama")
 
 
 def test_doctor_reports_an_unavailable_onnx_provider(tmp_path: Path) -> None:
