@@ -135,7 +135,6 @@ class WorkerSettings(Group):
     """One worker node."""
 
     gpu: int | None = Field(None, ge=0, description="index of the node's GPU; empty: CPU")
-    expect_gpus: int | None = Field(None, ge=0, description="GPUs that this host should have; empty: not checked")
     operations: Annotated[tuple[Operation, ...], LIST] = Field(OPERATIONS, description="operations to offer; JSON list")
     engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines to load; JSON list")
     max_pixels: int = Field(64_000_000, gt=0, description="most pixels in an image; larger ones are rejected undecoded")
@@ -154,6 +153,10 @@ class WorkerSettings(Group):
     soft_shutdown: float = Field(
         60.0, ge=0, description="seconds to finish current images after SIGQUIT (after SIGTERM they are always finished)"
     )
+    stall_limit: float = Field(
+        600.0, gt=0, description="seconds in one batch after which a node counts as hung; longer than the longest honest batch"
+    )
+    expect_gpus: int | None = Field(None, ge=0, description="GPUs that this host must have; empty: those that are found")
     load_timeout: float = Field(600.0, gt=0, description="most seconds to load the engines")
 
 

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import socket
 import sys
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 
 import click
 from rich.console import Console
 
-from imagemill.shared.broker import make_app, queues
-from imagemill.shared.errors import ServiceUnavailable
-from imagemill.shared.fleet import Fleet
-from imagemill.shared.queues import CANARY_TASK, node_queue
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.shared.urls import check_output_url
-from imagemill.worker.node.checks.broker import START_REDIS, check_redis
-from imagemill.worker.node.checks.finding import Finding, State
-from imagemill.worker.node.checks.gpu import check_builds, check_expected_gpus, check_gpu
+from imagemill.worker.node.checks.broker import check_redis
+from imagemill.worker.node.checks.finding import WAIT_SECONDS, Finding, State
+from imagemill.worker.node.checks.gpu import check_builds, check_gpu
 from imagemill.worker.node.checks.host import check_disk, check_folders, check_shared_memory
 from imagemill.worker.node.checks.models import check_engines, check_models
 from imagemill.worker.node.checks.store import check_s3, outputs_of_jobs
 
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
-OF_WORKERS = (check_disk, check_shared_memory, check_engines, check_models, check_gpu, check_expected_gpus, check_builds)
+OF_WORKERS = (check_disk, check_shared_memory, check_engines, check_models, check_gpu, check_builds)
 """The checks of hosts that nodes run on."""
 
 
@@ -51,19 +45,16 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, urls: tuple[s
     ),
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per finding.")
-@click.option(
-    "--worker", "canary", is_flag=True, help="Only run a canary task on each node of this host; exit 0 if all succeed."
-)
-@click.option(
-    "--wait", default=90.0, show_default=True, help="Seconds to wait for a canary; a busy child finishes its shift first."
-)
-def doctor(outputs: tuple[str, ...], as_json: bool, canary: bool, wait: float) -> None:
+@click.option("--worker", "alive", is_flag=True, help="Only check that the nodes of this host work; exit 0 if all do.")
+@click.option("--node", metavar="NAME", help="With --worker: check only this node, such as gpu0 or gpu0@host.")
+@click.option("--wait", default=WAIT_SECONDS, show_default=True, help="Seconds that an idle node has to run a canary task.")
+def doctor(outputs: tuple[str, ...], as_json: bool, alive: bool, node: str | None, wait: float) -> None:
     """Check Redis, workers, S3, disk, engines, models and GPU, and suggest fixes.
 
     Below each S3 output, an empty object is written and deleted again.
     """
     settings = load_settings()
-    findings = check_canary(settings, wait) if canary else check_all(settings, outputs)
+    findings = _check_nodes(settings, wait, node) if alive or node else check_all(settings, outputs)
     console = Console()
     status = 0
     for finding in findings:
@@ -95,26 +86,14 @@ def check_all(settings: Settings, outputs: tuple[str, ...]) -> Iterator[Finding]
         found = "this host has no worker's packages, so disk, engines, models and GPUs are not checked"
         yield Finding("host", "ok", f"{found}; run imagemill doctor on the workers' hosts, too")
         return
+    from imagemill.worker.node.health import check_expected_gpus  # needs packages of the extra `worker`
+
     yield from check_folders(settings, outputs)
-    for check in OF_WORKERS:
+    for check in (*OF_WORKERS, check_expected_gpus):
         yield from check(settings)
 
 
-def check_canary(settings: Settings, wait: float) -> Iterator[Finding]:
-    """Does each node of this host run a task?"""
-    fleet = Fleet.of(settings)
-    try:
-        nodes = [node for node in fleet.nodes() if node.host == socket.gethostname()]
-        if not nodes:
-            yield Finding("worker", "failed", "no node is running on this host", "look at the worker's log")
-        app = make_app(settings)
-        for node in nodes:
-            token = uuid.uuid4().hex
-            (own,) = queues([node_queue(node.node)])
-            app.send_task(CANARY_TASK, args=[token], queue=own, expires=wait)
-            if fleet.await_canary(token, wait):
-                yield Finding("worker", "ok", f"{node.node} ran a task")
-            else:
-                yield Finding("worker", "failed", f"{node.node} did not run a task within {wait:g} s", "restart the node")
-    except ServiceUnavailable as error:
-        yield Finding("worker", "failed", error.message, START_REDIS)
+def _check_nodes(settings: Settings, wait: float, node: str | None) -> Iterator[Finding]:
+    from imagemill.worker.node.health import check_nodes  # needs packages of the extra `worker`
+
+    yield from check_nodes(settings, wait, node)

@@ -18,14 +18,13 @@ from imagemill.shared.dead import DeadLetters
 from imagemill.shared.errors import ServiceUnavailable, sentence
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.settings import Settings
-from imagemill.worker.node.checks.finding import Finding
+from imagemill.worker.node.checks.finding import START_REDIS, Finding
 from imagemill.worker.node.offer import lanes
 
 MOST_APART = 60
 """Seconds by which clocks may differ."""
 MOST_FULL = 0.9
 """Share of `maxmemory` that Redis may use."""
-START_REDIS = "start Redis, or set IMAGEMILL_REDIS_URL to its address"
 SET_CLOCKS = "synchronise the clocks of all hosts: timedatectl set-ntp true"
 LOG_OF_REDIS = "make room on the disk of Redis and read its log; redis-cli INFO persistence shows whether it has recovered"
 

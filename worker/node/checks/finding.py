@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+START_REDIS = "start Redis, or set IMAGEMILL_REDIS_URL to its address"
+WAIT_SECONDS = 6.0
+"""Longer than the interval between a node's reports: a node that became busy meanwhile has said so."""
+
 State = Literal["ok", "warning", "failed"]
 
 

@@ -40,19 +40,6 @@ def check_gpu(_settings: Settings) -> Iterator[Finding]:
         yield Finding("gpu", "ok", "no GPU; the opencv engines don't need one")
 
 
-def check_expected_gpus(settings: Settings) -> Iterator[Finding]:
-    """Are all GPUs present that the operator expects?"""
-    expected, present = settings.worker.expect_gpus, len(find_gpus())
-    if expected is None or present == expected:
-        return
-    if present < expected:
-        fix = "nvidia-smi -L, and dmesg | grep -i NVRM, show what happened; in a container, docker run --gpus all"
-        yield Finding("gpu", "failed", f"GPUs expected: {expected}; present: {present}", fix)
-    else:
-        fix = f"set IMAGEMILL_WORKER__EXPECT_GPUS={present}"
-        yield Finding("gpu", "warning", f"GPUs expected: only {expected}; present: {present}", fix)
-
-
 def check_builds(settings: Settings) -> Iterator[Finding]:
     """Are the runtimes of the configured engines built for CUDA, and for one that the driver supports?"""
     if all(_installed(name) for name in ("onnxruntime", "onnxruntime-gpu")):
