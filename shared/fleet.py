@@ -165,9 +165,8 @@ class Fleet(Connected):
         """
         now = now_ms(self._redis) / 1000
         nodes, supervisors = self.nodes(), self._readable("imagemill:gpus", HostGpus.model_validate_json)
-        seen: list[tuple[str, int | None, tuple[str, ...]]] = [
-            (n.host, n.expected_gpus, () if n.gone else (n.gpu,)) for n in nodes if n.gpu
-        ]
+        seen: list[tuple[str, int | None, tuple[str, ...]]]
+        seen = [(n.host, n.expected_gpus, () if n.gone else (n.gpu,)) for n in nodes if n.gpu]
         for field, report in supervisors.items():
             if now - report.seen < NODE_SECONDS:
                 seen.append((report.host, report.expected, report.present))

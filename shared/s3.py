@@ -52,9 +52,10 @@ def lazy_client(settings: S3Settings) -> Callable[[], S3Client]:
     return client
 
 
-def make_client(settings: S3Settings) -> S3Client:
+def make_client(settings: S3Settings, *, patient: bool = True) -> S3Client:
     """A client with its own session; create one per process, after the fork.
 
+    One that is not `patient` gives up after the first attempt, within seconds.
     Raises ConfigurationError for an endpoint, region or profile that boto3 can't use.
     """
     import boto3
@@ -63,8 +64,8 @@ def make_client(settings: S3Settings) -> S3Client:
 
     config = Config(
         connect_timeout=5,
-        read_timeout=30,
-        retries={"total_max_attempts": 4, "mode": "standard"},
+        read_timeout=30 if patient else 5,
+        retries={"total_max_attempts": 4 if patient else 1, "mode": "standard"},
         max_pool_connections=settings.connections,
         # By default boto3 signs links for old regions with version 2, which newer servers reject.
         signature_version="s3v4",

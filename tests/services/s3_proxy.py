@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 server, which is slow or busy when objects are stored."""
+"""An HTTP proxy in front of an S3 server, which is slow or busy, or refuses, when objects are stored."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>"
 BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 HOP = {"connection", "expect", "keep-alive", "transfer-encoding", "date", "server"}
 """Headers that belong to one connection, or that the proxy writes itself."""
 
 
 class S3Proxy:
-    """Forwards requests to `endpoint`. Each PUT takes `put_seconds` more, and with `busy`, every second one gets a 503.
+    """Forwards requests to `endpoint`. Each PUT takes `put_seconds` more, and with `busy`, every second one gets a 503;
+    with `read_only`, every one a 403.
 
     `puts` counts the PUT requests, `refused` those that got a 503.
     """
 
-    def __init__(self, endpoint: str, *, put_seconds: float = 0.0, busy: bool = False) -> None:
-        self.put_seconds, self.busy = put_seconds, busy
+    def __init__(self, endpoint: str, *, put_seconds: float = 0.0, busy: bool = False, read_only: bool = False) -> None:
+        self.put_seconds, self.busy, self.read_only = put_seconds, busy, read_only
         self.puts = self.refused = 0
         self._endpoint = urlsplit(endpoint).netloc
         self._lock = threading.Lock()
@@ -55,6 +57,9 @@ class S3Proxy:
 
             def forward(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.command == "PUT" and outer.read_only:
+                    self.answer(403, {"Content-Type": "application/xml"}, DENIED)
+                    return
                 if self.command == "PUT":
                     if outer._refuses():
                         self.answer(503, {"Content-Type": "application/xml"}, BUSY)

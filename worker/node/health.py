@@ -17,8 +17,6 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from imagemill.shared.broker import make_app, queues
 from imagemill.shared.errors import ServiceUnavailable
@@ -27,22 +25,10 @@ from imagemill.shared.messages import Node
 from imagemill.shared.queues import CANARY_TASK, node_queue
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.gpus import visible
+from imagemill.worker.node.checks.finding import START_REDIS, WAIT_SECONDS, Finding
 from imagemill.worker.node.naming import is_running
 
-WAIT_SECONDS = 6.0
-"""Longer than the interval between a node's reports: a node that became busy meanwhile has said so."""
 LOOK_AT_GPUS = "look at `nvidia-smi -L` and the kernel's log, or correct IMAGEMILL_WORKER__EXPECT_GPUS"
-START_REDIS = "start Redis, or set IMAGEMILL_REDIS_URL to its address"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check, and how to fix the problem if there is one."""
-
-    check: str
-    state: Literal["ok", "warning", "failed"]
-    found: str
-    fix: str = ""
 
 
 def check_nodes(settings: Settings, wait: float = WAIT_SECONDS, only: str | None = None) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.worker.line import line
 from imagemill.worker.node import appetite, feeder
 from tests.services.images import ImageServer
+from tests.unit.worker.node.doctors import Doctor, run_doctor
 from tests.unit.worker.node.feeding import Feeding
 from tests.unit.worker.node.site import Site
 
@@ -42,3 +44,14 @@ def site(redis_server: EmbeddedRedis, images: ImageServer, tmp_path: Path, monke
         child.close()
         child.ledger.close()
         child.fleet.close()
+
+
+@pytest.fixture
+def doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Doctor:
+    """Runs `imagemill doctor` in an empty folder, on a host without GPUs."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("IMAGEMILL_", "AWS_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return run_doctor

@@ -2,66 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import redis
-from click.testing import CliRunner, Result
 
-from imagemill.producer.cli import main
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.dead import DeadLetters
-from imagemill.shared.engines import find_engine, lane_of
+from imagemill.shared.engines import find_engine
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.messages import Node
-from imagemill.shared.options.base import OPERATIONS
-from imagemill.worker.node import doctor as module
+from imagemill.worker.node.checks import broker, host
 from imagemill.worker.operations import registry
-from tests.services.s3 import S3Server, free_ports
-
-PASSWORD = "correct-horse"
-Doctor = Callable[..., Result]
-
-
-@pytest.fixture
-def doctor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Doctor:
-    """Runs `imagemill doctor` in an empty folder; without an `s3` argument, the S3 endpoint is unreachable."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith(("IMAGEMILL_", "AWS_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-
-    def run(redis_url: str, *flags: str, s3: S3Server | None = None, **settings: str) -> Result:
-        keys = s3.environment if s3 else {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": PASSWORD}
-        endpoint = s3.endpoint_url if s3 else f"http://127.0.0.1:{free_ports(1)[0]}"
-        environment = {"IMAGEMILL_REDIS_URL": redis_url, "IMAGEMILL_S3__ENDPOINT_URL": endpoint, **keys, **settings}
-        return CliRunner(env=environment).invoke(main, ["doctor", *flags])
-
-    return run
-
-
-def unreachable(user: str = "") -> str:
-    """The URL of a Redis that isn't running."""
-    return f"redis://{user}127.0.0.1:{free_ports(1)[0]}/0"
-
-
-def findings(result: Result) -> dict[str, dict[str, Any]]:
-    """The last finding of each check."""
-    return {finding["check"]: finding for finding in map(json.loads, result.stdout.splitlines())}
-
-
-def node(ready: bool = True) -> Node:
-    lanes = tuple(lane_of(operation, "opencv") for operation in OPERATIONS)
-    return Node(node="cpu@here", host="here", pid=1, device="cpu", lanes=lanes, children=2, ready=ready)
+from tests.services.s3 import S3Server
+from tests.unit.worker.node.doctors import PASSWORD, Doctor, findings, listed, node, problems, unreachable
 
 
 def test_doctor_reports_ok_for_every_check(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
@@ -71,10 +28,9 @@ def test_doctor_reports_ok_for_every_check(doctor: Doctor, own_redis: EmbeddedRe
     result = doctor(own_redis.url, "--json", s3=s3_server)
     assert result.exit_code == 0, result.output
     found = findings(result)
-    assert {check: finding["state"] for check, finding in found.items()} == dict.fromkeys(
-        ("redis", "workers", "s3", "disk", "models", "gpu"), "ok"
-    )
-    assert all(finding.keys() == {"check", "state", "found", "fix"} and finding["fix"] == "" for finding in found.values())
+    assert found.keys() == {"redis", "workers", "s3", "disk", "memory", "models", "gpu"}
+    assert all(finding.keys() == {"check", "state", "found", "fix"} for finding in found.values())
+    assert all((finding["state"], finding["fix"]) == ("ok", "") for finding in listed(result))
     assert found["workers"]["found"] == "cpu@here: 2 children, ready"
     for text in (result.output, doctor(own_redis.url, s3=s3_server).output):
         assert s3_server.secret_key not in text
@@ -116,8 +72,8 @@ def test_doctor_never_prints_the_redis_password(doctor: Doctor, own_redis: Embed
 @pytest.mark.parametrize(
     ("option", "value", "found", "fix"),
     [
-        ("appendonly", "no", "all jobs are lost on a restart", "--appendonly yes"),
-        ("maxmemory-policy", "allkeys-lru", "may evict jobs", "--maxmemory-policy noeviction"),
+        ("appendonly", "no", "all jobs are lost on a restart", "CONFIG SET appendonly yes"),
+        ("maxmemory-policy", "allkeys-lru", "may evict jobs", "CONFIG SET maxmemory-policy noeviction"),
     ],
 )
 def test_doctor_warns_when_redis_may_lose_jobs(
@@ -137,7 +93,7 @@ def test_doctor_warns_of_a_wrong_clock(
     doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
-    monkeypatch.setattr(module, "time", SimpleNamespace(time=lambda: now - 3600))
+    monkeypatch.setattr(broker, "time", SimpleNamespace(time=lambda: now - 3600))
     finding = findings(doctor(own_redis.url, "--json", s3=s3_server))["redis"]
     assert finding["state"] == "warning"
     assert re.search(r"are (359|360)\d s apart", finding["found"])
@@ -174,7 +130,7 @@ def test_doctor_fails_when_s3_is_unreachable(doctor: Doctor, own_redis: Embedded
 def test_doctor_only_warns_when_s3_denies_access(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
     result = doctor(own_redis.url, "--json", s3=s3_server, AWS_SECRET_ACCESS_KEY=PASSWORD)
     assert result.exit_code == 0
-    assert findings(result)["s3"]["state"] == "warning"
+    assert [problem[:2] for problem in problems(result) if problem[0] == "s3"] == [("s3", "warning")]
     assert PASSWORD not in result.output
 
 
@@ -188,10 +144,10 @@ def test_doctor_reports_an_invalid_s3_endpoint(doctor: Doctor, own_redis: Embedd
 def test_doctor_warns_when_the_disk_is_nearly_full(
     doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LEAST_DISK", 2**62)
-    finding = findings(doctor(own_redis.url, "--json", s3=s3_server))["disk"]
-    assert finding["state"] == "warning"
-    assert "TMPDIR" in finding["fix"]
+    monkeypatch.setattr(host, "LEAST_DISK", 2**62)
+    found = [problem for problem in problems(doctor(own_redis.url, "--json", s3=s3_server)) if problem[0] == "disk"]
+    assert {problem[1] for problem in found} == {"warning"}
+    assert any("TMPDIR" in problem[3] for problem in found)
 
 
 def test_doctor_fails_when_the_library_of_an_engine_is_missing(

@@ -11,11 +11,11 @@ from celery import signals
 from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import OnnxSettings, Settings
 from imagemill.worker.main import Worker
+from imagemill.worker.models import checksums
 from imagemill.worker.models.catalogue import MODELS, repository
-from imagemill.worker.models.checksums import hash_file
 from imagemill.worker.models.files import record_variant, variant
 from imagemill.worker.models.repositories import folder_of
-from imagemill.worker.node.doctor import check_engines, check_models
+from imagemill.worker.node.checks.models import check_engines, check_models
 from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
 
 
@@ -128,7 +128,7 @@ def test_doctor_checks_models_only_for_engines_that_need_them(tmp_path: Path) ->
     assert list(check_models(settings(tmp_path, "opencv"))) == []
     (finding,) = check_models(settings(tmp_path, "opencv", "rembg"))
     assert (finding.state, finding.fix) == ("failed", "imagemill models pull u2net")
-    here, absent = check_models(settings(tmp_path, "rembg", here=("u2net",)))
+    here, absent, _ = check_models(settings(tmp_path, "rembg", here=("u2net",)))
     assert (here.state, here.found) == ("ok", "rembg: u2net")
     assert "silueta" in absent.found
     assert absent.fix == "imagemill models pull NAME"
@@ -136,21 +136,29 @@ def test_doctor_checks_models_only_for_engines_that_need_them(tmp_path: Path) ->
 
 def test_doctor_warns_when_an_8_bit_model_is_missing(tmp_path: Path) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",), int8=True)
-    assert [finding.found for finding in check_models(known) if finding.state == "warning"] == [
-        "u2net has no 8-bit version, so it runs in 32 bits"
-    ]
+    missing_version = "u2net has no 8-bit version, so it runs in 32 bits"
+    assert missing_version in [finding.found for finding in check_models(known) if finding.state == "warning"]
     original = tmp_path / "rembg" / "u2net.onnx"
     variant(original, "int8").touch()
     record_variant(original, "int8", accepted=True, details={})
-    assert [finding for finding in check_models(known) if finding.state == "warning"] == []
+    assert missing_version not in [finding.found for finding in check_models(known)]
 
 
-def test_doctor_warns_about_a_file_that_failed_verification(tmp_path: Path) -> None:
+def test_doctor_reads_a_file_that_is_new_or_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = settings(tmp_path, "rembg", here=("u2net",))
+    for _ in range(2):
+        (warned,) = (finding for finding in check_models(known) if finding.state == "warning")
+        assert (warned.found, warned.fix) == ("u2net is damaged, or not the published file", "imagemill models pull u2net")
+        monkeypatch.setattr(checksums, "read_blocks", lambda _: pytest.fail("read again"))
+
+
+def test_doctor_warns_of_a_converted_file_that_has_changed(tmp_path: Path) -> None:
+    known = settings(tmp_path, "lama", here=("lama.safetensors",))
+    record_variant(tmp_path / "lama" / "lama.pt", "safetensors", accepted=True, details={})
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []
-    hash_file(tmp_path / "rembg" / "u2net.onnx", "md5:")
+    (tmp_path / "lama" / "lama.safetensors").write_bytes(b"damaged")
     (warned,) = (finding for finding in check_models(known) if finding.state == "warning")
-    assert (warned.found, warned.fix) == ("u2net is not the published file", "imagemill models pull u2net")
+    assert (warned.found, warned.fix) == ("lama is damaged, or not the published file", "imagemill models pull lama")
 
 
 def test_doctor_reports_an_unavailable_onnx_provider(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Checks of engines and of their models' files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.errors import ImagemillError
+from imagemill.shared.settings import Settings
+from imagemill.worker.hardware.device import Device
+from imagemill.worker.models import repositories
+from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Weights
+from imagemill.worker.models.checksums import digest, hash_file
+from imagemill.worker.models.files import is_current, path_of, state, variant, variant_record
+from imagemill.worker.node.checks.finding import Finding
+from imagemill.worker.node.offer import missing, models_of, shortcomings
+from imagemill.worker.operations.registry import create
+
+
+def check_engines(settings: Settings) -> Iterator[Finding]:
+    """Can every configured engine be imported, and use its execution provider?"""
+    for row in ENGINES:
+        operation, engine = row.operation, row.name
+        if operation not in settings.worker.operations or engine not in settings.worker.engines:
+            continue
+        try:
+            if create(operation, engine).spec.runtime == "onnxruntime":
+                from imagemill.worker.operations.remove_background.onnx_model import check_there  # needs onnxruntime
+
+                check_there(Device.of(settings, 1))
+        except ImagemillError as error:
+            yield Finding("models", "failed", error.message)
+        else:
+            found = "installed" if models_of(engine) else "installed, needs no models"
+            yield Finding("models", "ok", f"{operation} ({engine}): {found}")
+
+
+def check_models(settings: Settings) -> Iterator[Finding]:
+    """Do the configured engines have their models' files, as they were published?"""
+    for problem, fix in shortcomings(settings):
+        yield Finding("models", "failed", problem, fix)
+    missing_models = missing(settings)
+    for engine in settings.worker.engines:
+        absent = missing_models.get(engine, [])
+        present = [model for model in models_of(engine) if model not in absent]
+        if present:
+            yield Finding("models", "ok", f"{engine}: {', '.join(present)}")
+        if present and absent:
+            yield Finding("models", "ok", f"{engine}: not installed: {', '.join(absent)}", "imagemill models pull NAME")
+        names = {file for model in present for file in MODELS[model]}
+        for weights in (weights for weights in WEIGHTS if weights.engine == engine and weights.name in names):
+            yield from _check_file(weights, settings)
+        yield from _incomplete(engine, settings)
+
+
+def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:
+    name, folder = weights.name, settings.weights.folder.expanduser()
+    if _is_damaged(weights, settings):
+        yield Finding("models", "warning", f"{name} is damaged, or not the published file", f"imagemill models pull {name}")
+    if settings.onnx.int8 and weights.engine not in CONVERTED and not is_current(path_of(folder, weights), "int8"):
+        fix = f"imagemill models quantize {name} --images FOLDER, or unset IMAGEMILL_ONNX__INT8"
+        yield Finding("models", "warning", f"{name} has no 8-bit version, so it runs in 32 bits", fix)
+
+
+def _is_damaged(weights: Weights, settings: Settings) -> bool:
+    """Whether a file is not the published one, or not as it was converted. One that has changed since it was read is read."""
+    folder = settings.weights.folder.expanduser()
+    path = path_of(folder, weights)
+    try:
+        if weights.engine in CONVERTED:
+            made = variant_record(path, "safetensors").get("sha256")  # None if converted elsewhere
+            return made is not None and made != digest(variant(path, "safetensors"))
+        if state(folder, weights) == "unchecked":
+            return hash_file(path, weights.checksum).checksum != weights.checksum
+    except OSError:
+        return True
+    return state(folder, weights) == "damaged"
+
+
+def _incomplete(engine: str, settings: Settings) -> Iterator[Finding]:
+    """Repositories that were pulled, and of whose files some are missing or have another size since."""
+    weights = settings.weights.folder.expanduser()
+    for entry in REPOSITORIES:
+        recorded = repositories.folder_of(weights, entry) / repositories.RECORD
+        if entry.engine == engine and recorded.is_file() and repositories.state(weights, entry) == "missing":
+            found = f"files of {entry.name} are missing or damaged since it was pulled"
+            yield Finding("models", "warning", found, f"imagemill models pull {entry.name}")
