@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,8 @@ POLICY = "default-src 'none'; img-src http: https:; style-src 'unsafe-inline'"
 
 
 def plain(task: Any) -> Any:
-    """A task as Flower shows it: Celery quotes results."""
+    """Flower's copy of a task, as it is shown: Celery quotes results."""
     if isinstance(task.result, str) and len(task.result) > 1 and task.result[0] == task.result[-1] == "'":
-        task = copy.copy(task)
         task.result = task.result[1:-1]
     return task
 
@@ -67,7 +65,8 @@ class TaskWithJobs(TaskView):  # type: ignore[misc]
 
     def render(self, template_name: str, **values: Any) -> None:
         """Render our template instead of Flower's, which it extends."""
-        jobs = getattr(values.get("task"), "jobs", None)
+        task = self.application.events.state.tasks.get(getattr(values.get("task"), "uuid", None))  # Flower's copy lacks them
+        jobs = getattr(task, "jobs", None)
         known = [job for job in jobs if isinstance(job, str)] if isinstance(jobs, list) else []
         super().render("task_with_jobs.html" if template_name == "task.html" else template_name, jobs=known, **values)
 
