@@ -31,7 +31,7 @@ def test_engine_that_cannot_be_loaded_closes_its_lane_and_no_other(site: Site) -
     child = site.child(make=make, operations=["remove-background", "stylize"])
     assert child.lanes() == [LANE]
     job = site.submit(*paths(2))
-    assert site.work(child) == "2 done"
+    assert site.work(child).endswith(": 2 done")
     assert child.ledger.status(job).state == "done"
     with pytest.raises(ConfigurationError, match="the model can't be read"):
         site.child(make=make, operations=["remove-background"])
@@ -41,7 +41,9 @@ def test_shift_returns_what_became_of_the_images_and_ends_the_job(site: Site) ->
     site.images.routes["/none.png"] = answers(404)
     jobs = [site.submit(*paths(3), "/none.png"), site.submit(*paths(2))]
     child = site.child()
-    assert site.work(child) == "5 done, 1 failed (not_found 1)"
+    first, second = site.work(child).split("; ")
+    assert first.endswith(": 3 done, 1 failed (not_found 1)")
+    assert second.endswith(": 2 done")
     for job in jobs:
         status = child.ledger.status(job)
         assert status.state == "done"
@@ -54,7 +56,7 @@ def test_shift_that_leaves_work_wakes_a_child_of_the_same_node(site: Site) -> No
     job, child = site.submit(*paths(20)), site.child(shift_seconds=0.001)
     shifts, done = 0, 0
     while not child.ledger.status(job).over:
-        done += int(site.work(child).split()[0])
+        done += int(site.work(child).removeprefix(f"{job}: ").split()[0])
         shifts += 1
     assert done == 20
     assert 0 < len(site.publisher.woken) < shifts
@@ -74,9 +76,10 @@ def test_shift_ends_well_when_the_next_one_cannot_be_asked_for(site: Site, caplo
 def test_progress_names_counts_job_and_owner(owner: str | None, shown: str, site: Site) -> None:
     job, child = site.submit("/0.png", owner=owner), site.child()
     context = child.open(job, child._make_feeder().line.budget)
-    child.tell = site.told.append
-    child.progress(context, 12)
-    assert site.told == [f"0 done; now 12 of {job}{shown}"]
+    told: list[tuple[str, dict[str, object]]] = []
+    child.tell = lambda text, **figures: told.append((text, figures))
+    child.progress((context, 12))
+    assert told == [(f"0 done; now 12 of {job}{shown}", {"images_done": 0, "images_failed": 0, "jobs": []})]
 
 
 def test_process_with_a_lost_device_leaves_its_images_to_others(site: Site) -> None:
@@ -87,7 +90,7 @@ def test_process_with_a_lost_device_leaves_its_images_to_others(site: Site) -> N
     status = child.ledger.status(job)
     assert (status.state, status.done, status.failed) == ("running", 0, 0)
     site.engine.fault = None
-    assert site.work(site.child()) == "5 done", "there is no lease to wait for"
+    assert site.work(site.child()).endswith(": 5 done"), "there is no lease to wait for"
 
 
 def test_closed_child_gives_back_what_is_in_its_line(site: Site) -> None:
@@ -109,7 +112,7 @@ def test_process_that_is_told_to_exit_at_once_makes_no_image_a_suspect(site: Sit
     child.close()
     site.engine.fault = None
     other = site.child()
-    assert site.work(other) == "5 done"
+    assert site.work(other).endswith(": 5 done")
     assert [row.attempts for row in other.ledger.rows(job)] == [1] * 5
 
 
@@ -173,7 +176,7 @@ def test_memory_above_90_percent_is_flagged_and_reported_to_the_fleet(
 ) -> None:
     child = site.child(room)
     site.submit(*paths(12))
-    assert site.work(child) == "12 done"
+    assert site.work(child).endswith(": 12 done")
     assert child.fleet.memory()[child.node] == (pytest.approx(share, abs=0.01), flagged)
 
 
