@@ -33,6 +33,7 @@ BENCHES = (
     "quality",
     "cutout",
     "fleet",
+    "scaling",
 )
 RESULTS = Path(__file__).parent / "results.json"
 VARIABLE = "IMAGEMILL_BENCH_IMAGES"

@@ -94,12 +94,12 @@ def measure_scheduling() -> list[Measured]:
     """What scheduling and, apart from it, recording take per image, with 8 children that each do 10 images per second."""
     with own_redis() as url, redis.Redis.from_url(url) as client:
         job, ledger = submit_list(url, SCHEDULED), WorkLedger(url)
-        _report_nodes(url, CHILDREN)
+        report_nodes(url, CHILDREN)
         before = Spent.so_far(client)
         _schedule(ledger)
         between = Spent.so_far(client)
         for index in range(SCHEDULED):
-            ledger.record(job, _result(index))
+            ledger.record(job, result_of(index))
         after = Spent.so_far(client)
     scheduling, recording = between.less(before), after.less(between)
     return [
@@ -118,7 +118,7 @@ def measure_shares() -> list[Measured]:
     images = 2 * nodes * SHARES_EACH * SHARE  # shares get smaller in the second half of a job
     with own_redis() as url, redis.Redis.from_url(url) as client:
         submit_list(url, images)
-        _report_nodes(url, nodes)
+        report_nodes(url, nodes)
         with ProcessPoolExecutor(PROCESSES) as pool:
             list(pool.map(_warm_up, [url] * PROCESSES))
             before, start = _redis_cpu(client), time.perf_counter()
@@ -144,7 +144,7 @@ def measure_long_job() -> list[Measured]:
         with ProcessPoolExecutor(PROCESSES) as pool:
             list(pool.map(_work_off, [url] * PROCESSES, map(str, range(PROCESSES)), [each] * PROCESSES))
         last = _work_off(url, "last", LONE)
-        ended = ledger.take(_ask("last", 1)) == ManifestDue(job, 1) and ledger.end_job(job, None)
+        ended = ledger.take(ask("last", 1)) == ManifestDue(job, 1) and ledger.end_job(job, None)
         done = ended and ledger.status(job).done == LONG
     return [
         Measured("1,000,000 images: memory of submit / after 100,000", memory["last"] / memory["first"], "x", 1.2),
@@ -158,18 +158,18 @@ def measure_long_job() -> list[Measured]:
 # --- simulated nodes --------------------------------------------------------------------------------------------------
 
 
-def _ask(child: str, room: int, rate: float = SPEED) -> Request:
+def ask(child: str, room: int, rate: float = SPEED) -> Request:
     return Request(child, [LANE], {LANE: room}, {LANE: rate})
 
 
-def _result(index: int) -> ItemResult:
+def result_of(index: int) -> ItemResult:
     """A result as a node records it."""
     output = f"s3://results/sketches/260730-1f0c9a3e/{index:06d}-photo.jpg"
     seconds = {"fetch": 0.104, "decode": 0.021, "run": 0.1, "store": 0.052}
     return ItemResult(index=index, state="done", output=output, batch=8, seconds=seconds, node="node@host")
 
 
-def _report_nodes(url: str, nodes: int) -> None:
+def report_nodes(url: str, nodes: int) -> None:
     """Let the ledger believe in nodes with one child each, so that it hands out shares as it does in a fleet."""
     fleet, ledger = Fleet(url), WorkLedger(url)
     for number in range(nodes):
@@ -189,7 +189,7 @@ def _schedule(ledger: WorkLedger) -> None:
             if step % 3 == 0:
                 if mine and step > 3:
                     ledger.give_back(mine.popleft(), child)
-                share = ledger.take(_ask(child, SHARE))
+                share = ledger.take(ask(child, SHARE))
                 if isinstance(share, Share):
                     mine.append(share)
         if step % 2 == 0:
@@ -211,7 +211,7 @@ def _take_in_threads(url: str, process: int) -> None:
 def _take_shares(url: str, child: str) -> None:
     ledger = WorkLedger(url)
     for _ in range(SHARES_EACH):
-        share = ledger.take(_ask(child, SHARE))
+        share = ledger.take(ask(child, SHARE))
         assert isinstance(share, Share), share
         ledger.give_back(share, child)
     ledger.close()
@@ -222,13 +222,13 @@ def _work_off(url: str, child: str, images: int) -> list[float]:
     ledger, seconds = WorkLedger(url), []
     while images:
         start = time.perf_counter()
-        share = ledger.take(_ask(child, min(32, images)))
+        share = ledger.take(ask(child, min(32, images)))
         spent = time.perf_counter() - start
         assert isinstance(share, Share), share
         if len(share.indexes) == 32:
             seconds.append(spent)
         for index in share.indexes:
-            ledger.record(share.job, _result(index))
+            ledger.record(share.job, result_of(index))
         ledger.give_back(share, child)
         images -= len(share.indexes)
     ledger.close()
