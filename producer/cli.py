@@ -93,7 +93,7 @@ def _show_dead(letters: list[DeadLetter], as_json: bool) -> None:
 def fleet(connect: Connect, as_json: bool) -> None:
     """List the running worker nodes: what each offers, how fast it is, and what it lacks."""
     with connect(load_settings()) as client:
-        nodes, memory = client.nodes(), client.memory()
+        nodes, memory, gpus = client.nodes(), client.memory(), client.gpus()
         rates = client.rates(nodes)
         unserved = client.unserved(client.jobs())
     out = make_console(stderr=True)
@@ -104,7 +104,12 @@ def fleet(connect: Connect, as_json: bool) -> None:
         make_console(stderr=False).print(fleet_table(nodes, memory, rates))
     else:
         say(out, "no worker is running; `imagemill worker` starts one")
+    for host, (expected, present) in gpus.items():
+        if expected is not None:
+            say(out, f"{host}: {present} of {expected} expected GPUs", "red" if present < expected else "")
     for node in nodes:
+        if node.problem:
+            say(out, f"{node.node}: {node.problem}", "red")
         for reason in node.lacks:
             say(out, f"{node.node}: {reason}", "yellow")
     if unserved:

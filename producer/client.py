@@ -155,6 +155,10 @@ class Client:
         """The running worker nodes."""
         return self._fleet.nodes()
 
+    def gpus(self) -> dict[str, tuple[int | None, int]]:
+        """By host, the number of GPUs expected (None: not set) and present."""
+        return self._fleet.gpus()
+
     def memory(self) -> dict[str, tuple[float, int]]:
         """Each recently active GPU node's peak share of memory in use, and its number of batches that exceeded 90 %."""
         return self._fleet.memory()

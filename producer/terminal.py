@@ -162,6 +162,8 @@ def fleet_table(
         speeds = rates.get(node.node, {})
         lanes = [f"{lane} ({speeds[lane]:.3g})" if lane in speeds else lane for lane in sorted(node.lanes)]
         state = Text("ready", style="green") if node.ready else Text("loading", style="yellow")
+        if node.problem:
+            state = Text("failed" if node.gone else "stuck", style="red")
         share, high = memory.get(node.node, (None, 0))
         peak = "" if share is None else f"{share:.0%}" + (f", {high:,} above 90 %" if high else "")
         table.add_row(plain(node.node), node.device, str(node.children), state, peak, plain(", ".join(lanes)))

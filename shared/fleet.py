@@ -7,6 +7,7 @@ Keys, all below `imagemill:`:
     node-children    hash  node -> its number of children
     rates:{lane}     hash  child, as NODE/NUMBER -> images per second; the ledger forgets those of dead nodes
     memory           hash  node -> peak share of GPU memory in use, and number of batches above 90 %
+    gpus             hash  host and process of a supervisor -> the GPUs that it sees
     canary:{token}   list  one entry once the canary task has run
 """
 
@@ -22,11 +23,13 @@ import redis
 
 from imagemill.shared.connection import Connected, now_ms
 from imagemill.shared.dead import VERSION, reason_of, take_out, version_of
-from imagemill.shared.messages import Node
+from imagemill.shared.messages import HostGpus, Node
 from imagemill.shared.settings import Settings
 
 NODE_SECONDS = 20
 """A node counts as dead when its latest report is older."""
+GONE_SECONDS = 150
+"""How long a node that ended because of a problem is shown: longer than the pause before its next start, and its start."""
 FORGET_SECONDS = 3600
 MEMORY_SECONDS = 3600
 CANARY_SECONDS = 600
@@ -40,7 +43,7 @@ if raw then
   local process, time = other.process or '', redis.call('TIME')
   local silent = time[1] + time[2] / 1e6 - other.seen
   local replace = ARGV[5] and process == ARGV[5] and other.seen == tonumber(ARGV[6])
-  if process ~= ARGV[2] and silent < tonumber(ARGV[4]) and not replace then
+  if process ~= ARGV[2] and not other.gone and silent < tonumber(ARGV[4]) and not replace then
     return {raw, tostring(silent)}
   end
 end
@@ -130,7 +133,45 @@ class Fleet(Connected):
         for node in known:
             if now - node.seen > FORGET_SECONDS:
                 self.forget_node(node)
-        return sorted((node for node in known if now - node.seen < NODE_SECONDS), key=lambda node: node.node)
+        live = (node for node in known if now - node.seen < (GONE_SECONDS if node.gone else NODE_SECONDS))
+        return sorted(live, key=lambda node: node.node)
+
+    def silent(self) -> list[Node]:
+        """Nodes without a report for a while; most of them have ended."""
+        now = now_ms(self._redis) / 1000
+        found = self._readable("imagemill:nodes", Node.model_validate_json).values()
+        return [node for node in found if now - node.seen >= NODE_SECONDS and not node.gone]
+
+    def report_gpus(self, report: HostGpus, process: str) -> None:
+        """Report the GPUs that a supervisor sees; `process` tells it from others of its host."""
+        report = report.model_copy(update={"seen": now_ms(self._redis) / 1000})
+        self._redis.hset("imagemill:gpus", f"{report.host}/{process}", report.model_dump_json())
+
+    def forget_gpus(self, host: str, process: str) -> None:
+        """Remove the report of a supervisor that is stopping."""
+        self._redis.hdel("imagemill:gpus", f"{host}/{process}")
+
+    def gpus(self) -> dict[str, tuple[int | None, int]]:
+        """By host, the number of GPUs expected (None: not set) and present, by what nodes and supervisors report.
+
+        Each of several containers of a host sees one GPU; they are told apart by their UUIDs.
+        """
+        now = now_ms(self._redis) / 1000
+        nodes, supervisors = self.nodes(), self._readable("imagemill:gpus", HostGpus.model_validate_json)
+        seen = [(n.host, n.expected_gpus, () if n.gone else (n.gpu,)) for n in nodes if n.gpu]
+        for field, report in supervisors.items():
+            if now - report.seen < NODE_SECONDS:
+                seen.append((report.host, report.expected, report.present))
+            elif now - report.seen < FORGET_SECONDS:  # killed: what it expected still counts
+                seen.append((report.host, report.expected, ()))
+            else:
+                self._redis.hdel("imagemill:gpus", field)
+        found: dict[str, tuple[int | None, set[str]]] = {}
+        for host, expected, present in seen:
+            most, gpus = found.get(host, (None, set()))
+            known = [number for number in (most, expected) if number is not None]
+            found[host] = max(known, default=None), gpus.union(present)
+        return {host: (expected, len(gpus)) for host, (expected, gpus) in sorted(found.items())}
 
     def rates(self, lane: str) -> dict[str, float]:
         """Images per second of each child that has computed images in this lane, by NODE/NUMBER."""
@@ -176,5 +217,5 @@ class Fleet(Connected):
 
     def await_canary(self, token: str, seconds: float) -> bool:
         """Whether the canary task with this token runs within `seconds`."""
-        with redis.Redis.from_url(self._url, socket_timeout=seconds + 5) as waiting:
+        with redis.Redis.from_url(self._url, socket_timeout=seconds + 1) as waiting:
             return waiting.blpop([f"imagemill:canary:{token}"], timeout=seconds) is not None

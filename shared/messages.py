@@ -242,6 +242,22 @@ class Node(Model):
     children: int
     ready: bool
     lacks: tuple[str, ...] = Field((), description="why it does not offer everything it is configured for")
+    busy: int = Field(0, description="children that work on images")
+    problem: str = Field("", description="why it can't work: its engines don't load, or a child hangs")
+    gone: bool = Field(False, description="its process has ended because of the problem; it is shown until it is started again")
+    gpu: str = Field("", description="the UUID of its GPU if known, otherwise its own name; empty on a CPU")
+    expected_gpus: int | None = Field(None, description="GPUs that its host must have")
+    seen: float = 0.0
+
+
+class HostGpus(Model):
+    """A supervisor's report of the GPUs that it sees."""
+
+    model_config = ConfigDict(extra="ignore")  # during an upgrade
+
+    host: str
+    expected: int | None
+    present: tuple[str, ...] = Field(description="their UUIDs")
     seen: float = 0.0
 
 

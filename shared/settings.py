@@ -153,6 +153,10 @@ class WorkerSettings(Group):
     soft_shutdown: float = Field(
         60.0, ge=0, description="seconds to finish current images after SIGQUIT (after SIGTERM they are always finished)"
     )
+    stall_limit: float = Field(
+        600.0, gt=0, description="seconds in one batch after which a node counts as hung; longer than the longest honest batch"
+    )
+    expect_gpus: int | None = Field(None, ge=0, description="GPUs that this host must have; empty: those that are found")
     load_timeout: float = Field(600.0, gt=0, description="most seconds to load the engines")
 
 

@@ -14,6 +14,8 @@ from imagemill.shared.settings import Settings, load_settings
 from imagemill.worker.hardware.device import share_of_cores, visible_gpu
 from imagemill.worker.main import Worker
 from imagemill.worker.node import logs
+from imagemill.worker.node.host_gpus import HostReport
+from imagemill.worker.node.parting import die_with_supervisor
 from imagemill.worker.node.supervisor import Supervisor, find_gpus
 
 
@@ -41,11 +43,12 @@ def worker(
     settings = _settings(gpu, operations)
     if gpus:
         logs.set_up(as_json=settings.log_json)
-        gpus_found = find_gpus()
-        if not gpus_found:
+        if not find_gpus() and not settings.worker.expect_gpus:  # if some are expected, they may come
             raise ConfigurationError("no GPU found; check the driver with `nvidia-smi -L`, or use --cpu")
         extra = ["--operations", operations] if operations else []
-        sys.exit(Supervisor({f"gpu{n}": ["worker", "--gpu", str(n), *extra] for n in gpus_found}).run())
+        with HostReport(settings) as report:
+            sys.exit(Supervisor(lambda n: ["worker", "--gpu", str(n), *extra], report.count).run())
+    die_with_supervisor()
     if gpu is None:
         node, children = name or "cpu", concurrency or share_of_cores(1)
     else:

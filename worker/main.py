@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from threading import Thread
 from typing import Any
 
 from billiard import current_process
@@ -24,10 +25,12 @@ from imagemill.shared.messages import Node
 from imagemill.shared.queues import node_queue, queue_name
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
+from imagemill.worker.hardware.gpus import gpu_of, no_such_gpu
 from imagemill.worker.node import intake, logs
 from imagemill.worker.node.naming import take_name, this_process
 from imagemill.worker.node.offer import Lanes, lanes, missing, nothing_to_do, shortcomings
 from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
+from imagemill.worker.node.parting import die_with
 from imagemill.worker.node.tasks import not_loaded, register
 
 log = logging.getLogger(__name__)
@@ -76,6 +79,7 @@ class Worker:
             ready=False,
             lacks=tuple(f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)),
         )
+        node = self._with_gpu(node)
         with closing(Fleet.of(self.settings)) as before_the_fork, _ending_on_signals():
             self.node = take_name(before_the_fork, node)
         sender.hostname = self.node.node  # before Celery passes it on
@@ -85,6 +89,17 @@ class Worker:
         self.app.imagemill_parent = Parent(
             self.node, self.children, self.lanes, ledger, fleet, publisher, self.settings.worker, self.settings.owner_weights
         )
+        gpu = self.settings.worker.gpu
+        if gpu is not None and (reason := no_such_gpu(gpu)):
+            log.error("no such GPU; the node exits", extra={"action": "start", "node": self.node.node, "reason": reason})
+            self.app.imagemill_parent.fail(reason)
+            raise SystemExit(ConfigurationError.exit_code)
+
+    def _with_gpu(self, node: Node) -> Node:
+        gpu = self.settings.worker.gpu
+        if gpu is None:
+            return node
+        return node.model_copy(update={"gpu": gpu_of(gpu) or node.node, "expected_gpus": self.settings.worker.expect_gpus})
 
     def _log_engines(self) -> None:
         """Log the engines and models that this node can't offer; exit if it can offer none."""
@@ -101,6 +116,7 @@ class Worker:
     def _load_child(self, **_: Any) -> None:
         """Runs in a child before its first task. On errors the process exits, because Celery would swallow the exception."""
         try:
+            die_with(self.node.pid)
             pin(self.device)
             # Only now: these imports may start threads and touch the GPU.
             from imagemill.worker.node.child import Child
@@ -115,17 +131,24 @@ class Worker:
                 lanes=self.lanes,
                 publisher=Publisher(self.app),
                 stopping=self.children.stopping,
+                moved=lambda working: self.children.moved(index, working=working),
             )
             self.children.loaded(index)
+            Thread(target=self._beat, args=[index], name="beat", daemon=True).start()
         except BaseException as error:
             known = error if isinstance(error, ImagemillError) else None  # needs no traceback
-            failures = self.children.failed(known.exit_code if known else 1)
-            wait = min(60.0, 2.0 ** (failures - 1))
             reason = known.message if known else f"{type(error).__name__}: {sentence(error)}"
+            failures = self.children.failed(known.exit_code if known else 1, reason)
+            wait = min(60.0, 2.0 ** (failures - 1))
             fields = dict(action="load", node=self.node.node, reason=reason, again_in=wait)
             log.error("engines not loaded", exc_info=known is None, extra=fields)
             time.sleep(wait)  # the pool replaces this process at once, which must not become a tight loop
             os._exit(1)
+
+    def _beat(self, index: int) -> None:
+        while True:
+            self.children.beat(index)
+            time.sleep(1.0)
 
     def _close_child(self, **_: Any) -> None:
         if self._child is not None:

@@ -179,6 +179,12 @@ def test_parent_loads_neither_torch_nor_onnxruntime(environment: dict[str, str],
 
 
 def test_child_is_pinned_to_its_gpu_before_the_engine_loads(environment: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        "".join(["#!/bin/sh\n", *(f'echo "GPU {n}: NVIDIA (UUID: GPU-{"abc" * (n == 5)}{n})"\n' for n in range(7))])
+    )
+    script.chmod(0o755)
+    environment = {**environment, "PATH": f"{tmp_path}:{environment['PATH']}"}
     masked = {**environment, "CUDA_VISIBLE_DEVICES": "4,GPU-abc,6", "IMAGEMILL_WORKER__GPU": "1"}
     with WorkerProcess(masked, tmp_path, fake="Tells") as node:
         node.command = [*node.command[:3], "worker", "--gpu", "1", "--name", "gpu1"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,7 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.engines import split_lane
 from imagemill.shared.fleet import Fleet
 from tests.conftest import environment_for
+from tests.integration.jobs import cli
 from tests.workers import ROOT, wait_until
 
 pytestmark = pytest.mark.integration
@@ -31,6 +34,7 @@ def environment(own_redis: EmbeddedRedis, tmp_path: Path) -> dict[str, str]:
     script.write_text(SMI)
     script.chmod(0o755)
     settings = environment_for(own_redis.url, tmp_path, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    settings["IMAGEMILL_WORKER__EXPECT_GPUS"] = "3"
     settings.pop("CUDA_VISIBLE_DEVICES", None)
     return settings
 
@@ -44,8 +48,15 @@ def fleet(own_redis: EmbeddedRedis) -> Iterator[Fleet]:
 
 @pytest.fixture
 def supervisor(environment: dict[str, str], tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with started(environment, tmp_path) as process:
+        yield process
+
+
+@contextmanager
+def started(environment: dict[str, str], tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A supervisor, which is killed afterwards with its nodes."""
     command = [sys.executable, "-m", "imagemill.producer.cli", "worker", "--gpus", "all", "--operations", "stylize"]
-    with (tmp_path / "log").open("wb") as log:
+    with (tmp_path / "log").open("ab") as log:
         process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     yield process
     for member in family(process.pid):
@@ -95,3 +106,53 @@ def test_supervisor_restarts_only_the_killed_node_and_stops_all_nodes_on_sigterm
     psutil.wait_procs(everyone, 10)
     assert not any(process.is_running() for process in everyone)
     assert fleet.nodes() == [], "nodes must sign off"
+    log = (tmp_path / "log").read_text()
+    assert "WARNING" not in log.partition("again_in=")[2], "a planned stop is nothing to warn of"
+
+
+def test_nodes_go_with_a_killed_supervisor_and_the_next_one_has_the_same_names(
+    supervisor: subprocess.Popen[bytes], environment: dict[str, str], fleet: Fleet, tmp_path: Path
+) -> None:
+    wait_until(lambda: len(ready(fleet)) == 2, f"both nodes ready; log: {tmp_path / 'log'}")
+    everyone = family(supervisor.pid)
+    assert len(everyone) == 5
+    everyone[-1].suspend()  # a child that hangs goes as well
+    supervisor.kill()
+    supervisor.wait()
+    psutil.wait_procs(everyone, 30)
+    assert [process for process in everyone if process.is_running()] == []
+    before = ready(fleet)
+    with started(environment, tmp_path):
+        wait_until(lambda: len(ready(fleet)) == 2 and not before.items() & ready(fleet).items(), "new nodes are ready")
+        assert sorted(node.node.partition("@")[0] for node in fleet.nodes()) == ["gpu0", "gpu1"]
+
+
+@pytest.mark.usefixtures("supervisor")
+def test_missing_gpu_is_unhealthy_and_visible_and_its_node_starts_when_it_comes(
+    environment: dict[str, str], fleet: Fleet, tmp_path: Path
+) -> None:
+    wait_until(lambda: len(ready(fleet)) == 2, f"the nodes of the others are ready; log: {tmp_path / 'log'}")
+    assert fleet.gpus() == {socket.gethostname(): (3, 2)}
+    assert "2 of 3 expected GPUs" in cli(environment, "fleet").stderr
+    assert "2 of 3 expected GPUs are present" in cli(environment, "doctor", "--worker").stdout
+    assert cli(environment, "doctor", "--worker", "--node", "gpu1").returncode == 0
+    script = tmp_path / "bin" / "nvidia-smi"
+    script.write_text(SMI + 'echo "GPU 2: NVIDIA H200 (UUID: GPU-3)"\n')
+    wait_until(lambda: len(ready(fleet)) == 3, "the third node is ready")
+    assert fleet.gpus() == {socket.gethostname(): (3, 3)}
+    assert cli(environment, "doctor", "--worker").returncode == 0
+
+
+@pytest.mark.parametrize(("listing", "reason"), [(SMI, "nvidia-smi lists 2 GPUs"), ("#!/bin/sh\nexit 9\n", "no NVIDIA driver")])
+def test_node_without_its_gpu_says_so_and_stays_visible(
+    listing: str, reason: str, environment: dict[str, str], fleet: Fleet, tmp_path: Path
+) -> None:
+    (tmp_path / "bin" / "nvidia-smi").write_text(listing)
+    ended = cli(environment, "worker", "--gpu", "5")
+    assert ended.returncode == 2
+    assert "GPU 5 does not exist" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    (node,) = fleet.nodes()
+    assert reason in node.problem
+    assert fleet.gpus() == {socket.gethostname(): (3, 0)}
+    assert "GPU 5 does not exist" in cli(environment, "doctor", "--worker", "--node", "gpu5").stdout

@@ -35,17 +35,24 @@ GLANCE = 0.5
 class Line:
     """Takes images through the stages. Any thread may `enter` images; one thread at a time may `run` the device.
 
-    `changed` is called, in any thread, when an image has left the device or the line.
+    `changed` is called, in any thread, when an image has left the device or the line; `moved` between any two batches, and now
+    and then while the device has nothing to do.
     """
 
-    def __init__(self, settings: Settings, records: Records, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        records: Records,
+        changed: Callable[[], None] = lambda: None,
+        moved: Callable[[], None] = lambda: None,
+    ) -> None:
         self.records, self.speed, self.outages = records, Speed(), Outages()
         self.budget = PixelBudget(settings.worker.look_ahead)
         self.starving_since: float | None = None
         """Since when, on the monotonic clock, the device has had nothing to run."""
         self.closed: dict[str, str] = {}
         """Lanes whose model can't be opened, and why: nothing more of them is begun."""
-        self._changed = changed
+        self._changed, self._moved = changed, moved
         self._ready: SimpleQueue[ImageInFlight | None] = SimpleQueue()
         self._batcher: Batcher[ImageInFlight] = Batcher(settings.worker.batch_wait)
         self._front = Front(settings.fetch.threads)
@@ -70,6 +77,7 @@ class Line:
         """
         with self._device:
             while True:
+                self._moved()
                 self._collect()
                 if self._fault is not None:
                     raise self._fault

@@ -64,9 +64,10 @@ class Child:
         lanes: Lanes,
         publisher: Publisher,
         stopping: Callable[[], bool],
+        moved: Callable[[bool], None] = lambda _working: None,
     ) -> None:
         self.settings, self.node, self.seat, self.name = settings, node, seat, name
-        self.publisher, self.stopping = publisher, stopping
+        self.publisher, self.stopping, self.moved = publisher, stopping, moved
         self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
         self.s3 = lazy_client(settings.s3)
@@ -117,11 +118,13 @@ class Child:
         feeder.begin()
         try:
             feeder.line.run(start + self.settings.worker.shift_seconds, feeder.busy)
+            self.moved(False)
         except SystemExit:  # a planned stop, not the fault of any image: `close` gives them back
             raise
         except BaseException:
             feeder.abandon()
             self.feeder = None
+            self.moved(False)
             raise
         if feeder.end():
             self._wake_again(lane)
@@ -140,7 +143,7 @@ class Child:
 
     def _make_feeder(self) -> Feeder:
         return Feeder(
-            lambda changed: Line(self.settings, self.records, changed),
+            lambda changed: Line(self.settings, self.records, changed, lambda: self.moved(True)),
             self.ledger,
             self,
             child=self.name,

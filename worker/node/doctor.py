@@ -5,31 +5,28 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import click
 import redis
 from rich.console import Console
 
 from imagemill.shared import s3
-from imagemill.shared.broker import make_app, queues
 from imagemill.shared.dead import DeadLetters
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.queues import CANARY_TASK, node_queue
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.models.catalogue import CONVERTED, WEIGHTS, Weights
 from imagemill.worker.models.files import is_current, path_of, state
+from imagemill.worker.node.health import START_REDIS, WAIT_SECONDS, Finding, check_expected_gpus, check_nodes
 from imagemill.worker.node.offer import lanes, missing, models_of, shortcomings
 from imagemill.worker.node.supervisor import find_gpus
 from imagemill.worker.operations.registry import create
@@ -38,34 +35,21 @@ LEAST_DISK = 2 * 2**30
 """Free bytes that the temporary folder should have, for manifests and pending uploads."""
 MOST_APART = 60
 """Seconds by which clocks may differ."""
-START_REDIS = "start Redis, or set IMAGEMILL_REDIS_URL to its address"
 SET_S3 = "set IMAGEMILL_S3__ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; not needed for file:// outputs"
 COLOURS = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check, and how to fix the problem if there is one."""
-
-    check: str
-    state: Literal["ok", "warning", "failed"]
-    found: str
-    fix: str = ""
-
-
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per finding.")
-@click.option(
-    "--worker", "canary", is_flag=True, help="Only run a canary task on each node of this host; exit 0 if all succeed."
-)
-@click.option(
-    "--wait", default=90.0, show_default=True, help="Seconds to wait for a canary; a busy child finishes its shift first."
-)
-def doctor(as_json: bool, canary: bool, wait: float) -> None:
+@click.option("--worker", "alive", is_flag=True, help="Only check that the nodes of this host work; exit 0 if all do.")
+@click.option("--node", metavar="NAME", help="With --worker: check only this node, such as gpu0 or gpu0@host.")
+@click.option("--wait", default=WAIT_SECONDS, show_default=True, help="Seconds that an idle node has to run a canary task.")
+def doctor(as_json: bool, alive: bool, node: str | None, wait: float) -> None:
     """Check Redis, workers, S3, disk, engines, models and GPU, and suggest fixes."""
     settings = load_settings()
     checks = (check_redis, check_dead_letters, check_workers, check_s3, check_disk, check_engines, check_models, check_gpu)
-    findings = check_canary(settings, wait) if canary else chain.from_iterable(check(settings) for check in checks)
+    checks = (*checks, check_expected_gpus)
+    findings = check_nodes(settings, wait, node) if alive or node else chain.from_iterable(check(settings) for check in checks)
     console = Console()
     status = 0
     for finding in findings:
@@ -205,23 +189,3 @@ def check_gpu(_settings: Settings) -> Iterator[Finding]:
         yield Finding("gpu", "warning", "the driver is loaded, but nvidia-smi lists no GPU", "run nvidia-smi")
     else:
         yield Finding("gpu", "ok", "no GPU; the opencv engines don't need one")
-
-
-def check_canary(settings: Settings, wait: float) -> Iterator[Finding]:
-    """Does each node of this host run a task?"""
-    fleet = Fleet.of(settings)
-    try:
-        nodes = [node for node in fleet.nodes() if node.host == socket.gethostname()]
-        if not nodes:
-            yield Finding("worker", "failed", "no node is running on this host", "look at the worker's log")
-        app = make_app(settings)
-        for node in nodes:
-            token = uuid.uuid4().hex
-            (own,) = queues([node_queue(node.node)])
-            app.send_task(CANARY_TASK, args=[token], queue=own, expires=wait)
-            if fleet.await_canary(token, wait):
-                yield Finding("worker", "ok", f"{node.node} ran a task")
-            else:
-                yield Finding("worker", "failed", f"{node.node} did not run a task within {wait:g} s", "restart the node")
-    except ServiceUnavailable as error:
-        yield Finding("worker", "failed", error.message, START_REDIS)

@@ -36,6 +36,7 @@ PIDS = 8
 """Processes of one child that may die between two looks."""
 REPAIR_SECONDS = 10.0
 """Interval between looks for damage that no script stumbles over."""
+REASON_BYTES = 500
 MOST_WAKE_UPS = 64
 """Messages for one lane at a time."""
 
@@ -49,21 +50,51 @@ class Children:
         # writes here, and without a lock, which it might take to its grave.
         self._loads, self._pids = RawArray("i", count), RawArray("i", count * PIDS)
         self._buried = [0] * count
-        self._failures, self._status = Value("i", 0), Value("i", 1)
+        # When each child last showed that it runs, and when its device last moved on, or 0 outside a shift, by the
+        # monotonic clock, which all processes of a host share.
+        self._beats, self._moves = RawArray("d", count), RawArray("d", count)
+        self._failures, self._status, self._reason = Value("i", 0), Value("i", 1), RawArray("c", REASON_BYTES)
         self._stopping = Value("b", 0)
 
     def loaded(self, index: int) -> None:
         """Called by child `index` after loading its engines."""
+        self._beats[index], self._moves[index] = time.monotonic(), 0.0
         self._pids[index * PIDS + self._loads[index] % PIDS] = os.getpid()
         self._loads[index] += 1
         with self._failures.get_lock():
             self._failures.value = 0
 
-    def failed(self, status: int) -> int:
+    def beat(self, index: int) -> None:
+        """Called every second by a thread of child `index`."""
+        self._beats[index] = time.monotonic()
+
+    def moved(self, index: int, *, working: bool = True) -> None:
+        """Called by child `index` whenever its device is about to run, or has nothing to run; and at the end of a shift."""
+        self._moves[index] = time.monotonic() if working else 0.0
+
+    def busy(self) -> int:
+        """The number of children in a shift."""
+        return sum(moved > 0 for moved in self._moves)
+
+    def hung(self, stopped: float, stuck: float) -> str:
+        """Which child is stopped for longer than `stopped` seconds, or has worked on one batch for `stuck`; empty if none."""
+        now = time.monotonic()
+        for index, loads in enumerate(self._loads):
+            pid, silent, still = self._pid(index, loads - 1), now - self._beats[index], now - self._moves[index]
+            if not loads or not _alive(pid):
+                continue
+            if silent > stopped:
+                return f"child {index} (process {pid}) does not run: no sign of life for {silent:.0f} s"
+            if self._moves[index] and still > stuck:
+                return f"child {index} (process {pid}) hangs: one batch has taken {still:.0f} s"
+        return ""
+
+    def failed(self, status: int, reason: str = "") -> int:
         """Called by a child that could not load its engines; returns the number of failures in a row.
 
         `status` is the exit status that the failure calls for.
         """
+        self._reason.value = reason.encode()[: REASON_BYTES - 1]
         with self._failures.get_lock():
             self._status.value = status
             self._failures.value += 1
@@ -72,6 +103,10 @@ class Children:
     def failure(self) -> int | None:
         """The exit status for the node after a failure to load; None if the last child succeeded."""
         return int(self._status.value) if self._failures.value else None
+
+    def reason(self) -> str:
+        """Why the latest child failed to load its engines; empty if it succeeded."""
+        return str(self._reason.value.decode(errors="ignore")) if self._failures.value else ""
 
     def ready(self) -> int:
         """The number of running children that have loaded their engines."""
@@ -134,11 +169,11 @@ class Parent:
             status = self.children.failure()
             if status is not None:
                 log.error("a child failed to load its engines; the node exits", extra=fields)
-                self.leave()
+                self.fail(self.children.reason() or "a child failed to load its engines")
                 raise SystemExit(status)
             if time.monotonic() - start > timeout:
                 log.error("loading took too long; the node exits", extra={**fields, "seconds": timeout})
-                self.leave()
+                self.fail(f"loading the engines took longer than {timeout:g} s")
                 raise SystemExit(1)
             self._keep_name()
             time.sleep(0.05)
@@ -173,7 +208,8 @@ class Parent:
         name = self.node.node
         for index, pid in self.children.died():
             lost = self.ledger.bury(child_name(name, index, os.getpid(), pid))
-            log.warning("child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
+            level = logging.INFO if self.children.stopping() and not lost else logging.WARNING
+            log.log(level, "child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
         if self._report_due():
             self.ledger.set_weights(self.weights)
             self._report(ready=self.children.ready() == self.children.count)
@@ -204,12 +240,23 @@ class Parent:
         """Report the node. It exits if another has taken its name while this one was silent; restarted, it takes another."""
         why = "its model can't be opened; the node's log says why: repair it and restart the node"
         closed = tuple(f"{lane}: {why}" for lane in self.lanes.closed())
-        changes = {"ready": ready, "lanes": tuple(self.lanes.open()), "lacks": self.node.lacks + closed}
+        problem = self.children.reason() or self.children.hung(self.settings.lease_seconds, self.settings.stall_limit)
+        changes: dict[str, Any] = {"ready": ready, "lanes": tuple(self.lanes.open()), "lacks": self.node.lacks + closed}
+        changes |= {"busy": self.children.busy(), "problem": problem}
         if not self.fleet.report_node(self.node.model_copy(update=changes)):
             fields = {"action": "name", "node": self.node.node}
             log.error("another node has taken this node's name; the node exits", extra=fields)
             self.leave()
             worker_state.should_stop = 1
+
+    def fail(self, problem: str) -> None:
+        """Stop the children; the node stays visible in the fleet, with the reason, until it is started again."""
+        self.children.stop()
+        gone = {"ready": False, "gone": True, "lanes": (), "problem": problem}
+        try:
+            self.fleet.report_node(self.node.model_copy(update=gone))
+        except ServiceUnavailable as error:
+            log.warning("node not reported", extra={"action": "report", "node": self.node.node, "reason": error.message})
 
     def leave(self) -> None:
         """Stop the children after their current images, and remove the node from the fleet."""

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from imagemill.worker.hardware.device import visible_gpus
+from imagemill.worker.hardware.gpus import listed
+from imagemill.worker.node.parting import STARTER
 
 log = logging.getLogger(__name__)
 
@@ -21,18 +23,9 @@ LONGEST_WAIT = 60.0
 
 
 def find_gpus() -> list[int]:
-    """Indices of the GPUs that nodes may use: those in CUDA_VISIBLE_DEVICES if set, otherwise all GPUs of the host.
-
-    Runs `nvidia-smi`, because this process must not create a CUDA context.
-    """
+    """Indices of the GPUs that nodes may use: those in CUDA_VISIBLE_DEVICES if set, otherwise all GPUs of the host."""
     mask = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if mask is not None:
-        return list(range(len(visible_gpus(mask))))
-    try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True)  # noqa: S607
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return list(range(sum(line.startswith("GPU ") for line in listing.stdout.splitlines())))
+    return list(range(len(visible_gpus(mask) if mask is not None else listed() or [])))
 
 
 @dataclass
@@ -45,10 +38,13 @@ class _Node:
 
 
 class Supervisor:
-    """Keeps nodes running; `nodes` maps each name to arguments of `imagemill`, such as `worker --gpu 0`."""
+    """Keeps one node per GPU running. `command` gives the arguments of `imagemill` for a GPU's node, such as `worker --gpu 0`;
+    `count` the number of GPUs, which may grow.
+    """
 
-    def __init__(self, nodes: dict[str, list[str]]) -> None:
-        self._nodes = {name: _Node(arguments) for name, arguments in nodes.items()}
+    def __init__(self, command: Callable[[int], list[str]], count: Callable[[], int]) -> None:
+        self._command, self._count = command, count
+        self._nodes: dict[str, _Node] = {}
         self._stopping = False
 
     def run(self) -> int:
@@ -56,6 +52,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         while not self._stopping:
+            for gpu in range(len(self._nodes), self._count()):
+                self._nodes[f"gpu{gpu}"] = _Node(self._command(gpu))
             for name, node in self._nodes.items():
                 self._start_or_check(name, node)
             time.sleep(0.2)
@@ -72,7 +70,11 @@ class Supervisor:
             if now >= node.restart_at:
                 # In a new session, so that Ctrl-C reaches the node only once, through this process.
                 command = [sys.executable, "-m", "imagemill.producer.cli", *node.arguments]
-                node.process = subprocess.Popen(command, start_new_session=True)  # noqa: S603
+                environment = {
+                    **os.environ,
+                    STARTER: str(os.getpid()),
+                }  # by this thread: a node ends with the one that forked it
+                node.process = subprocess.Popen(command, start_new_session=True, env=environment)  # noqa: S603
                 node.started = now
         elif (status := node.process.poll()) is not None:
             node.failures = node.failures + 1 if now - node.started < QUICK_SECONDS else 0

@@ -11,7 +11,7 @@ import pytest
 from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.fleet import CANARY_SECONDS, MEMORY_SECONDS, NODE_SECONDS, Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
-from imagemill.shared.messages import Node
+from imagemill.shared.messages import HostGpus, Node
 from tests.workers import wait_until
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
@@ -151,3 +151,24 @@ def test_call_raises_broker_unavailable_without_redis(name: str) -> None:
     with pytest.raises(BrokerUnavailable, match=r"^Redis: ") as caught:
         CALLS[name](fleet)
     assert "secret" not in caught.value.message
+
+
+def test_gpus_are_counted_once_per_host_whoever_reports_them(fleet: Fleet, raw: Any) -> None:
+    """One supervisor with its nodes; and containers with one GPU each, of which one could not start."""
+    fleet.report_gpus(HostGpus(host="a", expected=3, present=("GPU-1", "GPU-2")), "supervisor")
+    fleet.report_node(node("gpu0@a", gpu="GPU-1"))
+    for number in range(2):
+        fleet.report_node(node(f"gpu{number}@b", host="b", gpu=f"GPU-b{number}", expected_gpus=3))
+    fleet.report_node(node("gpu2@b", host="b", gpu="gpu2@b", expected_gpus=3, ready=False, gone=True, problem="no such GPU"))
+    fleet.report_node(node("gpu0@c", host="c", gpu="GPU-c"))
+    fleet.report_node(node("cpu@d", host="d"))
+    assert fleet.gpus() == {"a": (3, 2), "b": (3, 2), "c": (None, 1)}
+    fleet.forget_gpus("a", "supervisor")
+    assert fleet.gpus()["a"] == (None, 1)
+
+
+def test_node_that_could_not_start_stays_visible_until_the_next_one_takes_its_name(fleet: Fleet) -> None:
+    fleet.report_node(node("gpu0@a", process="x/1/5", ready=False, gone=True, problem="no such GPU"))
+    assert [report.problem for report in fleet.nodes()] == ["no such GPU"]
+    assert fleet.claim_name(node("gpu0@a", process="y/1/5", ready=False)) is None
+    assert [report.problem for report in fleet.nodes()] == [""]
