@@ -106,7 +106,6 @@ cat >>"$folder/env" <<END
 AWS_ACCESS_KEY_ID=${AWS_ACCESS_KEY_ID:-imagemill}
 GPU_IMAGE=imagemill-worker
 GPU_ENGINES=["opencv"]
-EXPECT_GPUS=8
 END
 if [ "$mode" = test ]; then printf '%s_PORT=0\n' REDIS S3 S3_CONSOLE FLOWER >>"$folder/env"; fi
 without_devices docker-compose.yml

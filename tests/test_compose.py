@@ -43,7 +43,8 @@ def test_eight_containers_have_a_gpu_each_and_names_that_last() -> None:
     for number, service in enumerate(GPUS.values()):
         assert devices(service) == [{"driver": "nvidia", "device_ids": [str(number)], "capabilities": ["gpu"]}]
         assert service["command"] == f"worker --gpu 0 --name gpu{number}@${{NODE_HOST:-server}}"
-        assert service["hostname"] == f"gpu{number}.${{NODE_HOST:-server}}"
+        assert service["hostname"] == "${NODE_HOST:-server}"
+        assert service["healthcheck"] == {"test": ["CMD", "imagemill", "doctor", "--node", f"gpu{number}"]}
 
 
 def test_one_container_has_all_gpus_unless_there_is_a_container_for_each() -> None:
@@ -79,7 +80,7 @@ def test_nodes_drain_share_the_models_and_reach_the_same_services(name: str) -> 
     common = {key: value for key, value in ONE["worker"]["environment"].items() if key not in own}
     assert common.items() <= service["environment"].items()
     if name != "worker":
-        assert service["environment"]["IMAGEMILL_WORKER__ENGINES"] == ONE["gpus"]["environment"]["IMAGEMILL_WORKER__ENGINES"]
+        assert service["environment"] == ONE["gpus"]["environment"]
         assert {"shm_size", "mem_limit", "pids_limit"} <= set(service)
 
 
@@ -117,7 +118,7 @@ def test_env_example_names_every_variable() -> None:
     assert variables == set(re.findall(r"^#?(\w+)=", example, re.MULTILINE)) - {"COMPOSE_FILE", "COMPOSE_PROFILES"}
     defaults = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
     shown = dict(re.findall(r"^#(\w+)=(.*)$", example, re.MULTILINE))
-    differ = {"IMAGEMILL_FETCH__ALLOW_HOSTS", "WORKER_EXTRAS", "WORKER_ENGINES", "EXPECT_GPUS", "TORCH_INDEX"}
+    differ = {"IMAGEMILL_FETCH__ALLOW_HOSTS", "WORKER_EXTRAS", "WORKER_ENGINES", "TORCH_INDEX"}
     assert {name: shown[name] for name in shown.keys() & defaults.keys() - differ} == {
         name: defaults[name] for name in shown.keys() & defaults.keys() - differ
     }
