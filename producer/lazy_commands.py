@@ -19,6 +19,7 @@ SHORT_HELP = {
     "worker": "Run a worker node: one per GPU, or one for the CPU.",
     "models": "List, pull, verify and quantise model files.",
     "tune": "Measure how large batches can be on a device, and how fast they are.",
+    "flower": "Run Flower, the web page that shows nodes and their shifts.",
     "doctor": "Find problems with Redis, S3, disk and GPU, and how to fix them.",
 }
 
@@ -73,6 +74,7 @@ def explain_missing_packages(ctx: click.Context) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] == "imagemill":
             raise  # a bug in imagemill, not a missing package
+        extra = "flower" if ctx.invoked_subcommand == "flower" else "worker"
         raise MissingExtra(
-            f"`imagemill {ctx.invoked_subcommand}` needs {error.name}, which is not installed: pip install 'imagemill[worker]'"
+            f"`imagemill {ctx.invoked_subcommand}` needs {error.name}, which is not installed: pip install 'imagemill[{extra}]'"
         ) from error

@@ -8,6 +8,7 @@ Keys, all below `imagemill:`:
     rates:{lane}     hash  child, as NODE/NUMBER -> images per second; the ledger forgets those of dead nodes
     memory           hash  node -> peak share of GPU memory in use, and number of batches above 90 %
     gpus             hash  host and process of a supervisor -> the GPUs that it sees
+    node-queues      hash  node -> when it was last there, of each node that has a queue
     canary:{token}   list  one entry once the canary task has run
 """
 
@@ -60,6 +61,35 @@ if raw and (cjson.decode(raw).process or '') == ARGV[2] then
     redis.call('ZREM', 'imagemill:nodes:' .. ARGV[i], ARGV[1])
   end
 end
+"""
+SWEEP = """
+-- ARGV: seconds after which the queues of a node that is gone are deleted: of its own, and its place in Celery's tables
+local BINDINGS, PERMANENT, REMOTE = '_kombu.binding.imagemill.default', '_kombu.binding_permanent.imagemill.default',
+  '_kombu.binding.celery.pidbox'
+for _, name in ipairs({BINDINGS, PERMANENT, REMOTE}) do
+  local kind = redis.call('TYPE', name).ok
+  if kind ~= 'set' and kind ~= 'none' then return 0 end
+end
+local now, swept = tonumber(redis.call('TIME')[1]), 0
+for _, member in ipairs(redis.call('SMEMBERS', BINDINGS)) do
+  local queue = string.match(member, '[^\\6\\22]*$')
+  local node = string.match(queue, '^imagemill%-node%.(.+)$')
+  if node then
+    local there = redis.call('HEXISTS', 'imagemill:nodes', node) == 1
+    if there then redis.call('HSET', 'imagemill:node-queues', node, now) end
+    local seen = tonumber(redis.call('HGET', 'imagemill:node-queues', node) or nil)
+    if not seen then redis.call('HSET', 'imagemill:node-queues', node, now) end
+    if seen and now - seen > tonumber(ARGV[1]) then
+      redis.call('DEL', queue)
+      redis.call('SREM', BINDINGS, member)
+      redis.call('SREM', PERMANENT, member)
+      redis.call('SREM', REMOTE, '\\6\\22\\6\\22' .. node .. '.celery.pidbox')
+      redis.call('HDEL', 'imagemill:node-queues', node)
+      swept = swept + 1
+    end
+  end
+end
+return swept
 """
 
 
@@ -124,6 +154,11 @@ class Fleet(Connected):
     def forget_node(self, node: Node) -> None:
         """Remove a node that is stopping; not another that has its name."""
         self._redis.eval(FORGET, 0, node.node, node.process, *node.lanes)
+
+    def sweep(self) -> int:
+        """Delete the queues of nodes that have been gone for an hour; returns their number. They hold only wake-ups."""
+        self.nodes()  # forgets those that have been silent for long
+        return int(self._redis.eval(SWEEP, 0, FORGET_SECONDS))
 
     def nodes(self) -> list[Node]:
         """The live nodes, sorted by name; forgets nodes that have been silent for an hour."""

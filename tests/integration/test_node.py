@@ -58,11 +58,11 @@ def test_celery_events_show_progress_and_outcome_of_a_shift(
             node.wait_ready()
             next(events)  # a heartbeat: the receiver is listening
             job = client.submit(rows, spec("stylize", tmp_path)).job
-            task = wait_for_task(events, seen, "PROGRESS", f"1 done, 1 failed (not_found 1); now 1 of {job}")
+            task = wait_for_task(events, seen, "PROGRESS", f"{job}: 1 done, 1 failed (not_found 1); now 1 of {job}")
             assert (task.name, task.kwargs) == ("imagemill.stylize", "stylize.opencv")
             images.routes["/slow.png"] = photo(2)
             images.released.set()
-            wait_for_task(events, seen, "SUCCESS", "'2 done, 1 failed (not_found 1)'")
+            wait_for_task(events, seen, "SUCCESS", f"'{job}: 2 done, 1 failed (not_found 1)'")
     assert len(seen.workers) == 1
     assert next(iter(seen.workers)).startswith("cpu@")
 

@@ -17,26 +17,35 @@ from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 5.0
+MOST_JOBS = 5
+"""Jobs that a tally names."""
+MOST_CODES = 5
+"""Error codes that a tally names, of each job."""
 
 
 class Tally:
     """How many images were recorded, by what became of them. Thread-safe.
 
-    `reused` counts the `done` images that were copied from earlier results.
+    `reused` counts the `done` images that were copied from earlier results; `jobs` holds a tally of each job.
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self.done = self.reused = 0
         self.codes: Counter[str] = Counter()
+        self.jobs: dict[str, Tally] = {}
 
-    def count(self, result: ItemResult, *, reused: bool) -> None:
+    def count(self, result: ItemResult, job: str, *, reused: bool) -> None:
         """Count an image that has been recorded."""
         with self._lock:
-            if result.code is not None:
-                self.codes[result.code] += 1
-            else:
-                self.done, self.reused = self.done + 1, self.reused + reused
+            self._add(result, reused=reused)
+            self.jobs.setdefault(job, Tally())._add(result, reused=reused)
+
+    def _add(self, result: ItemResult, *, reused: bool) -> None:
+        if result.code is not None:
+            self.codes[result.code] += 1
+        else:
+            self.done, self.reused = self.done + 1, self.reused + reused
 
     @property
     def failed(self) -> int:
@@ -46,8 +55,23 @@ class Tally:
         """`160 done, 3 failed (not_found 2, timeout 1)`."""
         if not self.failed:
             return f"{self.done} done"
-        codes = ", ".join(f"{code} {count}" for code, count in self.codes.most_common())
+        named = self.codes.most_common(MOST_CODES)
+        others = self.failed - sum(count for _, count in named)
+        codes = ", ".join(f"{code} {count}" for code, count in [*named, *([("others", others)] if others else [])])
         return f"{self.done} done, {self.failed} failed ({codes})"
+
+    def ranked(self) -> list[str]:
+        """The jobs, those with most failures first."""
+        with self._lock:
+            return sorted(self.jobs, key=lambda job: (-self.jobs[job].failed, -self.jobs[job].done, job))
+
+    def by_job(self) -> str:
+        """`spring: 160 done, 3 failed (not_found 2, timeout 1); autumn: 12 done`."""
+        ranked = self.ranked()
+        parts = [f"{job}: {self.jobs[job]}" for job in ranked[:MOST_JOBS]]
+        if others := len(ranked) - len(parts):
+            parts.append(f"and {others} more job{'s' if others > 1 else ''}; in all {self.done} done, {self.failed} failed")
+        return "; ".join(parts) or str(self)
 
 
 class Records:
@@ -73,7 +97,7 @@ class Records:
             result = ItemResult(index=image.item.index, attempts=image.earlier + 1, node=self._node, **_fields(failure))
             first = self._write(image.context, result)
         if first:
-            self.tally.count(result, reused=isinstance(outcome, Stored) and outcome.how == "reused")
+            self.tally.count(result, image.context.job, reused=isinstance(outcome, Stored) and outcome.how == "reused")
         image.recorded = True
 
     def _result(self, image: ImageInFlight, outcome: Stored | Failed) -> ItemResult:

@@ -45,9 +45,11 @@ log = logging.getLogger(__name__)
 MANIFEST_SECONDS = 3600
 """How long writing a manifest is tried again while the store does not respond; then the job ends without one."""
 WARM_UP_SIZE = (64, 64)
+MOST_LINKS = 20
+"""Jobs of a shift to which Flower can link."""
 
-Tell = Callable[[str], None]
-"""Reports progress, as a short text."""
+Tell = Callable[..., None]
+"""Reports progress to Flower: a short text, and figures by name."""
 
 
 class Child:
@@ -76,7 +78,7 @@ class Child:
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
         self.records = Records(self.ledger, node)
-        self.tell: Tell = lambda _: None
+        self.tell: Tell = lambda _, **__: None
         self._load_all(device)
         self.feeder: Feeder | None = None
 
@@ -131,10 +133,11 @@ class Child:
         give_back()
         self._report_memory()
         tally, self.records.tally = self.records.tally, Tally()  # the next one also counts what is recorded between shifts
+        self._tell(tally)
         seconds = round(time.monotonic() - start, 3)
         fields = dict(action="shift", done=tally.done, failed=tally.failed, reused=tally.reused, seconds=seconds)
         log.info("shift over", extra=fields)
-        return str(tally)
+        return tally.by_job()
 
     def close(self) -> None:
         """Give back what is not begun; called when the process is told to exit."""
@@ -197,10 +200,17 @@ class Child:
         operation, engine, _ = split_lane(lane)
         return self.sizes[operation, engine].memory.grows
 
-    def progress(self, context: Context, images: int) -> None:
+    def progress(self, *now: tuple[Context, int]) -> None:
         """Report to Flower."""
-        owner = f" for {context.spec.policy.owner}" if context.spec.policy.owner else ""
-        self.tell(f"{self.records.tally}; now {images} of {context.job}{owner}")
+        text = ""
+        for context, images in now:
+            owner = f" for {context.spec.policy.owner}" if context.spec.policy.owner else ""
+            text += f"; now {images} of {context.job}{owner}"
+        self._tell(self.records.tally, text)
+
+    def _tell(self, tally: Tally, now: str = "") -> None:
+        figures = dict(images_done=tally.done, images_failed=tally.failed, jobs=tally.ranked()[:MOST_LINKS])
+        self.tell(tally.by_job() + now, **figures)
 
     def write_manifest(self, due: ManifestDue) -> None:
         """Write a job's manifest and end the job; without a manifest if that fails for good."""

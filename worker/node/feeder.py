@@ -27,6 +27,8 @@ RETRY_SECONDS = 0.25
 """Pause before asking again for more when there was nothing."""
 UNABLE_SECONDS = 5.0
 """Pause after taking a job that this child can't work on, such as for want of S3 keys; another may be able to."""
+PROGRESS_SECONDS = 2.0
+"""Interval between reports of progress; a shift that has not reported for long counts as lost in Flower."""
 REPORT_SECONDS = 5.0
 """Interval between reports of why images wait."""
 PAUSE_SECONDS = 0.01
@@ -71,7 +73,7 @@ class Feeder:
         self._unable: dict[str, float] = {}  # jobs that this child can't work on, until when
         self._opened: dict[tuple[str, str], tuple[str, float]] = {}  # by engine, the latest lane, and since when
         self._overtaken = False
-        self._ask_at = self._renew_at = self._report_at = 0.0
+        self._ask_at = self._renew_at = self._report_at = self._progress_at = 0.0
         self._ended: float | None = 0.0  # when the last shift ended; None during a shift
         self._idle = Event()
         self._closed = False
@@ -170,6 +172,7 @@ class Feeder:
             self._renew_at = time.monotonic() + RENEWAL_SECONDS
             self._renew()
             self._report_waits()
+        self._report_progress()
         self.line.retry()
         self._close_lanes()
         over = self._ended is not None and time.monotonic() - self._ended > GRACE_SECONDS
@@ -208,8 +211,12 @@ class Feeder:
         for lane, rate in self.line.speed.rates().items():
             self._ledger.report_rate(lane, self._seat, rate)
         self._look_ahead_less()
-        if self._held:
-            self._jobs.progress(self._held[0].context, len(self._held[0].left()))
+
+    def _report_progress(self) -> None:
+        """Say during a shift what it works on, also while it waits or writes a manifest: that it goes on."""
+        if self._ended is None and time.monotonic() >= self._progress_at:
+            self._progress_at = time.monotonic() + PROGRESS_SECONDS
+            self._jobs.progress(*((held.context, len(held.left())) for held in self._held[:1]))
 
     def _report_waits(self) -> None:
         """Say why images wait, for `status`."""

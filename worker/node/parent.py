@@ -37,6 +37,8 @@ PIDS = 8
 REPAIR_SECONDS = 10.0
 """Interval between looks for damage that no script stumbles over."""
 REASON_BYTES = 500
+SWEEP_SECONDS = 60.0
+"""Interval between looks for queues of nodes that are gone."""
 MOST_WAKE_UPS = 64
 """Messages for one lane at a time."""
 
@@ -158,6 +160,7 @@ class Parent:
     weights: Mapping[str, float]
     report_at: float = 0.0
     repair_at: float = 0.0
+    sweep_at: float = 0.0
 
     def wait_for_children(self) -> None:
         """Return when every child has loaded its engines; exit the node if one of them fails or takes too long."""
@@ -221,6 +224,9 @@ class Parent:
                 self.publisher.wake(lane, min(max(1, children), MOST_WAKE_UPS))
             if time.monotonic() >= self.repair_at:
                 self._repair()
+            if time.monotonic() >= self.sweep_at:
+                self.sweep_at = time.monotonic() + SWEEP_SECONDS
+                self.fleet.sweep()
 
     def _keep_name(self) -> None:
         """Report a node that is still loading."""

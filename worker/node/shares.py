@@ -37,8 +37,8 @@ class Jobs(Protocol):
     def grows(self, lane: str) -> bool:
         """Whether larger batches are faster in this lane."""
 
-    def progress(self, context: Context, images: int) -> None:
-        """Called every half second with a job that is being worked on, and the images of it that are in the line."""
+    def progress(self, *now: tuple[Context, int]) -> None:
+        """Called every few seconds of a shift with a job that is being worked on, if any, and its images in the line."""
 
 
 @dataclass

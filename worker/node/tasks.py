@@ -53,15 +53,15 @@ def not_loaded() -> Any:
     raise ConfigurationError("this process has no engines loaded")
 
 
-def _progress(task: Task) -> Callable[[str], None]:
-    """A function that reports a shift's progress to Flower, as the state PROGRESS with a text."""
+def _progress(task: Task) -> Callable[..., None]:
+    """A function that reports a shift's progress to Flower, as the state PROGRESS with a text and figures."""
     # Read now: Celery keeps the request per thread, and progress is reported from another thread.
     uuid, node = task.request.id, task.request.hostname
 
-    def report(text: str) -> None:
+    def report(text: str, **figures: Any) -> None:
         try:
             with task.app.events.default_dispatcher(hostname=node) as dispatcher:
-                dispatcher.send("task-progress", uuid=uuid, retry=False, result=text)
+                dispatcher.send("task-progress", uuid=uuid, retry=False, result=text, **figures)
         except OperationalError as error:
             log.warning("progress not reported", extra={"action": "progress", "reason": sentence(error)})
 

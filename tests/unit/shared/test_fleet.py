@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from imagemill.shared.errors import BrokerUnavailable
-from imagemill.shared.fleet import CANARY_SECONDS, MEMORY_SECONDS, NODE_SECONDS, Fleet
+from imagemill.shared.fleet import CANARY_SECONDS, FORGET_SECONDS, MEMORY_SECONDS, NODE_SECONDS, Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.messages import HostGpus, Node
 from tests.workers import wait_until
@@ -172,3 +172,32 @@ def test_node_that_could_not_start_stays_visible_until_the_next_one_takes_its_na
     assert [report.problem for report in fleet.nodes()] == ["no such GPU"]
     assert fleet.claim_name(node("gpu0@a", process="y/1/5", ready=False)) is None
     assert [report.problem for report in fleet.nodes()] == [""]
+
+
+def test_queues_of_a_node_go_an_hour_after_it(fleet: Fleet, raw: Any) -> None:
+    bindings, remote = "_kombu.binding.imagemill.default", "_kombu.binding.celery.pidbox"
+    queues = {name: f"imagemill-node.{name}" for name in ("cpu@a", "cpu@gone")}
+    for name, queue in queues.items():
+        raw.lpush(queue, "a wake-up")
+        raw.sadd(bindings, f"{queue}\x06\x16\x06\x16{queue}")
+        raw.sadd(remote, f"\x06\x16\x06\x16{name}.celery.pidbox")
+    raw.sadd(bindings, "imagemill.stylize.opencv\x06\x16\x06\x16imagemill.stylize.opencv")
+    raw.sadd(remote, "\x06\x16\x06\x16another@program.celery.pidbox")
+    fleet.report_node(node("cpu@a"))
+    assert fleet.sweep() == 0, "it may be starting again"
+    seen = {name: float(time) for name, time in raw.hgetall("imagemill:node-queues").items()}
+    assert set(seen) == set(queues)
+    for name, time in seen.items():
+        raw.hset("imagemill:node-queues", name, time - FORGET_SECONDS - 1)
+    assert fleet.sweep() == 1
+    assert [name for name, queue in queues.items() if raw.exists(queue)] == ["cpu@a"]
+    assert {member.rpartition("\x16")[2] for member in raw.smembers(bindings)} == {queues["cpu@a"], "imagemill.stylize.opencv"}
+    assert {member.rpartition("\x16")[2] for member in raw.smembers(remote)} == {
+        "cpu@a.celery.pidbox",
+        "another@program.celery.pidbox",
+    }
+
+
+def test_sweep_leaves_keys_of_another_type_alone(fleet: Fleet, raw: Any) -> None:
+    raw.set("_kombu.binding.imagemill.default", "no set")
+    assert fleet.sweep() == 0

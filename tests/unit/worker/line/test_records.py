@@ -26,7 +26,7 @@ from tests.workers import wait_until
 def tally(*codes: str | None) -> Tally:
     made = Tally()
     for index, code in enumerate(codes):
-        made.count(ItemResult(index=index, state="failed" if code else "done", code=code), reused=False)
+        made.count(ItemResult(index=index, state="failed" if code else "done", code=code), "spring", reused=False)
     return made
 
 
@@ -34,6 +34,20 @@ def test_tally_is_one_short_line() -> None:
     assert str(tally()) == "0 done"
     assert str(tally(None, None)) == "2 done"
     assert str(tally(*[None] * 160, "timeout", "not_found", "not_found")) == "160 done, 3 failed (not_found 2, timeout 1)"
+
+
+def test_tally_names_the_jobs_with_most_failures_first() -> None:
+    made = tally(None, "timeout")
+    for number in range(6):
+        made.count(ItemResult(index=0, state="done"), f"job-{number}", reused=False)
+    text = "spring: 1 done, 1 failed (timeout 1); job-0: 1 done; job-1: 1 done; job-2: 1 done; job-3: 1 done"
+    assert made.by_job() == f"{text}; and 2 more jobs; in all 7 done, 1 failed"
+    assert made.ranked() == ["spring", *(f"job-{number}" for number in range(6))]
+
+
+def test_tally_names_the_commonest_codes_only() -> None:
+    codes = [f"code_{number}" for number in range(7)]
+    assert str(tally(*codes, "code_6")).endswith("8 failed (code_6 2, code_0 1, code_1 1, code_2 1, code_3 1, others 2)")
 
 
 @given(st.lists(st.none() | st.sampled_from(["timeout", "not_found", "bad_mask"]), max_size=30))

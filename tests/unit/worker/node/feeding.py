@@ -176,7 +176,7 @@ class Feeding:
     def grows(self, lane: str) -> bool:
         return self.sizes.memory.grows
 
-    def progress(self, context: Context, images: int) -> None:
+    def progress(self, *now: tuple[Context, int]) -> None:
         self.renewals += 1
 
     # --- what the tests do and see ---

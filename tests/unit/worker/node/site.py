@@ -98,7 +98,7 @@ class Site:
 
     def work(self, child: Child) -> str:
         """What a shift returns; `told` is what it reports meanwhile."""
-        return child.work(LANE, self.told.append)
+        return child.work(LANE, lambda text, **_: self.told.append(text))
 
 
 def paths(count: int) -> list[str]:

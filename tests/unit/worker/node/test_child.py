@@ -54,7 +54,7 @@ def test_shift_that_leaves_work_wakes_a_child_of_the_same_node(site: Site) -> No
     job, child = site.submit(*paths(20)), site.child(shift_seconds=0.001)
     shifts, done = 0, 0
     while not child.ledger.status(job).over:
-        done += int(site.work(child).split()[0])
+        done += int(site.work(child).removeprefix(f"{job}: ").split()[0])
         shifts += 1
     assert done == 20
     assert 0 < len(site.publisher.woken) < shifts
@@ -74,9 +74,10 @@ def test_shift_ends_well_when_the_next_one_cannot_be_asked_for(site: Site, caplo
 def test_progress_names_counts_job_and_owner(owner: str | None, shown: str, site: Site) -> None:
     job, child = site.submit("/0.png", owner=owner), site.child()
     context = child.open(job, child._make_feeder().line.budget)
-    child.tell = site.told.append
-    child.progress(context, 12)
-    assert site.told == [f"0 done; now 12 of {job}{shown}"]
+    told: list[tuple[str, dict[str, object]]] = []
+    child.tell = lambda text, **figures: told.append((text, figures))
+    child.progress((context, 12))
+    assert told == [(f"0 done; now 12 of {job}{shown}", {"images_done": 0, "images_failed": 0, "jobs": []})]
 
 
 def test_process_with_a_lost_device_leaves_its_images_to_others(site: Site) -> None:

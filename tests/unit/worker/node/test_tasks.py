@@ -45,7 +45,7 @@ class Child:
 
     def work(self, lane: str, tell: Callable[[str], None]) -> str:
         self.lanes.append(lane)
-        thread = threading.Thread(target=tell, args=("1 done; now 5 of JOB",))  # the feeder's
+        thread = threading.Thread(target=tell, args=("1 done; now 5 of JOB",), kwargs={"images_done": 1})  # the feeder's
         thread.start()
         thread.join()
         return self.behaviour()
@@ -64,8 +64,9 @@ def progress(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The progress messages that Flower would show."""
     messages: list[str] = []
 
-    def send(self: EventDispatcher, kind: str, *, uuid: str, retry: bool, result: str) -> None:
+    def send(self: EventDispatcher, kind: str, *, uuid: str, retry: bool, result: str, images_done: int) -> None:
         assert (kind, bool(uuid), retry) == ("task-progress", True, False)
+        assert images_done == 1
         messages.append(result)
 
     monkeypatch.setattr(EventDispatcher, "send", send)
