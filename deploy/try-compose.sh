@@ -48,12 +48,11 @@ await() {
 without_devices() { sed '/^    deploy: {resources/d' "$1" >"$folder/$(basename "$1")"; }
 
 # imagemill's command line, in a container that runs anyway and that nothing below stops.
-imagemill() { compose exec -T "$host" imagemill "$@"; }
-python() { compose exec -T "$host" python - "$@"; }
+imagemill() { compose exec -T flower imagemill "$@"; }
 
 # The names of all live nodes, with `!` where one isn't ready.
 nodes() {
-    compose exec -T "$host" sh -c 'imagemill fleet --json | python -c "$0"' \
+    compose exec -T flower sh -c 'imagemill fleet --json | python -c "$0"' \
         'import json, sys; print(*(node["node"] + "!" * (not node["ready"]) for node in json.load(sys.stdin)))' 2>/dev/null
 }
 eight="gpu0@server gpu1@server gpu2@server gpu3@server gpu4@server gpu5@server gpu6@server gpu7@server"
@@ -67,7 +66,7 @@ all_are_healthy() {
 
 # Noise, so that no image is like another.
 upload_photos() {
-    python "$1" <<'END'
+    compose run --rm -T --no-deps --entrypoint python gpus - "$1" <<'END'
 import sys
 import cv2, numpy
 from imagemill.shared.s3 import make_client
@@ -80,10 +79,10 @@ for number in range(int(sys.argv[1])):
     s3.put_object(Bucket="results", Key=f"photos/{number:05}.jpg", Body=cv2.imencode(".jpg", image)[1].tobytes())
 END
 }
-submit() { imagemill submit s3://results/photos/ --operation stylize --name "$1" --output "s3://results/$1" >/dev/null; }
+submit() { compose run --rm -T imagemill submit s3://results/photos/ --operation stylize --name "$1" --output "s3://results/$1" >/dev/null; }
 # One figure of a job, such as `done`.
 figure() {
-    compose exec -T "$host" sh -c 'imagemill status "$1" --json | python -c "$0" "$2"' \
+    compose exec -T flower sh -c 'imagemill status "$1" --json | python -c "$0" "$2"' \
         'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1" "$2"
 }
 has_begun() { [ "$(figure "$1" done)" -gt 0 ]; }
@@ -119,7 +118,6 @@ if [ "${BUILD:-}" != no ]; then
     say "builds the images"
     compose build worker flower
 fi
-host=gpu0
 if [ "$mode" = start ]; then
     compose up -d
     await 300 eight_are_ready
@@ -139,16 +137,16 @@ upload_photos "$images"
 
 say "under load, gpu3 is recreated and gpu5 is killed"
 submit containers
-await 60 has_begun containers
+await 300 has_begun containers
 before=$(compose ps -q gpu3)
 compose up -d --no-deps --force-recreate gpu3
 [ "$(compose ps -q gpu3)" != "$before" ] || fail "gpu3 is the same container as before"
 kill_processes gpu5
 is_over containers && fail "the job was too small: give more IMAGES"
-await 90 eight_are_ready
+await 300 eight_are_ready
 check_job containers
 imagemill fleet
-await 120 all_are_healthy gpu0 gpu1 gpu2 gpu3 gpu4 gpu5 gpu6 gpu7
+await 300 all_are_healthy gpu0 gpu1 gpu2 gpu3 gpu4 gpu5 gpu6 gpu7
 compose exec -T flower python - "$eight" <<'END'
 import base64, json, os, sys, urllib.request
 
@@ -165,17 +163,16 @@ compose rm -f gpu0 gpu1 gpu2 gpu3 gpu4 gpu5 gpu6 gpu7
 
 say "one container with a node per GPU"
 layout=("${base[@]}" -f deploy/try/gpus.yml --profile gpu)
-host=gpus
 compose up -d
 await 300 eight_are_ready
 await 300 all_are_healthy gpus
 imagemill fleet
 submit one-container
-await 60 has_begun one-container
+await 300 has_begun one-container
 kill_processes gpus
 is_running() { [ "$(docker inspect --format '{{.State.Running}}' "$(compose ps -q gpus)")" = true ]; }
-await 30 is_running
-await 120 eight_are_ready
+await 60 is_running
+await 300 eight_are_ready
 check_job one-container
 await 300 all_are_healthy gpus
 
