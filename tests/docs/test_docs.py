@@ -30,10 +30,11 @@ from tests.workers import ROOT, WorkerProcess, clean_environment
 
 FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "deploy/README.md", "examples/looks.yaml")]
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *FRONT]
-CONFIGURED = [ROOT / name for name in ("docker-compose.yml", "Dockerfile.worker", "deploy/.env.example")]
+CONFIGURED_NAMES = ("docker-compose.yml", "deploy/compose.8gpu.yml", "Dockerfile.worker", "deploy/.env.example")
+CONFIGURED = [ROOT / name for name in CONFIGURED_NAMES]
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`(?:imagemill )?((?:[a-z]+ )+--?[^`]*|[a-z]+(?: [a-zA-Z]+)*)`")
-CONTAINERS = ("imagemill", "worker", "imagemill-worker:gpu")
+CONTAINERS = ("imagemill", "worker", "gpus", "gpu0")
 COMMANDS = {entry.name: entry for entry in entry_points(group="imagemill.commands")}
 
 
