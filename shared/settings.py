@@ -11,7 +11,6 @@ from ipaddress import IPv4Network, IPv6Network
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +27,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.options.base import OPERATIONS, Operation, validation_sentence
+from imagemill.shared.redis_url import RedisUrl
 
 PREFIX = "IMAGEMILL_"
 BETWEEN = "__"
@@ -191,8 +191,7 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, url: SecretStr) -> SecretStr:
-        if not _is_redis(url.get_secret_value()):
-            raise ValueError("expected redis://:PASSWORD@HOST:PORT/DATABASE, with special characters percent-encoded")
+        RedisUrl.parse(url.get_secret_value())
         return url
 
 
@@ -202,17 +201,6 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:
         raise ConfigurationError(validation_sentence(error, _variable, secret=f"{PREFIX}REDIS_URL")) from error
-
-
-def _is_redis(url: str) -> bool:
-    """Whether both redis-py and kombu can parse a URL."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises ValueError for an invalid port
-    except ValueError:
-        return False
-    database = parts.path.strip("/")
-    return parts.scheme in ("redis", "rediss") and (not database or database.isdecimal())
 
 
 def _variable(location: Iterable[int | str]) -> str:

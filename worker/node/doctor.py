@@ -21,9 +21,10 @@ from rich.console import Console
 
 from imagemill.shared import s3
 from imagemill.shared.broker import make_app, queues
+from imagemill.shared.connection import connect, explain
 from imagemill.shared.dead import DeadLetters
 from imagemill.shared.engines import ENGINES
-from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
+from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.queues import CANARY_TASK, node_queue
 from imagemill.shared.settings import Settings, load_settings
@@ -83,11 +84,11 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
     """Does Redis respond, save its data to disk, and refuse writes rather than evict data when full?"""
     url = settings.redis_url.get_secret_value()
     try:
-        with redis.Redis.from_url(url, socket_connect_timeout=5, socket_timeout=5) as client:
+        with connect(url) as client:
             info: Any = client.info()
             seconds, _ = client.time()
     except redis.RedisError as error:
-        yield Finding("redis", "failed", sentence(error), START_REDIS)
+        yield Finding("redis", "failed", explain(error), START_REDIS)
         return
     yield Finding("redis", "ok", f"version {info['redis_version']}, {info['used_memory_human']} used")
     apart = abs(time.time() - seconds)
