@@ -61,6 +61,8 @@ def make_client(settings: S3Settings) -> S3Client:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
+    from imagemill.shared.s3_clock import follow_server
+
     config = Config(
         connect_timeout=5,
         read_timeout=30,
@@ -75,9 +77,11 @@ def make_client(settings: S3Settings) -> S3Client:
         s3={"addressing_style": "path" if settings.endpoint_url else "auto"},
     )
     try:
-        return boto3.Session().client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
+        client = boto3.Session().client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
     except (BotoCoreError, ValueError) as error:  # ValueError: the endpoint is not a URL
         raise errors.ConfigurationError(f"S3 at {settings.endpoint_url or 'AWS'}: {errors.sentence(error)}") from error
+    follow_server(client)
+    return client
 
 
 def split(url: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from imagemill.producer.embedded_redis import EmbeddedRedis, find_server
@@ -35,21 +35,15 @@ def running_redis(folder: Path) -> Iterator[EmbeddedRedis]:
 
 
 @contextmanager
-def configured_redis(
-    folder: Path, *lines: str, port: int = 0, sentinel: bool = False, inside: tuple[str, ...] = ()
-) -> Iterator[int]:
-    """A Redis with these lines of configuration, or a Sentinel; yields its port, which the configuration gets as PORT.
-
-    `inside` is a command that runs another one elsewhere, such as `ip netns exec NAME`.
-    """
+def configured_redis(folder: Path, *lines: str, sentinel: bool = False) -> Iterator[int]:
+    """A Redis with these lines of configuration, or a Sentinel; yields its port, which stands for PORT in the lines."""
     require_redis()
     folder.mkdir(parents=True, exist_ok=True)
-    if not port:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
     configuration = folder / "redis.conf"
     configuration.write_text("\n".join([f"dir {folder}", *lines, ""]).replace("PORT", str(port)))
-    command = [*inside, find_server(), str(configuration), *(["--sentinel"] if sentinel else [])]
+    command = [find_server(), str(configuration), *(["--sentinel"] if sentinel else [])]
     with (folder / "redis.log").open("ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
@@ -66,5 +60,4 @@ def _wait_until_it_listens(process: subprocess.Popen[bytes], log: Path) -> None:
         if any(line in log.read_text(errors="replace") for line in ("Ready to accept connections", "Sentinel ID is")):
             return
         time.sleep(0.02)
-    with suppress(OSError):
-        raise unavailable(f"this Redis does not start: {log.read_text(errors='replace')[-300:]}")
+    raise unavailable(f"this Redis does not start: {log.read_text(errors='replace')[-300:]}")
