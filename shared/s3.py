@@ -6,6 +6,9 @@ boto3 takes half a second to import, so functions import it when they need it.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
@@ -30,6 +33,8 @@ BUSY = frozenset({"SlowDown", "BadDigest", "InternalError", "ServiceUnavailable"
 """BadDigest: the bytes were damaged in transit, so a retry helps."""
 SKEWED = "RequestTimeTooSkewed"
 """The clock of this host, or of the server, is wrong: sent with status 403, but no key would help."""
+WHY_NO_TLS = re.compile(r"certificate verify failed: [\w -]+|hostname '[\w.:-]+' doesn't match '[\w.*:-]+'")
+"""What to tell of botocore's message, which contains the signed URL."""
 # MalformedXML: the server mistakes the rules for a different request, as Swift does.
 NO_LIFECYCLE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML"})
 
@@ -55,8 +60,9 @@ def lazy_client(settings: S3Settings) -> Callable[[], S3Client]:
 def make_client(settings: S3Settings) -> S3Client:
     """A client with its own session; create one per process, after the fork.
 
-    Raises ConfigurationError for an endpoint, region or profile that boto3 can't use.
+    Raises ConfigurationError for an endpoint, region, profile or AWS_CA_BUNDLE that boto3 can't use.
     """
+    _check_ca_bundle()
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
@@ -82,6 +88,16 @@ def make_client(settings: S3Settings) -> S3Client:
         raise errors.ConfigurationError(f"S3 at {settings.endpoint_url or 'AWS'}: {errors.sentence(error)}") from error
     follow_server(client)
     return client
+
+
+def _check_ca_bundle() -> None:
+    """Boto3 would say so only after several attempts to connect, as if the server were down."""
+    if bundle := os.environ.get("AWS_CA_BUNDLE"):
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
+        except OSError as error:
+            reason = "not a PEM file with certificates" if isinstance(error, ssl.SSLError) else error.strerror
+            raise errors.ConfigurationError(f"AWS_CA_BUNDLE={bundle}: {reason}") from error
 
 
 def split(url: str) -> tuple[str, str]:
@@ -233,6 +249,11 @@ def _from_client(error: Exception, what: str) -> errors.ImageError:
 
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):
         return errors.Timeout(f"{what}: the S3 server did not respond in time")
+    if isinstance(error, boto.SSLError):
+        reason = errors.sentence(error.kwargs["error"])
+        return errors.Unreachable(
+            f"{what}: no TLS connection to the S3 server; AWS_CA_BUNDLE names a CA of your own ({reason})"
+        )
     network = boto.ConnectionError | boto.HTTPClientError
     if isinstance(error, network | boto.IncompleteReadError | boto.ChecksumError | boto.FlexibleChecksumError):
         return errors.Unreachable(f"{what}: no connection to the S3 server, or it was lost ({type(error).__name__})")

@@ -80,6 +80,7 @@ class FetchSettings(Group):
     allow_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], LIST] = Field(
         (), description="private networks to allow; JSON list"
     )
+    ca_file: Path | None = Field(None, description="PEM file with CAs to trust besides the public ones")
     threads: int = Field(
         16, ge=1, le=256, description="parallel downloads (with decoding) per child process, and as many again from slow hosts"
     )

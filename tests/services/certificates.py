@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import ssl
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.services.images import ImageServer
 from tests.services.unavailable import unavailable
 
 
@@ -47,6 +49,14 @@ class Authority:
         key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", str(made.key)]
         _openssl("req", "-new", *key, "-subj", subject, "-out", str(made.file), *more)
         return made
+
+
+def with_tls(server: ImageServer, certificate: Certificate) -> str:
+    """Have a server that has not started yet speak TLS; returns the URL at `localhost`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.file, certificate.key)
+    server.listener.socket = context.wrap_socket(server.listener.socket, server_side=True)
+    return f"https://localhost:{server.port}"
 
 
 def _openssl(*arguments: str) -> None:
