@@ -250,10 +250,9 @@ def _from_client(error: Exception, what: str) -> errors.ImageError:
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):
         return errors.Timeout(f"{what}: the S3 server did not respond in time")
     if isinstance(error, boto.SSLError):
-        reason = errors.sentence(error.kwargs["error"])
-        return errors.Unreachable(
-            f"{what}: no TLS connection to the S3 server; AWS_CA_BUNDLE names a CA of your own ({reason})"
-        )
+        reason = WHY_NO_TLS.search(str(error))
+        why = f" ({reason[0].strip()})" if reason else ""
+        return errors.Unreachable(f"{what}: no TLS connection to the S3 server; AWS_CA_BUNDLE names a CA of your own{why}")
     network = boto.ConnectionError | boto.HTTPClientError
     if isinstance(error, network | boto.IncompleteReadError | boto.ChecksumError | boto.FlexibleChecksumError):
         return errors.Unreachable(f"{what}: no connection to the S3 server, or it was lost ({type(error).__name__})")
