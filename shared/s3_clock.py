@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 MOST_APART = timedelta(minutes=5)
 """What needs no correction; servers tolerate 15 minutes."""
+TOO_FAR_APART = ("RequestTimeTooSkewed", "403")
+"""The codes of such a refusal: replies to HEAD have only their status."""
 
 
 class _Shifted:
@@ -45,8 +47,9 @@ def follow_server(client: Any) -> None:
 
 
 def _look_at_clock(response: Any = None, **_: Any) -> int | None:
-    """0, for another attempt at once, if the server has refused a request that we have signed for another time."""
-    if response is None or response[0].status_code != 403 or "date" not in response[0].headers:
+    """0, for another attempt at once, if the server has refused a request because we have signed it for another time."""
+    code = response[1].get("Error", {}).get("Code") if response else None
+    if response is None or code not in TOO_FAR_APART or "date" not in response[0].headers:
         return None
     try:
         skew = parsedate_to_datetime(response[0].headers["date"]) - compat.get_current_datetime().replace(tzinfo=UTC)
