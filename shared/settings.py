@@ -171,7 +171,7 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="URL of Redis (queues and ledger)")
+    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="URL of Redis, or of its Sentinels")
     expire_days: float = Field(7.0, gt=0, description="days after which Redis forgets a job")
     low_priority_hours: float = Field(1.0, gt=0, description="hours after which a job of low priority moves up to normal")
     owner_weights: Annotated[dict[str, PositiveFloat], OBJECT] = Field(

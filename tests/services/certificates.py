@@ -8,8 +8,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.services.images import ImageServer
-from tests.services.unavailable import unavailable
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Authority:
 
     def __init__(self, folder: Path, name: str = "ca") -> None:
         if shutil.which("openssl") is None:
-            raise unavailable("openssl is not installed")
+            pytest.skip("openssl is not installed")
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.name = folder, name
         extensions = ["-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign"]
