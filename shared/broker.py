@@ -8,9 +8,11 @@ from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
 
-from imagemill.shared.errors import BrokerUnavailable, sentence
+from imagemill.shared.connection import explain, sentinel_options
+from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.messages import WakeUp
 from imagemill.shared.queues import node_queue, queue_name, task_name
+from imagemill.shared.redis_url import RedisUrl
 from imagemill.shared.settings import Settings
 
 KILL_MARGIN = 60.0
@@ -19,7 +21,7 @@ KILL_MARGIN = 60.0
 
 def make_app(settings: Settings) -> Celery:
     """The Celery application of a producer or worker, not yet connected."""
-    url = settings.redis_url.get_secret_value()
+    where = RedisUrl.parse(settings.redis_url.get_secret_value())
     hard = settings.worker.time_limit + KILL_MARGIN
     # Longer than a message can legitimately stay unacknowledged, or it would be delivered twice.
     transport = {
@@ -34,7 +36,9 @@ def make_app(settings: Settings) -> Celery:
         "socket_connect_timeout": 5,
         "socket_keepalive": True,
     }
-    app = Celery("imagemill", broker=url, set_as_current=False)
+    if where.primary is not None:
+        transport |= {"master_name": where.primary, "sentinel_kwargs": sentinel_options(where)}
+    app = Celery("imagemill", broker=where.for_celery, set_as_current=False)
     app.conf.update(
         # Only JSON: a forged message can't run code.
         accept_content=["json"],
@@ -62,6 +66,7 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_max_retries=None,
         broker_channel_error_retry=True,  # whatever its keys hold
         broker_transport_options=transport,
+        broker_use_ssl=where.tls or False,
         visibility_timeout=int(2 * hard),
         redis_socket_timeout=10.0,
         redis_socket_keepalive=True,
@@ -102,4 +107,4 @@ class Publisher:
                         producer=producer,
                     )
         except OperationalError as error:
-            raise BrokerUnavailable(f"Redis: {sentence(error)}") from error
+            raise BrokerUnavailable(f"Redis: {explain(error.__cause__ or error)}") from error

@@ -8,15 +8,61 @@ from contextlib import contextmanager
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError, Sentinel
 
 from imagemill.shared.errors import BrokerUnavailable, sentence
+from imagemill.shared.redis_url import RedisUrl
+
+REASONS = {
+    "hostname mismatch": "its certificate is for another host name than the one in the URL",
+    "ip address mismatch": "its certificate is for another address than the one in the URL",
+    "certificate has expired": "its certificate has expired, or this host's clock is wrong",
+    "certificate is not yet valid": "its certificate is not valid yet, or this host's clock is wrong",
+    "certificate verify failed": "its certificate is from a CA unknown to this host; ssl_ca_certs in the URL can name yours",
+    "alert certificate required": "it asks for a client certificate; name yours with ssl_certfile and ssl_keyfile in the URL",
+    "alert handshake failure": "it asks for a client certificate; name yours with ssl_certfile and ssl_keyfile in the URL",
+    "alert unknown ca": "it refuses the client certificate: not signed by a CA that it knows",
+    "alert certificate": "it refuses the client certificate",
+    "alert bad certificate": "it refuses the client certificate",
+    "eof occurred in violation": "it ended the connection; it asks for a client certificate, or refuses this one",
+    "wrong version number": "it does not use TLS on this port; the URL should begin with redis, not rediss",
+}
+"""What OpenSSL's messages mean, in lower case; the first that occurs counts."""
 
 
-def connect(url: str) -> Any:
-    """A thread-safe client with timeouts, which connects on the first command. Create one per process, after the fork."""
-    return redis.Redis.from_url(
-        url, decode_responses=False, socket_timeout=10, socket_connect_timeout=5, health_check_interval=25
+def connect(url: str, *, socket_timeout: float = 10, retry: Retry | None = None) -> Any:
+    """A thread-safe client with timeouts, which connects on the first command. Create one per process, after the fork.
+
+    `retry` replaces redis-py's own, which goes on for half a minute. With Sentinels, each connection is to the Redis that
+    they name at that moment. Raises ConfigurationError if the URL names a file for TLS that can't be used.
+    """
+    where = RedisUrl.parse(url)
+    options: dict[str, Any] = dict(
+        decode_responses=False, socket_timeout=socket_timeout, socket_connect_timeout=5, health_check_interval=25, **where.tls
     )
+    if retry is not None:
+        options["retry"] = retry
+    if where.primary is None:
+        return redis.Redis.from_url(where.plain, **options)
+    sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]
+        where.hosts,
+        sentinel_kwargs=sentinel_options(where),
+        username=where.username or None,
+        password=where.password or None,
+        db=where.database,
+        ssl=where.encrypted,
+        **options,
+    )
+    return sentinel.master_for(where.primary)
+
+
+def sentinel_options(where: RedisUrl) -> dict[str, Any]:
+    """Options of connections to Sentinels. One that does not respond costs 2 s, then the next is asked."""
+    tls = {"ssl": True, **where.tls} if where.encrypted else {}
+    once = Retry(NoBackoff(), 0)  # by default redis-py asks a Sentinel that is down ten times more
+    return {"socket_timeout": 2.0, "socket_connect_timeout": 2.0, "retry": once, **where.sentinel_login, **tls}
 
 
 class Connected:
@@ -49,7 +95,17 @@ def reachable() -> Iterator[None]:
     try:
         yield
     except redis.RedisError as error:
-        raise BrokerUnavailable(f"Redis: {sentence(error)}") from error
+        raise BrokerUnavailable(f"Redis: {explain(error)}") from error
+
+
+def explain(error: BaseException) -> str:
+    """What redis-py's error means, in plain words as far as we know them; without passwords."""
+    text = str(error).lower()
+    reason = next((reason for words, reason in REASONS.items() if words in text), None)
+    if isinstance(error, MasterNotFoundError):
+        name = str(error).partition(" : ")[0].removeprefix("No master found for ")
+        return f"no Sentinel {'can be asked: ' + reason if reason else f'knows where the primary {name} is'}"
+    return f"{reason} ({sentence(error)})" if reason else sentence(error)
 
 
 def now_ms(client: Any) -> int:

@@ -22,7 +22,7 @@ from typing import TypeVar
 
 import redis
 
-from imagemill.shared.connection import Connected, now_ms
+from imagemill.shared.connection import Connected, connect, now_ms
 from imagemill.shared.dead import VERSION, reason_of, take_out, version_of
 from imagemill.shared.messages import HostGpus, Node
 from imagemill.shared.settings import Settings
@@ -272,5 +272,5 @@ class Fleet(Connected):
 
     def await_canary(self, token: str, seconds: float) -> bool:
         """Whether the canary task with this token runs within `seconds`."""
-        with redis.Redis.from_url(self._url, socket_timeout=seconds + 1) as waiting:
+        with connect(self._url, socket_timeout=seconds + 1) as waiting:
             return waiting.blpop([f"imagemill:canary:{token}"], timeout=seconds) is not None

@@ -6,6 +6,9 @@ boto3 takes half a second to import, so functions import it when they need it.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
@@ -30,6 +33,8 @@ BUSY = frozenset({"SlowDown", "BadDigest", "InternalError", "ServiceUnavailable"
 """BadDigest: the bytes were damaged in transit, so a retry helps."""
 SKEWED = "RequestTimeTooSkewed"
 """The clock of this host, or of the server, is wrong: sent with status 403, but no key would help."""
+WHY_NO_TLS = re.compile(r"certificate verify failed: [\w -]+|hostname '[\w.:-]+' doesn't match '[\w.*:-]+'")
+"""What to tell of botocore's message, which contains the signed URL."""
 # MalformedXML: the server mistakes the rules for a different request, as Swift does.
 NO_LIFECYCLE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML"})
 
@@ -56,11 +61,14 @@ def make_client(settings: S3Settings, *, patient: bool = True) -> S3Client:
     """A client with its own session; create one per process, after the fork.
 
     One that is not `patient` gives up after the first attempt, within seconds.
-    Raises ConfigurationError for an endpoint, region or profile that boto3 can't use.
+    Raises ConfigurationError for an endpoint, region, profile or AWS_CA_BUNDLE that boto3 can't use.
     """
+    _check_ca_bundle()
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
+
+    from imagemill.shared.s3_clock import follow_server
 
     config = Config(
         connect_timeout=5,
@@ -76,9 +84,21 @@ def make_client(settings: S3Settings, *, patient: bool = True) -> S3Client:
         s3={"addressing_style": "path" if settings.endpoint_url else "auto"},
     )
     try:
-        return boto3.Session().client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
+        client = boto3.Session().client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
     except (BotoCoreError, ValueError) as error:  # ValueError: the endpoint is not a URL
         raise errors.ConfigurationError(f"S3 at {settings.endpoint_url or 'AWS'}: {errors.sentence(error)}") from error
+    follow_server(client)
+    return client
+
+
+def _check_ca_bundle() -> None:
+    """Boto3 would say so only after several attempts to connect, as if the server were down."""
+    if bundle := os.environ.get("AWS_CA_BUNDLE"):
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(bundle)
+        except OSError as error:
+            reason = "not a PEM file with certificates" if isinstance(error, ssl.SSLError) else error.strerror
+            raise errors.ConfigurationError(f"AWS_CA_BUNDLE={bundle}: {reason}") from error
 
 
 def split(url: str) -> tuple[str, str]:
@@ -230,6 +250,10 @@ def _from_client(error: Exception, what: str) -> errors.ImageError:
 
     if isinstance(error, boto.ConnectTimeoutError | boto.ReadTimeoutError):
         return errors.Timeout(f"{what}: the S3 server did not respond in time")
+    if isinstance(error, boto.SSLError):
+        reason = WHY_NO_TLS.search(str(error))
+        why = f" ({reason[0].strip()})" if reason else ""
+        return errors.Unreachable(f"{what}: no TLS connection to the S3 server; AWS_CA_BUNDLE names a CA of your own{why}")
     network = boto.ConnectionError | boto.HTTPClientError
     if isinstance(error, network | boto.IncompleteReadError | boto.ChecksumError | boto.FlexibleChecksumError):
         return errors.Unreachable(f"{what}: no connection to the S3 server, or it was lost ({type(error).__name__})")

@@ -11,7 +11,6 @@ from ipaddress import IPv4Network, IPv6Network
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +27,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.options.base import OPERATIONS, Operation, validation_sentence
+from imagemill.shared.redis_url import RedisUrl
 
 PREFIX = "IMAGEMILL_"
 BETWEEN = "__"
@@ -80,6 +80,7 @@ class FetchSettings(Group):
     allow_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], LIST] = Field(
         (), description="private networks to allow; JSON list"
     )
+    ca_file: Path | None = Field(None, description="PEM file with CAs to trust besides the public ones")
     threads: int = Field(
         16, ge=1, le=256, description="parallel downloads (with decoding) per child process, and as many again from slow hosts"
     )
@@ -176,7 +177,7 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="URL of Redis (queues and ledger)")
+    redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="URL of Redis, or of its Sentinels")
     expire_days: float = Field(7.0, gt=0, description="days after which Redis forgets a job")
     low_priority_hours: float = Field(1.0, gt=0, description="hours after which a job of low priority moves up to normal")
     owner_weights: Annotated[dict[str, PositiveFloat], OBJECT] = Field(
@@ -197,8 +198,7 @@ class Settings(BaseSettings):
     @field_validator("redis_url")
     @classmethod
     def _check_redis_url(cls, url: SecretStr) -> SecretStr:
-        if not _is_redis(url.get_secret_value()):
-            raise ValueError("expected redis://:PASSWORD@HOST:PORT/DATABASE, with special characters percent-encoded")
+        RedisUrl.parse(url.get_secret_value())
         return url
 
 
@@ -208,17 +208,6 @@ def load_settings(**overrides: object) -> Settings:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:
         raise ConfigurationError(validation_sentence(error, _variable, secret=f"{PREFIX}REDIS_URL")) from error
-
-
-def _is_redis(url: str) -> bool:
-    """Whether both redis-py and kombu can parse a URL."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises ValueError for an invalid port
-    except ValueError:
-        return False
-    database = parts.path.strip("/")
-    return parts.scheme in ("redis", "rediss") and (not database or database.isdecimal())
 
 
 def _variable(location: Iterable[int | str]) -> str:

@@ -32,9 +32,9 @@ class ImageServer:
         self.stalled = threading.Event()
         self.released = threading.Event()
         self._lock = threading.Lock()
-        self._server = self._make_server()
-        self.port: int = self._server.server_address[1]
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self.listener = self._make_server()
+        self.port: int = self.listener.server_address[1]
+        self._thread = threading.Thread(target=self.listener.serve_forever, args=(0.02,), daemon=True)
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         """The URL of a path on this server."""
@@ -48,8 +48,8 @@ class ImageServer:
     def stop(self) -> None:
         """Release stalled requests and close."""
         self.released.set()
-        self._server.shutdown()
-        self._server.server_close()
+        self.listener.shutdown()
+        self.listener.server_close()
         self._thread.join()
 
     def __enter__(self) -> ImageServer:

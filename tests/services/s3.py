@@ -57,7 +57,7 @@ importlib.import_module(module).main()
 
 
 class S3Server:
-    """OpenStack Swift's S3 interface on 127.0.0.1, with SigV4 checks, path-style URLs and region us-east-1.
+    """OpenStack Swift's S3 interface on 127.0.0.1 or `host`, with SigV4 checks, path-style URLs and region us-east-1.
 
     Swift is installed once, into its own virtual environment under `.services/`. Objects are kept in a temporary
     folder, which `stop` removes.
@@ -65,7 +65,8 @@ class S3Server:
 
     access_key = "test:tester"
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._host = host
         self.secret_key = secrets.token_hex(16)
         self.endpoint_url = ""
         self._folder: Path | None = None
@@ -95,7 +96,7 @@ class S3Server:
         except BaseException:
             self.stop()
             raise
-        self.endpoint_url = f"http://127.0.0.1:{ports['proxy']}"
+        self.endpoint_url = f"http://{self._host}:{ports['proxy']}"
         return self
 
     def stop(self) -> None:
@@ -133,9 +134,10 @@ class S3Server:
     def _conf(self, folder: Path, kind: str, port: int) -> str:
         user = pwd.getpwuid(os.getuid()).pw_name
         pipeline = PIPELINE if kind == "proxy" else f"healthcheck {kind}-server"
+        host = self._host if kind == "proxy" else "127.0.0.1"
         lines = [
             "[DEFAULT]",
-            f"bind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 0\nuser = {user}",
+            f"bind_ip = {host}\nbind_port = {port}\nworkers = 0\nuser = {user}",
             f"swift_dir = {folder}\ndevices = {folder}/devices\nmount_check = false\nfallocate_reserve = 0",
             # Swift complains if there is no syslog socket; UDP to the discard port costs nothing.
             "log_level = ERROR\nlog_udp_host = 127.0.0.1\nlog_udp_port = 9",
@@ -164,12 +166,12 @@ class S3Server:
             )
 
     def _wait_for(self, folder: Path, kind: str, port: int) -> None:
-        process = self._processes[kind]
+        process, host = self._processes[kind], self._host if kind == "proxy" else "127.0.0.1"
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             try:
-                with direct.open(f"http://127.0.0.1:{port}/healthcheck", timeout=5):
+                with direct.open(f"http://{host}:{port}/healthcheck", timeout=5):
                     return
             except OSError:
                 try:

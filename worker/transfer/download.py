@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import certifi
 import pycurl
 
 from imagemill.shared import errors
-from imagemill.shared.errors import ImageError
+from imagemill.shared.errors import ConfigurationError, ImageError, sentence
 from imagemill.shared.settings import FetchSettings
 from imagemill.worker.transfer.addresses import Target, allowed
 
@@ -33,6 +35,7 @@ class Downloader:
         self._settings = settings
         self._agent = _user_agent()
         self._idle: list[pycurl.Curl] = []
+        self._own_cas = _read_cas(settings.ca_file)
 
     def get(self, target: Target, label: str, seconds: float) -> Transfer:
         """Request `target` once, without following redirects; `label` names it in errors.
@@ -80,6 +83,18 @@ class Downloader:
             (pycurl.WRITEFUNCTION, transfer.on_body),
         ):
             handle.setopt(option, value)
+        if self._own_cas:
+            handle.set_ca_certs(self._own_cas)  # in addition to CAINFO
+
+
+def _read_cas(file: Path | None) -> str:
+    if file is None:
+        return ""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+        return file.read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"IMAGEMILL_FETCH__CA_FILE={file} can't be used: {sentence(error)}") from error
 
 
 @dataclass

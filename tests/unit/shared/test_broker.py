@@ -85,8 +85,11 @@ def test_queues_are_bound_to_their_names() -> None:
     assert [(queue.name, queue.routing_key) for queue in queues(["a", "b"])] == [("a", "a"), ("b", "b")]
 
 
-def test_displayed_configuration_contains_no_password() -> None:
-    app = make_app(settings_for())
+@pytest.mark.parametrize(
+    "url", ["redis://:hush@127.0.0.1:1/0", "redis+sentinel://:hush@127.0.0.1:1,127.0.0.1:2/main?sentinel_password=hush"]
+)
+def test_displayed_configuration_contains_no_password(url: str) -> None:
+    app = make_app(settings_for(url))
     shown = [repr(app), repr(app.connection_for_write()), app.connection_for_write().as_uri(), app.conf.humanize()]
     assert "hush" not in " ".join([*shown, str(app.conf.table(with_defaults=True))])
 

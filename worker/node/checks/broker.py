@@ -7,16 +7,19 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
 from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError
 
+from imagemill.shared import connection
+from imagemill.shared.connection import connect
 from imagemill.shared.dead import DeadLetters
 from imagemill.shared.errors import ServiceUnavailable, sentence
 from imagemill.shared.fleet import Fleet
+from imagemill.shared.redis_url import RedisUrl
 from imagemill.shared.settings import Settings
 from imagemill.worker.node.checks.finding import START_REDIS, Finding
 from imagemill.worker.node.offer import lanes
@@ -33,9 +36,7 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
     """Can Redis be reached and written to, and does it keep what it is given? If so, what do its entries say?"""
     url = settings.redis_url.get_secret_value()
     try:
-        # Without redis-py's own retries, which take half a minute if the host does not respond.
-        options: Any = dict(socket_connect_timeout=5, socket_timeout=5, retry=Retry(NoBackoff(), 0))
-        with redis.Redis.from_url(url, **options) as client:
+        with connect(url, socket_timeout=5, retry=Retry(NoBackoff(), 0)) as client:
             info: Any = client.info()
             seconds, _ = client.time()
             saves = _saves(client)
@@ -57,33 +58,37 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
 
 def explain(error: Exception, url: str) -> tuple[str, str]:
     """Why Redis can't be used, in plain words and without the password, and how to fix it."""
-    parts = urlsplit(url)
-    where = f"{parts.hostname or 'localhost'}:{parts.port or 6379}"
-    other = f"{'redis' if parts.scheme == 'rediss' else 'rediss'}://"
+    parts = RedisUrl.parse(url)
+    host, port = parts.hosts[0]
+    where, encrypted = f"{host}:{port}", parts.encrypted
+    other = f"{'redis' if encrypted else 'rediss'}://"
     text = sentence(error)
+    if isinstance(error, MasterNotFoundError):
+        fix = "compare the Sentinels and the primary's name in IMAGEMILL_REDIS_URL with redis-cli -p 26379 SENTINEL masters"
+        return connection.explain(error), fix
     if isinstance(error, NoPermissionError):
         return f"Redis at {where}: this user may not run the commands needed", "allow the user all commands: redis-cli ACL LIST"
     if isinstance(error, AuthenticationError | AuthorizationError):
-        return _explain_refusal(where, parts.password, unquote(parts.username or ""))
+        return _explain_refusal(where, parts.password, parts.username)
     if isinstance(error, redis.BusyLoadingError):
         return f"Redis at {where} is still loading its data", "wait, then run imagemill doctor again"
     if "CERTIFICATE_VERIFY_FAILED" in text:
         fix = "add ?ssl_ca_certs=FILE, the certificate of the CA that signed Redis' own, to IMAGEMILL_REDIS_URL"
         return f"the TLS certificate of Redis at {where} is not trusted, or is for another name", fix
-    if parts.scheme == "rediss" and ("SSL" in text or "TLS" in text):
+    if encrypted and ("SSL" in text or "TLS" in text):
         fix = f"use {other} in IMAGEMILL_REDIS_URL if Redis has no TLS there; otherwise compare their TLS settings"
         return f"Redis at {where} doesn't speak TLS on this port, or not as this host expects", fix
     if isinstance(error, redis.TimeoutError):
-        tls = f"; use {other} if it has no TLS there" if parts.scheme == "rediss" else ""  # it would wait for a line
-        fix = f"{START_REDIS}; open port {parts.port or 6379} in the firewall between the two hosts{tls}"
+        tls = f"; use {other} if it has no TLS there" if encrypted else ""  # it would wait for a line
+        fix = f"{START_REDIS}; open port {port} in the firewall between the two hosts{tls}"
         return f"Redis at {where} does not respond within 5 s", fix
     if "reset" in text or "closed" in text.lower():
-        fix = f"set IMAGEMILL_REDIS_URL to {other}... if Redis has {'no ' if parts.scheme == 'rediss' else ''}TLS on this port"
+        fix = f"set IMAGEMILL_REDIS_URL to {other}... if Redis has {'no ' if encrypted else ''}TLS on this port"
         return f"Redis at {where} closes the connection", fix
     reason = re.sub(r"^Error -?\d+ connecting to \S+ ", "", text)
     if "Name or service" in reason or "name resolution" in reason:
         fix = "set IMAGEMILL_REDIS_URL to the address of Redis; only containers know the names of a compose file's services"
-        return f"this host doesn't know the name {parts.hostname!r} of Redis", fix
+        return f"this host doesn't know the name {host!r} of Redis", fix
     return f"no connection to Redis at {where}: {reason}", START_REDIS
 
 

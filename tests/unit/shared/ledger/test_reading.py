@@ -65,7 +65,8 @@ def test_follow_returns_results_in_order_of_recording(producer: SubmitLedger, wo
 
 
 def test_long_wait_for_results_does_not_time_out(redis_server: EmbeddedRedis, raw: Any) -> None:
-    with closing(SubmitLedger(f"{redis_server.url}?socket_timeout=0.4")) as producer:
+    with closing(SubmitLedger(redis_server.url)) as producer:
+        producer._redis.connection_pool.connection_kwargs["socket_timeout"] = 0.4
         job = make_job(producer, 1)
         assert producer.follow(job, wait=60.0) == ("0", [])
 

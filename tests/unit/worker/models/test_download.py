@@ -20,7 +20,7 @@ from imagemill.worker.models.catalogue import WEIGHTS, Weights
 from imagemill.worker.models.download import pull, url_of
 from imagemill.worker.models.files import path_of, record_variant, state, variant
 from tests.services.images import Handler, ImageServer, answers, redirect, reply, start_reply
-from tests.workers import ROOT, clean_environment
+from tests.workers import ROOT, clean_environment, wait_until
 
 DATA = bytes(range(256)) * 8192  # 2 MiB: more than one block
 RELEASE = "/danielgatis/rembg/releases/download/v0.0.0/u2net.onnx"
@@ -267,6 +267,37 @@ def test_killed_pull_leaves_neither_a_lock_nor_a_wrong_file(settings: WeightsSet
     assert done.returncode == 9, done.stderr
     assert state(settings.folder, weights()) == "missing"
     assert pull(weights(), settings) == "pulled"
+    assert path_of(settings.folder, weights()).read_bytes() == DATA
+
+
+PULL_OR_WAIT = PULL_AND_DIE.replace("os._exit(9)", "False").replace(
+    "False)", "False, waiting=lambda: print('waits', flush=True))"
+)
+
+
+def test_eight_processes_that_pull_into_one_folder_at_once_download_the_file_once(
+    settings: WeightsSettings, images: ImageServer
+) -> None:
+    """As eight hosts do that start with a shared folder."""
+    proceed, store = threading.Event(), Store()
+
+    def slow(handler: Handler) -> None:
+        assert proceed.wait(60)
+        store(handler)
+
+    images.routes[STORED] = slow
+    command = [sys.executable, "-c", PULL_OR_WAIT, str(settings.folder), str(settings.mirror)]
+    pulls = [
+        subprocess.Popen(command, env=clean_environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        lines = [pool.submit(process.stdout.readline) for process in pulls if process.stdout]
+        wait_until(lambda: sum(line.done() for line in lines) == 7, "seven wait for the eighth")
+        proceed.set()
+    for process in pulls:
+        assert (process.wait(60), process.communicate()[1]) == (0, "")
+    assert store.ranges_asked == [None]
     assert path_of(settings.folder, weights()).read_bytes() == DATA
 
 

@@ -1,0 +1,63 @@
+"""Signs requests to S3 by the server's clock where this host's is wrong: S3 refuses requests that are 15 minutes off.
+
+AWS's other SDKs do the same; botocore leaves it to the host. Without it, a host with a wrong clock would hold its images until
+they fail, although any other host could store them.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from botocore import auth, compat
+
+log = logging.getLogger(__name__)
+
+MOST_APART = timedelta(minutes=5)
+"""What needs no correction; servers tolerate 15 minutes."""
+TOO_FAR_APART = ("RequestTimeTooSkewed", "403")
+"""The codes of such a refusal: replies to HEAD have only their status."""
+
+
+class _Shifted:
+    """What both kinds of signatures, those in headers and those in links, add to this host's time."""
+
+    skew = timedelta()
+
+    def _modify_request_before_signing(self, request: Any) -> None:
+        made = datetime.strptime(request.context["timestamp"], auth.SIGV4_TIMESTAMP).replace(tzinfo=UTC)
+        request.context["timestamp"] = (made + _Shifted.skew).strftime(auth.SIGV4_TIMESTAMP)
+        super()._modify_request_before_signing(request)  # type: ignore[misc]
+
+
+class _Signer(_Shifted, auth.S3SigV4Auth):  # type: ignore[misc]
+    pass
+
+
+class _LinkSigner(_Shifted, auth.S3SigV4QueryAuth):  # type: ignore[misc]
+    pass
+
+
+def follow_server(client: Any) -> None:
+    """Have this client sign by the server's clock once the server has refused a request and its clock differs."""
+    auth.AUTH_TYPE_MAPS |= {"s3v4": _Signer, "s3v4-query": _LinkSigner}
+    client.meta.events.register("needs-retry.s3", _look_at_clock)
+
+
+def _look_at_clock(response: Any = None, **_: Any) -> int | None:
+    """0, for another attempt at once, if the server has refused a request because we have signed it for another time."""
+    code = response[1].get("Error", {}).get("Code") if response else None
+    if response is None or code not in TOO_FAR_APART or "date" not in response[0].headers:
+        return None
+    try:
+        skew = parsedate_to_datetime(response[0].headers["date"]) - compat.get_current_datetime().replace(tzinfo=UTC)
+    except ValueError:
+        return None
+    if abs(skew - _Shifted.skew) < MOST_APART:
+        return None
+    _Shifted.skew = skew
+    seconds = round(skew.total_seconds())
+    log.warning("the S3 server's clock differs; requests are signed by it", extra={"action": "clock", "seconds": seconds})
+    return 0
