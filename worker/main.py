@@ -79,7 +79,11 @@ class Worker:
             ready=False,
             lacks=tuple(f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)),
         )
-        node = self._with_gpu(node)
+        gpu = self.settings.worker.gpu
+        missing_gpu = None if gpu is None else no_such_gpu(gpu)
+        if gpu is not None:
+            gpus = {"gpu": gpu_of(gpu) or node.node, "expected_gpus": self.settings.worker.expect_gpus}
+            node = node.model_copy(update=gpus)
         with closing(Fleet.of(self.settings)) as before_the_fork, _ending_on_signals():
             self.node = take_name(before_the_fork, node)
         sender.hostname = self.node.node  # before Celery passes it on
@@ -90,17 +94,10 @@ class Worker:
         self.app.imagemill_parent = Parent(
             self.node, self.children, self.lanes, ledger, fleet, publisher, self.settings.worker, self.settings.owner_weights
         )
-        gpu = self.settings.worker.gpu
-        if gpu is not None and (reason := no_such_gpu(gpu)):
-            log.error("no such GPU; the node exits", extra={"action": "start", "node": self.node.node, "reason": reason})
-            self.app.imagemill_parent.fail(reason)
+        if missing_gpu:  # only now: it is to be seen in the fleet
+            log.error("no such GPU; the node exits", extra={"action": "start", "node": self.node.node, "reason": missing_gpu})
+            self.app.imagemill_parent.fail(missing_gpu)
             raise SystemExit(ConfigurationError.exit_code)
-
-    def _with_gpu(self, node: Node) -> Node:
-        gpu = self.settings.worker.gpu
-        if gpu is None:
-            return node
-        return node.model_copy(update={"gpu": gpu_of(gpu) or node.node, "expected_gpus": self.settings.worker.expect_gpus})
 
     def _log_engines(self) -> None:
         """Log the engines and models that this node can't offer; exit if it can offer none."""
