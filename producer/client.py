@@ -102,6 +102,8 @@ class Client:
                 raise checked.error()
             writing.sealing = True
             new = self._ledger.seal(job, size=checked.size, total=checked.total, duplicates=checked.duplicates)
+        fields = {"action": "submit", "job": job, "owner": spec.policy.owner, "images": checked.total, "lane": spec.lane}
+        log.info("job submitted", extra=fields)
         listening = self._wake(job, spec.lane, checked.total)
         return Submission(
             job=job,
@@ -123,7 +125,7 @@ class Client:
         try:
             self._publisher.wake(lane, max(1, min(images, children)))
         except BrokerUnavailable as error:
-            extra = {"action": "publish", "job": job, "error": str(error)}
+            extra = {"action": "publish", "job": job, "reason": str(error)}
             log.warning("job recorded, but no worker was woken up; one will find it within seconds", extra=extra)
         return listening
 

@@ -66,6 +66,9 @@ class ImageInFlight:
     """Goes before those that are waiting for the device."""
     deaths: float = 0
     """Attempts that ended with their process; those that ended with their node count half."""
+    share: int | None = None
+    code: str | None = None
+    """Of its failure, once it is recorded."""
     tries: int = 0
     """Downloads attempted."""
     source_bytes: int = 0
@@ -124,6 +127,11 @@ class ImageInFlight:
             yield
         finally:
             self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 4)
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What log lines say of the image's job and share."""
+        return {**self.context.log_fields, "share": self.share}
 
     def start(self, work: Work[Any, Any, Any]) -> None:
         """Take on the work for the next pass over the device."""

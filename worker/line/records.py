@@ -10,6 +10,7 @@ from typing import Any
 
 from imagemill.shared.errors import InternalError, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import WorkLedger
+from imagemill.shared.log_fields import working_on
 from imagemill.shared.messages import ItemResult
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
@@ -17,6 +18,8 @@ from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 5.0
+MOST_LINES, LINES_PER_SECOND = 100, 5
+"""Failures that a process logs at once, and in the long run."""
 
 
 class Tally:
@@ -55,6 +58,7 @@ class Records:
 
     def __init__(self, ledger: WorkLedger, node: str) -> None:
         self._ledger, self._node = ledger, node
+        self._lock, self._lines, self._refilled = Lock(), float(MOST_LINES), time.monotonic()
         self.tally = Tally()
 
     def record(self, image: ImageInFlight, outcome: Outcome) -> None:
@@ -62,19 +66,36 @@ class Records:
 
         What can't be recorded, because of a bug or of text that is no valid UTF-8, is recorded as a failure.
         """
-        if not isinstance(outcome, Stored | Failed):
-            return
+        if isinstance(outcome, Stored | Failed):
+            with working_on(**image.log_fields):
+                self._record(image, outcome)
+
+    def _record(self, image: ImageInFlight, outcome: Stored | Failed) -> None:
         try:
             result = self._result(image, outcome)
             first = self._write(image.context, result)
         except ValueError as error:  # pydantic's and those of encoding
-            log.exception("result can't be recorded", extra={"action": "record", "job": image.context.job})
+            log.exception("result can't be recorded", extra={"action": "record"})
             failure = Failed(InternalError(f"the result can't be recorded: {type(error).__name__}"))
             result = ItemResult(index=image.item.index, attempts=image.earlier + 1, node=self._node, **_fields(failure))
             first = self._write(image.context, result)
         if first:
             self.tally.count(result, reused=isinstance(outcome, Stored) and outcome.how == "reused")
+            if result.code is not None:
+                image.code = result.code
+                self._log_failure(image, result)
         image.recorded = True
+
+    def _log_failure(self, image: ImageInFlight, result: ItemResult) -> None:
+        """One line per image, but not so many that a bad list fills the disk: the line of the share counts all."""
+        now = time.monotonic()
+        with self._lock:
+            self._lines = min(MOST_LINES, self._lines + (now - self._refilled) * LINES_PER_SECOND) - 1
+            self._refilled, silent = now, self._lines < 0
+            self._lines = max(0.0, self._lines)
+        if not silent:
+            fields = dict(action="record", item=image.item.id, code=result.code, reason=result.message)
+            log.warning("image failed", extra={**fields, "attempts": result.attempts, "retryable": result.retryable})
 
     def _result(self, image: ImageInFlight, outcome: Stored | Failed) -> ItemResult:
         fields = _fields(outcome)
@@ -99,7 +120,7 @@ class Records:
             try:
                 return self._ledger.record(context.job, result, context.stop)
             except ServiceUnavailable as error:
-                log.warning("record postponed", extra={"action": "record", "job": context.job, "reason": error.message})
+                log.warning("record postponed", extra={"action": "record", "reason": error.message})
                 time.sleep(pause)
                 pause = min(LONGEST_PAUSE, 2 * pause)
 

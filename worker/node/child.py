@@ -201,8 +201,8 @@ class Child:
 
     def write_manifest(self, due: ManifestDue) -> None:
         """Write a job's manifest and end the job; without a manifest if that fails for good."""
-        written, fields = None, {"action": "manifest", "job": due.job}
-        spec = self.ledger.spec(due.job)
+        written, spec = None, self.ledger.spec(due.job)
+        fields = {"action": "manifest", "job": due.job, "owner": spec.policy.owner}
         try:
             store, fingerprint = self._store(spec), self._fingerprint(spec)
             written = write_manifest(due.job, spec, self.ledger, store, fingerprint, stop=due.stop)
@@ -221,7 +221,9 @@ class Child:
         except Exception:  # a bug; a job may end without its manifest, but it must end
             log.exception("manifest failed", extra=fields)
         if self.ledger.end_job(due.job, written, due.run):
-            log.info("job over", extra={**fields, "manifest": written})
+            status = self.ledger.status(due.job)
+            counts = dict(state=status.state, done=status.done, failed=status.failed, seconds=status.seconds)
+            log.info("job over", extra={**fields, **counts, "manifest": written})
 
     def _fingerprint(self, spec: Job) -> str | None:
         """Everything that determines this job's results on this node; None if it can't be determined any more."""

@@ -36,6 +36,8 @@ PIDS = 8
 """Processes of one child that may die between two looks."""
 REPAIR_SECONDS = 10.0
 """Interval between looks for damage that no script stumbles over."""
+MOST_JOBS = 20
+"""Named in one log line."""
 MOST_WAKE_UPS = 64
 """Messages for one lane at a time."""
 
@@ -98,6 +100,11 @@ class Children:
     def stopping(self) -> bool:
         """Whether the parent has called `stop`."""
         return bool(self._stopping.value)
+
+
+def _lost(shares: list[str]) -> dict[str, object]:
+    """What a log line says of lost shares, given the job of each."""
+    return {"shares": len(shares), "jobs": sorted(set(shares))[:MOST_JOBS]}
 
 
 def _alive(pid: int) -> bool:
@@ -173,14 +180,14 @@ class Parent:
         name = self.node.node
         for index, pid in self.children.died():
             lost = self.ledger.bury(child_name(name, index, os.getpid(), pid))
-            log.warning("child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
+            log.warning("child died", extra={"action": "bury", "child": index, "died": pid, **_lost(lost)})
         if self._report_due():
             self.ledger.set_weights(self.weights)
             self._report(ready=self.children.ready() == self.children.count)
         if self.ledger.lead(name, 0.9 * TICK_SECONDS):
             lost, lanes = self.ledger.tend()
             if lost:
-                log.warning("shares of dead workers reassigned", extra={"action": "tend", "shares": lost})
+                log.warning("shares of dead workers reassigned", extra={"action": "tend", **_lost(lost)})
             for lane, children in lanes.items():
                 self.publisher.wake(lane, min(max(1, children), MOST_WAKE_UPS))
             if time.monotonic() >= self.repair_at:

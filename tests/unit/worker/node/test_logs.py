@@ -40,8 +40,8 @@ def test_json_line_contains_the_traceback(capsys: pytest.CaptureFixture[str]) ->
     fail()
     (line,) = lines(capsys)
     assert line["item"] == "000001"
-    assert line["trace"].startswith("Traceback")
-    assert "RuntimeError: two\nlines" in line["trace"]
+    assert line["traceback"].startswith("Traceback")
+    assert "RuntimeError: two\nlines" in line["traceback"]
 
 
 def test_text_has_fields_on_one_line_and_the_traceback_below(capsys: pytest.CaptureFixture[str]) -> None:
