@@ -23,7 +23,7 @@ def describe_process(*, node: str, gpu: int | None = None) -> None:
 
 
 @contextmanager
-def working_on(*, job: str, owner: str | None, share: int | None = None) -> Iterator[None]:
+def working_on(*, job: str, owner: str | None, share: str | None = None) -> Iterator[None]:
     """Name the job in every line that this thread logs inside."""
     fields = {"job": job, "owner": owner, "share": share}
     token = _work.set({name: value for name, value in fields.items() if value is not None})

@@ -50,18 +50,22 @@ class Worker:
         self.app.steps["consumer"].add(Housekeeping)
         # Celery holds weak references to these, so they last as long as this object.
         signals.setup_logging.connect(self._set_up_logs)
+        signals.celeryd_init.connect(self._begin_logs)
         signals.worker_init.connect(self._prepare_parent)
         signals.worker_process_init.connect(self._load_child)
         signals.worker_process_shutdown.connect(self._close_child)
         signals.worker_shutting_down.connect(self._leave)
+
+    def _begin_logs(self, sender: str, **_: Any) -> None:
+        """Before Celery says anything."""
+        describe_process(node=sender, gpu=self.settings.worker.gpu)
+        self._set_up_logs()
 
     def _set_up_logs(self, **_: Any) -> None:
         logs.set_up(as_json=self.settings.log_json, level=self.settings.log_level)
 
     def _prepare_parent(self, sender: Any, **_: Any) -> None:
         """Runs in the parent before the pool forks: takes a name, sets up the shared memory and the node's own queue."""
-        describe_process(node=sender.hostname, gpu=self.settings.worker.gpu)
-        self._set_up_logs()  # Celery sends setup_logging only after this signal
         self._log_engines()
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU

@@ -12,6 +12,7 @@ from imagemill.shared.errors import InternalError, ServiceUnavailable, WorkerLos
 from imagemill.shared.ledger.leasing import WorkLedger
 from imagemill.shared.log_fields import working_on
 from imagemill.shared.messages import ItemResult
+from imagemill.shared.tracing import Traces, span_id
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
 
@@ -56,8 +57,8 @@ class Tally:
 class Records:
     """Writes the records of images, and counts those that were first in `tally`, which the caller may replace."""
 
-    def __init__(self, ledger: WorkLedger, node: str) -> None:
-        self._ledger, self._node = ledger, node
+    def __init__(self, ledger: WorkLedger, node: str, traces: Traces | None = None) -> None:
+        self._ledger, self._node, self._traces = ledger, node, traces
         self._lock, self._lines, self._refilled = Lock(), float(MOST_LINES), time.monotonic()
         self.tally = Tally()
 
@@ -85,6 +86,17 @@ class Records:
                 image.code = result.code
                 self._log_failure(image, result)
         image.recorded = True
+        if self._traces is not None and image.spans:
+            self._trace(self._traces, image, result)
+
+    def _trace(self, traces: Traces, image: ImageInFlight, result: ItemResult) -> None:
+        """A span for the image, within that of its share, and one for each stage."""
+        job, stages = image.context.job, image.spans or []
+        fields = {"item": image.item.id, "code": result.code, "batch": result.batch}
+        share = span_id(job, image.share)
+        parent = traces.record(job, "image", stages[0][1], parent=share, error=result.code, fields=fields)
+        for stage, start, end in stages:
+            traces.record(job, stage, start, end, parent=parent)
 
     def _log_failure(self, image: ImageInFlight, result: ItemResult) -> None:
         """One line per image, but not so many that a bad list fills the disk: the line of the share counts all."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from threading import Event, Thread
 
 from imagemill.shared.errors import ImagemillError, JobNewer, JobNotFound, JobUnreadable, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLedger
+from imagemill.shared.tracing import Traces
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight
 from imagemill.worker.line.line import Line
 from imagemill.worker.node.appetite import Appetite
 from imagemill.worker.node.shares import Held, Jobs, ahead, engine_of
+from imagemill.worker.node.story import Story
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class Feeder:
         seconds: float,
         threads: int,
         stopping: Callable[[], bool],
+        traces: Traces | None = None,
     ) -> None:
+        self._story = Story(ledger, traces)
         self._poke = Event()
         self.line = line(self._poke.set)
         self._ledger, self._jobs, self._child, self._seat = ledger, jobs, child, seat
@@ -201,9 +204,7 @@ class Feeder:
         mine = renewal.urgent in (*(held.share.job for held in self._held), *self._avoided())
         for held, verdict in zip(self._held, renewal.verdicts, strict=False):
             if verdict in ("stop", "lost"):
-                if not held.context.stop.is_set():
-                    why = {"stop": "the job is paused, cancelled or over", "lost": "the lease was lost"}[verdict]
-                    log.info("share stopped", extra={**held.log_fields, "reason": why})
+                self._story.stopped(held, verdict)
                 held.context.stop.set()
             elif verdict == "yield" and not mine:
                 swaps = renewal.lane != held.lane and engine_of(renewal.lane) == engine_of(held.lane)
@@ -251,7 +252,7 @@ class Feeder:
                 self._held.remove(held)
                 if not undone:
                     self._ask_at = 0.0  # its part of the job may be larger now
-                log.info("share done" if not held.returned else "share given back", extra=held.outcome())
+                self._story.ended(held)
 
     def _write_manifest(self, due: ManifestDue) -> None:
         """In one of the line's threads."""
@@ -272,7 +273,6 @@ class Feeder:
             self._poke.set()
 
     # --- taking -----------------------------------------------------------------------------------
-
     def _top_up(self) -> bool:
         """Take shares while there is room; False if there is nothing to take."""
         while not self._alone() and time.monotonic() >= self._ask_at:
@@ -354,12 +354,12 @@ class Feeder:
             self._refuse(share)
             return
         first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
-        images = [ImageInFlight(item, context, first=first, deaths=share.deaths, share=share.number) for item in share.items]
+        images = [
+            ImageInFlight(item, context, first=first, deaths=share.deaths, share=f"{share.number}") for item in share.items
+        ]
         held = Held(share, context, images)
         self._held.append(held)
-        if share.number == 1:
-            self._log_begin(context)
-        log.info("share begun", extra={**held.log_fields, "images": len(images), "deaths": share.deaths})
+        self._story.begun(held)
         lane = context.spec.lane
         if self._opened.get(engine_of(lane), ("", 0.0))[0] != lane:
             self._opened[engine_of(lane)] = lane, time.monotonic()
@@ -370,13 +370,6 @@ class Feeder:
             self._withdraw(images)  # to be given back
             raise
         self._poke.set()
-
-    def _log_begin(self, context: Context) -> None:
-        """The first share of a job is handed out: say what it has waited for."""
-        status = self._ledger.status(context.job)
-        submitted = datetime.fromtimestamp(status.created, UTC).isoformat(timespec="milliseconds")
-        fields = dict(submitted=submitted, waited=status.seconds, images=status.total, lane=context.spec.lane)
-        log.info("job begun", extra={"action": "job", **context.log_fields, **fields, "priority": status.priority})
 
     def _refuse(self, share: Share, seconds: float = UNABLE_SECONDS) -> None:
         """Give a share back, and leave its job to others for a while."""

@@ -31,8 +31,8 @@ class Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         own = {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
-        fields = {**current(), **{name: _safe(value) for name, value in own.items()}}
-        if "job" in fields:
+        fields = {**current(), **{name: _safe(value) for name, value in own.items() if value is not None}}
+        if self._as_json and "job" in fields:
             fields["trace_id"] = trace_id(f"{fields['job']}")
         timestamp = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         message = _safe(_message(record))

@@ -50,6 +50,7 @@ class Held:
     context: Context
     images: list[ImageInFlight]
     started: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)
     returned: set[int] = field(default_factory=set)
     """Indexes that the ledger has got back."""
 
@@ -60,7 +61,7 @@ class Held:
     @property
     def log_fields(self) -> dict[str, Any]:
         """What log lines say of the share."""
-        return {"action": "share", **self.context.log_fields, "share": self.share.number}
+        return {"action": "share", **self.context.log_fields, "share": f"{self.share.number}"}
 
     def outcome(self) -> dict[str, Any]:
         """What the log says at its end."""
