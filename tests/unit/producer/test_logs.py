@@ -47,7 +47,9 @@ def test_lines_are_found_inside_those_of_log_drivers() -> None:
 
 
 def test_story_shows_time_node_message_and_fields_but_no_control_characters() -> None:
-    text = line(1, "image failed", job="a", node="gpu0@one", trace_id="12", action="record", code="x\x1b[2J", traceback="T\n  E")
+    text = line(
+        1, "image failed", job="a", node="gpu0@one", trace_id="12", action="record", code="x\x1b[2J", traceback="T\n  E"
+    )
     first, *trace = told("a", "-", text=text).splitlines()
     assert first.split() == ["2026-11-29T08:00:01.000", "gpu0@one", "image", "failed", "code=x�[2J"]
     assert trace == ["    T", "      E"]
