@@ -1,6 +1,6 @@
 """OpenTelemetry traces: one per job. Its id and that of its first span follow from the job's name, so all processes agree.
 
-Off by default; then nothing of OpenTelemetry is imported.
+Off by default; then this module imports nothing of OpenTelemetry. (redis-py does, if it is installed.)
 """
 
 from __future__ import annotations
