@@ -15,6 +15,7 @@ import click
 
 from imagemill.producer.following import Connect, retry, watch
 from imagemill.producer.lazy_commands import Commands
+from imagemill.producer.logs import logs
 from imagemill.producer.presets import presets
 from imagemill.producer.results import report, results
 from imagemill.producer.submit import submit
@@ -176,7 +177,7 @@ def demo(out: Path, **options: Any) -> None:
     sys.exit(run(out, Options(**options), make_console(stderr=True)))
 
 
-for command in (submit, watch, results, retry, report, presets):
+for command in (submit, watch, results, retry, report, presets, logs):
     main.add_command(command)
 
 

@@ -34,6 +34,7 @@ from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import DeadLetter, ItemResult, Job, JobStatus, Node, Priority, Row
 from imagemill.shared.s3 import S3Client, make_client, make_signer, presign
 from imagemill.shared.settings import Settings
+from imagemill.shared.tracing import open_traces, span_id
 
 if TYPE_CHECKING:
     from imagemill.shared.broker import Publisher
@@ -54,7 +55,7 @@ class Client:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+        self._settings, self._traces = settings, open_traces(settings)
         self._ledger, self._fleet = SubmitLedger.of(settings), Fleet.of(settings)
 
     def __enter__(self) -> Self:
@@ -65,6 +66,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
+        if self._traces is not None:
+            self._traces.close()
         self._ledger.close()
         self._fleet.close()
 
@@ -88,6 +91,7 @@ class Client:
         Raises NameTaken if the job of this name has another list or other options, and InvalidOption for an invalid name, or
         for a deadline in the past or before the job may begin.
         """
+        began = time.time()
         check_times(spec.policy)
         job, checked = new_job_id() if name is None else check_name(name), ListCheck()
         writing = Writing(self._ledger, job, keep=name is not None)
@@ -102,6 +106,10 @@ class Client:
                 raise checked.error()
             writing.sealing = True
             new = self._ledger.seal(job, size=checked.size, total=checked.total, duplicates=checked.duplicates)
+        fields = {"action": "submit", "job": job, "owner": spec.policy.owner, "images": checked.total, "lane": spec.lane}
+        log.info("job submitted", extra=fields)
+        if self._traces is not None and new:
+            self._traces.record(job, "submit", began, span=span_id(job), fields=fields)
         listening = self._wake(job, spec.lane, checked.total)
         return Submission(
             job=job,
@@ -123,7 +131,7 @@ class Client:
         try:
             self._publisher.wake(lane, max(1, min(images, children)))
         except BrokerUnavailable as error:
-            extra = {"action": "publish", "job": job, "error": str(error)}
+            extra = {"action": "publish", "job": job, "reason": str(error)}
             log.warning("job recorded, but no worker was woken up; one will find it within seconds", extra=extra)
         return listening
 

@@ -52,6 +52,10 @@ def _in_64s(size: str) -> str:
     return size
 
 
+LogLevel = Annotated[
+    Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+    BeforeValidator(lambda level: level.upper() if isinstance(level, str) else level),
+]
 WarmSize = Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$"), AfterValidator(_in_64s)]
 
 
@@ -185,6 +189,11 @@ class Settings(BaseSettings):
         description="share of the nodes that each owner gets, relative to 1 for all others; JSON object, read by the workers",
     )
     log_json: bool = Field(False, description="write logs as JSON lines")
+    log_level: LogLevel = Field("INFO", description="least severe messages to log")
+    tracing: bool = Field(
+        False, description="send OpenTelemetry traces to the collector that the OTEL_EXPORTER_OTLP_... variables name"
+    )
+    trace_images: int = Field(1, ge=0, description="images of each share that get spans of their own in a trace")
     presets: Path | None = Field(None, description="file with your own presets, which add to or override those that ship")
     s3: S3Settings = S3Settings()
     fetch: FetchSettings = FetchSettings()

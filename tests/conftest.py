@@ -6,10 +6,13 @@ import io
 import json
 import logging
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import celery.apps.worker
 import hypothesis
 import numpy as np
 import pytest
@@ -121,7 +124,12 @@ def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root = logging.getLogger()
     level = root.level
     monkeypatch.setattr(root, "handlers", [])  # `set_up` would close pytest's own handlers
+    for name in ("stdout", "stderr", "__stdout__", "__stderr__", "excepthook", "unraisablehook"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(celery.apps.worker, "safe_say", celery.apps.worker.safe_say)
     yield
+    logging.captureWarnings(False)
     root.setLevel(level)
     for name in manager.loggerDict:
         logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
+from celery.utils.nodenames import host_format
 
-from imagemill.shared.errors import ConfigurationError, UsageError
+from imagemill.shared.errors import ConfigurationError, ImagemillError, UsageError
+from imagemill.shared.log_fields import describe_process
 from imagemill.shared.options.base import OPERATIONS, nearest
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.worker.hardware.device import share_of_cores, visible_gpu
@@ -17,6 +22,8 @@ from imagemill.worker.node import logs
 from imagemill.worker.node.host_gpus import HostReport
 from imagemill.worker.node.parting import die_with_supervisor
 from imagemill.worker.node.supervisor import Supervisor, find_gpus
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -48,26 +55,51 @@ def worker(
     metrics_host: str | None,
 ) -> None:
     """Run a worker node: one GPU, all GPUs of this host, or the CPU."""
+    logs.early()
+    with _told_in_the_log():
+        _check(gpu, gpus, cpu, concurrency, name)
+        settings = _settings(gpu, operations, metrics, metrics_host)
+        logs.set_up(as_json=settings.log_json, level=settings.log_level)
+        sys.exit(_run(settings, gpus, concurrency, operations, name))
+
+
+@contextmanager
+def _told_in_the_log() -> Iterator[None]:
+    """Where lines are JSON, an error that ends the command is one too."""
+    try:
+        yield
+    except ImagemillError as error:
+        if not logs.as_json():
+            raise
+        log.critical("the node can't start", extra={"action": "start", "code": error.code, "reason": error.message})
+        sys.exit(error.exit_code)
+
+
+def _check(gpu: int | None, gpus: str | None, cpu: bool, concurrency: int | None, name: str | None) -> None:
     if sum((gpu is not None, gpus is not None, cpu)) != 1:
         raise UsageError("choose a device: --gpu N, --gpus all or --cpu")
     if concurrency is not None and not cpu:
         raise UsageError("--concurrency requires --cpu; a GPU node has one child")
     if name is not None and gpus:
         raise UsageError("--name requires a single node; --gpus all names its nodes gpu0, gpu1 and so on")
-    settings = _settings(gpu, operations, metrics, metrics_host)
+
+
+def _run(settings: Settings, gpus: str | None, concurrency: int | None, operations: str | None, name: str | None) -> int:
+    gpu = settings.worker.gpu
     if gpus:
-        logs.set_up(as_json=settings.log_json)
         if not find_gpus() and not settings.worker.expect_gpus:  # if some are expected, they may come
             raise ConfigurationError("no GPU found; check the driver with `nvidia-smi -L`, or use --cpu")
         with HostReport(settings) as report:
-            sys.exit(Supervisor(lambda n: _arguments(n, operations, settings), report.count).run())
+            return Supervisor(lambda n: _arguments(n, operations, settings), report.count).run()
     die_with_supervisor()
     if gpu is None:
         node, children = name or "cpu", concurrency or share_of_cores(1)
     else:
         visible_gpu(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))  # fails now rather than in the child
         node, children = name or f"gpu{gpu}", 1
-    sys.exit(Worker(settings).run(name=node if "@" in node else f"{node}@%h", concurrency=children))
+    full = host_format(node if "@" in node else f"{node}@%h")
+    describe_process(node=full, gpu=gpu)
+    return Worker(settings).run(name=full, concurrency=children)
 
 
 def _arguments(gpu: int, operations: str | None, settings: Settings) -> list[str]:

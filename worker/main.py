@@ -21,6 +21,7 @@ from imagemill.shared.broker import Publisher, make_app, queues
 from imagemill.shared.errors import ConfigurationError, ImagemillError, sentence
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
+from imagemill.shared.log_fields import describe_process
 from imagemill.shared.messages import Node
 from imagemill.shared.queues import node_queue, queue_name
 from imagemill.shared.settings import Settings
@@ -52,17 +53,22 @@ class Worker:
         self.app.steps["consumer"].add(Housekeeping)
         # Celery holds weak references to these, so they last as long as this object.
         signals.setup_logging.connect(self._set_up_logs)
+        signals.celeryd_init.connect(self._begin_logs)
         signals.worker_init.connect(self._prepare_parent)
         signals.worker_process_init.connect(self._load_child)
         signals.worker_process_shutdown.connect(self._close_child)
         signals.worker_shutting_down.connect(self._leave)
 
+    def _begin_logs(self, sender: str, **_: Any) -> None:
+        """Before Celery says anything."""
+        describe_process(node=sender, gpu=self.settings.worker.gpu)
+        self._set_up_logs()
+
     def _set_up_logs(self, **_: Any) -> None:
-        logs.set_up(as_json=self.settings.log_json)
+        logs.set_up(as_json=self.settings.log_json, level=self.settings.log_level)
 
     def _prepare_parent(self, sender: Any, **_: Any) -> None:
         """Runs in the parent before the pool forks: takes a name, sets up the shared memory and the node's own queue."""
-        self._set_up_logs()  # Celery sends setup_logging only after this signal
         self._log_engines()
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU
@@ -86,6 +92,7 @@ class Worker:
             node = node.model_copy(update=gpus)
         with closing(Fleet.of(self.settings)) as before_the_fork, _ending_on_signals():
             self.node = take_name(before_the_fork, node)
+        describe_process(node=self.node.node, gpu=self.settings.worker.gpu)
         sender.hostname = self.node.node  # before Celery passes it on
         self._metrics_server = metrics.start_counting(self.settings, self.node.node)
         (own,) = queues([node_queue(self.node.node)])
@@ -166,7 +173,7 @@ class Worker:
             hostname=host_format(name),
             task_events=True,
             quiet=True,
-            loglevel="INFO",
+            loglevel=self.settings.log_level,
             # Nodes coordinate through Redis; gossip traffic grows with the square of the fleet.
             without_gossip=True,
             without_mingle=True,

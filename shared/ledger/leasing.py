@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any, Literal, cast
@@ -196,18 +196,19 @@ class WorkLedger(ReadLedger):
                 pipe.hset("imagemill:weights", mapping=dict(weights))
             pipe.execute()
 
-    def tend(self) -> tuple[int, dict[str, int]]:
+    def tend(self) -> tuple[list[str], dict[str, int]]:
         """What some node must do every second.
 
-        Returns the number of shares of dead workers, and for each lane that needs wake-ups its number of children.
+        Returns the job of each share of a dead worker, and for each lane that needs wake-ups its number of children.
         """
-        lost, *lanes = self._script("tend", NODE_SECONDS, self._lease_ms)
+        count, *answer = self._script("tend", NODE_SECONDS, self._lease_ms)
+        lost, lanes = answer[: int(count)], answer[int(count) :]
         counts = {lane.decode(errors="replace"): int(children) for lane, children in zip(lanes[::2], lanes[1::2], strict=True)}
-        return int(lost), {lane: children for lane, children in counts.items() if LANE.fullmatch(lane)}
+        return _names(lost), {lane: children for lane, children in counts.items() if LANE.fullmatch(lane)}
 
-    def bury(self, child: str) -> int:
-        """A child process has died: hand its shares out again at once; returns their number."""
-        return int(self._script("bury", child))
+    def bury(self, child: str) -> list[str]:
+        """A child process has died: hand its shares out again at once; returns the job of each."""
+        return _names(self._script("bury", child))
 
     def lead(self, node: str, seconds: float) -> bool:
         """Whether this node is the one that tends the ledger for the next `seconds`."""
@@ -218,6 +219,10 @@ class WorkLedger(ReadLedger):
         if left == -1 or left > 60_000:
             self._redis.delete("imagemill:tender")  # not ours, and nobody would lead
         return False
+
+
+def _names(jobs: Iterable[bytes]) -> list[str]:
+    return [job.decode(errors="replace") for job in jobs]
 
 
 def _named(lease: Share | ManifestDue) -> str:

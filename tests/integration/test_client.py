@@ -227,7 +227,7 @@ def test_job_whose_wake_up_was_lost_is_recorded_and_waits_for_the_nodes_to_look(
         assert "no worker was woken up" in caplog.text
         assert client.status(submission.job).state == "queued"
     ledger = Ledger(own_redis.url)
-    assert ledger.tend() == (0, {LANE: 0})
+    assert ledger.tend() == ([], {LANE: 0})
     ledger.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from threading import Event
+from typing import Any
 
 from imagemill.shared.messages import Job
 from imagemill.shared.settings import Settings
@@ -51,6 +52,11 @@ class Context:
         references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop)
         recipe = Recipe(operation, sizes, cap(spec.policy, operation.spec), spec.options.model_dump_json())
         return cls(job, spec, recipe, fetcher, references, store, budget, most, stop, cache)
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What log lines say of the job."""
+        return {"job": self.job, "owner": self.spec.policy.owner}
 
     @property
     def operation(self) -> AnyOperation:

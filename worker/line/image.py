@@ -66,6 +66,10 @@ class ImageInFlight:
     """Goes before those that are waiting for the device."""
     deaths: float = 0
     """Attempts that ended with their process; those that ended with their node count half."""
+    share: str | None = None
+    """Its number as text: it has more digits than some readers of JSON can count."""
+    code: str | None = None
+    """Of its failure, once it is recorded."""
     tries: int = 0
     """Downloads attempted."""
     source_bytes: int = 0
@@ -78,6 +82,9 @@ class ImageInFlight:
     failure: ImageError | None = None
     """What went wrong with one of its samples on the device."""
     seconds: dict[str, float] = field(default_factory=dict)
+
+    spans: list[tuple[str, float, float]] | None = None
+    """Stage, start and end of all work on it, if it is one of those that are traced."""
 
     data: bytes = field(init=False, repr=False)
     header: Header = field(init=False)
@@ -123,7 +130,19 @@ class ImageInFlight:
         try:
             yield
         finally:
-            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 4)
+            self.spent(stage, time.perf_counter() - start)
+
+    def spent(self, stage: str, seconds: float) -> None:
+        """Add time to a stage's seconds that has just passed."""
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 4)
+        if self.spans is not None:
+            end = time.time()
+            self.spans.append((stage, end - seconds, end))
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What log lines say of the image's job and share."""
+        return {**self.context.log_fields, "share": self.share}
 
     def start(self, work: Work[Any, Any, Any]) -> None:
         """Take on the work for the next pass over the device."""

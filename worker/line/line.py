@@ -210,7 +210,7 @@ class Line:
         for slot, (output, size) in zip(batch, outputs, strict=True):
             image = slot.owner
             image.batch = max(size, image.batch)
-            image.seconds["run"] = round(image.seconds.get("run", 0.0) + share, 4)
+            image.spent("run", share)
             image.missing -= 1
             if isinstance(output, ImageError):
                 image.failure = output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -21,6 +21,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 """Seconds before the first attempt to reach a service again, and at most; the pause doubles each time."""
 MANY = 8
 """Once so many images wait for a service, no more are taken that need it."""
+MOST_JOBS = 20
+"""Named in one log line."""
 OWN_FAULTS = 8
 """Failures of one image, while others succeed, after which the image is to blame rather than the service."""
 
@@ -86,7 +88,7 @@ class Outages:
                 if now < outage.try_at:
                     continue
                 if not outage.logged:  # what is over by now is not worth a line
-                    fields = {"action": "outage", "service": service, "reason": outage.reason}
+                    fields = {"action": "outage", "service": service, "reason": outage.reason, "jobs": _jobs(outage.images)}
                     log.warning("service does not respond", extra=fields)
                     outage.logged = True
                 outage.pause = min(LONGEST_PAUSE, 2 * outage.pause)
@@ -108,7 +110,7 @@ class Outages:
             return []
         if outage.logged:
             fields = dict(action="outage", service=service, seconds=round(self._clock() - outage.since, 1))
-            log.info("service responds again", extra={**fields, "images": len(outage.images)})
+            log.info("service responds again", extra={**fields, "images": len(outage.images), "jobs": _jobs(outage.images)})
         for image in outage.images:
             image.waits = False
         return list(outage.images)
@@ -123,3 +125,8 @@ class Outages:
         with self._lock:
             outages = list(self._outages.values())
             return {image.context.job: outage.reason for outage in outages for image in outage.images}
+
+
+def _jobs(images: Iterable[ImageInFlight]) -> list[str]:
+    """The jobs that wait, for a log line."""
+    return sorted({image.context.job for image in images})[:MOST_JOBS]

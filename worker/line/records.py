@@ -10,7 +10,9 @@ from typing import Any
 
 from imagemill.shared.errors import InternalError, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import WorkLedger
+from imagemill.shared.log_fields import working_on
 from imagemill.shared.messages import ItemResult
+from imagemill.shared.tracing import Traces, span_id
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
 from imagemill.worker.line.meter import Meter
@@ -22,6 +24,8 @@ MOST_JOBS = 5
 """Jobs that a tally names."""
 MOST_CODES = 5
 """Error codes that a tally names, of each job."""
+MOST_LINES, LINES_PER_SECOND = 100, 5
+"""Failures that a process logs at once, and in the long run."""
 
 
 class Tally:
@@ -78,9 +82,10 @@ class Tally:
 class Records:
     """Writes the records of images, and counts those that were first in `tally`, which the caller may replace."""
 
-    def __init__(self, ledger: WorkLedger, node: str, meter: Meter | None = None) -> None:
-        self._ledger, self._node = ledger, node
+    def __init__(self, ledger: WorkLedger, node: str, meter: Meter | None = None, traces: Traces | None = None) -> None:
+        self._ledger, self._node, self._traces = ledger, node, traces
         self.meter = meter or Meter()
+        self._lock, self._lines, self._refilled = Lock(), float(MOST_LINES), time.monotonic()
         self.tally = Tally()
 
     def record(self, image: ImageInFlight, outcome: Outcome) -> None:
@@ -88,13 +93,16 @@ class Records:
 
         What can't be recorded, because of a bug or of text that is no valid UTF-8, is recorded as a failure.
         """
-        if not isinstance(outcome, Stored | Failed):
-            return
+        if isinstance(outcome, Stored | Failed):
+            with working_on(**image.log_fields):
+                self._record(image, outcome)
+
+    def _record(self, image: ImageInFlight, outcome: Stored | Failed) -> None:
         try:
             result = self._result(image, outcome)
             first = self._write(image.context, result)
         except ValueError as error:  # pydantic's and those of encoding
-            log.exception("result can't be recorded", extra={"action": "record", "job": image.context.job})
+            log.exception("result can't be recorded", extra={"action": "record"})
             failure = Failed(InternalError(f"the result can't be recorded: {type(error).__name__}"))
             result = ItemResult(index=image.item.index, attempts=image.earlier + 1, node=self._node, **_fields(failure))
             first = self._write(image.context, result)
@@ -102,7 +110,32 @@ class Records:
             how = outcome.how if isinstance(outcome, Stored) else "failed"
             self.tally.count(result, image.context.job, reused=how == "reused")
             self.meter.recorded(image.context.spec.operation, result, how)
+            if result.code is not None:
+                image.code = result.code
+                self._log_failure(image, result)
         image.recorded = True
+        if self._traces is not None and image.spans:
+            self._trace(self._traces, image, result)
+
+    def _trace(self, traces: Traces, image: ImageInFlight, result: ItemResult) -> None:
+        """A span for the image, within that of its share, and one for each stage."""
+        job, stages = image.context.job, image.spans or []
+        fields = {"item": image.item.id, "code": result.code, "batch": result.batch}
+        share = span_id(job, image.share)
+        parent = traces.record(job, "image", stages[0][1], parent=share, error=result.code, fields=fields)
+        for stage, start, end in stages:
+            traces.record(job, stage, start, end, parent=parent)
+
+    def _log_failure(self, image: ImageInFlight, result: ItemResult) -> None:
+        """One line per image, but not so many that a bad list fills the disk: the line of the share counts all."""
+        now = time.monotonic()
+        with self._lock:
+            self._lines = min(MOST_LINES, self._lines + (now - self._refilled) * LINES_PER_SECOND) - 1
+            self._refilled, silent = now, self._lines < 0
+            self._lines = max(0.0, self._lines)
+        if not silent:
+            fields = dict(action="record", item=image.item.id, code=result.code, reason=result.message)
+            log.warning("image failed", extra={**fields, "attempts": result.attempts, "retryable": result.retryable})
 
     def _result(self, image: ImageInFlight, outcome: Stored | Failed) -> ItemResult:
         fields = _fields(outcome)
@@ -127,7 +160,7 @@ class Records:
             try:
                 return self._ledger.record(context.job, result, context.stop)
             except ServiceUnavailable as error:
-                log.warning("record postponed", extra={"action": "record", "job": context.job, "reason": error.message})
+                log.warning("record postponed", extra={"action": "record", "reason": error.message})
                 time.sleep(pause)
                 pause = min(LONGEST_PAUSE, 2 * pause)
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from imagemill.shared.engines import find_engine
 from imagemill.shared.errors import ImageError, InternalError, OutOfMemory, sentence
+from imagemill.shared.log_fields import working_on
 from imagemill.shared.messages import Job
 from imagemill.shared.quality import Measures, beyond, flagged
 from imagemill.worker.checking import quality
@@ -139,7 +140,11 @@ DELIVERY: tuple[Stage, ...] = (encode, store)
 
 def advance(image: ImageInFlight, stages: Iterable[Stage]) -> Outcome | None:
     """Take an image through `stages`: its outcome, or None if it passed them all. Whatever goes wrong is its own failure."""
-    context = image.context
+    with working_on(**image.log_fields):
+        return _advance(image, image.context, stages)
+
+
+def _advance(image: ImageInFlight, context: Context, stages: Iterable[Stage]) -> Outcome | None:
     try:
         for stage in stages:
             outcome = stage(image, context)
@@ -152,7 +157,7 @@ def advance(image: ImageInFlight, stages: Iterable[Stage]) -> Outcome | None:
     except MemoryError as error:
         return Failed(OutOfMemory(f"this image does not fit into memory: {sentence(error)}"))
     except Exception as error:
-        log.exception("image failed", extra={"action": "line", "job": context.job, "item": image.item.id})
+        log.exception("unexpected error", extra={"action": "line", "item": image.item.id})
         return Failed(InternalError(f"{type(error).__name__}: {sentence(error)}"))
     return None
 

@@ -21,6 +21,7 @@ from imagemill.shared.ledger.leasing import ManifestDue, WorkLedger
 from imagemill.shared.messages import Job
 from imagemill.shared.s3 import lazy_client
 from imagemill.shared.settings import Settings
+from imagemill.shared.tracing import open_traces
 from imagemill.worker.hardware.device import Device, give_back
 from imagemill.worker.hardware.memory import memory_of
 from imagemill.worker.line.batch_sizes import BatchSizes
@@ -78,7 +79,8 @@ class Child:
         self._lanes = lanes
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
-        self.records = Records(self.ledger, node, child_meter(settings.worker.operations))
+        self.traces = open_traces(settings)
+        self.records = Records(self.ledger, node, child_meter(settings.worker.operations), self.traces)
         self.tell: Tell = lambda _, **__: None
         self._load_all(device)
         self.feeder: Feeder | None = None
@@ -144,6 +146,8 @@ class Child:
         """Give back what is not begun; called when the process is told to exit."""
         if self.feeder is not None:
             self.feeder.close()
+        if self.traces is not None:
+            self.traces.close()
 
     def _make_feeder(self) -> Feeder:
         return Feeder(
@@ -155,6 +159,7 @@ class Child:
             seconds=self.settings.worker.share_seconds,
             threads=self.settings.fetch.threads,
             stopping=self.stopping,
+            traces=self.traces,
         )
 
     def _wake_again(self, lane: str) -> None:
@@ -215,8 +220,8 @@ class Child:
 
     def write_manifest(self, due: ManifestDue) -> None:
         """Write a job's manifest and end the job; without a manifest if that fails for good."""
-        written, fields = None, {"action": "manifest", "job": due.job}
-        spec = self.ledger.spec(due.job)
+        written, spec = None, self.ledger.spec(due.job)
+        fields = {"action": "manifest", "job": due.job, "owner": spec.policy.owner}
         try:
             store, fingerprint = self._store(spec), self._fingerprint(spec)
             written = write_manifest(due.job, spec, self.ledger, store, fingerprint, stop=due.stop)
@@ -235,7 +240,15 @@ class Child:
         except Exception:  # a bug; a job may end without its manifest, but it must end
             log.exception("manifest failed", extra=fields)
         if self.ledger.end_job(due.job, written, due.run):
-            log.info("job over", extra={**fields, "manifest": written})
+            log.info("job over", extra={**fields, **self._counts(due.job), "manifest": written})
+
+    def _counts(self, job: str) -> dict[str, object]:
+        """How a job ended, for the log."""
+        try:
+            status = self.ledger.status(job)
+        except ImagemillError:
+            return {}
+        return dict(state=status.state, done=status.done, failed=status.failed, seconds=status.seconds)
 
     def _fingerprint(self, spec: Job) -> str | None:
         """Everything that determines this job's results on this node; None if it can't be determined any more."""

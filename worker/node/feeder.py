@@ -13,11 +13,13 @@ from threading import Event, Thread
 
 from imagemill.shared.errors import ImagemillError, JobNewer, JobNotFound, JobUnreadable, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLedger
+from imagemill.shared.tracing import Traces
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight
 from imagemill.worker.line.line import Line
 from imagemill.worker.node.appetite import Appetite
 from imagemill.worker.node.shares import Held, Jobs, ahead, engine_of
+from imagemill.worker.node.story import Story
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,9 @@ class Feeder:
         seconds: float,
         threads: int,
         stopping: Callable[[], bool],
+        traces: Traces | None = None,
     ) -> None:
+        self._story = Story(ledger, traces)
         self._poke = Event()
         self.line = line(self._poke.set)
         self._ledger, self._jobs, self._child, self._seat = ledger, jobs, child, seat
@@ -203,6 +207,7 @@ class Feeder:
         mine = renewal.urgent in (*(held.share.job for held in self._held), *self._avoided())
         for held, verdict in zip(self._held, renewal.verdicts, strict=False):
             if verdict in ("stop", "lost"):
+                self._story.stopped(held, verdict)
                 held.context.stop.set()
             elif verdict == "yield" and not mine:
                 swaps = renewal.lane != held.lane and engine_of(renewal.lane) == engine_of(held.lane)
@@ -254,8 +259,7 @@ class Feeder:
                 self._held.remove(held)
                 if not undone:
                     self._ask_at = 0.0  # its part of the job may be larger now
-                fields = dict(action="share", job=held.share.job, share=held.share.number, images=len(held.images))
-                log.info("share done", extra={**fields, "seconds": round(time.monotonic() - held.started, 3)})
+                self._story.ended(held)
 
     def _write_manifest(self, due: ManifestDue) -> None:
         """In one of the line's threads."""
@@ -276,7 +280,6 @@ class Feeder:
             self._poke.set()
 
     # --- taking -----------------------------------------------------------------------------------
-
     def _top_up(self) -> bool:
         """Take shares while there is room; False if there is nothing to take."""
         while not self._alone() and time.monotonic() >= self._ask_at:
@@ -358,8 +361,12 @@ class Feeder:
             self._refuse(share)
             return
         first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
-        images = [ImageInFlight(item, context, first=first, deaths=share.deaths) for item in share.items]
-        self._held.append(Held(share, context, images))
+        images = [
+            ImageInFlight(item, context, first=first, deaths=share.deaths, share=f"{share.number}") for item in share.items
+        ]
+        held = Held(share, context, images)
+        self._held.append(held)
+        self._story.begun(held)
         lane = context.spec.lane
         if self._opened.get(engine_of(lane), ("", 0.0))[0] != lane:
             self._opened[engine_of(lane)] = lane, time.monotonic()

@@ -40,6 +40,8 @@ REPAIR_SECONDS = 10.0
 REASON_BYTES = 500
 SWEEP_SECONDS = 60.0
 """Interval between looks for queues of nodes that are gone."""
+MOST_JOBS = 20
+"""Named in one log line."""
 MOST_WAKE_UPS = 64
 """Messages for one lane at a time."""
 
@@ -138,6 +140,11 @@ class Children:
         return bool(self._stopping.value)
 
 
+def _lost(shares: list[str]) -> dict[str, object]:
+    """What a log line says of lost shares, given the job of each."""
+    return {"shares": len(shares), "jobs": sorted(set(shares))[:MOST_JOBS]}
+
+
 def _alive(pid: int) -> bool:
     return pid > 0 and psutil.pid_exists(pid)
 
@@ -215,14 +222,14 @@ class Parent:
             lost = self.ledger.bury(child_name(name, index, os.getpid(), pid))
             self.meter.died(pid)
             level = logging.INFO if self.children.stopping() and not lost else logging.WARNING
-            log.log(level, "child died", extra={"action": "bury", "node": name, "pid": pid, "shares": lost})
+            log.log(level, "child died", extra={"action": "bury", "child": index, "died": pid, **_lost(lost)})
         if self._report_due():
             self.ledger.set_weights(self.weights)
             self._report(ready=self.children.ready() == self.children.count)
         if self.ledger.lead(name, 0.9 * TICK_SECONDS):
             lost, lanes = self.ledger.tend()
             if lost:
-                log.warning("shares of dead workers reassigned", extra={"action": "tend", "shares": lost})
+                log.warning("shares of dead workers reassigned", extra={"action": "tend", **_lost(lost)})
             for lane, children in lanes.items():
                 count = min(max(1, children), MOST_WAKE_UPS)
                 self.publisher.wake(lane, count)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from imagemill.shared.engines import split_lane
 from imagemill.shared.ledger.leasing import ManifestDue, Share
@@ -49,12 +50,24 @@ class Held:
     context: Context
     images: list[ImageInFlight]
     started: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)
     returned: set[int] = field(default_factory=set)
     """Indexes that the ledger has got back."""
 
     @property
     def lane(self) -> str:
         return self.context.spec.lane
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """What log lines say of the share."""
+        return {"action": "share", **self.context.log_fields, "share": f"{self.share.number}"}
+
+    def outcome(self) -> dict[str, Any]:
+        """What the log says at its end."""
+        codes = dict(Counter(image.code for image in self.images if image.code is not None))
+        fields = {**self.log_fields, "images": len(self.images), "failed": sum(codes.values()), "codes": codes}
+        return {**fields, "returned": len(self.returned), "seconds": round(time.monotonic() - self.started, 3)}
 
     def left(self) -> list[ImageInFlight]:
         """The images that are in the line."""

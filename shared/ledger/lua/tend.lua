@@ -1,8 +1,8 @@
 -- ARGV seconds after which a silent node is dead, lease in ms: what has to be done every second, whoever does it. Hands out the shares of
--- dead workers again, counts the children of each lane and their speed, and returns the number of lost shares, then lane and
+-- dead workers again, counts the children of each lane and their speed, and returns the number of lost shares, the job of each, then lane and
 -- number of children for each lane that needs wake-ups.
 local OUTAGE = 5000
-local now, lost = now_ms(), 0
+local now, lost = now_ms(), {}
 ring(now)
 
 -- If nobody has been here for a while, Redis was down or unreachable and nobody could renew. That does not make workers dead:
@@ -16,11 +16,12 @@ end
 local images = 0
 for _, member in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', now, 'LIMIT', 0, 1000)) do
   local size = bury(member)
-  if size then lost, images = lost + 1, images + size end
+  if size then lost[#lost + 1], images = string.match(member, '^(.*):'), images + size end
   if images > 10000 then break end -- the rest in a second: nobody else can use Redis meanwhile
 end
 
-local answer = {lost}
+local answer = {#lost}
+for _, job in ipairs(lost) do answer[#answer + 1] = job end
 for _, lane in ipairs(redis.call('SMEMBERS', LANES)) do
   redis.call('ZREMRANGEBYSCORE', 'imagemill:nodes:' .. lane, '-inf', now - ARGV[1] * 1000)
   local children = count_children(lane)

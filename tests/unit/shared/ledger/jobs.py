@@ -109,13 +109,13 @@ def die(worker: WorkLedger, raw: Any, share: Share) -> int:
     held = raw.hget(name, str(share.number))
     if held is not None:
         raw.hset(name, str(share.number), json.dumps({**json.loads(held), "child": "dead"}))
-    return worker.bury("dead")
+    return len(worker.bury("dead"))
 
 
 def fall_silent(worker: WorkLedger, raw: Any, share: Share) -> int:
     """The child of a share has died with its node, or seems to have; another node notices that."""
     raw.zadd("imagemill:leased", {f"{share.job}:{share.number}": 1}, xx=True)
-    return worker.tend()[0]
+    return len(worker.tend()[0])
 
 
 def ring(raw: Any, what: str, job: str) -> None:

@@ -121,7 +121,7 @@ def test_share_is_lost_unless_renewed(redis_server: EmbeddedRedis, producer: Sub
     brief = WorkLedger(redis_server.url, lease_seconds=0.05)
     silent, kept = take(brief, room=1), take(brief, room=1)
     assert renew(worker, kept) == ["ok"]
-    wait_until(lambda: worker.tend()[0] == 1, "the lease has expired", 20)
+    wait_until(lambda: len(worker.tend()[0]) == 1, "the lease has expired", 20)
     assert renew(worker, silent, kept) == ["lost", "ok"]
     brief.close()
 

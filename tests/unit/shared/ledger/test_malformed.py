@@ -23,7 +23,7 @@ def test_job_is_done_beside_malformed_leases_and_alarms(ledger: Ledger, raw: Any
     ledger.add_packs("j", [(0, [Item(index=0, source="https://example.com/a.jpg")])])
     ledger.seal("j", size=1, total=1, duplicates={})
     ledger.bury("w/0/1")
-    assert ledger.tend()[0] == 0
+    assert ledger.tend()[0] == []
     share = ledger.take(Request("w/0/1", [LANE], {LANE: 1}))
     assert isinstance(share, Share)
     assert ledger.renew("w/0/1", [LANE], [share]).verdicts == ["ok"]

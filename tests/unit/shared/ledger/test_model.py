@@ -353,7 +353,7 @@ class Ledgers(RuleBasedStateMachine):
         silent = [(job, share) for job in self.jobs for share in job.shares.values() if share.silent]
         self.repair_finds_nothing()
         lost, lanes = self.ledger.tend()
-        assert lost == len(silent)
+        assert len(lost) == len(silent)
         for job, share in silent:
             job.bury(share, 0.5)
         for job in self.jobs:

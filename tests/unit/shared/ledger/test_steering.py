@@ -39,7 +39,7 @@ def test_paused_job_waits_until_it_is_resumed(producer: SubmitLedger, worker: Wo
     assert counts(worker, job)[0] == "paused"
     worker.give_back(share, CHILD, kept=[0], returned=[1])
     assert {job for job, _ in run(worker)} == {other}
-    assert worker.tend() == (0, {})
+    assert worker.tend() == ([], {})
     assert producer.pause(job)
     assert producer.resume(job)
     assert counts(worker, job)[0] == "running"
@@ -132,7 +132,7 @@ def test_job_begins_at_its_time(producer: SubmitLedger, worker: WorkLedger, raw:
     assert ask(worker) == "none"
     assert worker.status(job).not_before == pytest.approx(begin.timestamp(), abs=0.001)
     ring(raw, "begin", job)
-    assert worker.tend() == (0, {LANE: 0})
+    assert worker.tend() == ([], {LANE: 0})
     assert worker.status(job).not_before is None
     assert take(worker).job == job
 

@@ -21,7 +21,7 @@ def test_unsealed_job_is_invisible_and_expires_within_an_hour(producer: SubmitLe
     producer.open_job("job-unsealed", spec())
     producer.add_packs("job-unsealed", [(0, [item(0)])])
     assert ask(worker) == "none"
-    assert worker.tend() == (0, {})
+    assert worker.tend() == ([], {})
     assert worker.jobs() == []
     assert not producer.cancel("job-unsealed")
     assert not producer.pause("job-unsealed")

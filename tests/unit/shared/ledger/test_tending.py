@@ -40,31 +40,31 @@ def measured(raw: Any, lane: str = LANE) -> tuple[int, float]:
 
 
 def test_lanes_with_work_and_an_empty_queue_need_a_wake_up(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
-    assert worker.tend() == (0, {})
+    assert worker.tend() == ([], {})
     make_job(producer, 2)
     make_job(producer, 2, lane=OTHER_LANE)
     raw.lpush(f"imagemill.{OTHER_LANE}", "a message")
-    assert worker.tend() == (0, {LANE: 0})
+    assert worker.tend() == ([], {LANE: 0})
     raw.delete(f"imagemill.{OTHER_LANE}")
     assert sorted(worker.tend()[1]) == [OTHER_LANE, LANE]
     share = take(worker)
-    assert worker.tend() == (0, {OTHER_LANE: 0})  # all of it is running
+    assert worker.tend() == ([], {OTHER_LANE: 0})  # all of it is running
     work(worker, share)
     assert LANE in worker.tend()[1]  # for the manifest
     due = ask(worker)
-    assert worker.tend() == (0, {OTHER_LANE: 0})  # it is being written
+    assert worker.tend() == ([], {OTHER_LANE: 0})  # it is being written
     raw.zadd(f"imagemill:manifests:{LANE}", {due.job: 1})
     assert LANE in worker.tend()[1]  # its lease has expired
     run(worker, lanes=[LANE, OTHER_LANE])
-    assert worker.tend() == (0, {})
+    assert worker.tend() == ([], {})
 
 
 def test_shares_of_silent_children_are_handed_out_again(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     make_job(producer, 3, owner="ann")
     share, kept = take(worker, room=2), take(worker, OTHER)
-    assert worker.tend() == (0, {})
+    assert worker.tend() == ([], {})
     assert fall_silent(worker, raw, share) == 1
-    assert worker.tend() == (0, {LANE: 0})
+    assert worker.tend() == ([], {LANE: 0})
     assert raw.hgetall("imagemill:running") == {"ann": "1"}
     assert worker.renew(OTHER, [LANE], [kept]).verdicts == ["ok"]
 
@@ -75,8 +75,8 @@ def test_shares_of_a_dead_child_are_handed_out_at_once(producer: SubmitLedger, w
     take(worker, room=2)
     kept = take(worker, OTHER, room=1)
     take(worker, room=2)
-    assert worker.bury(CHILD) == 2
-    assert worker.bury(CHILD) == 0
+    assert len(worker.bury(CHILD)) == 2
+    assert len(worker.bury(CHILD)) == 0
     assert worker.renew(OTHER, [LANE], [kept]).verdicts == ["ok"]
     assert sorted(index for _, index in run(worker)) == [0, 1, 1, 2]
 
@@ -153,7 +153,7 @@ def test_many_lost_images_are_handed_out_in_several_steps(producer: SubmitLedger
         take(worker, room=4000)
     for member in raw.zrange("imagemill:leased", 0, -1):
         raw.zadd("imagemill:leased", {member: 1})
-    assert [worker.tend()[0] for _ in range(3)] == [3, 1, 0]
+    assert [len(worker.tend()[0]) for _ in range(3)] == [3, 1, 0]
 
 
 def test_leases_of_deleted_jobs_do_not_stop_others(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:

@@ -20,7 +20,7 @@ def lose(feeding: Feeding, images: int) -> Share:
     """Another child takes this many images, and dies."""
     share = feeding.ledger.take(Request(OTHERS, [LANE], {LANE: images}))
     assert isinstance(share, Share)
-    assert feeding.ledger.bury(OTHERS) == 1
+    assert len(feeding.ledger.bury(OTHERS)) == 1
     return share
 
 
