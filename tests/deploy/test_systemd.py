@@ -28,9 +28,9 @@ def root(tmp_path: Path) -> Path:
     shutil.copytree("/lib/systemd/system", tmp_path / "lib" / "systemd" / "system", symlinks=True)
     programs = tmp_path / "opt" / "imagemill" / "bin"
     programs.mkdir(parents=True)
-    for name in ("imagemill", "celery"):
-        (programs / name).write_text("#!/bin/sh\n")
-        (programs / name).chmod(0o755)
+    program = programs / "imagemill"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
     return tmp_path
 
 
