@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 from imagemill.shared.dead import DeadLetters
 from imagemill.shared.errors import ConfigurationError, ServiceUnavailable, sentence
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger.reading import LaneLoad, ReadLedger
+from imagemill.shared.ledger.reading import LaneLoad, Load, ReadLedger
 from imagemill.shared.settings import Settings, load_settings
 
 log = logging.getLogger(__name__)
@@ -67,11 +67,11 @@ class Installation(Collector):
         yield from (waiting, running, oldest)
         yield one("imagemill_unfinished_jobs", "Jobs with images that wait or run.", load.jobs)
         yield one("imagemill_lease_overdue_seconds", "By how much the oldest lease has outlived its time.", load.overdue)
-        yield from self._lanes({row.lane for row in load.rows})
+        yield from self._lanes(load)
 
-    def _lanes(self, busy: set[str]) -> Iterator[GaugeMetricFamily]:
+    def _lanes(self, load: Load) -> Iterator[GaugeMetricFamily]:
         nodes = self._fleet.nodes()
-        serving = dict.fromkeys(busy, 0)
+        serving = dict.fromkeys((row.lane for row in load.rows), 0)
         for node in nodes:
             for lane in node.lanes if node.ready else ():
                 serving[lane] = serving.get(lane, 0) + 1
@@ -79,16 +79,18 @@ class Installation(Collector):
         for lane, count in serving.items():
             served.add_metric([lane], count)
         yield served
+        speeds: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for lane, child, rate in load.rates:
+            speeds[child.rpartition("/")[0], lane] += rate
         speed = GaugeMetricFamily(
             "imagemill_node_images_per_second",
             "Images per second that a node's children have reported, in lanes with work.",
             labels=["node", "lane"],
         )
         alive = {node.node for node in nodes}
-        for lane, rates in self._fleet.rates_of(sorted(busy)).items():
-            for node_name, rate in summed(rates).items():
-                if node_name in alive:
-                    speed.add_metric([node_name, lane], rate)
+        for (name, lane), rate in speeds.items():
+            if name in alive:
+                speed.add_metric([name, lane], rate)
         yield speed
 
     def _nodes(self) -> Iterator[GaugeMetricFamily]:
@@ -124,14 +126,6 @@ def one(name: str, help_text: str, value: float, **labels: str) -> GaugeMetricFa
     family = GaugeMetricFamily(name, help_text, labels=list(labels))
     family.add_metric(list(labels.values()), value)
     return family
-
-
-def summed(rates: dict[str, float]) -> dict[str, float]:
-    """Rates of children, by NODE/NUMBER, as rates of their nodes."""
-    nodes: defaultdict[str, float] = defaultdict(float)
-    for child, rate in rates.items():
-        nodes[child.rpartition("/")[0]] += rate
-    return nodes
 
 
 def bounded(rows: list[LaneLoad]) -> list[LaneLoad]:

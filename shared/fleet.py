@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -110,13 +110,6 @@ def _figure(raw: bytes) -> float:
     if not 0 <= figure < math.inf:
         raise ValueError(f"not a rate: {figure}")
     return figure
-
-
-def _is_figure(raw: bytes) -> bool:
-    try:
-        return _figure(raw) >= 0
-    except ValueError:
-        return False
 
 
 def _memory(raw: bytes) -> tuple[float, int]:
@@ -219,18 +212,6 @@ class Fleet(Connected):
     def rates(self, lane: str) -> dict[str, float]:
         """Images per second of each child that has computed images in this lane, by NODE/NUMBER."""
         return self._readable(f"imagemill:rates:{lane}", _figure)
-
-    def rates_of(self, lanes: Sequence[str]) -> dict[str, dict[str, float]]:
-        """The `rates` of several lanes, in one round trip; what can't be read is left out."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for lane in lanes:
-                pipe.hgetall(f"imagemill:rates:{lane}")
-            answers = pipe.execute(raise_on_error=False)
-        return {
-            lane: {child.decode(errors="replace"): _figure(raw) for child, raw in rates.items() if _is_figure(raw)}
-            for lane, rates in zip(lanes, answers, strict=True)
-            if isinstance(rates, dict)
-        }
 
     def report_memory(self, node: str, share: float, flagged: int) -> None:
         """Report a node's peak share of GPU memory and its number of batches above 90 %, since it loaded its engines."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -53,9 +54,13 @@ class LaneLoad:
 
 @dataclass(frozen=True)
 class Load:
-    """What waits and runs, the number of unfinished jobs, and by how many seconds the oldest lease is overdue."""
+    """What waits and runs; the images per second of each child, as (lane, NODE/NUMBER, rate), in lanes with work.
+
+    `jobs` is the number of unfinished jobs, `overdue` by how many seconds the oldest lease has outlived its time.
+    """
 
     rows: list[LaneLoad]
+    rates: list[tuple[str, str, float]]
     jobs: int
     overdue: float
 
@@ -67,13 +72,13 @@ class ReadLedger(Repairing):
 
     def load(self) -> Load:
         """What waits and runs, of at most 10,000 jobs."""
-        overdue, jobs, found = self._script("load", MOST_JOBS)
-        rows = []
-        for lane, priority, owner, waiting, running, oldest in found:
-            named = b"" if owner.startswith(b"~") else owner
-            lane, priority, named = (name.decode(errors="replace") for name in (lane, priority, named))
-            rows.append(LaneLoad(lane, priority, named, waiting, running, oldest / 1000))
-        return Load(rows, jobs, overdue / 1000)
+        found = json.loads(self._script("load", MOST_JOBS).decode(errors="replace"))
+        rows = [
+            LaneLoad(lane, priority, "" if owner.startswith("~") else owner, int(waiting), int(running), oldest / 1000)
+            for lane, priority, owner, waiting, running, oldest in found["rows"]  # an empty table is an object in JSON
+        ]
+        rates = [(lane, child, float(rate)) for lane, child, rate in found["rates"]]
+        return Load(rows, rates, found["jobs"], found["overdue"] / 1000)
 
     def spec(self, job: str) -> Job:
         """The job's spec as submitted."""
