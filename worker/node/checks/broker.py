@@ -46,9 +46,7 @@ def check_redis(settings: Settings) -> Iterator[Finding]:
     yield Finding("redis", "ok", f"version {info['redis_version']}, {info['used_memory_human']} used")
     apart = abs(time.time() - seconds)
     if apart > MOST_APART:
-        found = (
-            f"this host's clock and that of Redis are {apart:.0f} s apart; logs can't be compared, certificates may be refused"
-        )
+        found = f"this host's clock and that of Redis are {apart:.0f} s apart; logs don't compare, certificates may be refused"
         yield Finding("redis", "warning", found, SET_CLOCKS)
     yield from _persistence(info, saves)
     yield from _memory(info)
