@@ -118,6 +118,9 @@ class Installation(Collector):
         yield from (expected, present)
 
     def _rest(self) -> Iterator[GaugeMetricFamily]:
+        used, limit = self._ledger.memory()
+        yield one("imagemill_redis_memory_used_bytes", "Memory that Redis uses.", used)
+        yield one("imagemill_redis_memory_limit_bytes", "Memory that Redis may use; 0 if it has no limit.", limit)
         yield one("imagemill_dead_letters", "Entries in Redis that were unreadable and set aside.", self._dead.count())
 
 

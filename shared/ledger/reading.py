@@ -80,6 +80,11 @@ class ReadLedger(Repairing):
         rates = [(lane, child, float(rate)) for lane, child, rate in found["rates"]]
         return Load(rows, rates, found["jobs"], found["overdue"] / 1000)
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes that Redis uses, and its limit, 0 for none."""
+        info = self._redis.info("memory")
+        return int(info["used_memory"]), int(info.get("maxmemory", 0))
+
     def spec(self, job: str) -> Job:
         """The job's spec as submitted."""
         with _legible(job):

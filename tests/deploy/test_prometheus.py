@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from imagemill.shared.errors import ImageError, leaves
 from tests.workers import ROOT
 
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -72,6 +73,12 @@ def test_rules_and_dashboard_use_metrics_that_exist() -> None:
 def test_rules_and_dashboard_use_records_that_exist() -> None:
     used = {word for text in expressions() for word in re.findall(r"\w+:\w+(?::\w+)?", re.sub(r'"[^"]*"', "", text))}
     assert used <= {rule["record"] for rule in rules("record")}
+
+
+def test_causes_name_error_codes_that_exist() -> None:
+    (expression,) = (rule["expr"] for rule in rules("record") if "cause" in rule["expr"] and "label_replace" in rule["expr"])
+    (codes,) = re.findall(r'"code",\s*"([^"]+)"', expression)
+    assert set(codes.split("|")) <= {error.code for error in leaves(ImageError)}
 
 
 def test_reference_lists_every_metric() -> None:
