@@ -123,7 +123,7 @@ if [ "$mode" = start ]; then
     await 300 eight_are_ready
     imagemill fleet
     upload_photos 40
-    grep PASSWORD "$folder/env"
+    grep -E 'PASSWORD|AWS_' "$folder/env"
     exit
 fi
 
