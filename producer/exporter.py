@@ -19,6 +19,7 @@ from imagemill.shared.dead import DeadLetters
 from imagemill.shared.errors import ConfigurationError, ServiceUnavailable, sentence
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.reading import LaneLoad, Load, ReadLedger
+from imagemill.shared.messages import Node
 from imagemill.shared.settings import Settings, load_settings
 
 log = logging.getLogger(__name__)
@@ -43,14 +44,15 @@ class Installation(Collector):
         yield one("imagemill_build_info", "The version of imagemill that exports this.", 1, version=self._version)
         up, found = 1.0, []
         try:
-            found = [*self._load(), *self._nodes(), *self._rest()]
+            nodes = self._fleet.nodes()
+            found = [*self._load(nodes), *self._nodes(nodes), *self._rest()]
         except ServiceUnavailable as error:
             up = 0.0
             log.warning("Redis not read", extra={"action": "export", "reason": error.message})
         yield one("imagemill_redis_up", "1 if Redis answers, 0 if not.", up)
         yield from found
 
-    def _load(self) -> Iterator[GaugeMetricFamily]:
+    def _load(self, nodes: list[Node]) -> Iterator[GaugeMetricFamily]:
         load = self._ledger.load()
         waiting = GaugeMetricFamily("imagemill_images_waiting", "Images to be handed out.", labels=LOAD_LABELS)
         running = GaugeMetricFamily("imagemill_images_running", "Images that workers have at hand.", labels=LOAD_LABELS)
@@ -67,11 +69,10 @@ class Installation(Collector):
         yield from (waiting, running, oldest)
         yield one("imagemill_unfinished_jobs", "Jobs with images that wait or run.", load.jobs)
         yield one("imagemill_lease_overdue_seconds", "By how much the oldest lease has outlived its time.", load.overdue)
-        yield from self._lanes(load)
+        yield from self._lanes(load, nodes)
 
-    def _lanes(self, load: Load) -> Iterator[GaugeMetricFamily]:
-        nodes = self._fleet.nodes()
-        serving = dict.fromkeys((row.lane for row in load.rows), 0)
+    def _lanes(self, load: Load, nodes: list[Node]) -> Iterator[GaugeMetricFamily]:
+        serving = dict.fromkeys((*load.lanes, *(row.lane for row in load.rows)), 0)
         for node in nodes:
             for lane in node.lanes if node.ready else ():
                 serving[lane] = serving.get(lane, 0) + 1
@@ -93,11 +94,11 @@ class Installation(Collector):
                 speed.add_metric([name, lane], rate)
         yield speed
 
-    def _nodes(self) -> Iterator[GaugeMetricFamily]:
+    def _nodes(self, nodes: list[Node]) -> Iterator[GaugeMetricFamily]:
         ready = GaugeMetricFamily(
             "imagemill_node_ready", "1 for a node that takes work, 0 for one that loads.", labels=["node", "host", "device"]
         )
-        for node in self._fleet.nodes():
+        for node in nodes:
             ready.add_metric([node.node, node.host, node.device], float(node.ready))
         yield ready
         peak = GaugeMetricFamily(

@@ -54,11 +54,12 @@ class LaneLoad:
 
 @dataclass(frozen=True)
 class Load:
-    """What waits and runs; the images per second of each child, as (lane, NODE/NUMBER, rate), in lanes with work.
+    """Lanes with work, what waits and runs in them, and the images per second of each child, as (lane, NODE/NUMBER, rate).
 
     `jobs` is the number of unfinished jobs, `overdue` by how many seconds the oldest lease has outlived its time.
     """
 
+    lanes: list[str]
     rows: list[LaneLoad]
     rates: list[tuple[str, str, float]]
     jobs: int
@@ -78,7 +79,7 @@ class ReadLedger(Repairing):
             for lane, priority, owner, waiting, running, oldest in found["rows"]  # an empty table is an object in JSON
         ]
         rates = [(lane, child, float(rate)) for lane, child, rate in found["rates"]]
-        return Load(rows, rates, found["jobs"], found["overdue"] / 1000)
+        return Load(list(found["lanes"]), rows, rates, found["jobs"], found["overdue"] / 1000)
 
     def memory(self) -> tuple[int, int]:
         """Bytes that Redis uses, and its limit, 0 for none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from imagemill.producer.sources import SourceRow
 from tests.services.images import ImageServer
 from tests.services.s3 import free_ports
-from tests.workers import WorkerProcess
+from tests.workers import WorkerProcess, wait_until
 
 
 class Scraped:
@@ -55,8 +56,13 @@ class MeteredNode(WorkerProcess):
         """The processes that work on images."""
         return [child for child in self.children() if child != self.server.pid]
 
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
     def scrape(self) -> Scraped:
-        """What the node tells Prometheus."""
+        """What the node tells Prometheus, once its server has started."""
+        wait_until(self._listens, "the node serves metrics")
         return Scraped(f"http://127.0.0.1:{self.port}/metrics")
 
 

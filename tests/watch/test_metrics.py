@@ -17,7 +17,7 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.messages import Policy
 from tests.conftest import photo
 from tests.integration.jobs import spec
-from tests.services.images import ImageServer, answers
+from tests.services.images import Handler, ImageServer, answers
 from tests.watch.metering import Exporter, MeteredNode, rows_of
 from tests.workers import WorkerProcess, wait_until
 
@@ -71,9 +71,33 @@ def test_counts_outlive_a_child_and_end_with_the_node(
         server = node.server
         folder = Path(server.environ()["PROMETHEUS_MULTIPROC_DIR"])
         assert any(folder.iterdir())
+        for number in (signal.SIGINT, signal.SIGTERM):  # as from Ctrl-C, which a node's processes all get
+            server.send_signal(number)
+        assert node.scrape().sum("imagemill_images_total", result="computed") == 6
         node.kill()
         wait_until(lambda: not server.is_running(), "the server has ended with its node")
     assert not folder.exists()
+
+
+def test_retries_are_counted(environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path) -> None:
+    good, refusals = photo(1), iter([503, 503])
+
+    def flaky(handler: Handler) -> None:
+        status = next(refusals, 200)
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(good) if status == 200 else 0))
+        handler.end_headers()
+        if status == 200:
+            handler.wfile.write(good)
+
+    images.routes["/flaky.png"] = flaky
+    with MeteredNode(environment, tmp_path) as node:
+        node.wait_ready()
+        job = client.submit(rows_of(images, "/flaky.png"), spec("stylize", tmp_path)).job
+        client.wait(job, 60)
+        (row,) = client.results(job)
+        assert row.attempts == 3
+        assert node.scrape().sum("imagemill_image_retries_total", operation="stylize") == 2
 
 
 def test_node_works_without_metrics_if_their_port_is_taken(

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from imagemill.shared.errors import ImageError, leaves
 from imagemill.shared.messages import ItemResult
@@ -28,6 +32,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """The variable with which prometheus_client is told where a node's processes write."""
+PREFIX = "imagemill-metrics-"
+"""Folders are named after it, the process ID of their node, and a random suffix."""
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
@@ -38,7 +44,11 @@ def start_counting(settings: Settings, node: str) -> subprocess.Popen[bytes] | N
     port = settings.worker.metrics_port
     if port is None:
         return None
-    os.environ[FOLDER] = tempfile.mkdtemp(prefix="imagemill-metrics-")
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):  # by a server that was killed
+        pid = left.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    os.environ[FOLDER] = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
     command = [sys.executable, "-m", "imagemill.worker.node.metrics_server", node, settings.worker.metrics_host, str(port)]
     if settings.worker.gpu is not None:
         command.append(visible_gpu(settings.worker.gpu, os.environ.get("CUDA_VISIBLE_DEVICES")))
@@ -105,7 +115,8 @@ class PrometheusMeter(Meter):
         self._stored = counter("stored_bytes", "Bytes of results.")
         self._errors = counter("store_errors", "Failures of a store, retried ones included, by code.", "code")
         self._paused = gauge("store_paused", "1 while images wait for a store that does not respond.")
-        self._seen: dict[int, int] = {}
+        self._seen: dict[int, BatchSizes] = {}
+        self._failures = 0
         # Prometheus sees only that a counter rises, not that it appears: a first failure would go unnoticed.
         for operation, error in product(operations, leaves(ImageError)):
             self._failed.labels(operation, error.code)
@@ -133,12 +144,13 @@ class PrometheusMeter(Meter):
         self._watch(recipe.sizes)
 
     def _watch(self, sizes: BatchSizes) -> None:
-        self._peak.set(sizes.top)
-        self._relief.set(sizes.level)
-        before = self._seen.get(id(sizes), 0)
-        if sizes.failures > before:
-            self._oom.inc(sizes.failures - before)
-            self._seen[id(sizes)] = sizes.failures
+        """Sum up the engines that have run."""
+        self._seen[id(sizes)] = sizes
+        self._peak.set(max(one.top for one in self._seen.values()))
+        self._relief.set(max(one.level for one in self._seen.values()))
+        failures = sum(one.failures for one in self._seen.values())
+        self._oom.inc(failures - self._failures)
+        self._failures = failures
 
     def store_failed(self, code: str) -> None:
         self._errors.labels(code).inc()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -119,6 +120,8 @@ def find_gpu(visible: str = "") -> Gpu | None:
 
 def main() -> None:
     """Serve until the node ends, then remove what its processes wrote."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # they may reach all processes of a node, which drains meanwhile
+        signal.signal(number, signal.SIG_IGN)
     node, host, port, *gpu = sys.argv[1:]
     settings = load_settings()
     logs.set_up(as_json=settings.log_json)

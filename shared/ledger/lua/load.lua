@@ -1,5 +1,5 @@
 -- ARGV most jobs to look at: what waits and runs, for the metrics; changes nothing. Returns JSON, which clients read faster than many
--- values: `overdue`, ms by which the oldest lease is overdue; `jobs`, how many there are; `rows` of lane, priority, owner, images waiting,
+-- values: `overdue`, ms by which the oldest lease is overdue; `jobs`, how many there are; `lanes` with work; `rows` of lane, priority, owner, images waiting,
 -- images running, ms since the oldest job with waiting images was due; `rates` of lane, child, images per second.
 -- Jobs beyond the most are left out: nobody else can use Redis meanwhile.
 local now, most, jobs, count = now_ms(), tonumber(ARGV[1]), {}, 0
@@ -14,8 +14,8 @@ local function look_at(job, in_line)
   if jobs[job] == nil and count < most then jobs[job], count = in_line, count + 1 end
 end
 
-local rates = {}
-for _, lane in ipairs(list('SMEMBERS', LANES)) do
+local lanes, rates = list('SMEMBERS', LANES), {}
+for _, lane in ipairs(lanes) do
   for _, priority in ipairs(PRIORITIES) do
     for _, owner in ipairs(list('ZRANGE', turns(lane, priority), 0, -1)) do
       for _, job in ipairs(list('ZRANGE', waiting({lane = lane, priority = priority, owner = owner}), 0, most)) do
@@ -59,4 +59,4 @@ for job, in_line in pairs(jobs) do
   end
 end
 local overdue = leases[2] and math.max(0, now - figure(leases[2], now)) or 0
-return cjson.encode({overdue = overdue, jobs = count, rows = rows, rates = rates})
+return cjson.encode({overdue = overdue, jobs = count, lanes = lanes, rows = rows, rates = rates})
