@@ -32,18 +32,15 @@ REASONS = {
 """What OpenSSL's messages mean, in lower case; the first that occurs counts."""
 
 
-def connect(url: str, *, socket_timeout: float = 10, retry: Retry | None = None) -> Any:
+def connect(url: str, **changes: Any) -> Any:
     """A thread-safe client with timeouts, which connects on the first command. Create one per process, after the fork.
 
-    `retry` replaces redis-py's own, which goes on for half a minute. With Sentinels, each connection is to the Redis that
-    they name at that moment. Raises ConfigurationError if the URL names a file for TLS that can't be used.
+    `changes` are options of redis-py that replace ours. With Sentinels, each connection is to the Redis that they name at
+    that moment. Raises ConfigurationError if the URL names a file for TLS that can't be used.
     """
     where = RedisUrl.parse(url)
-    options: dict[str, Any] = dict(
-        decode_responses=False, socket_timeout=socket_timeout, socket_connect_timeout=5, health_check_interval=25, **where.tls
-    )
-    if retry is not None:
-        options["retry"] = retry
+    ours = dict(decode_responses=False, socket_timeout=10, socket_connect_timeout=5, health_check_interval=25)
+    options: dict[str, Any] = {**ours, **where.tls, **changes}
     if where.primary is None:
         return redis.Redis.from_url(where.plain, **options)
     sentinel: Any = Sentinel(  # type: ignore[no-untyped-call]

@@ -89,6 +89,7 @@ for _, member in ipairs(redis.call('SMEMBERS', BINDINGS)) do
     end
   end
 end
+redis.call('EXPIRE', 'imagemill:node-queues', 2 * ARGV[1]) -- each minute, while there are nodes
 return swept
 """
 
@@ -181,6 +182,7 @@ class Fleet(Connected):
         """Report the GPUs that a supervisor sees; `process` tells it from others of its host."""
         report = report.model_copy(update={"seen": now_ms(self._redis) / 1000})
         self._redis.hset("imagemill:gpus", f"{report.host}/{process}", report.model_dump_json())
+        self._redis.expire("imagemill:gpus", FORGET_SECONDS)
 
     def forget_gpus(self, host: str, process: str) -> None:
         """Remove the report of a supervisor that is stopping."""

@@ -87,7 +87,7 @@ def test_product_imports_neither_tests_nor_benchmarks(folder: str) -> None:
     assert importers(folder, "bench", "tests", "conftest") == {}
 
 
-@pytest.mark.parametrize("folder", ["shared", "producer", "worker", "tests", "bench", "deploy"])
+@pytest.mark.parametrize("folder", ["shared", "producer", "worker", "tests", "bench"])
 def test_product_is_imported_as_imagemill(folder: str) -> None:
     """The folders are importable by their own names too, which would load a second copy of each module."""
     assert importers(folder, "shared", "producer", "worker") == {}

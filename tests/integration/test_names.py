@@ -161,9 +161,9 @@ def test_killed_producer_leaves_nothing_to_do_until_the_list_is_submitted_again(
 
 
 def fill(raw: Any) -> None:
-    """Leave Redis room for a few packs."""
+    """Leave Redis no room."""
     raw.config_set("maxmemory-policy", "noeviction")
-    raw.config_set("maxmemory", raw.info("memory")["used_memory"] + 20_000)
+    raw.config_set("maxmemory", raw.info("memory")["used_memory"] // 2)
 
 
 def filling(raw: Any) -> Iterator[SourceRow]:

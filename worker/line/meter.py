@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from imagemill.shared.messages import ItemResult
-from imagemill.worker.line.batching import Recipe
+
+if TYPE_CHECKING:  # a node's parent imports this module, but no numpy
+    from imagemill.worker.line.batching import Recipe
 
 
 class Meter:

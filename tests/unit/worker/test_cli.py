@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any, ClassVar
 
 import pytest
@@ -94,10 +95,10 @@ def test_worker_names_an_invalid_setting() -> None:
 @pytest.mark.parametrize(
     ("flags", "gpu", "name", "concurrency"),
     [
-        (["--gpu", "3"], 3, "gpu3@%h", 1),
-        (["--cpu", "--concurrency", "5"], None, "cpu@%h", 5),
-        (["--cpu"], None, "cpu@%h", len(os.sched_getaffinity(0))),
-        (["--gpu", "0", "--name", "first"], 0, "first@%h", 1),
+        (["--gpu", "3"], 3, "gpu3@HOST", 1),
+        (["--cpu", "--concurrency", "5"], None, "cpu@HOST", 5),
+        (["--cpu"], None, "cpu@HOST", len(os.sched_getaffinity(0))),
+        (["--gpu", "0", "--name", "first"], 0, "first@HOST", 1),
         (["--cpu", "--concurrency", "1", "--name", "cpu@here"], None, "cpu@here", 1),
     ],
 )
@@ -107,7 +108,7 @@ def test_flags_choose_gpu_name_and_concurrency(flags: list[str], gpu: int | None
     ((settings, arguments),) = Node.started
     assert settings.worker.gpu == gpu, "the flag overrides the environment"
     assert settings.worker.operations == ("stylize",)
-    assert arguments == {"name": name, "concurrency": concurrency}
+    assert arguments == {"name": name.replace("HOST", socket.gethostname()), "concurrency": concurrency}
 
 
 @pytest.mark.parametrize(

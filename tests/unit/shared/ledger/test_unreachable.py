@@ -37,6 +37,8 @@ CALLS: dict[str, Callable[[Ledger], Any]] = {
     "status": lambda ledger: ledger.status("job-lost"),
     "lineup": lambda ledger: ledger.lineup(LANE),
     "jobs": lambda ledger: ledger.jobs(),
+    "load": lambda ledger: ledger.load(),
+    "memory": lambda ledger: ledger.memory(),
     "rows": lambda ledger: list(ledger.rows("job-lost")),
     "follow": lambda ledger: ledger.follow("job-lost"),
     "cancel": lambda ledger: ledger.cancel("job-lost"),

@@ -97,7 +97,7 @@ def test_engine_without_models_on_disk_is_reported_with_the_pull_command(tmp_pat
     ],
 )
 def test_node_without_any_queue_does_not_start(
-    tmp_path: Path, engines: list[str], worker: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, engines: list[str], worker: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     node = Worker(settings(tmp_path, *engines, **worker))
     with pytest.raises(ConfigurationError, match=message):
@@ -105,7 +105,9 @@ def test_node_without_any_queue_does_not_start(
     with pytest.raises(SystemExit) as exit_:  # started by Celery's own command
         node._prepare_parent(sender=None)
     assert exit_.value.code == 2
-    assert "the node exits action=start reason=this node can't do any work" in capsys.readouterr().err
+    (logged,) = caplog.records
+    assert logged.message == "nothing to do; the node exits"
+    assert vars(logged)["reason"].startswith("this node can't do any work")
 
 
 def test_engine_that_does_none_of_the_operations_is_reported(tmp_path: Path) -> None:
