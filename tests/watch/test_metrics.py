@@ -47,6 +47,7 @@ def test_node_counts_what_the_results_say(
     assert scraped.sum("imagemill_stored_bytes_total") == sum(path.stat().st_size for path in tmp_path.rglob("*.png"))
     assert scraped.sum("imagemill_stage_seconds_count", operation="stylize", stage="run") == 5
     assert scraped.sum("imagemill_batch_size_sum") == 5
+    assert scraped.by("imagemill_model_info", "operation") == {"stylize": 1}
     ours = [sample for sample in scraped.samples if sample.name.startswith("imagemill_")]
     assert {sample.labels["node"] for sample in ours} == {name}
     assert (

@@ -83,6 +83,8 @@ class Child:
         self.records = Records(self.ledger, node, child_meter(settings.worker.operations), self.traces)
         self.tell: Tell = lambda _, **__: None
         self._load_all(device)
+        for lane in self.lanes():
+            self.records.meter.offers(*split_lane(lane))
         self.feeder: Feeder | None = None
 
     def _load_all(self, device: Device) -> None:

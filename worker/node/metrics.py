@@ -115,6 +115,7 @@ class PrometheusMeter(Meter):
         self._stored = counter("stored_bytes", "Bytes of results.")
         self._errors = counter("store_errors", "Failures of a store, retried ones included, by code.", "code")
         self._paused = gauge("store_paused", "1 while images wait for a store that does not respond.")
+        self._models = gauge("model_info", "1 for each engine and model that the node offers.", "operation", "engine", "model")
         self._seen: dict[int, BatchSizes] = {}
         self._failures = 0
         # Prometheus sees only that a counter rises, not that it appears: a first failure would go unnoticed.
@@ -125,6 +126,9 @@ class PrometheusMeter(Meter):
                 self._errors.labels(error.code)
         for operation, how in product(operations, ("computed", "reused", "kept", "failed")):
             self._images.labels(operation, how)
+
+    def offers(self, operation: str, engine: str, model: str) -> None:
+        self._models.labels(operation, engine, model).set(1)
 
     def recorded(self, operation: str, result: ItemResult, how: str) -> None:
         self._images.labels(operation, how).inc()
