@@ -21,6 +21,7 @@ from PIL import Image
 
 from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared import log_fields
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.settings import Settings
 from tests.ledgers import Ledger
@@ -123,6 +124,7 @@ def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     levels = {name: logger.level for name, logger in manager.loggerDict.items() if isinstance(logger, logging.Logger)}
     root = logging.getLogger()
     level = root.level
+    monkeypatch.setattr(log_fields, "PROCESS", {})  # of a node that another test has started in this process
     monkeypatch.setattr(root, "handlers", [])  # `set_up` would close pytest's own handlers
     for name in ("stdout", "stderr", "__stdout__", "__stderr__", "excepthook", "unraisablehook"):
         monkeypatch.setattr(sys, name, getattr(sys, name))

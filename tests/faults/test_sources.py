@@ -49,7 +49,9 @@ def test_downloads_that_fail_at_first_are_tried_again(
         node.wait_ready()
         job = submit_urls(client, [images.url(f"/{n}.png") for n in range(len(faults))], tmp_path)
         check_complete(client, job, len(faults), tmp_path)
-    assert [row.attempts for row in client.results(job)] == [2] * len(faults)
+    attempts = [row.attempts for row in client.results(job)]
+    assert attempts.pop(3) in (2, 3)  # what was sent too much may spoil the next answer on that connection
+    assert attempts == [2] * (len(faults) - 1)
 
 
 def test_slow_host_holds_up_only_its_own_images(
