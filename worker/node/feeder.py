@@ -280,6 +280,7 @@ class Feeder:
             self._poke.set()
 
     # --- taking -----------------------------------------------------------------------------------
+
     def _top_up(self) -> bool:
         """Take shares while there is room; False if there is nothing to take."""
         while not self._alone() and time.monotonic() >= self._ask_at:
