@@ -79,6 +79,7 @@ class FetchSettings(Group):
     connect_timeout: float = Field(5.0, gt=0, description="seconds to establish a connection")
     total_timeout: float = Field(60.0, gt=0, description="seconds for one download, including redirects")
     max_bytes: int = Field(64 * 2**20, gt=0, description="largest image file, in bytes")
+    memory: int = Field(256 * 2**20, gt=0, description="most bytes of downloaded files in memory per child process")
     max_redirects: int = Field(5, ge=0, description="most redirects to follow")
     allow_hosts: Annotated[tuple[str, ...], LIST] = Field((), description="hosts allowed to have private addresses; JSON list")
     allow_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], LIST] = Field(
