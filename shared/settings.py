@@ -87,8 +87,9 @@ class FetchSettings(Group):
     )
     ca_file: Path | None = Field(None, description="PEM file with CAs to trust besides the public ones")
     threads: int = Field(
-        16, ge=1, le=256, description="parallel downloads (with decoding) per child process, and as many again from slow hosts"
+        256, ge=1, le=4096, description="most downloads at a time per child process, and as many again from slow hosts"
     )
+    per_host: int = Field(256, ge=1, le=4096, description="most downloads at a time from one host per child process")
 
 
 class FileSettings(Group):
@@ -146,9 +147,7 @@ class WorkerSettings(Group):
     max_pixels: int = Field(64_000_000, gt=0, description="most pixels in an image; larger ones are rejected undecoded")
     look_ahead: int = Field(128_000_000, gt=0, description="most decoded pixels in memory per child process")
     batch_wait: float = Field(0.05, ge=0, le=60, description="seconds that a batch on a GPU waits for more images")
-    store_threads: int = Field(
-        4, ge=1, le=64, description="parallel uploads (with postprocessing and encoding) per child process"
-    )
+    store_threads: int = Field(256, ge=1, le=4096, description="most uploads at a time per child process")
     reuse: bool = Field(True, description="remember results and copy them when the same image is requested again")
     lease_seconds: float = Field(
         20.0, ge=2, description="seconds without a heartbeat before a child's work is handed to others"

@@ -100,6 +100,9 @@ class Batcher(Generic[Owner]):
     def __bool__(self) -> bool:
         return bool(self._groups)
 
+    def __len__(self) -> int:
+        return sum(len(group.slots) for group in list(self._groups.values()))
+
     def add(self, owner: Owner, samples: Sequence[Sample[Any, Any]], recipe: Recipe, *, first: bool = False) -> None:
         """Queue one owner's samples, with `first` before all others unless these have been overtaken for too long."""
         keys = [recipe.operation.group_key(sample) for sample in samples]  # before any is queued, in case one raises

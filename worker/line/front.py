@@ -1,118 +1,159 @@
-"""Threads for what comes before the device, so that a slow source server holds up nobody but its own images."""
+"""Which images are downloaded next, and how many at a time: as many as the device needs, and none that hold up others."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from threading import Condition, Thread
+from threading import Lock
 
 from imagemill.worker.line.image import ImageInFlight
 
-Step = Callable[[ImageInFlight], None]
-
 SLOW_SECONDS = 2.0
-"""A host is slow while one of its downloads takes longer, and after one that did."""
+"""A host is slow if its downloads take longer."""
 GLANCE = 0.25
-"""Seconds between two looks at whether a download has become slow, while images wait."""
+"""Seconds between two looks at whether a host has become slow, while images wait."""
 MOST_HOSTS = 1000
-"""Slow hosts remembered; beyond that, the oldest is forgotten."""
+"""Hosts remembered; beyond that, the oldest is forgotten."""
+FEWEST = 16
+"""Downloads that may always run at a time, so that the device's rate and the latency become known."""
+HEADROOM = 2.0
+"""Downloads at a time, relative to what the device needs on average, since latencies vary."""
+WEIGHT = 1 / 32
+"""Of the latest download in the mean latency."""
 
 
 @dataclass
-class _Running:
-    image: ImageInFlight
-    since: float = field(default_factory=time.monotonic)
+class _Host:
+    """`answered` is when its latest quick download ended, on the monotonic clock; `slow` tells whether the latest was slow."""
 
-    @property
-    def slow(self) -> bool:
-        return "fetch" not in self.image.seconds and time.monotonic() - self.since > SLOW_SECONDS
+    waiting: deque[ImageInFlight] = field(default_factory=deque)
+    running: dict[int, float] = field(default_factory=dict)
+    answered: float = -math.inf
+    slow: bool = False
+
+    def is_slow(self, now: float) -> bool:
+        """Whether its latest download took long, or one does that began after the latest quick one had ended."""
+        began = next(iter(self.running.values()), now)
+        return self.slow or (now - began > SLOW_SECONDS and self.answered <= began)
 
 
 class Front:
-    """Takes steps with images in `threads` threads, and in as many more with images from slow hosts.
+    """Calls `begin` with each image whose download should start. Thread-safe.
 
-    Hosts take turns; the images of one come in the order in which they were submitted.
+    By Little's law, a device that takes `pace()` images per second needs pace x latency downloads at a time; there are twice
+    as many, at least 16, and no more than `most`, nor than `per_host` from one host. What has been downloaded and not been `prepared`
+    counts, too, so that downloads wait for CPUs that fall behind. Slow hosts have as many places again, so they
+    hold up nobody but their own images. Hosts take turns; the images of one come in the order in which they were submitted.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._each = threads
-        self._waiting: dict[str, deque[tuple[Step, ImageInFlight]]] = {}
-        self._running: list[_Running] = []
-        self._slow: dict[str, None] = {}
-        self._changed = Condition()
-        self._threads: list[Thread] = []
+    def __init__(self, begin: Callable[[ImageInFlight], None], pace: Callable[[], float], *, most: int, per_host: int) -> None:
+        self._begin, self._pace, self._most, self._per_host = begin, pace, most, per_host
+        self._hosts: dict[str, _Host] = {}
+        self._queue: dict[str, None] = {}  # hosts with images that wait, in turn
+        self._slow: set[str] = set()
+        self._look_at = 0.0
+        self._lock = Lock()
         self._closed = False
+        self.fetching = self.fetched = 0
+        self.latency = 0.0
+        """Smoothed seconds of a download."""
 
-    def submit(self, step: Step, image: ImageInFlight) -> None:
-        """Take this step with an image as soon as it is its turn. It must not raise."""
-        with self._changed:
-            self._waiting.setdefault(image.host, deque()).append((step, image))
-            idle = len(self._threads) - len(self._running)
-            if idle < sum(map(len, self._waiting.values())) and len(self._threads) < 2 * self._each:
-                thread = Thread(target=self._serve, name=f"fetch-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            self._changed.notify()
+    @property
+    def places(self) -> int:
+        """How many images may be downloading, or downloaded and not prepared."""
+        needed = math.ceil(HEADROOM * self._pace() * self.latency)
+        return min(self._most, max(FEWEST, needed))
+
+    def submit(self, images: Iterable[ImageInFlight]) -> None:
+        """Download images as soon as it is their turn."""
+        with self._lock:
+            if self._closed:
+                return
+            for image in images:
+                self._host(image.host).waiting.append(image)
+                self._queue.setdefault(image.host)
+        self.look()
+
+    def over(self, image: ImageInFlight) -> None:
+        """A download is over, successful or not."""
+        seconds = image.seconds.get("fetch")
+        with self._lock:
+            host = self._hosts[image.host]
+            del host.running[id(image)]
+            self.fetching -= 1
+            self.fetched += 1
+            if seconds is not None:
+                self.latency += (seconds - self.latency) * (WEIGHT if self.latency else 1.0)
+                host.slow = seconds > SLOW_SECONDS
+                if host.slow:
+                    self._slow.add(image.host)
+                else:
+                    self._slow.discard(image.host)
+                    host.answered = time.monotonic()
+        self.look()
+
+    def prepared(self) -> None:
+        """An image that was downloaded needs no more preparation."""
+        with self._lock:
+            self.fetched -= 1
+        self.look()
+
+    def look(self) -> None:
+        """Begin what may begin. To be called several times per second while images wait: hosts become slow without notice."""
+        if not self._queue:
+            return
+        with self._lock:
+            found = list(self._next())
+        for image in found:
+            self._begin(image)
 
     def slow_hosts(self) -> set[str]:
         """Hosts whose downloads take long."""
-        with self._changed:
-            return self._slow.keys() | {running.image.host for running in self._running if running.slow}
+        now = time.monotonic()
+        with self._lock:
+            return {name for name, host in self._hosts.items() if host.is_slow(now)}
 
     def close(self) -> None:
         """Begin nothing more."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._waiting.clear()
-            self._changed.notify_all()
+            self._queue.clear()
 
-    def join(self) -> None:
-        """Wait until nothing is running after `close`."""
-        for thread in self._threads:
-            thread.join()
+    def _next(self) -> Iterator[ImageInFlight]:
+        """Images whose turn it is; they count as running, unless nobody wants them any more."""
+        now, places = time.monotonic(), self.places
+        if now >= self._look_at:
+            self._look_at = now + GLANCE
+            self._slow = {name for name, host in self._hosts.items() if host.is_slow(now)}
+        slow = sum(len(self._hosts[name].running) for name in self._slow)
+        taken = {True: slow, False: self.fetching - slow + self.fetched}
+        while self._queue and (name := self._whose_turn(taken, places)) is not None:
+            host = self._hosts[name]
+            image = host.waiting.popleft()
+            del self._queue[name]
+            if host.waiting:
+                self._queue[name] = None  # behind the other hosts
+            if not image.stopped:
+                host.running[id(image)] = now
+                self.fetching += 1
+                taken[name in self._slow] += 1
+            yield image
 
-    def _serve(self) -> None:
-        while (taken := self._take()) is not None:
-            step, running = taken
-            try:
-                step(running.image)
-            finally:
-                self._over(running)
-
-    def _take(self) -> tuple[Step, _Running] | None:
-        """Wait for the next image; None once this is closed."""
-        with self._changed:
-            while not self._closed:
-                host = self._next_host()
-                if host is not None:
-                    waiting = self._waiting.pop(host)
-                    step, image = waiting.popleft()
-                    if waiting:
-                        self._waiting[host] = waiting  # behind the other hosts
-                    running = _Running(image)
-                    self._running.append(running)
-                    return step, running
-                self._changed.wait(GLANCE if self._waiting else None)
-        return None
-
-    def _next_host(self) -> str | None:
-        """The host whose turn it is."""
-        if not self._waiting:
+    def _whose_turn(self, taken: dict[bool, int], places: int) -> str | None:
+        if taken[False] >= places and (not self._slow or taken[True] >= places):
             return None
-        slow = self.slow_hosts()
-        busy = Counter(running.image.host in slow for running in self._running)
-        return next((host for host in self._waiting if busy[host in slow] < self._each), None)
+        return next((name for name in self._queue if self._may_begin(name, taken, places)), None)
 
-    def _over(self, running: _Running) -> None:
-        """Learn from a step that is over."""
-        host, seconds = running.image.host, running.image.seconds.get("fetch")
-        with self._changed:
-            self._running = [other for other in self._running if other is not running]
-            if seconds is not None:
-                self._slow.pop(host, None)
-                if seconds > SLOW_SECONDS:
-                    self._slow[host] = None
-            while len(self._slow) > MOST_HOSTS:
-                del self._slow[next(iter(self._slow))]
+    def _may_begin(self, name: str, taken: dict[bool, int], places: int) -> bool:
+        return taken[name in self._slow] < places and len(self._hosts[name].running) < self._per_host
+
+    def _host(self, name: str) -> _Host:
+        if name not in self._hosts and len(self._hosts) >= MOST_HOSTS:
+            idle = next((other for other, host in self._hosts.items() if not host.running and not host.waiting), None)
+            if idle is not None:
+                del self._hosts[idle]
+                self._slow.discard(idle)
+        return self._hosts.setdefault(name, _Host())

@@ -17,8 +17,11 @@ from imagemill.worker.checking.quality import REPAIRED_SEED, Checked
 from imagemill.worker.imaging.codec import Encoded
 from imagemill.worker.imaging.headers import Header
 from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.line.cache import Remembered
 from imagemill.worker.line.context import Context
 from imagemill.worker.operations.base import Work
+
+How = Literal["computed", "kept", "reused"]
 
 CACHED = "cached"
 """The note of a result that was copied from an earlier one."""
@@ -28,7 +31,7 @@ CACHED = "cached"
 class Stored:
     """The result is in the store: computed, kept as it came, or reused from an earlier job. `size` is (width, height)."""
 
-    how: Literal["computed", "kept", "reused"]
+    how: How
     output: str
     bytes: int
     size: tuple[int, int]
@@ -49,11 +52,16 @@ class NotBegun:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """It needs no work: its file is the result, to be stored."""
+
+
+@dataclass(frozen=True)
 class RunAgain:
     """The check wants another attempt on the device, with the next seed."""
 
 
-Outcome = Stored | Failed | NotBegun | RunAgain
+Outcome = Stored | Failed | NotBegun | Kept | RunAgain
 
 
 @dataclass
@@ -87,6 +95,11 @@ class ImageInFlight:
     """Stage, start and end of all work on it, if it is one of those that are traced."""
 
     data: bytes = field(init=False, repr=False)
+    held_bytes: int = 0
+    """Of `data`, in the budget of downloaded files."""
+    earlier_result: Remembered | None = None
+    """Of the same image, to be copied."""
+    how: How = "computed"
     header: Header = field(init=False)
     picture: Picture = field(init=False, repr=False)
     work: Work[Any, Any, Any] = field(init=False, repr=False)
@@ -193,14 +206,23 @@ class ImageInFlight:
         """Only the finished file, its notes and measures are needed from now on: free all pixels, and most of their budget."""
         self.encoded = encoded
         self.best = self.best.without_pixels()
-        self._free(("data", "picture", "work", "outputs", "made"))
+        self.drop_file()
+        self._free(("picture", "work", "outputs", "made"))
         pixels = min(self.held_pixels, len(encoded.data) // 4)  # a pixel takes about 4 bytes
         self.context.budget.release(self.held_pixels - pixels)
         self.held_pixels = pixels
 
+    def drop_file(self) -> None:
+        """Free the downloaded file."""
+        vars(self).pop("data", None)
+        if self.held_bytes:
+            self.context.fetcher.room.release(self.held_bytes)
+            self.held_bytes = 0
+
     def drop_pixels(self) -> None:
         """Free everything large. What the record needs stays."""
-        self._free(("data", "picture", "work", "outputs", "made", "best", "encoded"))
+        self.drop_file()
+        self._free(("picture", "work", "outputs", "made", "best", "encoded"))
 
     def _free(self, names: Iterable[str]) -> None:
         for name in names:

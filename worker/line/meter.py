@@ -9,6 +9,7 @@ from imagemill.shared.messages import ItemResult
 
 if TYPE_CHECKING:  # a node's parent imports this module, but no numpy
     from imagemill.worker.line.batching import Recipe
+    from imagemill.worker.line.waits import Cause
 
 
 class Meter:
@@ -20,8 +21,11 @@ class Meter:
     def recorded(self, operation: str, result: ItemResult, how: str) -> None:
         """An image has its result; `how` is computed, reused, kept or failed."""
 
-    def ran(self, recipe: Recipe, parts: Sequence[int]) -> None:
-        """A batch has run on the device, in parts of these sizes."""
+    def ran(self, recipe: Recipe, parts: Sequence[int], seconds: float) -> None:
+        """A batch has run on the device, in parts of these sizes, for so many seconds."""
+
+    def waited(self, cause: Cause, seconds: float) -> None:
+        """The device has waited."""
 
     def store_failed(self, code: str) -> None:
         """A store did not take or give an image."""

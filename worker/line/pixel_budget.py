@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from threading import Condition, Lock
+from dataclasses import dataclass
+from threading import Lock
 
-from imagemill.worker.line.stopped import GLANCE, Stopped
+Go = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    pixels: int
+    go: Go
+    unwanted: Callable[[], bool]
 
 
 class PixelBudget:
-    """Room for `total` decoded pixels, given out first come, first served. Thread-safe.
+    """Room for `total` decoded pixels, given out first come, first served. Thread-safe; nobody waits in a thread.
 
     An image larger than the whole budget gets in when it is alone.
     """
@@ -18,37 +27,47 @@ class PixelBudget:
         self._total = total
         self._used = 0
         self._closed = False
-        self._turn = Lock()  # one waits at a time, so that small images can't keep overtaking a large one
-        self._changed = Condition()
+        self._waiting: deque[_Waiting] = deque()
+        self._lock = Lock()
 
-    def acquire(self, pixels: int, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Wait until there is room. Raises Stopped once the budget is closed or `stopped()` is true."""
+    @property
+    def waiting(self) -> int:
+        """How many images wait for room."""
+        return len(self._waiting)
 
-        def over() -> bool:
-            return self._closed or stopped()
+    def enter(self, pixels: int, go: Go, unwanted: Callable[[], bool] = lambda: False) -> None:
+        """Call `go` with the pixels granted as soon as there is room: now, or in the thread that makes room.
 
-        while not self._turn.acquire(timeout=GLANCE):
-            if over():
-                raise Stopped
-        try:
-            with self._changed:
-                while not over():
-                    if self._used == 0 or self._used + pixels <= self._total:
-                        self._used += pixels
-                        return
-                    self._changed.wait(GLANCE)
-        finally:
-            self._turn.release()
-        raise Stopped
+        It is granted 0 if it has become `unwanted`, and isn't called at all once the budget is closed.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._waiting.append(_Waiting(pixels, go, unwanted))
+        self._let_in()
 
     def release(self, pixels: int) -> None:
         """Give room back."""
-        with self._changed:
+        with self._lock:
             self._used -= pixels
-            self._changed.notify_all()
+        self._let_in()
 
     def close(self) -> None:
-        """Turn away everyone who is waiting, because nobody will release anything any more."""
-        with self._changed:
+        """Let nobody in any more, because nobody will make room."""
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._waiting.clear()
+
+    def _let_in(self) -> None:
+        """Let in whoever is first in line, while there is room."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                first = self._waiting[0]
+                granted = 0 if first.unwanted() else first.pixels
+                if granted and self._used and self._used + granted > self._total:
+                    return
+                self._waiting.popleft()
+                self._used += granted
+            first.go(granted)

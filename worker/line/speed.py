@@ -1,4 +1,4 @@
-"""How many images per second a child computes, by lane, and how large its batches are."""
+"""How many images per second a child computes and its device could compute, by lane, and how large its batches are."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ MEMORY = 30.0
 class _Lane:
     images: float = 0.0
     seconds: float = 0.0
+    samples: float = 0.0
+    fastest: float = 0.0
     batch: int = 0
     computed: int = 0
 
@@ -28,6 +30,7 @@ class Speed:
         self._lock = Lock()
         self._lanes: dict[str, _Lane] = {}
         self._since: float | None = None
+        self._latest: str | None = None
 
     def resume(self) -> None:
         """There is work, if there was none."""
@@ -39,20 +42,31 @@ class Speed:
         with self._lock:
             self._since = None
 
-    def ran(self, lane: str, images: int, batch: int) -> None:
-        """A batch of `batch` samples has run, which completed `images` images."""
+    def ran(self, lane: str, images: int, batch: int, busy: float) -> None:
+        """A batch of `batch` samples has run for `busy` seconds, which completed `images` images."""
         with self._lock:
             now = self._clock()
             seconds, self._since = now - (now if self._since is None else self._since), now
             known = self._lanes.setdefault(lane, _Lane())
             fading = math.exp(-seconds / MEMORY)
             known.images, known.seconds = known.images * fading + images, known.seconds * fading + seconds
+            known.samples, self._latest = known.samples * fading + batch, lane
+            known.fastest = max(known.fastest * fading, batch / busy if busy > 0 else 0.0)
             known.batch, known.computed = batch, known.computed + images
 
     def rates(self) -> dict[str, float]:
         """Images per second of each lane in which an image has been computed."""
         with self._lock:
             return {lane: known.images / known.seconds for lane, known in self._lanes.items() if known.images and known.seconds}
+
+    def pace(self, lane: str | None = None) -> float:
+        """Images per second that the device could take of a lane, by its fastest batch of late; 0 if unknown.
+
+        That is more than it computes while it has to wait or batches are not full. By default, of the latest lane.
+        """
+        with self._lock:
+            known = self._lanes.get(lane or self._latest or "")
+            return known.fastest * known.images / known.samples if known and known.samples else 0.0
 
     def computed(self, lane: str) -> int:
         """Images of a lane computed so far."""

@@ -1,14 +1,13 @@
 """The stages that an image goes through, in order: one function each.
 
 A stage takes the image and its job's context. It returns None to pass the image on, or an outcome that ends its
-journey. `line.py` runs the stages in threads and batches samples for the device between the first two groups.
+journey. Stages that wait for the network are coroutines; the others are CPU work. `line.py` runs them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterable
 
 from imagemill.shared.engines import find_engine
 from imagemill.shared.errors import ImageError, InternalError, OutOfMemory, sentence
@@ -19,7 +18,7 @@ from imagemill.worker.checking import quality
 from imagemill.worker.imaging import codec
 from imagemill.worker.line.cache import Remembered
 from imagemill.worker.line.context import Context
-from imagemill.worker.line.image import CACHED, Failed, ImageInFlight, NotBegun, Outcome, RunAgain, Stored
+from imagemill.worker.line.image import CACHED, Failed, ImageInFlight, Kept, NotBegun, Outcome, RunAgain, Stored
 from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.operations.base import Inputs, Untouched
 from imagemill.worker.transfer.store import render_key
@@ -28,65 +27,71 @@ log = logging.getLogger(__name__)
 
 
 Stage = Callable[[ImageInFlight, Context], Outcome | None]
+NetworkStage = Callable[[ImageInFlight, Context], Awaitable[Outcome | None]]
 
 
-def fetch(image: ImageInFlight, context: Context) -> None:
-    """Download the source, and read its header before anything is decoded. Raises Stopped."""
-    context.store.check()  # a store that refuses everything should not cost a download
+async def fetch(image: ImageInFlight, context: Context) -> None:
+    """Download the source. Raises Stopped."""
+    await context.store.check()  # a store that refuses everything should not cost a download
     if image.stopped:  # a store that does not respond takes its time
         raise Stopped
     with image.timed("fetch"):
-        fetched = context.fetcher.fetch(
+        fetched = await context.fetcher.fetch(
             image.item.source, attempts=max(1, context.spec.policy.attempts - image.tries), stop=context.stop
         )
-    image.data, image.source_bytes = fetched.data, len(fetched.data)
+    image.data, image.held_bytes, image.source_bytes = fetched.data, fetched.room, len(fetched.data)
     image.tries += fetched.tries
+
+
+def identify(image: ImageInFlight, context: Context) -> None:
+    """Read the file's header before anything is decoded, and look for the result that the same image got before, in any job."""
     image.header = codec.probe(image.data, max_pixels=context.max_pixels)
-
-
-def reuse(image: ImageInFlight, context: Context) -> Stored | None:
-    """Copy the result that the same image got before, in any job."""
     if context.cache is None:
-        return None
+        return
     image.cache_key = context.cache.key(image.data, image.item, context.spec, context.operation)
     policy = context.spec.policy
     known = context.cache.get(image.cache_key) if policy.reuse else None
-    if known is None or (known.measures is None and policy.quality.mode != "off"):
-        return None
+    if known is not None and (known.measures is not None or policy.quality.mode == "off"):
+        image.earlier_result = known
+
+
+async def reuse(image: ImageInFlight, context: Context) -> Stored | None:
+    """Copy the earlier result."""
+    assert image.earlier_result is not None
     with image.timed("store"):
-        copy = known.copied(context.store, _key(image, context, known.format))
+        copy = await image.earlier_result.copied(context.store, _key(image, context, image.earlier_result.format))
+    image.earlier_result = copy  # of all copies, the newest lives longest
     if copy is None:
         return None
-    context.cache.put(image.cache_key, copy)  # of all copies, the newest lives longest
-    flags = flagged(beyond(copy.measures, policy.quality, context.spec.operation))
+    flags = flagged(beyond(copy.measures, context.spec.policy.quality, context.spec.operation))
     return Stored("reused", copy.output, copy.bytes, copy.size, (*copy.notes, *flags, CACHED), copy.measures)
 
 
 def decode(image: ImageInFlight, context: Context) -> None:
-    """Wait for room in the pixel budget, then decode to what the engine can use. Raises Stopped."""
-    pixels = image.header.size[0] * image.header.size[1]
-    with image.timed("wait"):
-        context.budget.acquire(pixels, lambda: image.stopped)
-    image.held_pixels = pixels
+    """Decode to what the engine can use. The line has waited for room in the pixel budget."""
+    if image.stopped:
+        raise Stopped
     with image.timed("decode"):
         edge = context.operation.work_edge(context.spec.options)
         image.picture = codec.decode(image.data, image.header, edge=edge, icc=context.spec.icc)
-    image.held_pixels = image.picture.size[0] * image.picture.size[1]
-    context.budget.release(pixels - image.held_pixels)
+    pixels = image.picture.size[0] * image.picture.size[1]
+    image.held_pixels, spare = pixels, image.held_pixels - pixels
+    context.budget.release(spare)
 
 
-def prepare(image: ImageInFlight, context: Context) -> Stored | None:
-    """The engine's CPU work before the device. An image that needs none is stored right away."""
+def prepare(image: ImageInFlight, context: Context) -> Kept | None:
+    """The engine's CPU work before the device. An image that needs none goes on to be stored."""
     operation, options = context.operation, context.spec.options
     mask = context.references.mask_of(image.item, options) if operation.spec.needs_mask else None
     with image.timed("prepare"):
         work = operation.prepare(image.picture, Inputs(image.item, options, mask, context.references.picture))
     if isinstance(work, Untouched):
-        return _keep(image, context, work)
+        _keep(image, context, work)
+        return Kept()
     if not work.samples:
         raise InternalError(f"{operation.spec.name} made no samples of this image")
     image.start(work)
-    del image.data
+    image.drop_file()
     return None
 
 
@@ -121,45 +126,65 @@ def encode(image: ImageInFlight, context: Context) -> None:
     image.keep_file(encoded)
 
 
-def store(image: ImageInFlight, context: Context) -> Stored:
-    """Upload the file, and remember the result for the next job that asks for the same."""
-    encoded, best = image.encoded, image.best
+async def store(image: ImageInFlight, context: Context) -> Stored:
+    """Upload the file."""
+    encoded = image.encoded
     with image.timed("store"):
-        output = context.store.put(_key(image, context, encoded.format), encoded.data, f"image/{encoded.format}")
-    if context.cache is not None and lasting_notes(context.spec).issuperset(best.notes):
-        result = Remembered.of(encoded, output=output, notes=best.notes, measures=best.measures)
+        output = await context.store.put(_key(image, context, encoded.format), encoded.data, f"image/{encoded.format}")
+    return Stored(image.how, output, len(encoded.data), encoded.size, image.notes, image.best.measures)
+
+
+def remember(image: ImageInFlight, context: Context, stored: Stored) -> None:
+    """Remember a stored result for the next job that asks for the same."""
+    if context.cache is None:
+        return
+    result = image.earlier_result
+    if stored.how != "reused" and lasting_notes(context.spec).issuperset(image.best.notes):
+        result = Remembered.of(image.encoded, output=stored.output, notes=image.best.notes, measures=image.best.measures)
+    if result is not None:
         context.cache.put(image.cache_key, result)
-    return Stored("computed", output, len(encoded.data), encoded.size, image.notes, best.measures)
 
 
-BEFORE_DEVICE: tuple[Stage, ...] = (fetch, reuse, decode, prepare)
-# The device runs batches of samples here: line.py.
+# In this order. Between them, an image waits for room in the pixel budget, and then for the device: line.py.
+BEFORE_ROOM: tuple[Stage, ...] = (identify,)
+BEFORE_DEVICE: tuple[Stage, ...] = (decode, prepare)
 AFTER_DEVICE: tuple[Stage, ...] = (finish, check)
-DELIVERY: tuple[Stage, ...] = (encode, store)
+DELIVERY: tuple[Stage, ...] = (encode,)
 
 
 def advance(image: ImageInFlight, stages: Iterable[Stage]) -> Outcome | None:
     """Take an image through `stages`: its outcome, or None if it passed them all. Whatever goes wrong is its own failure."""
-    with working_on(**image.log_fields):
-        return _advance(image, image.context, stages)
-
-
-def _advance(image: ImageInFlight, context: Context, stages: Iterable[Stage]) -> Outcome | None:
     try:
-        for stage in stages:
-            outcome = stage(image, context)
-            if outcome is not None:
-                return outcome
-    except Stopped:
-        return NotBegun()
-    except ImageError as error:
-        return Failed(error)
-    except MemoryError as error:
-        return Failed(OutOfMemory(f"this image does not fit into memory: {sentence(error)}"))
-    except Exception as error:
-        log.exception("unexpected error", extra={"action": "line", "item": image.item.id})
-        return Failed(InternalError(f"{type(error).__name__}: {sentence(error)}"))
+        with working_on(**image.log_fields):
+            for stage in stages:
+                outcome = stage(image, image.context)
+                if outcome is not None:
+                    return outcome
+    except Exception as error:  # noqa: BLE001  # logged below
+        return _outcome(image, error)
     return None
+
+
+async def advance_on_network(image: ImageInFlight, stage: NetworkStage) -> Outcome | None:
+    """Like `advance`, for a stage that waits for the network."""
+    try:
+        with working_on(**image.log_fields):
+            return await stage(image, image.context)
+    except Exception as error:  # noqa: BLE001  # logged below
+        return _outcome(image, error)
+
+
+def _outcome(image: ImageInFlight, error: Exception) -> Outcome:
+    """How an error ends an image's journey."""
+    if isinstance(error, Stopped):
+        return NotBegun()
+    if isinstance(error, ImageError):
+        return Failed(error)
+    if isinstance(error, MemoryError):
+        return Failed(OutOfMemory(f"this image does not fit into memory: {sentence(error)}"))
+    with working_on(**image.log_fields):
+        log.error("unexpected error", exc_info=error, extra={"action": "line", "item": image.item.id})
+    return Failed(InternalError(f"{type(error).__name__}: {sentence(error)}"))
 
 
 def lasting_notes(spec: Job) -> frozenset[str]:
@@ -167,15 +192,14 @@ def lasting_notes(spec: Job) -> frozenset[str]:
     return find_engine(spec.operation, spec.engine).lasting_notes | quality.REPAIR_NOTES
 
 
-def _keep(image: ImageInFlight, context: Context, untouched: Untouched) -> Stored:
-    """Store an image that needs no work: its very file if the job's format allows, else encoded anew."""
+def _keep(image: ImageInFlight, context: Context, untouched: Untouched) -> None:
+    """Make an image that needs no work its own result: its very file if the job's format allows, else encoded anew."""
     picture = image.picture
-    image.best = quality.Checked(picture, untouched.notes, Measures())
+    image.how, image.best = "kept", quality.Checked(picture, untouched.notes, Measures())
     if picture.as_stored and _format(image, context) == picture.format:
         image.keep_file(codec.Encoded(image.data, picture.format, picture.size))
     else:
         encode(image, context)
-    return replace(store(image, context), how="kept")
 
 
 def _format(image: ImageInFlight, context: Context) -> str:

@@ -38,6 +38,7 @@ from imagemill.worker.node.offer import Lanes
 from imagemill.worker.operations.base import AnyOperation, Untouched
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.network import Network
 from imagemill.worker.transfer.store import Store, open_store
 from imagemill.worker.tuning import saved_sizes
 from imagemill.worker.tuning.trials import example_work
@@ -75,8 +76,9 @@ class Child:
         self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
         self.s3 = lazy_client(settings.s3)
-        self.fetcher = Fetcher(settings.fetch, settings.files, self.s3)
-        self._lanes = lanes
+        self.network = Network()
+        self.fetcher = Fetcher(settings.fetch, settings.files, self.s3, self.network)
+        self._lanes, self._threads = lanes, device.threads
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
         self.traces = open_traces(settings)
@@ -124,7 +126,7 @@ class Child:
         self.tell = tell
         feeder.begin()
         try:
-            feeder.line.run(start + self.settings.worker.shift_seconds, feeder.busy)
+            feeder.line.device.run(start + self.settings.worker.shift_seconds, feeder.busy)
             self.moved(False)
         except SystemExit:  # a planned stop, not the fault of any image: `close` gives them back
             raise
@@ -141,6 +143,7 @@ class Child:
         self._tell(tally)
         seconds = round(time.monotonic() - start, 3)
         fields = dict(action="shift", done=tally.done, failed=tally.failed, reused=tally.reused, seconds=seconds)
+        fields["waits"] = feeder.line.device.waits.taken()
         log.info("shift over", extra=fields)
         return tally.by_job()
 
@@ -153,13 +156,14 @@ class Child:
 
     def _make_feeder(self) -> Feeder:
         return Feeder(
-            lambda changed: Line(self.settings, self.records, changed, lambda: self.moved(True)),
+            lambda changed: Line(
+                self.settings, self.records, self.network, changed, lambda: self.moved(True), threads=self._threads
+            ),
             self.ledger,
             self,
             child=self.name,
             seat=self.seat,
             seconds=self.settings.worker.share_seconds,
-            threads=self.settings.fetch.threads,
             stopping=self.stopping,
             traces=self.traces,
         )

@@ -62,7 +62,6 @@ class Feeder:
         child: str,
         seat: str,
         seconds: float,
-        threads: int,
         stopping: Callable[[], bool],
         traces: Traces | None = None,
     ) -> None:
@@ -70,7 +69,7 @@ class Feeder:
         self._poke = Event()
         self.line = line(self._poke.set)
         self._ledger, self._jobs, self._child, self._seat = ledger, jobs, child, seat
-        self._stopping, self._appetite = stopping, Appetite(self.line, jobs.grows, seconds=seconds, threads=threads)
+        self._stopping, self._appetite = stopping, Appetite(self.line, jobs.grows, seconds=seconds)
         self._held: list[Held] = []
         self._manifests: dict[str, ManifestDue] = {}
         self._contexts: dict[str, tuple[float, Context]] = {}
@@ -134,7 +133,7 @@ class Feeder:
         """Give back what is not begun, and wait for results that are being stored."""
         end = time.monotonic() + FINISH_SECONDS
         self._withdraw(self._ahead())
-        self.line.clear(begun=True)
+        self.line.device.clear(begun=True)
         self._settle_shares()
         while self._held and time.monotonic() < end:
             self._poke.wait(RETRY_SECONDS)
@@ -168,7 +167,7 @@ class Feeder:
                 log.exception("feeding failed", extra={"action": "feed"})
                 failures += 1
                 if failures >= MOST_FAILURES:
-                    self.line.fail(error)
+                    self.line.device.fail(error)
                 time.sleep(RETRY_SECONDS)
 
     def _step(self) -> None:
@@ -183,7 +182,7 @@ class Feeder:
         if over or self._stopping():
             self._withdraw(self._ahead())
         if over:
-            self.line.clear(begun=True)
+            self.line.device.clear(begun=True)
         for held in self._held:
             if held.context.stop.is_set():
                 self._withdraw(held.left())
@@ -192,7 +191,7 @@ class Feeder:
             nothing = self._stopping() or not (self._top_up() or self._unable)
             if nothing and not self._held and not self._manifests:
                 self._idle.set()
-                self.line.wake()
+                self.line.device.wake()
 
     def _renew(self) -> None:
         leases: list[Share | ManifestDue] = [held.share for held in self._held]
@@ -233,7 +232,7 @@ class Feeder:
 
     def _close_lanes(self) -> None:
         """Take lanes whose model can't be opened out of service, and give their images back."""
-        for lane, reason in self.line.closed.items():
+        for lane, reason in self.line.device.closed.items():
             if lane in self._jobs.lanes():
                 self._jobs.close_lane(lane, reason)
         for held in self._held:
@@ -244,7 +243,7 @@ class Feeder:
         """Take images that are not begun out of the line."""
         for image in images:
             image.withdraw()
-        self.line.clear()
+        self.line.device.clear()
 
     def _settle_shares(self) -> None:
         """Give back what has left the line without a record, and end the shares of which nothing is left."""
@@ -295,7 +294,7 @@ class Feeder:
                 if answer.job in self._manifests:  # its lease expired while Redis was away
                     self._manifests[answer.job].stop.set()
                 self._manifests[answer.job] = answer
-                self.line.back.submit(self._write_manifest, answer)
+                self.line.after.submit(self._write_manifest, answer)
             else:
                 self._ask_at = time.monotonic() + RETRY_SECONDS
                 return answer == "drain"
@@ -309,8 +308,8 @@ class Feeder:
 
     def _look_ahead_less(self) -> None:
         """Once the device has enough to do, take less, and give back what was too much for a slow one, but divide no group."""
-        if self.line.starving_since is None and not self._alone():
-            too_many = self._appetite.shrink(self._held)
+        if self.line.device.starving_since is None and not self._alone():
+            too_many = self._appetite.surplus(self._held)
             if too_many:
                 self._withdraw(too_many)
 

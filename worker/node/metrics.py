@@ -23,6 +23,7 @@ from imagemill.shared.messages import ItemResult
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import visible_gpu
 from imagemill.worker.line.meter import Meter
+from imagemill.worker.line.waits import CAUSES, Cause
 
 if TYPE_CHECKING:
     from imagemill.worker.line.batch_sizes import BatchSizes
@@ -108,6 +109,8 @@ class PrometheusMeter(Meter):
         self._stages = histogram("stage_seconds", "Seconds of an image in a stage.", SECONDS, "operation", "stage")
         self._sizes = histogram("batch_size", "Images that ran on the device together.", SIZES, "operation")
         self._fill = histogram("batch_fill_ratio", "Size of a batch over the largest allowed.", RATIOS, "operation")
+        self._busy = counter("device_busy_seconds", "Seconds in which the device worked.", "operation")
+        self._waits = counter("device_wait_seconds", "Seconds in which the device waited, by what it waited for.", "cause")
         self._peak = gauge("device_memory_peak_ratio", "Highest share of the GPU's memory in use during a run.")
         self._oom = counter("out_of_memory", "Runs that did not fit into memory, and were repeated with fewer images.")
         self._relief = gauge("relief_level", "How far the engine had to save memory for a single image; 0 is normal.")
@@ -124,6 +127,8 @@ class PrometheusMeter(Meter):
         for error in leaves(ImageError):
             if error.code.startswith("storage_"):
                 self._errors.labels(error.code)
+        for cause in CAUSES:
+            self._waits.labels(cause)
         for operation, how in product(operations, ("computed", "reused", "kept", "failed")):
             self._images.labels(operation, how)
 
@@ -140,12 +145,16 @@ class PrometheusMeter(Meter):
         self._received.inc(result.source_bytes or 0)
         self._stored.inc(result.output_bytes or 0)
 
-    def ran(self, recipe: Recipe, parts: Sequence[int]) -> None:
+    def ran(self, recipe: Recipe, parts: Sequence[int], seconds: float) -> None:
         name = recipe.operation.spec.name
+        self._busy.labels(name).inc(seconds)
         for size in parts:
             self._sizes.labels(name).observe(size)
             self._fill.labels(name).observe(size / recipe.most)
         self._watch(recipe.sizes)
+
+    def waited(self, cause: Cause, seconds: float) -> None:
+        self._waits.labels(cause).inc(seconds)
 
     def _watch(self, sizes: BatchSizes) -> None:
         """Sum up the engines that have run."""
