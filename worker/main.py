@@ -32,6 +32,7 @@ from imagemill.worker.node.naming import take_name, this_process
 from imagemill.worker.node.offer import Lanes, lanes, missing, nothing_to_do, shortcomings
 from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
 from imagemill.worker.node.parting import die_with
+from imagemill.worker.node.supervisor import find_gpus
 from imagemill.worker.node.tasks import not_loaded, register
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class Worker:
         self._log_engines()
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU
-        self.device = Device.of(self.settings, sender.concurrency)
+        gpus = 1 if self.settings.worker.gpu is None else len(find_gpus())
+        self.device = Device.of(self.settings, sender.concurrency, gpus=gpus)
         self.children = Children(sender.concurrency)
         node = Node(
             node=sender.hostname,

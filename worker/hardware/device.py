@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -14,6 +15,7 @@ from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import DiffusionSettings, Settings
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _libc = ctypes.CDLL(None)
 
 
@@ -40,12 +42,13 @@ class Device:
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
 
     @classmethod
-    def of(cls, settings: Settings, children: int) -> Device:
-        """The device for each child of a node with this many `children`."""
+    def of(cls, settings: Settings, children: int, *, gpus: int = 1) -> Device:
+        """The device for each child of a node with this many `children`, on a host whose nodes see so many GPUs."""
         gpu, provider = settings.worker.gpu, settings.onnx.provider
+        nodes = 1 if gpu is None else max(1, gpus, settings.worker.expect_gpus or 0)  # a container may see only its own
         return cls(
             gpu=gpu,
-            threads=share_of_cores(children),
+            threads=share_of_cores(children, nodes),
             weights=settings.weights.folder.expanduser(),
             provider=("cpu" if gpu is None else "cuda") if provider == "auto" else provider,
             memory_limit=settings.onnx.gpu_mem_limit,
@@ -81,9 +84,21 @@ def visible_gpu(gpu: int, mask: str | None) -> str:
     return devices[gpu]
 
 
-def share_of_cores(children: int) -> int:
-    """The number of cores per child, at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // children)
+def share_of_cores(children: int, nodes: int = 1) -> int:
+    """The number of cores per child where so many `nodes` share this host; at least 1.
+
+    A container that may use only so much CPU time counts as so many cores, which it shares with no other node.
+    """
+    return max(1, min(len(os.sched_getaffinity(0)) // nodes, _quota()) // children)
+
+
+def _quota() -> int:
+    """How many cores this container may keep busy, by cgroups v2."""
+    try:
+        most, period = CPU_QUOTA.read_text().split()
+        return max(1, round(int(most) / int(period)))
+    except (OSError, ValueError):  # there is no quota, or it is `max`
+        return sys.maxsize
 
 
 def pin(device: Device) -> None:

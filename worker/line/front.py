@@ -43,9 +43,9 @@ class _Host:
 class Front:
     """Calls `begin` with each image whose download should start. Thread-safe.
 
-    By Little's law, a device that takes `pace()` images per second needs pace x latency downloads at a time; there are twice
-    as many, at least 16, and no more than `most`, nor than `per_host` from one host. What has been downloaded and not been `prepared`
-    counts, too, so that downloads wait for CPUs that fall behind. Slow hosts have as many places again, so they
+    By Little's law, a device that takes `pace()` images per second needs pace x latency downloads at a time. There are twice
+    as many, at least 16, no more than `most`, and no more than `per_host` from one host. Images that are downloaded and not yet
+    `prepared` count, too, so that downloads wait for CPUs that fall behind. Slow hosts have as many places again, so that they
     hold up nobody but their own images. Hosts take turns; the images of one come in the order in which they were submitted.
     """
 
@@ -143,7 +143,7 @@ class Front:
             yield image
 
     def _whose_turn(self, taken: dict[bool, int], places: int) -> str | None:
-        if taken[False] >= places and (not self._slow or taken[True] >= places):
+        if sum(taken.values()) >= 2 * places or (taken[False] >= places and (not self._slow or taken[True] >= places)):
             return None
         return next((name for name in self._queue if self._may_begin(name, taken, places)), None)
 

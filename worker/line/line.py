@@ -37,7 +37,7 @@ class Line:
     """Takes images through the stages. Any thread may `enter` images; one thread at a time may run the `device`.
 
     `threads` is the number of CPU cores to use before the device, and again after it. `changed` is called, in any thread, when
-    an image has left the device or the line; `moved` between any two batches, and now and then while the device has nothing to do.
+    an image has left the device or the line; `moved` between any two batches, and now and then while the device is idle.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Line:
         self.budget = PixelBudget(settings.worker.look_ahead)
         self.device = DeviceLoop(self, self.speed, records.meter, settings.worker.batch_wait)
         fetch = settings.fetch
-        self.front = Front(self._begin_fetch, self.speed.pace, most=fetch.threads, per_host=fetch.per_host)
+        self.front = Front(self._begin_fetch, lambda: self.speed.pace(), most=fetch.threads, per_host=fetch.per_host)
         self._network = network
         self._uploads = Semaphore(settings.worker.store_threads)
         self._before = ThreadPoolExecutor(threads, "prepare")

@@ -57,9 +57,9 @@ def identify(image: ImageInFlight, context: Context) -> None:
 
 async def reuse(image: ImageInFlight, context: Context) -> Stored | None:
     """Copy the earlier result."""
-    assert image.earlier_result is not None
+    known = image.earlier_result
     with image.timed("store"):
-        copy = await image.earlier_result.copied(context.store, _key(image, context, image.earlier_result.format))
+        copy = await known.copied(context.store, _key(image, context, known.format)) if known is not None else None
     image.earlier_result = copy  # of all copies, the newest lives longest
     if copy is None:
         return None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from imagemill.shared.errors import ConfigurationError
+from imagemill.shared.settings import Settings, WorkerSettings
+from imagemill.worker.hardware import device
 from imagemill.worker.hardware.device import Device, pin, share_of_cores, visible_gpu, visible_gpus
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -68,12 +71,44 @@ def test_pin_keeps_malloc_arena_max_of_the_operator(preset: str | None, expected
     assert os.environ["MALLOC_ARENA_MAX"] == expected
 
 
-@pytest.mark.parametrize(("cores", "children", "share"), [(8, 1, 8), (8, 2, 4), (8, 3, 2), (2, 8, 1), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("cores", "children", "nodes", "quota", "share"),
+    [
+        (8, 1, 1, None, 8),
+        (8, 2, 1, None, 4),
+        (8, 3, 1, None, 2),
+        (2, 8, 1, None, 1),
+        (1, 1, 1, None, 1),
+        (32, 1, 8, None, 4),
+        (32, 1, 1, "max 100000", 32),
+        (32, 1, 1, "400000 100000", 4),
+        (32, 2, 1, "400000 100000", 2),
+        (32, 1, 8, "800000 100000", 4),
+        (32, 1, 8, "50000 100000", 1),
+    ],
+)
 def test_cores_are_shared_with_at_least_one_each(
-    cores: int, children: int, share: int, monkeypatch: pytest.MonkeyPatch
+    cores: int, children: int, nodes: int, quota: str | None, share: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    file = tmp_path / "cpu.max"
+    if quota is not None:
+        file.write_text(quota)
+    monkeypatch.setattr(device, "CPU_QUOTA", file)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    assert share_of_cores(children) == share
+    assert share_of_cores(children, nodes) == share
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "threads"),
+    [({}, 1, 32), ({"gpu": 2}, 8, 4), ({"gpu": 2}, 1, 32), ({"gpu": 0, "expect_gpus": 8}, 1, 4), ({"expect_gpus": 8}, 1, 32)],
+)
+def test_nodes_of_a_host_share_its_cores(
+    settings: dict[str, int], gpus: int, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(device, "CPU_QUOTA", tmp_path / "none")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    worker = WorkerSettings.model_validate(settings)
+    assert Device.of(Settings(_env_file=None, worker=worker), 1, gpus=gpus).threads == threads  # type: ignore[call-arg]
 
 
 def test_device_names() -> None:

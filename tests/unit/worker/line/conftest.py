@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imagemill.worker.line import line as module
+from imagemill.worker.line import device_loop as module
 from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 from tests.unit.worker.line.jobs import LineJob

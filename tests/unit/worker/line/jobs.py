@@ -170,12 +170,12 @@ class LineJob:
 
 def waiting(line: Line) -> int:
     """How many images of one sample wait for a device that is busy, or that nobody runs."""
-    return line._ready.qsize() + sum(len(group.slots) for group in list(line._batcher._groups.values()))
+    return line.device.waiting
 
 
 def drain(line: Line, images: Sequence[ImageInFlight]) -> None:
     """Run the line until these images have left it."""
-    line.run(time.monotonic() + 60, lambda: any(image.place != "over" for image in images))
+    line.device.run(time.monotonic() + 60, lambda: any(image.place != "over" for image in images))
 
 
 @contextmanager

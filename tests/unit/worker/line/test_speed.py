@@ -21,7 +21,7 @@ class Clock:
 
 def work(speed: Speed, clock: Clock, lane: str, images: int, seconds: float) -> None:
     clock.now += seconds
-    speed.ran(lane, images, max(1, images))
+    speed.ran(lane, images, max(1, images), seconds)
 
 
 def test_nothing_is_known_before_the_first_image() -> None:
@@ -94,3 +94,37 @@ def test_lanes_are_measured_apart() -> None:
         work(speed, clock, "fast", 8, 1.0)
         work(speed, clock, "slow", 1, 4.0)
     assert speed.rates() == {"fast": pytest.approx(8), "slow": pytest.approx(0.25)}
+
+
+def test_pace_is_what_the_device_could_do_if_it_never_waited_and_batches_were_full() -> None:
+    clock = Clock()
+    speed = Speed(clock)
+    speed.resume()
+    assert speed.pace() == speed.pace("a") == 0
+    for batch in (1, 2, 8, 3):
+        clock.now += 1.0
+        speed.ran("a", batch, batch, 0.5)
+    assert speed.pace() == speed.pace("a") == pytest.approx(16, rel=0.1)
+    assert speed.pace("b") == 0
+
+
+def test_pace_counts_images_not_samples() -> None:
+    """An image may have several tiles, of which only the last completes it."""
+    clock = Clock()
+    speed = Speed(clock)
+    speed.resume()
+    for completed in (0, 1, 0, 1):
+        clock.now += 1.0
+        speed.ran("a", completed, 2, 1.0)
+    assert speed.pace() == pytest.approx(0.5, rel=0.1)
+
+
+def test_pace_forgets_a_batch_that_was_faster_than_all_others() -> None:
+    clock = Clock()
+    speed = Speed(clock)
+    speed.resume()
+    speed.ran("a", 1, 1, 0.001)
+    for _ in range(int(8 * MEMORY)):
+        clock.now += 1.0
+        speed.ran("a", 1, 1, 1.0)
+    assert speed.pace() == pytest.approx(1, rel=0.5)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.worker.line import line
-from imagemill.worker.node import appetite, feeder
+from imagemill.worker.line import device_loop
+from imagemill.worker.node import feeder
 from tests.services.images import ImageServer
 from tests.unit.worker.node.doctors import Doctor, run_doctor
 from tests.unit.worker.node.feeding import Feeding
@@ -24,8 +24,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeder, "RENEWAL_SECONDS", 0.02)
     monkeypatch.setattr(feeder, "RETRY_SECONDS", 0.02)
     monkeypatch.setattr(feeder, "GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(appetite, "STARVING_SECONDS", 60.0)  # a busy machine must not make it take more than a test expects
-    monkeypatch.setattr(line, "GLANCE", 0.02)
+    monkeypatch.setattr(device_loop, "GLANCE", 0.02)
 
 
 @pytest.fixture
