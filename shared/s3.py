@@ -9,9 +9,8 @@ import hashlib
 import os
 import re
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from threading import Lock
 from typing import Any
 
 from imagemill.shared import errors
@@ -42,19 +41,6 @@ NO_LIFECYCLE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML"})
 def make_signer(settings: S3Settings) -> S3Client:
     """A client for `presign` only: its links use the public URL."""
     return make_client(settings.model_copy(update={"endpoint_url": settings.public_url or settings.endpoint_url}))
-
-
-def lazy_client(settings: S3Settings) -> Callable[[], S3Client]:
-    """A function that returns this process's client. The first call makes it, while other threads wait for it."""
-    making, made = Lock(), list[S3Client]()
-
-    def client() -> S3Client:
-        with making:
-            if not made:
-                made.append(make_client(settings))
-            return made[0]
-
-    return client
 
 
 def make_client(settings: S3Settings, *, patient: bool = True) -> S3Client:

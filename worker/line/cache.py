@@ -68,10 +68,10 @@ class Remembered:
         md5 = hashlib.md5(encoded.data, usedforsecurity=False).hexdigest()
         return cls(output, md5, encoded.format, len(encoded.data), encoded.size, notes, measures)
 
-    def copied(self, store: Store, key: str) -> Remembered | None:
+    async def copied(self, store: Store, key: str) -> Remembered | None:
         """The same result under a key of `store`; None if it no longer exists or can't be copied, for whatever reason."""
         try:
-            return replace(self, output=store.copy(self.output, key, f"image/{self.format}", md5=self.md5))
+            return replace(self, output=await store.copy(self.output, key, f"image/{self.format}", md5=self.md5))
         except ImageError as error:
             log.info("result not copied", extra={"action": "reuse", "reason": error.message})
             return None

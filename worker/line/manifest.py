@@ -36,7 +36,6 @@ def write_manifest(
                 + b"\n"
             )
 
-    store.check()
     return store.put_stream(f"{job}/manifest.jsonl", lines(), "application/x-ndjson")
 
 

@@ -50,11 +50,20 @@ class References:
         try:
             if item.mask is None:
                 return self.mask(url)
-            return self._decode_mask(self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop).data)
+            return self._fetch(url, self._decode_mask)
         except ImageError as error:
             if cut_short(error, self._stop, self._attempts):
                 raise
             raise BadMask(f"the mask {shown(url)} can't be used: {error.message}") from error
+
+    def _fetch(self, url: str, decode: Callable[[bytes], T]) -> T:
+        """The decoded image at `url`. Images that wait for it hold room in the budget already: it must not wait for theirs."""
+        fetching = self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop, wait_for_room=False)
+        fetched = self._fetcher.network.call(fetching)
+        try:
+            return decode(fetched.data)
+        finally:
+            self._fetcher.room.release(fetched.room)
 
     def _decode_mask(self, data: bytes) -> Grey:
         return codec.decode_mask(data, max_pixels=self._max_pixels)
@@ -71,7 +80,7 @@ class References:
                 future = known[url] = Future()
         if mine:
             try:
-                future.set_result(decode(self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop).data))
+                future.set_result(self._fetch(url, decode))
             except BaseException as error:  # noqa: BLE001  # result() raises it for everyone
                 future.set_exception(error)
         while not wait([future], GLANCE).done:

@@ -19,7 +19,6 @@ from imagemill.shared.errors import (
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import ManifestDue, WorkLedger
 from imagemill.shared.messages import Job
-from imagemill.shared.s3 import lazy_client
 from imagemill.shared.settings import Settings
 from imagemill.shared.tracing import open_traces
 from imagemill.worker.hardware.device import Device, give_back
@@ -39,6 +38,7 @@ from imagemill.worker.operations.base import AnyOperation, Untouched
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.network import Network
+from imagemill.worker.transfer.s3_requests import S3Requests
 from imagemill.worker.transfer.store import Store, open_store
 from imagemill.worker.tuning import saved_sizes
 from imagemill.worker.tuning.trials import example_work
@@ -75,8 +75,8 @@ class Child:
         self.publisher, self.stopping, self.moved = publisher, stopping, moved
         self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
-        self.s3 = lazy_client(settings.s3)
         self.network = Network()
+        self.s3 = S3Requests(settings.s3, self.network)
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3, self.network)
         self._lanes, self._threads = lanes, device.threads
         self.operations: dict[tuple[str, str], AnyOperation] = {}

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass
 from threading import Lock
+from typing import Self
 
 
 @dataclass(eq=False)
@@ -71,6 +72,60 @@ class ByteBudget:
             waiter = self._waiting.popleft()
             self.used += waiter.wanted
             waiter.loop.call_soon_threadsafe(_grant, waiter.granted)
+
+
+class NoRoom(Exception):
+    """A download has to wait for room and begin again."""
+
+
+class Claim:
+    """What one download holds of a budget; given back when the block ends, except for what it keeps.
+
+    With `wait=False`, it takes what it needs, even if there is no room.
+    """
+
+    def __init__(self, budget: ByteBudget, most: int, *, wait: bool = True) -> None:
+        self._budget, self._most, self._wait = budget, most, wait
+        self._lock = Lock()
+        self._held, self._over = 0, False
+        self.lacks = 0
+        """For how many bytes there was no room."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True  # a thread may still be reading for a download that was cancelled
+        self.keep(0)
+
+    def covers(self, size: int, *, announced: bool = False) -> bool:
+        """Whether `size` bytes are reserved; if they aren't yet, they are if there is room."""
+        with self._lock:
+            more = size - self._held
+            if more <= 0 or self._over:
+                return not self._over
+            if not self._wait:
+                self._budget.take(more)
+            elif not self._budget.try_reserve(more, more=self._held > 0):
+                self.lacks = size if announced and not self._held else self._most
+                return False
+            self._held += more
+            return True
+
+    async def wait(self) -> None:
+        """Wait for as much room as was lacking, holding nothing, so that others can go on."""
+        wanted, self.lacks = self.lacks, 0
+        self.keep(0)
+        await self._budget.reserve(wanted)
+        self._held = wanted
+
+    def keep(self, size: int) -> int:
+        """Give back all but `size` bytes, which are the caller's from now on."""
+        with self._lock:
+            if self._held > size:
+                self._budget.release(self._held - size)
+            self._held = 0
+        return size
 
 
 def _grant(future: asyncio.Future[None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from imagemill.shared import errors
 from imagemill.shared.errors import ConfigurationError, ImageError, sentence
 from imagemill.shared.settings import FetchSettings
 from imagemill.worker.transfer.addresses import Target, allowed
+from imagemill.worker.transfer.byte_budget import Claim, NoRoom
+from imagemill.worker.transfer.network import Network
 
 OK = (200, 203)
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -26,40 +29,30 @@ NO_TLS = {getattr(pycurl, name) for name in dir(pycurl) if name.startswith("E_SS
 
 
 class Downloader:
-    """A thread-safe pool of curl handles with their open connections, most recently used first.
+    """Makes HTTP requests in the network's loop."""
 
-    Belongs to one process; create it after the fork.
-    """
-
-    def __init__(self, settings: FetchSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: FetchSettings, network: Network) -> None:
+        self._settings, self._network = settings, network
         self._agent = _user_agent()
-        self._idle: list[pycurl.Curl] = []
         self._own_cas = _read_cas(settings.ca_file)
 
-    def get(self, target: Target, label: str, seconds: float) -> Transfer:
+    async def get(self, target: Target, label: str, seconds: float, claim: Claim) -> Transfer:
         """Request `target` once, without following redirects; `label` names it in errors.
 
-        Raises Timeout, Unreachable, ForbiddenAddress, TooLarge, Truncated or UnsupportedUrl if no complete response arrives.
-        Error statuses are returned, even if their body is incomplete.
+        Raises Timeout, Unreachable, ForbiddenAddress, TooLarge, Truncated or UnsupportedUrl if no complete response arrives,
+        and NoRoom if the claim can't cover it. Error statuses are returned, even if their body is incomplete.
         """
-        transfer = Transfer(target, self._settings)
-        try:
-            handle = self._idle.pop()  # atomic, like append
-        except IndexError:
-            handle = pycurl.Curl()
-        try:
-            self._prepare(handle, transfer, seconds)
-            handle.perform()
-        except pycurl.error as error:
-            if transfer.status in OK or transfer.status < 200:
-                raise transfer.explain(error, label) from error
-        finally:
+        transfer = Transfer(target, self._settings, claim)
+        with self._network.handle() as handle:
+            try:
+                self._prepare(handle, transfer, seconds)
+                await self._network.perform(handle)
+            except pycurl.error as error:
+                if claim.lacks:
+                    raise NoRoom from error
+                if transfer.status in OK or transfer.status < 200:
+                    raise transfer.explain(error, label) from error
             transfer.retry_after = handle.getinfo(pycurl.RETRY_AFTER)
-            for each in transfer.sockets:
-                each.close()
-            handle.reset()  # clears options and callbacks, keeps connections
-            self._idle.append(handle)
         return transfer
 
     def _prepare(self, handle: pycurl.Curl, transfer: Transfer, seconds: float) -> None:
@@ -107,13 +100,14 @@ class Transfer:
 
     target: Target
     settings: FetchSettings
+    claim: Claim
     status: int = 0
     retry_after: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     blocks: list[bytes] = field(default_factory=list)
     size: int = 0
     refused: bool = False
-    sockets: list[socket.socket] = field(default_factory=list)
+    connected: bool = False
 
     def open_socket(self, _purpose: int, address: Any) -> socket.socket | int:
         """Decide whether curl may connect to `address`; the only place where this is decided.
@@ -128,19 +122,32 @@ class Transfer:
             new = socket.socket(address.family, address.socktype, address.protocol)
         except (OSError, ValueError):  # no IPv6, no descriptors left, or no IP address: curl tries the next address
             return int(pycurl.SOCKET_BAD)
-        self.sockets.append(new)  # curl works on a duplicate; ours is closed afterwards
+        self.connected = True
+        asyncio.get_running_loop().call_soon(new.close)  # pycurl hands curl a duplicate
         return new
 
-    def on_header(self, line: bytes) -> None:
-        """Handle a header line; a status line starts a new response, for example after 100 or 103."""
+    def on_header(self, line: bytes) -> int:
+        """Handle a header line; a status line starts a new response, for example after 100 or 103.
+
+        Returning anything but its length aborts the transfer.
+        """
         if line.startswith(b"HTTP/"):
             code = line.split(maxsplit=2)[1:2]
             self.status = int(code[0]) if code and code[0].isdigit() else 0
             self.headers.clear()
-            return
+            return len(line)
         name, colon, value = line.decode("utf-8", "surrogateescape").partition(":")
         if colon:
             self.headers[name.strip().lower()] = value.strip()
+        elif self.status in OK and not self._fits():
+            return -1
+        return len(line)
+
+    def _fits(self) -> bool:
+        """Whether there is room for the body that the headers announce. Curl itself aborts what is too large."""
+        announced = self.headers.get("content-length", "")
+        size = int(announced) if announced.isascii() and announced.isdigit() else 0
+        return size > self.settings.max_bytes or self.claim.covers(size, announced=True)
 
     def on_body(self, block: bytes) -> int:
         """Take a block of the body; returning anything but its length aborts the transfer."""
@@ -148,6 +155,8 @@ class Transfer:
         if self.size > (self.settings.max_bytes if self.status in OK else ERROR_BODY):
             return -1
         if self.status in OK:
+            if not self.claim.covers(self.size):
+                return -1
             self.blocks.append(block)
         return len(block)
 
@@ -162,14 +171,14 @@ class Transfer:
         limit = self.settings.max_bytes
         if number == pycurl.E_FILESIZE_EXCEEDED or self.size > limit:
             return errors.TooLarge(f"{label} exceeds the limit of {limit} bytes")
-        if self.refused and not self.sockets:
+        if self.refused and not self.connected:
             return errors.ForbiddenAddress(
                 f"{label} is in a private or reserved network; an operator can allow it "
                 "with IMAGEMILL_FETCH__ALLOW_HOSTS or IMAGEMILL_FETCH__ALLOW_NETWORKS"
             )
         if number in NO_TLS:
             return errors.Unreachable(f"{label}: TLS connection failed ({reason})")
-        host, phase = self.target.host, "incomplete response" if self.sockets else "no connection"
+        host, phase = self.target.host, "incomplete response" if self.connected else "no connection"
         invalid = (errors.UnsupportedUrl, f" is not a valid URL ({reason})")
         kind, text = {
             pycurl.E_OPERATION_TIMEDOUT: (errors.Timeout, f" timed out: {phase}"),

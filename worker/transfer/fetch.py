@@ -2,87 +2,95 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
 import threading
 import time
-from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from imagemill.shared import errors
 from imagemill.shared.errors import ImageError
-from imagemill.shared.s3 import S3Client, split, translate
+from imagemill.shared.s3 import split
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.shared.urls import BUCKET, check_source_url, shown
 from imagemill.worker.transfer.addresses import Target, wire
+from imagemill.worker.transfer.byte_budget import ByteBudget, Claim, NoRoom
 from imagemill.worker.transfer.download import Downloader, Transfer, check_status
 from imagemill.worker.transfer.files import read_file
+from imagemill.worker.transfer.network import Network
+from imagemill.worker.transfer.objects import read_object
+from imagemill.worker.transfer.s3_requests import S3Requests
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 8.0
-BLOCK = 1 << 20
+GLANCE = 0.2
+"""Seconds between two looks at whether a retry still makes sense."""
 HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|!--|html|head|body|title|script)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """An image file, and the number of attempts it took."""
+    """An image file, the number of attempts it took, and the bytes reserved for it: give them back to `Fetcher.room`."""
 
     data: bytes
     tries: int
+    room: int
 
 
 class Fetcher:
-    """Fetches images; thread-safe. Create one per process, after the fork.
+    """Fetches images in the network's loop. Create one per process, after the fork.
 
-    `s3` returns the process's client and is called when the first s3:// URL is fetched.
+    `room` is what the process may hold of downloaded files.
     """
 
-    def __init__(self, settings: FetchSettings, files: FileSettings, s3: Callable[[], S3Client]) -> None:
-        self._settings = settings
-        self._files = files
-        self._s3 = s3
-        self._downloader = Downloader(settings)
+    def __init__(self, settings: FetchSettings, files: FileSettings, s3: S3Requests, network: Network) -> None:
+        self.network = network
+        self._settings, self._files, self._s3 = settings, files, s3
+        self._downloader = Downloader(settings, network)
+        self.room = ByteBudget(settings.memory)
 
-    def fetch(self, url: str, *, attempts: int = 1, stop: threading.Event | None = None) -> Fetched:
+    async def fetch(
+        self, url: str, *, attempts: int = 1, stop: threading.Event | None = None, wait_for_room: bool = True
+    ) -> Fetched:
         """Fetch a URL, retrying errors that may be temporary, with growing pauses, up to `attempts` tries in all.
 
-        Once `stop` is set, the last error is raised without further tries. Raises an ImageError (fetch branch) with the
-        number of `tries` made.
+        Once `stop` is set, the last error is raised without further tries. Who holds room already, and would not give it back
+        before this file arrives, must not wait for more. Raises an ImageError (fetch branch) with the number of `tries` made.
         """
-        stop = stop or threading.Event()
         tries = 0
         while True:
             tries += 1
-            try:
-                return Fetched(self._once(url), tries)
-            except ImageError as error:
-                error.tries = tries
-                wait = pause(tries, getattr(error, "retry_after", 0.0))
-                if not error.retryable or tries >= attempts or stop.wait(wait):
-                    raise
+            with Claim(self.room, self._settings.max_bytes, wait=wait_for_room) as claim:
+                try:
+                    data = await self._once(url, claim)
+                    return Fetched(data, tries, claim.keep(len(data)))
+                except ImageError as error:
+                    error.tries = tries
+                    if not error.retryable or tries >= attempts:
+                        raise
+                    failure = error
+            if await stopped(stop, pause(tries, getattr(failure, "retry_after", 0.0))):
+                raise failure
 
-    def _once(self, url: str) -> bytes:
+    async def _once(self, url: str, claim: Claim) -> bytes:
         try:
             check_source_url(url)
         except ValueError as error:
             raise errors.UnsupportedUrl(f"{shown(url)}: {error}") from error
-        scheme = urlsplit(url).scheme
-        if scheme == "s3":
-            data = self._object(url)
-        elif scheme == "file":
-            data = read_file(url, self._files.read_roots, self._settings.max_bytes)
-        else:
-            data = self._web(url)
+        read = {"s3": self._object, "file": self._file}.get(urlsplit(url).scheme, self._web)
+        while True:
+            try:
+                data = await read(url, claim)
+                break
+            except NoRoom:
+                await claim.wait()
         if not data:
             raise errors.EmptyFile(f"{shown(url)} is empty")
         return data
 
-    def _web(self, url: str) -> bytes:
+    async def _web(self, url: str, claim: Claim) -> bytes:
         """Fetch over HTTP; follows redirects itself to check each target and apply one total timeout to all."""
         deadline = time.monotonic() + self._settings.total_timeout
         target, label = wire(url), shown(url)
@@ -90,36 +98,32 @@ class Fetcher:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise errors.Timeout(f"{label} timed out after {self._settings.total_timeout:g} s of redirects")
-            response = self._downloader.get(target, label, left)
+            response = await self._downloader.get(target, label, left, claim)
             if response.location is None:
                 return image_body(response, label)
             target = redirected(target, response.location, label)
             label = f"{shown(url)} (redirected to {shown(target.url)})"
         raise errors.TooManyRedirects(f"{shown(url)} has more than {self._settings.max_redirects} redirects")
 
-    def _object(self, url: str) -> bytes:
+    async def _file(self, url: str, claim: Claim) -> bytes:
+        return await asyncio.to_thread(read_file, url, self._files.read_roots, self._settings.max_bytes, claim.covers)
+
+    async def _object(self, url: str, claim: Claim) -> bytes:
         bucket, key = split(url)
         if not BUCKET.fullmatch(bucket) or not key:
             raise errors.UnsupportedUrl(f"{shown(url)} is not a valid S3 URL: it needs a bucket and a key")
-        limit = self._settings.max_bytes
-        deadline = time.monotonic() + self._settings.total_timeout
-        blocks, size = [], 0
-        try:
-            reply = self._s3().get_object(Bucket=bucket, Key=key)
-            with closing(reply["Body"]) as body:
-                announced = reply.get("ContentLength", 0)
-                if announced > limit:
-                    raise errors.TooLarge(f"{shown(url)} has {announced} bytes; the limit is {limit}")
-                while block := body.read(BLOCK):
-                    blocks.append(block)
-                    size += len(block)
-                    if size > limit:
-                        raise errors.TooLarge(f"{shown(url)} exceeds the limit of {limit} bytes")
-                    if time.monotonic() > deadline:
-                        raise errors.Timeout(f"{shown(url)} timed out after {self._settings.total_timeout:g} s")
-        except (BotoCoreError, ClientError) as error:
-            raise translate(error, shown(url)) from error
-        return b"".join(blocks)
+        return await read_object(self._s3, bucket, key, shown(url), self._settings, claim)
+
+
+async def stopped(stop: threading.Event | None, seconds: float) -> bool:
+    """Wait, or until `stop` is set; whether it is."""
+    end = time.monotonic() + seconds
+    while stop is None or not stop.is_set():
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        await asyncio.sleep(left if stop is None else min(left, GLANCE))
+    return True
 
 
 def redirected(base: Target, location: str, label: str) -> Target:

@@ -6,13 +6,14 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from imagemill.shared.errors import AccessDenied, ForbiddenAddress, ImageError, NotFound, TooLarge, Unreachable, sentence
 from imagemill.shared.urls import path_of, shown
+from imagemill.worker.transfer.byte_budget import NoRoom
 
 
 def is_below(path: Path, roots: Iterable[Path]) -> bool:
@@ -20,8 +21,8 @@ def is_below(path: Path, roots: Iterable[Path]) -> bool:
     return any(path.is_relative_to(root.resolve()) for root in roots)
 
 
-def read_file(url: str, roots: Iterable[Path], max_bytes: int) -> bytes:
-    """Read a regular file below one of `roots`.
+def read_file(url: str, roots: Iterable[Path], max_bytes: int, fits: Callable[[int], bool] = lambda _: True) -> bytes:
+    """Read a regular file below one of `roots`. Raises NoRoom if a file of its size does not fit.
 
     Symbolic links are resolved, and the check is repeated on the opened file, so swapping a link in between doesn't help.
     Raises ForbiddenAddress, NotFound, AccessDenied, TooLarge or Unreachable.
@@ -32,7 +33,7 @@ def read_file(url: str, roots: Iterable[Path], max_bytes: int) -> bytes:
         _check(path.resolve(), url, roots)  # before opening, so that errors don't reveal which files exist elsewhere
         with open(path, "rb", opener=open_at_once) as file:
             _check(Path(f"/proc/self/fd/{file.fileno()}").readlink(), url, roots)
-            return _read(file, url, max_bytes)
+            return _read(file, url, max_bytes, fits)
     except (OSError, ValueError, RuntimeError) as error:
         raise _explain(error, url) from error
 
@@ -42,15 +43,19 @@ def open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _read(file: BinaryIO, url: str, max_bytes: int) -> bytes:
+def _read(file: BinaryIO, url: str, max_bytes: int, fits: Callable[[int], bool]) -> bytes:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise ForbiddenAddress(f"{shown(url)} is not a regular file")
     size = os.fstat(file.fileno()).st_size
     if size > max_bytes:
         raise TooLarge(f"{shown(url)} has {size} bytes; the limit is {max_bytes}")
+    if not fits(size):
+        raise NoRoom
     data = file.read(size) + file.read(max_bytes + 1 - size)  # a file may grow, and some report size 0
     if len(data) > max_bytes:
         raise TooLarge(f"{shown(url)} exceeds the limit of {max_bytes} bytes")
+    if not fits(len(data)):
+        raise NoRoom
     return data
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from imagemill.shared.errors import NotFound, StorageFull, StorageRefused, StorageUnavailable, sentence
 from imagemill.shared.messages import KEY_FIELD, Item
@@ -22,6 +21,7 @@ from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.shared.urls import check_output_url, path_of, safe_name
 from imagemill.worker.transfer.files import is_below, open_at_once, replacing
 from imagemill.worker.transfer.multipart import PART, Upload, content_md5
+from imagemill.worker.transfer.s3_requests import LARGE, PLAIN, S3Requests
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Errors that an operator has to fix by changing the folder or its permissions; others, such as a full disk, may pass.
@@ -37,29 +37,29 @@ CHANGED = {"PreconditionFailed", "412"}
 
 
 class Store(Protocol):
-    """Stores results; thread-safe. Storing under an existing key replaces its content.
+    """Stores results; coroutines run in the network's loop. Storing under an existing key replaces its content.
 
     `service` names what has to respond: it is the same for stores that fail together.
     """
 
     service: str
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """Raise StorageRefused if nothing can be stored here, as far as can be determined in advance."""
 
-    def put(self, key: str, data: bytes, content_type: str) -> str:
+    async def put(self, key: str, data: bytes, content_type: str) -> str:
         """Write bytes below the output URL and return their full URL once they are stored durably.
 
         Raises StorageUnavailable if the store does not respond, StorageFull, or StorageRefused, which a retry can't help.
         """
 
     def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> str:
-        """Like `put` for content that need not fit into memory (at most 80 GB on S3).
+        """Like `check` and `put`, in the caller's thread, for content that need not fit into memory (at most 80 GB on S3).
 
         If `lines` raises, nothing is stored, and the exception passes.
         """
 
-    def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
+    async def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
         """Copy an earlier result, from a URL that `put` returned in this or another job, below this output URL.
 
         Raises NotFound if `source` is out of this store's reach or doesn't have that MD5 (in hex); otherwise raises as `put`.
@@ -67,17 +67,17 @@ class Store(Protocol):
         """
 
 
-def open_store(url: str, *, s3: Callable[[], S3Client], files: FileSettings, s3_settings: S3Settings) -> Store:
-    """Open the store at `s3://bucket/prefix` or `file:///folder`; `s3` returns the process's client.
+def open_store(url: str, *, s3: S3Requests, files: FileSettings, s3_settings: S3Settings) -> Store:
+    """Open the store at `s3://bucket/prefix` or `file:///folder`.
 
-    Raises StorageRefused for any other URL.
+    Raises StorageRefused for any other URL, and ConfigurationError for settings that boto3 can't use.
     """
     try:
         check_output_url(url)
     except ValueError as error:
         raise StorageRefused(f"can't store results at {url!r}: {error}") from error
     if urlsplit(url).scheme == "s3":
-        return S3Store(url, s3(), s3_settings)
+        return S3Store(url, s3, s3_settings)
     return FolderStore(url, files)
 
 
@@ -105,76 +105,92 @@ def _name(item: Item) -> str:
 class S3Store:
     """A prefix in a bucket. Each object is sent with its MD5, which the server verifies."""
 
-    def __init__(self, url: str, client: S3Client, settings: S3Settings) -> None:
+    def __init__(self, url: str, s3: S3Requests, settings: S3Settings) -> None:
         self._bucket, self._prefix = split(url.rstrip("/"))
         self.service = f"s3://{self._bucket}"
-        self._client = client
+        self._s3, self._client = s3, s3.client()
         self._settings = settings
-        self._checking = threading.Lock()
-        self._ask_at = 0.0
+        self._checking = asyncio.Lock()
+        self._checked, self._refusal, self._ask_at = False, "", 0.0
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """See Store. Asks the server once and, if the operator allows it, creates the bucket."""
-        with self._checking:
-            if time.monotonic() < self._ask_at:  # or else a server's silence would hold up one thread after the other
-                return
-            try:
-                refusal = self._refusal
-            except StorageUnavailable:  # may be back when the first result is ready; `put` retries
-                self._ask_at = time.monotonic() + SILENCE_SECONDS
-                return
-        if refusal is not None:
-            raise StorageRefused(refusal)
+        async with self._checking:  # or else a server's silence would hold up one thread after the other
+            if not self._checked and time.monotonic() >= self._ask_at:
+                await self._s3.in_thread(self._ask)
+        if self._refusal:
+            raise StorageRefused(self._refusal)
 
-    @cached_property
-    def _refusal(self) -> str | None:
-        """Why the bucket can't be used. Raises StorageUnavailable, and asks again next time, if the server can't be reached."""
+    def _ask(self, client: S3Client) -> None:
         try:
-            ensure_bucket(self._client, self._bucket, self._settings.create_bucket, self._settings.region)
+            ensure_bucket(client, self._bucket, self._settings.create_bucket, self._settings.region)
+            self._checked = True
         except StorageRefused as error:
-            return error.message
-        return None
+            self._checked, self._refusal = True, error.message
+        except StorageUnavailable:  # may be back when the first result is ready; `put` retries
+            self._ask_at = time.monotonic() + SILENCE_SECONDS
 
-    def put(self, key: str, data: bytes, content_type: str) -> str:
+    async def put(self, key: str, data: bytes, content_type: str) -> str:
         """See Store."""
         full_key, url = self._place(key)
-        with storing(url):
-            self._client.put_object(
-                Bucket=self._bucket, Key=full_key, Body=data, ContentType=content_type, ContentMD5=content_md5(data)
-            )
+        checksum = content_md5(data) if len(data) < LARGE else await asyncio.to_thread(content_md5, data)
+        headers = {"Content-Type": content_type, "Content-MD5": checksum}
+        if await self._s3.put(self._bucket, full_key, data, headers) is None:
+            await self._s3.in_thread(lambda _: self._put(full_key, data, content_type, checksum))
         return url
 
     def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> str:
         """See Store. What takes more than one part is uploaded part by part."""
+        if not self._checked:
+            self._ask(self._client)
+        if self._refusal:
+            raise StorageRefused(self._refusal)
+        full_key, url = self._place(key)
         parts = _parts(lines)
         first = next(parts, b"")
         if len(first) < PART:
-            return self.put(key, first, content_type)
-        full_key, url = self._place(key)
+            self._put(full_key, first, content_type, content_md5(first))
+            return url
         with Upload(self._client, self._bucket, full_key, url, content_type) as upload:
             for part in chain((first,), parts):
                 upload.add(part)
         return url
 
-    def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
+    def _put(self, full_key: str, data: bytes, content_type: str, checksum: str) -> None:
+        with storing(f"s3://{self._bucket}/{full_key}"):
+            self._client.put_object(Bucket=self._bucket, Key=full_key, Body=data, ContentType=content_type, ContentMD5=checksum)
+
+    async def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:
         """See Store. The server copies, within the bucket or from another that the worker's keys may read.
 
         With KMS encryption an ETag is not an MD5, so nothing can be copied.
         """
-        from botocore.exceptions import ClientError
-
         if urlsplit(source).scheme != "s3":
             raise NotFound(f"{source} is not in S3")
-        bucket, source_key = split(source)
         full_key, url = self._place(key)
-        with storing(url):
+        headers = {
+            "Content-Type": content_type,
+            "x-amz-copy-source": quote(source.partition("://")[2], PLAIN),
+            "x-amz-copy-source-if-match": f'"{md5}"',
+            "x-amz-metadata-directive": "REPLACE",  # also required for copying an object onto itself
+        }
+        answer = await self._s3.put(self._bucket, full_key, b"", headers)
+        if answer is None or b"<CopyObjectResult" not in answer or md5.encode() not in answer:
+            await self._s3.in_thread(lambda _: self._copy(source, full_key, content_type, md5))
+        return url
+
+    def _copy(self, source: str, full_key: str, content_type: str, md5: str) -> None:
+        from botocore.exceptions import ClientError
+
+        bucket, source_key = split(source)
+        with storing(f"s3://{self._bucket}/{full_key}"):
             try:
                 copied = self._client.copy_object(
                     Bucket=self._bucket,
                     Key=full_key,
                     CopySource={"Bucket": bucket, "Key": source_key},
                     CopySourceIfMatch=f'"{md5}"',
-                    MetadataDirective="REPLACE",  # also required for copying an object onto itself
+                    MetadataDirective="REPLACE",
                     ContentType=content_type,
                 )
             except ClientError as error:
@@ -183,7 +199,6 @@ class S3Store:
                 raise
         if copied["CopyObjectResult"]["ETag"].strip('"') != md5:  # changed between the server's check and its copy
             raise NotFound(f"{source} has changed")
-        return url
 
     def _place(self, key: str) -> tuple[str, str]:
         """The full key and its URL."""
@@ -198,22 +213,30 @@ class FolderStore:
         self.service, self._folder = url, path_of(url)
         self._roots = files.write_roots
 
-    def check(self) -> None:
+    async def check(self) -> None:
         """See Store."""
+        await asyncio.to_thread(self.check_now)
+
+    def check_now(self) -> None:
+        """The same in the caller's thread."""
         with _folder_errors(f"can't store results in {self._folder}"):
             if _is_full(self._check(self._folder)):  # before anything is computed in vain
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def put(self, key: str, data: bytes, content_type: str) -> str:  # noqa: ARG002  # files have none
+    async def put(self, key: str, data: bytes, content_type: str) -> str:  # noqa: ARG002  # files have none
         """See Store."""
-        return self._write(key, lambda file: file.write(data))
+        return await asyncio.to_thread(self._write, key, lambda file: file.write(data))
 
     def put_stream(self, key: str, lines: Iterable[bytes], content_type: str) -> str:  # noqa: ARG002
         """See Store."""
+        self.check_now()
         return self._write(key, lambda file: file.writelines(lines))
 
-    def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:  # noqa: ARG002
+    async def copy(self, source: str, key: str, content_type: str, *, md5: str) -> str:  # noqa: ARG002
         """See Store. Both files must be below the write roots."""
+        return await asyncio.to_thread(self._copy, source, key, md5)
+
+    def _copy(self, source: str, key: str, md5: str) -> str:
         with self._open(source) as file:
             return self._write(key, lambda target: _copy_checked(file, target, md5, source))
 

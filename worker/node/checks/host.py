@@ -53,7 +53,7 @@ def check_folders(settings: Settings, outputs: Iterable[str]) -> Iterator[Findin
 
     for url in (url for url in outputs if urlsplit(url).scheme == "file"):
         try:
-            FolderStore(url, settings.files).check()
+            FolderStore(url, settings.files).check_now()
         except ImagemillError as error:
             fix = f"list it or one of its parents: IMAGEMILL_FILES__WRITE_ROOTS='[\"{path_of(url)}\"]'"
             yield Finding("disk", "failed", error.message, fix)

@@ -1,0 +1,72 @@
+"""Read images from S3, within the limits of downloads."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+
+import pycurl
+
+from imagemill.shared import errors
+from imagemill.shared.s3 import S3Client, translate
+from imagemill.shared.settings import FetchSettings
+from imagemill.worker.transfer.addresses import Target
+from imagemill.worker.transfer.byte_budget import Claim, NoRoom
+from imagemill.worker.transfer.download import Transfer
+from imagemill.worker.transfer.s3_requests import S3Requests
+
+BLOCK = 1 << 20
+
+
+async def read_object(s3: S3Requests, bucket: str, key: str, label: str, settings: FetchSettings, claim: Claim) -> bytes:
+    """The bytes of an object; `label` names it in errors.
+
+    Raises NotFound, AccessDenied, TooLarge and the other ImageErrors of downloads, and NoRoom if the claim can't cover it.
+    """
+    transfer = Transfer(Target(label, bucket, 0), settings, claim)
+
+    def prepare(handle: pycurl.Curl) -> None:
+        handle.setopt(pycurl.HEADERFUNCTION, transfer.on_header)
+        handle.setopt(pycurl.WRITEFUNCTION, transfer.on_body)
+        handle.setopt(pycurl.MAXFILESIZE_LARGE, settings.max_bytes)
+        handle.setopt(pycurl.TIMEOUT_MS, max(1, int(settings.total_timeout * 1000)))
+
+    deadline = time.monotonic() + settings.total_timeout
+    try:
+        if await s3.get(bucket, key, prepare) == 200:
+            return b"".join(transfer.blocks)
+    except pycurl.error as error:
+        if claim.lacks:
+            raise NoRoom from error
+        explained = transfer.explain(error, label)
+        if isinstance(explained, errors.TooLarge) or time.monotonic() >= deadline:
+            raise explained from error
+    transfer.blocks.clear()
+    return await s3.in_thread(lambda client: _read(client, bucket, key, label, settings, claim))
+
+
+def _read(client: S3Client, bucket: str, key: str, label: str, settings: FetchSettings, claim: Claim) -> bytes:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    limit, deadline = settings.max_bytes, time.monotonic() + settings.total_timeout
+    blocks, size = list[bytes](), 0
+    try:
+        reply = client.get_object(Bucket=bucket, Key=key)
+        with closing(reply["Body"]) as body:
+            announced = reply.get("ContentLength", 0)
+            if announced > limit:
+                raise errors.TooLarge(f"{label} has {announced} bytes; the limit is {limit}")
+            if not claim.covers(announced, announced=True):
+                raise NoRoom
+            while block := body.read(BLOCK):
+                blocks.append(block)
+                size += len(block)
+                if size > limit:
+                    raise errors.TooLarge(f"{label} exceeds the limit of {limit} bytes")
+                if not claim.covers(size):
+                    raise NoRoom
+                if time.monotonic() > deadline:
+                    raise errors.Timeout(f"{label} timed out after {settings.total_timeout:g} s")
+    except (BotoCoreError, ClientError) as error:
+        raise translate(error, label) from error
+    return b"".join(blocks)
