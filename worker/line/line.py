@@ -53,6 +53,7 @@ class Line:
         self.closed: dict[str, str] = {}
         """Lanes whose model can't be opened, and why: nothing more of them is begun."""
         self._changed, self._moved = changed, moved
+        records.on_error = self.fail
         self._ready: SimpleQueue[ImageInFlight | None] = SimpleQueue()
         self._batcher: Batcher[ImageInFlight] = Batcher(settings.worker.batch_wait)
         self._front = Front(settings.fetch.threads)
@@ -280,14 +281,14 @@ class Line:
                 return
         elif isinstance(outcome, Stored):
             self._answered(image.context.store.service)
-        try:
-            if image.move("begun"):
-                self.records.record(image, outcome)
-        except BaseException as error:  # noqa: BLE001  # without a record, nothing else matters
-            self.fail(error)
-        finally:
-            self._free(image)
-            self._changed()
+        if image.move("begun"):
+            self.records.record(image, outcome, self._leave)
+        else:
+            self._leave(image)
+
+    def _leave(self, image: ImageInFlight) -> None:
+        self._free(image)
+        self._changed()
 
     def _free(self, image: ImageInFlight) -> None:
         """Free an image's pixels and their place in the budget."""
