@@ -92,7 +92,8 @@ class Renewal:
     verdicts: list[Verdict]
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True)
+class Record:
     """A result on its way into the ledger. Making one raises ValueError if it has text that is no valid UTF-8."""
 
     job: str
@@ -109,8 +110,8 @@ class Record(NamedTuple):
 class Recorded(NamedTuple):
     """The answer to a record: whether it is the `first` of its image, in a job that is not over.
 
-    `stop`: nothing more of the job should be begun; it is cancelled, paused or past its deadline. `fault`: what keeps Redis from
-    recording anything of this job.
+    `stop`: nothing more of the job should be begun; it is cancelled, paused or past its deadline. `fault` is what keeps Redis
+    from recording anything of this job.
     """
 
     first: bool
@@ -211,7 +212,8 @@ class WorkLedger(ReadLedger):
         for job, places in jobs.items():
             args += job, len(places)
             for place in places:
-                args += records[place][1:]
+                record = records[place]
+                args += record.index, record.state, record.text
         answers: dict[int, Recorded] = {}
         for places, (first, stop, fault) in zip(jobs.values(), self._script("record", *args), strict=True):
             reason = fault.decode(errors="replace")

@@ -36,8 +36,8 @@ class Entry:
 class Recorder:
     """Writes records in a thread of its own, which starts with the first one. Thread-safe.
 
-    While Redis is away, records wait: the results exist, and must not be computed twice. `failed` is called with what goes wrong
-    besides that, in that thread.
+    While Redis is away, records wait: the results exist, and must not be computed twice. What else goes wrong is a bug, of which
+    `failed` is told in that thread.
     """
 
     def __init__(self, ledger: WorkLedger, failed: Callable[[BaseException], object]) -> None:
@@ -82,7 +82,7 @@ class Recorder:
     def _write(self, batch: Sequence[Entry]) -> None:
         try:
             answers: Sequence[Recorded | None] = self._record([entry.record for entry in batch])
-        except Exception as error:  # a bug
+        except Exception as error:  # noqa: BLE001  # a bug
             self._failed(error)
             answers = [None] * len(batch)
         for entry, answer in zip(batch, answers, strict=True):
@@ -93,7 +93,7 @@ class Recorder:
                 entry.stop.set()
             try:
                 entry.written(answer.first if answer is not None else None)
-            except Exception as error:  # a bug
+            except Exception as error:  # noqa: BLE001  # a bug
                 self._failed(error)
 
     def _record(self, records: Sequence[Record]) -> Sequence[Recorded]:

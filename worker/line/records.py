@@ -96,7 +96,7 @@ class Records:
     def record(self, image: ImageInFlight, outcome: Outcome, done: Callable[[ImageInFlight], object]) -> None:
         """Record an image that is stored or has failed; one that was not begun stays open.
 
-        `done` is called once, whatever happens: in a thread of ours when the record is written, or at once if there will be none.
+        `done` is called once, whatever happens: in a thread of ours when the record is written, or at once if there is none.
         What can't be recorded, because of a bug or of text that is no valid UTF-8, is recorded as a failure.
         """
         if not isinstance(outcome, Stored | Failed):
@@ -104,7 +104,7 @@ class Records:
             return
         try:
             result, record = self._record(image, outcome)
-        except Exception as error:  # a bug
+        except Exception as error:  # noqa: BLE001  # a bug
             self._failed(error)
             done(image)
             return
