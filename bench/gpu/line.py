@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from imagemill.shared.ledger.leasing import Record, Recorded
 from imagemill.shared.messages import Item, ItemResult, Job
 from imagemill.shared.settings import Settings
 from imagemill.worker.imaging.codec import Encoded
@@ -84,9 +84,7 @@ class _Store:
 class _Ledger:
     def __init__(self) -> None:
         self.results: list[ItemResult] = []
-        self._lock = threading.Lock()
 
-    def record(self, job: str, result: ItemResult, stop: threading.Event) -> bool:
-        with self._lock:
-            self.results.append(result)
-        return True
+    def record_all(self, records: Sequence[Record]) -> list[Recorded]:
+        self.results += [ItemResult.model_validate_json(record.text) for record in records]
+        return [Recorded(first=True, stop=False)] * len(records)

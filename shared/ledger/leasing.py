@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Event
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from imagemill.shared.dead import put_aside, reason_of
+from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.fleet import NODE_SECONDS
 from imagemill.shared.ledger.ranges import as_ranges, as_text, indexes_in
 from imagemill.shared.ledger.reading import ReadLedger
@@ -91,6 +92,33 @@ class Renewal:
     verdicts: list[Verdict]
 
 
+@dataclass(frozen=True)
+class Record:
+    """A result on its way into the ledger. Making one raises ValueError if it has text that is no valid UTF-8."""
+
+    job: str
+    index: int
+    state: str
+    text: str
+
+    @classmethod
+    def of(cls, job: str, result: ItemResult) -> Record:
+        """The record of an image of a job."""
+        return cls(job, result.index, result.state, compact(result))
+
+
+class Recorded(NamedTuple):
+    """The answer to a record: whether it is the `first` of its image, in a job that is not over.
+
+    `stop`: nothing more of the job should be begun; it is cancelled, paused or past its deadline. `fault` is what keeps Redis
+    from recording anything of this job.
+    """
+
+    first: bool
+    stop: bool
+    fault: str = ""
+
+
 class WorkLedger(ReadLedger):
     """Hands out shares and records results."""
 
@@ -167,14 +195,30 @@ class WorkLedger(ReadLedger):
         return bool(self._script("give_back", share.job, share.number, child, *parts, job=share.job))
 
     def record(self, job: str, result: ItemResult, stop: Event | None = None) -> bool:
-        """Record a result; False, and no change, if the image already has one or the job is over.
-
-        Sets `stop` if nothing more of the job should be begun: it is cancelled, paused or past its deadline.
-        """
-        first, over = self._script("record", job, result.index, result.state, compact(result), job=job)
-        if over and stop is not None:
+        """Record one result; False, and no change, if the image already has one or the job is over. May set `stop`."""
+        [answer] = self.record_all([Record.of(job, result)])
+        if answer.fault:
+            raise BrokerUnavailable(f"Redis: {answer.fault}")
+        if answer.stop and stop is not None:
             stop.set()
-        return bool(first)
+        return answer.first
+
+    def record_all(self, records: Sequence[Record]) -> list[Recorded]:
+        """Record results, of any jobs, in one round trip; an answer for each."""
+        jobs: dict[str, list[int]] = {}
+        for place, record in enumerate(records):
+            jobs.setdefault(record.job, []).append(place)
+        args: list[Any] = []
+        for job, places in jobs.items():
+            args += job, len(places)
+            for place in places:
+                record = records[place]
+                args += record.index, record.state, record.text
+        answers: dict[int, Recorded] = {}
+        for places, (first, stop, fault) in zip(jobs.values(), self._script("record", *args), strict=True):
+            reason = fault.decode(errors="replace")
+            answers |= {place: Recorded(one == ord("1"), bool(stop), reason) for place, one in zip(places, first, strict=True)}
+        return [answers[place] for place in range(len(records))]
 
     def end_job(self, job: str, manifest: str | None, run: int | None = None) -> bool:
         """The manifest is written, or never will be (None); False if a retry has begun meanwhile."""

@@ -20,6 +20,7 @@ from typing import Any
 from imagemill.shared.errors import Truncated
 from imagemill.shared.settings import Settings
 from imagemill.worker.line import stages
+from imagemill.worker.line.cache import Remembered
 from imagemill.worker.line.device_loop import DeviceLoop
 from imagemill.worker.line.front import Front
 from imagemill.worker.line.image import Failed, ImageInFlight, Kept, NotBegun, Outcome, RunAgain, Stored
@@ -54,6 +55,7 @@ class Line:
         self.changed, self.moved = changed, moved
         self.budget = PixelBudget(settings.worker.look_ahead)
         self.device = DeviceLoop(self, self.speed, records.meter, settings.worker.batch_wait)
+        records.on_error = self.device.fail
         fetch = settings.fetch
         self.front = Front(self._begin_fetch, lambda: self.speed.pace(), most=fetch.threads, per_host=fetch.per_host)
         self._network = network
@@ -176,12 +178,13 @@ class Line:
             self._answered(image.context.store.service)
         if not image.move("begun"):
             outcome = NotBegun()
-        self.records.record(image, outcome, lambda image: self._over(image, outcome))
+        known = stages.to_remember(image, outcome) if isinstance(outcome, Stored) else None
+        self.records.record(image, outcome, lambda image: self._over(image, known))
 
-    def _over(self, image: ImageInFlight, outcome: Outcome) -> None:
+    def _over(self, image: ImageInFlight, known: Remembered | None) -> None:
         """An image has its record, or gets none here."""
-        if isinstance(outcome, Stored):
-            stages.remember(image, image.context, outcome)
+        if known is not None and image.context.cache is not None:
+            image.context.cache.put(image.cache_key, known)
         self.free(image)
         self.changed()
 

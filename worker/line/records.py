@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
-from imagemill.shared.errors import InternalError, ServiceUnavailable, WorkerLost
-from imagemill.shared.ledger.leasing import WorkLedger
+from imagemill.shared.errors import InternalError, WorkerLost
+from imagemill.shared.ledger.leasing import Record, WorkLedger
 from imagemill.shared.log_fields import working_on
 from imagemill.shared.messages import ItemResult
 from imagemill.shared.tracing import Traces, span_id
-from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight, Outcome, Stored
 from imagemill.worker.line.meter import Meter
+from imagemill.worker.line.recorder import Entry, Recorder
 
 log = logging.getLogger(__name__)
 
-LONGEST_PAUSE = 5.0
 MOST_JOBS = 5
 """Jobs that a tally names."""
 MOST_CODES = 5
@@ -80,40 +80,75 @@ class Tally:
 
 
 class Records:
-    """Writes the records of images, and counts those that were first in `tally`, which the caller may replace."""
+    """Writes the records of images, and counts those that were first in `tally`, which the caller may replace.
+
+    `on_error` is called, in any thread, with an error that no record can tell of: a bug.
+    """
 
     def __init__(self, ledger: WorkLedger, node: str, meter: Meter | None = None, traces: Traces | None = None) -> None:
-        self._ledger, self._node, self._traces = ledger, node, traces
+        self._node, self._traces = node, traces
         self.meter = meter or Meter()
+        self.on_error: Callable[[BaseException], object] = _log_error
+        self._recorder = Recorder(ledger, self._failed)
         self._lock, self._lines, self._refilled = Lock(), float(MOST_LINES), time.monotonic()
         self.tally = Tally()
 
-    def record(self, image: ImageInFlight, outcome: Outcome) -> None:
+    def record(self, image: ImageInFlight, outcome: Outcome, done: Callable[[ImageInFlight], object]) -> None:
         """Record an image that is stored or has failed; one that was not begun stays open.
 
+        `done` is called once, whatever happens: in a thread of ours when the record is written, or at once if there is none.
         What can't be recorded, because of a bug or of text that is no valid UTF-8, is recorded as a failure.
         """
-        if isinstance(outcome, Stored | Failed):
-            with working_on(**image.log_fields):
-                self._record(image, outcome)
+        if not isinstance(outcome, Stored | Failed):
+            done(image)
+            return
+        try:
+            result, record = self._record(image, outcome)
+        except Exception as error:  # noqa: BLE001  # a bug
+            self._failed(error)
+            done(image)
+            return
+        image.drop_pixels()  # the record may have to wait for Redis
 
-    def _record(self, image: ImageInFlight, outcome: Stored | Failed) -> None:
+        def written(first: bool | None) -> None:
+            try:
+                if first is not None:
+                    self._written(image, outcome, result, first=first)
+            finally:
+                done(image)
+
+        self._recorder.add(Entry(record, image.context.stop, written))
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Write what is queued, but wait no longer than this for Redis."""
+        self._recorder.close(seconds)
+
+    def _failed(self, error: BaseException) -> None:
+        self.on_error(error)
+
+    def _record(self, image: ImageInFlight, outcome: Stored | Failed) -> tuple[ItemResult, Record]:
+        job = image.context.job
         try:
             result = self._result(image, outcome)
-            first = self._write(image.context, result)
+            return result, Record.of(job, result)
         except ValueError as error:  # pydantic's and those of encoding
-            log.exception("result can't be recorded", extra={"action": "record"})
+            with working_on(**image.log_fields):
+                log.exception("result can't be recorded", extra={"action": "record"})
             failure = Failed(InternalError(f"the result can't be recorded: {type(error).__name__}"))
             result = ItemResult(index=image.item.index, attempts=image.earlier + 1, node=self._node, **_fields(failure))
-            first = self._write(image.context, result)
+            return result, Record.of(job, result)
+
+    def _written(self, image: ImageInFlight, outcome: Stored | Failed, result: ItemResult, *, first: bool) -> None:
+        """The image has a record; if this is its `first`, it counts."""
+        image.recorded = True
         if first:
-            how = outcome.how if isinstance(outcome, Stored) else "failed"
+            how = outcome.how if isinstance(outcome, Stored) and result.code is None else "failed"
             self.tally.count(result, image.context.job, reused=how == "reused")
             self.meter.recorded(image.context.spec.operation, result, how)
             if result.code is not None:
                 image.code = result.code
-                self._log_failure(image, result)
-        image.recorded = True
+                with working_on(**image.log_fields):
+                    self._log_failure(image, result)
         if self._traces is not None and image.spans:
             self._trace(self._traces, image, result)
 
@@ -153,16 +188,9 @@ class Records:
             **fields,
         )
 
-    def _write(self, context: Context, result: ItemResult) -> bool:
-        """Whether this was the image's first record. Waits for Redis: the result exists, and must not be computed twice."""
-        pause = 0.1
-        while True:
-            try:
-                return self._ledger.record(context.job, result, context.stop)
-            except ServiceUnavailable as error:
-                log.warning("record postponed", extra={"action": "record", "reason": error.message})
-                time.sleep(pause)
-                pause = min(LONGEST_PAUSE, 2 * pause)
+
+def _log_error(error: BaseException) -> None:
+    log.error("recording failed", exc_info=error, extra={"action": "record"})
 
 
 def _fields(outcome: Stored | Failed) -> dict[str, Any]:

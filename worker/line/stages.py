@@ -134,15 +134,13 @@ async def store(image: ImageInFlight, context: Context) -> Stored:
     return Stored(image.how, output, len(encoded.data), encoded.size, image.notes, image.best.measures)
 
 
-def remember(image: ImageInFlight, context: Context, stored: Stored) -> None:
-    """Remember a stored result for the next job that asks for the same."""
-    if context.cache is None:
-        return
-    result = image.earlier_result
-    if stored.how != "reused" and lasting_notes(context.spec).issuperset(image.best.notes):
-        result = Remembered.of(image.encoded, output=stored.output, notes=image.best.notes, measures=image.best.measures)
-    if result is not None:
-        context.cache.put(image.cache_key, result)
+def to_remember(image: ImageInFlight, stored: Stored) -> Remembered | None:
+    """What to remember of a stored result, for the next job that asks for the same."""
+    if image.cache_key is None or stored.how == "reused":
+        return image.earlier_result
+    if not lasting_notes(image.context.spec).issuperset(image.best.notes):
+        return None
+    return Remembered.of(image.encoded, output=stored.output, notes=image.best.notes, measures=image.best.measures)
 
 
 # In this order. Between them, an image waits for room in the pixel budget, and then for the device: line.py.

@@ -151,6 +151,7 @@ class Child:
         """Give back what is not begun; called when the process is told to exit."""
         if self.feeder is not None:
             self.feeder.close()
+        self.records.close()
         if self.traces is not None:
             self.traces.close()
 

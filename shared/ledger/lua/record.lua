@@ -1,11 +1,31 @@
--- ARGV job, index, state, result: record a result, once per image. Returns whether it is the first one, 0 if the job is over;
--- and whether nothing more of the job should be begun.
-local job, index = ARGV[1], ARGV[2]
-local j = redis.call('HMGET', key(job), 'state', 'cancelled', 'paused', 'expired')
-local stop = (j[2] or j[3] or j[4]) and 1 or 0
-if j[1] ~= 'running' and j[1] ~= 'queued' then return {0, 1} end
-if redis.call('HSETNX', key(job, 'results'), index, ARGV[4]) == 0 then return {0, stop} end
-redis.call('HINCRBY', key(job), ARGV[3], 1 + figure(redis.call('HGET', key(job, 'duplicates'), index), 0))
-redis.call('XADD', key(job, 'events'), '*', 'i', index)
-if redis.call('HINCRBY', key(job), 'open', -1) == 0 then finish_if_over(job) end
-return {1, stop}
+-- ARGV of each job: its name, the number of its results, then index, state and result of each. Records results, once per image.
+-- Returns of each job: a digit per result, 1 if it is its image's first in a job that is not over; whether nothing more of the
+-- job should be begun; and what is damaged, or ''.
+local function record(job, from, count)
+  local j = redis.call('HMGET', key(job), 'state', 'cancelled', 'paused', 'expired')
+  if j[1] ~= 'running' and j[1] ~= 'queued' then return {string.rep('0', count), 1, ''} end
+  local indexes, digits, first, sums = {}, {}, {}, {}
+  for place = 1, count do indexes[place] = ARGV[from + 3 * place - 3] end
+  local duplicates = redis.call('HMGET', key(job, 'duplicates'), unpack(indexes))
+  for place, index in ipairs(indexes) do
+    local state, result = ARGV[from + 3 * place - 2], ARGV[from + 3 * place - 1]
+    digits[place] = redis.call('HSETNX', key(job, 'results'), index, result)
+    if digits[place] == 1 then
+      first[#first + 1] = index
+      sums[state] = (sums[state] or 0) + 1 + figure(duplicates[place], 0)
+    end
+  end
+  for state, images in pairs(sums) do redis.call('HINCRBY', key(job), state, images) end
+  for _, index in ipairs(first) do redis.call('XADD', key(job, 'events'), '*', 'i', index) end
+  if #first > 0 and redis.call('HINCRBY', key(job), 'open', -#first) == 0 then finish_if_over(job) end
+  return {table.concat(digits), (j[2] or j[3] or j[4]) and 1 or 0, ''}
+end
+
+local answers, at = {}, 1
+while at <= #ARGV do
+  local job, count = ARGV[at], tonumber(ARGV[at + 1])
+  local fine, answer = pcall(record, job, at + 2, count)
+  answers[#answers + 1] = fine and answer or {string.rep('0', count), 0, damage(answer)}
+  at = at + 2 + 3 * count
+end
+return answers

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from imagemill.shared.errors import BrokerUnavailable
-from imagemill.shared.ledger.leasing import Request, Share
+from imagemill.shared.ledger.leasing import Record, Request, Share
 from tests.ledgers import Ledger
 from tests.unit.shared.ledger.jobs import CHILD, LANE, done, item, spec
 
@@ -22,6 +22,7 @@ CALLS: dict[str, Callable[[Ledger], Any]] = {
     "take": lambda ledger: ledger.take(Request(CHILD, [LANE], {LANE: 1})),
     "renew": lambda ledger: ledger.renew(CHILD, [LANE], [SHARE]),
     "give_back": lambda ledger: ledger.give_back(SHARE, CHILD, returned=[0]),
+    "record_all": lambda ledger: ledger.record_all([Record.of("job-lost", done(0))]),
     "record": lambda ledger: ledger.record("job-lost", done(0)),
     "end_job": lambda ledger: ledger.end_job("job-lost", "s3://results/m"),
     "report_rate": lambda ledger: ledger.report_rate(LANE, CHILD, 1.0),

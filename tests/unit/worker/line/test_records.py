@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.messages import ItemResult
 from imagemill.worker.imaging.picture import Picture
-from imagemill.worker.line import records as module
+from imagemill.worker.line import recorder as module
 from imagemill.worker.line.records import Tally
 from imagemill.worker.operations.base import Inputs
 from tests.fakes import AnyWork, Invert
@@ -71,7 +71,7 @@ def test_record_waits_for_redis_and_is_written_once(
     items, operation = job.photos(3), Gate()
 
     def postponed() -> int:
-        return sum(record.message == "record postponed" for record in caplog.records)
+        return sum(record.message == "records postponed" for record in caplog.records)
 
     with caplog.at_level(logging.WARNING), job.running(operation, items) as line:
         assert operation.inside.wait(60)
@@ -114,7 +114,7 @@ def test_bug_in_a_record_ends_the_run(job: LineJob, monkeypatch: pytest.MonkeyPa
     def fail(*_: Any) -> bool:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(job.ledger, "record", fail)
+    monkeypatch.setattr(job.ledger, "record_all", fail)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         job.run(Invert(), job.photos(3))
 

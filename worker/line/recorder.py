@@ -1,0 +1,116 @@
+"""Writes records into the ledger: at once all that have gathered while the last ones were being written."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Condition, Event, Thread, Timer
+
+from imagemill.shared.errors import ServiceUnavailable
+from imagemill.shared.ledger.leasing import Record, Recorded, WorkLedger
+
+log = logging.getLogger(__name__)
+
+MOST = 64
+"""Records in one call. Redis does nothing else meanwhile, which takes it less than a millisecond."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds between attempts while Redis does not take a record."""
+
+
+@dataclass(eq=False)
+class Entry:
+    """A record to be written. `stop` is set if nothing more of its job should be begun.
+
+    `written` is called once: with whether it is the image's first, or with None if a bug prevented it.
+    """
+
+    record: Record
+    stop: Event
+    written: Callable[[bool | None], object]
+    pause: float = FIRST_PAUSE
+
+
+class Recorder:
+    """Writes records in a thread of its own, which starts with the first one. Thread-safe.
+
+    While Redis is away, records wait: the results exist, and must not be computed twice. What else goes wrong is a bug, of which
+    `failed` is told in that thread.
+    """
+
+    def __init__(self, ledger: WorkLedger, failed: Callable[[BaseException], object]) -> None:
+        self._ledger, self._failed = ledger, failed
+        self._waiting: deque[Entry] = deque()
+        self._changed = Condition()
+        self._thread: Thread | None = None
+        self._closed = False
+
+    def add(self, entry: Entry) -> None:
+        """Write a record as soon as possible."""
+        with self._changed:
+            self._waiting.append(entry)
+            if self._thread is None:
+                self._closed = False
+                self._thread = Thread(target=self._serve, name="recorder", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self, seconds: float) -> bool:
+        """Write what waits, and end the thread; False if that takes longer than this."""
+        with self._changed:
+            thread, self._closed = self._thread, True
+            self._changed.notify()
+        if thread is not None:
+            thread.join(seconds)
+        return thread is None or not thread.is_alive()
+
+    def _serve(self) -> None:
+        while batch := self._gathered():
+            self._write(batch)
+
+    def _gathered(self) -> list[Entry]:
+        """All that waits; nothing once this is closed."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            if not self._waiting:
+                self._thread = None
+            return [self._waiting.popleft() for _ in range(min(MOST, len(self._waiting)))]
+
+    def _write(self, batch: Sequence[Entry]) -> None:
+        try:
+            answers: Sequence[Recorded | None] = self._record([entry.record for entry in batch])
+        except Exception as error:  # noqa: BLE001  # a bug
+            self._failed(error)
+            answers = [None] * len(batch)
+        for entry, answer in zip(batch, answers, strict=True):
+            if answer is not None and answer.fault:
+                self._postpone(entry, answer.fault)
+                continue
+            if answer is not None and answer.stop:
+                entry.stop.set()
+            try:
+                entry.written(answer.first if answer is not None else None)
+            except Exception as error:  # noqa: BLE001  # a bug
+                self._failed(error)
+
+    def _record(self, records: Sequence[Record]) -> Sequence[Recorded]:
+        """Waits for Redis."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                return self._ledger.record_all(records)
+            except ServiceUnavailable as error:
+                log.warning("records postponed", extra={"action": "record", "images": len(records), "reason": error.message})
+                time.sleep(pause)
+                pause = min(LONGEST_PAUSE, 2 * pause)
+
+    def _postpone(self, entry: Entry, reason: str) -> None:
+        """Try again later; others don't wait for a job whose keys are damaged."""
+        log.warning("record postponed", extra={"action": "record", "job": entry.record.job, "reason": reason})
+        timer = Timer(entry.pause, self.add, [entry])
+        timer.daemon = True
+        timer.start()
+        entry.pause = min(LONGEST_PAUSE, 2 * entry.pause)
