@@ -73,8 +73,8 @@ class Worker:
         self._log_engines()
         if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
             sender.concurrency = 1  # one child per GPU
-        gpus = 1 if self.settings.worker.gpu is None else len(find_gpus())
-        self.device = Device.of(self.settings, sender.concurrency, gpus=gpus)
+        seen = 1 if self.settings.worker.gpu is None else len(find_gpus())
+        self.device = Device.of(self.settings, sender.concurrency, gpus=seen)
         self.children = Children(sender.concurrency)
         node = Node(
             node=sender.hostname,

@@ -80,6 +80,8 @@ class ImageInFlight:
     """Of its failure, once it is recorded."""
     tries: int = 0
     """Downloads attempted."""
+    fetched_again: bool = False
+    """Because its file ended early."""
     source_bytes: int = 0
     held_pixels: int = 0
     """Its share of the pixel budget."""

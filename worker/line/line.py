@@ -86,9 +86,7 @@ class Line:
 
     def _fetched(self, image: ImageInFlight, outcome: Outcome | None) -> None:
         outcome = outcome or advance(image, stages.BEFORE_ROOM)
-        if isinstance(outcome, Failed) and (self._abandoned or _cut_short(image, outcome)):
-            outcome = NotBegun()  # another worker gives it all the attempts that the policy allows
-        elif "header" in vars(image):
+        if "header" in vars(image):
             self._answered(source_service(image.item.source))
         if outcome is not None:
             self._prepared(image, outcome)
@@ -115,19 +113,20 @@ class Line:
         self.budget.enter(pixels, go, lambda: image.stopped)
 
     def _prepare(self, image: ImageInFlight) -> None:
-        outcome = advance(image, stages.BEFORE_DEVICE)
-        if _is_cut(image, outcome):
-            self._free_pixels(image)
-            self.front.prepared()
-            self.front.submit([image])
-        else:
-            self._prepared(image, outcome)
+        self._prepared(image, advance(image, stages.BEFORE_DEVICE))
 
     def _prepared(self, image: ImageInFlight, outcome: Outcome | None) -> None:
         """On to the device; but an image that needs none does not wait for it either."""
         self.front.prepared()
+        if isinstance(outcome, Failed) and (self._abandoned or _cut_short(image, outcome)):
+            outcome = NotBegun()  # another worker gives it all the attempts that the policy allows
         if outcome is None:
             self.device.put(image)
+        elif _is_cut(image, outcome):
+            image.fetched_again = True
+            image.drop_file()
+            self._free_pixels(image)
+            self.front.submit([image])
         else:
             self._leave(image, outcome)
 
@@ -212,10 +211,11 @@ class Line:
     # --- for whoever feeds the line -------------------------------------------------------------
 
     def retry(self) -> None:
-        """Try again what waits for a store, if it is time for that. To be called several times per second."""
+        """Look whether what waits may go on, or need not wait any more. To be called several times per second."""
         for image in self.outages.due():
             self._retry(image)
         self.front.look()
+        self.budget.look()
 
     def abandon(self) -> None:
         """Drop everything; whatever has no record is handed out again. The line can't be used any more."""
@@ -288,8 +288,8 @@ def _cut_short(image: ImageInFlight, outcome: Failed) -> bool:
     return cut_short(outcome.error, image.context.stop, image.context.spec.policy.attempts)
 
 
-def _is_cut(image: ImageInFlight, outcome: Outcome | None) -> bool:
-    """Whether to fetch a file again that ends early: servers cut files off, or announce less than they have."""
+def _is_cut(image: ImageInFlight, outcome: Outcome) -> bool:
+    """Whether to fetch a file once more that ends early: servers cut files off, or announce less than they have."""
     cut = isinstance(outcome, Failed) and isinstance(outcome.error, Truncated)
     web = image.item.source.startswith(("http://", "https://"))
-    return cut and web and not image.stopped and image.tries < image.context.spec.policy.attempts
+    return cut and web and not image.fetched_again and not image.stopped and image.tries < image.context.spec.policy.attempts

@@ -44,13 +44,13 @@ class PixelBudget:
             if self._closed:
                 return
             self._waiting.append(_Waiting(pixels, go, unwanted))
-        self._let_in()
+        self.look()
 
     def release(self, pixels: int) -> None:
         """Give room back."""
         with self._lock:
             self._used -= pixels
-        self._let_in()
+        self.look()
 
     def close(self) -> None:
         """Let nobody in any more, because nobody will make room."""
@@ -58,8 +58,7 @@ class PixelBudget:
             self._closed = True
             self._waiting.clear()
 
-    def _let_in(self) -> None:
-        """Let in whoever is first in line, while there is room."""
+        """Let in whoever is first in line, while there is room, and those that are unwanted by now."""
         while True:
             with self._lock:
                 if not self._waiting:

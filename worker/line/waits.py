@@ -22,6 +22,6 @@ class Waits:
 
     def taken(self) -> dict[str, float]:
         """Seconds by cause, and `busy`, since the last call; causes that did not occur are left out."""
-        counted: dict[str, float] = {**self._seconds, "busy": self.busy}
+        counted = [("busy", self.busy), *self._seconds.items()]
         self.busy, self._seconds = 0.0, dict.fromkeys(CAUSES, 0.0)
-        return {name: round(seconds, 3) for name, seconds in counted.items() if seconds >= 0.001}
+        return {name: round(seconds, 3) for name, seconds in counted if seconds >= 0.001}

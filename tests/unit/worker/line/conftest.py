@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from imagemill.worker.line import device_loop as module
+from imagemill.worker.transfer.network import Network
 from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 from tests.unit.worker.line.jobs import LineJob
@@ -20,15 +21,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def job(ledger: Ledger, images: ImageServer, tmp_path: Path) -> Iterator[LineJob]:
-    job = LineJob(ledger, images, tmp_path / "out")
+def job(ledger: Ledger, images: ImageServer, tmp_path: Path, network: Network) -> Iterator[LineJob]:
+    job = LineJob(ledger, images, tmp_path / "out", network)
     yield job
     job.close()
 
 
 @pytest.fixture
-def other(ledger: Ledger, images: ImageServer, tmp_path: Path) -> Iterator[LineJob]:
+def other(ledger: Ledger, images: ImageServer, tmp_path: Path, network: Network) -> Iterator[LineJob]:
     """Another job, with results in another folder."""
-    job = LineJob(ledger, images, tmp_path / "other")
+    job = LineJob(ledger, images, tmp_path / "other", network)
     yield job
     job.close()

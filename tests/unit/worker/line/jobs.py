@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -25,6 +25,7 @@ from imagemill.worker.line.line import Line
 from imagemill.worker.line.records import Records, Tally
 from imagemill.worker.operations.base import Inputs, Sample, Spec, Work
 from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.network import Network
 from imagemill.worker.transfer.store import open_store
 from tests.conftest import photo
 from tests.fakes import Invert
@@ -32,11 +33,8 @@ from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 
 FETCH: dict[str, Any] = {"allow_networks": ["127.0.0.0/8"], "total_timeout": 20}
+NO_S3: Any = None
 SIZE = 96 * 72  # pixels of tests.conftest.photo
-
-
-def no_s3() -> NoReturn:
-    raise AssertionError("S3 was asked")
 
 
 def settings_for(*, threads: int = 16, look_ahead: int = 10**8, wait: float = 0.0) -> Settings:
@@ -53,8 +51,8 @@ class LineJob:
 
     context: Context
 
-    def __init__(self, ledger: Ledger, server: ImageServer, folder: Path) -> None:
-        self.ledger, self.server, self.folder = ledger, server, folder
+    def __init__(self, ledger: Ledger, server: ImageServer, folder: Path, network: Network) -> None:
+        self.ledger, self.server, self.folder, self.network = ledger, server, folder, network
         self.name = f"line-{uuid.uuid4().hex[:12]}"
         self.opened = False
         self.lines: list[Line] = []
@@ -73,9 +71,11 @@ class LineJob:
         self.server.routes |= {f"/{n}.png": photo(n) for n in range(count)}
         return self.items([f"/{n}.png" for n in range(count)])
 
-    def line(self, *, node: str = "here", changed: Callable[[], object] = lambda: None, **settings: Any) -> Line:
+    def line(
+        self, *, node: str = "here", changed: Callable[[], object] = lambda: None, workers: int = 8, **settings: Any
+    ) -> Line:
         """A new line."""
-        line = Line(settings_for(**settings), Records(self.ledger, node), changed)
+        line = Line(settings_for(**settings), Records(self.ledger, node), self.network, changed, threads=workers)
         self.lines.append(line)
         return line
 
@@ -117,8 +117,8 @@ class LineJob:
             settings,
             operation=operation,
             sizes=sizes or BatchSizes(),
-            fetcher=Fetcher(settings.fetch, files, no_s3),
-            store=open_store(spec.output.url, s3=no_s3, files=files, s3_settings=S3Settings()),
+            fetcher=Fetcher(settings.fetch, files, NO_S3, self.network),
+            store=open_store(spec.output.url, s3=NO_S3, files=files, s3_settings=S3Settings()),
             budget=line.budget,
             cache=cache,
         )
@@ -129,7 +129,7 @@ class LineJob:
 
     def begin(self, operation: Invert, items: list[Item], **settings: Any) -> tuple[Line, list[ImageInFlight]]:
         """A new line with the job's images in it, whose device nobody runs yet."""
-        names = {"threads", "look_ahead", "wait", "node"} & settings.keys()
+        names = {"threads", "look_ahead", "wait", "node", "workers"} & settings.keys()
         line = self.line(**{name: settings.pop(name) for name in names})
         return line, self.join(line, operation, items, **settings)
 
@@ -163,6 +163,7 @@ class LineJob:
     def close(self) -> None:
         for line in self.lines:
             line.abandon()
+            line.records.close()
 
     def _url(self, path: Any) -> Any:
         return self.server.url(path) if isinstance(path, str) and path.startswith("/") else path

@@ -25,7 +25,7 @@ def test_run_returns_at_its_time_and_the_next_one_continues(job: LineJob) -> Non
     line, images = job.begin(Invert(), job.photos(10), threads=2)
     runs = 0
     while any(image.place != "over" for image in images):
-        line.run(time.monotonic(), lambda: True)  # its time is up after one batch
+        line.device.run(time.monotonic(), lambda: True)  # its time is up after one batch
         runs += 1
     assert runs >= 3, "batches have up to four images"
     assert job.codes() == ["done"] * 10
@@ -34,9 +34,9 @@ def test_run_returns_at_its_time_and_the_next_one_continues(job: LineJob) -> Non
 
 def test_run_returns_when_there_is_no_more_work(job: LineJob) -> None:
     line = job.line()
-    line.run(time.monotonic() + 3600, lambda: False)
+    line.device.run(time.monotonic() + 3600, lambda: False)
     drain(line, job.join(line, Invert(), job.photos(2)))
-    line.run(time.monotonic() + 3600, lambda: False)
+    line.device.run(time.monotonic() + 3600, lambda: False)
     assert job.codes() == ["done"] * 2
 
 
@@ -70,7 +70,7 @@ class OneByOne(Invert):
 def withdraw(line: Line, images: Sequence[ImageInFlight]) -> None:
     for image in images:
         image.withdraw()
-    line.clear()
+    line.device.clear()
 
 
 def check_all_room_is_free(line: Line, other: LineJob, photos: int) -> None:
@@ -97,7 +97,7 @@ def test_images_withdrawn_while_the_device_is_busy_are_never_begun_nor_recorded(
 def test_images_withdrawn_while_nobody_runs_the_device_free_their_pixels(job: LineJob, other: LineJob) -> None:
     line, images = job.begin(OneByOne(), job.photos(3))
     wait_until(lambda: waiting(line) == 3, "all are ready")
-    line.run(time.monotonic(), lambda: True)
+    line.device.run(time.monotonic(), lambda: True)
     rest = [image for image in images if image.place == "fetching"]
     assert len(rest) == 2
     withdraw(line, rest)
@@ -128,7 +128,6 @@ def test_abandoned_line_records_nothing_more(error: BaseException, job: LineJob)
         drain(line, images)
     wait_until(lambda: sum("fetch" in image.seconds for image in images) == 5, "four images wait for room")
     line.abandon()
-    line._front.join()
     assert job.codes() == ["pending"] * 12
 
 
@@ -137,7 +136,7 @@ def test_device_starves_only_while_it_has_nothing_to_run(job: LineJob) -> None:
     line, images = job.begin(operation, job.photos(1))
     with draining(line, images):
         assert operation.inside.wait(60)
-        assert line.starving_since is None
+        assert line.device.starving_since is None
         operation.open.set()
-    line.run(time.monotonic(), lambda: False)
-    assert line.starving_since is not None
+    line.device.run(time.monotonic(), lambda: False)
+    assert line.device.starving_since is not None

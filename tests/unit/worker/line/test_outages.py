@@ -68,7 +68,7 @@ def drain(line: Any, images: list[ImageInFlight], until: Callable[[], bool] | No
         line.retry()
         return not over()
 
-    line.run(time.monotonic() + 60, busy)
+    line.device.run(time.monotonic() + 60, busy)
     assert over()
 
 

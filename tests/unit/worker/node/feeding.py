@@ -209,7 +209,7 @@ class Feeding:
     def work(self, seconds: float = 60.0) -> bool:
         """A shift; returns whether work remains in the line."""
         self.feeder.begin()
-        self.line.run(time.monotonic() + seconds, self.feeder.busy)
+        self.line.device.run(time.monotonic() + seconds, self.feeder.busy)
         return self.feeder.end()
 
     def leased(self) -> int:

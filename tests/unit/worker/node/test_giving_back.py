@@ -146,7 +146,7 @@ def test_closing_gives_back_and_waits_for_results_that_are_being_stored(feeding:
     feeding.operation.let(1)
     feeding.feeder.begin()
     wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
-    feeding.line.run(time.monotonic(), feeding.feeder.busy)  # one of them
+    feeding.line.device.run(time.monotonic(), feeding.feeder.busy)  # one of them
     assert feeding.feeder.end()
     assert finishing.wait(60)
     closing = threading.Thread(target=feeding.feeder.close)
@@ -167,7 +167,7 @@ def test_closing_gives_back_what_takes_too_long_to_store(feeding: Feeding, monke
     feeding.operation.let(1)
     feeding.feeder.begin()
     wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
-    feeding.line.run(time.monotonic(), feeding.feeder.busy)
+    feeding.line.device.run(time.monotonic(), feeding.feeder.busy)
     feeding.feeder.close()
     leased, waiting_again = feeding.leased(), feeding.ledger.status(job).waiting
     go_on.set()
