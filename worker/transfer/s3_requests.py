@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock, local
 from typing import Any, TypeVar
@@ -150,11 +151,12 @@ class S3Requests:
         return self._places.get(bucket)
 
     def _ask(self, bucket: str, client: S3Client) -> None:
+        from botocore.exceptions import BotoCoreError
+
         self._asking.on = True
         try:
-            client.head_bucket(Bucket=bucket)
-        except _Asked:
-            pass
+            with suppress(_Asked, BotoCoreError):  # what is wrong, the real request will show
+                client.head_bucket(Bucket=bucket)
         finally:
             self._asking.on = False
 
