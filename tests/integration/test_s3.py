@@ -16,7 +16,8 @@ import pytest
 from imagemill.producer.results import expire
 from imagemill.shared.errors import ConfigurationError, InvalidSource, ServiceUnavailable, StorageRefused, StorageUnavailable
 from imagemill.shared.s3 import ensure_bucket, expire_after, list_images, make_client, make_signer, presign
-from imagemill.shared.settings import S3Settings
+from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings
+from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.multipart import PART
 from imagemill.worker.transfer.network import Network
 from imagemill.worker.transfer.s3_requests import S3Requests
@@ -80,6 +81,24 @@ def test_stored_result_has_its_content_type_and_checksum(
     assert head["ETag"].strip('"') == hashlib.md5(b"image", usedforsecurity=False).hexdigest()
     store.put("x/ü ?#.webp", b"again", "image/webp")
     assert client.get_object(Bucket=bucket, Key="jobs/a/x/ü ?#.webp")["Body"].read() == b"again"
+
+
+ODD = ("ü ?#.png", "a+b%20c~.png", "100%.png", "画 &=;:@,$!'()*.png", "a//b.png", "a/../b/./c.png", "[x]{y}|^`<>.png", "-._~")
+
+
+def test_key_is_the_one_that_boto3_would_use(
+    store_at: StoreAt, settings: S3Settings, client: Any, bucket: str, network: Network
+) -> None:
+    store = store_at(f"s3://{bucket}/ours", settings)
+    fetcher = Fetcher(FetchSettings(), FileSettings(), S3Requests(settings, network), network)
+    for key in ODD:
+        store.put(key, key.encode(), "image/png")
+        client.put_object(Bucket=bucket, Key=f"theirs/{key}", Body=key.encode())
+        fetched = network.call(fetcher.fetch(f"s3://{bucket}/theirs/{key}"))
+        assert fetched.data == key.encode()
+        store.copy(f"s3://{bucket}/theirs/{key}", f"copy/{key}", "image/png", md5=hashlib.md5(key.encode()).hexdigest())  # noqa: S324
+    stored = {entry["Key"] for entry in client.list_objects_v2(Bucket=bucket)["Contents"]}
+    assert stored == {f"{prefix}/{key}" for prefix in ("ours", "theirs", "ours/copy") for key in ODD}
 
 
 def test_upload_damaged_in_transit_is_rejected(

@@ -24,6 +24,7 @@ import pycurl
 
 from imagemill.shared.s3 import S3Client, make_client
 from imagemill.shared.settings import S3Settings
+from imagemill.worker.transfer.download import user_agent
 from imagemill.worker.transfer.network import Network
 
 T = TypeVar("T")
@@ -133,6 +134,7 @@ class S3Requests:
                 (pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1),
                 (pycurl.PROXY, ""),
                 (pycurl.NOSIGNAL, 1),
+                (pycurl.USERAGENT, user_agent()),
                 (pycurl.CAINFO, place.cas),
                 (pycurl.CONNECTTIMEOUT, CONNECT_SECONDS),
                 (pycurl.LOW_SPEED_LIMIT, 1),

@@ -67,7 +67,7 @@ class Peer:
                 await writer.drain()
                 if not answered["Content-Length"]:  # the end of the connection is the end of the body
                     break
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             writer.close()
