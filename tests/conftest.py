@@ -24,6 +24,7 @@ from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared import log_fields
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.settings import Settings
+from imagemill.worker.transfer.network import Network
 from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 from tests.services.redis import running_redis
@@ -88,6 +89,14 @@ def images() -> Iterator[ImageServer]:
     """A web server of images; tests add their own `routes`."""
     with ImageServer() as server:
         yield server
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """The event loop of transfers."""
+    network = Network()
+    yield network
+    network.close()
 
 
 def environment_for(redis_url: str, folder: Path, **more: str) -> dict[str, str]:

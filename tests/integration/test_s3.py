@@ -8,7 +8,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,10 +16,14 @@ import pytest
 from imagemill.producer.results import expire
 from imagemill.shared.errors import ConfigurationError, InvalidSource, ServiceUnavailable, StorageRefused, StorageUnavailable
 from imagemill.shared.s3 import ensure_bucket, expire_after, list_images, make_client, make_signer, presign
-from imagemill.shared.settings import FileSettings, S3Settings
+from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings
+from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.multipart import PART
-from imagemill.worker.transfer.store import Store, open_store
+from imagemill.worker.transfer.network import Network
+from imagemill.worker.transfer.s3_requests import S3Requests
+from imagemill.worker.transfer.store import S3Store
 from tests.services.s3 import S3Server, changed_environment
+from tests.stores import BlockingStore
 
 pytestmark = pytest.mark.integration
 
@@ -33,6 +37,14 @@ def settings(s3_server: S3Server) -> Iterator[S3Settings]:
         yield S3Settings(endpoint_url=s3_server.endpoint_url)
 
 
+StoreAt = Callable[[str, S3Settings], BlockingStore]
+
+
+@pytest.fixture
+def store_at(network: Network) -> StoreAt:
+    return lambda url, settings: BlockingStore(S3Store(url, S3Requests(settings, network), settings), network.call)
+
+
 @pytest.fixture
 def client(settings: S3Settings) -> Any:
     return make_client(settings)
@@ -43,10 +55,6 @@ def bucket(client: Any) -> str:
     name = next(NAMES)
     client.create_bucket(Bucket=name)
     return name
-
-
-def store_at(url: str, settings: S3Settings) -> Store:
-    return open_store(url, s3=lambda: make_client(settings), files=FileSettings(), s3_settings=settings)
 
 
 def get(link: str) -> tuple[int, bytes]:
@@ -62,7 +70,9 @@ def get(link: str) -> tuple[int, bytes]:
 # --- results ----------------------------------------------------------------------------------
 
 
-def test_stored_result_has_its_content_type_and_checksum(settings: S3Settings, client: Any, bucket: str) -> None:
+def test_stored_result_has_its_content_type_and_checksum(
+    store_at: StoreAt, settings: S3Settings, client: Any, bucket: str
+) -> None:
     store = store_at(f"s3://{bucket}/jobs/a/", settings)
     store.check()
     assert store.put("x/ü ?#.webp", b"image", "image/webp") == f"s3://{bucket}/jobs/a/x/ü ?#.webp"
@@ -73,14 +83,36 @@ def test_stored_result_has_its_content_type_and_checksum(settings: S3Settings, c
     assert client.get_object(Bucket=bucket, Key="jobs/a/x/ü ?#.webp")["Body"].read() == b"again"
 
 
-def test_upload_damaged_in_transit_is_rejected(settings: S3Settings, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+ODD = ("ü ?#.png", "a+b%20c~.png", "100%.png", "画 &=;:@,$!'()*.png", "a//b.png", "a/../b/./c.png", "[x]{y}|^`<>.png", "-._~")
+
+
+def test_key_is_the_one_that_boto3_would_use(
+    store_at: StoreAt, settings: S3Settings, client: Any, bucket: str, network: Network
+) -> None:
+    store = store_at(f"s3://{bucket}/ours", settings)
+    fetcher = Fetcher(FetchSettings(), FileSettings(), S3Requests(settings, network), network)
+    for key in ODD:
+        store.put(key, key.encode(), "image/png")
+        client.put_object(Bucket=bucket, Key=f"theirs/{key}", Body=key.encode())
+        fetched = network.call(fetcher.fetch(f"s3://{bucket}/theirs/{key}"))
+        assert fetched.data == key.encode()
+        store.copy(f"s3://{bucket}/theirs/{key}", f"copy/{key}", "image/png", md5=hashlib.md5(key.encode()).hexdigest())  # noqa: S324
+    stored = {entry["Key"] for entry in client.list_objects_v2(Bucket=bucket)["Contents"]}
+    assert stored == {f"{prefix}/{key}" for prefix in ("ours", "theirs", "ours/copy") for key in ODD}
+
+
+def test_upload_damaged_in_transit_is_rejected(
+    store_at: StoreAt, settings: S3Settings, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("imagemill.worker.transfer.multipart.base64.b64encode", lambda _: MD5_OF_NOTHING)
     with pytest.raises(StorageUnavailable, match="BadDigest"):
         store_at(f"s3://{bucket}/jobs", settings).put("a.png", b"damaged in transit", "image/png")
 
 
 @pytest.mark.parametrize(("size", "parts"), [(0, 1), (1_300_000, 1), (PART, 1), (2 * PART + 1000, 3)])
-def test_stream_is_stored_in_parts(settings: S3Settings, client: Any, bucket: str, size: int, parts: int) -> None:
+def test_stream_is_stored_in_parts(
+    store_at: StoreAt, settings: S3Settings, client: Any, bucket: str, size: int, parts: int
+) -> None:
     content = os.urandom(size)
     lines = (content[place : place + 1000] for place in range(0, size, 1000))
     url = store_at(f"s3://{bucket}", settings).put_stream("j/manifest.jsonl", lines, "application/x-ndjson")
@@ -90,7 +122,9 @@ def test_stream_is_stored_in_parts(settings: S3Settings, client: Any, bucket: st
     assert stored["ETag"].strip('"').partition("-")[2] == (f"{parts}" if size >= PART else "")
 
 
-def test_stream_that_breaks_off_leaves_nothing_behind(settings: S3Settings, client: Any, bucket: str) -> None:
+def test_stream_that_breaks_off_leaves_nothing_behind(
+    store_at: StoreAt, settings: S3Settings, client: Any, bucket: str
+) -> None:
     store = store_at(f"s3://{bucket}/out", settings)
     store.put("m.jsonl", b"before", "application/x-ndjson")
 
@@ -105,7 +139,9 @@ def test_stream_that_breaks_off_leaves_nothing_behind(settings: S3Settings, clie
     assert client.get_object(Bucket=bucket, Key="out/m.jsonl")["Body"].read() == b"before"
 
 
-def test_next_stream_aborts_what_a_killed_process_has_begun(settings: S3Settings, client: Any, bucket: str) -> None:
+def test_next_stream_aborts_what_a_killed_process_has_begun(
+    store_at: StoreAt, settings: S3Settings, client: Any, bucket: str
+) -> None:
     store = store_at(f"s3://{bucket}/out", settings)
     uploads = [client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"] for key in ("out/m.jsonl", "out/m.jsonl.2")]
 
@@ -118,7 +154,9 @@ def test_next_stream_aborts_what_a_killed_process_has_begun(settings: S3Settings
     assert [upload["UploadId"] for upload in client.list_multipart_uploads(Bucket=bucket)["Uploads"]] == uploads[1:]
 
 
-def test_stream_whose_upload_was_aborted_may_be_tried_again(settings: S3Settings, client: Any, bucket: str) -> None:
+def test_stream_whose_upload_was_aborted_may_be_tried_again(
+    store_at: StoreAt, settings: S3Settings, client: Any, bucket: str
+) -> None:
     def lines() -> Iterator[bytes]:
         yield from [bytes(PART)] * 2
         for upload in client.list_multipart_uploads(Bucket=bucket)["Uploads"]:
@@ -128,7 +166,7 @@ def test_stream_whose_upload_was_aborted_may_be_tried_again(settings: S3Settings
         store_at(f"s3://{bucket}", settings).put_stream("m.jsonl", lines(), "application/x-ndjson")
 
 
-def test_many_threads_can_store_at_once(settings: S3Settings, client: Any, bucket: str) -> None:
+def test_many_threads_can_store_at_once(store_at: StoreAt, settings: S3Settings, client: Any, bucket: str) -> None:
     store = store_at(f"s3://{bucket}/jobs", settings)
     threads = [threading.Thread(target=store.put, args=(f"{n}.png", bytes([n]) * 1000, "image/png")) for n in range(12)]
     for thread in threads:
@@ -139,7 +177,7 @@ def test_many_threads_can_store_at_once(settings: S3Settings, client: Any, bucke
     assert stored == [bytes([n]) * 1000 for n in range(12)]
 
 
-def test_missing_bucket_is_refused_by_check_and_put(settings: S3Settings) -> None:
+def test_missing_bucket_is_refused_by_check_and_put(store_at: StoreAt, settings: S3Settings) -> None:
     store = store_at("s3://never-made/jobs", settings)
     for _ in range(2):
         with pytest.raises(StorageRefused, match=r"'never-made'.*IMAGEMILL_S3__CREATE_BUCKET"):
@@ -148,7 +186,7 @@ def test_missing_bucket_is_refused_by_check_and_put(settings: S3Settings) -> Non
         store.put("a.png", b"image", "image/png")
 
 
-def test_missing_bucket_is_created_when_allowed(settings: S3Settings) -> None:
+def test_missing_bucket_is_created_when_allowed(store_at: StoreAt, settings: S3Settings) -> None:
     name = next(NAMES)
     allowed = settings.model_copy(update={"create_bucket": True})
     for _ in range(2):  # the second time it exists
@@ -175,7 +213,9 @@ def test_bucket_can_be_created_by_several_workers_at_once(settings: S3Settings) 
     assert errors == []
 
 
-def test_wrong_keys_are_refused_and_not_shown_in_the_message(settings: S3Settings, bucket: str, s3_server: S3Server) -> None:
+def test_wrong_keys_are_refused_and_not_shown_in_the_message(
+    store_at: StoreAt, settings: S3Settings, bucket: str, s3_server: S3Server
+) -> None:
     with changed_environment({"AWS_SECRET_ACCESS_KEY": "mistaken"}):
         store = store_at(f"s3://{bucket}/jobs", settings)
         with pytest.raises(StorageRefused, match="refuses access") as caught:
@@ -187,7 +227,7 @@ def test_wrong_keys_are_refused_and_not_shown_in_the_message(settings: S3Setting
 
 
 @pytest.mark.timeout(60)
-def test_unreachable_server_fails_put_but_not_check(settings: S3Settings) -> None:
+def test_unreachable_server_fails_put_but_not_check(store_at: StoreAt, settings: S3Settings) -> None:
     unreachable = settings.model_copy(update={"endpoint_url": "http://127.0.0.1:1"})
     store = store_at("s3://results/jobs", unreachable)
     store.check()  # passes: the server may be back when the first result is ready

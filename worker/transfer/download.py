@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import ssl
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Downloader:
 
     def __init__(self, settings: FetchSettings, network: Network) -> None:
         self._settings, self._network = settings, network
-        self._agent = _user_agent()
+        self._agent = user_agent()
         self._own_cas = _read_cas(settings.ca_file)
 
     async def get(self, target: Target, label: str, seconds: float, claim: Claim) -> Transfer:
@@ -208,7 +209,9 @@ def check_status(transfer: Transfer, label: str) -> None:
         raise errors.HttpError(f"{label}: unexpected status {status}")
 
 
-def _user_agent() -> str:
+@functools.cache
+def user_agent() -> str:
+    """Who asks."""
     try:
         return f"imagemill/{version('imagemill')}"
     except PackageNotFoundError:  # running from a checkout that isn't installed

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock, local
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ import pycurl
 
 from imagemill.shared.s3 import S3Client, make_client
 from imagemill.shared.settings import S3Settings
+from imagemill.worker.transfer.download import user_agent
 from imagemill.worker.transfer.network import Network
 
 T = TypeVar("T")
@@ -132,6 +134,7 @@ class S3Requests:
                 (pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1),
                 (pycurl.PROXY, ""),
                 (pycurl.NOSIGNAL, 1),
+                (pycurl.USERAGENT, user_agent()),
                 (pycurl.CAINFO, place.cas),
                 (pycurl.CONNECTTIMEOUT, CONNECT_SECONDS),
                 (pycurl.LOW_SPEED_LIMIT, 1),
@@ -150,11 +153,12 @@ class S3Requests:
         return self._places.get(bucket)
 
     def _ask(self, bucket: str, client: S3Client) -> None:
+        from botocore.exceptions import BotoCoreError
+
         self._asking.on = True
         try:
-            client.head_bucket(Bucket=bucket)
-        except _Asked:
-            pass
+            with suppress(_Asked, BotoCoreError):  # what is wrong, the real request will show
+                client.head_bucket(Bucket=bucket)
         finally:
             self._asking.on = False
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -16,7 +14,6 @@ from botocore.exceptions import BotoCoreError, ClientError
 from botocore.stub import ANY, Stubber
 
 from imagemill.shared import errors
-from imagemill.shared import s3 as module
 from imagemill.shared.errors import (
     ConfigurationError,
     ImageError,
@@ -29,7 +26,6 @@ from imagemill.shared.s3 import (
     LONGEST_LINK,
     ensure_bucket,
     expire_after,
-    lazy_client,
     list_images,
     make_client,
     make_signer,
@@ -313,27 +309,3 @@ def test_botocore_errors_are_translated_without_keys(kind: type[Exception]) -> N
 def test_other_errors_pass_through() -> None:
     with pytest.raises(KeyError), storing("s3://photos/a.png"):
         raise KeyError("not botocore's")
-
-
-def test_threads_that_need_the_client_at_once_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-
-    def slow(settings: S3Settings) -> Any:
-        made.append(settings)
-        time.sleep(0.1)
-        return make_client(settings)
-
-    monkeypatch.setattr(module, "make_client", slow)
-    client = lazy_client(MINIO)
-    assert made == [], "a process that needs no S3 makes none"
-    with ThreadPoolExecutor(8) as threads:
-        clients = [one.result(60) for one in [threads.submit(client) for _ in range(8)]]
-    assert made == [MINIO]
-    assert {id(one) for one in clients} == {id(client())}
-
-
-def test_client_that_can_not_be_made_is_tried_again() -> None:
-    client = lazy_client(S3Settings(endpoint_url="minio"))
-    for _ in range(2):
-        with pytest.raises(ConfigurationError, match=r"^S3 at minio"):
-            client()

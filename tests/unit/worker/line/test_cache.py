@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,13 +21,15 @@ from imagemill.shared.messages import Item, Job
 from imagemill.shared.options.base import ADDRESSES
 from imagemill.shared.quality import Measures
 from imagemill.shared.s3 import make_client
-from imagemill.shared.settings import FileSettings, S3Settings, Settings
+from imagemill.shared.settings import S3Settings, Settings
 from imagemill.worker.imaging.codec import Encoded
 from imagemill.worker.line import cache as module
 from imagemill.worker.line.cache import Cache, Remembered
 from imagemill.worker.operations.registry import create
-from imagemill.worker.transfer.store import Store, open_store
+from imagemill.worker.transfer.network import Network
+from imagemill.worker.transfer.store import S3Store
 from tests.fakes import Invert
+from tests.stores import ClientOnly
 
 RESULT = Remembered("s3://results/jobs/260730-1f0c9a3e/000012-photo.png", "0" * 31 + "f", "png", 1_834_221, (1600, 1067))
 
@@ -239,15 +241,19 @@ def test_opencv_fingerprint_has_library_version_and_revision(operation: str, mon
 # --- copies on S3 -----------------------------------------------------------------------------
 
 
+Copied = Callable[[str], Remembered | None]
+
+
 @pytest.fixture
-def s3_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, Stubber]]:
-    """An S3 store with stubbed server responses."""
+def s3_answers(monkeypatch: pytest.MonkeyPatch, network: Network) -> Iterator[tuple[Copied, Stubber]]:
+    """`copied` of an S3 store with stubbed server responses."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     client = make_client(S3Settings(endpoint_url="http://minio.internal:9000"))
     with Stubber(client) as stubber:
-        yield open_store("s3://other/x", s3=lambda: client, files=FileSettings(), s3_settings=S3Settings()), stubber
+        store = S3Store("s3://other/x", ClientOnly(client, network), S3Settings())
+        yield lambda key: network.call(RESULT.copied(store, key)), stubber
         stubber.assert_no_pending_responses()
 
 
@@ -261,17 +267,17 @@ ASKED = {
 }
 
 
-def test_copy_is_made_by_the_server_and_checked_by_md5(s3_answers: tuple[Store, Stubber]) -> None:
-    store, server = s3_answers
+def test_copy_is_made_by_the_server_and_checked_by_md5(s3_answers: tuple[Copied, Stubber]) -> None:
+    copied, server = s3_answers
     server.add_response("copy_object", {"CopyObjectResult": {"ETag": f'"{RESULT.md5}"'}}, ASKED)
-    assert RESULT.copied(store, "1.png") == replace(RESULT, output="s3://other/x/1.png")
+    assert copied("1.png") == replace(RESULT, output="s3://other/x/1.png")
 
 
-def test_copy_with_a_different_etag_is_rejected(s3_answers: tuple[Store, Stubber]) -> None:
+def test_copy_with_a_different_etag_is_rejected(s3_answers: tuple[Copied, Stubber]) -> None:
     """The source was replaced between the server's check and its copy."""
-    store, server = s3_answers
+    copied, server = s3_answers
     server.add_response("copy_object", {"CopyObjectResult": {"ETag": '"5d41402abc4b2a76b9719d911017c592"'}}, ASKED)
-    assert RESULT.copied(store, "1.png") is None
+    assert copied("1.png") is None
 
 
 @pytest.mark.parametrize(
@@ -285,10 +291,10 @@ def test_copy_with_a_different_etag_is_rejected(s3_answers: tuple[Store, Stubber
         ("SlowDown", 503),
     ],
 )
-def test_failed_copy_returns_none(s3_answers: tuple[Store, Stubber], code: str, status: int) -> None:
-    store, server = s3_answers
+def test_failed_copy_returns_none(s3_answers: tuple[Copied, Stubber], code: str, status: int) -> None:
+    copied, server = s3_answers
     server.add_client_error("copy_object", code, http_status_code=status)
-    assert RESULT.copied(store, "1.png") is None
+    assert copied("1.png") is None
 
 
 # --- Redis ------------------------------------------------------------------------------------

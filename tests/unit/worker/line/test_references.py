@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -14,19 +13,17 @@ from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.worker.line.references import References
 from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.transfer.fetch import Fetcher, cut_short
+from imagemill.worker.transfer.network import Network
 from tests.conftest import photo
 from tests.services.images import Handler, ImageServer, failing, html, reply
+from tests.stores import NoS3
 from tests.workers import wait_until
 
 
-def no_s3() -> NoReturn:
-    raise AssertionError("S3 was asked")
-
-
 @pytest.fixture
-def fetcher() -> Fetcher:
+def fetcher(network: Network) -> Fetcher:
     settings = FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "total_timeout": 20})
-    return Fetcher(settings, FileSettings(), no_s3)
+    return Fetcher(settings, FileSettings(), NoS3(network), network)
 
 
 @pytest.fixture
@@ -118,3 +115,12 @@ def test_stop_ends_the_tries_of_a_shared_download(what: str, fetcher: Fetcher, i
         getattr(references, what)(images.url("/a.png"))
     assert cut_short(caught.value, stop, 3)
     assert images.hits["/a.png"] == 1
+
+
+def test_reference_does_not_wait_for_the_room_of_images_that_wait_for_it(images: ImageServer, network: Network) -> None:
+    images.routes["/a.png"] = photo(1)
+    settings = FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "total_timeout": 20, "memory": 1000})
+    fetcher = Fetcher(settings, FileSettings(), NoS3(network), network)
+    assert fetcher.room.try_reserve(1000)
+    assert References(fetcher, max_pixels=100_000, attempts=1).picture(images.url("/a.png")).size == (96, 72)
+    assert fetcher.room.used == 1000

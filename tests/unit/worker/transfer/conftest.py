@@ -8,13 +8,15 @@ import pytest
 
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.worker.transfer.fetch import Fetcher
-from tests.unit.worker.transfer.samples import LOOPBACK, MakeFetcher, no_s3
+from imagemill.worker.transfer.network import Network
+from tests.stores import NoS3
+from tests.unit.worker.transfer.samples import LOOPBACK, MakeFetcher
 
 
 @pytest.fixture
-def make() -> MakeFetcher:
+def make(network: Network) -> MakeFetcher:
     def new(**settings: Any) -> Fetcher:
-        return Fetcher(FetchSettings.model_validate(settings), FileSettings(), no_s3)
+        return Fetcher(FetchSettings.model_validate(settings), FileSettings(), NoS3(network), network)
 
     return new
 

@@ -14,36 +14,39 @@ from imagemill.shared.errors import ImageError
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.worker.transfer import fetch
 from imagemill.worker.transfer.fetch import Fetched, Fetcher, pause
+from imagemill.worker.transfer.network import Network
 from tests.services.images import Handler, ImageServer, answers, endless, failing, html, reply, start_reply, truncated
-from tests.unit.worker.transfer.samples import LOOPBACK, PNG, MakeFetcher, caught, no_s3
+from tests.stores import NoS3
+from tests.unit.worker.transfer.samples import LOOPBACK, PNG, MakeFetcher, caught, got
 
 
-class Stop(threading.Event):
-    """An event that records requested waits instead of waiting."""
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses before retries, which take no time."""
+    seconds = list[float]()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits: list[float] = []
+    async def stopped(stop: threading.Event | None, pause: float) -> bool:
+        seconds.append(pause)
+        return stop is not None and stop.is_set()
 
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waits.append(timeout or 0.0)
-        return self.is_set()
+    monkeypatch.setattr(fetch, "stopped", stopped)
+    return seconds
 
 
 def test_fetch_returns_bytes_unchanged(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = PNG
-    assert fetcher.fetch(images.url("/a.png")) == Fetched(PNG, 1)
+    assert got(fetcher, images.url("/a.png")) == Fetched(PNG, 1, len(PNG))
 
 
 def test_content_type_of_image_is_ignored(fetcher: Fetcher, images: ImageServer) -> None:
     for kind in ("image/jpeg", "application/octet-stream", "text/plain", "text/html", ""):
         images.routes["/a.jpg"] = answers(200, PNG, kind)
-        assert fetcher.fetch(images.url("/a.jpg")).data == PNG
+        assert got(fetcher, images.url("/a.jpg")).data == PNG
 
 
 def test_url_is_percent_encoded_for_server(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/b/%C3%BC%20%E7%94%BB.png"] = PNG
-    assert fetcher.fetch(images.url("/a/../b/ü 画.png?k=ä b")).data == PNG
+    assert got(fetcher, images.url("/a/../b/ü 画.png?k=ä b")).data == PNG
     assert images.last_path == "/b/%C3%BC%20%E7%94%BB.png?k=%C3%A4%20b"
 
 
@@ -96,9 +99,10 @@ def test_empty_body_is_empty_file(fetcher: Fetcher, images: ImageServer) -> None
     caught(fetcher, images.url("/a.png"), errors.EmptyFile)
 
 
+@pytest.mark.usefixtures("pauses")
 def test_incomplete_body_is_retried(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = truncated(PNG, 3)
-    error = caught(fetcher, images.url("/a.png"), errors.Unreachable, attempts=2, stop=Stop())
+    error = caught(fetcher, images.url("/a.png"), errors.Unreachable, attempts=2)
     assert error.tries == 2
     assert images.hits["/a.png"] == 2
 
@@ -111,7 +115,7 @@ def test_size_limit_applies_before_and_during_body(make: MakeFetcher, images: Im
     images.routes["/over"] = bytes(100_001)
     for path in ("/announced", "/unannounced", "/over"):
         assert "100000" in caught(fetcher, images.url(path), errors.TooLarge).message
-    assert len(fetcher.fetch(images.url("/exact")).data) == 100_000
+    assert len(got(fetcher, images.url("/exact")).data) == 100_000
 
 
 def test_large_error_page_keeps_its_status_error(make: MakeFetcher, images: ImageServer) -> None:
@@ -132,7 +136,7 @@ def test_unrequested_compression_is_decoded_within_size_limit(make: MakeFetcher,
     images.routes["/a.png"] = answers(200, gzip.compress(PNG), headers=packed)
     images.routes["/bomb.png"] = answers(200, gzip.compress(bytes(50_000_000)), headers=packed)
     images.routes["/damaged.png"] = answers(200, b"no gzip", headers=packed)
-    assert fetcher.fetch(images.url("/a.png")).data == PNG
+    assert got(fetcher, images.url("/a.png")).data == PNG
     caught(fetcher, images.url("/bomb.png"), errors.TooLarge)
     caught(fetcher, images.url("/damaged.png"), errors.Truncated)
 
@@ -192,43 +196,48 @@ def test_server_without_tls_is_unreachable(fetcher: Fetcher, images: ImageServer
 # --- retries ---
 
 
-def test_temporary_error_is_retried_after_growing_pauses(fetcher: Fetcher, images: ImageServer) -> None:
+def test_temporary_error_is_retried_after_growing_pauses(fetcher: Fetcher, images: ImageServer, pauses: list[float]) -> None:
     images.routes["/a.png"] = failing(2, 503, PNG)
-    stop = Stop()
-    assert fetcher.fetch(images.url("/a.png"), attempts=3, stop=stop) == Fetched(PNG, 3)
-    assert len(stop.waits) == 2
-    assert 0.25 <= stop.waits[0] <= 0.5 <= stop.waits[1] <= 1.0
+    assert got(fetcher, images.url("/a.png"), attempts=3) == Fetched(PNG, 3, len(PNG))
+    assert len(pauses) == 2
+    assert 0.25 <= pauses[0] <= 0.5 <= pauses[1] <= 1.0
 
 
+@pytest.mark.usefixtures("pauses")
 def test_error_keeps_number_of_tries_when_pickled(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = answers(500)
-    error = caught(fetcher, images.url("/a.png"), errors.ServerError, attempts=4, stop=Stop())
+    error = caught(fetcher, images.url("/a.png"), errors.ServerError, attempts=4)
     assert error.tries == images.hits["/a.png"] == 4
     assert pickle.loads(pickle.dumps(error)).tries == 4  # noqa: S301
 
 
-def test_permanent_error_is_not_retried(fetcher: Fetcher, images: ImageServer) -> None:
-    stop = Stop()
-    assert caught(fetcher, images.url("/missing"), errors.NotFound, attempts=5, stop=stop).tries == 1
+def test_permanent_error_is_not_retried(fetcher: Fetcher, images: ImageServer, pauses: list[float]) -> None:
+    assert caught(fetcher, images.url("/missing"), errors.NotFound, attempts=5).tries == 1
     assert images.hits["/missing"] == 1
-    assert stop.waits == []
+    assert pauses == []
 
 
 def test_stop_prevents_retry(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = answers(503)
-    stop = Stop()
+    stop = threading.Event()
     stop.set()
     assert caught(fetcher, images.url("/a.png"), errors.ServerError, attempts=5, stop=stop).tries == 1
 
 
 @pytest.mark.parametrize(("asked", "least", "most"), [("3", 3, 3), ("3600", 8, 8), ("0", 0.25, 0.5), ("nonsense", 0.25, 0.5)])
 def test_retry_after_sets_pause_within_limits(
-    fetcher: Fetcher, images: ImageServer, asked: str, least: float, most: float
+    fetcher: Fetcher, images: ImageServer, pauses: list[float], asked: str, least: float, most: float
 ) -> None:
     images.routes["/a.png"] = failing(1, 429, PNG, {"Retry-After": asked})
-    stop = Stop()
-    fetcher.fetch(images.url("/a.png"), attempts=2, stop=stop)
-    assert least <= stop.waits[0] <= most
+    got(fetcher, images.url("/a.png"), attempts=2)
+    assert least <= pauses[0] <= most
+
+
+def test_stop_cuts_pause_short(network: Network) -> None:
+    stop = threading.Event()
+    threading.Timer(0.01, stop.set).start()
+    assert network.call(fetch.stopped(stop, 60))
+    assert not network.call(fetch.stopped(threading.Event(), 0.01))
 
 
 def test_pause_grows_to_eight_seconds() -> None:
@@ -251,15 +260,16 @@ def test_invalid_s3_url_is_rejected(fetcher: Fetcher, url: str) -> None:
     caught(fetcher, url, errors.UnsupportedUrl)
 
 
-def test_file_url_is_read_below_roots_only(tmp_path: Path) -> None:
+def test_file_url_is_read_below_roots_only(tmp_path: Path, network: Network) -> None:
     (tmp_path / "a b.png").write_bytes(PNG)
     (tmp_path / "empty.png").touch()
-    fetcher = Fetcher(FetchSettings(max_bytes=1000), FileSettings(read_roots=(tmp_path,)), no_s3)
+    s3 = NoS3(network)
+    fetcher = Fetcher(FetchSettings(max_bytes=1000), FileSettings(read_roots=(tmp_path,)), s3, network)
     url = (tmp_path / "a b.png").as_uri()
-    assert fetcher.fetch(url) == Fetched(PNG, 1)
+    assert got(fetcher, url) == Fetched(PNG, 1, len(PNG))
     caught(fetcher, (tmp_path / "empty.png").as_uri(), errors.EmptyFile)
     caught(fetcher, "file:///etc/passwd", errors.ForbiddenAddress)
-    caught(Fetcher(FetchSettings(), FileSettings(), no_s3), url, errors.ForbiddenAddress)
+    caught(Fetcher(FetchSettings(), FileSettings(), s3, network), url, errors.ForbiddenAddress)
 
 
 def test_html_pattern_matches_pages_only() -> None:

@@ -7,7 +7,7 @@ import pytest
 from imagemill.shared import errors
 from imagemill.worker.transfer.fetch import Fetched, Fetcher
 from tests.services.images import ImageServer, redirect
-from tests.unit.worker.transfer.samples import LOOPBACK, PNG, MakeFetcher, caught
+from tests.unit.worker.transfer.samples import LOOPBACK, PNG, MakeFetcher, caught, got
 
 
 def test_redirects_are_followed(fetcher: Fetcher, images: ImageServer) -> None:
@@ -15,13 +15,13 @@ def test_redirects_are_followed(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes["/2"] = redirect("3", 307)
     images.routes["/3"] = redirect(images.url("/ü x.png"), 308)
     images.routes["/%C3%BC%20x.png"] = PNG
-    assert fetcher.fetch(images.url("/1")) == Fetched(PNG, 1)
+    assert got(fetcher, images.url("/1")) == Fetched(PNG, 1, len(PNG))
 
 
 def test_redirect_limit_is_exact(make: MakeFetcher, images: ImageServer) -> None:
     images.routes.update({f"/{n}": redirect(f"/{n + 1}") for n in range(3)})
     images.routes["/3"] = PNG
-    assert make(**LOOPBACK, max_redirects=3).fetch(images.url("/0")).data == PNG
+    assert got(make(**LOOPBACK, max_redirects=3), images.url("/0")).data == PNG
     caught(make(**LOOPBACK, max_redirects=2), images.url("/0"), errors.TooManyRedirects)
 
 
@@ -99,7 +99,7 @@ def test_redirect_into_private_network_is_forbidden(make: MakeFetcher, images: I
 def test_allowing_host_name_does_not_allow_its_address(make: MakeFetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = PNG
     fetcher = make(allow_hosts=["localhost"])
-    assert fetcher.fetch(images.url("/a.png", "localhost")).data == PNG
+    assert got(fetcher, images.url("/a.png", "localhost")).data == PNG
     # the open connection belongs to the name and must not be reused for the bare address
     caught(fetcher, images.url("/a.png"), errors.ForbiddenAddress)
 
@@ -107,5 +107,5 @@ def test_allowing_host_name_does_not_allow_its_address(make: MakeFetcher, images
 def test_allowing_address_does_not_allow_host_name(make: MakeFetcher, images: ImageServer) -> None:
     images.routes["/a.png"] = PNG
     fetcher = make(allow_hosts=["127.0.0.1"])
-    fetcher.fetch(images.url("/a.png"))
+    got(fetcher, images.url("/a.png"))
     caught(fetcher, images.url("/a.png", "localhost"), errors.ForbiddenAddress)

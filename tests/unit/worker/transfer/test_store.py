@@ -7,7 +7,6 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -19,15 +18,16 @@ from hypothesis import strategies as st
 from imagemill.shared.errors import NotFound, StorageFull, StorageRefused
 from imagemill.shared.messages import Item, check_key
 from imagemill.shared.settings import FileSettings, S3Settings
+from imagemill.worker.transfer.network import Network
 from imagemill.worker.transfer.store import FolderStore, S3Store, open_store, render_key
-from tests.unit.worker.transfer.samples import no_s3
+from tests.stores import BlockingStore, ClientOnly, NoS3
 
 JOB = "260730-1f0c9a3e"
 DEFAULT = "{job}/{index:06d}-{name}"
 
 
-def open_folder(url: str, *roots: Path) -> Any:
-    return open_store(url, s3=no_s3, files=FileSettings(write_roots=roots), s3_settings=S3Settings())
+def open_folder(url: str, *roots: Path) -> BlockingStore:
+    return BlockingStore(FolderStore(url, FileSettings(write_roots=roots)))
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(root: Path) -> FolderStore:
-    return open_folder(root.as_uri(), root)  # type: ignore[no-any-return]
+def store(root: Path) -> BlockingStore:
+    return open_folder(root.as_uri(), root)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -133,7 +133,7 @@ def test_put_writes_file_and_returns_its_url(root: Path) -> None:
     assert files(root) == {"a b/x/ü ?#.png": b"again"}
 
 
-def test_put_stream_stores_content(store: FolderStore, root: Path) -> None:
+def test_put_stream_stores_content(store: BlockingStore, root: Path) -> None:
     lines = [os.urandom(100) for _ in range(10_000)]
     assert store.put_stream("j/manifest.jsonl", iter(lines), "application/x-ndjson") == (root / "j/manifest.jsonl").as_uri()
     assert files(root) == {"j/manifest.jsonl": b"".join(lines)}
@@ -150,7 +150,7 @@ def test_folder_whose_name_is_not_text_takes_results_and_errors_are_text(root: P
     assert rf"{root}/\udcfc is not in a folder allowed" in caught.value.message
 
 
-def test_put_respects_umask(store: FolderStore, root: Path) -> None:
+def test_put_respects_umask(store: BlockingStore, root: Path) -> None:
     before = os.umask(0o027)
     try:
         store.put("a.png", b"image", "image/png")
@@ -159,7 +159,7 @@ def test_put_respects_umask(store: FolderStore, root: Path) -> None:
     assert stat.S_IMODE((root / "a.png").stat().st_mode) == 0o640
 
 
-def test_concurrent_puts_are_atomic_and_synced(store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_puts_are_atomic_and_synced(store: BlockingStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = [bytes([n]) * 300_000 for n in range(8)]
     store.put("a.png", contents[0], "image/png")
     seen: set[bytes] = set()
@@ -186,7 +186,7 @@ def test_concurrent_puts_are_atomic_and_synced(store: FolderStore, root: Path, m
 @pytest.mark.parametrize("nameless", [True, False])
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_failed_put_keeps_old_file_and_leaves_nothing_behind(
-    store: FolderStore, root: Path, monkeypatch: pytest.MonkeyPatch, where: str, nameless: bool
+    store: BlockingStore, root: Path, monkeypatch: pytest.MonkeyPatch, where: str, nameless: bool
 ) -> None:
     store.put("a.png", b"before", "image/png")
     if not nameless:
@@ -201,7 +201,7 @@ def test_failed_put_keeps_old_file_and_leaves_nothing_behind(
     assert files(root) == {"a.png": b"before"}
 
 
-def test_interrupted_put_leaves_nothing_behind(store: FolderStore, root: Path) -> None:
+def test_interrupted_put_leaves_nothing_behind(store: BlockingStore, root: Path) -> None:
     def interrupted() -> Iterator[bytes]:
         yield b"half"
         raise KeyboardInterrupt
@@ -240,14 +240,14 @@ def test_folder_outside_roots_is_refused_before_creating_anything(root: Path, ou
 
 
 @pytest.mark.parametrize("key", ["link/a.png", "link/deeper/a.png", "../out-side/a.png", "x/../../out-side/a.png"])
-def test_key_out_of_roots_is_refused(store: FolderStore, root: Path, outside: Path, key: str) -> None:
+def test_key_out_of_roots_is_refused(store: BlockingStore, root: Path, outside: Path, key: str) -> None:
     (root / "link").symlink_to(outside)
     store.check()
     with pytest.raises(StorageRefused, match="WRITE_ROOTS"):
         store.put(key, b"image", "image/png")
 
 
-def test_put_replaces_link_instead_of_following_it(store: FolderStore, root: Path, tmp_path: Path) -> None:
+def test_put_replaces_link_instead_of_following_it(store: BlockingStore, root: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.write_bytes(b"theirs")
     (root / "a.png").symlink_to(theirs)
@@ -256,7 +256,7 @@ def test_put_replaces_link_instead_of_following_it(store: FolderStore, root: Pat
     assert not (root / "a.png").is_symlink()
 
 
-def test_put_follows_linked_folder_inside_roots(store: FolderStore, root: Path) -> None:
+def test_put_follows_linked_folder_inside_roots(store: BlockingStore, root: Path) -> None:
     (root / "real").mkdir()
     (root / "link").symlink_to("real")
     assert store.put("link/a.png", b"image", "image/png") == (root / "link" / "a.png").as_uri()
@@ -264,7 +264,7 @@ def test_put_follows_linked_folder_inside_roots(store: FolderStore, root: Path) 
 
 
 @pytest.mark.parametrize("key", ["a.png/b.png", "folder", "circle/b.png", "x" * 300, "a\0b.png"])
-def test_unwritable_path_is_refused_permanently(store: FolderStore, root: Path, key: str) -> None:
+def test_unwritable_path_is_refused_permanently(store: BlockingStore, root: Path, key: str) -> None:
     (root / "a.png").write_bytes(b"image")
     (root / "folder").mkdir()
     (root / "circle").symlink_to("circle")
@@ -290,7 +290,7 @@ def test_copy_from_any_folder_below_roots(root: Path) -> None:
     assert (root / "two" / "y" / "b.png").read_bytes() == data  # a copy, not a link
 
 
-def test_copy_onto_itself(store: FolderStore, root: Path) -> None:
+def test_copy_onto_itself(store: BlockingStore, root: Path) -> None:
     source = store.put("a.png", b"image", "image/png")
     assert store.copy(source, "a.png", "image/png", md5=md5(b"image")) == source
     assert files(root) == {"a.png": b"image"}
@@ -314,7 +314,7 @@ def test_copy_onto_itself(store: FolderStore, root: Path) -> None:
         "",
     ],
 )
-def test_copy_of_missing_changed_or_foreign_file_is_not_found(store: FolderStore, root: Path, source: str) -> None:
+def test_copy_of_missing_changed_or_foreign_file_is_not_found(store: BlockingStore, root: Path, source: str) -> None:
     (root.parent / "theirs.png").write_bytes(b"image")
     (root / "link").symlink_to(root.parent / "theirs.png")
     (root / "circle").symlink_to("circle")
@@ -328,7 +328,7 @@ def test_copy_of_missing_changed_or_foreign_file_is_not_found(store: FolderStore
     assert (root / "b.png").read_bytes() == b"before"
 
 
-def test_copy_out_of_roots_is_refused(store: FolderStore, root: Path, outside: Path) -> None:
+def test_copy_out_of_roots_is_refused(store: BlockingStore, root: Path, outside: Path) -> None:
     (root / "link").symlink_to(outside)
     source = store.put("a.png", b"image", "image/png")
     with pytest.raises(StorageRefused, match="WRITE_ROOTS"):
@@ -336,7 +336,7 @@ def test_copy_out_of_roots_is_refused(store: FolderStore, root: Path, outside: P
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_without_permission_is_refused(store: FolderStore, root: Path) -> None:
+def test_folder_without_permission_is_refused(store: BlockingStore, root: Path) -> None:
     root.chmod(0o500)
     with pytest.raises(StorageRefused, match="permission denied"):
         store.put("a.png", b"image", "image/png")
@@ -346,12 +346,12 @@ def test_folder_without_permission_is_refused(store: FolderStore, root: Path) ->
 @pytest.mark.parametrize(
     "url", ["https://a.example/x", "out", "file://host/x", "s3://B!/x", "file:///a/../b", "s3://bucket/x?y=1"]
 )
-def test_open_store_rejects_invalid_url(url: str) -> None:
+def test_open_store_rejects_invalid_url(url: str, network: Network) -> None:
     with pytest.raises(StorageRefused, match="can't store results"):
-        open_store(url, s3=no_s3, files=FileSettings(), s3_settings=S3Settings())
+        open_store(url, s3=NoS3(network), files=FileSettings(), s3_settings=S3Settings())
 
 
-def test_silent_server_holds_up_one_check_for_all_threads() -> None:
+def test_silent_server_is_asked_once_for_all_images(network: Network) -> None:
     asked = []
 
     class Silent:
@@ -359,8 +359,7 @@ def test_silent_server_holds_up_one_check_for_all_threads() -> None:
             asked.append(bucket)
             raise EndpointConnectionError(endpoint_url="http://s3.example")
 
-    store = S3Store("s3://results/jobs", Silent(), S3Settings())
-    with ThreadPoolExecutor(4) as threads:
-        for check in [threads.submit(store.check) for _ in range(8)]:
-            check.result(60)
+    store = S3Store("s3://results/jobs", ClientOnly(Silent(), network), S3Settings())
+    for check in [network.start(store.check()) for _ in range(8)]:
+        check.result(60)
     assert asked == [{"Bucket": "results"}]
