@@ -36,8 +36,8 @@ class Entry:
 class Recorder:
     """Writes records in a thread of its own, which starts with the first one. Thread-safe.
 
-    While Redis is away, records wait: the results exist, and must not be computed twice. What else goes wrong is a bug, of which
-    `failed` is told in that thread.
+    While Redis is away, records wait: the results exist, and must not be computed twice. Anything else is a bug, of which `failed`
+    is told in that thread.
     """
 
     def __init__(self, ledger: WorkLedger, failed: Callable[[BaseException], object]) -> None:
