@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import ContextVar
 
 PROCESS: dict[str, object] = {}
 """`node` and `gpu`, set once per process."""
-_work: ContextVar[dict[str, object] | None] = ContextVar("work", default=None)
+_work: ContextVar[Mapping[str, object] | None] = ContextVar("work", default=None)
 
 
 def trace_id(job: str) -> str:
@@ -22,17 +21,22 @@ def describe_process(*, node: str, gpu: int | None = None) -> None:
     PROCESS.update({"node": node} if gpu is None else {"node": node, "gpu": gpu})
 
 
-@contextmanager
-def working_on(*, job: str, owner: str | None, share: str | None = None) -> Iterator[None]:
+class working_on:  # noqa: N801  # a context manager, without the cost of a generator: every image enters several
     """Name the job in every line that this thread logs inside."""
-    fields = {"job": job, "owner": owner, "share": share}
-    token = _work.set({name: value for name, value in fields.items() if value is not None})
-    try:
-        yield
-    finally:
-        _work.reset(token)
+
+    __slots__ = ("_fields", "_token")
+
+    def __init__(self, *, job: str, owner: str | None, share: str | None = None) -> None:
+        self._fields = {"job": job, "owner": owner, "share": share}
+
+    def __enter__(self) -> None:
+        self._token = _work.set(self._fields)
+
+    def __exit__(self, *_: object) -> None:
+        _work.reset(self._token)
 
 
 def current() -> dict[str, object]:
     """The fields of this process and of what this thread is working on."""
-    return {**PROCESS, **(_work.get() or {})}
+    work = {name: value for name, value in (_work.get() or {}).items() if value is not None}
+    return {**PROCESS, **work}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -119,7 +120,7 @@ class Job(Model):
         """The profile of the results."""
         return self.output.icc or USUAL_PROFILE[self.operation]
 
-    @property
+    @cached_property
     def lane(self) -> str:
         """What a node must offer to process this job; see imagemill.shared.engines."""
         return lane_of(self.operation, self.engine, getattr(self.options, "model", None))

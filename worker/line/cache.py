@@ -12,9 +12,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,6 +46,7 @@ AROUND = ("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "sim
 
 KEY_BYTES = 21  # 168 bits, 28 characters: with the prefix, Redis allocates no more than for a shorter key
 QUIET = 600.0  # seconds between warnings
+MOST_JOBS = 64  # remembered, with what is the same for all of their images
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class Cache:
         self._redis.set_retry(Retry(NoBackoff(), 1))  # one retry for a stale connection; no image waits longer
         self._ttl_ms = max(1, int(ttl * 1000))
         self._warned = -QUIET
+        self._lock = Lock()
+        self._unsaved: dict[str, bytes] = {}
+        self._known: dict[int, tuple[Job, dict[str, str] | None]] = {}
 
     @classmethod
     def of(cls, settings: Settings) -> Cache | None:
@@ -99,28 +104,45 @@ class Cache:
 
     def key(self, data: bytes, item: Item, spec: Job, operation: AnyOperation) -> str | None:
         """The key of this image file's result: equal keys mean equal bytes. None if the result must not be reused."""
-        options, wanted = spec.options.model_dump(mode="json"), spec.policy.quality
-        if item.mask is not None or any(options.get(name) is not None for name in ADDRESSES):
+        same = self._same_for_all(spec)
+        if item.mask is not None or same is None:
             return None
         try:
             engine = operation.fingerprint(spec.options)
         except (ImagemillError, OSError) as error:
             self._warn(error)
             return None
-        decides = {
+        own = {
             "source": hashlib.sha256(data).hexdigest(),
-            "operation": spec.operation,
-            "options": options,
             "boxes": [box.model_dump() for box in item.boxes],
             "seed": item_seed(spec.options, item.index, item.source),
-            "output": {**spec.output.model_dump(include={"format", "quality"}), "icc": spec.icc},
             "engine": engine,
-            "repair": [REPAIRS, wanted.model_dump()] if wanted.mode == "repair" else None,
-            "around": [REVISION, *(versions().get(name) for name in AROUND)],
-            "store": urlsplit(spec.output.url).scheme,  # copies are made within one kind of store, so each has its own entries
         }
-        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).digest()
+        decides = same | _as_json(own)
+        text = ", ".join(f'"{name}": {decides[name]}' for name in sorted(decides))
+        digest = hashlib.sha256(f"{{{text}}}".encode()).digest()
         return base64.urlsafe_b64encode(digest[:KEY_BYTES]).decode()
+
+    def _same_for_all(self, spec: Job) -> dict[str, str] | None:
+        """What decides the results of all images of a job, as JSON; None if they must not be reused."""
+        known, found = self._known.get(id(spec), (None, None))
+        if known is spec:
+            return found
+        options, wanted = spec.options.model_dump(mode="json"), spec.policy.quality
+        if all(options.get(name) is None for name in ADDRESSES):
+            decides = {
+                "operation": spec.operation,
+                "options": options,
+                "output": {**spec.output.model_dump(include={"format", "quality"}), "icc": spec.icc},
+                "repair": [REPAIRS, wanted.model_dump()] if wanted.mode == "repair" else None,
+                "around": [REVISION, *(versions().get(name) for name in AROUND)],
+                "store": urlsplit(spec.output.url).scheme,  # copies are made within one kind of store: each has its own entries
+            }
+            found = _as_json(decides)
+        if len(self._known) >= MOST_JOBS:
+            self._known = {}  # anew, since other threads read it
+        self._known[id(spec)] = spec, found
+        return found
 
     def get(self, key: str | None) -> Remembered | None:
         """The entry under a key, if Redis answers and has one; `copied` finds out whether the result still exists."""
@@ -131,10 +153,20 @@ class Cache:
         return _unpacked(raw) if raw is not None else None
 
     def put(self, key: str | None, result: Remembered) -> None:
-        """Save the entry of a result that is safely stored, replacing any earlier one."""
+        """Save the entry of a result that is safely stored, replacing any earlier one, when the next images are recorded."""
         if key is not None:
-            with self._tolerated():
-                self._redis.set(_name(key), _packed(result), px=self._ttl_ms)
+            with self._lock:
+                self._unsaved[_name(key)] = _packed(result)
+
+    def flush(self) -> None:
+        """Save all entries now, in one round trip."""
+        with self._lock:
+            entries, self._unsaved = self._unsaved, {}
+        if entries:
+            with self._tolerated(), self._redis.pipeline(transaction=False) as pipe:
+                for name, entry in entries.items():
+                    pipe.set(name, entry, px=self._ttl_ms)
+                pipe.execute()
 
     @contextmanager
     def _tolerated(self) -> Iterator[None]:
@@ -149,6 +181,10 @@ class Cache:
         if time.monotonic() - self._warned >= QUIET:
             self._warned = time.monotonic()
             log.warning("results are not cached", extra={"action": "reuse", "reason": sentence(error)})
+
+
+def _as_json(values: Mapping[str, object]) -> dict[str, str]:
+    return {name: json.dumps(value, sort_keys=True) for name, value in values.items()}
 
 
 def _name(key: str) -> str:

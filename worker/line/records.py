@@ -117,7 +117,7 @@ class Records:
             finally:
                 done(image)
 
-        self._recorder.add(Entry(record, image.context.stop, written))
+        self._recorder.add(Entry(record, image.context.stop, written, image.context.cache))
 
     def close(self, seconds: float = 0.0) -> None:
         """Write what is queued, but wait no longer than this for Redis."""

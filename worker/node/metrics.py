@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,7 +121,8 @@ class PrometheusMeter(Meter):
         self._paused = gauge("store_paused", "1 while images wait for a store that does not respond.")
         self._models = gauge("model_info", "1 for each engine and model that the node offers.", "operation", "engine", "model")
         self._seen: dict[int, BatchSizes] = {}
-        self._failures = 0
+        self._latest = 0.0, 0.0, 0  # peak, relief and failures
+        self._of = cache(lambda metric, *labels: metric.labels(*labels))  # `labels` takes longer than counting
         # Prometheus sees only that a counter rises, not that it appears: a first failure would go unnoticed.
         for operation, error in product(operations, leaves(ImageError)):
             self._failed.labels(operation, error.code)
@@ -136,12 +138,12 @@ class PrometheusMeter(Meter):
         self._models.labels(operation, engine, model).set(1)
 
     def recorded(self, operation: str, result: ItemResult, how: str) -> None:
-        self._images.labels(operation, how).inc()
+        self._of(self._images, operation, how).inc()
         if result.code is not None:
             self._failed.labels(operation, result.code).inc()
-        self._retries.labels(operation).inc(max(0, result.attempts - 1))
-        for stage, seconds in (result.seconds or {}).items():
-            self._stages.labels(operation, stage).observe(seconds)
+        self._of(self._retries, operation).inc(max(0, result.attempts - 1))
+        for stage, seconds in result.seconds.items():
+            self._of(self._stages, operation, stage).observe(seconds)
         self._received.inc(result.source_bytes or 0)
         self._stored.inc(result.output_bytes or 0)
 
@@ -149,8 +151,8 @@ class PrometheusMeter(Meter):
         name = recipe.operation.spec.name
         self._busy.labels(name).inc(seconds)
         for size in parts:
-            self._sizes.labels(name).observe(size)
-            self._fill.labels(name).observe(size / recipe.most)
+            self._of(self._sizes, name).observe(size)
+            self._of(self._fill, name).observe(size / recipe.most)
         self._watch(recipe.sizes)
 
     def waited(self, cause: Cause, seconds: float) -> None:
@@ -159,11 +161,13 @@ class PrometheusMeter(Meter):
     def _watch(self, sizes: BatchSizes) -> None:
         """Sum up the engines that have run."""
         self._seen[id(sizes)] = sizes
-        self._peak.set(max(one.top for one in self._seen.values()))
-        self._relief.set(max(one.level for one in self._seen.values()))
-        failures = sum(one.failures for one in self._seen.values())
-        self._oom.inc(failures - self._failures)
-        self._failures = failures
+        seen = self._seen.values()
+        peak, relief, failures = max(one.top for one in seen), max(one.level for one in seen), sum(one.failures for one in seen)
+        if (peak, relief, failures) != self._latest:
+            self._peak.set(peak)
+            self._relief.set(relief)
+            self._oom.inc(failures - self._latest[2])
+            self._latest = peak, relief, failures
 
     def store_failed(self, code: str) -> None:
         self._errors.labels(code).inc()

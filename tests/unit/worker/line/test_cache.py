@@ -311,13 +311,32 @@ REMEMBERED = st.builds(
 )
 
 
+def save(cache: Cache, key: str | None, result: Remembered = RESULT) -> None:
+    cache.put(key, result)
+    cache.flush()
+
+
 @given(REMEMBERED, REMEMBERED)
 @settings(max_examples=60, deadline=None)
 def test_latest_entry_is_read_back_unchanged(cache: Cache, one: Remembered, other: Remembered) -> None:
     for result in (one, other):
-        cache.put("key", result)
+        save(cache, "key", result)
         assert cache.get("key") == result
     assert cache.get("another") is None
+
+
+def test_entries_are_saved_in_one_round_trip(own_redis: EmbeddedRedis) -> None:
+    cache = Cache(own_redis.url, 60)
+    for number in range(40):
+        cache.put(f"key {number}", replace(RESULT, bytes=number))
+    assert cache.get("key 7") is None
+    with redis.Redis.from_url(own_redis.url) as client:
+        before = client.info("stats")["total_reads_processed"]
+        cache.flush()
+        assert client.info("stats")["total_reads_processed"] - before < 10
+        assert client.info("commandstats")["cmdstat_set"]["calls"] == 40
+    assert cache.get("key 7") == replace(RESULT, bytes=7)
+    cache.close()
 
 
 def test_entry_holds_the_md5_of_the_file(cache: Cache) -> None:
@@ -332,7 +351,7 @@ def test_entry_expires_with_the_job_and_stays_small(redis_server: EmbeddedRedis,
     cache = Cache.of(given)
     assert cache is not None
     name = key(Wanted())
-    cache.put(name, RESULT)
+    save(cache, name)
     stored = f"imagemill:cache:{name}"
     assert 2 * 86_400 - 60 < raw.ttl(stored) <= 2 * 86_400
     assert len(stored) + raw.strlen(stored) < 160
@@ -341,7 +360,7 @@ def test_entry_expires_with_the_job_and_stays_small(redis_server: EmbeddedRedis,
 
 def test_no_redis_call_without_a_key(cache: Cache, raw: Any) -> None:
     before = raw.dbsize()
-    cache.put(None, RESULT)
+    save(cache, None)
     assert cache.get(None) is None
     assert raw.dbsize() == before
 
@@ -372,26 +391,26 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_unreachable_redis_is_tolerated_and_logged_once(own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(own_redis.url, 60)
-    cache.put("key", RESULT)
+    save(cache, "key")
     own_redis.kill()
     for _ in range(3):
         assert cache.get("key") is None
-        cache.put("key", RESULT)
+        save(cache, "key")
     assert warnings(caplog) == ["results are not cached"]
     own_redis.start()
-    cache.put("key", RESULT)
+    save(cache, "key")
     assert cache.get("key") == RESULT
     cache.close()
 
 
 def test_full_redis_is_tolerated_and_still_read(own_redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(own_redis.url, 60)
-    cache.put("known", RESULT)
+    save(cache, "known")
     with redis.Redis.from_url(own_redis.url) as client:
         client.config_set("maxmemory", "1")
         client.config_set("maxmemory-policy", "noeviction")
     for _ in range(3):
-        cache.put("new", RESULT)
+        save(cache, "new")
         assert cache.get("known") == RESULT
     assert cache.get("new") is None
     assert warnings(caplog) == ["results are not cached"]
