@@ -20,7 +20,6 @@ from typing import Any
 from imagemill.shared.errors import Truncated
 from imagemill.shared.settings import Settings
 from imagemill.worker.line import stages
-from imagemill.worker.line.cache import Remembered
 from imagemill.worker.line.device_loop import DeviceLoop
 from imagemill.worker.line.front import Front
 from imagemill.worker.line.image import Failed, ImageInFlight, Kept, NotBegun, Outcome, RunAgain, Stored
@@ -175,15 +174,10 @@ class Line:
                 return
         elif isinstance(outcome, Stored):
             self._answered(image.context.store.service)
-        if not image.move("begun"):
-            outcome = NotBegun()
-        known = stages.to_remember(image, outcome) if isinstance(outcome, Stored) else None
-        self.records.record(image, outcome, lambda image: self._over(image, known))
+        self.records.record(image, outcome if image.move("begun") else NotBegun(), self._over)
 
-    def _over(self, image: ImageInFlight, known: Remembered | None) -> None:
+    def _over(self, image: ImageInFlight) -> None:
         """An image has its record, or gets none here."""
-        if known is not None and image.context.cache is not None:
-            image.context.cache.put(image.cache_key, known)
         self.free(image)
         self.changed()
 

@@ -58,6 +58,7 @@ class PixelBudget:
             self._closed = True
             self._waiting.clear()
 
+    def look(self) -> None:
         """Let in whoever is first in line, while there is room, and those that are unwanted by now."""
         while True:
             with self._lock:

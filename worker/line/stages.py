@@ -60,9 +60,9 @@ async def reuse(image: ImageInFlight, context: Context) -> Stored | None:
     known = image.earlier_result
     with image.timed("store"):
         copy = await known.copied(context.store, _key(image, context, known.format)) if known is not None else None
-    image.earlier_result = copy  # of all copies, the newest lives longest
-    if copy is None:
+    if copy is None or context.cache is None:
         return None
+    context.cache.put(image.cache_key, copy)  # of all copies, the newest lives longest
     flags = flagged(beyond(copy.measures, context.spec.policy.quality, context.spec.operation))
     return Stored("reused", copy.output, copy.bytes, copy.size, (*copy.notes, *flags, CACHED), copy.measures)
 
@@ -127,20 +127,14 @@ def encode(image: ImageInFlight, context: Context) -> None:
 
 
 async def store(image: ImageInFlight, context: Context) -> Stored:
-    """Upload the file."""
-    encoded = image.encoded
+    """Upload the file, and remember the result for the next job that asks for the same."""
+    encoded, best = image.encoded, image.best
     with image.timed("store"):
         output = await context.store.put(_key(image, context, encoded.format), encoded.data, f"image/{encoded.format}")
-    return Stored(image.how, output, len(encoded.data), encoded.size, image.notes, image.best.measures)
-
-
-def to_remember(image: ImageInFlight, stored: Stored) -> Remembered | None:
-    """What to remember of a stored result, for the next job that asks for the same."""
-    if image.cache_key is None or stored.how == "reused":
-        return image.earlier_result
-    if not lasting_notes(image.context.spec).issuperset(image.best.notes):
-        return None
-    return Remembered.of(image.encoded, output=stored.output, notes=image.best.notes, measures=image.best.measures)
+    if context.cache is not None and lasting_notes(context.spec).issuperset(best.notes):
+        result = Remembered.of(encoded, output=output, notes=best.notes, measures=best.measures)
+        context.cache.put(image.cache_key, result)
+    return Stored(image.how, output, len(encoded.data), encoded.size, image.notes, best.measures)
 
 
 # In this order. Between them, an image waits for room in the pixel budget, and then for the device: line.py.

@@ -199,5 +199,3 @@ def test_closed_front_begins_nothing_more(clock: Clock) -> None:
     downloads.end()
     downloads.submit("shop", 1)
     assert len(downloads.begun) == FEWEST
-
-
