@@ -17,6 +17,7 @@ from imagemill.worker.line import recorder as module
 from imagemill.worker.line.records import Tally
 from imagemill.worker.operations.base import Inputs
 from tests.fakes import AnyWork, Invert
+from imagemill.worker.transfer.network import Network
 from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 from tests.unit.worker.line.jobs import SIZE, Gate, LineJob, drain
@@ -62,12 +63,13 @@ def test_record_waits_for_redis_and_is_written_once(
     own_redis: EmbeddedRedis,
     images: ImageServer,
     tmp_path: Path,
+    network: Network,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(module, "LONGEST_PAUSE", 0.1)
     ledger = Ledger(own_redis.url)
-    job = LineJob(ledger, images, tmp_path / "out")
+    job = LineJob(ledger, images, tmp_path / "out", network)
     items, operation = job.photos(3), Gate()
 
     def postponed() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from imagemill.shared.errors import StorageUnavailable
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share
@@ -26,6 +26,7 @@ from imagemill.worker.line.speed import Speed
 from imagemill.worker.node.feeder import Feeder
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.network import Network
 from imagemill.worker.transfer.store import open_store
 from tests.conftest import photo
 from tests.fakes import Invert
@@ -33,13 +34,10 @@ from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 from tests.workers import wait_until
 
+NO_S3: Any = None
 LANE = "stylize.opencv"
 CHILD = "cpu@a/0/17"
 NAMES = (f"fed-{os.getpid()}-{number}" for number in itertools.count())
-
-
-def no_s3() -> NoReturn:
-    raise AssertionError("S3 was asked")
 
 
 class Turnstile(Invert):
@@ -81,6 +79,9 @@ class Steady(Speed):
     def rates(self) -> dict[str, float]:
         return {LANE: self.rate}
 
+    def pace(self, lane: str | None = None) -> float:
+        return self.rate
+
     def computed(self, lane: str) -> int:
         return 1000
 
@@ -120,20 +121,20 @@ class Feeding:
         self.renewals = 0
         self.settings = Settings(
             _env_file=None,  # type: ignore[call-arg]
-            fetch=FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "total_timeout": 20, "threads": threads}),
+            fetch=FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "total_timeout": 20}),
             files=FileSettings(write_roots=(folder,)),
             worker=WorkerSettings(),
         )
-        self.fetcher = Fetcher(self.settings.fetch, self.settings.files, no_s3)
+        self.network = Network()
+        self.fetcher = Fetcher(self.settings.fetch, self.settings.files, NO_S3, self.network)
         self.records = Records(self.ledger, "cpu@a")
         self.feeder = Feeder(
-            lambda changed: Line(self.settings, self.records, changed),
+            lambda changed: Line(self.settings, self.records, self.network, changed, threads=threads),
             self.ledger,
             self,
             child=CHILD,
             seat="cpu@a/0",
             seconds=3.0,
-            threads=threads,
             stopping=self.stopping.is_set,
         )
         self.line = self.feeder.line
@@ -142,13 +143,13 @@ class Feeding:
 
     def open(self, job: str, budget: PixelBudget) -> Context:
         spec = self.ledger.spec(job)
-        store: Any = open_store(spec.output.url, s3=no_s3, files=self.settings.files, s3_settings=S3Settings())
+        store: Any = open_store(spec.output.url, s3=NO_S3, files=self.settings.files, s3_settings=S3Settings())
         put = store.put
 
-        def put_unless_down(*args: Any) -> str:
+        async def put_unless_down(*args: Any) -> str:
             if job in self.down:
                 raise StorageUnavailable(f"{store.service}: no connection")
-            return str(put(*args))
+            return str(await put(*args))
 
         store.put = put_unless_down
         return Context.of(
@@ -245,4 +246,6 @@ class Feeding:
     def close(self) -> None:
         self.operation.let(10_000)
         self.feeder.close()
+        self.records.close()
+        self.network.close()
         self.ledger.close()
