@@ -27,8 +27,9 @@ class _Shifted:
     skew = timedelta()
 
     def _modify_request_before_signing(self, request: Any) -> None:
-        made = datetime.strptime(request.context["timestamp"], auth.SIGV4_TIMESTAMP).replace(tzinfo=UTC)
-        request.context["timestamp"] = (made + _Shifted.skew).strftime(auth.SIGV4_TIMESTAMP)
+        if _Shifted.skew:
+            made = datetime.strptime(request.context["timestamp"], auth.SIGV4_TIMESTAMP).replace(tzinfo=UTC)
+            request.context["timestamp"] = (made + _Shifted.skew).strftime(auth.SIGV4_TIMESTAMP)
         super()._modify_request_before_signing(request)  # type: ignore[misc]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import quote, urlsplit
 
@@ -80,6 +81,7 @@ def wire(url: str) -> Target:
     return Target(f"{parts.scheme}://{at}{_encoded(parts.path) or '/'}{query}", host, port)
 
 
+@lru_cache(1024)
 def _ascii_host(host: str) -> str:
     if ":" in host:
         return f"[{IPv6Address(host)}]"

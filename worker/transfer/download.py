@@ -51,8 +51,10 @@ class Downloader:
             except pycurl.error as error:
                 if claim.lacks:
                     raise NoRoom from error
+                transfer.read_headers()
                 if transfer.status in OK or transfer.status < 200:
                     raise transfer.explain(error, label) from error
+            transfer.read_headers()
             transfer.retry_after = handle.getinfo(pycurl.RETRY_AFTER)
         return transfer
 
@@ -73,7 +75,7 @@ class Downloader:
             (pycurl.MAXFILESIZE_LARGE, settings.max_bytes),  # checks Content-Length, before the body
             (pycurl.BUFFERSIZE, 262_144),
             (pycurl.OPENSOCKETFUNCTION, transfer.open_socket),
-            (pycurl.HEADERFUNCTION, transfer.on_header),
+            (pycurl.HEADERFUNCTION, transfer.lines.append),
             (pycurl.WRITEFUNCTION, transfer.on_body),
         ):
             handle.setopt(option, value)
@@ -95,8 +97,9 @@ def _read_cas(file: Path | None) -> str:
 class Transfer:
     """One request: curl's callbacks and the response they collect.
 
-    `headers` has lower-case names; `blocks` of the body are kept only if the status is 200 or 203; `retry_after` is in
-    seconds. The callbacks must not raise: pycurl could only print the exception.
+    `lines` are the headers that `read_headers` has not read yet: one by one, as they arrive, would be slower. `headers` has
+    lower-case names; `blocks` of the body are kept only if the status is 200 or 203; `retry_after` is in seconds. The callbacks
+    must not raise: pycurl could only print the exception.
     """
 
     target: Target
@@ -105,6 +108,7 @@ class Transfer:
     status: int = 0
     retry_after: int = 0
     headers: dict[str, str] = field(default_factory=dict)
+    lines: list[bytes] = field(default_factory=list)
     blocks: list[bytes] = field(default_factory=list)
     size: int = 0
     refused: bool = False
@@ -127,31 +131,10 @@ class Transfer:
         asyncio.get_running_loop().call_soon(new.close)  # pycurl hands curl a duplicate
         return new
 
-    def on_header(self, line: bytes) -> int:
-        """Handle a header line; a status line starts a new response, for example after 100 or 103.
-
-        Returning anything but its length aborts the transfer.
-        """
-        if line.startswith(b"HTTP/"):
-            code = line.split(maxsplit=2)[1:2]
-            self.status = int(code[0]) if code and code[0].isdigit() else 0
-            self.headers.clear()
-            return len(line)
-        name, colon, value = line.decode("utf-8", "surrogateescape").partition(":")
-        if colon:
-            self.headers[name.strip().lower()] = value.strip()
-        elif self.status in OK and not self._fits():
-            return -1
-        return len(line)
-
-    def _fits(self) -> bool:
-        """Whether there is room for the body that the headers announce. Curl itself aborts what is too large."""
-        announced = self.headers.get("content-length", "")
-        size = int(announced) if announced.isascii() and announced.isdigit() else 0
-        return size > self.settings.max_bytes or self.claim.covers(size, announced=True)
-
     def on_body(self, block: bytes) -> int:
         """Take a block of the body; returning anything but its length aborts the transfer."""
+        if not self.size and not self._begin_body():
+            return -1
         self.size += len(block)
         if self.size > (self.settings.max_bytes if self.status in OK else ERROR_BODY):
             return -1
@@ -160,6 +143,26 @@ class Transfer:
                 return -1
             self.blocks.append(block)
         return len(block)
+
+    def _begin_body(self) -> bool:
+        """Whether there is room for the body that the headers announce."""
+        self.read_headers()
+        announced = self.headers.get("content-length", "")
+        size = min(int(announced), self.settings.max_bytes) if announced.isascii() and announced.isdigit() else 0
+        return self.status not in OK or self.claim.covers(size, announced=True)
+
+    def read_headers(self) -> None:
+        """Read the header lines that have arrived; a status line starts a new response, for example after 100 or 103."""
+        for line in self.lines:
+            if line.startswith(b"HTTP/"):
+                code = line.split(maxsplit=2)[1:2]
+                self.status = int(code[0]) if code and code[0].isdigit() else 0
+                self.headers.clear()
+                continue
+            name, colon, value = line.decode("utf-8", "surrogateescape").partition(":")
+            if colon:
+                self.headers[name.strip().lower()] = value.strip()
+        self.lines.clear()
 
     @property
     def location(self) -> str | None:

@@ -26,7 +26,7 @@ async def read_object(s3: S3Requests, bucket: str, key: str, label: str, setting
     transfer = Transfer(Target(label, bucket, 0), settings, claim)
 
     def prepare(handle: pycurl.Curl) -> None:
-        handle.setopt(pycurl.HEADERFUNCTION, transfer.on_header)
+        handle.setopt(pycurl.HEADERFUNCTION, transfer.lines.append)
         handle.setopt(pycurl.WRITEFUNCTION, transfer.on_body)
         handle.setopt(pycurl.MAXFILESIZE_LARGE, settings.max_bytes)
         handle.setopt(pycurl.TIMEOUT_MS, max(1, int(settings.total_timeout * 1000)))
