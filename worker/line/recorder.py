@@ -40,8 +40,8 @@ class Entry:
 class Recorder:
     """Writes records in a thread of its own, which starts with the first one. Thread-safe.
 
-    While Redis is away, records wait: the results exist, and must not be computed twice. `failed` is called, in that thread, with
-    whatever else goes wrong: a bug.
+    While Redis is away, records wait: the results exist, and must not be computed twice. `failed` is called, in that thread, if
+    something else goes wrong: a bug.
     """
 
     def __init__(self, ledger: WorkLedger, failed: Callable[[BaseException], object]) -> None:
