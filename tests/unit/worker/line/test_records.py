@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import NotFound
-from imagemill.shared.ledger.scripts import key
 from imagemill.shared.messages import ItemResult
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line import recorder as module
@@ -187,20 +186,6 @@ def test_records_of_an_outage_are_written_once(
     assert sorted(job.entries()) == list(range(5))
     assert str(made.records.tally) == "5 done"
     job.ledger.close()
-
-
-def test_damaged_job_holds_up_no_other(job: LineJob, other: LineJob, raw: Any, caplog: pytest.LogCaptureFixture) -> None:
-    made = recording(job, 2)
-    good = other.join(job.lines[0], Invert(), other.photos(2), enter=False)
-    raw.set(key(job.name, "results"), "damaged")
-    made.record()
-    Recording(made.records, good, both := []).record()
-    wait_until(lambda: len(both) == 2, "the other job goes on")
-    wait_until(lambda: "record postponed" in caplog.messages, "the damage was noticed")
-    assert not made.left
-    raw.delete(key(job.name, "results"))
-    made.wait()
-    assert job.codes() == other.codes() == ["done"] * 2
 
 
 def test_only_the_first_record_of_an_image_counts(job: LineJob) -> None:
