@@ -9,7 +9,6 @@ from threading import Event
 from typing import Any, Literal, NamedTuple, cast
 
 from imagemill.shared.dead import put_aside, reason_of
-from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.fleet import NODE_SECONDS
 from imagemill.shared.ledger.ranges import as_ranges, as_text, indexes_in
 from imagemill.shared.ledger.reading import ReadLedger
@@ -110,13 +109,11 @@ class Record:
 class Recorded(NamedTuple):
     """The answer to a record: whether it is the `first` of its image, in a job that is not over.
 
-    `stop`: nothing more of the job should be begun; it is cancelled, paused or past its deadline. `fault` is what keeps Redis
-    from recording anything of this job.
+    `stop`: nothing more of the job should be begun; it is cancelled, paused or past its deadline.
     """
 
     first: bool
     stop: bool
-    fault: str = ""
 
 
 class WorkLedger(ReadLedger):
@@ -197,28 +194,30 @@ class WorkLedger(ReadLedger):
     def record(self, job: str, result: ItemResult, stop: Event | None = None) -> bool:
         """Record one result; False, and no change, if the image already has one or the job is over. May set `stop`."""
         [answer] = self.record_all([Record.of(job, result)])
-        if answer.fault:
-            raise BrokerUnavailable(f"Redis: {answer.fault}")
         if answer.stop and stop is not None:
             stop.set()
         return answer.first
 
     def record_all(self, records: Sequence[Record]) -> list[Recorded]:
         """Record results, of any jobs, in one round trip; an answer for each."""
-        jobs: dict[str, list[int]] = {}
-        for place, record in enumerate(records):
-            jobs.setdefault(record.job, []).append(place)
+        jobs: dict[str, list[Record]] = {}
+        for record in records:
+            jobs.setdefault(record.job, []).append(record)
+        answers = dict(zip(jobs, self._record(jobs) if jobs else [], strict=True))
+        for job, answer in answers.items():
+            if not answer:  # it is damaged
+                [answers[job]] = self._record({job: jobs[job]})
+        first = {job: iter(digits) for job, (digits, _) in answers.items()}
+        return [Recorded(next(first[record.job]) == ord("1"), bool(answers[record.job][1])) for record in records]
+
+    def _record(self, jobs: Mapping[str, Sequence[Record]]) -> list[tuple[bytes, int]]:
         args: list[Any] = []
-        for job, places in jobs.items():
-            args += job, len(places)
-            for place in places:
-                record = records[place]
+        for job, records in jobs.items():
+            args += job, len(records)
+            for record in records:
                 args += record.index, record.state, record.text
-        answers: dict[int, Recorded] = {}
-        for places, (first, stop, fault) in zip(jobs.values(), self._script("record", *args), strict=True):
-            reason = fault.decode(errors="replace")
-            answers |= {place: Recorded(one == ord("1"), bool(stop), reason) for place, one in zip(places, first, strict=True)}
-        return [answers[place] for place in range(len(records))]
+        answers: list[tuple[bytes, int]] = self._script("record", *args, job=next(iter(jobs)) if len(jobs) == 1 else None)
+        return answers
 
     def end_job(self, job: str, manifest: str | None, run: int | None = None) -> bool:
         """The manifest is written, or never will be (None); False if a retry has begun meanwhile."""

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Condition, Event, Thread, Timer
+from threading import Condition, Event, Thread
 
 from imagemill.shared.errors import ServiceUnavailable
 from imagemill.shared.ledger.leasing import Record, Recorded, WorkLedger
@@ -34,14 +34,13 @@ class Entry:
     stop: Event
     written: Callable[[bool | None], object]
     cache: Cache | None = None
-    pause: float = FIRST_PAUSE
 
 
 class Recorder:
     """Writes records in a thread of its own, which starts with the first one. Thread-safe.
 
-    While Redis is away, records wait: the results exist, and must not be computed twice. `failed` is called, in that thread, with
-    whatever else goes wrong: a bug.
+    While Redis is away, records wait: the results exist, and must not be computed twice. `failed` is called, in that thread, if
+    something else goes wrong: a bug.
     """
 
     def __init__(self, ledger: WorkLedger, failed: Callable[[BaseException], object]) -> None:
@@ -94,9 +93,6 @@ class Recorder:
             self._failed(error)
             answers = [None] * len(batch)
         for entry, answer in zip(batch, answers, strict=True):
-            if answer is not None and answer.fault:
-                self._postpone(entry, answer.fault)
-                continue
             if answer is not None and answer.stop:
                 entry.stop.set()
             try:
@@ -114,11 +110,3 @@ class Recorder:
                 log.warning("records postponed", extra={"action": "record", "images": len(records), "reason": error.message})
                 time.sleep(pause)
                 pause = min(LONGEST_PAUSE, 2 * pause)
-
-    def _postpone(self, entry: Entry, reason: str) -> None:
-        """Try again later; others don't wait for a job whose keys are damaged."""
-        log.warning("record postponed", extra={"action": "record", "job": entry.record.job, "reason": reason})
-        timer = Timer(entry.pause, self.add, [entry])
-        timer.daemon = True
-        timer.start()
-        entry.pause = min(LONGEST_PAUSE, 2 * entry.pause)

@@ -119,9 +119,9 @@ class Records:
 
         self._recorder.add(Entry(record, image.context.stop, written, image.context.cache))
 
-    def close(self, seconds: float = 0.0) -> None:
-        """Write what is queued, but wait no longer than this for Redis."""
-        self._recorder.close(seconds)
+    def close(self, seconds: float) -> bool:
+        """Write what waits, and end the thread; False if that takes longer than this."""
+        return self._recorder.close(seconds)
 
     def _failed(self, error: BaseException) -> None:
         self.on_error(error)

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 MANIFEST_SECONDS = 3600
 """How long writing a manifest is tried again while the store does not respond; then the job ends without one."""
+CLOSE_SECONDS = 2.0
+"""How long a process that is told to exit waits for Redis to take its last records."""
 WARM_UP_SIZE = (64, 64)
 MOST_LINKS = 20
 """Jobs of a shift to which Flower can link."""
@@ -151,7 +153,7 @@ class Child:
         """Give back what is not begun; called when the process is told to exit."""
         if self.feeder is not None:
             self.feeder.close()
-        self.records.close()
+        self.records.close(CLOSE_SECONDS)
         if self.traces is not None:
             self.traces.close()
 

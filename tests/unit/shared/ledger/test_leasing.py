@@ -6,10 +6,14 @@ import threading
 from typing import Any
 
 import pytest
+import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.ledger.leasing import ManifestDue, Share, WorkLedger
+from imagemill.shared.errors import BrokerUnavailable
+from imagemill.shared.ledger.leasing import ManifestDue, Record, Recorded, Share, WorkLedger
+from imagemill.shared.ledger.scripts import key
 from imagemill.shared.ledger.submitting import SubmitLedger
+from tests.ledgers import Ledger
 from tests.unit.shared.ledger.jobs import (
     CHILD,
     LANE,
@@ -197,6 +201,42 @@ def test_result_is_recorded_once_by_concurrent_threads(producer: SubmitLedger, w
     status = worker.status(job)
     assert sorted((status.done, status.failed)) == [0, 3]
     assert len(worker.follow(job)[1]) == 1
+
+
+def test_results_of_several_jobs_are_recorded_at_once(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    one, two, over = make_job(producer, 3, duplicates=[1]), make_job(producer, 2), make_job(producer, 1)
+    producer.pause(two)
+    producer.cancel(over)
+    results = [(one, done(0)), (two, failed(1)), (one, failed(1)), (over, done(0)), (one, failed(0)), (two, done(0))]
+    before = raw.info("commandstats")["cmdstat_evalsha"]["calls"]
+    answers = worker.record_all([Record.of(job, result) for job, result in results])
+    assert raw.info("commandstats")["cmdstat_evalsha"]["calls"] == before + 1
+    assert [answer.first for answer in answers] == [True, True, True, False, False, True]
+    assert [answer.stop for answer in answers] == [False, True, False, True, False, True]
+    assert counts(worker, one) == ("queued", 1, 2)
+    assert counts(worker, two) == ("finishing", 1, 1)
+    assert [result.index for result in worker.follow(one)[1]] == [0, 1]
+
+
+def test_damaged_job_keeps_no_other_from_being_recorded(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+    bad, good = make_job(producer, 1), make_job(producer, 1)
+    raw.set(key(bad, "results"), "damaged")
+    answers = worker.record_all([Record.of(bad, done(0)), Record.of(good, done(0))])
+    assert answers[1] == Recorded(first=True, stop=False)
+    assert counts(worker, good) == ("finishing", 1, 0)
+    assert sum(counts(worker, bad)[1:]) == 1
+
+
+def test_full_redis_records_nothing(own_redis: EmbeddedRedis) -> None:
+    ledger = Ledger(own_redis.url)
+    job = make_job(ledger, 2)
+    with redis.Redis.from_url(own_redis.url) as client:
+        client.config_set("maxmemory", "1")
+        with pytest.raises(BrokerUnavailable, match="memory"):
+            ledger.record_all([Record.of(job, done(0)), Record.of(job, done(1))])
+        client.config_set("maxmemory", "0")
+    assert counts(ledger, job) == ("queued", 0, 0)
+    ledger.close()
 
 
 def test_image_recorded_by_a_worker_thought_to_be_dead_is_not_handed_out_again(

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.ledger.leasing import ManifestDue, Request, Share
+from imagemill.shared.ledger.leasing import ManifestDue, Record, Request, Share
 from imagemill.shared.messages import PRIORITIES, ItemResult, Node, Priority
 from tests.ledgers import Ledger
 from tests.unit.shared.ledger.contents import contents, everything
@@ -272,9 +272,10 @@ class Ledgers(RuleBasedStateMachine):
             self.record_images(job, sorted(share.images)[:count], failing)
 
     def record_images(self, job: ModelJob, images: Iterable[int], failing: bool) -> None:
-        for index in images:
-            state: Any = "failed" if failing else "done"
-            assert self.ledger.record(job.id, ItemResult(index=index, state=state)) == job.record(index, state)
+        state: Any = "failed" if failing else "done"
+        records = [Record.of(job.id, ItemResult(index=index, state=state)) for index in images]
+        answers = self.ledger.record_all(records)
+        assert [answer.first for answer in answers] == [job.record(record.index, state) for record in records]
 
     def give_back(self, place: int, keep: int) -> None:
         """A child gives back what it has not begun, and keeps a few images."""

@@ -163,7 +163,7 @@ class LineJob:
     def close(self) -> None:
         for line in self.lines:
             line.abandon()
-            line.records.close()
+            line.records.close(60)
 
     def _url(self, path: Any) -> Any:
         return self.server.url(path) if isinstance(path, str) and path.startswith("/") else path

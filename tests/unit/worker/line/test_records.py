@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
+from imagemill.shared.errors import NotFound
 from imagemill.shared.messages import ItemResult
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line import recorder as module
-from imagemill.worker.line.records import Tally
+from imagemill.worker.line.image import Failed, ImageInFlight, NotBegun, Outcome, Stored
+from imagemill.worker.line.records import Records, Tally
 from imagemill.worker.operations.base import Inputs
 from tests.fakes import AnyWork, Invert
 from imagemill.worker.transfer.network import Network
@@ -22,6 +25,8 @@ from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 from tests.unit.worker.line.jobs import SIZE, Gate, LineJob, drain
 from tests.workers import wait_until
+
+STORED = Stored("computed", "file:///results/1.png", 100, (96, 72))
 
 
 def tally(*codes: str | None) -> Tally:
@@ -119,6 +124,113 @@ def test_bug_in_a_record_ends_the_run(job: LineJob, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(job.ledger, "record_all", fail)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         job.run(Invert(), job.photos(3))
+
+
+class Recording(NamedTuple):
+    """Images of a job whose results are at hand, and those that have left the line."""
+
+    records: Records
+    images: list[ImageInFlight]
+    left: list[ImageInFlight]
+
+    def record(self, *outcomes: Outcome) -> None:
+        """Record the outcome of each image; by default all are stored."""
+        for image, outcome in zip(self.images, outcomes or [STORED] * len(self.images), strict=True):
+            self.records.record(image, outcome, self.left.append)
+
+    def wait(self) -> None:
+        wait_until(lambda: len(self.left) == len(self.images), "all have left")
+        assert {image.item.index for image in self.left} == {image.item.index for image in self.images}
+
+
+def recording(job: LineJob, count: int) -> Recording:
+    line, images = job.begin(Invert(), job.photos(count), enter=False)
+    return Recording(line.records, images, [])
+
+
+def calls(raw: Any) -> int:
+    return int(raw.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+
+def test_records_that_gather_are_written_in_one_call(job: LineJob, raw: Any) -> None:
+    made = recording(job, 40)
+    before = calls(raw)
+    raw.client_pause(60_000, all=False)  # writes wait, while we still ask
+    made.record()
+    raw.client_unpause()
+    made.wait()
+    assert calls(raw) - before <= 2
+    assert all(image.recorded for image in made.images)
+    assert sorted(job.entries()) == list(range(40))
+    assert str(made.records.tally) == "40 done"
+
+
+def test_bad_result_takes_no_neighbour_along(job: LineJob) -> None:
+    made = recording(job, 3)
+    made.record(STORED, replace(STORED, notes=("caf\udce9",)), Failed(NotFound("no such image")))
+    made.wait()
+    assert job.codes() == ["done", "internal_error", "not_found"]
+    assert [image.code for image in made.images] == [None, "internal_error", "not_found"]
+
+
+def test_records_of_an_outage_are_written_once(
+    own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = LineJob(Ledger(own_redis.url), images, tmp_path)
+    made = recording(job, 5)
+    own_redis.stop()
+    made.record()
+    wait_until(lambda: "records postponed" in caplog.messages, "recording was tried")
+    assert not made.left
+    assert not made.records.close(0)
+    own_redis.start()
+    made.wait()
+    assert sorted(job.entries()) == list(range(5))
+    assert str(made.records.tally) == "5 done"
+    job.ledger.close()
+
+
+def test_only_the_first_record_of_an_image_counts(job: LineJob) -> None:
+    first, second = recording(job, 2), recording(job, 2)
+    first.record()
+    first.wait()
+    second.record(*[Failed(NotFound("no such image"))] * 2)
+    second.wait()
+    assert (str(first.records.tally), str(second.records.tally)) == ("2 done", "0 done")
+    assert all(image.recorded and image.code is None for image in second.images)
+    assert job.codes() == ["done"] * 2
+
+
+def test_what_waits_is_written_before_the_end(job: LineJob) -> None:
+    made = recording(job, 5)
+    made.record()
+    assert made.records.close(60)
+    assert len(made.left) == 5
+    assert job.codes() == ["done"] * 5
+
+
+def test_image_that_was_not_begun_leaves_at_once_without_a_record(job: LineJob) -> None:
+    made = recording(job, 1)
+    made.record(NotBegun())
+    assert made.left == made.images
+    assert not made.images[0].recorded
+    assert job.codes() == ["pending"]
+
+
+def test_bug_while_an_image_leaves_reaches_the_line(job: LineJob) -> None:
+    made, errors = recording(job, 2), []
+
+    def fail(image: ImageInFlight) -> None:
+        made.left.append(image)
+        raise ZeroDivisionError
+
+    made.records.on_error = errors.append
+    for image in made.images:
+        made.records.record(image, STORED, fail)
+    made.wait()
+    assert made.records.close(60)
+    assert [type(error) for error in errors] == [ZeroDivisionError] * 2
+    assert job.codes() == ["done"] * 2
 
 
 class Garbled(Invert):
