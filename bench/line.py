@@ -26,19 +26,15 @@ What is measured:
 - waits: seconds that the node says its device waited, by cause ("shift over" in its log).
 - CPU and memory of the child: CPU time per image, and its peak RSS above the RSS with which it began.
 - The most GETs and PUTs in flight at the same time, as seen by the servers, and the core that both servers used.
-- cores: the share of all cores that everything here used, and the share in use by anyone. At more than 90 %, they limit the
-  rate, so it isn't held against the line.
+- cores: the share of all cores that everything here used, and the share in use by anyone, except by programs of lower
+  priority (`nice`). At more than 90 %, they limit the rate, so it isn't held against the line.
 - lock (one case, with py-spy): the time per image for which a thread of the child holds Python's lock.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -51,25 +47,13 @@ import cv2
 import psutil
 from skimage import data
 
-from bench import stand_in
 from bench.figures import Figure, Measured, over_rounds
-from bench.nodes import KEYS, cpu_of
+from bench.line_node import Jobs, Node, Spy
+from bench.nodes import cpu_of
 from bench.servers import Load, Servers, photos
 from bench.stand_in import Batch
-from imagemill.producer.client import Client
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.producer.sources import SourceRow
-from imagemill.shared.connection import connect
-from imagemill.shared.engines import ENGINES
-from imagemill.shared.ledger.scripts import key
-from imagemill.shared.messages import Job, Output
-from imagemill.shared.settings import load_settings
-from tests.workers import WorkerProcess, clean_environment, wait_until
 
-if stand_in.GPU_ROW not in ENGINES:
-    ENGINES.append(stand_in.GPU_ROW)  # the producer checks a job's options
-
-SPEC = Job(operation="stylize", output=Output(url="s3://results/line"), options=stand_in.StandInGpuOptions())
 GOALS = {5: 0.95, 20: 0.95, 100: 0.95, 300: 0.90}
 """The least share of the device's rate, by that rate."""
 FILL = 0.95
@@ -80,9 +64,6 @@ LOCK_MS = 2.0
 LIMIT = 0.9
 """Share of all cores above which they are the limit."""
 LEARNING_SECONDS, LAST_BATCHES = 5.0, 3
-POLL_SECONDS = 0.25
-SAMPLES = 250
-"""Times per second that py-spy looks who holds the lock."""
 
 
 @dataclass(frozen=True)
@@ -248,11 +229,14 @@ def measure(case: Case, files: list[bytes]) -> Result:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         servers = stack.enter_context(Servers(files, put_delay=case.put, hosts=case.hosts))
         redis = stack.enter_context(EmbeddedRedis(folder / "redis"))
-        node = Node(case, folder, redis.url, servers)
+        node = Node(folder, redis.url, servers, rate=case.rate, batch=BATCH[case.rate])
         stack.enter_context(node.worker)
         node.worker.wait_ready()
         jobs = stack.enter_context(Jobs(redis.url))
-        return _measured(case, node, servers, jobs)
+        result = _measured(case, node, servers, jobs)
+        if result.cut:
+            node.worker.kill()  # it would go on storing
+        return result
 
 
 def _measured(case: Case, node: Node, servers: Servers, jobs: Jobs) -> Result:
@@ -268,13 +252,13 @@ def _measured(case: Case, node: Node, servers: Servers, jobs: Jobs) -> Result:
     used = {name: cpu_of(pid) - before[name] for name, pid in processes.items()}
     spent, everything = time.monotonic() - began, _busy(machine, psutil.cpu_times())
     ends = jobs.recorded()
-    images, rate = len(ends), len(ends) / (ends[-1] - epoch) / case.rate
     batches = [batch for batch in Batch.read(node.folder) if batch.began >= began]
+    images = (len(ends) + sum(batch.images for batch in batches)) / 2  # of a job that was cancelled, some are computed only
     cores = spent * (psutil.cpu_count() or 1)
     load: dict[str, Load] = servers.load()
     return Result(
         case=case,
-        rate=rate,
+        rate=len(ends) / (ends[-1] - epoch) / case.rate,
         fill=_fill(batches, BATCH[case.rate]),
         first=batches[0].began - began,
         last=ends[-1] - epoch - (batches[-1].ended - began),
@@ -287,16 +271,16 @@ def _measured(case: Case, node: Node, servers: Servers, jobs: Jobs) -> Result:
         ours=used["all"] / cores,
         all=everything,
         cut=cut,
-        lock=None if spy is None else spy.lock(ends),
-        waits=node.waits(),
+        lock=None if spy is None else spy.lock(ends, batches),
+        waits={} if cut else node.waits(),
     )
 
 
 def _busy(before: Any, after: Any) -> float:
-    """The share of all cores that was in use between two readings of psutil.cpu_times()."""
+    """The share of all cores in use between two readings of psutil.cpu_times(), without programs of lower priority."""
     spent = {name: getattr(after, name) - getattr(before, name) for name in before._fields}
     total = sum(spent[name] for name in ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal"))
-    return 1 - (spent["idle"] + spent["iowait"]) / total
+    return 1 - (spent["idle"] + spent["iowait"] + spent["nice"]) / total
 
 
 def _fill(batches: Sequence[Batch], most: int) -> float:
@@ -305,118 +289,6 @@ def _fill(batches: Sequence[Batch], most: int) -> float:
     learned = first + min(LEARNING_SECONDS, (last - first) / 4)
     steady = [batch.images for batch in batches[:-LAST_BATCHES] if batch.began >= learned]
     return sum(steady) / len(steady) / most if steady else 0.0
-
-
-class Node:
-    """The node of a case, with one child; `worker` starts and stops it."""
-
-    def __init__(self, case: Case, folder: Path, redis_url: str, servers: Servers) -> None:
-        self.folder = folder
-        self.worker = WorkerProcess(
-            clean_environment(
-                IMAGEMILL_REDIS_URL=redis_url,
-                IMAGEMILL_S3__ENDPOINT_URL=servers.s3,
-                IMAGEMILL_FETCH__ALLOW_NETWORKS='["127.0.0.0/8"]',
-                IMAGEMILL_WORKER__ENGINES='["stand-in-gpu"]',
-                IMAGEMILL_WORKER__OPERATIONS='["stylize"]',
-                IMAGEMILL_LOG_JSON="true",
-                STAND_IN_SECONDS=str(BATCH[case.rate] / case.rate),
-                STAND_IN_BATCH=str(BATCH[case.rate]),
-                STAND_IN_FOLDER=str(folder),
-                **KEYS,
-            ),
-            folder,
-        )
-        self.worker.command = [sys.executable, "-m", "bench.stand_in", *self.worker.command[3:]]
-
-    def settle(self) -> int:
-        """Bytes of memory of the idle child, whose peak is counted from now on."""
-        (self.child,) = self.worker.children()
-        Path(f"/proc/{self.child}/clear_refs").write_text("5")  # proc(5): resets VmHWM, the peak resident set size
-        return int(psutil.Process(self.child).memory_info().rss)
-
-    def peak(self) -> int:
-        """The most bytes of memory that the child has used."""
-        lines = Path(f"/proc/{self.child}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-    def waits(self) -> dict[str, float]:
-        """Seconds that the device waited, by cause, as far as the node tells."""
-        wait_until(lambda: "shift over" in self.worker.log.read_text(), "a shift was over", 70)
-        total: dict[str, float] = {}
-        for line in self.worker.log.read_text().splitlines():
-            if '"shift over"' in line:
-                for cause, seconds in json.loads(line).get("waits", {}).items():
-                    total[cause] = total.get(cause, 0.0) + seconds
-        return total
-
-
-class Jobs:
-    """Submits the jobs of a case and waits for them."""
-
-    def __init__(self, redis_url: str) -> None:
-        self._client, self._redis = Client(load_settings(redis_url=redis_url)), connect(redis_url)
-        self._jobs: list[str] = []
-
-    def __enter__(self) -> Jobs:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.close()
-        self._redis.close()
-
-    def submit(self, urls: list[str]) -> None:
-        """Submit a job."""
-        rows = (SourceRow("list", {"source": url}) for url in urls)
-        self._jobs.append(self._client.submit(rows, SPEC).job)
-
-    def await_images(self, until: float) -> bool:
-        """Wait until all images are recorded; at this time on the monotonic clock, cancel the jobs and return True."""
-        for job in self._jobs:
-            while True:
-                status = self._client.status(job)
-                assert not status.failed, f"{status.failed} images failed"
-                if status.done == status.total:
-                    break
-                if time.monotonic() > until:
-                    for other in self._jobs:
-                        self._client.cancel(other)
-                    return True
-                time.sleep(POLL_SECONDS)
-        return False
-
-    def recorded(self) -> list[float]:
-        """When each image was recorded, in order, in seconds since the epoch."""
-        entries = [entry for job in self._jobs for entry in self._redis.xrange(key(job, "events"))]
-        return sorted(int(place.split(b"-")[0]) / 1000 for place, fields in entries if b"i" in fields)
-
-
-class Spy:
-    """py-spy, which looks who holds the lock of process `pid`: from a third to two thirds of so many `seconds`."""
-
-    def __init__(self, pid: int, seconds: float) -> None:
-        self._program = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        self._seconds = max(1, round(seconds / 3))
-        self._began = time.time() + seconds / 3
-        if self._program is None:
-            print("lock skipped: `pip install py-spy` to measure it", file=sys.stderr)
-            return
-        self._folder = tempfile.TemporaryDirectory()
-        record = [self._program, "record", "--gil", "--nonblocking", "--format", "raw", "--rate", str(SAMPLES)]
-        record += ["--pid", str(pid), "--duration", str(self._seconds), "--output", f"{self._folder.name}/stacks"]
-        wait = f"import os, time; time.sleep({seconds / 3}); os.execv({self._program!r}, {record!r})"
-        self._process = subprocess.Popen([sys.executable, "-c", wait], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def lock(self, recorded: Sequence[float]) -> float | None:
-        """Milliseconds that a thread held the lock per image recorded meanwhile; None without py-spy."""
-        if self._program is None:
-            return None
-        assert self._process.wait() == 0, "py-spy failed"
-        lines = Path(self._folder.name, "stacks").read_text().splitlines()
-        self._folder.cleanup()
-        held = sum(int(line.rsplit(" ", 1)[1]) for line in lines) / SAMPLES
-        images = sum(self._began <= moment <= self._began + self._seconds for moment in recorded)
-        return 1000 * held / images
 
 
 def main() -> None:
