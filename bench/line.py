@@ -23,7 +23,7 @@ What is measured:
 - busy: the share of the time, from the first batch to the end of the last, in which the device had a batch.
 - first, last: seconds from `submit` to the first batch, and from the end of the last batch to the last record. A rate is about
   fill times busy, less what these take.
-- waits: seconds that the node says its device waited, by cause ("shift over" in its log).
+- waits: seconds that the node says its device waited, by cause, and was busy ("shift over" in its log).
 - CPU and memory of the child: CPU time per image, and its peak RSS above the RSS with which it began.
 - The most GETs and PUTs in flight at the same time, as seen by the servers, and the core that both servers used.
 - cores: the share of all cores that everything here used, and the share in use by anyone, except by programs of lower
@@ -64,6 +64,8 @@ LOCK_MS = 2.0
 LIMIT = 0.9
 """Share of all cores above which they are the limit."""
 LEARNING_SECONDS, LAST_BATCHES = 5.0, 3
+PATIENCE, CUT_PATIENCE = 70.0, 5.0
+"""Seconds to wait for the end of a shift, which tells what the device waited for."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,9 @@ class Result:
         ]
         if self.lock is not None:
             figures.append(Measured(f"{row}: Python's lock per image", self.lock, "ms", LOCK_MS if judged else None))
-        figures += [Measured(f"{row}: device waited: {cause}", seconds, "s") for cause, seconds in sorted(self.waits.items())]
+        figures += [
+            Measured(f"{row}: seconds of the device, {cause}", seconds, "s") for cause, seconds in sorted(self.waits.items())
+        ]
         return figures
 
     def row(self) -> str:
@@ -272,7 +276,7 @@ def _measured(case: Case, node: Node, servers: Servers, jobs: Jobs) -> Result:
         all=everything,
         cut=cut,
         lock=None if spy is None else spy.lock(ends, batches),
-        waits={} if cut else node.waits(),
+        waits=node.waits(ends[-1], CUT_PATIENCE if cut else PATIENCE),
     )
 
 

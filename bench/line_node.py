@@ -9,8 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -25,7 +28,7 @@ from imagemill.shared.engines import ENGINES
 from imagemill.shared.ledger.scripts import key
 from imagemill.shared.messages import Job, Output
 from imagemill.shared.settings import load_settings
-from tests.workers import WorkerProcess, clean_environment, wait_until
+from tests.workers import WorkerProcess, clean_environment
 
 if stand_in.GPU_ROW not in ENGINES:
     ENGINES.append(stand_in.GPU_ROW)  # the producer checks a job's options
@@ -69,15 +72,23 @@ class Node:
         lines = Path(f"/proc/{self.child}/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
-    def waits(self) -> dict[str, float]:
-        """Seconds that the device waited, by cause, as far as the node tells."""
-        wait_until(lambda: "shift over" in self.worker.log.read_text(), f"a shift was over; log: {self.worker.tail()}", 70)
-        total: dict[str, float] = {}
-        for line in self.worker.log.read_text().splitlines():
-            if '"shift over"' in line:
-                for cause, seconds in json.loads(line).get("waits", {}).items():
-                    total[cause] = total.get(cause, 0.0) + seconds
-        return total
+    def waits(self, since: float, patience: float) -> dict[str, float]:
+        """Seconds that the device waited, by cause, and was busy, as far as the node tells.
+
+        A shift that ends after `since`, in seconds since the epoch, is awaited for as many seconds as `patience`.
+        """
+        end, shifts = time.monotonic() + patience, list[dict[str, Any]]()
+        while not any(datetime.fromisoformat(shift["time"]).timestamp() > since for shift in shifts):
+            if time.monotonic() > end:
+                break
+            time.sleep(POLL_SECONDS)
+            lines = self.worker.log.read_text().splitlines()
+            shifts = [json.loads(line) for line in lines if '"shift over"' in line]
+        total = Counter[str]()
+        for shift in shifts:
+            total.update(shift.get("waits", {}))
+            total["busy"] += shift.get("busy", 0)
+        return dict(+total)
 
 
 class Jobs:
@@ -131,7 +142,7 @@ class Spy:
         self._seconds = max(1, round(seconds / 3))
         self._began = {time.time: time.time() + seconds / 3, time.monotonic: time.monotonic() + seconds / 3}
         if self._program is None:
-            print("lock skipped: `pip install py-spy` to measure it", file=sys.stderr)
+            print("lock skipped: it needs py-spy (pip install py-spy)", file=sys.stderr)
             return
         self._folder = tempfile.TemporaryDirectory()
         record = [self._program, "record", "--gil", "--nonblocking", "--format", "raw", "--rate", str(SAMPLES)]
