@@ -26,8 +26,9 @@ What is measured:
 - waits: seconds that the node says its device waited, by cause, and was busy ("shift over" in its log).
 - CPU and memory of the child: CPU time per image, and its peak RSS above the RSS with which it began.
 - The most GETs and PUTs in flight at the same time, as seen by the servers, and the core that both servers used.
-- cores: the share of all cores that everything here used, and the share in use by anyone, except by programs of lower
-  priority (`nice`). At more than 90 %, they limit the rate, so it isn't held against the line.
+- cores: the share of all cores that everything here used, and the share in use by anyone. At more than 90 %, they limit the
+  rate, so it isn't held against the line. That others have a lower priority (`nice`) helps little: each of the many short
+  steps of an image then waits for its core.
 - lock (one case, with py-spy): the time per image for which a thread of the child holds Python's lock.
 """
 
@@ -281,17 +282,18 @@ def _measured(case: Case, node: Node, servers: Servers, jobs: Jobs) -> Result:
 
 
 def _busy(before: Any, after: Any) -> float:
-    """The share of all cores in use between two readings of psutil.cpu_times(), without programs of lower priority."""
+    """The share of all cores in use between two readings of psutil.cpu_times()."""
     spent = {name: getattr(after, name) - getattr(before, name) for name in before._fields}
     total = sum(spent[name] for name in ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal"))
-    return 1 - (spent["idle"] + spent["iowait"] + spent["nice"]) / total
+    return 1 - (spent["idle"] + spent["iowait"]) / total
 
 
 def _fill(batches: Sequence[Batch], most: int) -> float:
     """How full batches were in the steady state; of a short run, at least half of it counts."""
     first, last = batches[0].began, batches[-1].ended
     learned = first + min(LEARNING_SECONDS, (last - first) / 4)
-    steady = [batch.images for batch in batches[:-LAST_BATCHES] if batch.began >= learned]
+    end = len(batches) - min(LAST_BATCHES, len(batches) // 4)
+    steady = [batch.images for batch in batches[:end] if batch.began >= learned]
     return sum(steady) / len(steady) / most if steady else 0.0
 
 
