@@ -28,6 +28,7 @@ BENCHES = (
     "batching",
     "memory",
     "feeding",
+    "line",
     "inpaint",
     "stylize",
     "quality",

@@ -1,20 +1,26 @@
-"""A stand-in for a GPU: an engine that sleeps. `python -m bench.stand_in ...` runs `imagemill ...` with it.
+"""Stand-ins for a GPU: engines that sleep. `python -m bench.stand_in ...` runs `imagemill ...` with them.
 
-STAND_IN_SECONDS is how long it takes per image. Into the folder STAND_IN_FOLDER it writes how many images are on its device,
-in one file per process.
+- `stand-in` takes STAND_IN_SECONDS per image, on a device where batches are no faster. Into the folder STAND_IN_FOLDER it
+  writes how many images are on its device, in one file per process.
+- `stand-in-gpu` takes STAND_IN_SECONDS per batch of up to STAND_IN_BATCH images, however full it is, so the line learns how
+  many fit and waits for full ones. It appends a line per batch to `batches` in STAND_IN_FOLDER: see `Batch`.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from imagemill.shared.engines import ENGINES, Engine
 from imagemill.shared.options.base import EngineOptions
+from imagemill.worker.hardware import memory
 from imagemill.worker.hardware.device import Device
+from imagemill.worker.hardware.memory import Memory, Peak
 from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Work
 
@@ -60,12 +66,79 @@ class StandIn(Operation[StandInOptions, Pixels, Pixels, Picture]):
         new.replace(self._note)
 
 
+class StandInGpuOptions(EngineOptions):
+    """Return each image as it is, after a while."""
+
+    engine: Literal["stand-in-gpu"] = "stand-in-gpu"
+
+
+class Card(Memory):
+    """The memory of a large GPU, of which an image takes 0.1 GB."""
+
+    name = "stand-in"
+    images = 0
+
+    def free(self) -> int:
+        return 80 * 10**9
+
+    @contextmanager
+    def peak(self) -> Iterator[Peak]:
+        peak = Peak()
+        yield peak
+        peak.bytes = 2 * 10**9 + self.images * 10**8
+        peak.share = peak.bytes / self.free()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch that has run: when it began and ended, in seconds on the monotonic clock, and its images."""
+
+    began: float
+    ended: float
+    images: int
+
+    @classmethod
+    def read(cls, folder: Path) -> list[Batch]:
+        """The batches so far of the process with this STAND_IN_FOLDER."""
+        lines = [line.split() for line in (folder / "batches").read_text().splitlines()]
+        return [cls(float(began), float(ended), int(images)) for began, ended, images in lines]
+
+
+class StandInGpu(Operation[StandInGpuOptions, Pixels, Pixels, Picture]):
+    """Takes the same time for every batch."""
+
+    spec = Spec("stylize", "stand-in-gpu", max_batch=int(os.environ.get("STAND_IN_BATCH", BATCH)))
+
+    def load(self, device: Device) -> None:
+        self._seconds, self._card = float(os.environ["STAND_IN_SECONDS"]), Card()
+        self._batches = Path(os.environ["STAND_IN_FOLDER"], "batches")
+        vars(memory)["HostMemory"] = lambda: self._card  # what the line believes to be the memory of the CPU
+
+    def fingerprint(self, options: StandInGpuOptions) -> str:
+        return "revision 1"
+
+    def prepare(self, picture: Picture, inputs: Inputs[StandInGpuOptions]) -> Work[StandInGpuOptions, Pixels, Picture]:
+        return Work([Sample(picture.pixels, inputs.options)], plan=picture)
+
+    def run(self, samples: Sequence[Sample[StandInGpuOptions, Pixels]]) -> Sequence[Pixels]:
+        began = time.monotonic()
+        self._card.images = len(samples)
+        time.sleep(max(0.0, began + self._seconds - time.monotonic()))
+        with self._batches.open("a") as file:
+            file.write(f"{began} {time.monotonic()} {len(samples)}\n")
+        return [sample.data for sample in samples]
+
+    def finish(self, work: Work[StandInGpuOptions, Pixels, Picture], outputs: Sequence[Pixels]) -> Picture:
+        return work.plan
+
+
 ROW = Engine("stylize", "stand-in", options=StandInOptions, module="bench.stand_in:StandIn", extra="worker")
+GPU_ROW = Engine("stylize", "stand-in-gpu", options=StandInGpuOptions, module="bench.stand_in:StandInGpu", extra="worker")
 
 
 if __name__ == "__main__":
     from bench import stand_in
     from imagemill.producer.cli import main
 
-    ENGINES.append(stand_in.ROW)
+    ENGINES.extend([stand_in.ROW, stand_in.GPU_ROW])
     main(prog_name="imagemill")
