@@ -44,7 +44,7 @@ def through_the_line(
     flying = [ImageInFlight(item, context) for item in items]
     start = time.perf_counter()
     line.enter(flying)
-    line.run(math.inf, lambda: any(image.place != "over" for image in flying))
+    line.device.run(math.inf, lambda: any(image.place != "over" for image in flying))
     seconds = time.perf_counter() - start
     line.abandon()
     failed = [result for result in ledger.results if result.state == "failed"]

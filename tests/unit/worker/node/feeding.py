@@ -246,6 +246,6 @@ class Feeding:
     def close(self) -> None:
         self.operation.let(10_000)
         self.feeder.close()
-        self.records.close()
+        self.records.close(60)
         self.network.close()
         self.ledger.close()
