@@ -101,16 +101,18 @@ def _puts(servers: Servers, rounds: int) -> list[Figure]:
     import boto3
 
     from bench.nodes import KEYS
-    from imagemill.shared.s3 import make_client
     from imagemill.shared.settings import S3Settings
+    from imagemill.worker.transfer.network import Network
+    from imagemill.worker.transfer.s3_requests import S3Requests
     from imagemill.worker.transfer.store import S3Store
 
     os.environ.update(KEYS)
     settings, body = S3Settings(endpoint_url=servers.s3), np.random.default_rng(0).bytes(OBJECT)
-    store = S3Store("s3://results/cut", make_client(settings), settings)
+    network = Network()
+    store = S3Store("s3://results/cut", S3Requests(settings, network), settings)
 
     def ours() -> None:
-        store.put("image.png", body, "image/png")
+        network.call(store.put("image.png", body, "image/png"))
 
     def new_client(maker: Any = boto3) -> None:
         client = maker.client("s3", endpoint_url=servers.s3, region_name="us-east-1")

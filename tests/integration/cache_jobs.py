@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from imagemill.shared import s3
 from imagemill.shared.messages import Item, ItemResult, Job
@@ -21,11 +21,13 @@ from imagemill.worker.line.line import Line
 from imagemill.worker.line.records import Records
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.network import Network
 from imagemill.worker.transfer.store import open_store
 from tests.fakes import Invert
 from tests.integration.jobs import local_path
 from tests.ledgers import Ledger
 from tests.services.images import ImageServer
+from tests.stores import ClientOnly, NoS3
 
 NOTE = "repaired_sharpness"
 """The same image gets it on every run, so the result is reused."""
@@ -93,6 +95,7 @@ class Jobs:
     """Runs jobs of one image each, every job in its own flow."""
 
     def __init__(self, redis_url: str, images: ImageServer) -> None:
+        self.network = Network()
         self.ledger, self.cache, self.images = Ledger(redis_url), Cache(redis_url, 60), images
         self.settings = Settings(_env_file=None, fetch=FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"]}))  # type: ignore[call-arg]
 
@@ -117,8 +120,9 @@ class Jobs:
         self.ledger.add_packs(job, [(0, items)])
         self.ledger.seal(job, size=1, total=1, duplicates={})
         files = FileSettings(write_roots=(place.folder,))
-        fetcher = Fetcher(self.settings.fetch, files, no_s3)
-        store = open_store(spec.output.url, s3=lambda: place.client, files=files, s3_settings=place.settings)
+        fetcher = Fetcher(self.settings.fetch, files, NoS3(self.network), self.network)
+        s3 = ClientOnly(place.client, self.network)
+        store = open_store(spec.output.url, s3=s3, files=files, s3_settings=place.settings)
         line = Line(self.settings, Records(self.ledger, "here"))
         context = Context.of(
             job,
@@ -147,9 +151,6 @@ class Jobs:
         return result.output
 
     def close(self) -> None:
+        self.network.close()
         self.ledger.close()
         self.cache.close()
-
-
-def no_s3() -> NoReturn:
-    raise AssertionError("S3 must not be used")

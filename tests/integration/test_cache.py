@@ -16,12 +16,14 @@ from imagemill.shared.errors import NotFound
 from imagemill.shared.messages import ItemResult
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.worker.line.cache import Cache
+from imagemill.worker.transfer.network import Network
 from imagemill.worker.transfer.store import open_store
 from tests.conftest import environment_for, photo
 from tests.integration.cache_jobs import NAMES, NOTE, Counted, Jobs, Place
 from tests.integration.jobs import cli, local_path
 from tests.services.images import ImageServer
 from tests.services.s3 import S3Server, changed_environment
+from tests.stores import BlockingStore, ClientOnly
 from tests.workers import WorkerProcess
 
 pytestmark = pytest.mark.integration
@@ -119,9 +121,11 @@ def test_result_can_be_copied_onto_itself(jobs: Jobs, place: Place) -> None:
     assert operation.runs == 1
 
 
-def test_failed_copy_keeps_the_existing_file(place: Place) -> None:
+def test_failed_copy_keeps_the_existing_file(place: Place, network: Network) -> None:
     files = FileSettings(write_roots=(place.folder,))
-    first, second = (open_store(url, s3=lambda: place.client, files=files, s3_settings=place.settings) for url in place.urls)
+    s3 = ClientOnly(place.client, network)
+    opened = (open_store(url, s3=s3, files=files, s3_settings=place.settings) for url in place.urls)
+    first, second = (BlockingStore(store, network.call) for store in opened)
     first.check()
     second.check()
     source, kept = first.put("a.png", b"other bytes", "image/png"), second.put("b.png", b"before", "image/png")

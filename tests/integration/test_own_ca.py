@@ -11,9 +11,11 @@ from imagemill.shared import errors
 from imagemill.shared.s3 import make_client, storing
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings
 from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.network import Network
 from tests.conftest import photo
 from tests.services.certificates import Authority, with_tls
 from tests.services.images import ImageServer, answers
+from tests.stores import NoS3
 
 pytestmark = pytest.mark.integration
 
@@ -54,15 +56,14 @@ def test_s3_trusts_the_bundle_only(url: str, ca: Authority, monkeypatch: pytest.
         buckets()
 
 
-def fetcher(**settings: object) -> Fetcher:
-    allowed = FetchSettings(allow_hosts=("localhost",), **settings)  # type: ignore[arg-type]
-    return Fetcher(allowed, FileSettings(), lambda: None)
+def test_images_come_from_servers_of_the_own_ca(url: str, ca: Authority, tmp_path: Path, network: Network) -> None:
+    def fetcher(**settings: object) -> Fetcher:
+        allowed = FetchSettings(allow_hosts=("localhost",), **settings)  # type: ignore[arg-type]
+        return Fetcher(allowed, FileSettings(), NoS3(network), network)
 
-
-def test_images_come_from_servers_of_the_own_ca(url: str, ca: Authority, tmp_path: Path) -> None:
     with pytest.raises(errors.Unreachable, match="TLS connection failed"):
-        fetcher().fetch(f"{url}/1.png")
-    assert fetcher(ca_file=ca.file).fetch(f"{url}/1.png").data == photo(1)
+        network.call(fetcher().fetch(f"{url}/1.png"))
+    assert network.call(fetcher(ca_file=ca.file).fetch(f"{url}/1.png")).data == photo(1)
     (tmp_path / "empty.pem").touch()
     with pytest.raises(errors.ConfigurationError, match=r"IMAGEMILL_FETCH__CA_FILE=.*empty.pem can't be used"):
         fetcher(ca_file=tmp_path / "empty.pem")
