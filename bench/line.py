@@ -150,9 +150,9 @@ class Result:
 
     def measured(self) -> list[Measured]:
         """The figures."""
-        remark = ", ".join(text for text in (self.limit, "cancelled at twice its time" if self.cut else "") if text)
-        row, judged = f"line, {self.case.name} ({self.case.title})", not self.limit
-        rate = f"{row}: rate / the device's" + (f" ({remark})" if remark else "")
+        remarks = [self.case.title, *[self.limit] * bool(self.limit), *["cancelled at twice its time"] * self.cut]
+        row, judged = f"line, {self.case.name}", not self.limit
+        rate = f"{row}: rate / the device's ({'; '.join(remarks)})"
         figures = [
             Measured(rate, self.rate, "x", GOALS[self.case.rate] if judged else None, at_most=False),
             Measured(f"{row}: fill of batches", self.fill, "x", FILL if judged else None, at_most=False),
