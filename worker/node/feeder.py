@@ -372,7 +372,7 @@ class Feeder:
             self._opened[engine_of(lane)] = lane, time.monotonic()
         try:
             self._give_up(images)
-            self.line.enter([image for image in images if image.place != "over"])
+            self.line.enter([image for image in images if image.place == "queued"])
         except Exception:
             self._withdraw(images)  # to be given back
             raise

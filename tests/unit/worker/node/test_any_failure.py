@@ -46,10 +46,13 @@ PLACES = [
     "line.line:Line._deliver",
     "line.line:Line.settle",
     "line.line:Line._free",
+    "line.line:Line._leave",
     "line.line:Line.retry",
     "line.outages:Outages.due",
     "line.records:Records.record",
     "line.records:Records._result",
+    "line.records:Records._written",
+    "line.recorder:Recorder._record",
     "line.records:Tally.count",
     "node.feeder:Feeder._step",
     "node.feeder:Feeder._renew",
@@ -67,7 +70,7 @@ PLACES = [
     "node.child:write_manifest",
     "node.child:give_back",
 ]
-LEDGER = ["take", "renew", "give_back", "record", "end_job", "report_rate", "spec"]
+LEDGER = ["take", "renew", "give_back", "record_all", "end_job", "report_rate", "spec"]
 
 
 class Bug(RuntimeError):
