@@ -56,7 +56,7 @@ class Line:
         self.device = DeviceLoop(self, self.speed, records.meter, settings.worker.batch_wait)
         records.on_error = self.device.fail
         fetch = settings.fetch
-        self.front = Front(self._begin_fetch, lambda: self.speed.pace(), most=fetch.threads, per_host=fetch.per_host)
+        self.front = Front(self._begin, lambda: self.speed.pace(), most=fetch.threads, per_host=fetch.per_host)
         self._network = network
         self._uploads = Semaphore(settings.worker.store_threads)
         self._before = ThreadPoolExecutor(threads, "prepare")
@@ -71,6 +71,10 @@ class Line:
         self.front.submit(images)
 
     # --- before the device: fetch, identify, reuse, wait for room, decode, prepare --------------
+
+    def _begin(self, image: ImageInFlight) -> None:
+        with self._guarded(image):
+            self._begin_fetch(image)
 
     def _begin_fetch(self, image: ImageInFlight) -> None:
         if image.move("fetching") and not image.stopped:

@@ -41,6 +41,7 @@ def site(redis_server: EmbeddedRedis, images: ImageServer, tmp_path: Path, monke
     yield site
     for child in site.children:
         child.close()
+        child.network.close()
         child.ledger.close()
         child.fleet.close()
 
