@@ -49,12 +49,17 @@ def prepare_process(gpu: int | None) -> None:
     from bench.gpu.absent import stand_in
 
     stand_in()
-    from imagemill.worker.hardware.device import Device, pin, share_of_cores
+    from imagemill.worker.hardware.device import Device, pin
 
-    pin(Device(gpu=gpu, threads=share_of_cores(1)))
+    pin(Device(gpu=gpu, threads=cores(gpu)))
     os.environ["USE_TORCHVISION"] = "0"
     logging.disable(logging.WARNING)  # running out of memory is part of the programme
     warnings.filterwarnings("ignore")
+
+
+def cores(gpu: int | None) -> int:
+    """All cores; one in a dry run, which may share them with other work."""
+    return 1 if gpu is None else len(os.sched_getaffinity(0))
 
 
 def measure(arguments: argparse.Namespace) -> int:
@@ -63,9 +68,10 @@ def measure(arguments: argparse.Namespace) -> int:
     from bench.gpu.programme import programme
     from bench.gpu.report import Report
     from bench.gpu.sections import run_sections
-    from imagemill.worker.hardware.device import Device, share_of_cores
+    from imagemill.worker.hardware.device import Device
 
-    card = Card(Device(gpu=None if arguments.cpu else 0, threads=share_of_cores(1)), arguments.small)
+    gpu = None if arguments.cpu else 0
+    card = Card(Device(gpu=gpu, threads=cores(gpu)), arguments.small)
     out = arguments.out or (Path(tempfile.mkdtemp(prefix="imagemill-gpu-")) if arguments.cpu else ROOT / "bench")
     report = Report(out, card.facts())
     with tempfile.TemporaryDirectory(prefix="imagemill-weights-", ignore_cleanup_errors=True) as folder:

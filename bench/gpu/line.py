@@ -144,6 +144,8 @@ class _Fetcher:
 class _Store:
     """Accepts each result after a delay and keeps none."""
 
+    service = "s3://bench"
+
     def check(self) -> None: ...
 
     def put(self, key: str, data: bytes | Encoded, content_type: str) -> str:

@@ -41,7 +41,6 @@ def out_of_memory(card: Card, models: Stylize) -> Iterator[Figure]:
         yield figure(f"{way}: images done, of {images}", passage.images, "", images)
         yield figure(f"{way}: times that memory ran out", sizes.failures, "", 1)
         yield figure(f"{way}: largest batch, of {largest} that were tried", passage.largest)
-        yield figure(f"{way}: batches of memory-saving measures needed", sizes.level, "", 0, at_most=True)
 
 
 def tune(card: Card, models: Stylize) -> Iterator[Figure]:

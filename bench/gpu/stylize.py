@@ -40,7 +40,7 @@ class Stylize:
     def __init__(self, card: Card, folder: Path) -> None:
         self.card, self.side = card, 64 if card.small else 512
         self.batches = (1, 2, 4) if card.small else (1, 2, 4, 8, 16)
-        self.options = DiffusionStylize.model_validate({**LOOK, "steps": 3 if card.small else 25, "size": self.side})
+        self.options = DiffusionStylize.model_validate({**LOOK, "steps": 2 if card.small else 25, "size": self.side})
         self.teraflop = self.options.steps * STEP + DECODE + ENCODE
         self.device = replace(card.device, weights=folder, diffusion=DiffusionSettings(warm_up=()))
         self.rates: dict[tuple[str, int], float] = {}
@@ -139,7 +139,7 @@ class Stylize:
     def other_shapes(self) -> Iterator[Figure]:
         """Other batch sizes of the compiled model, each of which is compiled first."""
         pipeline = self.pipeline(compiled=True)
-        for batch in reversed(self.batches[:-1]):
+        for batch in self.batches[:1] if self.card.small else (8, 1, 4, 2):
             yield from self._measure("compiled", pipeline, batch)
 
     # --- how -------------------------------------------------------------------------------------------------------------
