@@ -52,7 +52,7 @@ def prepare_process(gpu: int | None) -> None:
     from imagemill.worker.hardware.device import Device, pin
 
     pin(Device(gpu=gpu, threads=cores(gpu)))
-    os.environ["USE_TORCHVISION"] = "0"
+    os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.WARNING)  # running out of memory is part of the programme
     warnings.filterwarnings("ignore")
 

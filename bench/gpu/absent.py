@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-NAMES = ("boto3", "botocore", "onnxruntime", "pycurl", "urllib3")
+NAMES = ("boto3", "botocore", "onnxruntime", "pycurl")
 
 
 class _Absent(ModuleType):
@@ -40,7 +40,8 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def stand_in() -> list[str]:
-    """Make those libraries importable that are not installed, and return their names."""
+    """Make those libraries importable that are not installed, and return their names. Hide torchvision."""
+    sys.modules["torchvision"] = None  # type: ignore[assignment]  # not needed, and one that doesn't match torch breaks imports
     absent = [name for name in NAMES if find_spec(name) is None]
     sys.meta_path.append(_Finder(absent))
     return absent

@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from bench.figures import Figure, figure
 from bench.gpu.card import Card
@@ -48,8 +49,10 @@ class Stylize:
         self._open: tuple[object, Pipeline] | None = None
 
     def close(self) -> None:
-        """Free the model."""
-        self._open = None
+        """Free the model, and what torch has compiled for it."""
+        if self._open is not None:
+            self._open = None
+            torch.compiler.reset()
         self.card.free()
 
     def pipeline(self, *, dtype: Literal["auto", "fp32"] = "auto", compiled: bool = False) -> Pipeline:
