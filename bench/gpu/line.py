@@ -26,8 +26,8 @@ GET, PUT = 0.1, 0.05
 """Seconds per download and per upload."""
 BUSY = 0.85
 """Share of the cores above which they are the limit, and not the line."""
-LONGEST = 6000
-"""Most images of a run."""
+PER_CORE = 15
+"""Images per core and second that the CPU can be expected to decode and encode, so that no run takes much too long."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def end_to_end(card: Card, course: Course, samples: Sequence[Sample[Any, Any]], 
         return len(samples) / card.seconds(lambda: course.operation.run(samples), rounds=10, enough=2.0)
 
     before = bare()
-    images = math.ceil(min(LONGEST, max(2 * len(samples), before * course.seconds)) / len(samples)) * len(samples)
+    rate = min(before, PER_CORE * card.device.threads)
+    images = max(2, math.ceil(rate * course.seconds / len(samples))) * len(samples)
     with card.busy() as busy:
         passage = through_the_line(course, 2 * len(samples) if card.small else images)
     loop = (before + bare()) / 2

@@ -20,7 +20,7 @@ def programme(card: Card, folder: Path) -> list[Section]:
     diffusion, lama, u2net = Stylize(card, folder), Inpaint(card, folder), Background(card, folder)
     rows = (
         ("card", 2, 20, card.measure_matmul),
-        ("Stable Diffusion, eager", 30, 150, diffusion.eager),
+        ("Stable Diffusion, eager", 40, 150, diffusion.eager),
         ("Stable Diffusion through the line", 30, 90, diffusion.through_the_line),
         ("Stable Diffusion, compiled", 80, 200, diffusion.compiled),
         ("Stable Diffusion, compiled, through the line", 20, 70, diffusion.compiled_through_the_line),
