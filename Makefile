@@ -4,6 +4,7 @@
 # make check        formatting, lint, types
 # make docs         builds the documentation into site/; make docs-serve shows it while you write
 # make bench        runs the benchmarks
+# make gpu-wheels   collects what `python3 -m bench.gpu` needs on a machine with a GPU and no network
 # make clean        removes everything that these create
 #
 # ARGS is passed on: make demo ARGS="--images ~/photos", make test ARGS="tests/unit -x"
@@ -12,7 +13,7 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: demo test venv check docs docs-serve bench clean
+.PHONY: demo test venv check docs docs-serve bench gpu-wheels clean
 .DELETE_ON_ERROR:
 
 demo: .venv-demo/.installed
@@ -37,8 +38,11 @@ docs-serve: venv
 bench: venv
 	@.venv/bin/python -m bench $(ARGS)
 
+gpu-wheels: venv
+	@.venv/bin/python -m bench.gpu.wheels $(ARGS)
+
 clean:
-	rm -rf .venv .venv-demo .services demo-output site build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-demo .services demo-output site build gpu-wheels gpu-packages src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp's time is that of the last complete installation, so a second run installs nothing.

@@ -123,7 +123,7 @@ class Jobs:
         fetcher = Fetcher(self.settings.fetch, files, NoS3(self.network), self.network)
         s3 = ClientOnly(place.client, self.network)
         store = open_store(spec.output.url, s3=s3, files=files, s3_settings=place.settings)
-        line = Line(self.settings, Records(self.ledger, "here"))
+        line = Line(self.settings, Records(self.ledger, "here"), self.network)
         context = Context.of(
             job,
             spec,
@@ -137,8 +137,9 @@ class Jobs:
         )
         image = ImageInFlight(items[0], context)
         line.enter([image])
-        line.run(time.monotonic() + 60, lambda: image.place != "over")
+        line.device.run(time.monotonic() + 60, lambda: image.place != "over")
         line.abandon()
+        line.records.close(60)
         _, (result,) = self.ledger.follow(job)
         tally = line.records.tally
         assert (tally.done, tally.failed) == ((1, 0) if result.state == "done" else (0, 1))
