@@ -169,7 +169,7 @@ class DeviceLoop:
         start = time.perf_counter()
         parts = list(run_parts(recipe.operation, [slot.sample for slot in batch], recipe.sizes))
         busy = time.perf_counter() - start
-        self.waits.busy += busy
+        self.waits.add("busy", busy)
         self._meter.ran(recipe, [len(part) for part in parts], busy)
         together = recipe.operation.together(batch[0].owner.context.spec.options)
         outputs = [(output, len(part) if together else 1) for part in parts for output in part]

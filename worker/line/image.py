@@ -20,6 +20,7 @@ from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.cache import Remembered
 from imagemill.worker.line.context import Context
 from imagemill.worker.operations.base import Work
+from imagemill.worker.transfer.fetch import Fetched
 
 How = Literal["computed", "kept", "reused"]
 
@@ -98,7 +99,9 @@ class ImageInFlight:
 
     data: bytes = field(init=False, repr=False)
     held_bytes: int = 0
-    """Of `data`, in the budget of downloaded files."""
+    """Of `data` and `mask_file`, in the budget of downloaded files."""
+    mask_file: bytes | ImageError | None = field(default=None, repr=False)
+    """Of its own mask, or why there is none."""
     earlier_result: Remembered | None = None
     """Of the same image, to be copied."""
     how: How = "computed"
@@ -214,9 +217,16 @@ class ImageInFlight:
         self.context.budget.release(self.held_pixels - pixels)
         self.held_pixels = pixels
 
+    def hold(self, fetched: Fetched) -> None:
+        """Take on the downloaded file."""
+        self.data, self.source_bytes = fetched.data, len(fetched.data)
+        self.held_bytes += fetched.room
+        self.tries += fetched.tries
+
     def drop_file(self) -> None:
-        """Free the downloaded file."""
+        """Free the downloaded files."""
         vars(self).pop("data", None)
+        self.mask_file = None
         if self.held_bytes:
             self.context.fetcher.room.release(self.held_bytes)
             self.held_bytes = 0

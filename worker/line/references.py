@@ -1,7 +1,12 @@
-"""Images that another image needs: a job's mask or colour reference, fetched once per context, and an item's own mask."""
+"""Images that another image needs: a job's mask or colour reference, fetched once per context, and an item's own mask.
+
+They are downloaded together with the image itself (`bring`, `bring_mask`), so that no thread has to wait for the network, and
+decoded when they are needed.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from threading import Event, Lock
@@ -9,12 +14,12 @@ from typing import TypeVar
 
 from imagemill.shared.errors import BadMask, ImageError
 from imagemill.shared.messages import Item
-from imagemill.shared.options.base import EngineOptions
+from imagemill.shared.options.base import ADDRESSES, EngineOptions
 from imagemill.shared.urls import shown
 from imagemill.worker.imaging import codec
 from imagemill.worker.imaging.picture import Grey, Picture
 from imagemill.worker.line.stopped import GLANCE, Stopped
-from imagemill.worker.transfer.fetch import Fetcher, cut_short
+from imagemill.worker.transfer.fetch import Fetched, Fetcher, cut_short
 
 T = TypeVar("T")
 
@@ -30,6 +35,27 @@ class References:
         self._lock = Lock()
         self._pictures: dict[str, Future[Picture]] = {}
         self._masks: dict[str, Future[Grey]] = {}
+        self._brought: dict[str, asyncio.Task[Fetched]] = {}  # for the loop's thread, and read by others when they are done
+
+    def of(self, options: EngineOptions) -> set[str]:
+        """The URLs of what all images of a job need."""
+        return {url for name in ADDRESSES if (url := getattr(options, name, None)) is not None}
+
+    async def bring(self, options: EngineOptions) -> None:
+        """Download what all images of a job need. Whoever uses it gets its error."""
+        urls = self.of(options).difference(self._pictures, self._masks)  # those are at hand, or on their way
+        for url in urls.difference(self._brought):
+            self._brought[url] = asyncio.create_task(self._download(url))
+            self._brought[url].add_done_callback(_look_at)
+        if urls:
+            await asyncio.wait([self._brought[url] for url in urls])
+
+    async def bring_mask(self, item: Item | None) -> Fetched | ImageError | None:
+        """Download an item's own mask, if it has one."""
+        try:
+            return await self._download(item.mask) if item is not None and item.mask is not None else None
+        except ImageError as error:
+            return error
 
     def picture(self, url: str) -> Picture:
         """The image at `url` in sRGB. Raises the ImageError of fetching or decoding it."""
@@ -39,8 +65,8 @@ class References:
         """The mask at `url`, uint8 [height, width]. Raises the ImageError of fetching or decoding it."""
         return self._once(self._masks, url, self._decode_mask)
 
-    def mask_of(self, item: Item, options: EngineOptions) -> Grey | None:
-        """The item's own mask, or the job's, or None.
+    def mask_of(self, item: Item, options: EngineOptions, own: bytes | ImageError | None = None) -> Grey | None:
+        """The item's `own` mask as it was brought, or the job's, or None.
 
         Raises BadMask for anything wrong with it, except for a download that `stop` cut short.
         """
@@ -50,16 +76,24 @@ class References:
         try:
             if item.mask is None:
                 return self.mask(url)
-            return self._fetch(url, self._decode_mask)
+            if isinstance(own, ImageError):
+                raise own
+            return self._decode_mask(own) if own is not None else self._fetch(url, self._decode_mask)
         except ImageError as error:
             if cut_short(error, self._stop, self._attempts):
                 raise
             raise BadMask(f"the mask {shown(url)} can't be used: {error.message}") from error
 
+    async def _download(self, url: str) -> Fetched:
+        """Images that wait for it hold room in the budget already: it must not wait for theirs."""
+        return await self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop, wait_for_room=False)
+
     def _fetch(self, url: str, decode: Callable[[bytes], T]) -> T:
-        """The decoded image at `url`. Images that wait for it hold room in the budget already: it must not wait for theirs."""
-        fetching = self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop, wait_for_room=False)
-        fetched = self._fetcher.network.call(fetching)
+        """The decoded image at `url`."""
+        brought = self._brought.pop(url, None)
+        fetched = (
+            brought.result() if brought is not None and brought.done() else self._fetcher.network.call(self._download(url))
+        )
         try:
             return decode(fetched.data)
         finally:
@@ -87,3 +121,9 @@ class References:
             if self._stop.is_set():
                 raise Stopped
         return future.result()
+
+
+def _look_at(task: asyncio.Task[Fetched]) -> None:
+    """Asyncio logs errors that nobody looks at; this one is the images' concern, if any still needs the file."""
+    if not task.cancelled():
+        task.exception()

@@ -6,6 +6,7 @@ journey. Stages that wait for the network are coroutines; the others are CPU wor
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
@@ -21,6 +22,7 @@ from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import CACHED, Failed, ImageInFlight, Kept, NotBegun, Outcome, RunAgain, Stored
 from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.operations.base import Inputs, Untouched
+from imagemill.worker.transfer.fetch import Fetched
 from imagemill.worker.transfer.store import render_key
 
 log = logging.getLogger(__name__)
@@ -31,16 +33,34 @@ NetworkStage = Callable[[ImageInFlight, Context], Awaitable[Outcome | None]]
 
 
 async def fetch(image: ImageInFlight, context: Context) -> None:
-    """Download the source. Raises Stopped."""
+    """Download the source, and what else the image needs. Raises Stopped."""
     await context.store.check()  # a store that refuses everything should not cost a download
     if image.stopped:  # a store that does not respond takes its time
         raise Stopped
+    masked = image.item.mask is not None and context.operation.spec.needs_mask
     with image.timed("fetch"):
-        fetched = await context.fetcher.fetch(
-            image.item.source, attempts=max(1, context.spec.policy.attempts - image.tries), stop=context.stop
+        if not masked and not context.references.of(context.spec.options):
+            image.hold(await _fetch_source(image, context))
+            return
+        source, mask, _ = await asyncio.gather(
+            _fetch_source(image, context),
+            context.references.bring_mask(image.item if masked else None),
+            context.references.bring(context.spec.options),
+            return_exceptions=True,
         )
-    image.data, image.held_bytes, image.source_bytes = fetched.data, fetched.room, len(fetched.data)
-    image.tries += fetched.tries
+    if isinstance(mask, Fetched):
+        image.mask_file = mask.data
+        image.held_bytes += mask.room
+    elif isinstance(mask, ImageError):
+        image.mask_file = mask
+    if isinstance(source, BaseException):
+        raise source
+    image.hold(source)
+
+
+async def _fetch_source(image: ImageInFlight, context: Context) -> Fetched:
+    attempts = max(1, context.spec.policy.attempts - image.tries)
+    return await context.fetcher.fetch(image.item.source, attempts=attempts, stop=context.stop)
 
 
 def identify(image: ImageInFlight, context: Context) -> None:
@@ -82,7 +102,7 @@ def decode(image: ImageInFlight, context: Context) -> None:
 def prepare(image: ImageInFlight, context: Context) -> Kept | None:
     """The engine's CPU work before the device. An image that needs none goes on to be stored."""
     operation, options = context.operation, context.spec.options
-    mask = context.references.mask_of(image.item, options) if operation.spec.needs_mask else None
+    mask = context.references.mask_of(image.item, options, image.mask_file) if operation.spec.needs_mask else None
     with image.timed("prepare"):
         work = operation.prepare(image.picture, Inputs(image.item, options, mask, context.references.picture))
     if isinstance(work, Untouched):

@@ -13,15 +13,17 @@ class Waits:
     """Counts seconds; `busy` are those in which the device worked. For one thread, but any may read."""
 
     def __init__(self) -> None:
-        self.busy = 0.0
-        self._seconds: dict[Cause, float] = dict.fromkeys(CAUSES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(("busy", *CAUSES), 0.0)
 
-    def add(self, cause: Cause, seconds: float) -> None:
-        """The device has waited."""
+    def add(self, cause: Cause | Literal["busy"], seconds: float) -> None:
+        """The device has waited, or worked."""
         self._seconds[cause] += seconds
 
-    def taken(self) -> dict[str, float]:
-        """Seconds by cause, and `busy`, since the last call; causes that did not occur are left out."""
-        counted = [("busy", self.busy), *self._seconds.items()]
-        self.busy, self._seconds = 0.0, dict.fromkeys(CAUSES, 0.0)
-        return {name: round(seconds, 3) for name, seconds in counted if seconds >= 0.001}
+    def so_far(self) -> dict[str, float]:
+        """All seconds, to be passed to `since`."""
+        return dict(self._seconds)
+
+    def since(self, earlier: dict[str, float]) -> dict[str, float]:
+        """Seconds of work and of waits by cause since `earlier`; what did not occur is left out."""
+        spent = {name: seconds - earlier.get(name, 0.0) for name, seconds in self._seconds.items()}
+        return {name: round(seconds, 3) for name, seconds in spent.items() if seconds >= 0.001}

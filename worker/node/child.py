@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 
@@ -86,6 +87,8 @@ class Child:
         self.traces = open_traces(settings)
         self.records = Records(self.ledger, node, child_meter(settings.worker.operations), self.traces)
         self.tell: Tell = lambda _, **__: None
+        if settings.s3.endpoint_url or "AWS_ACCESS_KEY_ID" in os.environ:
+            self.s3.warm_up()
         self._load_all(device)
         for lane in self.lanes():
             self.records.meter.offers(*split_lane(lane))
@@ -125,7 +128,7 @@ class Child:
         """
         start = time.monotonic()
         feeder = self.feeder = self.feeder or self._make_feeder()
-        self.tell = tell
+        self.tell, waits = tell, feeder.line.device.waits.so_far()
         feeder.begin()
         try:
             feeder.line.device.run(start + self.settings.worker.shift_seconds, feeder.busy)
@@ -145,7 +148,7 @@ class Child:
         self._tell(tally)
         seconds = round(time.monotonic() - start, 3)
         fields = dict(action="shift", done=tally.done, failed=tally.failed, reused=tally.reused, seconds=seconds)
-        fields["waits"] = feeder.line.device.waits.taken()
+        fields["waits"] = feeder.line.device.waits.since(waits)
         log.info("shift over", extra=fields)
         return tally.by_job()
 

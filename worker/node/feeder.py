@@ -65,9 +65,9 @@ class Feeder:
         stopping: Callable[[], bool],
         traces: Traces | None = None,
     ) -> None:
-        self._story = Story(ledger, traces)
         self._poke = Event()
         self.line = line(self._poke.set)
+        self._story = Story(ledger, traces, self.line.device.waits)
         self._ledger, self._jobs, self._child, self._seat = ledger, jobs, child, seat
         self._stopping, self._appetite = stopping, Appetite(self.line, jobs.grows, seconds=seconds)
         self._held: list[Held] = []

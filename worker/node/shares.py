@@ -51,6 +51,8 @@ class Held:
     images: list[ImageInFlight]
     started: float = field(default_factory=time.monotonic)
     began: float = field(default_factory=time.time)
+    waits: dict[str, float] = field(default_factory=dict)
+    """How long the device had worked and waited when it began (Waits.so_far)."""
     returned: set[int] = field(default_factory=set)
     """Indexes that the ledger has got back."""
 

@@ -9,6 +9,7 @@ from imagemill.shared.errors import ImagemillError
 from imagemill.shared.ledger.leasing import Share, WorkLedger
 from imagemill.shared.tracing import Traces, span_id
 from imagemill.worker.line.context import Context
+from imagemill.worker.line.waits import Waits
 from imagemill.worker.node.shares import Held
 
 log = logging.getLogger(__name__)
@@ -19,11 +20,12 @@ WHY = {"stop": "the job is paused, cancelled or over", "lost": "the lease was lo
 class Story:
     """Tells of shares as they begin, stop and end."""
 
-    def __init__(self, ledger: WorkLedger, traces: Traces | None) -> None:
-        self._ledger, self._traces = ledger, traces
+    def __init__(self, ledger: WorkLedger, traces: Traces | None, waits: Waits) -> None:
+        self._ledger, self._traces, self._waits = ledger, traces, waits
 
     def begun(self, held: Held) -> None:
         """A share goes into the line."""
+        held.waits = self._waits.so_far()
         share, traced = held.share, self._traces.images if self._traces is not None else 0
         for image in held.images[:traced]:
             image.spans = []
@@ -53,8 +55,11 @@ class Story:
             log.info("share stopped", extra={**held.log_fields, "reason": WHY[verdict]})
 
     def ended(self, held: Held) -> None:
-        """Nothing of a share is left in the line."""
-        log.info("share given back" if held.returned else "share done", extra=held.outcome())
+        """Nothing of a share is left in the line. What the device waited for meanwhile may be due to other shares, too."""
+        log.info(
+            "share given back" if held.returned else "share done",
+            extra={**held.outcome(), "waits": self._waits.since(held.waits)},
+        )
         if self._traces is not None:
             job, number = held.share.job, f"{held.share.number}"
             fields = {"share": number, "images": len(held.images), "returned": len(held.returned)}

@@ -76,6 +76,10 @@ class S3Requests:
                 self._client.meta.events.register("before-sign.s3", self._learn)
             return self._client
 
+    def warm_up(self) -> None:
+        """Make the boto3 client now, in a thread: importing boto3 takes long. If that fails, whoever needs it gets the error."""
+        self._threads.submit(self.client)
+
     async def in_thread(self, call: Callable[[S3Client], T]) -> T:
         """Call with the boto3 client, in one of the few threads."""
 

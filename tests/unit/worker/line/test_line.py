@@ -177,3 +177,17 @@ def test_time_limit_ends_the_run_at_once_and_fails_no_image(error: BaseException
         job.run(Endless(), items, threads=4, look_ahead=SIZE)
     assert job.codes() == ["pending"] * 12
     assert sum(job.server.hits.values()) < 12
+
+
+@pytest.mark.parametrize("what", ["own mask", "mask of the job"])
+def test_slow_mask_holds_up_no_image_of_another_job(what: str, job: LineJob, other: LineJob) -> None:
+    """Not even where a single thread prepares all images."""
+    job.server.routes |= {"/a.png": photo(1), "/slow.png": job.server.hang}
+    line = job.line(workers=1)
+    own, options = ({"mask": "/slow.png"}, {}) if what == "own mask" else ({}, {"mask": job.server.url("/slow.png")})
+    slow = job.join(line, Masked(), job.items([{"source": "/a.png", **own}]), kind="inpaint", **options)
+    assert job.server.stalled.wait(60)
+    drain(line, other.join(line, Invert(), other.photos(3)))
+    assert other.codes() == ["done"] * 3
+    assert slow[0].place == "fetching"
+    job.server.released.set()

@@ -19,8 +19,8 @@ from imagemill.worker.line import recorder as module
 from imagemill.worker.line.image import Failed, ImageInFlight, NotBegun, Outcome, Stored
 from imagemill.worker.line.records import Records, Tally
 from imagemill.worker.operations.base import Inputs
-from tests.fakes import AnyWork, Invert
 from imagemill.worker.transfer.network import Network
+from tests.fakes import AnyWork, Invert
 from tests.ledgers import Ledger
 from tests.services.images import ImageServer
 from tests.unit.worker.line.jobs import SIZE, Gate, LineJob, drain

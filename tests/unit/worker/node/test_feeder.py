@@ -7,7 +7,6 @@ import pytest
 from imagemill.shared.errors import StorageUnavailable
 from imagemill.shared.ledger.leasing import ManifestDue
 from imagemill.worker.line import front
-from imagemill.worker.node import appetite as module
 from imagemill.worker.node.appetite import FIRST_IMAGES
 from tests.conftest import photo
 from tests.services.images import Handler, reply
