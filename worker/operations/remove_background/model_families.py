@@ -1,13 +1,18 @@
 """rembg's model families: how each one's input is prepared and its output read, bit for bit as in rembg.
 
 rembg (rembg/sessions, version 2.0.86) calculates in double precision from 8-bit images, so a lookup table of 256 levels
-per channel gives the same numbers. Pillow's LANCZOS is kept for the same reason: for an image of 1600 pixels, OpenCV's
-area averaging takes 3 ms instead of 15, but its result is 0.7 to 3.0 of 255 off, which a network may amplify.
+per channel gives the same numbers, and Pillow's LANCZOS is kept. It takes 22 ms for an image of 1600 pixels, so unless rembg's
+very pixels are asked for, larger images are halved first, which takes 7 ms in all. With ISNet's real weights at 320 pixels,
+this changed mattes of twelve photos by 0.1 to 1.1 of 255, and those of four 12-megapixel photos by 0.02 to 0.2 in
+relation to rembg's. Averaging areas of any size (6 ms) changed them five times as much. Random weights, as used in tests,
+tell nothing here: they turn a difference of 0.3 in the input into one of 10 in the matte.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +20,12 @@ from PIL import Image
 
 from imagemill.shared.errors import OperationFailed
 from imagemill.worker.imaging.picture import Grey, Pixels, flatten
+from imagemill.worker.imaging.scale import reduced
 from imagemill.worker.operations.remove_background.matte import Map
 
 WHOLE = 16_000_000  # most pixels scaled in one piece; Pillow takes four bytes for each
 STRIP = 256  # rows per strip of a larger image
+LEFT = 1.25  # an image is halved while its shorter side keeps so many times the model's
 FLAT = 1e-6  # an output with a smaller range than this is noise: there is no subject
 HIDDEN = 128  # grey level that the model sees in place of transparent pixels
 
@@ -62,27 +69,33 @@ class Family:
 
 
 def scaled(pixels: Pixels, size: int, *, as_rembg: bool = False) -> Pixels:
-    """RGB uint8 [size, size, 3] from RGB or RGBA uint8 [h, w, 3 or 4], scaled by Pillow's LANCZOS.
+    """RGB uint8 [size, size, 3] from RGB or RGBA uint8 [h, w, 3 or 4], halved while it is large enough, then by LANCZOS.
 
-    Transparent pixels are composited over grey; with `as_rembg`, alpha is dropped. Very large images are scaled in strips,
-    first horizontally and then vertically, to save memory; Pillow may use the other order and so round differently.
+    Transparent pixels are composited over grey. With `as_rembg`, alpha is dropped and nothing is halved. What is still very
+    large then is scaled in strips, first horizontally and then vertically, to save memory; Pillow may use the other order
+    and so round differently.
     """
-    if as_rembg or pixels.shape[0] * pixels.shape[1] <= WHOLE:
-        return _by_pillow(_opaque(pixels, as_rembg), size, size)
+    height, width = pixels.shape[:2]
+    if as_rembg:
+        return _by_pillow(np.ascontiguousarray(pixels[..., :3]), size, size)
+    halvings = int(math.log2(max(1, min(height, width) / (LEFT * size))))
+    if halvings:
+        pixels = reduced(pixels, halvings, partial(flatten, background=HIDDEN))
+    # The last row or column of an odd number is twice as large as what it shows.
+    right, bottom = width / 2**halvings, height / 2**halvings
+    if pixels.shape[0] * pixels.shape[1] <= WHOLE:
+        return _by_pillow(flatten(pixels, HIDDEN), size, size, (right, bottom))
     across = np.empty((len(pixels), size, 3), np.uint8)
     for top in range(0, len(pixels), STRIP):
-        strip = pixels[top : top + STRIP]
-        across[top : top + STRIP] = _by_pillow(_opaque(strip, as_rembg), size, len(strip))
-    return _by_pillow(across, size, size)
+        strip = flatten(pixels[top : top + STRIP], HIDDEN)
+        across[top : top + STRIP] = _by_pillow(strip, size, len(strip), (right, len(strip)))
+    return _by_pillow(across, size, size, (size, bottom))
 
 
-def _by_pillow(rgb: Pixels, width: int, height: int) -> Pixels:
-    return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS))
-
-
-def _opaque(pixels: Pixels, as_rembg: bool) -> Pixels:
-    """RGB from RGB or RGBA."""
-    return np.ascontiguousarray(pixels[..., :3]) if as_rembg else flatten(pixels, HIDDEN)
+def _by_pillow(rgb: Pixels, width: int, height: int, corner: tuple[float, float] | None = None) -> Pixels:
+    """All of `rgb`, or its part above and to the left of `corner`, scaled to `width` and `height`."""
+    box = None if corner is None else (0, 0, *corner)
+    return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS, box))
 
 
 def in_bytes(matte: Map) -> Grey:
