@@ -100,11 +100,10 @@ def foreground_colours(rgb: Pixels, alpha: Map | Grey, *, rough: bool = False, o
         at = np.flatnonzero(rim)
         if not len(at):
             continue
-        y, x = np.divmod(at, matte.shape[1])
-        places = (x + 0.5) / 2**halvings - 0.5, (y + some.start + 0.5) / 2**halvings - 0.5  # centres map to centres
-        near, beyond = _sampled(front, *places), _sampled(back, *places)
+        maps = _maps(at, matte.shape[1], some.start, 2**halvings)
+        near, beyond = _sampled(front, maps, len(at)), _sampled(back, maps, len(at))
         colours = _explained(_unit(_taken(picture[some], at)[:, :, :3]), _share(_taken(matte[some], at)), near, beyond, rough)
-        for channel, values in enumerate(cv2.split(np.rint(colours * 255))):
+        for channel, values in enumerate(cv2.split(np.rint(colours * 255).astype(np.uint8))):
             target[some, :, channel][rim] = values[:, 0]
     return result
 
@@ -123,11 +122,24 @@ def _near_colours(picture: Map, matte: Map, halvings: int, rough: bool) -> tuple
     return _weighted(front, matte, near), _weighted(back, 1 - matte, near)
 
 
-def _sampled(average: Map, x: NDArray[np.float64], y: NDArray[np.float64]) -> Map:
-    """Linear interpolation between the pixels of `average` at `n` places: float32 [n, 1, 3]."""
-    maps = [np.resize(axis, (-(-len(axis) // MAP), MAP)).astype(np.float32) for axis in (x, y)]  # OpenCV's rows are limited
-    sampled = cv2.remap(average, maps[0], maps[1], cv2.INTER_LINEAR, borderMode=REPLICATE)
-    return np.asarray(sampled.reshape(-1, 1, 3)[: len(x)], np.float32)
+def _maps(at: NDArray[np.intp], width: int, top: int, part: int) -> tuple[Map, Map]:
+    """For the pixels at flat indices of a strip that begins at row `top`: their places in an image smaller by `part`.
+
+    As x and y for OpenCV's remap, in rows of `MAP` places, as it limits their length; the last row is filled up.
+    """
+    y, x = np.divmod(np.resize(at.astype(np.int32), (-(-len(at) // MAP), MAP)), np.int32(width))
+    y += np.int32(top)
+    return _scaled_down(x, part), _scaled_down(y, part)
+
+
+def _scaled_down(places: NDArray[np.int32], part: int) -> Map:
+    return (places.astype(np.float32) + np.float32(0.5)) / np.float32(part) - np.float32(0.5)  # centres map to centres
+
+
+def _sampled(average: Map, maps: tuple[Map, Map], count: int) -> Map:
+    """`average` [h, w, 3] at the first `count` places of `maps`, interpolated linearly: [count, 1, 3]."""
+    sampled = cv2.remap(average, *maps, cv2.INTER_LINEAR, borderMode=REPLICATE)
+    return np.asarray(sampled.reshape(-1, 1, 3)[:count], np.float32)
 
 
 def _taken(pixels: NDArray[np.uint8] | Map, at: NDArray[np.intp]) -> Any:

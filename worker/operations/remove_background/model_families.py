@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -47,8 +48,8 @@ class Family:
         small = scaled(rgb, self.size, as_rembg=as_rembg)
         levels = np.arange(256) / max(float(small.max()), 1e-6)  # relative to the brightest value, as in rembg
         tensor = np.empty((3, self.size, self.size), np.float32)
-        for channel, (mean, deviation) in enumerate(zip(self.mean, self.deviation, strict=True)):
-            np.take(((levels - mean) / deviation).astype(np.float32), small[..., channel], out=tensor[channel])
+        for plane, out, mean, deviation in zip(cv2.split(small), tensor, self.mean, self.deviation, strict=True):
+            cv2.LUT(plane, ((levels - mean) / deviation).astype(np.float32), dst=out)
         return tensor
 
     def matte(self, output: NDArray[np.float32]) -> Map:
