@@ -27,6 +27,7 @@ SEEN = 12  # alpha above which a pixel counts as the subject's: around a subject
 REACH = 3  # radius in mask pixels around the mask's edge in which the image's own edge is searched for
 SMOOTH = 1e-3  # variance of colours (0..1) below which the guided filter smooths
 FAR, NEAR = 90, 6  # radii of the two passes, as in the paper
+GRID = 16  # pixels
 SMALL = 640  # longest edge in pixels at which colours are averaged
 STRIP = 1 << 18  # pixels processed at once
 MAP = 256  # places per row of a map
@@ -91,7 +92,7 @@ def foreground_colours(rgb: Pixels, alpha: Map | Grey, *, rough: bool = False, o
     if box is None:
         return result
     left, top, right, bottom = box
-    rows, columns = slice(max(0, top - FAR), bottom + FAR), slice(max(0, left - FAR), right + FAR)
+    rows, columns = _around(top, bottom), _around(left, right)
     picture, matte, target = rgb[rows, columns], alpha[rows, columns], result[rows, columns]
     halvings = max(0, math.ceil(math.log2(max(matte.shape) / SMALL)))
     front, back = _near_colours(_unit(reduced(picture, halvings)[..., :3]), _share(reduced(matte, halvings)), halvings, rough)
@@ -106,6 +107,11 @@ def foreground_colours(rgb: Pixels, alpha: Map | Grey, *, rough: bool = False, o
         for channel, values in enumerate(cv2.split(np.rint(colours * 255).astype(np.uint8))):
             target[some, :, channel][rim] = values[:, 0]
     return result
+
+
+def _around(start: int, stop: int) -> slice:
+    """A range with the surroundings that matter. Halving needs no copy if it is a multiple of `GRID`."""
+    return slice(max(0, start - FAR) // GRID * GRID, -(-(stop + FAR) // GRID) * GRID)
 
 
 def _near_colours(picture: Map, matte: Map, halvings: int, rough: bool) -> tuple[Map, Map]:
