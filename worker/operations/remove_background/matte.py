@@ -125,7 +125,7 @@ def _near_colours(picture: Map, matte: Map, halvings: int, rough: bool) -> tuple
     )
     # Where alpha is near 0, the first pass estimates the background better than the subject; near 1, the subject.
     front = _explained(picture, matte, front, back, rough)
-    return _weighted(front, matte, near), _weighted(back, 1 - matte, near)
+    return _weighted(front, matte, near), back  # which another pass would hardly change: it has no detail
 
 
 def _maps(at: NDArray[np.intp], width: int, top: int, part: int) -> tuple[Map, Map]:
