@@ -84,6 +84,14 @@ def test_input_of_large_image_is_close_to_rembgs_and_exact_on_request(shape: tup
     assert np.abs(error[:, -4:]).mean() < 0.6
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_input_of_panorama_equals_rembgs(channels: int) -> None:
+    pixels = scene(810, 2100, channels=channels)
+    if channels == 4:
+        pixels[..., 3] = 255
+    assert np.array_equal(scaled(pixels, 320), scaled(pixels, 320, as_rembg=True))
+
+
 @pytest.mark.parametrize("shape", [(700, 900), (900, 700)])
 def test_scaling_in_strips_is_close_to_scaling_at_once(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 4), np.uint8)
