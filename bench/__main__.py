@@ -23,6 +23,7 @@ from bench.figures import Figure
 BENCHES = (
     "enqueue",
     "codec",
+    "stages",
     "coldstart",
     "overhead",
     "batching",

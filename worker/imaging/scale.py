@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -10,10 +11,13 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.uint8]
 Map = NDArray[np.float32]
+Samples = TypeVar("Samples", bound=Array | Map)
 
 LITTLE = 4 / 3
 """Largest reduction done by linear interpolation: at 2000 pixels it takes a fifth of the time of area averaging, and on
 four photos it came as close to Pillow's LANCZOS (PSNR 35.5, 36.7, 39.0, 40.3 dB against 35.0, 36.4, 39.6, 40.0)."""
+
+_STRIP = 1 << 20  # pixels reduced at once
 
 
 def fit(size: tuple[int, int], edge: int | None) -> tuple[int, int]:
@@ -49,6 +53,28 @@ def resize(pixels: Array, size: tuple[int, int]) -> Array:
     scaled[:, :, :3] *= 255 / np.maximum(alpha, 1)
     alpha /= 255
     return np.asarray(np.clip(scaled + 0.5, 0, 255.5), np.uint8)
+
+
+def reduced(pixels: Samples, halvings: int, each: Callable[[Samples], Samples] | None = None) -> Samples:
+    """`pixels` (uint8 or float32, [h, w] or [h, w, c]) with sides halved so many times, rounded up: averages of squares.
+
+    At edges that are no multiple of a square, the last row or column is repeated. Halving is ten times as fast as any other
+    averaging, but only of even sides. Works in strips of rows, which `each` may first turn into others of the same size.
+    """
+    square, (height, width) = 2**halvings, pixels.shape[:2]
+    rows = square * max(1, _STRIP // (square * width))
+    strips = []
+    for top in range(0, height, rows):
+        strip = cast(Samples, pixels[top : top + rows])
+        strip = strip if each is None else each(strip)
+        below, beside = -len(strip) % square, -width % square
+        if below or beside:
+            strip = cast(Samples, cv2.copyMakeBorder(strip, 0, below, 0, beside, cv2.BORDER_REPLICATE))
+        for _ in range(halvings):
+            half = strip.shape[1] // 2, strip.shape[0] // 2
+            strip = cast(Samples, cv2.resize(strip, half, interpolation=cv2.INTER_AREA))
+        strips.append(strip)
+    return cast(Samples, np.concatenate(strips)) if len(strips) > 1 else strips[0]
 
 
 def enlarged_part(small: Map, size: tuple[int, int], part: tuple[slice, slice]) -> Map:

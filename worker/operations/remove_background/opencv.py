@@ -21,7 +21,7 @@ WORK_EDGE = 320  # longest edge in pixels at which GrabCut runs
 ROUNDS = 3  # iterations of GrabCut
 BORDER = 0.04  # share of each side that is learnt as background
 SMALLEST = 8  # pixels; smaller images have no usable border
-REVISION = 2
+REVISION = 3
 """Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 
 

@@ -31,7 +31,7 @@ from imagemill.worker.operations.remove_background.matting import LARGEST, TOO_L
 from imagemill.worker.operations.remove_background.model_families import FAMILIES, in_bytes
 from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, OnnxModel, Tensor
 
-REVISION = 2
+REVISION = 3
 """Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 PER_CORE = 4  # samples per core in a batch on CPUs; with fewer, cores would often wait for the slowest image
 STRIP = 512  # rows that Pillow cuts out at once

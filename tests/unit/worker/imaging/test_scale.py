@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagemill.worker.imaging.scale import Array, fit, resize, upright
+from imagemill.worker.imaging import scale
+from imagemill.worker.imaging.scale import Array, fit, reduced, resize, upright
 
 sides = st.integers(1, 100_000)
 few = st.integers(1, 60)
@@ -85,6 +86,23 @@ def test_resize_averages_when_shrinking() -> None:
     pixels = np.random.default_rng(2).integers(0, 256, (40, 60, 3), np.uint8)
     means = pixels.reshape(10, 4, 20, 3, 3).mean(axis=(1, 3))
     assert np.abs(resize(pixels, (20, 10)) - means).max() <= 0.51
+
+
+@pytest.mark.parametrize("channels", [(), (3,)])
+@pytest.mark.parametrize("size", [(64, 96), (63, 97), (1, 5), (130, 1)])
+@pytest.mark.parametrize("halvings", [0, 1, 3])
+def test_reduced_averages_squares(
+    halvings: int, size: tuple[int, int], channels: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(4).integers(0, 256, (*size, *channels), np.uint8)
+    side = 2**halvings
+    padded = np.pad(pixels, ((0, -size[0] % side), (0, -size[1] % side), *[(0, 0)] * len(channels)), mode="edge")
+    squares = padded.reshape(padded.shape[0] // side, side, padded.shape[1] // side, side, *channels)
+    whole = reduced(pixels, halvings)
+    assert np.abs(whole - squares.mean(axis=(1, 3))).max() <= 0.5 * max(halvings, 1)
+    monkeypatch.setattr(scale, "_STRIP", 1000)
+    assert np.array_equal(reduced(pixels, halvings, lambda strip: 255 - strip), reduced(255 - pixels, halvings))
+    assert np.array_equal(reduced(pixels, halvings), whole)
 
 
 def test_resize_is_smooth_and_does_not_overflow_when_enlarging() -> None:

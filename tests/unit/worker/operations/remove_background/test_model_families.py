@@ -69,6 +69,29 @@ def test_input_of_any_shape_equals_rembgs(shape: tuple[int, int]) -> None:
     assert U2NET.tensor(pixels).tobytes() == tensor.tobytes()
 
 
+@pytest.mark.parametrize("shape", [(840, 1000), (803, 1201)])
+def test_input_of_large_image_is_close_to_rembgs_and_exact_on_request(shape: tuple[int, int]) -> None:
+    down, across = np.mgrid[: shape[0], : shape[1]]
+    noise = np.random.default_rng(0).normal(0, 4, shape)
+    waves = 128 + 60 * np.sin(down / 31) * np.cos(across / 23) + 40 * (across / shape[1] - 0.5) + noise
+    pixels = np.dstack([waves, waves[::-1], waves[:, ::-1]]).clip(0, 255).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize((320, 320), Image.Resampling.LANCZOS)).astype(int)
+    assert np.array_equal(scaled(pixels, 320, as_rembg=True), expected)
+    error = scaled(pixels, 320) - expected
+    assert 0 < np.abs(error).mean() < 0.6
+    assert np.abs(error.mean(axis=(0, 1))).max() < 0.2
+    assert np.abs(error[-4:]).mean() < 0.6, "the last rows of an odd number are where they belong"
+    assert np.abs(error[:, -4:]).mean() < 0.6
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_input_of_panorama_equals_rembgs(channels: int) -> None:
+    pixels = scene(810, 2100, channels=channels)
+    if channels == 4:
+        pixels[..., 3] = 255
+    assert np.array_equal(scaled(pixels, 320), scaled(pixels, 320, as_rembg=True))
+
+
 @pytest.mark.parametrize("shape", [(700, 900), (900, 700)])
 def test_scaling_in_strips_is_close_to_scaling_at_once(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 4), np.uint8)
@@ -90,8 +113,9 @@ def test_black_image_gives_finite_input() -> None:
 
 
 def test_hidden_colours_are_ignored_except_as_rembg() -> None:
-    one, other = (np.dstack([scene(40, 60, seed=seed), np.zeros((40, 60), np.uint8)]) for seed in (0, 1))
-    assert np.array_equal(U2NET.tensor(one), U2NET.tensor(other))
+    for size in ((900, 1000), (40, 60)):
+        one, other = (np.dstack([scene(*size, seed=seed), np.zeros(size, np.uint8)]) for seed in (0, 1))
+        assert np.array_equal(U2NET.tensor(one), U2NET.tensor(other))
     hidden, _ = rembgs("u2net", one, outputs("u2net"))
     assert np.array_equal(U2NET.tensor(one, as_rembg=True), hidden)
 

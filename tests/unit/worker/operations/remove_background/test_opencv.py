@@ -233,7 +233,7 @@ def test_rim_colours_come_from_the_subject_without_seams_between_strips(rough: b
     alpha = np.clip((70 - abs(x - 120)) / 30, 0, 1).astype(np.float32)
     subject = np.stack([255 * y / 900, np.full_like(y, 90), 255 - 255 * y / 900], axis=2)
     pixels = np.rint(subject * alpha[..., None] + 255 * (1 - alpha[..., None])).astype(np.uint8)
-    monkeypatch.setattr(matte, "STRIP", 64)
+    monkeypatch.setattr(matte, "STRIP", 15_000)
     found = foreground_colours(pixels, alpha, rough=rough).astype(int)
     rim = (alpha > 0) & (alpha < 1)
     assert abs(found - subject)[100:800][rim[100:800]].max() < 6
@@ -242,8 +242,23 @@ def test_rim_colours_come_from_the_subject_without_seams_between_strips(rough: b
     subject[y // 45 % 2 > 0] = 0
     pixels = np.rint(subject * alpha[..., None] + 255 * (1 - alpha[..., None])).astype(np.uint8)
     found = foreground_colours(pixels, alpha, rough=rough).astype(int)
-    monkeypatch.setattr(matte, "STRIP", 1000)
+    monkeypatch.setattr(matte, "STRIP", 1 << 20)
     assert abs(found - foreground_colours(pixels, alpha, rough=rough)).max() <= 1, "no seams"
+
+
+@pytest.mark.parametrize("size", [(1400, 900), (1399, 899), (700, 451)])
+def test_rim_colours_come_from_the_subject_at_any_size(size: tuple[int, int]) -> None:
+    x, y = grid(size)
+    alpha = np.rint(np.clip((0.5 - np.hypot(x / size[0] - 0.5, y / size[1] - 0.5)) * 40, 0, 1) * 255).astype(np.uint8)
+    subject = np.stack([255 * y / size[1], np.full_like(y, 90), 255 * x / size[0]], axis=2)
+    share = alpha[..., None] / 255
+    pixels = np.rint(subject * share + 255 * (1 - share)).astype(np.uint8)
+    found = np.full((*alpha.shape, 4), 7, np.uint8)
+    foreground_colours(pixels, alpha, out=found)
+    rim = (alpha >= 3) & (alpha <= 252)
+    assert (abs(found[..., :3] - subject) * share)[rim].mean() < 2
+    assert (found[~rim] == 7).all()
+    assert (found[..., 3] == 7).all()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.001, 0.999, 1.0])
