@@ -77,7 +77,7 @@ class S3Requests:
             return self._client
 
     def warm_up(self) -> None:
-        """Make the boto3 client now, in a thread: importing boto3 takes long. If that fails, whoever needs it gets the error."""
+        """Make the boto3 client now, in a thread: importing boto3 takes long. Errors come when it is used."""
         self._threads.submit(self.client)
 
     async def in_thread(self, call: Callable[[S3Client], T]) -> T:
