@@ -3,7 +3,8 @@
     python3 -m bench.gpu.wheels [FOLDER] [--python 3.12]        the version is that of the machine with the GPU
 
 They are for Linux on x86-64 and have the versions in constraints.txt. OpenCV's own wheel takes 61 MB, most of it for video
-and neural networks, so its source is built without those. That takes a C++ compiler and a quarter of an hour of two cores.
+and neural networks, so its source is built without those. That takes a C++ compiler and a quarter of an hour of two cores,
+and the result needs a glibc as new as the one it was built with, at most 2.35.
 """
 
 from __future__ import annotations
