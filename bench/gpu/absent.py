@@ -14,11 +14,13 @@ from types import ModuleType
 
 NAMES = ("boto3", "botocore", "onnxruntime", "pycurl")
 
+VERSION = "not installed"
+
 
 class _Absent(ModuleType):
     """Whatever is imported from it is an exception's class, which may stand in `except` and does nothing else."""
 
-    __version__ = "not installed"
+    __version__ = VERSION
 
     def __getattr__(self, name: str) -> type[Exception]:
         if name.startswith("__"):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+
 from bench.figures import Figure
+from bench.gpu.absent import VERSION
 from bench.gpu.card import Card
 from bench.gpu.line import Course, end_to_end, learn
 from bench.gpu.pictures import photos, scene
+from bench.gpu.sections import NotHere
 from bench.gpu.u2net import FULL_WIDTH, TorchRembg, TorchU2Net
 from imagemill.shared.messages import Item, Job, Output
 from imagemill.shared.options.remove_background import RembgRemoveBackground
@@ -20,6 +25,7 @@ from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.operations.base import Inputs
 from imagemill.worker.operations.remove_background.model_families import FAMILIES
+from imagemill.worker.operations.remove_background.onnx_model import NAMES
 from imagemill.worker.operations.remove_background.rembg import Rembg
 
 TERAFLOP = 0.117
@@ -54,10 +60,13 @@ class Background:
 
     def onnx(self) -> Iterator[Figure]:
         """The same network in onnxruntime. It needs a GPU build of that, and `onnx` to write the file."""
+        device = replace(self.card.device, weights=self.folder, provider="cuda" if self.card.on_gpu else "cpu")
+        providers = onnxruntime.get_available_providers() if onnxruntime.__version__ != VERSION else []
+        if NAMES[device.provider] not in providers or find_spec("onnx") is None:
+            raise NotHere(f"it needs onnx, and an onnxruntime with {NAMES[device.provider]}")
         from tests.models import u2net_onnx
 
         u2net_onnx(self.folder / "rembg" / "u2net.onnx", width=self.width)
-        device = replace(self.card.device, weights=self.folder, provider="cuda" if self.card.on_gpu else "cpu")
         operation = Rembg()
         operation.load(device)
         yield from self._by_batch(operation._open(OPTIONS), self.batches[:2] if self.card.small else (1, 8))

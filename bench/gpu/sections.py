@@ -20,6 +20,10 @@ class OutOfTime(BaseException):
     """The section's time is up. Not an Exception, as the measured code handles those."""
 
 
+class NotHere(Exception):
+    """What a section needs is missing, so it is skipped."""
+
+
 @dataclass(frozen=True)
 class Section:
     """Yields figures. It is skipped if less than `least` seconds are left, and stopped after `most`."""
@@ -50,6 +54,8 @@ def _run(section: Section, report: Report, seconds: float) -> None:
                 report.add(figure)
     except OutOfTime:
         report.end("stopped", f"after {seconds:.0f} s")
+    except NotHere as reason:
+        report.end("skipped", str(reason))
     except Exception:  # noqa: BLE001
         report.end("failed", traceback.format_exc())
     else:

@@ -18,6 +18,7 @@ from bench.figures import Figure, figure
 from bench.gpu.card import Card
 from bench.gpu.line import Course, end_to_end, learn
 from bench.gpu.pictures import photos, scene
+from bench.gpu.sections import NotHere
 from imagemill.shared.messages import Item, Job, Output
 from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.shared.settings import DiffusionSettings
@@ -120,7 +121,7 @@ class Stylize:
         """The same with the compiled model, in full batches: any other size would be compiled first."""
         largest = self.batches[-1]
         if ("compiled", largest) not in self.rates:
-            raise RuntimeError("the compiled model has not been measured")
+            raise NotHere("the compiled model has not been measured")
         pipeline = self.pipeline(compiled=True)
         kind = kind_of(operation := self.operation(pipeline, largest), self.samples(operation, self.options, 1)[0])
         yield from self._through(pipeline, self.sizes({kind: Known(fits=largest)}), batch_wait=5.0)

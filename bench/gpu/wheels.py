@@ -3,7 +3,8 @@
     python3 -m bench.gpu.wheels [FOLDER] [--python 3.12]        the version is that of the machine with the GPU
 
 They are for Linux on x86-64 and have the versions in constraints.txt. OpenCV's own wheel takes 61 MB, most of it for video
-and neural networks, so its source is built without those. That takes a C++ compiler and a quarter of an hour of two cores.
+and neural networks, so its source is built without those. That takes a C++ compiler and a quarter of an hour of two cores,
+and the result needs a glibc as new as the one it was built with, at most 2.35.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +31,9 @@ PACKAGES = (
     *("billiard", "redis"),
 )
 """What is imported. Metadata name more, such as libraries for downloads, so these are installed without dependencies."""
+
+SQUEEZED = ("numpy", "opencv", "pillow")
+"""The largest with machine code."""
 
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64", "manylinux2010_x86_64")
 
@@ -52,6 +57,9 @@ def collect(folder: Path, python: str) -> None:
     if not any(folder.glob("opencv*.whl")):
         with tempfile.TemporaryDirectory(prefix="imagemill-opencv-") as place:
             build_opencv(Path(place), folder)
+    for name in SQUEEZED:
+        for wheel in folder.glob(f"{name}*.whl"):
+            squeeze(wheel)
 
 
 def build_opencv(place: Path, folder: Path) -> None:
@@ -62,11 +70,21 @@ def build_opencv(place: Path, folder: Path) -> None:
     (source,) = (path for path in place.iterdir() if path.is_dir())
     setup = source / "setup.py"
     # Its type hints can't be generated without the modules that are left out, and it refuses to go without.
-    setup.write_text(setup.read_text().replace('r"python/cv2/py.typed"', ""))
+    text = setup.read_text().replace('r"python/cv2/py.typed"', "")
+    setup.write_text(text.replace('["python/cv2" + r"/typing/.*\\.py"]', "[]"))
     options = " ".join(f"-D{name}={value}" for name, value in BUILD.items())
     cores = str(len(os.sched_getaffinity(0)))
     environment = {"CMAKE_ARGS": options, "ENABLE_HEADLESS": "1", "CMAKE_BUILD_PARALLEL_LEVEL": cores}
     _pip("wheel", f"--wheel-dir={folder}", str(source), environment=environment)
+
+
+def squeeze(wheel: Path) -> None:
+    """Compress a wheel's files by LZMA, which takes a quarter less; Python's zipfile, and so pip, reads that as well."""
+    new = wheel.with_suffix(".new")
+    with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(new, "w", zipfile.ZIP_LZMA) as target:
+        for entry in source.infolist():
+            target.writestr(entry, source.read(entry), zipfile.ZIP_LZMA)
+    new.replace(wheel)
 
 
 def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from bench.figures import Figure, figure
 from bench.gpu.report import Report
-from bench.gpu.sections import Section, run_sections
+from bench.gpu.sections import NotHere, Section, run_sections
 
 MACHINE = {"date": "2026-11-29", "card": "a card"}
 
@@ -66,6 +66,15 @@ def test_section_for_which_no_time_is_left_is_skipped_and_named(tmp_path: Path) 
     assert results(tmp_path)[0]["state"] == "skipped"
     assert "- long: skipped (it takes 61 s or more, and 60 s were left)" in report.rows.read_text()
     assert report.status() == 0
+
+
+def test_section_whose_library_is_missing_is_skipped(tmp_path: Path) -> None:
+    def needy() -> Iterator[Figure]:
+        raise NotHere("it needs onnx")
+        yield
+
+    assert run(tmp_path, ("onnx", needy)).status() == 0
+    assert (results(tmp_path)[0]["state"], results(tmp_path)[0]["why"]) == ("skipped", "it needs onnx")
 
 
 def test_rows_replace_those_of_the_last_run_and_nothing_else(tmp_path: Path) -> None:
