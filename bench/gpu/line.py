@@ -152,7 +152,7 @@ class _Store:
 
     async def check(self) -> None: ...
 
-    async def put(self, key: str, data: bytes | Encoded, content_type: str) -> str:
+    async def put(self, key: str, data: bytes | Encoded, content_type: str, **_: str) -> str:
         await asyncio.sleep(PUT)
         return f"s3://bench/{key}"
 

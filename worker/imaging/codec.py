@@ -5,8 +5,10 @@ bench/codec.py measures the choices made here. Every failure is an ImageError.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import cv2
@@ -37,6 +39,11 @@ class Encoded:
     data: bytes
     format: str
     size: tuple[int, int]
+
+    @cached_property
+    def md5(self) -> str:
+        """The MD5 of the file, in hex."""
+        return hashlib.md5(self.data, usedforsecurity=False).hexdigest()
 
 
 def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal["srgb", "keep"] = "srgb") -> Picture:

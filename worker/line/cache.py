@@ -67,8 +67,7 @@ class Remembered:
     @classmethod
     def of(cls, encoded: Encoded, *, output: str, notes: tuple[str, ...], measures: Measures | None) -> Remembered:
         """The entry for a file that has just been stored at `output`."""
-        md5 = hashlib.md5(encoded.data, usedforsecurity=False).hexdigest()
-        return cls(output, md5, encoded.format, len(encoded.data), encoded.size, notes, measures)
+        return cls(output, encoded.md5, encoded.format, len(encoded.data), encoded.size, notes, measures)
 
     async def copied(self, store: Store, key: str) -> Remembered | None:
         """The same result under a key of `store`; None if it no longer exists or can't be copied, for whatever reason."""

@@ -210,6 +210,7 @@ class ImageInFlight:
     def keep_file(self, encoded: Encoded) -> None:
         """Only the finished file, its notes and measures are needed from now on: free all pixels, and most of their budget."""
         self.encoded = encoded
+        _ = encoded.md5  # now, since the network's thread has better things to do
         self.best = self.best.without_pixels()
         self.drop_file()
         self._free(("picture", "work", "outputs", "made"))

@@ -150,7 +150,8 @@ async def store(image: ImageInFlight, context: Context) -> Stored:
     """Upload the file, and remember the result for the next job that asks for the same."""
     encoded, best = image.encoded, image.best
     with image.timed("store"):
-        output = await context.store.put(_key(image, context, encoded.format), encoded.data, f"image/{encoded.format}")
+        key, kind = _key(image, context, encoded.format), f"image/{encoded.format}"
+        output = await context.store.put(key, encoded.data, kind, md5=encoded.md5)
     if context.cache is not None and lasting_notes(context.spec).issuperset(best.notes):
         result = Remembered.of(encoded, output=output, notes=best.notes, measures=best.measures)
         context.cache.put(image.cache_key, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import errno
 import hashlib
 import os
@@ -21,7 +22,7 @@ from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.shared.urls import check_output_url, path_of, safe_name
 from imagemill.worker.transfer.files import is_below, open_at_once, replacing
 from imagemill.worker.transfer.multipart import PART, Upload, content_md5
-from imagemill.worker.transfer.s3_requests import LARGE, PLAIN, S3Requests
+from imagemill.worker.transfer.s3_requests import PLAIN, S3Requests
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Errors that an operator has to fix by changing the folder or its permissions; others, such as a full disk, may pass.
@@ -47,8 +48,10 @@ class Store(Protocol):
     async def check(self) -> None:
         """Raise StorageRefused if nothing can be stored here, as far as can be determined in advance."""
 
-    async def put(self, key: str, data: bytes, content_type: str) -> str:
+    async def put(self, key: str, data: bytes, content_type: str, *, md5: str = "") -> str:
         """Write bytes below the output URL and return their full URL once they are stored durably.
+
+        `md5`, in hex, saves computing it.
 
         Raises StorageUnavailable if the store does not respond, StorageFull, or StorageRefused, which a retry can't help.
         """
@@ -130,10 +133,10 @@ class S3Store:
         except StorageUnavailable:  # may be back when the first result is ready; `put` retries
             self._ask_at = time.monotonic() + SILENCE_SECONDS
 
-    async def put(self, key: str, data: bytes, content_type: str) -> str:
+    async def put(self, key: str, data: bytes, content_type: str, *, md5: str = "") -> str:
         """See Store."""
         full_key, url = self._place(key)
-        checksum = content_md5(data) if len(data) < LARGE else await asyncio.to_thread(content_md5, data)
+        checksum = base64.b64encode(bytes.fromhex(md5)).decode() if md5 else await asyncio.to_thread(content_md5, data)
         headers = {"Content-Type": content_type, "Content-MD5": checksum}
         if await self._s3.put(self._bucket, full_key, data, headers) is None:
             await self._s3.in_thread(lambda _: self._put(full_key, data, content_type, checksum))
@@ -223,7 +226,7 @@ class FolderStore:
             if _is_full(self._check(self._folder)):  # before anything is computed in vain
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    async def put(self, key: str, data: bytes, content_type: str) -> str:  # noqa: ARG002  # files have none
+    async def put(self, key: str, data: bytes, content_type: str, *, md5: str = "") -> str:  # noqa: ARG002  # files have none
         """See Store."""
         return await asyncio.to_thread(self._write, key, lambda file: file.write(data))
 

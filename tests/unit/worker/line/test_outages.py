@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
 
 import pytest
 
@@ -44,12 +44,12 @@ class Down:
         self._put = job.context.store.put
         job.context.store.put = self.put  # type: ignore[method-assign]
 
-    def put(self, key: str, data: bytes, content_type: str) -> str:
+    def put(self, key: str, data: bytes, content_type: str, *, md5: str) -> Awaitable[str]:
         with self._lock:
             self.calls += 1
         if self.down or key in self.refuses:
             raise StorageUnavailable(f"{key}: no connection")
-        return self._put(key, data, content_type)
+        return self._put(key, data, content_type, md5=md5)
 
 
 def begin(job: LineJob, operation: Invert, count: int, **settings: Any) -> tuple[Any, list[ImageInFlight], Down]:
@@ -125,7 +125,7 @@ def test_one_image_that_cannot_be_stored_fails_alone(job: LineJob) -> None:
 def test_refusals_and_full_disks_are_no_outages(error: Exception, job: LineJob) -> None:
     line, images, _ = begin(job, Counted(), 2)
 
-    def put(*_: Any) -> str:
+    def put(*_: Any, **__: Any) -> NoReturn:
         raise error
 
     job.context.store.put = put  # type: ignore[method-assign]

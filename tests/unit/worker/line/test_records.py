@@ -174,9 +174,9 @@ def test_bad_result_takes_no_neighbour_along(job: LineJob) -> None:
 
 
 def test_records_of_an_outage_are_written_once(
-    own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path, network: Network, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = LineJob(Ledger(own_redis.url), images, tmp_path)
+    job = LineJob(Ledger(own_redis.url), images, tmp_path, network)
     made = recording(job, 5)
     own_redis.stop()
     made.record()

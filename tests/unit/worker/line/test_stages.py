@@ -252,7 +252,7 @@ def test_stop_while_storing_an_untouched_image_leaves_it_unrecorded(job: LineJob
     line = job.line(threads=2, look_ahead=SIZE)
     images = job.join(line, Nothing(), items, form="same", enter=False)
 
-    def refuse(*_: Any) -> NoReturn:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
         job.stop.set()
         raise StorageUnavailable("try later")
 

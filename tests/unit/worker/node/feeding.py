@@ -146,10 +146,10 @@ class Feeding:
         store: Any = open_store(spec.output.url, s3=NO_S3, files=self.settings.files, s3_settings=S3Settings())
         put = store.put
 
-        async def put_unless_down(*args: Any) -> str:
+        async def put_unless_down(*args: Any, **kwargs: Any) -> str:
             if job in self.down:
                 raise StorageUnavailable(f"{store.service}: no connection")
-            return str(await put(*args))
+            return str(await put(*args, **kwargs))
 
         store.put = put_unless_down
         return Context.of(
