@@ -102,8 +102,14 @@ def test_store_that_is_busy_half_of_the_time_costs_nothing(
 
 
 def test_connections_to_the_store_that_are_reset_amid_a_result_cost_nothing(
-    client: Client, images: ImageServer, bucket: Bucket, runs: Path, start: Callable[[str], WorkerProcess]
+    client: Client,
+    images: ImageServer,
+    bucket: Bucket,
+    runs: Path,
+    environment: dict[str, str],
+    start: Callable[[str], WorkerProcess],
 ) -> None:
+    environment["IMAGEMILL_WORKER__STORE_THREADS"] = "1"  # so that each connection carries several results
     with Proxy(bucket.port) as proxy:
         proxy.cut_up = CUT_BYTES
         start(proxy.url())

@@ -8,7 +8,7 @@ from imagemill.worker.line.image import ImageInFlight
 from imagemill.worker.line.line import Line
 from imagemill.worker.node.shares import Held, ahead
 
-FIRST_IMAGES = 4
+FIRST_IMAGES = 2
 """Images taken ahead before it is known how fast they are computed; after that, the more it has computed, the more it takes."""
 GROWTH = 4
 MOST_AHEAD = 1024

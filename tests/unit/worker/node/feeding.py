@@ -121,7 +121,7 @@ class Feeding:
         self.renewals = 0
         self.settings = Settings(
             _env_file=None,  # type: ignore[call-arg]
-            fetch=FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "total_timeout": 20}),
+            fetch=FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "total_timeout": 20, "threads": threads}),
             files=FileSettings(write_roots=(folder,)),
             worker=WorkerSettings(),
         )

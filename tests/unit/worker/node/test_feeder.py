@@ -36,9 +36,9 @@ def test_shift_without_work_ends_at_once(feeding: Feeding) -> None:
 def test_few_images_are_taken_first_and_more_once_the_speed_is_known(feeding: Feeding) -> None:
     job = feeding.submit(200)
     with feeding.shift():
-        feeding.wait_for(begun=1, leased=FIRST_IMAGES)
+        feeding.wait_for(begun=1, leased=FIRST_IMAGES + 1)
         feeding.wait_for_renewals(3)
-        assert feeding.leased() == FIRST_IMAGES
+        assert feeding.leased() == FIRST_IMAGES + 1, "one on the device, and as many ahead"
         assert feeding.ledger.sizes[0] == FIRST_IMAGES
         feeding.operation.let(200)
         feeding.check_done(job, 200)
