@@ -242,7 +242,7 @@ class Line:
             with self._guarded(image):
                 await step
 
-        self._network.start(guarded())
+        self._network.post(guarded())
 
     @contextmanager
     def _guarded(self, image: ImageInFlight) -> Iterator[None]:

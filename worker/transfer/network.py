@@ -1,6 +1,7 @@
 """One event loop per process for everything that waits on the network: hundreds of transfers, one thread.
 
-The loop watches the sockets of libcurl's multi interface, which takes each request further as soon as its socket is ready.
+While transfers run, the loop looks at their sockets every two milliseconds, and libcurl takes those further
+that are ready. To be woken up by each event instead would cost several times the CPU time and of Python's lock.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import math
+import select
+import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
-from threading import Thread
+from contextlib import contextmanager, suppress
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import pycurl
@@ -20,6 +24,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Done = Callable[[concurrent.futures.Future[Any]], None]
 
+SECONDS = 0.002
+"""Between two looks at the sockets; little beside the time that any server takes."""
 IDLE_CONNECTIONS = 256
 """Open connections that wait for their next request, per multi handle; the one that has waited longest is closed first."""
 
@@ -30,9 +36,13 @@ class Multi:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._running: dict[pycurl.Curl, asyncio.Future[None]] = {}
-        self._watched: dict[int, int] = {}
-        self._alarm: asyncio.Handle | None = None
+        self._watched: set[int] = set()
+        self._due = math.inf  # when curl wants to be called even if no socket is ready, on the monotonic clock
+        self._sockets = select.epoll()
         self._curl = self._open()
+
+    def __bool__(self) -> bool:
+        return bool(self._running)
 
     def _open(self) -> pycurl.CurlMulti:
         curl = pycurl.CurlMulti()
@@ -52,50 +62,43 @@ class Multi:
             if self._running.pop(handle, None) is not None:
                 self._curl.remove_handle(handle)
 
-    def close(self) -> None:
-        """Close all connections. Nothing may be running."""
-        self._set_alarm(-1)
-        for descriptor in list(self._watched):
-            self._watch(pycurl.POLL_REMOVE, descriptor, None, None)
-        self._curl.close()
-
-    def _watch(self, what: int, descriptor: int, _multi: object, _data: object) -> int:
-        """Called by curl: which sockets to watch for what."""
-        before = self._watched.pop(descriptor, 0)
-        wanted = what if what in (pycurl.POLL_IN, pycurl.POLL_OUT, pycurl.POLL_INOUT) else 0
-        for event, ready, add, remove in (
-            (pycurl.POLL_IN, pycurl.CSELECT_IN, self._loop.add_reader, self._loop.remove_reader),
-            (pycurl.POLL_OUT, pycurl.CSELECT_OUT, self._loop.add_writer, self._loop.remove_writer),
-        ):
-            if wanted & event and not before & event:
-                add(descriptor, self._act, descriptor, ready)
-            elif before & event and not wanted & event:
-                remove(descriptor)
-        if wanted:
-            self._watched[descriptor] = wanted
-        return 0
-
-    def _set_alarm(self, milliseconds: int) -> int:
-        """Called by curl: when to be called next if no socket is ready before."""
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
-        if milliseconds >= 0:
-            self._alarm = self._loop.call_later(milliseconds / 1000, self._ring)
-        return 0
-
-    def _ring(self) -> None:
-        self._alarm = None
-        self._act(pycurl.SOCKET_TIMEOUT, 0)
-
-    def _act(self, descriptor: int, ready: int) -> None:
+    def look(self) -> None:
+        """Take those transfers further whose sockets are ready."""
         try:
-            _, running = self._curl.socket_action(descriptor, ready)
-            if running < len(self._running):
-                self._collect()
+            for descriptor, events in self._sockets.poll(0):
+                self._curl.socket_action(descriptor, _selected(events))
+            if time.monotonic() >= self._due:
+                self._due = math.inf
+                self._curl.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+            self._collect()
         except Exception as error:
             log.exception("all transfers end", extra={"action": "network"})
             self._start_again(error)
+
+    def close(self) -> None:
+        """Close all connections. Nothing may be running."""
+        self._curl.close()
+        self._sockets.close()
+
+    def _watch(self, what: int, descriptor: int, _multi: object, _data: object) -> int:
+        """Called by curl: which sockets to watch for what."""
+        if what == pycurl.POLL_REMOVE:
+            if descriptor in self._watched:
+                self._watched.discard(descriptor)
+                self._sockets.unregister(descriptor)
+            return 0
+        events = (select.EPOLLIN if what & pycurl.POLL_IN else 0) | (select.EPOLLOUT if what & pycurl.POLL_OUT else 0)
+        if descriptor in self._watched:
+            self._sockets.modify(descriptor, events)
+        else:
+            self._sockets.register(descriptor, events)
+            self._watched.add(descriptor)
+        return 0
+
+    def _set_alarm(self, milliseconds: int) -> int:
+        """Called by curl: when to be called next even if no socket is ready."""
+        self._due = time.monotonic() + milliseconds / 1000 if milliseconds >= 0 else math.inf
+        return 0
 
     def _collect(self) -> None:
         """Tell those whose transfers are over."""
@@ -122,7 +125,20 @@ class Multi:
         for handle in list(self._running):
             self._finish(handle, pycurl.error(pycurl.E_ABORTED_BY_CALLBACK, f"the transfer was aborted: {error}"))
         self.close()
+        self._watched, self._due, self._sockets = set(), math.inf, select.epoll()
         self._curl = self._open()
+
+
+def _selected(events: int) -> int:
+    """Epoll's events as curl calls them."""
+    ready = 0
+    if events & (select.EPOLLIN | select.EPOLLHUP):
+        ready |= pycurl.CSELECT_IN
+    if events & select.EPOLLOUT:
+        ready |= pycurl.CSELECT_OUT
+    if events & select.EPOLLERR:
+        ready |= pycurl.CSELECT_ERR
+    return ready
 
 
 class Network:
@@ -132,9 +148,21 @@ class Network:
         self.loop = asyncio.new_event_loop()
         self._multi, self._s3 = Multi(self.loop), Multi(self.loop)
         self._idle: list[pycurl.Curl] = []
+        self._posted: list[Coroutine[Any, Any, None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself would forget them
+        self._looking, self._lock = False, Lock()
         self._closing = False
         self._thread = Thread(target=self._run, name="network", daemon=True)
         self._thread.start()
+
+    def post(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine in the loop, which handles its errors itself.
+
+        Cheaper than `start`: there is no future, and often nobody to be woken up.
+        """
+        with self._lock:
+            self._posted.append(coroutine)
+        self._wake()
 
     def start(self, coroutine: Coroutine[Any, Any, T], done: Done | None = None) -> concurrent.futures.Future[T]:
         """Run a coroutine in the loop; cancelling the future cancels it. `done` is called in the loop's thread."""
@@ -142,6 +170,30 @@ class Network:
         if done is not None:
             future.add_done_callback(done)
         return future
+
+    def _wake(self) -> None:
+        """See to it that the loop looks around soon."""
+        with self._lock:
+            looking, self._looking = self._looking, True
+        if not looking:
+            with suppress(RuntimeError):  # the loop is closed
+                self.loop.call_soon_threadsafe(self._look)
+
+    def _look(self) -> None:
+        """Begin what was posted, take all transfers further, and come back soon if there are any."""
+        with self._lock:
+            posted, self._posted = self._posted, []
+        for coroutine in posted:
+            task = self.loop.create_task(coroutine)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        for multi in (self._multi, self._s3):
+            if multi:
+                multi.look()
+        with self._lock:
+            self._looking = bool(self._posted or self._multi or self._s3)
+        if self._looking:
+            self.loop.call_later(SECONDS, self._look)
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the loop and wait for it. Not for the loop's own thread."""
@@ -153,6 +205,7 @@ class Network:
         Requests to the S3 server have connections of their own: a URL in a list that names this server must not get one of
         them, since its address has not been checked.
         """
+        self._wake()
         await (self._s3 if s3 else self._multi).perform(handle)
 
     @contextmanager
@@ -175,6 +228,10 @@ class Network:
         self._thread.join()
 
     async def _cancel_all(self) -> None:
+        with self._lock:
+            posted, self._posted = self._posted, []
+        for coroutine in posted:
+            coroutine.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()

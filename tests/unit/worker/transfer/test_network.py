@@ -83,14 +83,22 @@ def test_transfers_go_on_after_sockets_could_not_be_watched(
     hanging = network.start(fetcher.fetch(images.url("/hang.png")))
     assert images.stalled.wait(60)
 
-    def fail(*_: Any) -> NoReturn:
-        raise OSError(28, "no space for another watch")
+    class Full:
+        """No socket can be watched any more."""
 
-    with monkeypatch.context() as full:
-        full.setattr(network.loop, "add_reader", fail)
-        full.setattr(network.loop, "add_writer", fail)
-        with pytest.raises(errors.Unreachable):
-            got(fetcher, images.url("/a.png"))
+        def register(self, *_: Any) -> NoReturn:
+            raise OSError(28, "no space for another watch")
+
+        modify = register
+
+        def poll(self, _: float) -> list[Any]:
+            return []
+
+        unregister = close = lambda *_: None
+
+    monkeypatch.setattr(network._multi, "_sockets", Full())
+    with pytest.raises(errors.Unreachable):
+        got(fetcher, images.url("/a.png"))
     with pytest.raises(errors.Unreachable):
         hanging.result(60)
     assert got(fetcher, images.url("/a.png")).data == PNG
