@@ -38,7 +38,7 @@ from imagemill.worker.node.offer import Lanes
 from imagemill.worker.operations.base import AnyOperation, Untouched
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.fetch import Fetcher
-from imagemill.worker.transfer.network import Network
+from imagemill.worker.transfer.network import Network, allow_open_files
 from imagemill.worker.transfer.s3_requests import S3Requests
 from imagemill.worker.transfer.store import Store, open_store
 from imagemill.worker.tuning import saved_sizes
@@ -78,6 +78,7 @@ class Child:
         self.publisher, self.stopping, self.moved = publisher, stopping, moved
         self.ledger, self.fleet = WorkLedger.of(settings), Fleet.of(settings)
         self.cache = Cache.of(settings)
+        allow_open_files()
         self.network = Network()
         self.s3 = S3Requests(settings.s3, self.network)
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3, self.network)

@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import logging
 import math
+import resource
 import select
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -26,8 +27,17 @@ Done = Callable[[concurrent.futures.Future[Any]], None]
 
 SECONDS = 0.002
 """Between two looks at the sockets; little beside the time that any server takes."""
+OPEN_FILES = 8192
 IDLE_CONNECTIONS = 256
 """Open connections that wait for their next request, per multi handle; the one that has waited longest is closed first."""
+
+
+def allow_open_files() -> None:
+    """Let this process have as many sockets as it may need; many systems set a soft limit of 1,024 files, for select()'s sake."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Multi:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import logging
+import resource
 import threading
 from typing import Any, NoReturn
 
@@ -13,7 +14,7 @@ import pytest
 from imagemill.shared import errors
 from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.worker.transfer.fetch import Fetcher
-from imagemill.worker.transfer.network import Network
+from imagemill.worker.transfer.network import OPEN_FILES, Network, allow_open_files
 from tests.services.images import ImageServer, answers
 from tests.stores import NoS3
 from tests.unit.worker.transfer.peer import Answer, Peer, Request
@@ -123,3 +124,16 @@ def test_open_connection_is_used_again_after_an_error_status(make: MakeFetcher, 
         with pytest.raises(errors.ServerError):
             got(fetcher, images.url("/b.png"))
     assert images.connections == 1
+
+
+def test_process_may_open_more_files_than_the_usual_soft_limit() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        allow_open_files()
+        raised = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert raised == (min(OPEN_FILES, limits[1]) if limits[1] != resource.RLIM_INFINITY else OPEN_FILES, limits[1])
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == raised
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
