@@ -33,7 +33,7 @@ IDLE_CONNECTIONS = 256
 
 
 def allow_open_files() -> None:
-    """Let this process have as many sockets as it may need; many systems set a soft limit of 1,024 files, for select()'s sake."""
+    """Let this process have as many sockets as it may need; the soft limit is often 1,024 files, for select()'s sake."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
