@@ -95,6 +95,14 @@ class Front:
                     host.answered = time.monotonic()
         self.look()
 
+    def dropped(self, image: ImageInFlight) -> None:
+        """An image was not downloaded after all, because nobody wants it any more."""
+        with self._lock:
+            host = self._hosts.get(image.host)
+            if host is not None and host.running.pop(id(image), None) is not None:
+                self.fetching -= 1
+        self.look()
+
     def prepared(self) -> None:
         """An image that was downloaded needs no more preparation."""
         with self._lock:

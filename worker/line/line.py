@@ -80,6 +80,7 @@ class Line:
         if image.move("fetching") and not image.stopped:
             self._on_network(self._fetch(image), image)
         else:
+            self.front.dropped(image)
             self._leave(image, NotBegun())
 
     async def _fetch(self, image: ImageInFlight) -> None:

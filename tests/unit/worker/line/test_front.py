@@ -182,6 +182,15 @@ def test_images_that_nobody_wants_any_more_take_no_place(clock: Clock) -> None:
     assert f"shop/{2 * FEWEST}" in downloads.running
 
 
+def test_image_that_is_stopped_as_it_is_begun_gives_its_place_back(clock: Clock) -> None:
+    downloads = Downloads(clock)
+    images = downloads.submit("shop", 2 * FEWEST)
+    images[0].withdraw()
+    downloads.front.dropped(images[0])
+    downloads.front.dropped(images[0])
+    assert len(downloads.begun) == FEWEST + 1
+
+
 def test_only_the_latest_hosts_are_remembered(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_HOSTS", 2)
     downloads = Downloads(clock)
