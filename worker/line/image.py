@@ -99,7 +99,9 @@ class ImageInFlight:
 
     data: bytes = field(init=False, repr=False)
     held_bytes: int = 0
-    """Of `data` and `mask_file`, in the budget of downloaded files."""
+    """Of `data`, in the budget of downloaded files."""
+    held_mask_bytes: int = 0
+    """Of `mask_file`, in that of masks."""
     mask_file: bytes | ImageError | None = field(default=None, repr=False)
     """Of its own mask, or why there is none."""
     earlier_result: Remembered | None = None
@@ -224,10 +226,20 @@ class ImageInFlight:
         self.held_bytes += fetched.room
         self.tries += fetched.tries
 
+    def hold_mask(self, mask: Fetched | ImageError) -> None:
+        """Take on its mask, or why there is none."""
+        if isinstance(mask, ImageError):
+            self.mask_file = mask
+        else:
+            self.mask_file, self.held_mask_bytes = mask.data, mask.room
+
     def drop_file(self) -> None:
         """Free the downloaded files."""
         vars(self).pop("data", None)
         self.mask_file = None
+        if self.held_mask_bytes:
+            self.context.fetcher.mask_room.release(self.held_mask_bytes)
+            self.held_mask_bytes = 0
         if self.held_bytes:
             self.context.fetcher.room.release(self.held_bytes)
             self.held_bytes = 0

@@ -50,10 +50,10 @@ class References:
         if urls:
             await asyncio.wait([self._brought[url] for url in urls])
 
-    async def bring_mask(self, item: Item | None) -> Fetched | ImageError | None:
-        """Download an item's own mask, if it has one."""
+    async def bring_mask(self, url: str) -> Fetched | ImageError:
+        """Download an item's own mask. Give its room back to the fetcher's `mask_room`."""
         try:
-            return await self._download(item.mask) if item is not None and item.mask is not None else None
+            return await self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop, mask=True)
         except ImageError as error:
             return error
 

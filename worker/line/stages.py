@@ -6,7 +6,6 @@ journey. Stages that wait for the network are coroutines; the others are CPU wor
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 
@@ -22,7 +21,6 @@ from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import CACHED, Failed, ImageInFlight, Kept, NotBegun, Outcome, RunAgain, Stored
 from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.operations.base import Inputs, Untouched
-from imagemill.worker.transfer.fetch import Fetched
 from imagemill.worker.transfer.store import render_key
 
 log = logging.getLogger(__name__)
@@ -37,30 +35,12 @@ async def fetch(image: ImageInFlight, context: Context) -> None:
     await context.store.check()  # a store that refuses everything should not cost a download
     if image.stopped:  # a store that does not respond takes its time
         raise Stopped
-    masked = image.item.mask is not None and context.operation.spec.needs_mask
     with image.timed("fetch"):
-        if not masked and not context.references.of(context.spec.options):
-            image.hold(await _fetch_source(image, context))
-            return
-        source, mask, _ = await asyncio.gather(
-            _fetch_source(image, context),
-            context.references.bring_mask(image.item if masked else None),
-            context.references.bring(context.spec.options),
-            return_exceptions=True,
-        )
-    if isinstance(mask, Fetched):
-        image.mask_file = mask.data
-        image.held_bytes += mask.room
-    elif isinstance(mask, ImageError):
-        image.mask_file = mask
-    if isinstance(source, BaseException):
-        raise source
-    image.hold(source)
-
-
-async def _fetch_source(image: ImageInFlight, context: Context) -> Fetched:
-    attempts = max(1, context.spec.policy.attempts - image.tries)
-    return await context.fetcher.fetch(image.item.source, attempts=attempts, stop=context.stop)
+        attempts = max(1, context.spec.policy.attempts - image.tries)
+        image.hold(await context.fetcher.fetch(image.item.source, attempts=attempts, stop=context.stop))
+        if image.item.mask is not None and context.operation.spec.needs_mask:
+            image.hold_mask(await context.references.bring_mask(image.item.mask))
+        await context.references.bring(context.spec.options)
 
 
 def identify(image: ImageInFlight, context: Context) -> None:

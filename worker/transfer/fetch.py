@@ -42,27 +42,34 @@ class Fetched:
 class Fetcher:
     """Fetches images in the network's loop. Create one per process, after the fork.
 
-    `room` is what the process may hold of downloaded files.
+    `room` is what the process may hold of downloaded files, `mask_room` what of masks: an image that waits for its mask holds
+    its own file already, and must not wait for others that do the same.
     """
 
     def __init__(self, settings: FetchSettings, files: FileSettings, s3: S3Requests, network: Network) -> None:
         self.network = network
         self._settings, self._files, self._s3 = settings, files, s3
         self._downloader = Downloader(settings, network)
-        self.room = ByteBudget(settings.memory)
+        self.room, self.mask_room = ByteBudget(settings.memory), ByteBudget(settings.memory)
 
     async def fetch(
-        self, url: str, *, attempts: int = 1, stop: threading.Event | None = None, wait_for_room: bool = True
+        self,
+        url: str,
+        *,
+        attempts: int = 1,
+        stop: threading.Event | None = None,
+        wait_for_room: bool = True,
+        mask: bool = False,
     ) -> Fetched:
         """Fetch a URL, retrying errors that may be temporary, with growing pauses, up to `attempts` tries in all.
 
         Once `stop` is set, the last error is raised without further tries. Who holds room already, and would not give it back
-        before this file arrives, must not wait for more. Raises an ImageError (fetch branch) with the number of `tries` made.
+        before this file arrives, must not wait for more. A `mask` has room of its own. Raises an ImageError (fetch branch) with the number of `tries` made.
         """
         tries = 0
         while True:
             tries += 1
-            with Claim(self.room, self._settings.max_bytes, wait=wait_for_room) as claim:
+            with Claim(self.mask_room if mask else self.room, self._settings.max_bytes, wait=wait_for_room) as claim:
                 try:
                     data = await self._once(url, claim)
                     return Fetched(data, tries, claim.keep(len(data)))

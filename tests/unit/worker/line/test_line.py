@@ -13,6 +13,7 @@ from imagemill.shared.errors import OperationFailed, OutOfMemory
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.operations.base import Inputs, Sample
 from imagemill.worker.operations.job_images import job_image
+from imagemill.worker.transfer.byte_budget import ByteBudget
 from tests.conftest import photo
 from tests.fakes import Invert
 from tests.services.images import Handler, answers, failing, reply
@@ -191,3 +192,29 @@ def test_slow_mask_holds_up_no_image_of_another_job(what: str, job: LineJob, oth
     assert other.codes() == ["done"] * 3
     assert slow[0].place == "fetching"
     job.server.released.set()
+
+
+class Watched(ByteBudget):
+    """Remembers the most that was reserved at a time."""
+
+    most = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "used":
+            self.most = max(self.most, value)
+
+
+def test_masks_have_room_of_their_own_and_all_of_it_comes_back(job: LineJob) -> None:
+    """Neither do masks wait for the room of images, which wait for them, nor do they take any amount of memory."""
+    mask = photo(99)
+    job.server.routes |= {f"/{n}.png": photo(n) for n in range(12)} | {"/mask.png": mask}
+    items = job.items([{"source": f"/{n}.png", "mask": "/mask.png"} for n in range(12)])
+    line, images = job.begin(Masked(), items, kind="inpaint", enter=False)
+    fetcher = job.context.fetcher
+    fetcher.room, fetcher.mask_room = Watched(3 * len(mask)), Watched(2 * len(mask))
+    line.enter(images)
+    drain(line, images)
+    assert job.codes() == ["done"] * 12
+    assert (fetcher.room.used, fetcher.mask_room.used) == (0, 0)
+    assert len(mask) <= fetcher.mask_room.most <= 2 * len(mask)
