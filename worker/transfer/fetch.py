@@ -64,7 +64,8 @@ class Fetcher:
         """Fetch a URL, retrying errors that may be temporary, with growing pauses, up to `attempts` tries in all.
 
         Once `stop` is set, the last error is raised without further tries. Who holds room already, and would not give it back
-        before this file arrives, must not wait for more. A `mask` has room of its own. Raises an ImageError (fetch branch) with the number of `tries` made.
+        before this file arrives, must not wait for more; a `mask` has room of its own. Raises an ImageError (fetch branch)
+        with the number of `tries` made.
         """
         tries = 0
         while True:
