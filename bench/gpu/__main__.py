@@ -73,6 +73,7 @@ def measure(arguments: argparse.Namespace) -> int:
     gpu = None if arguments.cpu else 0
     card = Card(Device(gpu=gpu, threads=cores(gpu)), arguments.small)
     out = arguments.out or (Path(tempfile.mkdtemp(prefix="imagemill-gpu-")) if arguments.cpu else ROOT / "bench")
+    out.mkdir(parents=True, exist_ok=True)
     report = Report(out, card.facts())
     with tempfile.TemporaryDirectory(prefix="imagemill-weights-", ignore_cleanup_errors=True) as folder:
         sections = [
@@ -80,6 +81,10 @@ def measure(arguments: argparse.Namespace) -> int:
             for section in programme(card, Path(folder))
             if not arguments.only or any(text in section.name for text in arguments.only)
         ]
+        if not sections:
+            names = "; ".join(section.name for section in programme(card, Path(folder)))
+            print(f"no section's name contains {' or '.join(arguments.only)}; there are: {names}", file=sys.stderr)
+            return 2
         run_sections(sections, report, arguments.minutes * 60 - LAST, card.free)
     print(f"Results: {report.json} and {report.rows}")
     return report.status(goals=not arguments.cpu)
