@@ -78,7 +78,7 @@ class Line:
 
     def _begin_fetch(self, image: ImageInFlight) -> None:
         if image.move("fetching") and not image.stopped:
-            self._on_network(self._fetch(image), image)
+            self._on_network(self._fetch, image)
         else:
             self.front.dropped(image)
             self._leave(image, NotBegun())
@@ -95,7 +95,7 @@ class Line:
         if outcome is not None:
             self._prepared(image, outcome)
         elif image.earlier_result is not None:
-            self._on_network(self._reuse(image), image)
+            self._on_network(self._reuse, image)
         else:
             self._wait_for_room(image)
 
@@ -137,7 +137,7 @@ class Line:
     def _leave(self, image: ImageInFlight, outcome: Outcome) -> None:
         self.device.expect(-1)
         if isinstance(outcome, Kept):
-            self._on_network(self._store(image), image)
+            self._on_network(self._store, image)
         else:
             self.settle(image, outcome)
 
@@ -158,7 +158,7 @@ class Line:
         """Encode and store the best result."""
         outcome = advance(image, stages.DELIVERY)
         if outcome is None:
-            self._on_network(self._store(image), image)
+            self._on_network(self._store, image)
         else:
             self.settle(image, outcome)
 
@@ -236,12 +236,12 @@ class Line:
         with suppress(RuntimeError):  # the line has been abandoned
             threads.submit(guarded)
 
-    def _on_network(self, step: Coroutine[Any, Any, None], image: ImageInFlight) -> None:
+    def _on_network(self, step: Callable[[ImageInFlight], Coroutine[Any, Any, None]], image: ImageInFlight) -> None:
         """Take a step with an image in the network's thread."""
 
         async def guarded() -> None:
             with self._guarded(image):
-                await step
+                await step(image)
 
         self._network.post(guarded())
 
@@ -262,7 +262,7 @@ class Line:
         elif image.stopped:
             self.settle(image, NotBegun())
         else:
-            self._on_network(self._store(image), image)
+            self._on_network(self._store, image)
 
     def _answered(self, service: str | None) -> None:
         waited = self.outages.answered(service)

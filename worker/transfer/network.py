@@ -170,6 +170,9 @@ class Network:
 
         Cheaper than `start`: there is no future, and often nobody to be woken up.
         """
+        if self._closing:
+            coroutine.close()
+            return
         with self._lock:
             self._posted.append(coroutine)
         self._wake()
