@@ -50,12 +50,8 @@ def test_two_nodes_log_json_only_and_tell_the_story_of_a_job(
             job = client.submit(rows, spec("stylize", tmp_path)).job
             other = client.submit(rows[:1], spec("stylize", tmp_path)).job
             wait_until(lambda: client.status(job).failed == 1 and client.status(job).done == 4, "all but one are done")
-            (victim,) = {
-                line["pid"]
-                for node in (one, two)
-                for line in map(json.loads, node.log.read_text().splitlines())
-                if line["message"] == "share begun" and line.get("job") == job and line["images"] > 0
-            } & {*one.children(), *two.children()} - finished(one, two, job)
+            wait_until(lambda: len(at_work(one, two, job)) == 1, "one child has the last image")
+            (victim,) = at_work(one, two, job)
             os.kill(victim, signal.SIGKILL)
             wait_until(lambda: "child died" in one.log.read_text() + two.log.read_text(), "the death is logged")
             own_redis.stop()
@@ -83,12 +79,12 @@ def test_two_nodes_log_json_only_and_tell_the_story_of_a_job(
     assert [line["time"] for line in merged] == sorted(line["time"] for line in merged)
 
 
-def finished(one: WorkerProcess, two: WorkerProcess, job: str) -> set[int]:
-    """Processes whose share of the job is done."""
+def at_work(one: WorkerProcess, two: WorkerProcess, job: str) -> set[int]:
+    """Children with a share of the job that is not done."""
     lines = [json.loads(line) for node in (one, two) for line in node.log.read_text().splitlines()]
-    begun = [(line["pid"], line["share"]) for line in lines if line["message"] == "share begun" and line.get("job") == job]
-    ended = {(line["pid"], line["share"]) for line in lines if line["message"].startswith("share done") and line["job"] == job}
-    return {pid for pid, _ in begun} - {pid for pid, share in begun if (pid, share) not in ended}
+    shares = [(line["message"], line["pid"], line["share"]) for line in lines if line.get("job") == job and "share" in line]
+    ended = {(pid, share) for message, pid, share in shares if message == "share done"}
+    return {pid for message, pid, share in shares if message == "share begun" and (pid, share) not in ended}
 
 
 @pytest.mark.parametrize("flags", [["--gpu", "0"], ["--cpu", "--operations", "engraving"], ["--cpu"]])

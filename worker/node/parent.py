@@ -146,7 +146,11 @@ def _lost(shares: list[str]) -> dict[str, object]:
 
 
 def _alive(pid: int) -> bool:
-    return pid > 0 and psutil.pid_exists(pid)
+    """A process that has ended counts as dead even before Celery has noticed, which may take it 5 s."""
+    try:
+        return pid > 0 and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def child_name(node: str, index: int, parent: int, pid: int) -> str:
