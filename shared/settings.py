@@ -70,7 +70,7 @@ class S3Settings(Group):
     public_url: str | None = Field(None, description="URL of the S3 server in presigned links; empty: the endpoint URL")
     region: str = Field("us-east-1", description="region of the buckets")
     create_bucket: bool = Field(False, description="create the output bucket if it does not exist")
-    connections: int = Field(32, ge=1, description="connections per process")
+    connections: int = Field(32, ge=1, description="connections per process of boto3, which does what libcurl does not")
 
 
 class FetchSettings(Group):

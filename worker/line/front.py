@@ -35,7 +35,7 @@ class _Host:
     slow: bool = False
 
     def is_slow(self, now: float) -> bool:
-        """Whether its latest download took long, or one does that began after the latest quick one had ended."""
+        """Whether its latest download took long, or one takes long and none has ended quickly since it began."""
         began = next(iter(self.running.values()), now)
         return self.slow or (now - began > SLOW_SECONDS and self.answered <= began)
 

@@ -35,7 +35,7 @@ class References:
         self._lock = Lock()
         self._pictures: dict[str, Future[Picture]] = {}
         self._masks: dict[str, Future[Grey]] = {}
-        self._brought: dict[str, asyncio.Task[Fetched]] = {}  # for the loop's thread, and read by others when they are done
+        self._brought: dict[str, asyncio.Task[bytes]] = {}  # for the loop's thread, and read by others when they are done
 
     def of(self, options: EngineOptions) -> set[str]:
         """The URLs of what all images of a job need."""
@@ -43,12 +43,17 @@ class References:
 
     async def bring(self, options: EngineOptions) -> None:
         """Download what all images of a job need. Whoever uses it gets its error."""
-        urls = self.of(options).difference(self._pictures, self._masks)  # those are at hand, or on their way
-        for url in urls.difference(self._brought):
-            self._brought[url] = asyncio.create_task(self._download(url))
-            self._brought[url].add_done_callback(_look_at)
-        if urls:
-            await asyncio.wait([self._brought[url] for url in urls])
+        coming = []
+        for url in self.of(options):
+            with self._lock:
+                if url in self._pictures or url in self._masks:  # at hand, or being decoded
+                    continue
+                if url not in self._brought:
+                    self._brought[url] = asyncio.create_task(self._download(url))
+                    self._brought[url].add_done_callback(_look_at)
+                coming.append(self._brought[url])
+        if coming:
+            await asyncio.wait(coming)
 
     async def bring_mask(self, url: str) -> Fetched | ImageError:
         """Download an item's own mask. Give its room back to the fetcher's `mask_room`."""
@@ -84,20 +89,18 @@ class References:
                 raise
             raise BadMask(f"the mask {shown(url)} can't be used: {error.message}") from error
 
-    async def _download(self, url: str) -> Fetched:
-        """Images that wait for it hold room in the budget already: it must not wait for theirs."""
-        return await self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop, wait_for_room=False)
+    async def _download(self, url: str) -> bytes:
+        """It takes no lasting room: it must not wait for images that wait for it, and nobody may ever use it."""
+        fetched = await self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop, wait_for_room=False)
+        self._fetcher.room.release(fetched.room)
+        return fetched.data
 
     def _fetch(self, url: str, decode: Callable[[bytes], T]) -> T:
         """The decoded image at `url`."""
         brought = self._brought.pop(url, None)
-        fetched = (
-            brought.result() if brought is not None and brought.done() else self._fetcher.network.call(self._download(url))
-        )
-        try:
-            return decode(fetched.data)
-        finally:
-            self._fetcher.room.release(fetched.room)
+        if brought is not None and brought.done():
+            return decode(brought.result())
+        return decode(self._fetcher.network.call(self._download(url)))
 
     def _decode_mask(self, data: bytes) -> Grey:
         return codec.decode_mask(data, max_pixels=self._max_pixels)
@@ -123,7 +126,7 @@ class References:
         return future.result()
 
 
-def _look_at(task: asyncio.Task[Fetched]) -> None:
+def _look_at(task: asyncio.Task[bytes]) -> None:
     """Asyncio logs errors that nobody looks at; this one is the images' concern, if any still needs the file."""
     if not task.cancelled():
         task.exception()

@@ -11,7 +11,7 @@ from imagemill.worker.node.shares import Held, ahead
 FIRST_IMAGES = 2
 """Images taken ahead before it is known how fast they are computed; after that, the more it has computed, the more it takes."""
 GROWTH = 16
-"""Images more for each that it has computed."""
+"""How many more are taken ahead for each image that it has computed."""
 MOST_AHEAD = 1024
 """Images taken ahead at most, however fast the device is."""
 MOST_OVERTAKEN = 256

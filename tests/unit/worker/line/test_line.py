@@ -218,3 +218,12 @@ def test_masks_have_room_of_their_own_and_all_of_it_comes_back(job: LineJob) -> 
     assert job.codes() == ["done"] * 12
     assert (fetcher.room.used, fetcher.mask_room.used) == (0, 0)
     assert len(mask) <= fetcher.mask_room.most <= 2 * len(mask)
+
+
+def test_reference_that_no_image_ever_uses_takes_up_no_room(job: LineJob) -> None:
+    job.server.routes |= {"/bad.png": b"no image", "/mask.png": photo(1)}
+    line, images = job.begin(Masked(), job.items(["/bad.png"]), kind="inpaint", mask=job.server.url("/mask.png"))
+    drain(line, images)
+    assert job.codes() == ["not_an_image"]
+    assert job.server.hits["/mask.png"] == 1
+    assert job.context.fetcher.room.used == 0
