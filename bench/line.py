@@ -6,7 +6,7 @@
 The second form prints a row of a Markdown table per case, as soon as it is measured. With `--seconds 3` each case has only so
 many images as the device computes in 3 s: enough to see that everything works, not to judge it.
 
-What is real: the node with its child, Celery, Redis, HTTP and S3, all on loopback, and their default settings. Each case has
+What is real: the node with its children, Celery, Redis, HTTP and S3, all on loopback, and their default settings. Each case has
 a new node and a new Redis, so nobody knows yet how fast the device is or how large its batches can be. What is not:
 
 - The device (`stand-in-gpu` in bench/stand_in.py) sleeps for a set time per batch, however full the batch is, without holding
@@ -24,12 +24,13 @@ What is measured:
 - first, last: seconds from `submit` to the first batch, and from the end of the last batch to the last record. A rate is about
   fill times busy, less what these take.
 - waits: seconds that the node says its device waited, by cause, and was busy ("shift over" in its log).
-- CPU and memory of the child: CPU time per image, and its peak RSS above the RSS with which it began.
+- CPU and memory of the children, two of which share the device: CPU time per image, and their peak RSS above the RSS with which
+  they began.
 - The most GETs and PUTs in flight at the same time, as seen by the servers, and the core that both servers used.
 - cores: the share of all cores that everything here used, and the share in use by anyone. At more than 90 %, they limit the
   rate, so it isn't held against the line. That others have a lower priority (`nice`) helps little: each of the many short
   steps of an image then waits for its core.
-- lock (one case, with py-spy): the time per image for which a thread of the child holds Python's lock.
+- lock (one case, with py-spy): the time per image for which a thread of its child holds Python's lock.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ class Result:
             Measured(f"{row}: device busy", 100 * self.busy, "%"),
             Measured(f"{row}: from submit to the first batch", self.first, "s"),
             Measured(f"{row}: from the last batch to the last record", self.last, "s"),
-            Measured(f"{row}: CPU of the child per image", self.cpu, "ms"),
-            Measured(f"{row}: memory of the child above the idle one's", self.memory, "MB"),
+            Measured(f"{row}: CPU of the children per image", self.cpu, "ms"),
+            Measured(f"{row}: memory of the children above the idle ones'", self.memory, "MB"),
             Measured(f"{row}: most GETs in flight", self.gets),
             Measured(f"{row}: most PUTs in flight", self.puts),
             Measured(f"{row}: core of the servers", 100 * self.servers, "%"),
@@ -248,9 +249,9 @@ def _measured(case: Case, node: Node, servers: Servers, jobs: Jobs) -> Result:
     """Submit the jobs of a case, wait for them, and say how it went."""
     lists = [servers.fresh(case.images // case.jobs, delay=case.get, tail=case.tail) for _ in range(case.jobs)]
     idle, machine, began = node.settle(), psutil.cpu_times(), time.monotonic()
-    processes = {"child": node.child, "servers": servers.pid, "all": os.getpid()}
+    processes = {"servers": servers.pid, "all": os.getpid(), **{f"child {pid}": pid for pid in node.children}}
     before, epoch = {name: cpu_of(pid) for name, pid in processes.items()}, time.time()
-    spy = Spy(node.child, case.images / case.rate) if case.lock else None
+    spy = Spy(node.children[0], case.images / case.rate) if case.lock else None
     for urls in lists:
         jobs.submit(urls)
     cut = jobs.await_images(began + 2 * case.images / case.rate + 5)
@@ -268,7 +269,7 @@ def _measured(case: Case, node: Node, servers: Servers, jobs: Jobs) -> Result:
         first=batches[0].began - began,
         last=ends[-1] - epoch - (batches[-1].ended - began),
         busy=sum(batch.ended - batch.began for batch in batches) / (batches[-1].ended - batches[0].began),
-        cpu=1000 * used["child"] / images,
+        cpu=1000 * sum(seconds for name, seconds in used.items() if name.startswith("child")) / images,
         memory=(node.peak() - idle) / 1e6,
         gets=load["GET"].most,
         puts=load["PUT"].most,
@@ -276,7 +277,7 @@ def _measured(case: Case, node: Node, servers: Servers, jobs: Jobs) -> Result:
         ours=used["all"] / cores,
         all=everything,
         cut=cut,
-        lock=None if spy is None else spy.lock(ends, batches),
+        lock=None if spy is None else spy.lock(batches),
         waits=node.waits(ends[-1], CUT_PATIENCE if cut else PATIENCE),
     )
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ SAMPLES = 250
 
 
 class Node:
-    """A node with one child, whose device takes batches of up to `batch` images at `rate` images per second at most."""
+    """A node whose device takes batches of up to `batch` images at `rate` images per second at most.
+
+    It has as many children as a node with a GPU and such an engine has by default.
+    """
 
     def __init__(self, folder: Path, redis_url: str, servers: Servers, *, rate: int, batch: int) -> None:
         self.folder = folder
@@ -58,19 +61,21 @@ class Node:
                 **KEYS,
             ),
             folder,
+            concurrency=stand_in.GPU_ROW.children,
         )
         self.worker.command = [sys.executable, "-m", "bench.stand_in", *self.worker.command[3:]]
 
     def settle(self) -> int:
-        """Bytes of memory of the idle child, whose peak is counted from now on."""
-        (self.child,) = self.worker.children()
-        Path(f"/proc/{self.child}/clear_refs").write_text("5")  # proc(5): resets VmHWM, the peak resident set size
-        return int(psutil.Process(self.child).memory_info().rss)
+        """Bytes of memory of the idle children, whose peaks are counted from now on."""
+        self.children = self.worker.children()
+        for child in self.children:
+            Path(f"/proc/{child}/clear_refs").write_text("5")  # proc(5): resets VmHWM, the peak resident set size
+        return sum(int(psutil.Process(child).memory_info().rss) for child in self.children)
 
     def peak(self) -> int:
-        """The most bytes of memory that the child has used."""
-        lines = Path(f"/proc/{self.child}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+        """The most bytes of memory that the children have used, added up."""
+        lines = [line for child in self.children for line in Path(f"/proc/{child}/status").read_text().splitlines()]
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
     def waits(self, since: float, patience: float) -> dict[str, float]:
         """Seconds that the device waited, by cause, and was busy, as far as the node tells.
@@ -140,7 +145,7 @@ class Spy:
     def __init__(self, pid: int, seconds: float) -> None:
         self._program = shutil.which("py-spy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
         self._seconds = max(1, round(seconds / 3))
-        self._began = {time.time: time.time() + seconds / 3, time.monotonic: time.monotonic() + seconds / 3}
+        self._pid, self._began = pid, time.monotonic() + seconds / 3
         if self._program is None:
             print("lock skipped: it needs py-spy (pip install py-spy)", file=sys.stderr)
             return
@@ -150,17 +155,15 @@ class Spy:
         wait = f"import os, time; time.sleep({seconds / 3}); os.execv({self._program!r}, {record!r})"
         self._process = subprocess.Popen([sys.executable, "-c", wait], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    def lock(self, recorded: Sequence[float], batches: Sequence[Batch]) -> float | None:
-        """Milliseconds that threads held the lock per image computed or recorded meanwhile; None without py-spy."""
+    def lock(self, batches: Sequence[Batch]) -> float | None:
+        """Milliseconds that threads of the process held the lock per image that it computed meanwhile; None without py-spy."""
         if self._program is None:
             return None
         assert self._process.wait() == 0, "py-spy failed"
         lines = Path(self._folder.name, "stacks").read_text().splitlines()
         self._folder.cleanup()
         held = sum(int(line.rsplit(" ", 1)[1]) for line in lines) / SAMPLES
-        images = sum(self._meanwhile(time.time, moment) for moment in recorded)
-        images += sum(batch.images for batch in batches if self._meanwhile(time.monotonic, batch.ended))
-        return 1000 * held / (images / 2)
-
-    def _meanwhile(self, clock: Callable[[], float], moment: float) -> bool:
-        return self._began[clock] <= moment <= self._began[clock] + self._seconds
+        images = sum(
+            batch.images for batch in batches if batch.child == self._pid and 0 <= batch.ended - self._began <= self._seconds
+        )
+        return 1000 * held / images

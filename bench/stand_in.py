@@ -3,24 +3,28 @@
 - `stand-in` takes STAND_IN_SECONDS per image, on a device where batches are no faster. Into the folder STAND_IN_FOLDER it
   writes how many images are on its device, in one file per process.
 - `stand-in-gpu` takes STAND_IN_SECONDS per batch of up to STAND_IN_BATCH images, however full it is, so the line learns how
-  many fit and waits for full ones. It appends a line per batch to `batches` in STAND_IN_FOLDER: see `Batch`.
+  many fit and waits for full ones. The child processes of a node share it. It appends a line per batch to `batches` in
+  STAND_IN_FOLDER: see `Batch`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from imagemill.shared.engines import ENGINES, Engine
 from imagemill.shared.options.base import EngineOptions
+from imagemill.shared.settings import Settings
 from imagemill.worker.hardware import memory
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.hardware.memory import Memory, Peak
+from imagemill.worker.hardware.turn import Turn
 from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Work
 
@@ -91,17 +95,30 @@ class Card(Memory):
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch that has run: when it began and ended, in seconds on the monotonic clock, and its images."""
+    """A batch that has run: when it began and ended, in seconds on the monotonic clock, its images, and the child's pid."""
 
     began: float
     ended: float
     images: int
+    child: int
 
     @classmethod
     def read(cls, folder: Path) -> list[Batch]:
-        """The batches so far of the process with this STAND_IN_FOLDER."""
+        """The batches so far of the node with this STAND_IN_FOLDER, in order."""
         lines = [line.split() for line in (folder / "batches").read_text().splitlines()]
-        return [cls(float(began), float(ended), int(images)) for began, ended, images in lines]
+        return sorted(
+            (cls(float(began), float(ended), int(images), int(child)) for began, ended, images, child in lines),
+            key=lambda one: one.began,
+        )
+
+
+class OneGpu(Device):
+    """The device of a node whose children share a GPU."""
+
+    @classmethod
+    def of(cls, settings: Settings, children: int, *, gpus: int = 1) -> Device:
+        device = Device.of(settings, children, gpus=gpus)
+        return replace(device, siblings=children, turn=Turn() if children > 1 else nullcontext())
 
 
 class StandInGpu(Operation[StandInGpuOptions, Pixels, Pixels, Picture]):
@@ -121,11 +138,12 @@ class StandInGpu(Operation[StandInGpuOptions, Pixels, Pixels, Picture]):
         return Work([Sample(picture.pixels, inputs.options)], plan=picture)
 
     def run(self, samples: Sequence[Sample[StandInGpuOptions, Pixels]]) -> Sequence[Pixels]:
-        began = time.monotonic()
         self._card.images = len(samples)
-        time.sleep(max(0.0, began + self._seconds - time.monotonic()))
         with self._batches.open("a") as file:
-            file.write(f"{began} {time.monotonic()} {len(samples)}\n")
+            fcntl.flock(file, fcntl.LOCK_EX)  # the device
+            began = time.monotonic()
+            time.sleep(self._seconds)
+            file.write(f"{began} {time.monotonic()} {len(samples)} {os.getpid()}\n")
         return [sample.data for sample in samples]
 
     def finish(self, work: Work[StandInGpuOptions, Pixels, Picture], outputs: Sequence[Pixels]) -> Picture:
@@ -133,12 +151,16 @@ class StandInGpu(Operation[StandInGpuOptions, Pixels, Pixels, Picture]):
 
 
 ROW = Engine("stylize", "stand-in", options=StandInOptions, module="bench.stand_in:StandIn", extra="worker")
-GPU_ROW = Engine("stylize", "stand-in-gpu", options=StandInGpuOptions, module="bench.stand_in:StandInGpu", extra="worker")
+GPU_ROW = Engine(
+    "stylize", "stand-in-gpu", options=StandInGpuOptions, module="bench.stand_in:StandInGpu", extra="worker", children=2
+)
 
 
 if __name__ == "__main__":
     from bench import stand_in
     from imagemill.producer.cli import main
+    from imagemill.worker import main as node
 
     ENGINES.extend([stand_in.ROW, stand_in.GPU_ROW])
+    node.Device = OneGpu  # type: ignore[misc,assignment]
     main(prog_name="imagemill")

@@ -26,7 +26,8 @@ class Engine:
     `module` locates its class (`package.module:Class`), and the package extra `extra` installs that module's dependencies.
     `models` maps each model that the options can select to its files in the catalogue of models. `lasting_notes` are the
     notes that an image gets on every run: a result with any other note may be due to temporary circumstances, such as a
-    missed deadline, and is never reused.
+    missed deadline, and is never reused. `children` is how many child processes share a GPU by default: two where a GPU is so
+    fast that the Python of one process can't feed it.
     """
 
     operation: Operation
@@ -36,6 +37,7 @@ class Engine:
     extra: str
     models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lasting_notes: frozenset[str] = frozenset()
+    children: int = 1
 
     @property
     def lanes(self) -> tuple[str, ...]:
@@ -76,9 +78,19 @@ ENGINES: list[Engine] = [
         "rembg",
         {model: (model,) for model in get_args(RembgModel)},
         frozenset({"empty_cutout", "enlarged", "matting_too_large", "no_shadow_found"}),
+        children=2,
     ),
     Engine("inpaint", "opencv", OpencvInpaint, f"{_OPERATIONS}.inpaint.opencv:Inpaint", "worker", lasting_notes=_HOLE_NOTES),
-    Engine("inpaint", "lama", LamaInpaint, f"{_OPERATIONS}.inpaint.lama:Lama", "lama", {"lama": ("lama",)}, _HOLE_NOTES),
+    Engine(
+        "inpaint",
+        "lama",
+        LamaInpaint,
+        f"{_OPERATIONS}.inpaint.lama:Lama",
+        "lama",
+        {"lama": ("lama",)},
+        _HOLE_NOTES,
+        children=2,
+    ),
     Engine("stylize", "opencv", OpencvStylize, f"{_OPERATIONS}.stylize.opencv:Stylize", "worker"),
     Engine(
         "stylize",

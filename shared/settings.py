@@ -142,6 +142,12 @@ class WorkerSettings(Group):
     """One worker node."""
 
     gpu: int | None = Field(None, ge=0, description="index of the node's GPU; empty: CPU")
+    children_per_gpu: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        description="child processes that share a GPU; empty: 2, but 1 if the node offers stylize with diffusion",
+    )
     operations: Annotated[tuple[Operation, ...], LIST] = Field(OPERATIONS, description="operations to offer; JSON list")
     engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines to load; JSON list")
     max_pixels: int = Field(64_000_000, gt=0, description="most pixels in an image; larger ones are rejected undecoded")

@@ -20,6 +20,7 @@ from imagemill.worker.hardware.device import share_of_cores, visible_gpu
 from imagemill.worker.main import Worker
 from imagemill.worker.node import logs
 from imagemill.worker.node.host_gpus import HostReport
+from imagemill.worker.node.offer import children_per_gpu
 from imagemill.worker.node.parting import die_with_supervisor
 from imagemill.worker.node.supervisor import Supervisor, find_gpus
 
@@ -31,7 +32,10 @@ log = logging.getLogger(__name__)
 @click.option("--gpus", type=click.Choice(["all"]), help="Run one node per GPU of this host, and restart nodes that die.")
 @click.option("--cpu", is_flag=True, help="Run one node on the CPU.")
 @click.option(
-    "--concurrency", metavar="N", type=click.IntRange(min=1), help="Child processes of a CPU node; default: one per core."
+    "--concurrency",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Child processes of each node. Default: one per core; on a GPU 2, or 1 for stylize with diffusion.",
 )
 @click.option("--operations", metavar="LIST", help="Operations to offer, separated by commas; default: all.")
 @click.option(
@@ -57,8 +61,8 @@ def worker(
     """Run a worker node: one GPU, all GPUs of this host, or the CPU."""
     logs.early()
     with _told_in_the_log():
-        _check(gpu, gpus, cpu, concurrency, name)
-        settings = _settings(gpu, operations, metrics, metrics_host)
+        _check(gpu, gpus, cpu, name)
+        settings = _settings(gpu, concurrency, operations, metrics, metrics_host)
         logs.set_up(as_json=settings.log_json, level=settings.log_level)
         sys.exit(_run(settings, gpus, concurrency, operations, name))
 
@@ -75,11 +79,9 @@ def _told_in_the_log() -> Iterator[None]:
         sys.exit(error.exit_code)
 
 
-def _check(gpu: int | None, gpus: str | None, cpu: bool, concurrency: int | None, name: str | None) -> None:
+def _check(gpu: int | None, gpus: str | None, cpu: bool, name: str | None) -> None:
     if sum((gpu is not None, gpus is not None, cpu)) != 1:
         raise UsageError("choose a device: --gpu N, --gpus all or --cpu")
-    if concurrency is not None and not cpu:
-        raise UsageError("--concurrency requires --cpu; a GPU node has one child")
     if name is not None and gpus:
         raise UsageError("--name requires a single node; --gpus all names its nodes gpu0, gpu1 and so on")
 
@@ -96,7 +98,7 @@ def _run(settings: Settings, gpus: str | None, concurrency: int | None, operatio
         node, children = name or "cpu", concurrency or share_of_cores(1)
     else:
         visible_gpu(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))  # fails now rather than in the child
-        node, children = name or f"gpu{gpu}", 1
+        node, children = name or f"gpu{gpu}", children_per_gpu(settings)
     full = host_format(node if "@" in node else f"{node}@%h")
     describe_process(node=full, gpu=gpu)
     return Worker(settings).run(name=full, concurrency=children)
@@ -105,6 +107,8 @@ def _run(settings: Settings, gpus: str | None, concurrency: int | None, operatio
 def _arguments(gpu: int, operations: str | None, settings: Settings) -> list[str]:
     """The arguments of one of the nodes of `--gpus all`."""
     arguments = ["worker", "--gpu", str(gpu)]
+    if settings.worker.children_per_gpu is not None:
+        arguments += ["--concurrency", str(settings.worker.children_per_gpu)]
     if operations:
         arguments += ["--operations", operations]
     if settings.worker.metrics_port is not None:
@@ -112,9 +116,13 @@ def _arguments(gpu: int, operations: str | None, settings: Settings) -> list[str
     return arguments
 
 
-def _settings(gpu: int | None, operations: str | None, metrics: int | None, metrics_host: str | None) -> Settings:
+def _settings(
+    gpu: int | None, concurrency: int | None, operations: str | None, metrics: int | None, metrics_host: str | None
+) -> Settings:
     settings = load_settings()
     changes: dict[str, Any] = {"gpu": gpu}  # --cpu sets None, which overrides IMAGEMILL_WORKER__GPU
+    if concurrency is not None:
+        changes["children_per_gpu"] = concurrency
     if metrics is not None:
         changes["metrics_port"] = metrics
     if metrics_host is not None:

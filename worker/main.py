@@ -29,7 +29,7 @@ from imagemill.worker.hardware.device import Device, pin
 from imagemill.worker.hardware.gpus import gpu_of, no_such_gpu
 from imagemill.worker.node import intake, logs, metrics
 from imagemill.worker.node.naming import take_name, this_process
-from imagemill.worker.node.offer import Lanes, lanes, missing, nothing_to_do, shortcomings
+from imagemill.worker.node.offer import Lanes, children_per_gpu, lanes, missing, nothing_to_do, shortcomings
 from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
 from imagemill.worker.node.parting import die_with
 from imagemill.worker.node.supervisor import find_gpus
@@ -71,8 +71,10 @@ class Worker:
     def _prepare_parent(self, sender: Any, **_: Any) -> None:
         """Runs in the parent before the pool forks: takes a name, sets up the shared memory and the node's own queue."""
         self._log_engines()
-        if self.settings.worker.gpu is not None or not isinstance(sender.concurrency, int):
-            sender.concurrency = 1  # one child per GPU
+        if self.settings.worker.gpu is not None:
+            sender.concurrency = children_per_gpu(self.settings)
+        elif not isinstance(sender.concurrency, int):
+            sender.concurrency = 1
         seen = 1 if self.settings.worker.gpu is None else len(find_gpus())
         self.device = Device.of(self.settings, sender.concurrency, gpus=seen)
         self.children = Children(sender.concurrency)

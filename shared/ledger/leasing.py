@@ -43,6 +43,8 @@ class Request:
     """Jobs that it can't work on at the moment."""
     drains: bool = True
     """Whether it will soon have nothing at hand if it takes nothing."""
+    siblings: int = 1
+    """How many children share its device, this one included."""
 
 
 @dataclass(frozen=True)

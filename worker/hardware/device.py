@@ -6,13 +6,15 @@ import ctypes
 import os
 import signal
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import DiffusionSettings, Settings
+from imagemill.worker.hardware.turn import Turn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -25,6 +27,7 @@ class Device:
 
     - `gpu`: index as given by the operator; inside the pinned process the GPU is always `cuda:0`. None for the CPU.
     - `threads`: the child's share of the cores, at least 1.
+    - `siblings`: how many children share the GPU, this one included; each batch runs within `turn`.
     - `weights`: folder of the model files.
     - `provider`: execution provider of onnxruntime; `memory_limit`: bytes it may allocate on a GPU.
     - `int8`: prefer 8-bit versions of models where they exist (models.files).
@@ -33,6 +36,8 @@ class Device:
 
     gpu: int | None = None
     threads: int = 1
+    siblings: int = 1
+    turn: AbstractContextManager[Any] = field(default_factory=nullcontext, repr=False, compare=False)
     weights: Path = Path()
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     memory_limit: int | None = None
@@ -49,6 +54,8 @@ class Device:
         return cls(
             gpu=gpu,
             threads=share_of_cores(children, nodes),
+            siblings=1 if gpu is None else children,
+            turn=Turn() if gpu is not None and children > 1 else nullcontext(),
             weights=settings.weights.folder.expanduser(),
             provider=("cpu" if gpu is None else "cuda") if provider == "auto" else provider,
             memory_limit=settings.onnx.gpu_mem_limit,

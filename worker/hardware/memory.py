@@ -60,9 +60,9 @@ def memory_of(device: Device, runtime: Literal["cpu", "onnxruntime", "torch"]) -
     if device.gpu is None or runtime == "cpu" or (runtime == "onnxruntime" and device.provider == "cpu"):
         return HostMemory()
     if runtime == "torch":
-        return TorchMemory()
+        return TorchMemory(1 / device.siblings)
     try:
-        return NvmlMemory(os.environ.get("CUDA_VISIBLE_DEVICES", str(device.gpu)), device.memory_limit)
+        return NvmlMemory(os.environ.get("CUDA_VISIBLE_DEVICES", str(device.gpu)), device.memory_limit, 1 / device.siblings)
     except Exception as error:  # noqa: BLE001  # of the NVML library or the driver; the engine may work without them
         fields = dict(action="load", reason=f"{type(error).__name__}: {sentence(error)}")
         log.warning("GPU memory can't be monitored; batches are as large as the engine allows", extra=fields)
@@ -110,22 +110,28 @@ def _peak_rss() -> int:
 
 
 class TorchMemory(Memory):
-    """GPU memory as counted by torch, which caches freed memory for its next run; to the driver, the cache is in use."""
+    """GPU memory as counted by torch, which caches freed memory for its next run; to the driver, the cache is in use.
 
-    def __init__(self) -> None:
+    Of a GPU that is shared with other children, torch refuses to allocate more than this process's `share` (0 to 1).
+    """
+
+    def __init__(self, share: float = 1.0) -> None:
         import torch
 
         from imagemill.worker.hardware.torch_device import require_cuda
 
         require_cuda("the engine", "the GPU")
-        self._cuda = torch.cuda
+        self._cuda, self._share = torch.cuda, share
         with _device_lost_on(RuntimeError):
             self.name = str(torch.cuda.get_device_name())
+            if share < 1:
+                torch.cuda.set_per_process_memory_fraction(share)
 
     def free(self) -> int:
         with _device_lost_on(RuntimeError):
-            free, _total = self._cuda.mem_get_info()
-            return int(free + self._cuda.memory_reserved() - self._cuda.memory_allocated())
+            free, total = self._cuda.mem_get_info()
+            allocated = self._cuda.memory_allocated()
+            return int(max(0, min(free + self._cuda.memory_reserved(), self._share * total) - allocated))
 
     @contextmanager
     def peak(self) -> Iterator[Peak]:
@@ -150,20 +156,23 @@ class NvmlMemory(Memory):
     """GPU memory as counted by the driver, for runtimes without counters. `visible` is CUDA_VISIBLE_DEVICES.
 
     A thread samples it during a run, since memory is freed at the end. `limit` is the most a session may allocate. The
-    driver does not report broken contexts; onnxruntime's own errors have to do.
+    driver does not report broken contexts; onnxruntime's own errors have to do. Of a GPU that is shared with other children,
+    this process counts on its `share` (0 to 1) only. What the others allocate during a run counts as its own, unless the
+    driver can tell them apart, which it can't in a container; then batches become smaller than they might be.
     """
 
-    def __init__(self, visible: str, limit: int | None = None) -> None:
+    def __init__(self, visible: str, limit: int | None = None, share: float = 1.0) -> None:
         import pynvml
 
-        self._nvml, self._limit = pynvml, limit
+        self._nvml, self._limit, self._share = pynvml, limit, share
         pynvml.nvmlInit()
         self._handle = handle_of(pynvml, visible)
         self.name = str(pynvml.nvmlDeviceGetName(self._handle))
         self._lowest = self._used()
 
     def free(self) -> int:
-        free = int(self._info().free)
+        info = self._info()
+        free = min(int(info.free), int(self._share * info.total))
         return free if self._limit is None else min(free, self._limit)
 
     @contextmanager
@@ -186,9 +195,17 @@ class NvmlMemory(Memory):
             finished.set()
             sampler.join()
         peak.bytes = highest - self._lowest
-        peak.share = highest / int(self._info().total)
+        info = self._info()
+        peak.share = (int(info.used) - self._used() + highest) / int(info.total)
 
     def _used(self) -> int:
+        """Bytes in use: by this process if it shares the GPU and the driver knows, otherwise by all."""
+        if self._share < 1:
+            with _device_lost_on(self._nvml.NVMLError):
+                processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)
+            for process in processes:
+                if process.pid == os.getpid() and process.usedGpuMemory is not None:
+                    return int(process.usedGpuMemory)
         return int(self._info().used)
 
     def _info(self) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 from imagemill.shared.errors import ImageError, ModelUnavailable
 from imagemill.worker.line.batching import Batcher, Recipe, Slot, run_parts
@@ -47,8 +47,10 @@ class Around(Protocol):
 class DeviceLoop:
     """Any thread may `put` images; one thread at a time may `run` the device."""
 
-    def __init__(self, line: Around, speed: Speed, meter: Meter, batch_wait: float) -> None:
-        self._line, self._speed, self._meter = line, speed, meter
+    def __init__(
+        self, line: Around, speed: Speed, meter: Meter, batch_wait: float, turn: AbstractContextManager[Any] | None = None
+    ) -> None:
+        self._line, self._speed, self._meter, self._turn = line, speed, meter, turn or nullcontext()
         self.waits = Waits()
         self.starving_since: float | None = None
         """Since when, on the monotonic clock, the device has had nothing to run."""
@@ -97,21 +99,26 @@ class DeviceLoop:
                 if self._fault is not None:
                     raise self._fault
                 if self._batcher:
-                    self._run_batch(*self._batcher.take())
+                    self._run_next()
                 elif not busy():
                     return
                 if time.monotonic() >= until:
                     return
+
+    def _run_next(self) -> None:
+        """Run a batch, of whatever has been prepared by the time when the device is ours."""
+        start = time.perf_counter()
+        with self._turn:
+            self._waited("turn", time.perf_counter() - start)
+            self._take_in_ready()
+            self._run_batch(*self._batcher.take())
 
     def clear(self, *, begun: bool = False) -> None:
         """Drop withdrawn images that wait for a device which nobody runs; with `begun`, also those that ran in part."""
         if not self._running.acquire(blocking=False):
             return
         try:
-            while not self._ready.empty():
-                image = self._ready.get()
-                if image is not None:
-                    self._take_in(image)
+            self._take_in_ready()
             for image in self._batcher.remove(lambda image: image.withdrawn or begun):
                 self._line.free(image)
         finally:
@@ -146,9 +153,18 @@ class DeviceLoop:
         try:
             return self._ready.get(timeout=patience)
         finally:
-            seconds = time.perf_counter() - start
-            self.waits.add(cause, seconds)
-            self._meter.waited(cause, seconds)
+            self._waited(cause, time.perf_counter() - start)
+
+    def _waited(self, cause: Cause, seconds: float) -> None:
+        self.waits.add(cause, seconds)
+        self._meter.waited(cause, seconds)
+
+    def _take_in_ready(self) -> None:
+        """Batch what has been prepared, without waiting for more."""
+        while not self._ready.empty():
+            image = self._ready.get()
+            if image is not None:
+                self._take_in(image)
 
     def _take_in(self, image: ImageInFlight) -> None:
         self.expect(-1)

@@ -14,7 +14,7 @@ import time
 from asyncio import Semaphore
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from imagemill.shared.errors import Truncated
@@ -36,8 +36,9 @@ from imagemill.worker.transfer.network import Network
 class Line:
     """Takes images through the stages. Any thread may `enter` images; one thread at a time may run the `device`.
 
-    `threads` is the number of CPU cores to use before the device, and again after it. `changed` is called, in any thread, when
-    an image has left the device or the line; `moved` between any two batches, and now and then while the device is idle.
+    `threads` is the number of CPU cores to use before the device, and again after it. If `siblings` share the device, each
+    batch runs within `turn`. `changed` is called, in any thread, when an image has left the device or the line; `moved` between
+    any two batches, and now and then while the device is idle.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class Line:
         moved: Callable[[], None] = lambda: None,
         *,
         threads: int = 2,
+        turn: AbstractContextManager[Any] | None = None,
+        siblings: int = 1,
     ) -> None:
-        self.records, self.speed, self.outages = records, Speed(), Outages()
+        self.records, self.speed, self.outages = records, Speed(siblings=siblings), Outages()
         self.changed, self.moved = changed, moved
         self.budget = PixelBudget(settings.worker.look_ahead)
-        self.device = DeviceLoop(self, self.speed, records.meter, settings.worker.batch_wait)
+        self.device = DeviceLoop(self, self.speed, records.meter, settings.worker.batch_wait, turn)
         records.on_error = self.device.fail
         fetch = settings.fetch
         self.front = Front(self._begin, lambda: self.speed.pace(), most=fetch.threads, per_host=fetch.per_host)

@@ -23,10 +23,13 @@ class _Lane:
 
 
 class Speed:
-    """Smoothed rates of computing. Failed and reused images and idle time don't count. Thread-safe. `clock` is in seconds."""
+    """Smoothed rates of computing. Failed and reused images and idle time don't count. Thread-safe.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    So many `siblings`, this child included, share the device. `clock` is in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, siblings: int = 1) -> None:
+        self._siblings, self._clock = siblings, clock
         self._lock = Lock()
         self._lanes: dict[str, _Lane] = {}
         self._since: float | None = None
@@ -60,13 +63,13 @@ class Speed:
             return {lane: known.images / known.seconds for lane, known in self._lanes.items() if known.images and known.seconds}
 
     def pace(self, lane: str | None = None) -> float:
-        """Images per second that the device could take of a lane, by its fastest batch of late; 0 if unknown.
+        """Images per second of a lane that the device could take from this child, by its fastest batch of late; 0 if unknown.
 
         That is more than it computes while it has to wait or batches are not full. By default, of the latest lane.
         """
         with self._lock:
             known = self._lanes.get(lane or self._latest or "")
-            return known.fastest * known.images / known.samples if known and known.samples else 0.0
+            return known.fastest * known.images / known.samples / self._siblings if known and known.samples else 0.0
 
     def computed(self, lane: str) -> int:
         """Images of a lane computed so far."""

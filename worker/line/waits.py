@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-Cause = Literal["work", "fetch", "decode", "batch", "store"]
-CAUSES: tuple[Cause, ...] = ("work", "fetch", "decode", "batch", "store")
-"""There is no work; nothing is downloaded; nothing is prepared; a batch is not full; results not yet stored take the memory."""
+Cause = Literal["work", "fetch", "decode", "batch", "store", "turn"]
+CAUSES: tuple[Cause, ...] = ("work", "fetch", "decode", "batch", "store", "turn")
+"""There is no work; nothing is downloaded; nothing is prepared; a batch is not full; results not yet stored take the memory;
+another child has the device."""
 
 
 class Waits:

@@ -82,7 +82,7 @@ class Child:
         self.network = Network()
         self.s3 = S3Requests(settings.s3, self.network)
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3, self.network)
-        self._lanes, self._threads = lanes, device.threads
+        self._lanes, self._device = lanes, device
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
         self.traces = open_traces(settings)
@@ -164,13 +164,21 @@ class Child:
     def _make_feeder(self) -> Feeder:
         return Feeder(
             lambda changed: Line(
-                self.settings, self.records, self.network, changed, lambda: self.moved(True), threads=self._threads
+                self.settings,
+                self.records,
+                self.network,
+                changed,
+                lambda: self.moved(True),
+                threads=self._device.threads,
+                turn=self._device.turn,
+                siblings=self._device.siblings,
             ),
             self.ledger,
             self,
             child=self.name,
             seat=self.seat,
             seconds=self.settings.worker.share_seconds,
+            siblings=self._device.siblings,
             stopping=self.stopping,
             traces=self.traces,
         )

@@ -51,7 +51,7 @@ CONTEXT_SECONDS = 60.0
 
 
 class Feeder:
-    """Keeps a line filled. `child` names this process in leases, `seat` (NODE/NUMBER) in rates."""
+    """Keeps a line filled. `child` names this process in leases, `seat` (NODE/NUMBER) in rates; `siblings` share its device."""
 
     def __init__(
         self,
@@ -62,6 +62,7 @@ class Feeder:
         child: str,
         seat: str,
         seconds: float,
+        siblings: int = 1,
         stopping: Callable[[], bool],
         traces: Traces | None = None,
     ) -> None:
@@ -69,6 +70,7 @@ class Feeder:
         self.line = line(self._poke.set)
         self._story = Story(ledger, traces, self.line.device.waits)
         self._ledger, self._jobs, self._child, self._seat = ledger, jobs, child, seat
+        self._siblings = siblings
         self._stopping, self._appetite = stopping, Appetite(self.line, jobs.grows, seconds=seconds)
         self._held: list[Held] = []
         self._manifests: dict[str, ManifestDue] = {}
@@ -318,7 +320,7 @@ class Feeder:
         for each in self._held:
             held[each.share.job] = held.get(each.share.job, 0) + len(each.left())
         rates, empty, drains = self.line.speed.rates(), not self._held, not self.line.outages.reasons()
-        return Request(self._child, self._lanes_now(), room, rates, held, empty, self._avoided(), drains)
+        return Request(self._child, self._lanes_now(), room, rates, held, empty, self._avoided(), drains, self._siblings)
 
     def _avoided(self) -> list[str]:
         """The jobs that this child can't work on at the moment: what they need does not respond."""

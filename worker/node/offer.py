@@ -34,6 +34,13 @@ def missing(settings: Settings) -> dict[str, list[str]]:
     return {name: models for name, models in absent.items() if models}
 
 
+def children_per_gpu(settings: Settings) -> int:
+    """How many child processes share a GPU: as set, or as many as suit all engines with models that this node offers."""
+    engines = {(operation, engine) for operation, engine, model in map(split_lane, lanes(settings)) if model}
+    suitable = [row.children for row in ENGINES if (row.operation, row.name) in engines]
+    return settings.worker.children_per_gpu or min(suitable, default=1)
+
+
 def shortcomings(settings: Settings) -> list[tuple[str, str]]:
     """The engines that this node was set up for and can't offer at all: for each, why and how to fix it."""
     found = []

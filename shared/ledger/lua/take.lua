@@ -1,7 +1,8 @@
 -- ARGV the request as JSON, the size of a pack: hand out a share, or a manifest to write. The request holds
 --   child, lease: who asks, and the lease in ms;   empty, drains: whether the child has nothing at hand, now or soon;
 --   lanes: the lanes that the child can work on;   room, rate: by lane, images it wants and images per second it computes;
---   held: by job, images it already has at hand;   avoid: jobs that it can't work on at the moment.
+--   held: by job, images it already has at hand;   avoid: jobs that it can't work on at the moment;
+--   siblings: how many children share its device.
 -- Returns {'none'}; {'drain'}: come back when nothing is at hand, for suspects; {'damaged', job, why}: its record can't be used;
 -- {'manifest', job, number of its lease, run, ms since it was first handed out}; or {'share', job, number, processes that died
 -- with these images, rank of its priority, 1 if its owner had nothing running, its ranges, those of them that are recorded
@@ -74,11 +75,13 @@ local function suspects(job, j)
 end
 
 -- Guided self-scheduling (Polychronopoulos and Kuck 1987), weighted by speed: at most half of the child's part of what is left.
--- If all children can finish that within a second, each gets its whole part, so that a small job takes one round.
+-- If all children can finish that within a second, each gets its whole part, so that a small job takes one round. Children of
+-- the only device need no parts: whoever computes the end, small batches would only hold the device up.
 local function part(job, j, mine)
   local rate = ask.rate[j.lane] or 0
   local speed = tonumber(redis.call('HGET', 'imagemill:speed', j.lane) or 0)
   local children = math.max(1, tonumber(redis.call('HGET', 'imagemill:children', j.lane) or 1))
+  if children <= (ask.siblings or 1) then return j.left end
   local its = rate > 0 and speed > 0 and math.min(1, rate / speed) or 1 / children
   local others = children - redis.call('HLEN', key(job, 'shares')) -- who have not got theirs yet, this one included
   if others > 0 and mine == 0 and j.left * its <= rate then

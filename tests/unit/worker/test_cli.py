@@ -49,8 +49,6 @@ def imagemill_worker(*flags: str, **settings: str) -> Result:
         (["--gpu", "0", "--cpu"], "choose a device"),
         (["--gpus", "all", "--cpu"], "choose a device"),
         (["--gpu", "0", "--gpus", "all"], "choose a device"),
-        (["--gpu", "0", "--concurrency", "2"], "--concurrency requires --cpu"),
-        (["--gpus", "all", "--concurrency", "2"], "--concurrency requires --cpu"),
         (["--gpus", "all", "--name", "big"], "--name requires a single node"),
         (["--cpu", "--operations", "stylise"], "unknown operation 'stylise'; did you mean 'stylize'?"),
         (["--cpu", "--operations", " , "], "--operations is empty (valid: remove-background, inpaint, stylize)"),
@@ -99,6 +97,7 @@ def test_worker_names_an_invalid_setting() -> None:
         (["--cpu", "--concurrency", "5"], None, "cpu@HOST", 5),
         (["--cpu"], None, "cpu@HOST", len(os.sched_getaffinity(0))),
         (["--gpu", "0", "--name", "first"], 0, "first@HOST", 1),
+        (["--gpu", "0", "--concurrency", "3"], 0, "gpu0@HOST", 3),
         (["--cpu", "--concurrency", "1", "--name", "cpu@here"], None, "cpu@here", 1),
     ],
 )

@@ -184,6 +184,20 @@ def test_images_at_hand_count_towards_the_part(producer: SubmitLedger, worker: W
     assert len(take(worker, room=500, rate={LANE: 1.0}, held={job: 4}, empty=False).items) == 5
 
 
+def test_siblings_on_the_only_device_need_no_parts(producer: SubmitLedger, worker: WorkLedger, fleet: Fleet) -> None:
+    rates = {CHILD: 1.0, OTHER: 1.0}
+    report(fleet, worker, rates)
+    make_job(producer, 40)
+    sizes = [len(take(worker, child, room=16, rate={LANE: 1.0}, siblings=2).items) for child in (CHILD, OTHER, OTHER)]
+    assert sizes == [16, 16, 8]
+
+
+def test_siblings_get_parts_beside_another_device(producer: SubmitLedger, worker: WorkLedger, fleet: Fleet) -> None:
+    report(fleet, worker, {CHILD: 1.0, OTHER: 1.0, "gpu0@c/1": 2.0})
+    make_job(producer, 160)
+    assert len(take(worker, CHILD, room=500, rate={LANE: 1.0}, siblings=2).items) == 20
+
+
 def test_all_children_work_until_the_last_image(producer: SubmitLedger, worker: WorkLedger, fleet: Fleet) -> None:
     report(fleet, worker, {f"cpu@{n}/1": 1.0 for n in range(8)})
     make_job(producer, 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from threading import Event
@@ -76,6 +77,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         state.highest = state.allocated
 
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: vars(state).update(fraction=share))
     return state
 
 
@@ -87,6 +89,13 @@ def test_torch_without_a_usable_gpu_is_a_configuration_error(monkeypatch: pytest
 
 def test_torch_counts_its_cache_as_free(cuda: SimpleNamespace) -> None:
     assert (TorchMemory().name, TorchMemory().free()) == ("NVIDIA RTX", 18 * GB)
+
+
+def test_torch_counts_on_its_share_of_a_gpu_and_takes_no_more(cuda: SimpleNamespace) -> None:
+    assert memory_of(Device(gpu=0, siblings=2), "torch").free() == 8 * GB
+    assert cuda.fraction == 0.5
+    cuda.free = 1 * GB
+    assert TorchMemory(0.5).free() == 2 * GB, "the others hold the rest"
 
 
 def test_torch_peak_excludes_earlier_allocations_and_its_share_includes_other_processes(cuda: SimpleNamespace) -> None:
@@ -109,12 +118,14 @@ def test_torch_reports_device_lost_when_every_call_fails(cuda: SimpleNamespace) 
 
 
 class Driver:
-    """Replaces pynvml: two GPUs and a MIG instance, each with `used` bytes in use of 10 GB."""
+    """Replaces pynvml: two GPUs and a MIG instance, each with `used` bytes in use of 10 GB, `own` of them by this process."""
 
     NVMLError = pynvml.NVMLError
 
     def __init__(self) -> None:
         self.used, self.lost, self.sampled = 3 * GB, False, Event()
+        self.own: int | None = 1 * GB
+        self.asked = Event()
 
     def nvmlInit(self) -> None:  # noqa: N802
         pass
@@ -140,6 +151,11 @@ class Driver:
         self.sampled.set()
         return SimpleNamespace(total=10 * GB, used=self.used, free=10 * GB - self.used)
 
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[SimpleNamespace]:  # noqa: N802
+        self.asked.set()
+        others = [SimpleNamespace(pid=1, usedGpuMemory=2 * GB)]
+        return [*others, SimpleNamespace(pid=os.getpid(), usedGpuMemory=self.own)] if self.own else others
+
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
@@ -163,6 +179,25 @@ def test_nvml_selects_first_visible_gpu(visible: str, name: str, driver: Driver)
 def test_nvml_free_memory_respects_session_limit(driver: Driver) -> None:
     assert NvmlMemory("1").free() == 7 * GB
     assert NvmlMemory("1", limit=2 * GB).free() == 2 * GB
+
+
+def test_nvml_counts_on_its_share_of_a_gpu(driver: Driver) -> None:
+    assert NvmlMemory("1", share=0.5).free() == 5 * GB
+    driver.used = 8 * GB
+    assert NvmlMemory("1", share=0.5).free() == 2 * GB
+
+
+@pytest.mark.parametrize(("own", "peak_bytes"), [(1 * GB, 2 * GB), (None, 4 * GB)])
+def test_nvml_tells_siblings_apart_where_the_driver_does(own: int | None, peak_bytes: int, driver: Driver) -> None:
+    driver.own = own
+    memory = NvmlMemory("1", share=0.5)
+    with memory.peak() as peak:
+        driver.used = 7 * GB
+        driver.own = own and 3 * GB
+        for _ in range(2):  # the first sample has been recorded when the second comes
+            driver.asked.clear()
+            assert driver.asked.wait(20)
+    assert (peak.bytes, peak.share) == (peak_bytes, 0.7)
 
 
 def test_nvml_samples_memory_during_the_run(driver: Driver) -> None:

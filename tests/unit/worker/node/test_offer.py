@@ -15,8 +15,9 @@ from imagemill.worker.models import checksums
 from imagemill.worker.models.catalogue import MODELS, repository
 from imagemill.worker.models.files import record_variant, variant
 from imagemill.worker.models.repositories import folder_of
+from imagemill.worker.node import offer
 from imagemill.worker.node.checks.models import check_engines, check_models
-from imagemill.worker.node.offer import lanes, missing, nothing_to_do, shortcomings
+from imagemill.worker.node.offer import children_per_gpu, lanes, missing, nothing_to_do, shortcomings
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,28 @@ def test_engine_is_one_lane_or_one_lane_per_model_on_disk(tmp_path: Path) -> Non
     assert "u2net" in missing(known)["rembg"]
     assert not {"u2netp", "silueta", "bria-rmbg"} & set(missing(known)["rembg"])
     assert shortcomings(known) == []
+
+
+@pytest.mark.parametrize(
+    ("engines", "here", "given", "children"),
+    [
+        (("opencv",), (), None, 1),
+        (("opencv", "rembg"), ("u2netp",), None, 2),
+        (("rembg",), (), None, 1),
+        (("rembg",), ("u2netp",), 1, 1),
+        (("opencv",), (), 3, 3),
+    ],
+)
+def test_as_many_children_share_a_gpu_as_suit_all_engines(
+    engines: tuple[str, ...], here: tuple[str, ...], given: int | None, children: int, tmp_path: Path
+) -> None:
+    assert children_per_gpu(settings(tmp_path, *engines, here=here, children_per_gpu=given)) == children
+
+
+def test_children_do_not_share_a_gpu_for_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offer, "is_here", lambda *_: True)
+    assert children_per_gpu(settings(tmp_path, "rembg", "lama")) == 2
+    assert children_per_gpu(settings(tmp_path, "rembg", "lama", "diffusion")) == 1
 
 
 def test_model_from_several_repositories_is_a_lane_when_all_are_complete(tmp_path: Path) -> None:
