@@ -34,8 +34,8 @@ THREADS = 8
 """Requests of boto3 at the same time."""
 KEYS_SECONDS = 60.0
 """How long to sign with the same keys; temporary ones are replaced ten minutes before they expire."""
-CONNECT_SECONDS, SILENCE_SECONDS = 5, 30
-"""As for boto3, see shared/s3.py."""
+CONNECT_SECONDS, SILENCE_SECONDS = 5, 10
+"""Then boto3 is asked, which waits for 30 s of silence before it tries again (shared/s3.py)."""
 LARGE = 262_144
 """Bytes that are hashed in another thread, so that the loop goes on."""
 PLAIN = "/-._~"
