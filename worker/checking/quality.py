@@ -82,13 +82,13 @@ def measured(result: Pixels, pair: Pair, evidence: Evidence, operation: Spec) ->
     looks: dict[str, Look | None] = {}
     if evidence.hole is not None:
         inside, around = by.rings(evidence.hole, pair.size)
-        found["sharpness"] = by.sharpness(pair.grey, inside)
-        found["kept"] = by.kept(found["sharpness"], by.sharpness(pair.grey, around))
+        found["sharpness"] = by.sharpness(pair.grey, by.without_rim(inside))
+        found["kept"] = by.kept(found["sharpness"], by.sharpness(pair.grey, by.without_rim(around)))
         found["step"] = by.border_step(result, evidence.hole)
     else:
-        found["sharpness"] = by.sharpness(pair.grey, pair.solid)
+        found["sharpness"] = by.sharpness(pair.grey, pair.inner)
     if evidence.comparable:
-        found["kept"] = by.kept(found["sharpness"], by.sharpness(pair.source_grey, pair.solid))
+        found["kept"] = by.kept(found["sharpness"], by.sharpness(pair.source_grey, pair.inner))
         if not evidence.recoloured:
             found["cast"] = by.cast(pair)
     alpha = pair.alpha if evidence.alpha is None else evidence.alpha
@@ -127,7 +127,7 @@ def lacking(pair: Pair) -> float:
     grey, solid = pair.grey.astype(np.float32), pair.solid > 0
     detail = grey - cv2.GaussianBlur(grey, (0, 0), 1)
     own, more = (cv2.Laplacian(plane, cv2.CV_32F)[solid] for plane in (grey, detail))
-    wanted = by.sharpness(pair.source_grey, pair.solid)
+    wanted = by.sharpness(pair.source_grey, pair.inner)
     if wanted is None or float(more.var()) < 1e-6:
         return 0.0
     (has, both), (_, adds) = np.cov(own, more)

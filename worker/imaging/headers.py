@@ -65,6 +65,11 @@ class Header:
     icc: bytes | None = field(default=None, repr=False)
 
     @property
+    def pixels(self) -> int:
+        """Width times height."""
+        return self.size[0] * self.size[1]
+
+    @property
     def stored_size(self) -> tuple[int, int]:
         """(width, height) as stored in the file, before applying the orientation."""
         return (self.size[1], self.size[0]) if self.orientation >= 5 else self.size

@@ -159,7 +159,7 @@ class ImageInFlight:
             end = time.time()
             self.spans.append((stage, end - seconds, end))
 
-    @property
+    @cached_property
     def log_fields(self) -> dict[str, Any]:
         """What log lines say of the image's job and share."""
         return {**self.context.log_fields, "share": self.share}

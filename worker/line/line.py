@@ -99,6 +99,10 @@ class Line:
             self._prepared(image, outcome)
         elif image.earlier_result is not None:
             self._on_network(self._reuse, image)
+        elif self.budget.enter_now(image.header.pixels):
+            image.held_pixels = image.header.pixels
+            image.spent("wait", 0.0)
+            self._prepare(image)
         else:
             self._wait_for_room(image)
 
@@ -110,14 +114,14 @@ class Line:
             self._on_cpu(self._before, self._prepared, image, outcome)
 
     def _wait_for_room(self, image: ImageInFlight) -> None:
-        pixels, start = image.header.size[0] * image.header.size[1], time.perf_counter()
+        start = time.perf_counter()
 
         def go(granted: int) -> None:
             image.held_pixels = granted
             image.spent("wait", time.perf_counter() - start)
             self._on_cpu(self._before, self._prepare, image)
 
-        self.budget.enter(pixels, go, lambda: image.stopped)
+        self.budget.enter(image.header.pixels, go, lambda: image.stopped)
 
     def _prepare(self, image: ImageInFlight) -> None:
         self._prepared(image, advance(image, stages.BEFORE_DEVICE))

@@ -35,6 +35,14 @@ class PixelBudget:
         """How many images wait for room."""
         return len(self._waiting)
 
+    def enter_now(self, pixels: int) -> bool:
+        """Take room for so many pixels if there is some and nobody waits for it."""
+        with self._lock:
+            if self._closed or self._waiting or not self._fits(pixels):
+                return False
+            self._used += pixels
+            return True
+
     def enter(self, pixels: int, go: Go, unwanted: Callable[[], bool] = lambda: False) -> None:
         """Call `go` with the pixels granted as soon as there is room: now, or in the thread that makes room.
 
@@ -66,8 +74,11 @@ class PixelBudget:
                     return
                 first = self._waiting[0]
                 granted = 0 if first.unwanted() else first.pixels
-                if granted and self._used and self._used + granted > self._total:
+                if granted and not self._fits(granted):
                     return
                 self._waiting.popleft()
                 self._used += granted
             first.go(granted)
+
+    def _fits(self, pixels: int) -> bool:
+        return not self._used or self._used + pixels <= self._total

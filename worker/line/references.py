@@ -39,7 +39,8 @@ class References:
 
     def of(self, options: EngineOptions) -> set[str]:
         """The URLs of what all images of a job need."""
-        return {url for name in ADDRESSES if (url := getattr(options, name, None)) is not None}
+        given = vars(options)  # pydantic's own `getattr` takes long for what an engine does not have
+        return {url for name in ADDRESSES if (url := given.get(name)) is not None}
 
     async def bring(self, options: EngineOptions) -> None:
         """Download what all images of a job need. Whoever uses it gets its error."""

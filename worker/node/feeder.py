@@ -18,6 +18,7 @@ from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight
 from imagemill.worker.line.line import Line
 from imagemill.worker.node.appetite import Appetite
+from imagemill.worker.node.manifests import SKIP_SECONDS, Manifests
 from imagemill.worker.node.shares import Held, Jobs, ahead, engine_of
 from imagemill.worker.node.story import Story
 
@@ -35,8 +36,6 @@ REPORT_SECONDS = 5.0
 """Interval between reports of why images wait."""
 PAUSE_SECONDS = 0.01
 """Pause between two looks at the shares, however many images change meanwhile."""
-SKIP_SECONDS = 60.0
-"""How long this child leaves a job of a newer version to other nodes."""
 GRACE_SECONDS = 2.0
 """How long the line goes on without a shift."""
 FINISH_SECONDS = 10.0
@@ -73,7 +72,7 @@ class Feeder:
         self._siblings = siblings
         self._stopping, self._appetite = stopping, Appetite(self.line, jobs.grows, seconds=seconds)
         self._held: list[Held] = []
-        self._manifests: dict[str, ManifestDue] = {}
+        self._manifests = Manifests(ledger, jobs, self.line, avoid=self._avoid)
         self._contexts: dict[str, tuple[float, Context]] = {}
         self._unable: dict[str, float] = {}  # jobs that this child can't work on, until when
         self._opened: dict[tuple[str, str], tuple[str, float]] = {}  # by engine, the latest lane, and since when
@@ -127,8 +126,7 @@ class Feeder:
         for held in self._held:
             held.context.stop.set()
         self._held.clear()
-        for due in list(self._manifests.values()):
-            due.stop.set()
+        self._manifests.stop()
         self.line.abandon()
 
     def _finish(self) -> None:
@@ -197,7 +195,7 @@ class Feeder:
 
     def _renew(self) -> None:
         leases: list[Share | ManifestDue] = [held.share for held in self._held]
-        manifests = list(self._manifests.values())
+        manifests = self._manifests.due()
         leases += manifests
         if not leases:
             return
@@ -262,24 +260,6 @@ class Feeder:
                     self._ask_at = 0.0  # its part of the job may be larger now
                 self._story.ended(held)
 
-    def _write_manifest(self, due: ManifestDue) -> None:
-        """In one of the line's threads."""
-        try:
-            self._jobs.write_manifest(due)
-        except JobNewer as error:
-            log.warning("manifest left to newer nodes", extra={"action": "manifest", "job": due.job, "reason": error.message})
-            self._avoid(due.job, SKIP_SECONDS)
-        except JobUnreadable as error:
-            self._ledger.condemn(due.job, error.message)
-        except ImagemillError as error:  # its lease expires, and it is handed out again
-            log.warning("manifest postponed", extra={"action": "manifest", "job": due.job, "reason": error.message})
-        except Exception:  # a bug
-            log.exception("manifest postponed", extra={"action": "manifest", "job": due.job})
-        finally:
-            if self._manifests.get(due.job) is due:
-                del self._manifests[due.job]
-            self._poke.set()
-
     # --- taking -----------------------------------------------------------------------------------
 
     def _top_up(self) -> bool:
@@ -293,10 +273,7 @@ class Feeder:
             if isinstance(answer, Share):
                 self._start(answer)
             elif isinstance(answer, ManifestDue):
-                if answer.job in self._manifests:  # its lease expired while Redis was away
-                    self._manifests[answer.job].stop.set()
-                self._manifests[answer.job] = answer
-                self.line.after.submit(self._write_manifest, answer)
+                self._manifests.begin(answer, self._poke.set)
             else:
                 self._ask_at = time.monotonic() + RETRY_SECONDS
                 return answer == "drain"

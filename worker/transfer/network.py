@@ -1,6 +1,6 @@
 """One event loop per process for everything that waits on the network: hundreds of transfers, one thread.
 
-While transfers run, the loop looks at their sockets every two milliseconds, and libcurl takes those further
+While transfers run, the loop looks at their sockets every four milliseconds, and libcurl takes those further
 that are ready. To be woken up by each event instead would cost several times the CPU time and of Python's lock.
 """
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Done = Callable[[concurrent.futures.Future[Any]], None]
 
-SECONDS = 0.002
+SECONDS = 0.004
 """Between two looks at the sockets; little beside the time that any server takes."""
 OPEN_FILES = 8192
 IDLE_CONNECTIONS = 256

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from skimage.color import deltaE_ciede2000
 
 from imagemill.worker.checking.measures import (
+    FEWEST,
     Pair,
     agreement,
     border_step,
@@ -116,7 +117,7 @@ def test_sharpness_falls_with_blur(sigmas: tuple[float, float], seed: int) -> No
 def test_kept_sharpness_shows_blur_at_any_picture_size(size: tuple[int, int]) -> None:
     pixels = cv2.resize(greyish(480, 640), size[::-1], interpolation=cv2.INTER_CUBIC)
     pair = Pair.of(blurred(pixels, max(size) / 200), pixels)
-    share = kept(sharpness(pair.grey, pair.solid), sharpness(pair.source_grey, pair.solid))
+    share = kept(sharpness(pair.grey, pair.inner), sharpness(pair.source_grey, pair.inner))
     assert share is not None
     assert share < 0.3
     assert max(pair.size) <= 512
@@ -134,7 +135,17 @@ def test_sharpness_ignores_edge_of_cut_out() -> None:
     alpha[60:180, 80:240] = 255
     cut = np.dstack([np.where(alpha[..., None] > 0, pixels, 0), alpha])
     pair = Pair.of(cut, pixels)
-    assert sharpness(pair.grey, pair.solid) == sharpness(pair.source_grey, pair.solid)
+    assert sharpness(pair.grey, pair.inner) == sharpness(pair.source_grey, pair.inner)
+
+
+@given(seed=st.integers(0, 1000), width=st.integers(10, 90), height=st.integers(10, 90), part=st.floats(0.3, 1))
+def test_sharpness_is_the_variance_of_the_laplacian(seed: int, width: int, height: int, part: float) -> None:
+    random = np.random.default_rng(seed)
+    grey = random.integers(0, 256, (height, width), np.uint8)
+    inner = np.where(random.random((height, width)) < part, 255, 0).astype(np.uint8)
+    assume(cv2.countNonZero(inner) >= FEWEST)
+    deviation = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S), mask=inner)[1][0, 0]
+    assert sharpness(grey, inner) == pytest.approx(deviation**2, rel=1e-14)
 
 
 def test_entropy_of_one_two_and_all_grey_levels() -> None:
@@ -236,6 +247,6 @@ def test_rings_do_not_touch() -> None:
 def test_measures_are_finite_for_every_picture(name: str) -> None:
     pixels = PICTURES[name]
     pair = Pair.of(pixels, scene(50, 70))
-    for value in (cast(pair), sharpness(pair.grey, pair.solid), entropy(pair.grey, pair.solid)):
+    for value in (cast(pair), sharpness(pair.grey, pair.inner), entropy(pair.grey, pair.solid)):
         assert value is None or math.isfinite(value)
     assert small(pixels, (5, 7)).shape[:2] == (7, 5)

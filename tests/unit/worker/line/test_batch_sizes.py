@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -43,7 +44,23 @@ def test_batch_grows_to_its_share_of_free_memory_without_failing(each: int, base
     fits = max(1, min(most, int((SHARE * gpu.free() - base) // each)))
     assert operation.sizes[-1] == fits
     assert operation.sizes == sorted(operation.sizes), "no size was tried that did not fit"
-    assert all(later <= 2 * earlier for earlier, later in zip(operation.sizes, operation.sizes[1:], strict=False))
+    tried = list(dict.fromkeys(operation.sizes))
+    assert tried[1:2] in ([], [2]), "one peak says little"
+    assert all(later <= 4 * earlier for earlier, later in pairwise(tried))
+
+
+def test_two_measured_peaks_allow_larger_steps() -> None:
+    gpu = FakeGpu(100_000)
+    operation, sizes = Hungry(gpu, each=10, base=50), BatchSizes(gpu)
+    work(operation, sizes, 5)
+    assert operation.sizes == [1, 2, 8, 32, 64]
+
+
+def test_without_peaks_sizes_only_double() -> None:
+    gpu = FakeGpu(1000, blind=True)
+    operation, sizes = Hungry(gpu, each=1), BatchSizes(gpu)
+    work(operation, sizes, 5)
+    assert operation.sizes == [1, 2, 4, 8, 16]
 
 
 @given(

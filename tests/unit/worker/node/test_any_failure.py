@@ -22,7 +22,7 @@ PLACES = [
     "imaging.codec:decode",
     "imaging.codec:encode",
     "checking.quality:check",
-    "line.pixel_budget:PixelBudget.enter",
+    "line.pixel_budget:PixelBudget.enter_now",
     "line.pixel_budget:PixelBudget.look",
     "line.pixel_budget:PixelBudget.release",
     "line.image:ImageInFlight.move",
