@@ -18,6 +18,7 @@
         ├── UnsupportedUrl  ForbiddenAddress  AccessDenied  NotFound  TooLarge  TooManyRedirects
         ├── Timeout  Unreachable  ServerError  HttpError          (fetch)
         ├── EmptyFile  NotAnImage  Truncated  TooManyPixels       (codec)
+        │              └── UnsupportedFormat
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
         ├── UnsafeContent  ModelUnavailable
         ├── StorageUnavailable  StorageFull  StorageRefused       (store)
@@ -200,6 +201,13 @@ class EmptyFile(ImageError, code="empty_file"):
 
 class NotAnImage(ImageError, code="not_an_image"):
     """The file is not in an image format that imagemill reads."""
+
+
+class UnsupportedFormat(NotAnImage, code="unsupported_format"):
+    """The file is an image whose layout or colours imagemill doesn't read, such as floats or HDR.
+
+    The message says what it is. The documentation lists what is read.
+    """
 
 
 class Truncated(ImageError, code="truncated"):
