@@ -17,8 +17,7 @@
     └── ImageError                   one image fails, the others do not
         ├── UnsupportedUrl  ForbiddenAddress  AccessDenied  NotFound  TooLarge  TooManyRedirects
         ├── Timeout  Unreachable  ServerError  HttpError          (fetch)
-        ├── EmptyFile  NotAnImage  Truncated  TooManyPixels       (codec)
-        │              └── UnsupportedFormat
+        ├── EmptyFile  NotAnImage  UnsupportedFormat  Truncated  TooManyPixels  (codec)
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
         ├── UnsafeContent  ModelUnavailable
         ├── StorageUnavailable  StorageFull  StorageRefused       (store)
@@ -203,7 +202,7 @@ class NotAnImage(ImageError, code="not_an_image"):
     """The file is not in an image format that imagemill reads."""
 
 
-class UnsupportedFormat(NotAnImage, code="unsupported_format"):
+class UnsupportedFormat(ImageError, code="unsupported_format"):
     """The file is an image whose layout or colours imagemill doesn't read, such as floats or HDR.
 
     The message says what it is. The documentation lists what is read.

@@ -31,7 +31,7 @@ _RAW = re.compile(rb"\s*(?:exif|app1|xmp|icc|icm)\s+\d+\s", re.IGNORECASE)
 
 def read_header(data: bytes) -> Facts:
     """What the file states, without decoding. Raises as `png.chunks`."""
-    size, depth, notes, kind = (0, 0), 8, (), b""
+    size, depth, kind = (0, 0), 8, b""
     first, texts, exif, end = dict[bytes, bytes](), dict[bytes, bytes](), None, 0
     for kind, start, end in png.chunks(data):
         if kind == b"IHDR":
@@ -45,7 +45,7 @@ def read_header(data: bytes) -> Facts:
             keyword, _, rest = data[start:end].partition(b"\0")
             if keyword == _XMP or keyword.startswith(b"Raw profile type "):
                 texts.setdefault(keyword, _text(kind, rest))
-    notes += (REDUCED,) * (depth == 16) + (NO_END,) * (kind != b"IEND")
+    notes = (REDUCED,) * (depth == 16) + (NO_END,) * (kind != b"IEND")
     exif = exif or _raw(texts, "exif") or _raw(texts, "APP1")
     xmp = texts.get(_XMP) or _raw(texts, "xmp")
     return Facts(size, exif, xmp, _profile(first, texts), notes=notes)
@@ -66,7 +66,7 @@ def _profile(chunks: Mapping[bytes, bytes], texts: Mapping[bytes, bytes]) -> byt
     gamma = int.from_bytes(chunks[b"gAMA"], "big") / 100_000
     corners = chunks.get(b"cHRM", b"")
     chromaticities = tuple(value / 100_000 for value in struct.unpack(">8I", corners)) if len(corners) == 32 else colour.SRGB
-    return colour.by_gamma(gamma, chromaticities)  # type: ignore[arg-type]  # eight of them
+    return colour.by_gamma(gamma, chromaticities)
 
 
 def _inflated(packed: bytes, limit: int) -> bytes | None:
@@ -129,7 +129,7 @@ def _rounded(data: bytes, image: ImageFile, kind: int, key: bytes | None) -> tup
     Pillow keeps the upper bytes only; told that the samples are little-endian, it keeps the lower ones.
     """
     if kind == 0:
-        wide = np.array(image)
+        wide: NDArray[np.uint16] = np.array(image)
         return _nearest((wide >> 8).astype(np.uint8), wide.astype(np.uint8)), _keyed(wide, key)
     if kind == 4:  # the two bytes of grey and of alpha, as if they were four channels
         bytes_of = _loaded(image, "RGBA")
@@ -140,7 +140,7 @@ def _rounded(data: bytes, image: ImageFile, kind: int, key: bytes | None) -> tup
     pixels = _nearest(upper, lower)
     if kind == 6:
         return np.ascontiguousarray(pixels[:, :, :3]), pixels[:, :, 3]
-    return pixels, _keyed(upper.astype(np.uint16) << 8 | lower, key) if key is not None else None
+    return pixels, _keyed(upper * np.uint16(256) + lower, key) if key is not None else None
 
 
 def _loaded(image: ImageFile, layout: str) -> NDArray[np.uint8]:

@@ -182,7 +182,8 @@ def _tables(page: Page, layout: Layout) -> NDArray[np.uint8]:
 
 def _linear(bits: int) -> NDArray[np.uint8]:
     most = 2**bits - 1
-    return ((np.arange(most + 1) * 255 + most // 2) // most).astype(np.uint8)
+    levels: NDArray[np.int64] = (np.arange(most + 1) * 255 + most // 2) // most
+    return levels.astype(np.uint8)
 
 
 def _interpret(values: Array, layout: Layout, tables: NDArray[np.uint8], alpha: int | None, out: NDArray[np.uint8]) -> None:
@@ -214,7 +215,7 @@ def _values(rows: Array, layout: Layout) -> Array:
     elif layout.bits == 16:
         values = np.ascontiguousarray(rows).view(layout.order + "u2").astype(np.uint16, copy=False)
     else:
-        bits = np.unpackbits(rows, axis=2)
+        bits = np.unpackbits(rows.view(np.uint8), axis=2)
         bits = bits[:, :, : bits.shape[2] // (layout.bits * count) * layout.bits * count]
         weights = 2 ** np.arange(layout.bits - 1, -1, -1, dtype=np.uint16)
         values = np.dot(bits.reshape(*rows.shape[:2], -1, layout.bits), weights)

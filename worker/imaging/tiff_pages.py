@@ -49,7 +49,7 @@ class Page:
     above: Page | None = field(default=None, repr=False)
 
     def numbers(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """The whole numbers of a tag. Raises NotAnImage if they are of another type or too many, Truncated if they are cut off."""
+        """The whole numbers of a tag. Raises NotAnImage for another type or too many, Truncated if they are cut off."""
         if tag not in self.entries:
             return default
         kind, count, place = self.entries[tag]
