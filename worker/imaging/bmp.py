@@ -31,4 +31,6 @@ def corrected(data: bytes, image: ImageFile) -> None:
     levels = (0, 255) if image.mode == "1" else range(2**bits)
     image._mode, image.palette = "P", ImagePalette.raw("RGB", bytes(level for level in levels for _ in range(3)))
     layout = {1: "P;1", 4: "P;4", 8: "P"}[bits]
-    image.tile = [tile._replace(args=(layout, *(tile.args or ())[1:])) if tile.codec_name == "raw" else tile for tile in image.tile]
+    image.tile = [
+        tile._replace(args=(layout, *(tile.args or ())[1:])) if tile.codec_name == "raw" else tile for tile in image.tile
+    ]

@@ -30,7 +30,7 @@ _OTHER_COLOURS = {
     4: "a transparency mask", 8: "Lab colours", 9: "ICC Lab colours", 10: "ITU Lab colours", 32844: "LogL light levels",
     32845: "LogLuv light levels", 32803: "the raw data of a camera", 34892: "the raw data of a camera",
 }  # fmt: skip
-_FAX, _JPEG = frozenset({2, 3, 4}), 7
+_NONE, _FAX, _JPEG = 1, frozenset({2, 3, 4}), 7
 _PLAIN = frozenset({1, 5, 8, 32773, 32946, 34925, 50000})  # none, LZW, deflate, PackBits, deflate, LZMA, Zstandard
 _OTHER_COMPRESSIONS = {
     6: "old-style JPEG",
@@ -173,7 +173,7 @@ def _tables(page: Page, layout: Layout) -> NDArray[np.uint8]:
         if len(palette) != 3 * (most + 1):
             raise Truncated("the TIFF file's palette is cut short")
         if palette.max() > 255:  # some writers store 8 bits
-            palette = (palette * 255 + 32767) // 65535
+            palette = palette >> 8  # others write 255 as 65280, which rounding would make 254
         return np.ascontiguousarray(palette.reshape(3, -1).T.astype(np.uint8))
     levels = _linear(layout.bits)
     levels = levels[::-1] if layout.meaning == _WHITE_IS_ZERO else levels
@@ -251,24 +251,26 @@ def _unpacked(page: Page, layout: Layout, plane: int) -> Array:
         tags |= {tag.TILE_WIDTH: [row], tag.TILE_HEIGHT: [high]}
     else:
         tags[tag.ROWS_PER_STRIP] = [min(high, height)]
-    tags |= _pieces(page, across * down, plane)
+    last = high if tiled else height - high * (down - 1)
+    least = [row * high] * (across * down - 1) + [row * last] if layout.compression == _NONE else [1] * (across * down)
+    tags |= _pieces(page, plane, least)
     image = open_checked(_rebuilt(page.data, tags), "tiff")
     image.load()
     found = np.array(image).view(np.uint8)
     return found.reshape(height, across, -1) if layout.compression in _PLAIN else found.reshape(height, width, count)
 
 
-def _pieces(page: Page, each: int, plane: int) -> dict[int, list[int]]:
-    """Where the `each` strips or tiles of a plane are. Raises Truncated if they are not in the file."""
+def _pieces(page: Page, plane: int, least: list[int]) -> dict[int, list[int]]:
+    """Where the strips or tiles of a plane are, of `least` bytes each. Raises Truncated if they are not in the file."""
     places, lengths = (tag.TILES, tag.TILE_BYTES) if tag.TILES in page.entries else (tag.STRIPS, tag.STRIP_BYTES)
-    starts = page.numbers(places)[plane * each : (plane + 1) * each]
-    sizes = page.numbers(lengths)[plane * each : (plane + 1) * each]
-    if len(starts) < each or any(start >= len(page.data) for start in starts):
-        raise Truncated("the TIFF file ends early: it lacks some of its strips or tiles")
-    found = {places: [*starts]}
-    if len(sizes) == each:
-        found[lengths] = [min(size, len(page.data) - start) for start, size in zip(starts, sizes, strict=True)]
-    return found
+    of_plane = slice(plane * len(least), (plane + 1) * len(least))
+    starts, sizes = page.numbers(places)[of_plane], page.numbers(lengths)[of_plane]
+    rest = [len(page.data) - start for start in starts]  # what follows them here is the new directory
+    if len(starts) < len(least) or any(left < wanted for left, wanted in zip(rest, least, strict=True)):
+        raise Truncated("the TIFF file ends early: some of its strips or tiles are missing")
+    if len(sizes) == len(least):
+        rest = [min(size, left) for size, left in zip(sizes, rest, strict=True)]
+    return {places: [*starts], lengths: rest}
 
 
 def _rebuilt(data: bytes, tags: Mapping[int, Sequence[int] | bytes]) -> bytes:
