@@ -95,7 +95,8 @@ def _scans(data: bytes) -> int:
     # are like that, so they need no search, which would take a tenth of their decoding time.
     if frame is not None and frame not in _PROGRESSIVE and data[scan] == data[start + 5]:
         return 1
-    return data.count(b"\xff\xda", scan, max(data.find(b"\xff\xd9", scan), scan)) + 1
+    end = data.find(b"\xff\xd9", scan)
+    return data.count(b"\xff\xda", scan, end if end >= 0 else len(data)) + 1
 
 
 def _whole(data: bytes) -> bool:

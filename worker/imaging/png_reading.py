@@ -26,6 +26,7 @@ MAX_TEXT = 2**20
 _COLOUR = (b"cICP", b"iCCP", b"sRGB", b"gAMA", b"cHRM")
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _XMP = b"XML:com.adobe.xmp"
+_KEYWORDS = frozenset({_XMP, *(b"Raw profile type " + name for name in (b"exif", b"APP1", b"xmp", b"icc", b"icm"))})
 _RAW = re.compile(rb"\s*(?:exif|app1|xmp|icc|icm)\s+\d+\s", re.IGNORECASE)
 
 
@@ -43,8 +44,8 @@ def read_header(data: bytes) -> Facts:
                 first.setdefault(kind, data[start:end] if kind != b"IDAT" else b"")
         elif kind in _TEXTS:
             keyword, _, rest = data[start:end].partition(b"\0")
-            if keyword == _XMP or keyword.startswith(b"Raw profile type "):
-                texts.setdefault(keyword, _text(kind, rest))
+            if keyword in _KEYWORDS and keyword not in texts:  # so few that inflating them all costs little
+                texts[keyword] = _text(kind, rest)
     notes = (REDUCED,) * (depth == 16) + (NO_END,) * (kind != b"IEND")
     exif = exif or _raw(texts, "exif") or _raw(texts, "APP1")
     xmp = texts.get(_XMP) or _raw(texts, "xmp")

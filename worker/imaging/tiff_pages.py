@@ -14,7 +14,7 @@ from imagemill.shared.errors import NotAnImage, Truncated
 MAX_PIECES = 100_000
 """Strips or tiles of a page."""
 MAX_TAGS = 4_096
-MAX_PAGES = 1_000
+MAX_PAGES = 100
 """Looked at to find the full page."""
 MAX_VALUES = 3 * 2**16
 """Numbers of one tag: a palette of 16 bits."""
@@ -48,8 +48,8 @@ class Page:
     entries: dict[int, tuple[int, int, int]] = field(repr=False)
     above: Page | None = field(default=None, repr=False)
 
-    def numbers(self, tag: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """The whole numbers of a tag. Raises NotAnImage for another type or too many, Truncated if they are cut off."""
+    def numbers(self, tag: int, default: tuple[int, ...] = (), *, most: int = MAX_VALUES) -> tuple[int, ...]:
+        """The first `most` whole numbers of a tag. Raises NotAnImage for other types and too many, Truncated if cut off."""
         if tag not in self.entries:
             return default
         kind, count, place = self.entries[tag]
@@ -57,14 +57,14 @@ class Page:
             raise NotAnImage(f"TIFF files whose tag {tag} is of type {kind} are not supported")
         if count > MAX_VALUES:
             raise NotAnImage(f"the TIFF file has {count:,} values for its tag {tag}; the limit is {MAX_VALUES:,}")
-        layout = f"{self.order}{count}{_TYPES[kind]}"
+        layout = f"{self.order}{min(count, most)}{_TYPES[kind]}"
         if place + struct.calcsize(layout) > len(self.data):
             raise Truncated(f"the TIFF file ends inside its tag {tag}")
         return struct.unpack_from(layout, self.data, place)
 
     def number(self, tag: int, default: int = 0) -> int:
         """The first of its numbers."""
-        return (*self.numbers(tag), default)[0]
+        return (*self.numbers(tag, most=1), default)[0]
 
     def raw(self, tag: int, most: int) -> bytes | None:
         """The bytes of a tag, or of the page above; None if there are none or more than `most`."""
@@ -125,9 +125,9 @@ def _pages(data: bytes) -> Iterator[Page]:
             return
         yield page
         try:
-            below = page.numbers(SUB_PAGES)[: MAX_PAGES - len(seen)]
+            below = {*page.numbers(SUB_PAGES, most=MAX_PAGES - len(seen))} - seen
             seen.update(below)
-            for place in below:
+            for place in sorted(below):
                 yield _page(data, order, big, place, page)[0]
         except (struct.error, NotAnImage, Truncated):
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -118,3 +119,15 @@ def test_broken_text_is_ignored(chunk: bytes) -> None:
 def test_profile_as_text() -> None:
     data = png_by_hand(1, 1, 8, GREY, b"\0\x80", text_chunk(b"zTXt", *raw("icc", b"p" * 200)))
     assert png_reading.read_header(data).icc == b"p" * 200
+
+
+def test_texts_are_inflated_once_and_only_if_known() -> None:
+    packed = zlib.compress(bytes(60_000_000), 1)
+    names = [b"Raw profile type exif"] * 20 + [b"Raw profile type %d" % number for number in range(20)]
+    data = png_by_hand(1, 1, 8, GREY, b"\0\x80", *(png_chunk(b"zTXt", name + b"\0\0" + packed) for name in names))
+    tracemalloc.start()
+    try:
+        assert png_reading.read_header(data) == Facts((1, 1))
+        assert tracemalloc.get_traced_memory()[1] < 4 * png_reading.MAX_TEXT
+    finally:
+        tracemalloc.stop()

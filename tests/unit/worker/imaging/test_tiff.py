@@ -200,6 +200,14 @@ def test_pages_in_a_circle_end() -> None:
     assert (pixels(bytes(data)) == FULL).all()
 
 
+def test_sub_pages_in_a_circle_end() -> None:
+    data = bytearray(tiff(Sheet(FULL, tags={330: [0] * 3})))
+    place = data.rindex(struct.pack("<HHI", 330, 4, 3)) + 8
+    (values_at,) = struct.unpack_from("<I", data, place)
+    struct.pack_into("<3I", data, values_at, *[int.from_bytes(data[4:8], "little")] * 3)
+    assert (pixels(bytes(data)) == FULL).all()
+
+
 def test_sub_page_takes_profile_and_orientation_from_its_page() -> None:
     found = picture(tiff(replace(THUMBNAIL, tags={254: [1], 274: [3], 34675: SWAPPED}), below=(Sheet(FULL),)), icc="keep")
     assert (found.pixels == FULL[::-1, ::-1]).all()
