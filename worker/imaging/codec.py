@@ -13,13 +13,12 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from imagemill.shared.errors import NotAnImage, OperationFailed, sentence
+from imagemill.shared.errors import OperationFailed, sentence
 from imagemill.worker.imaging import icc as profiles
-from imagemill.worker.imaging import jpeg, opencv, png
-from imagemill.worker.imaging.headers import Header, open_checked, probe, translated
+from imagemill.worker.imaging import jpeg, opencv, png, reading
+from imagemill.worker.imaging.headers import Header, probe, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize, upright
 
@@ -53,14 +52,12 @@ def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal
     `icc="keep"`, pixels stay in their RGB profile, which is returned as `Picture.icc`; greyscale and CMYK files are always
     converted to sRGB. Only the first frame of an animation is decoded.
 
-    Raises Truncated (also for damaged files), NotAnImage for unsupported variants of a format, and OutOfMemory.
+    Raises Truncated (also for damaged files), UnsupportedFormat for variants of a format that aren't read, and OutOfMemory.
     """
     target = fit(header.stored_size, edge)
     with translated(header.format):
-        if header.format == "jpeg":
-            pixels, mode = jpeg.decode(data, header.stored_size, target)
-        else:
-            pixels, mode = _by_pillow(data, header)
+        samples = reading.decode(data, header, target)
+    pixels, mode = samples.pixels, samples.mode
     with opencv.translated("decoding the picture"):
         if mode != "CMYK":  # `resize` would treat the fourth channel, black, as alpha
             pixels = np.ascontiguousarray(resize(pixels, target))
@@ -70,7 +67,8 @@ def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal
         same = grey or colours is pixels
         as_stored = same and header.orientation == 1 and target == header.stored_size and _one_frame(data, header.format)
         colours = np.ascontiguousarray(upright(resize(colours, target), header.orientation))
-        return Picture(colours, format=header.format, icc=kept, full_size=header.size, as_stored=as_stored, grey=grey)
+        notes = (*header.notes, *samples.notes)
+        return Picture(colours, header.format, kept, header.size, as_stored=as_stored, grey=grey, notes=notes)
 
 
 def _one_frame(data: bytes, source_format: str) -> bool:
@@ -78,36 +76,6 @@ def _one_frame(data: bytes, source_format: str) -> bool:
     if source_format == "png":
         return all(kind != b"acTL" for kind, _, _ in png.chunks(data))
     return source_format == "jpeg" or (source_format == "webp" and (data[12:16] != b"VP8X" or not data[20] & 2))
-
-
-def _by_pillow(data: bytes, header: Header) -> tuple[NDArray[np.uint8], str]:
-    """Pixels and their mode: L [h, w], or RGB, RGBA or CMYK [h, w, c]."""
-    key = None
-    if header.format == "png":
-        depth = data[24]  # `probe` has checked that the header is the first chunk
-        data, key = png.checked(data)
-    image = open_checked(data, header.format, header.stored_size)
-    image.load()
-    pixels, mode = _samples(image)
-    if key is not None:
-        alpha = png.colour_key(np.array(image) if image.mode == "I;16" else pixels, key, depth)
-        return np.dstack([profiles.as_rgb(pixels, mode), alpha]), "RGBA"
-    return pixels, mode
-
-
-def _samples(image: Image.Image) -> tuple[NDArray[np.uint8], str]:
-    """Samples of a Pillow image as L, RGB, RGBA or CMYK; of 16-bit grey, the upper byte."""
-    if image.mode.startswith("I;16"):
-        return (np.array(image) >> 8).astype(np.uint8), "L"
-    if image.mode in ("I", "F", "LAB", "HSV"):
-        raise NotAnImage(f"pixel format {image.mode!r} is not supported")
-    if image.has_transparency_data:
-        mode = "RGBA"
-    elif image.mode in ("1", "L"):
-        mode = "L"
-    else:
-        mode = "CMYK" if image.mode == "CMYK" else "RGB"
-    return np.array(image if image.mode == mode else image.convert(mode)), mode
 
 
 def decode_mask(data: bytes, *, max_pixels: int) -> Grey:

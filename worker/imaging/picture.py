@@ -23,7 +23,7 @@ class Picture:
     `format` is the source file's format and `icc` the profile of the pixels (None means sRGB). `full_size` is the source's
     upright (width, height), larger than `pixels` if the decoder was asked for a smaller picture. `as_stored` is true if the
     file shows exactly these pixels: a single frame, not rotated, scaled or colour-converted. `grey` is true if the source
-    has no colour; an operation may still have added some.
+    has no colour; an operation may still have added some. `notes` are on the source file (see facts.FILE_NOTES).
     """
 
     pixels: Pixels
@@ -32,6 +32,7 @@ class Picture:
     full_size: tuple[int, int] = (0, 0)
     as_stored: bool = False
     grey: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:

@@ -38,7 +38,7 @@ from imagemill.worker.transfer.store import Store
 
 log = logging.getLogger(__name__)
 
-REVISION = 4
+REVISION = 5
 """Raise it when decoding, scaling or encoding gives the same image different bytes."""
 
 AROUND = ("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 from typing import Any
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
-from imagemill.shared.errors import NotAnImage, Truncated
+from imagemill.shared.errors import NotAnImage, Truncated, UnsupportedFormat
 from imagemill.worker.imaging import jpeg
+from imagemill.worker.imaging.facts import Facts
 from imagemill.worker.imaging.headers import translated
 
 EOI = b"\xff\xd9"
@@ -35,12 +37,13 @@ def save(pixels: np.ndarray, mode: str = "RGB", **options: Any) -> bytes:
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    return jpeg.read_header(data)[0]
+    return jpeg.read_header(data).size
 
 
 def decode(data: bytes, target: tuple[int, int] | None = None) -> tuple[np.ndarray, str]:
     with translated("jpeg"):
-        return jpeg.decode(data, size_of(data), target or size_of(data))
+        found = jpeg.decode(data, size_of(data), target or size_of(data))
+    return found.pixels, found.mode
 
 
 def by_pillow(data: bytes, mode: str = "RGB") -> np.ndarray:
@@ -87,29 +90,29 @@ def blocks(factors: list[tuple[int, int]], across: int = 5, down: int = 4) -> by
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"mode": "L"}, {"mode": "CMYK"}], ids=str)
 def test_read_header_returns_size(options: dict[str, Any]) -> None:
-    assert jpeg.read_header(save(scene(160, 90), **options)) == ((160, 90), None, None)
+    assert jpeg.read_header(save(scene(160, 90), **options)) == Facts((160, 90))
 
 
 @pytest.mark.parametrize("length", [200, 65_519, 65_520, 200_000])
 def test_read_header_returns_profile_of_any_size(length: int) -> None:
     profile = np.random.default_rng(2).bytes(length)
     for data in (save(scene(), icc_profile=profile), jpeg.encode(scene(), 80, profile)):
-        assert jpeg.read_header(data)[2] == profile
+        assert jpeg.read_header(data).icc == profile
         assert Image.open(io.BytesIO(data)).info["icc_profile"] == profile
 
 
 def test_read_header_joins_profile_parts_in_any_order_if_complete() -> None:
     first, second = (segment(0xE2, b"ICC_PROFILE\0" + bytes([number, 2]) + part) for number, part in ((1, b"ab"), (2, b"cd")))
     data = save(scene())
-    assert jpeg.read_header(data[:2] + second + first + data[2:])[2] == b"abcd"
-    assert jpeg.read_header(data[:2] + second + data[2:])[2] is None
-    assert jpeg.read_header(data[:2] + segment(0xE2, b"ICC_PROFILE\0") + data[2:])[2] is None
+    assert jpeg.read_header(data[:2] + second + first + data[2:]).icc == b"abcd"
+    assert jpeg.read_header(data[:2] + second + data[2:]).icc is None
+    assert jpeg.read_header(data[:2] + segment(0xE2, b"ICC_PROFILE\0") + data[2:]).icc is None
 
 
 def test_read_header_returns_first_exif_block() -> None:
     data = save(scene())
     more = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>") + segment(0xE1, b"Exif\0\0one") + segment(0xE1, b"Exif\0\0two")
-    assert jpeg.read_header(data[:2] + more + data[2:])[1] == b"one"
+    assert jpeg.read_header(data[:2] + more + data[2:]).exif == b"one"
 
 
 ODD = {
@@ -167,6 +170,8 @@ def test_number_of_segments_and_scans_is_limited() -> None:
     last = data[data.rindex(b"\xff\xda") : -2]
     with pytest.raises(NotAnImage, match="limit is 100"):
         decode(data[:-2] + last * jpeg.MAX_SCANS + EOI)
+    with pytest.raises(NotAnImage, match="limit is 100"):
+        decode(data[:-2] + last * jpeg.MAX_SCANS)
 
 
 def test_decode_rejects_conflicting_sizes() -> None:
@@ -175,7 +180,7 @@ def test_decode_rejects_conflicting_sizes() -> None:
         jpeg.decode(data, (200, 120), (200, 120))
     start = data.index(b"\xff\xc0")
     small = data[start : start + 5] + struct.pack(">HH", 16, 16) + data[start + 9 : start + 19]
-    with pytest.raises((Truncated, NotAnImage)):
+    with pytest.raises((Truncated, UnsupportedFormat)):
         decode(data[:start] + small + data[start:])
 
 
@@ -281,6 +286,123 @@ def test_decode_raises_truncated_on_cut_file_with_end_marker(kind: str) -> None:
     data = KINDS[kind]
     with pytest.raises(Truncated):
         decode(data[: int(len(data) * 0.7)] + EOI)
+
+
+# --- harmless damage ---
+
+
+@pytest.mark.parametrize("kind", [*KINDS.keys() - {"unusual"}])
+@pytest.mark.parametrize("end", [b"", b"\xff"], ids=["none", "half"])
+@pytest.mark.parametrize("edge", [1, 1000])
+def test_decode_reads_complete_picture_without_end_marker(kind: str, end: bytes, edge: int) -> None:
+    data = KINDS[kind]
+    width, height = size_of(data)
+    target = min(edge, width), min(edge, height)
+    found = jpeg.decode(data[:-2] + end, (width, height), target)
+    assert (found.pixels == decode(data, target)[0]).all()
+    assert found.notes == ("no_end_marker",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_reads_no_picture_that_lacks_pixels(kind: str) -> None:
+    data = KINDS[kind]
+    fillings = [b"", bytes(9000), b"<p>Bad gateway</p>" * 500, b"\xff" * 9000]
+    for length in (len(data) - 3, len(data) - 4, len(data) - 12, len(data) - 60):
+        for filling in fillings:
+            with pytest.raises(Truncated):
+                decode(data[:length] + filling)
+
+
+def test_decode_reads_no_picture_that_lacks_scans() -> None:
+    data = KINDS["progressive"]
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"][1:]
+    tables = [data.rindex(b"\xff\xc4", 0, at) for at in scans]
+    assert len(scans) > 5
+    for end in (*scans, *tables):
+        with pytest.raises(Truncated):
+            decode(data[:end])
+
+
+ARITHMETIC = base64.b64decode(  # of 16 x 16 grey noise; no library that the tests have writes it
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6jq62rZ4C8yb"
+    "qmx5moq6T/yQALCAAQABABAREA/8wABgAQEAX/2gAIAQEAAD8A9a6eVS9F7EZuhUQI673aRgABo00GcGfQTclEHGOzdB0+xDZh39wX1OxtlrDR"
+    "inoBQIrmZm2rZQenDPd1P2itXhZSpAWJ/9k="
+)
+
+
+def test_arithmetic_coding_is_read_only_with_its_end_marker() -> None:
+    assert (decode(ARITHMETIC)[0] == by_pillow(ARITHMETIC, "L")).all()
+    for data in (ARITHMETIC[:-2], ARITHMETIC[:-30]):  # where pixels are missing, libjpeg doesn't complain
+        with pytest.raises(Truncated):
+            decode(data)
+
+
+JUNK = [b"junk", b"\xff\0", b"\0\0\0", b"\xff\0anything\xff\0"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS.keys() - {"unusual"}])
+@pytest.mark.parametrize("junk", JUNK)
+def test_decode_skips_junk_between_segments_before_the_scan(kind: str, junk: bytes) -> None:
+    data = KINDS[kind]
+    for _, start, _ in list(jpeg._segments(data)):
+        odd = data[: start - 4] + junk + data[start - 4 :]
+        found = jpeg.decode(odd, size_of(odd), size_of(odd))
+        assert (found.pixels == decode(data)[0]).all()
+        assert found.notes == ("junk_skipped",)
+    both = jpeg.decode(odd[:-2], size_of(odd), size_of(odd))
+    assert sorted(both.notes) == ["junk_skipped", "no_end_marker"]
+
+
+# --- CMYK ---
+
+
+def unmarked(ink: np.ndarray, *, inverted: bool = False) -> bytes:
+    """A CMYK JPEG without Adobe's marker."""
+    file = io.BytesIO()
+    stored = ink if inverted else 255 - ink  # Pillow inverts again
+    Image.frombytes("CMYK", (ink.shape[1], ink.shape[0]), stored.tobytes()).save(file, "JPEG", quality=100)
+    data = file.getvalue()
+    at = data.index(b"\xff\xee")
+    return data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+
+
+def inks(black: str) -> np.ndarray:
+    """A scene with white paper as ink, with all, some or none of its black made of black ink."""
+    light = scene().astype(float) / 255
+    light[:20, 100:] = 1
+    share = {"all": 1.0, "some": 0.6, "none": 0.0}[black]
+    key = (1 - light.max(axis=2, keepdims=True)) * share
+    colour = np.clip((1 - light - key) / np.maximum(1 - key, 1e-6), 0, 1)
+    return np.round(np.dstack([colour, key]) * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("black", ["all", "some", "none"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_cmyk_without_adobe_marker_is_read_as_it_says_unless_that_is_impossible(black: str, inverted: bool) -> None:
+    ink = inks(black)
+    data = unmarked(ink, inverted=inverted)
+    found = jpeg.decode(data, size_of(data), size_of(data))
+    assert np.abs(found.pixels.astype(int) - ink).max() <= 6
+    assert found.notes == (("cmyk_inverted",) if inverted else ())
+
+
+# --- kinds that are not read ---
+
+
+@pytest.mark.parametrize(
+    ("marker", "bits", "reason"),
+    [
+        *((0xC0 + number, 8, "of a lossless or hierarchical kind") for number in (3, 5, 6, 7, 11, 13, 14, 15)),
+        (0xC1, 12, "with 12 bits"),
+        (0xC2, 12, "with 12 bits"),
+    ],
+)
+def test_read_header_refuses_other_kinds(marker: int, bits: int, reason: str) -> None:
+    data = bytearray(save(scene()))
+    at = data.index(b"\xff\xc0")
+    data[at + 1], data[at + 4] = marker, bits
+    with pytest.raises(UnsupportedFormat, match=f"JPEG files {reason} are not supported"):
+        jpeg.read_header(bytes(data))
 
 
 # --- writing ---
