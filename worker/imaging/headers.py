@@ -57,11 +57,15 @@ _OTHERS = (
 
 @dataclass(frozen=True)
 class Header:
-    """Header of an image file: `size` is the upright (width, height), `orientation` (EXIF, 1 to 8) is applied by `decode`."""
+    """Header of an image file: `size` is the upright (width, height), `orientation` (EXIF, 1 to 8) is applied by `decode`.
+
+    `lossless` says whether a format that may be either stores pixels without loss; it is false for those that never lose any.
+    """
 
     format: str
     size: tuple[int, int]
     orientation: int = 1
+    lossless: bool = False
     icc: bytes | None = field(default=None, repr=False)
 
     @property
@@ -89,7 +93,7 @@ def probe(data: bytes, *, max_pixels: int) -> Header:
     check_size(size, max_pixels)
     turn = orientation(exif) if exif else 1
     icc = icc if isinstance(icc, bytes) and 128 <= len(icc) <= png.MAX_PROFILE else None
-    return Header(kind, (size[1], size[0]) if turn >= 5 else size, turn, icc)
+    return Header(kind, (size[1], size[0]) if turn >= 5 else size, turn, kind == "webp" and _lossless(data), icc)
 
 
 def check_size(size: tuple[int, int], max_pixels: int) -> None:
@@ -203,6 +207,13 @@ def _read_webp(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None
     if size is None:
         raise Truncated("the WebP file ends inside its header")
     return size, exif, icc
+
+
+def _lossless(data: bytes) -> bool:
+    """Whether the first picture of a WebP file is stored without loss."""
+    first = data.find(b"ANMF", 12, 1 << 16)
+    found = (at for at in (data.find(kind, 12 if first < 0 else first) for kind in (b"VP8L", b"VP8 ")) if at >= 0)
+    return data.startswith(b"VP8L", min(found, default=0))
 
 
 def _read_gif(data: bytes) -> tuple[tuple[int, int], None, None]:
