@@ -28,18 +28,23 @@ MOST_FLAGGED = 100
 
 REMARKS = {
     "cached": "copied from an earlier result of the same image",
+    "cmyk_inverted": "a CMYK JPEG without Adobe's marker, read as inverted because its inks make no sense otherwise",
     "empty_cutout": "no subject found",
     "empty_mask": "the mask is empty, so nothing was filled",
     "enlarged": "the canvas is larger than the image, which was upscaled",
+    "junk_skipped": "the file has junk between its parts; the picture is complete",
     "large_mask": "the mask covers more than 30 % of the image",
     "matting_failed": "alpha matting failed; the edge is unrefined",
     "matting_timed_out": "alpha matting took too long; the edge is unrefined",
     "matting_too_large": "too large for alpha matting; the edge is unrefined",
+    "no_end_marker": "the file's end marker is missing; the picture is complete",
     "no_shadow_found": "no shadow found",
     "prompt_cut": "the prompt is longer than the model accepts and was truncated",
+    "reduced_to_8_bits": "the source has more than 8 bits per channel; the result has 8",
     "repaired_cast": "a colour cast was corrected",
     "repaired_seed": "run again with the next seed",
     "repaired_sharpness": "sharpened",
+    "thumbnail_skipped": "the file's first page is a thumbnail; the full page was read",
 }
 """Workers' notes on results, in words. The words for flags are in imagemill.shared.quality."""
 

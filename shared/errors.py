@@ -17,7 +17,7 @@
     └── ImageError                   one image fails, the others do not
         ├── UnsupportedUrl  ForbiddenAddress  AccessDenied  NotFound  TooLarge  TooManyRedirects
         ├── Timeout  Unreachable  ServerError  HttpError          (fetch)
-        ├── EmptyFile  NotAnImage  Truncated  TooManyPixels       (codec)
+        ├── EmptyFile  NotAnImage  UnsupportedFormat  Truncated  TooManyPixels  (codec)
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
         ├── UnsafeContent  ModelUnavailable
         ├── StorageUnavailable  StorageFull  StorageRefused       (store)
@@ -200,6 +200,13 @@ class EmptyFile(ImageError, code="empty_file"):
 
 class NotAnImage(ImageError, code="not_an_image"):
     """The file is not in an image format that imagemill reads."""
+
+
+class UnsupportedFormat(ImageError, code="unsupported_format"):
+    """The file is an image whose layout or colours imagemill doesn't read, such as floats or HDR.
+
+    The message says what it is. The documentation lists what is read.
+    """
 
 
 class Truncated(ImageError, code="truncated"):

@@ -54,7 +54,7 @@ def check(picture: Picture, source: Picture, work: Work[Any, Any, Any], operatio
 
     Neither `picture` nor `source` is modified.
     """
-    quality, notes, evidence = spec.policy.quality, tuple(work.notes), work.evidence
+    quality, notes, evidence = spec.policy.quality, (*source.notes, *work.notes), work.evidence
     if quality.mode == "off":
         return Checked(picture, notes)
     reference = source.pixels if evidence.comparable else None  # otherwise `finish` may have overwritten it

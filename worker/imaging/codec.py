@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import io
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from imagemill.shared.errors import NotAnImage, OperationFailed, sentence
+from imagemill.shared.errors import OperationFailed, sentence
 from imagemill.shared.messages import Format, KeepMetadata
 from imagemill.worker.imaging import icc as profiles
-from imagemill.worker.imaging import jpeg, opencv, png
-from imagemill.worker.imaging.headers import Header, open_checked, probe, translated
+from imagemill.worker.imaging import jpeg, opencv, png, reading
+from imagemill.worker.imaging.headers import Header, probe, translated
 from imagemill.worker.imaging.metadata import files, metadata
 from imagemill.worker.imaging.metadata.blocks import Blocks
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
@@ -69,14 +69,12 @@ def decode(
     `icc="keep"`, pixels stay in their RGB profile, which is returned as `Picture.icc`; greyscale and CMYK files are always
     converted to sRGB. Only the first frame of an animation is decoded. `keep` says which metadata the picture brings along.
 
-    Raises Truncated (also for damaged files), NotAnImage for unsupported variants of a format, and OutOfMemory.
+    Raises Truncated (also for damaged files), UnsupportedFormat for variants of a format that aren't read, and OutOfMemory.
     """
     target = fit(header.stored_size, edge)
     with translated(header.format):
-        if header.format == "jpeg":
-            pixels, mode = jpeg.decode(data, header.stored_size, target)
-        else:
-            pixels, mode = _by_pillow(data, header)
+        samples = reading.decode(data, header, target)
+    pixels, mode = samples.pixels, samples.mode
     with opencv.translated("decoding the picture"):
         if mode != "CMYK":  # `resize` would treat the fourth channel, black, as alpha
             pixels = np.ascontiguousarray(resize(pixels, target))
@@ -94,6 +92,7 @@ def decode(
         full_size=header.size,
         as_stored=as_stored,
         grey=grey,
+        notes=(*header.notes, *samples.notes),
         lossless=header.lossless,
         metadata=metadata.read(data, header.format, keep, moved=moved),
     )
@@ -106,36 +105,6 @@ def _one_frame(data: bytes, source_format: str) -> bool:
     if source_format == "png":
         return all(kind != b"acTL" for kind, _, _ in png.chunks(data))
     return source_format == "jpeg" or (source_format == "webp" and (data[12:16] != b"VP8X" or not data[20] & 2))
-
-
-def _by_pillow(data: bytes, header: Header) -> tuple[NDArray[np.uint8], str]:
-    """Pixels and their mode: L [h, w], or RGB, RGBA or CMYK [h, w, c]."""
-    key = None
-    if header.format == "png":
-        depth = data[24]  # `probe` has checked that the header is the first chunk
-        data, key = png.checked(data)
-    image = open_checked(data, header.format, header.stored_size)
-    image.load()
-    pixels, mode = _samples(image)
-    if key is not None:
-        alpha = png.colour_key(np.array(image) if image.mode == "I;16" else pixels, key, depth)
-        return np.dstack([profiles.as_rgb(pixels, mode), alpha]), "RGBA"
-    return pixels, mode
-
-
-def _samples(image: Image.Image) -> tuple[NDArray[np.uint8], str]:
-    """Samples of a Pillow image as L, RGB, RGBA or CMYK; of 16-bit grey, the upper byte."""
-    if image.mode.startswith("I;16"):
-        return (np.array(image) >> 8).astype(np.uint8), "L"
-    if image.mode in ("I", "F", "LAB", "HSV"):
-        raise NotAnImage(f"pixel format {image.mode!r} is not supported")
-    if image.has_transparency_data:
-        mode = "RGBA"
-    elif image.mode in ("1", "L"):
-        mode = "L"
-    else:
-        mode = "CMYK" if image.mode == "CMYK" else "RGB"
-    return np.array(image if image.mode == mode else image.convert(mode)), mode
 
 
 def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
@@ -218,8 +187,15 @@ def unchanged(data: bytes, picture: Picture, *, format: str, keep: KeepMetadata)
         return None
     if keep != "keep":
         blocks = picture.metadata.blocks(picture.format, picture.size, srgb=False)
-        data = files.rewritten(data, picture.format, blocks) or b""
-    return Encoded(data, picture.format, picture.size) if data else None
+        rewritten = files.rewritten(data, picture.format, blocks)
+        if rewritten is None or _profile(rewritten) != _profile(data):  # EXIF alone may state the colours
+            return None
+        data = rewritten
+    return Encoded(data, picture.format, picture.size)
+
+
+def _profile(data: bytes) -> bytes | None:
+    return probe(data, max_pixels=sys.maxsize).icc
 
 
 def _colourless(picture: Picture) -> bool:

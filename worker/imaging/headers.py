@@ -5,39 +5,30 @@ Sizes are parsed here rather than by Pillow for formats whose pixels Pillow woul
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from PIL import AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Image, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
-from PIL.ImageFile import ImageFile
+from PIL.Image import DecompressionBombError
 
-from imagemill.shared.errors import EmptyFile, NotAnImage, OutOfMemory, TooManyPixels, Truncated, sentence
-from imagemill.worker.imaging import jpeg, png
+from imagemill.shared.errors import EmptyFile, NotAnImage, OutOfMemory, Truncated, UnsupportedFormat, sentence
+from imagemill.worker.imaging import bmp, colour, exif, heif, jpeg, png, png_reading, tiff
+from imagemill.worker.imaging.facts import REDUCED, Facts, check_size
+from imagemill.worker.imaging.pillow import OPENERS, open_checked
 
 MAX_PIECES = 100_000
 MAX_BLOCKS = 1_000_000
-MAX_TAGS = 4_096
 
-# Naming Pillow's classes keeps its other decoders (EPS, PDF, FITS, ...) unreachable.
-_OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
-    "png": PngImagePlugin.PngImageFile,
-    "webp": WebPImagePlugin.WebPImageFile,
-    "gif": GifImagePlugin.GifImageFile,
-    "bmp": BmpImagePlugin.BmpImageFile,
-    "tiff": TiffImagePlugin.TiffImageFile,
-    "avif": AvifImagePlugin.AvifImageFile,
-}
-FORMATS = ("jpeg", *_OPENERS)
+FORMATS = ("jpeg", *OPENERS)
 _STARTS = {
     b"\xff\xd8\xff": "jpeg",
     png.SIGNATURE: "png",
     **dict.fromkeys((b"GIF87a", b"GIF89a"), "gif"),
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "tiff"),
 }
+_OF_CAMERAS = frozenset({"jpeg", "webp"})  # formats in which EXIF is the only place for the camera's colour space
 _BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
 # (offset, magic bytes, name) of files that people send by mistake; the error names them.
 _OTHERS = (
@@ -59,14 +50,16 @@ _OTHERS = (
 class Header:
     """Header of an image file: `size` is the upright (width, height), `orientation` (EXIF, 1 to 8) is applied by `decode`.
 
-    `lossless` says whether a format that may be either stores pixels without loss; it is false for those that never lose any.
+    `icc` is the profile that the file has, or one that says what it states about its colours in another way. `notes` are
+    among `facts.FILE_NOTES`. `lossless` is true for a WebP or JPEG XL file that stores pixels without loss.
     """
 
     format: str
     size: tuple[int, int]
     orientation: int = 1
-    lossless: bool = False
     icc: bytes | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+    lossless: bool = False
 
     @property
     def stored_size(self) -> tuple[int, int]:
@@ -77,32 +70,18 @@ class Header:
 def probe(data: bytes, *, max_pixels: int) -> Header:
     """Read the header of an image file in any supported format, recognised by content.
 
-    Raises EmptyFile, NotAnImage, Truncated (also for damaged files), or TooManyPixels if the picture, or anything else the
-    decoder would allocate for it, exceeds `max_pixels`.
+    Raises EmptyFile, NotAnImage, UnsupportedFormat, Truncated (also for damaged files), or TooManyPixels if the picture, or
+    anything else the decoder would allocate for it, exceeds `max_pixels`.
     """
     kind = sniff(data)
     with translated(kind):
-        if kind in _READERS:
-            size, exif, icc = _READERS[kind](data)
-        else:
-            if kind == "tiff":
-                _check_tiff(data, max_pixels)
-            image = open_checked(data, kind)  # allocates nothing for these formats
-            size, icc = image.size, image.info.get("icc_profile")
-            exif = image.info.get("exif") if kind == "avif" else None  # Pillow rotates TIFFs itself
-    check_size(size, max_pixels)
-    turn = orientation(exif) if exif else 1
-    icc = icc if isinstance(icc, bytes) and 128 <= len(icc) <= png.MAX_PROFILE else None
-    return Header(kind, (size[1], size[0]) if turn >= 5 else size, turn, kind == "webp" and _lossless(data), icc)
-
-
-def check_size(size: tuple[int, int], max_pixels: int) -> None:
-    """Raise Truncated if a side is zero, TooManyPixels if width times height exceeds `max_pixels`."""
-    width, height = size
-    if width < 1 or height < 1:
-        raise Truncated(f"the image has no pixels ({width} x {height})")
-    if width * height > max_pixels:
-        raise TooManyPixels(f"the image has {width:,} x {height:,} pixels, more than the limit of {max_pixels:,}")
+        facts = tiff.read_header(data, max_pixels) if kind == "tiff" else _READERS[kind](data)
+    check_size(facts.size, max_pixels)
+    turn = facts.orientation or exif.orientation(facts.exif, facts.xmp)
+    icc = facts.icc if facts.icc is not None and 128 <= len(facts.icc) <= png.MAX_PROFILE else None
+    if icc is None and kind in _OF_CAMERAS and exif.says_adobe_rgb(facts.exif):
+        icc = colour.adobe_rgb()
+    return Header(kind, (facts.size[1], facts.size[0]) if turn >= 5 else facts.size, turn, icc, facts.notes, facts.lossless)
 
 
 def sniff(data: bytes) -> str:
@@ -137,59 +116,35 @@ def _kind(data: bytes) -> str:
 
 @contextmanager
 def translated(kind: str) -> Iterator[None]:
-    """Turn the exceptions that decoders raise on bad data into Truncated, NotAnImage or OutOfMemory."""
+    """Turn the exceptions that decoders raise on bad data into Truncated, UnsupportedFormat or OutOfMemory."""
     name = {"webp": "WebP"}.get(kind, kind.upper())
     try:
         yield
     except MemoryError as error:
         raise OutOfMemory(f"not enough memory to decode the {name} file") from error
     except NotImplementedError as error:
-        raise NotAnImage(f"this variant of {name} is not supported ({sentence(error)})") from error
+        raise UnsupportedFormat(f"this variant of {name} is not supported ({sentence(error)})") from error
     # Pillow's plugins are Python code that trusts its input; on bad data they raise any of these.
     except (
         OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError,
-        EOFError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+        EOFError, RuntimeError, struct.error, zlib.error, DecompressionBombError,
     ) as error:  # fmt: skip
+        if str(error).startswith("Unsupported"):
+            raise UnsupportedFormat(f"this variant of {name} is not supported ({sentence(error)})") from error
         raise Truncated(f"the {name} file ends early or is damaged ({sentence(error)})") from error
 
 
-def open_checked(data: bytes, kind: str, size: tuple[int, int] | None = None) -> ImageFile:
-    """Open `data` with Pillow without decoding pixels. Raises Truncated if Pillow finds another size than `size`."""
-    # Pillow's own limit is global and only warns below twice its value. Ours is per call, and checked before pixels are
-    # decoded. Every thread sets the same value, so they can't interfere.
-    Image.MAX_IMAGE_PIXELS = None
-    image = _OPENERS[kind](io.BytesIO(data))
-    if size is not None and image.size != size:
-        raise Truncated(f"the file has conflicting sizes: {size[0]} x {size[1]} and {image.width} x {image.height} pixels")
-    return image
-
-
-def orientation(exif: bytes) -> int:
-    """The orientation, 1 to 8, from an EXIF block (a small TIFF file); 1 if it is missing or invalid."""
-    exif = exif.removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
-    if order is None:
-        return 1
-    try:
-        (start,) = struct.unpack_from(order + "I", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, _, value = struct.unpack_from(order + "HHIH", exif, entry)
-            if tag == 0x0112:
-                return value if kind == 3 and 1 <= value <= 8 else 1
-    except struct.error:
-        pass  # broken metadata must not fail the image
-    return 1
-
-
-def _read_webp(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None]:
-    """Canvas size, EXIF block and profile. https://developers.google.com/speed/webp/docs/riff_container"""
-    size, exif, icc, position = None, None, None, 12
+def _read_webp(data: bytes) -> Facts:
+    """Canvas size, EXIF, XMP and profile. https://developers.google.com/speed/webp/docs/riff_container"""
+    size, found, position = None, dict[bytes, bytes](), 12
+    coding = b""  # of the first picture
     for _ in range(MAX_PIECES):
         if position + 8 > len(data):
             break
         kind, length = struct.unpack_from("<4sI", data, position)
         start = position + 8
+        if not coding:
+            coding = kind if kind in (b"VP8 ", b"VP8L") else data[start + 16 : start + 20] if kind == b"ANMF" else b""
         if kind == b"VP8X" and size is None:
             wide, high = (int.from_bytes(data[at : at + 3], "little") for at in (start + 4, start + 7))
             size = (wide + 1, high + 1)
@@ -199,24 +154,15 @@ def _read_webp(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None
         elif kind == b"VP8 " and size is None:
             wide, high = struct.unpack_from("<HH", data, start + 6)
             size = (wide & 0x3FFF, high & 0x3FFF)
-        elif kind == b"ICCP":
-            icc = data[start : start + length]
-        elif kind == b"EXIF":
-            exif = data[start : start + length]
+        elif kind in (b"ICCP", b"EXIF", b"XMP "):
+            found[kind] = data[start : start + length]
         position = start + length + (length & 1)
     if size is None:
         raise Truncated("the WebP file ends inside its header")
-    return size, exif, icc
+    return Facts(size, found.get(b"EXIF"), found.get(b"XMP "), found.get(b"ICCP"), lossless=coding == b"VP8L")
 
 
-def _lossless(data: bytes) -> bool:
-    """Whether the first picture of a WebP file is stored without loss."""
-    first = data.find(b"ANMF", 12, 1 << 16)
-    found = (at for at in (data.find(kind, 12 if first < 0 else first) for kind in (b"VP8L", b"VP8 ")) if at >= 0)
-    return data.startswith(b"VP8L", min(found, default=0))
-
-
-def _read_gif(data: bytes) -> tuple[tuple[int, int], None, None]:
+def _read_gif(data: bytes) -> Facts:
     """Size of canvas and first frame, which may extend beyond it. https://www.w3.org/Graphics/GIF/spec-gif89a.txt"""
     wide, high, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
@@ -228,7 +174,7 @@ def _read_gif(data: bytes) -> tuple[tuple[int, int], None, None]:
             position += 1 + head
         elif head == 0x2C:
             x, y, w, h = struct.unpack_from("<HHHH", data, position + 1)
-            return (max(wide, x + w), max(high, y + h)), None, None
+            return Facts((max(wide, x + w), max(high, y + h)))
         elif head == 0x3B:
             raise Truncated("the GIF file has no picture")
         else:
@@ -237,31 +183,29 @@ def _read_gif(data: bytes) -> tuple[tuple[int, int], None, None]:
     raise NotAnImage(f"the GIF file has more than {MAX_BLOCKS:,} blocks before its picture")
 
 
-_READERS = {"jpeg": jpeg.read_header, "png": png.read_header, "webp": _read_webp, "gif": _read_gif}
+def _read_bmp(data: bytes) -> Facts:
+    """Size, and the profile of version 5."""
+    return Facts(open_checked(data, "bmp").size, icc=bmp.profile(data))  # Pillow allocates nothing for it
 
 
-def _check_tiff(data: bytes, max_pixels: int) -> None:
-    """Reject a TIFF whose tags alone would make a decoder allocate too much: for the picture, a tile or the strip list."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
-    first, counter, entry, step = ("Q", "Q", "HHQ", 20) if big else ("I", "H", "HHI", 12)
-    (start,) = struct.unpack_from(order + first, data, 8 if big else 4)
-    (count,) = struct.unpack_from(order + counter, data, start)
-    start += struct.calcsize(counter)
-    if count > MAX_TAGS:
-        raise NotAnImage(f"the TIFF file has {count:,} tags; the limit is {MAX_TAGS:,}")
-    values: dict[int, int] = {}
-    pieces = 0
-    for at in range(start, start + step * count, step):
-        tag, kind, length = struct.unpack_from(order + entry, data, at)
-        if tag in (273, 324):  # StripOffsets, TileOffsets
-            pieces = max(pieces, length)
-        elif tag in (256, 257, 322, 323):  # width and height of picture and tile
-            if kind not in (3, 4, 16):  # libtiff would accept any integer type
-                raise NotAnImage(f"TIFF files with sizes of type {kind} are not supported")
-            (value,) = struct.unpack_from(order + {3: "H", 4: "I", 16: "Q"}[kind], data, at + (12 if big else 8))
-            values[tag] = max(value, values.get(tag, 1))
-    if pieces > MAX_PIECES:
-        raise NotAnImage(f"the TIFF file has {pieces:,} strips or tiles; the limit is {MAX_PIECES:,}")
-    for wide, high in ((256, 257), (322, 323)):
-        check_size((values.get(wide, 1), values.get(high, 1)), max_pixels)
+def _read_avif(data: bytes) -> Facts:
+    """What Pillow says, which opens the file without decoding, and what the boxes say about colour.
+
+    An embedded profile counts more than code points (ISO/IEC 23000-22, 7.3.6.4). The orientation is that of the boxes, which
+    Pillow puts into EXIF.
+    """
+    image, stated = open_checked(data, "avif"), heif.read(data)
+    icc = image.info.get("icc_profile")
+    if icc is None and stated.code_points is not None:
+        icc = colour.by_code_points(*stated.code_points, what="the AVIF file")
+    return Facts(image.size, image.info.get("exif"), icc=icc, notes=(REDUCED,) * (stated.bits > 8))
+
+
+_READERS: dict[str, Callable[[bytes], Facts]] = {
+    "jpeg": jpeg.read_header,
+    "png": png_reading.read_header,
+    "webp": _read_webp,
+    "gif": _read_gif,
+    "bmp": _read_bmp,
+    "avif": _read_avif,
+}

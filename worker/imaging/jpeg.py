@@ -11,15 +11,20 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 
-from imagemill.shared.errors import NotAnImage, Truncated, sentence
+from imagemill.shared.errors import NotAnImage, Truncated, UnsupportedFormat, sentence
+from imagemill.worker.imaging.facts import INVERTED, JUNK, NO_END, Facts, Samples
 
 MAX_SEGMENTS = 10_000
 MAX_SCANS = 100
 """A normal progressive file has about ten scans; each costs a pass over the whole picture, however small the scan."""
 
+_FULL, _SHARE = 242, 0.001  # of ink, and of pixels: printers allow 75 to 90 % of ink in all four colours together
+
 _SOS, _EOI, _APP0, _APP1, _APP2, _APP14, _APP15, _COM = 0xDA, 0xD9, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three excluded markers are tables
-_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_PROGRESSIVE = frozenset({0xC2, 0xCA})
+_READ = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})  # baseline, extended and progressive, with Huffman or arithmetic coding
+_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _PROFILE = b"ICC_PROFILE\0"
 _PROFILE_PART = 65_533 - len(_PROFILE) - 2
 
@@ -47,19 +52,21 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     raise NotAnImage(f"the JPEG file's header has more than {MAX_SEGMENTS:,} segments")
 
 
-def read_header(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None]:
-    """(width, height) as stored, EXIF block and ICC profile (each None if missing), without decoding.
-
-    Raises Truncated or NotAnImage.
-    """
-    size, exif, parts = None, None, {}
+def read_header(data: bytes) -> Facts:
+    """What the file states, without decoding. Raises UnsupportedFormat, NotAnImage or Truncated."""
+    size, exif, xmp, parts = None, None, None, {}
     total = 0
     for marker, start, end in _segments(data):
         if marker in _FRAMES and size is None and end - start >= 6:
-            height, width = struct.unpack_from(">HH", data, start + 1)
+            bits, height, width = struct.unpack_from(">BHH", data, start)
             size = (width, height)
+            if marker not in _READ or bits != 8:
+                kind = f"with {bits} bits" if marker in _READ else "of a lossless or hierarchical kind"
+                raise UnsupportedFormat(f"JPEG files {kind} are not supported")
         elif marker == _APP1 and exif is None and data[start : start + 6] == b"Exif\0\0":
             exif = data[start + 6 : end]
+        elif marker == _APP1 and xmp is None and data.startswith(_XMP, start):
+            xmp = data[start + len(_XMP) : end]
         elif marker == _APP2 and data.startswith(_PROFILE, start) and end - start > len(_PROFILE) + 2:
             head = start + len(_PROFILE)
             total = data[head + 1]
@@ -67,11 +74,11 @@ def read_header(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | Non
     if size is None:
         raise Truncated("the JPEG file has no frame")
     complete = bool(total) and set(parts) == set(range(1, total + 1))
-    return size, exif, b"".join(parts[number] for number in sorted(parts)) if complete else None
+    return Facts(size, exif, xmp, b"".join(parts[number] for number in sorted(parts)) if complete else None)
 
 
 def _plain(data: bytes) -> bytes:
-    """The file without comments and application segments, except Adobe's, which specifies the colour space."""
+    """The file without junk, comments and application segments, except Adobe's, which specifies the colour space."""
     kept = [b"\xff\xd8"]
     for marker, start, end in _segments(data):
         if marker == _APP14 or not (_APP0 <= marker <= _APP15 or marker == _COM):
@@ -88,6 +95,30 @@ def _scans(data: bytes) -> int:
     if frame is not None and frame not in _PROGRESSIVE and data[scan] == data[start + 5]:
         return 1
     return data.count(b"\xff\xda", scan, max(data.find(b"\xff\xd9", scan), scan)) + 1
+
+
+def _whole(data: bytes) -> bool:
+    """Whether a file without end marker has all of its scans, as far as their headers tell.
+
+    Each coefficient of each component must have come with all of its bits. A file may also have been filled up with zeros
+    in place of its last rows, which would be decoded like pixels.
+    """
+    if not data[-8:].strip(b"\0"):
+        return False
+    *tables, (_, scan, _) = _segments(data)
+    frame = next((marker, start) for marker, start, _ in tables if marker in _FRAMES)
+    missing = {(data[frame[1] + 6 + 3 * at], number) for at in range(data[frame[1] + 5]) for number in range(64)}
+    while scan >= 0:
+        count = data[scan]
+        components = data[scan + 1 : scan + 1 + 2 * count : 2]
+        first, last, bits = data[scan + 1 + 2 * count : scan + 4 + 2 * count]
+        if frame[0] not in _PROGRESSIVE:
+            first, last, bits = 0, 63, 0
+        if bits & 15 == 0:
+            missing -= {(component, number) for component in components for number in range(first, last + 1)}
+        scan = data.find(b"\xff\xda", scan)
+        scan = scan + 4 if scan >= 0 else -1
+    return not missing
 
 
 def shrink_factor(size: tuple[int, int], target: tuple[int, int]) -> int:
@@ -111,46 +142,73 @@ def _decode(data: bytes, size: tuple[int, int], target: tuple[int, int], *, stri
         min_height=-(-height // factor),
         strict=strict,
     )
-    if mode == "CMYK":  # stored inverted, as Adobe does and every known writer copies
-        np.subtract(255, pixels, out=pixels)
     return pixels[:, :, 0] if mode == "L" else pixels, mode
 
 
-def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> tuple[NDArray[np.uint8], str]:
-    """Decode pixels of at least `target` (width, height), with their mode: L [h, w], RGB or CMYK [h, w, c], uint8.
+def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> Samples:
+    """Decode pixels of at least `target` (width, height): L, RGB or CMYK.
 
-    The picture is decoded at 1/2, 1/4 or 1/8 of `size` if that still covers `target`. In CMYK, 255 is full ink. Strict
-    decoding rejects every irregularity; those that don't affect the picture are then tolerated. Raises Truncated or
-    NotAnImage, and on damage also Pillow's exceptions, which `headers.translated` converts.
+    The picture is decoded at 1/2, 1/4 or 1/8 of `size` if that still covers `target`. Strict decoding rejects every
+    irregularity; those that don't affect the picture are then tolerated, and noted. Raises Truncated or NotAnImage, and on
+    damage also Pillow's exceptions, which `headers.translated` converts.
     """
     scans = _scans(data)
     if scans > MAX_SCANS:
         raise NotAnImage(f"the JPEG file has {scans:,} scans; the limit is {MAX_SCANS}")
+    pixels, mode, notes = _tolerant(data, size, target)
+    if mode != "CMYK":
+        return Samples(pixels, mode, notes)
+    adobe = any(marker == _APP14 and data.startswith(b"Adobe", start) for marker, start, _ in _segments(data))
+    if adobe or _impossible(pixels):
+        np.subtract(255, pixels, out=pixels)  # Adobe stores ink inverted
+        notes += () if adobe else (INVERTED,)
+    return Samples(pixels, mode, notes)
+
+
+def _tolerant(
+    data: bytes, size: tuple[int, int], target: tuple[int, int], notes: tuple[str, ...] = ()
+) -> tuple[NDArray[np.uint8], str, tuple[str, ...]]:
+    """Pixels and mode as stored, and notes on what was tolerated."""
     reason = ""
     for metadata in (True, False):  # libjpeg may reject the metadata alone
         source = data if metadata else _plain(data)
         try:
-            return _decode(source, size, target, strict=True)
+            return *_decode(source, size, target, strict=True), notes
         except (ValueError, KeyError) as error:  # KeyError: simplejpeg knows fewer subsamplings than TurboJPEG
             reason = sentence(error)
             if "extraneous bytes before marker 0xd9" in reason:
                 # libjpeg reports only its first warning; it came at the end marker, so the picture is complete.
-                return _decode(source, size, target, strict=False)
-            if "Corrupt JPEG data" in reason or "Premature end" in reason:
+                return *_decode(source, size, target, strict=False), notes
+            if metadata and "extraneous bytes before marker" in reason:
+                notes += (JUNK,)  # between segments, if the file can be read without it
+            elif "Premature end" in reason and NO_END not in notes and _whole(source):
+                return _tolerant(source + b"\xff\xd9", size, target, (*notes, NO_END))
+            elif "Corrupt JPEG data" in reason or "Premature end" in reason:
                 raise Truncated(f"the JPEG file ends early or is damaged ({reason})") from error
-    return _by_pillow(_plain(data), size, reason)
+    return *_by_pillow(_plain(data), size, reason), notes
 
 
 def _by_pillow(data: bytes, size: tuple[int, int], reason: str) -> tuple[NDArray[np.uint8], str]:
     """Decode unusual subsampling, which libjpeg supports and TurboJPEG rejects."""
     image = JpegImageFile(io.BytesIO(data))
     if image.size != size or image.mode not in ("L", "RGB", "CMYK"):
-        raise NotAnImage(f"this variant of JPEG is not supported ({reason})")
+        raise UnsupportedFormat(f"this variant of JPEG is not supported ({reason})")
     pixels = np.array(image)
+    if image.mode == "CMYK":
+        return np.subtract(255, pixels), image.mode  # Pillow inverts it, with and without Adobe's marker
     # Pillow doesn't report data missing before the end marker; libjpeg fills the gap with mid grey.
-    if image.mode != "CMYK" and (pixels[-1] == 128).all():
+    if (pixels[-1] == 128).all():
         raise Truncated("the JPEG file ends early: its last row is missing")
     return pixels, image.mode
+
+
+def _impossible(ink: NDArray[np.uint8]) -> bool:
+    """Whether CMYK pixels can't be meant as they are: full ink in all four colours, which no press prints, or a black page.
+
+    Some writers leave out Adobe's marker and invert nevertheless; white then reads as full ink.
+    """
+    least = ink.min(axis=2)
+    return bool((least > _FULL).mean() > _SHARE or (ink[:, :, 3] > _FULL).all())
 
 
 def encode(pixels: NDArray[np.uint8], quality: int, icc: bytes | None) -> bytes:

@@ -25,8 +25,8 @@ class Picture:
     `format` is the source file's format and `icc` the profile of the pixels (None means sRGB). `full_size` is the source's
     upright (width, height), larger than `pixels` if the decoder was asked for a smaller picture. `as_stored` is true if the
     file shows exactly these pixels: a single frame, not rotated, scaled or colour-converted. `grey` is true if the source
-    has no colour; an operation may still have added some. `lossless` is true if its file stores pixels without loss.
-    `metadata` is what the result gets of the source's.
+    has no colour; an operation may still have added some. `notes` are on the source file (see facts.FILE_NOTES). `lossless` is
+    true if the file is a WebP or JPEG XL that stores pixels without loss. `metadata` is what the result gets of the source's.
     """
 
     pixels: Pixels
@@ -35,6 +35,7 @@ class Picture:
     full_size: tuple[int, int] = (0, 0)
     as_stored: bool = False
     grey: bool = False
+    notes: tuple[str, ...] = ()
     lossless: bool = False
     metadata: Metadata = NOTHING
 

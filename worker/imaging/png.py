@@ -1,5 +1,7 @@
 """PNG: chunk parsing and checking, and a fast encoder (up filter in numpy, deflate by ISA-L).
 
+What the chunks say about colour and orientation is read in imagemill.worker.imaging.png_reading.
+
 Format: https://www.w3.org/TR/png-3/
 """
 
@@ -26,59 +28,46 @@ _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, start, end) of each chunk's payload up to IEND. Raises Truncated if one is missing or cut short."""
-    position = len(SIGNATURE)
+    """Yield (kind, start, end) of each chunk's payload up to IEND, or to the end of a file that lost its end marker.
+
+    In such a file, nothing is missing before the checksum of the last IDAT chunk; whether it has all pixels, the decoder finds
+    out. Raises Truncated if a chunk is missing or cut short.
+    """
+    position, pixels = len(SIGNATURE), False
     for _ in range(MAX_CHUNKS):
-        if position + 12 > len(data):
-            raise Truncated("the PNG file ends early")
-        length, kind = struct.unpack_from(">I4s", data, position)
+        length, kind = struct.unpack_from(">I4s", data, position) if position + 8 <= len(data) else (0, b"")
         start, end = position + 8, position + 8 + length
-        if end + 4 > len(data):
+        cut = end + 4 > len(data)
+        if cut and pixels and kind != b"IDAT":
+            return
+        if not kind:
+            raise Truncated("the PNG file ends early")
+        if cut and (kind != b"IDAT" or end > len(data)):
             raise Truncated(f"the PNG file ends inside its {kind.decode('latin-1')!r} chunk")
         if (kind == b"IHDR") != (position == len(SIGNATURE)) or (kind == b"IHDR" and length != 13):
             raise Truncated("the PNG file does not start with a valid header")
         yield kind, start, end
-        if kind == b"IEND":
+        if cut or kind == b"IEND":
             return
+        pixels = pixels or kind == b"IDAT"
         position = end + 4
     raise NotAnImage(f"the PNG file has more than {MAX_CHUNKS:,} chunks")
-
-
-def read_header(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None]:
-    """(width, height), EXIF block and ICC profile (each None if missing), without decoding. Raises as `chunks`."""
-    size, exif, icc = (0, 0), None, None
-    for kind, start, end in chunks(data):
-        if kind == b"IHDR":
-            size = struct.unpack_from(">II", data, start)
-        elif kind == b"eXIf":
-            exif = data[start:end]
-        elif kind == b"iCCP" and icc is None:
-            icc = _profile(data[start:end])
-    return size, exif, icc
-
-
-def _profile(payload: bytes) -> bytes | None:
-    """The profile in an iCCP chunk (name, 0, method 0, deflated bytes); None if it is damaged or too large."""
-    _, _, packed = payload.partition(b"\0")
-    inflate = zlib.decompressobj()
-    try:
-        profile = inflate.decompress(packed[1:], MAX_PROFILE)
-    except zlib.error:
-        return None  # a broken profile must not fail the image
-    return profile if inflate.eof else None
 
 
 def checked(data: bytes) -> tuple[bytes, bytes | None]:
     """The file reduced to its pixel chunks, with all checksums verified, and the colour key of a picture without palette.
 
     Without the other chunks (text, profiles, further frames), their contents can't fail the decoder. The key (tRNS) is
-    returned for `colour_key` because decoders compare it at the wrong depth. Raises Truncated.
+    returned for `colour_key` because decoders compare it at the wrong depth. A lost end marker is added. Raises Truncated.
     """
     view = memoryview(data)
     kept: list[bytes | memoryview] = [SIGNATURE]
-    key, palette = None, False
+    key, palette, kind = None, False, b""
     for kind, start, end in chunks(data):
         if kind not in _PIXEL_CHUNKS:
+            continue
+        if end + 4 > len(data):
+            kept.append(chunk(kind, data[start:end]))
             continue
         if isal_zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise Truncated(f"the PNG file is damaged: wrong checksum in its {kind.decode()} chunk")
@@ -88,21 +77,22 @@ def checked(data: bytes) -> tuple[bytes, bytes | None]:
             key = data[start:end]
         else:
             kept.append(view[start - 8 : end + 4])
+    if kind != b"IEND":
+        kept.append(chunk(b"IEND", b""))
     return b"".join(kept), key
 
 
 def colour_key(pixels: NDArray[np.uint8 | np.uint16], key: bytes, depth: int) -> NDArray[np.uint8]:
     """Alpha, uint8 [h, w]: 0 where `pixels` (L [h, w] or RGB [h, w, 3]) equal the colour in `key`, otherwise 255.
 
-    `key` has 16 bits per channel at the file's bit `depth`. Of 16-bit colour only the upper bytes are compared, because
-    only they are decoded; 16-bit grey passed as uint16 is compared in full. Raises Truncated.
+    `key` has 16 bits per channel at the file's bit `depth`; at 16 bits, `pixels` are the file's own uint16. Raises Truncated.
     """
     channels = 1 if pixels.ndim == 2 else 3
     if len(key) < 2 * channels:
         raise Truncated("the PNG file's tRNS chunk is cut short")
     wanted: NDArray[np.int64] = np.frombuffer(key, ">u2", channels).astype(np.int64)
-    if pixels.dtype == np.uint8:
-        wanted = wanted >> 8 if depth == 16 else (wanted & (2**depth - 1)) * 255 // (2**depth - 1)
+    if depth < 16:
+        wanted = (wanted & (2**depth - 1)) * 255 // (2**depth - 1)
     same = pixels == wanted if channels == 3 else (pixels == wanted[0])[:, :, None]
     return np.where(same.all(axis=2), np.uint8(0), np.uint8(255))
 

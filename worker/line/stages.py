@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 
 from imagemill.shared.engines import find_engine
 from imagemill.shared.errors import ImageError, InternalError, OutOfMemory, sentence
@@ -16,6 +17,7 @@ from imagemill.shared.messages import Job
 from imagemill.shared.quality import Measures, beyond, flagged
 from imagemill.worker.checking import quality
 from imagemill.worker.imaging import codec
+from imagemill.worker.imaging.facts import FILE_NOTES, REDUCED
 from imagemill.worker.line.cache import Remembered
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import CACHED, Failed, ImageInFlight, Kept, NotBegun, Outcome, RunAgain, Stored
@@ -184,15 +186,16 @@ def _outcome(image: ImageInFlight, error: Exception) -> Outcome:
 
 def lasting_notes(spec: Job) -> frozenset[str]:
     """The notes that a result may have and still be reused: the same image gets them on every run."""
-    return find_engine(spec.operation, spec.engine).lasting_notes | quality.REPAIR_NOTES
+    return find_engine(spec.operation, spec.engine).lasting_notes | quality.REPAIR_NOTES | FILE_NOTES
 
 
 def _keep(image: ImageInFlight, context: Context, untouched: Untouched) -> None:
     """Make an image that needs no work its own result: its file if the job's format allows, else encoded anew."""
     picture = image.picture
-    image.how, image.best = "kept", quality.Checked(picture, untouched.notes, Measures())
+    image.how, image.best = "kept", quality.Checked(picture, (*picture.notes, *untouched.notes), Measures())
     file = codec.unchanged(image.data, picture, format=_format(image, context), keep=context.spec.output.metadata)
     if file is not None:
+        image.best = replace(image.best, notes=tuple(note for note in image.best.notes if note != REDUCED))
         image.keep_file(file)
     else:
         encode(image, context)

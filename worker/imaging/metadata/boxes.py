@@ -6,7 +6,8 @@ ISO/IEC 14496-12 (iinf, iloc), ISO/IEC 23008-12 (items of type Exif and mime), I
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+
+from imagemill.worker.imaging.heif import boxes
 
 MAX_ITEM = 2**20
 MAX_ITEMS = 4_096
@@ -15,22 +16,6 @@ _XMP_TYPE = b"application/rdf+xml"
 
 Span = tuple[int, int]
 """Start and end in the file."""
-
-
-def boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (type, start, end) of each box's payload between two offsets, as far as they are complete."""
-    for _ in range(MAX_ITEMS):
-        if start + 8 > end:
-            return
-        length, kind = struct.unpack_from(">I4s", data, start)
-        head = 8
-        if length == 1 and start + 16 <= end:
-            (length,), head = struct.unpack_from(">Q", data, start + 8), 16
-        length = end - start if length == 0 else length
-        if length < head or start + length > end:
-            return
-        yield kind, start + head, start + length
-        start += length
 
 
 def items(data: bytes) -> list[tuple[str, Span]]:

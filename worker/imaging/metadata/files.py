@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from imagemill.worker.imaging import png
+from imagemill.worker.imaging import heif, png
 from imagemill.worker.imaging.metadata import boxes, exif, iptc
 from imagemill.worker.imaging.metadata.blocks import (
     COMMENT,
@@ -28,6 +28,7 @@ _PNG_LOOK = frozenset(
     (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
     + (b"cHRM", b"cICP", b"gAMA", b"iCCP", b"mDCV", b"cLLI", b"sBIT", b"sRGB", b"bKGD")
 )
+_PNG_PROFILES = (b"Raw profile type icc\0", b"Raw profile type icm\0")
 _AVIF_LOOK = {b"ftyp", b"meta", b"mdat", b"free", b"skip"}
 _NO_EXIF = b"MM\0*\0\0\0\x08" + bytes(6)  # a directory without entries
 _WITH_ALPHA, _WITH_EXIF, _WITH_XMP = 0x10, 8, 4
@@ -94,7 +95,11 @@ def _end_of_image(data: bytes, at: int) -> int:
 
 
 def _png(data: bytes, blocks: Blocks) -> bytes:
-    kept = [(kind, data[start - 8 : end + 4]) for kind, start, end in png.chunks(data) if kind in _PNG_LOOK]
+    kept = [
+        (kind, data[start - 8 : end + 4])
+        for kind, start, end in png.chunks(data)
+        if kind in _PNG_LOOK or (kind in (b"tEXt", b"zTXt") and data.startswith(_PNG_PROFILES, start))
+    ]
     first_pixels = next(number for number, (kind, _) in enumerate(kept) if kind == b"IDAT")
     parts = [chunk for _, chunk in kept]
     return b"".join([png.SIGNATURE, *parts[:first_pixels], *_png_chunks(blocks), *parts[first_pixels:]])
@@ -143,7 +148,7 @@ def _webp_canvas(chunks: dict[bytes, bytes]) -> tuple[tuple[int, int], int]:
 
 def _avif(data: bytes, blocks: Blocks) -> bytes:
     """In AVIF files, every item has its place: the new contents stand where the former did, padded. Raises ValueError."""
-    if not {kind for kind, _, _ in boxes.boxes(data, 0, len(data))} <= _AVIF_LOOK:
+    if not {kind for kind, _, _ in heif.boxes(data, 0, len(data))} <= _AVIF_LOOK:
         raise ValueError("an unusual box, which may hold anything")
     out = bytearray(data)
     left = {"exif": blocks.exif, "xmp": blocks.xmp}

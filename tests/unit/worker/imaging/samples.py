@@ -68,7 +68,7 @@ def png_chunk(kind: bytes, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
 
 
-def png_by_hand(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes) -> bytes:
+def png_by_hand(width: int, height: int, depth: int, colour: int, rows: bytes, *more: bytes, interlaced: bool = False) -> bytes:
     """A PNG of unfiltered `rows`, with `more` chunks before its pixels."""
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced))
     return b"".join([png.SIGNATURE, header, *more, png_chunk(b"IDAT", zlib.compress(rows)), png_chunk(b"IEND", b"")])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from imagemill.shared.errors import OperationFailed
+from imagemill.shared.messages import Format
 from imagemill.worker.imaging import codec, png
 from imagemill.worker.imaging.codec import choose_format, encode
 from imagemill.worker.imaging.picture import Picture
@@ -100,18 +100,23 @@ def test_encode_reports_too_large_profile() -> None:
         encode(Picture(scene(), icc=bytes(255 * 65_519 + 1)), format="jpeg", quality=80)
 
 
+EVERY_FORMAT: tuple[Format, ...] = ("png", "webp", "webp-lossless", "jpeg", "avif")
+
+
 @pytest.mark.parametrize(
-    ("source", "wanted", "has_alpha", "chosen"),
+    ("source", "lossless", "opaque", "transparent"),
     [
-        ("jpeg", "same", False, "jpeg"),
-        ("jpeg", "same", True, "png"),
-        ("webp", "same", False, "webp"),
-        ("webp", "same", True, "webp"),
-        *((source, "same", alpha, "png") for source in ("png", "gif", "bmp", "tiff", "avif") for alpha in (False, True)),
-        *(("jpeg", wanted, alpha, wanted) for wanted in ("png", "webp", "jpeg") for alpha in (False, True)),
+        ("jpeg", False, "jpeg", "png"),
+        ("heic", False, "jpeg", "png"),
+        ("jxl", False, "jpeg", "png"),
+        ("jxl", True, "png", "png"),
+        ("webp", False, "webp", "webp"),
+        ("webp", True, "webp-lossless", "webp-lossless"),
+        ("avif", False, "avif", "avif"),
+        *((source, False, "png", "png") for source in ("png", "gif", "bmp", "tiff")),
     ],
 )
-def test_choose_format_follows_source_if_possible(
-    source: str, wanted: Literal["same", "png", "webp", "jpeg"], has_alpha: bool, chosen: str
-) -> None:
-    assert choose_format(source, wanted, has_alpha) == chosen
+def test_choose_format_follows_source_if_possible(source: str, lossless: bool, opaque: str, transparent: str) -> None:
+    pictures = [Picture(scene(channels=channels), source, lossless=lossless) for channels in (3, 4)]
+    assert [choose_format(each, "same") for each in pictures] == [opaque, transparent]
+    assert all(choose_format(each, wanted) == wanted for each in pictures for wanted in EVERY_FORMAT)

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
-from imagemill.shared.errors import NotAnImage, Truncated
+from imagemill.shared.errors import NotAnImage, Truncated, UnsupportedFormat
 from imagemill.worker.imaging import jpeg
+from imagemill.worker.imaging.facts import Facts
 from imagemill.worker.imaging.headers import translated
 
 EOI = b"\xff\xd9"
@@ -35,12 +36,13 @@ def save(pixels: np.ndarray, mode: str = "RGB", **options: Any) -> bytes:
 
 
 def size_of(data: bytes) -> tuple[int, int]:
-    return jpeg.read_header(data)[0]
+    return jpeg.read_header(data).size
 
 
 def decode(data: bytes, target: tuple[int, int] | None = None) -> tuple[np.ndarray, str]:
     with translated("jpeg"):
-        return jpeg.decode(data, size_of(data), target or size_of(data))
+        found = jpeg.decode(data, size_of(data), target or size_of(data))
+    return found.pixels, found.mode
 
 
 def by_pillow(data: bytes, mode: str = "RGB") -> np.ndarray:
@@ -87,29 +89,29 @@ def blocks(factors: list[tuple[int, int]], across: int = 5, down: int = 4) -> by
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"mode": "L"}, {"mode": "CMYK"}], ids=str)
 def test_read_header_returns_size(options: dict[str, Any]) -> None:
-    assert jpeg.read_header(save(scene(160, 90), **options)) == ((160, 90), None, None)
+    assert jpeg.read_header(save(scene(160, 90), **options)) == Facts((160, 90))
 
 
 @pytest.mark.parametrize("length", [200, 65_519, 65_520, 200_000])
 def test_read_header_returns_profile_of_any_size(length: int) -> None:
     profile = np.random.default_rng(2).bytes(length)
     for data in (save(scene(), icc_profile=profile), jpeg.encode(scene(), 80, profile)):
-        assert jpeg.read_header(data)[2] == profile
+        assert jpeg.read_header(data).icc == profile
         assert Image.open(io.BytesIO(data)).info["icc_profile"] == profile
 
 
 def test_read_header_joins_profile_parts_in_any_order_if_complete() -> None:
     first, second = (segment(0xE2, b"ICC_PROFILE\0" + bytes([number, 2]) + part) for number, part in ((1, b"ab"), (2, b"cd")))
     data = save(scene())
-    assert jpeg.read_header(data[:2] + second + first + data[2:])[2] == b"abcd"
-    assert jpeg.read_header(data[:2] + second + data[2:])[2] is None
-    assert jpeg.read_header(data[:2] + segment(0xE2, b"ICC_PROFILE\0") + data[2:])[2] is None
+    assert jpeg.read_header(data[:2] + second + first + data[2:]).icc == b"abcd"
+    assert jpeg.read_header(data[:2] + second + data[2:]).icc is None
+    assert jpeg.read_header(data[:2] + segment(0xE2, b"ICC_PROFILE\0") + data[2:]).icc is None
 
 
 def test_read_header_returns_first_exif_block() -> None:
     data = save(scene())
     more = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>") + segment(0xE1, b"Exif\0\0one") + segment(0xE1, b"Exif\0\0two")
-    assert jpeg.read_header(data[:2] + more + data[2:])[1] == b"one"
+    assert jpeg.read_header(data[:2] + more + data[2:]).exif == b"one"
 
 
 ODD = {
@@ -175,7 +177,7 @@ def test_decode_rejects_conflicting_sizes() -> None:
         jpeg.decode(data, (200, 120), (200, 120))
     start = data.index(b"\xff\xc0")
     small = data[start : start + 5] + struct.pack(">HH", 16, 16) + data[start + 9 : start + 19]
-    with pytest.raises((Truncated, NotAnImage)):
+    with pytest.raises((Truncated, UnsupportedFormat)):
         decode(data[:start] + small + data[start:])
 
 
