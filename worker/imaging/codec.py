@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -75,6 +75,7 @@ def decode(
     with translated(header.format):
         samples = reading.decode(data, header, target)
     pixels, mode = samples.pixels, samples.mode
+    header = replace(header, icc=samples.icc or header.icc)
     with opencv.translated("decoding the picture"):
         if mode != "CMYK":  # `resize` would treat the fourth channel, black, as alpha
             pixels = np.ascontiguousarray(resize(pixels, target))

@@ -35,11 +35,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Samples:
-    """Decoded uint8 pixels as stored in the file: L [h, w], or RGB, RGBA or CMYK [h, w, c] (255 is full ink)."""
+    """Decoded uint8 pixels as stored in the file: L [h, w], or RGB, RGBA or CMYK [h, w, c] (255 is full ink).
+
+    `icc` is their profile where only the decoder knows it.
+    """
 
     pixels: NDArray[np.uint8]
     mode: str
     notes: tuple[str, ...] = ()
+    icc: bytes | None = None
 
 
 def check_size(size: tuple[int, int], max_pixels: int) -> None:

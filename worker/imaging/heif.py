@@ -34,6 +34,18 @@ def read(data: bytes) -> Stated:
         return Stated()
 
 
+def sizes(data: bytes) -> list[tuple[int, int]]:
+    """(width, height) of every picture in the file: the main one, its tiles, thumbnails and maps."""
+    try:
+        meta = _find(data, b"meta", 0, len(data))
+        groups = _find(data, b"iprp", meta[1] + 4, meta[2]) if meta is not None else None
+        container = _find(data, b"ipco", groups[1], groups[2]) if groups is not None else None
+        properties = boxes(data, *container[1:]) if container is not None else ()
+        return [struct.unpack_from(">II", data, start + 4) for kind, start, _ in properties if kind == b"ispe"]
+    except struct.error:
+        return []
+
+
 def boxes(data: bytes, start: int, end: int) -> Iterator[_Part]:
     """Yield (kind, start, end) of each box's payload between two offsets, as far as they are complete."""
     for _ in range(MAX_BOXES):

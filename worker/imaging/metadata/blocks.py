@@ -20,7 +20,6 @@ MAX_TEXT, MAX_TEXTS = 2**16, 100
 COMMENT = "Comment"
 """The keyword under which PNG files hold what JPEG files hold as a comment."""
 _INCH = 0.0254  # metres
-_IN_BOXES = ("avif", "heic", "jxl")
 _XMP_TAG, _IPTC_TAG, _PHOTOSHOP_TAG = 700, 33723, 34377
 _PIECES = 100_000
 
@@ -41,9 +40,8 @@ class Blocks:
 
 def find(data: bytes, kind: str) -> Blocks:
     """The blocks of metadata in a file of format `kind`."""
-    read = dict.fromkeys(_IN_BOXES, _of_boxes) | _READERS
     try:
-        return read[kind](data) if kind in read else Blocks()
+        return _READERS[kind](data) if kind in _READERS else Blocks()
     except (ImageError, LookupError, ValueError, TypeError, struct.error, zlib.error):
         return Blocks()
 
@@ -165,7 +163,14 @@ def _of_bmp(data: bytes) -> Blocks:
 
 
 def _of_boxes(data: bytes) -> Blocks:
-    content = boxes.metadata(data)
+    return _of_parts(boxes.metadata(data))
+
+
+def _of_jxl(data: bytes) -> Blocks:
+    return _of_parts(boxes.of_jxl(data))
+
+
+def _of_parts(content: Mapping[str, bytes]) -> Blocks:
     return Blocks(content.get("exif", b""), content.get("xmp", b""))
 
 
@@ -187,4 +192,7 @@ _READERS: dict[str, Callable[[bytes], Blocks]] = {
     "webp": _of_webp,
     "tiff": _of_tiff,
     "bmp": _of_bmp,
+    "avif": _of_boxes,
+    "heic": _of_boxes,
+    "jxl": _of_jxl,
 }

@@ -28,13 +28,35 @@ def items(data: bytes) -> list[tuple[str, Span]]:
         if kind == b"meta":
             places = _places(data, start + 4, end)
             found += [(name, places.get(item, (0, 0))) for item, name in _items(data, start + 4, end).items()]
-        elif kind in (b"Exif", b"xml "):  # JPEG XL
-            found.append(("exif" if kind == b"Exif" else "xmp", (start, end)))
     return [(name, _checked(data, *span, is_exif=name == "exif")) for name, span in found]
 
 
+def of_jxl(data: bytes) -> dict[str, bytes]:
+    """`exif` and `xmp` of a JPEG XL file. Those that are compressed need the library brotli, of the extra `formats`."""
+    found: dict[str, bytes] = {}
+    for kind, start, end in boxes(data, 0, len(data)):
+        content = data[start : min(end, start + MAX_ITEM)] if kind in (b"Exif", b"xml ", b"brob") else b""
+        if kind == b"brob":
+            kind, content = content[:4], _unpacked(content[4:])
+        if kind in (b"Exif", b"xml ") and content:
+            start, end = _checked(content, 0, len(content), is_exif=kind == b"Exif")
+            found.setdefault("exif" if kind == b"Exif" else "xmp", content[start:end])
+    return found
+
+
+def _unpacked(packed: bytes) -> bytes:
+    try:
+        import brotli
+    except ImportError:
+        return b""
+    try:
+        return bytes(brotli.Decompressor().process(packed, output_buffer_limit=MAX_ITEM))
+    except brotli.error:
+        return b""
+
+
 def _checked(data: bytes, start: int, end: int, *, is_exif: bool) -> Span:
-    if is_exif and end - start > 4:  # they begin with the number of bytes before the TIFF structure
+    if is_exif and data[start : start + 4] not in (b"II*\0", b"MM\0*"):  # first, usually, the bytes before the structure
         start += 4 + int.from_bytes(data[start : start + 4], "big")
     return (start, end) if 0 < end - start <= MAX_ITEM and end <= len(data) else (0, 0)
 
