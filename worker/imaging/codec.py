@@ -128,9 +128,9 @@ def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
 def choose_format(picture: Picture, wanted: Format) -> str:
     """The output format: `wanted`, or for `same` the source's format if possible.
 
-    With `same`, lossless WebP stays lossless. HEIC and lossy JPEG XL are written as JPEG, and lossless JPEG XL, GIF, BMP and TIFF as
-    PNG, as is everything transparent that would be a JPEG. A transparent picture explicitly wanted as JPEG stays JPEG: `encode`
-    composites it over white.
+    With `same`, lossless WebP stays lossless. HEIC and lossy JPEG XL are written as JPEG, and lossless JPEG XL, GIF, BMP and
+    TIFF as PNG, as is everything transparent that would be a JPEG. A transparent picture explicitly wanted as JPEG stays JPEG:
+    `encode` composites it over white.
     """
     if wanted != "same":
         return wanted
@@ -143,12 +143,12 @@ def choose_format(picture: Picture, wanted: Format) -> str:
 
 
 def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -> Encoded:  # noqa: A002
-    """Encode `picture` as png, webp, webp-lossless, jpeg or avif, with its colour profile and metadata embedded if it has them.
+    """Encode `picture` as png, webp, webp-lossless, jpeg or avif, with its colour profile and metadata if it has them.
 
-    `quality` (1 to 100) applies to JPEG, AVIF and WebP; PNG and webp-lossless are lossless. A greyscale source that gained no colour
-    is written as greyscale in PNG and JPEG. Colour under alpha 0 is cleared in lossy formats and, if `clear`, in all; JPEG has no
-    alpha, so the picture is composited over white. Raises OperationFailed if the picture is too large for the format or can't be
-    encoded, and OutOfMemory.
+    `quality` (1 to 100) applies to JPEG, AVIF and WebP; PNG and webp-lossless are lossless. A greyscale source that gained no
+    colour is written as greyscale in PNG and JPEG. Colour under alpha 0 is cleared in lossy formats and, if `clear`, in all;
+    JPEG has no alpha, so the picture is composited over white. Raises OperationFailed if the picture is too large for the
+    format or can't be encoded, and OutOfMemory.
     """
     name, limit = _LONGEST_SIDES.get(format, ("", None))
     if limit is not None and max(picture.size) > limit:

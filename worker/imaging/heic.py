@@ -49,4 +49,5 @@ def _opened(data: bytes) -> ImageFile:
         raise UnsupportedFormat("reading HEIC images needs pip install 'imagemill[formats]'") from error
     # Parts that are never read. One thread each: the line decodes several pictures at once.
     options.THUMBNAILS, options.DEPTH_IMAGES, options.AUX_IMAGES, options.DECODE_THREADS = False, False, False, 1
-    return HeifImageFile(io.BytesIO(data))
+    image: ImageFile = HeifImageFile(io.BytesIO(data))
+    return image

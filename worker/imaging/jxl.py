@@ -22,7 +22,7 @@ _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 
 
 
 def read_header(data: bytes) -> Facts:
-    """Upright size, bits and kind of compression, without decoding. Raises Truncated, and UnsupportedFormat for what isn't read."""
+    """Upright size, bits and kind of compression, without decoding. Raises Truncated and UnsupportedFormat."""
     _decoder()
     header = _Header(_codestream(data))
     return Facts(header.size, orientation=1, notes=(REDUCED,) * (header.bits > 8), lossless=not header.xyb)
@@ -61,7 +61,9 @@ def _codestream(data: bytes) -> bytes:
     if data.startswith(BARE):
         return data
     parts = [
-        data[start + 4 * (kind == b"jxlp") : end] for kind, start, end in boxes(data, 0, len(data)) if kind in (b"jxlc", b"jxlp")
+        data[start + 4 * (kind == b"jxlp") : end]
+        for kind, start, end in boxes(data, 0, len(data))
+        if kind in (b"jxlc", b"jxlp")
     ]
     if not parts or not parts[0].startswith(BARE):
         raise Truncated("the JPEG XL file has no picture")
@@ -112,7 +114,9 @@ class _Header:
         if self._read(1):  # the size on paper
             self._size()
         if self._read(1) or self._read(1):
-            raise UnsupportedFormat("the JPEG XL file is animated or has a preview, which isn't read; convert it to PNG or JPEG")
+            raise UnsupportedFormat(
+                "the JPEG XL file is animated or has a preview, which isn't read; convert it to PNG or JPEG"
+            )
         return turn
 
     def _depths(self) -> None:
@@ -141,7 +145,9 @@ class _Header:
 
     def _depth(self) -> int:
         if self._read(1):
-            raise UnsupportedFormat("the JPEG XL file has floating-point samples, which aren't read; convert it to 8 or 16 bits")
+            raise UnsupportedFormat(
+                "the JPEG XL file has floating-point samples, which aren't read; convert it to 8 or 16 bits"
+            )
         return self._choice((8, 0), (10, 0), (12, 0), (1, 6))
 
     def _extra_channel(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from imagemill.shared.errors import ImageError
@@ -16,7 +17,8 @@ from imagemill.worker.imaging.metadata import boxes, exif, iptc, xmp
 
 EXIF_START, XMP_START = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 XMP_KEYWORD = "XML:com.adobe.xmp"
-MAX_TEXT, MAX_TEXTS = 2**16, 100
+MAX_TEXT, MAX_TEXTS = 2**16, 2**22
+"""Bytes of one text of a PNG file, and of all, counting each as 4 kB at least."""
 COMMENT = "Comment"
 """The keyword under which PNG files hold what JPEG files hold as a comment."""
 _INCH = 0.0254  # metres
@@ -53,6 +55,8 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """
     at = 2
     for _ in range(_PIECES):
+        while data[at + 1] == 0xFF:  # fill bytes
+            at += 1
         marker = data[at + 1]
         if data[at] != 0xFF or marker < 0xC0 or marker in range(0xD0, 0xDA):
             raise ValueError("no segment where one is expected")
@@ -84,7 +88,7 @@ def _of_jpeg(data: bytes) -> Blocks:
 
 
 def _of_png(data: bytes) -> Blocks:
-    found, texts = Blocks(), {}
+    found, texts, room = Blocks(), dict[str, bytes](), MAX_TEXTS
     for kind, start, end in png.chunks(data):
         content = data[start:end] if end - start <= xmp.MAX_PACKET else b""
         if kind == b"eXIf":
@@ -92,9 +96,12 @@ def _of_png(data: bytes) -> Blocks:
         elif kind == b"pHYs" and content[8:9] == b"\1":
             wide, high = struct.unpack_from(">II", content)
             found = replace(found, dpi=(_per_inch(wide), _per_inch(high)))
-        elif kind in (b"tEXt", b"zTXt", b"iTXt") and len(texts) < MAX_TEXTS:
-            keyword, text = _png_text(kind, content)
-            texts.setdefault(keyword.decode("latin-1"), text)
+        elif kind in (b"tEXt", b"zTXt", b"iTXt") and room > 0:
+            with suppress(ValueError, LookupError, zlib.error):
+                keyword, text = _png_text(kind, content)
+                texts.setdefault(keyword.decode("latin-1"), text)
+                room -= len(text)
+            room -= 2**12  # even a text that is empty or broken costs time
     found = replace(found, xmp=texts.pop(XMP_KEYWORD, b""))
     for name in [name for name in texts if name.startswith("Raw profile type ")]:  # as ImageMagick writes them
         found = _with_raw_profile(found, name.removeprefix("Raw profile type "), texts.pop(name))
@@ -118,8 +125,11 @@ def _inflated(packed: bytes) -> bytes:
 
 
 def _with_raw_profile(found: Blocks, name: str, text: bytes) -> Blocks:
-    _, _, digits = (text.strip().split(b"\n", 2) + [b"", b""])[:3]
-    content = bytes.fromhex(digits.decode("ascii", "ignore"))
+    digits = b"".join(text.strip().split(b"\n")[2:])  # after the name and the length
+    try:
+        content = bytes.fromhex(digits.decode("ascii", "ignore"))
+    except ValueError:
+        return found
     if name in ("exif", "APP1") and content.startswith(EXIF_START) and not found.exif:
         return replace(found, exif=content[len(EXIF_START) :])
     if name in ("xmp", "APP1") and not content.startswith(EXIF_START) and not found.xmp:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 MAX_BLOCK = 2**20
 """Bytes of an EXIF block; a JPEG file has room for 64 kB, other formats for more."""
@@ -167,7 +168,7 @@ def _directory(data: bytes, order: str, at: int) -> tuple[dict[int, Entry], dict
     return entries, places
 
 
-def _endian(order: str) -> str:  # of int.from_bytes
+def _endian(order: str) -> Literal["little", "big"]:
     return "little" if order == "<" else "big"
 
 

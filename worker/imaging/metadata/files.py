@@ -1,4 +1,4 @@
-"""Put blocks of metadata into finished JPEG, PNG, WebP and AVIF files, in place of those that they have; pixels stay as they are."""
+"""Put blocks of metadata into finished JPEG, PNG, WebP and AVIF files, in place of theirs; pixels stay as they are."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ _APPLICATION, _COMMENT = range(0xE0, 0xF0), 0xFE
 _END = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in scans, 0xFF is followed by 0, another 0xFF or a restart marker
 # Chunks of a PNG file that decide how its pixels look.
 _PNG_LOOK = frozenset(
-    (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-    + (b"cHRM", b"cICP", b"gAMA", b"iCCP", b"mDCV", b"cLLI", b"sBIT", b"sRGB", b"bKGD")
+    (
+        *(b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"),
+        *(b"cHRM", b"cICP", b"gAMA", b"iCCP", b"mDCV", b"cLLI", b"sBIT", b"sRGB", b"bKGD"),
+    )
 )
 _PNG_PROFILES = (b"Raw profile type icc\0", b"Raw profile type icm\0")
 _AVIF_LOOK = {b"ftyp", b"meta", b"mdat", b"free", b"skip"}
@@ -51,9 +53,7 @@ def _jpeg(data: bytes, blocks: Blocks) -> bytes:
             after.append(data[start : _end_of_image(data, end)])
         elif marker == 0xE0 and content.startswith(b"JFIF\0") and len(content) >= 14:
             before[1:] = [_jfif(content, blocks.dpi)]  # must come first, once
-        elif marker not in _APPLICATION and marker != _COMMENT:
-            after.append(data[start:end])
-        elif marker == 0xEE or (marker == 0xE2 and content.startswith(b"ICC_PROFILE\0")):
+        elif _decides_look(marker, content):
             after.append(data[start:end])
     if blocks.dpi and len(before) == 1 and not blocks.exif:  # a new JFIF segment could change how colours are read
         blocks = replace(blocks, exif=exif.write(exif.Exif(), size=(0, 0), srgb=False, dpi=blocks.dpi))
@@ -70,6 +70,12 @@ def _jpeg(data: bytes, blocks: Blocks) -> bytes:
         if content and fits_segment(len(start) + len(content))
     ]
     return b"".join([*before, *segments, *after])
+
+
+def _decides_look(marker: int, content: bytes) -> bool:
+    if marker in _APPLICATION:
+        return marker == 0xEE or (marker == 0xE2 and content.startswith(b"ICC_PROFILE\0"))
+    return marker != _COMMENT
 
 
 def fits_segment(length: int) -> bool:

@@ -6,9 +6,9 @@ https://www.iptc.org/std/IIM/4.2/specification/IIMV4.2.pdf, https://www.adobe.co
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 
-from imagemill.worker.imaging.metadata.xmp import DC, IPTC_CORE, PHOTOSHOP, Field
+from imagemill.worker.imaging.metadata.xmp import DC, IPTC_CORE, PHOTOSHOP, Field, Form, Name
 
 PHOTOSHOP_3 = b"Photoshop 3.0\0"
 MAX_BLOCK = 2**16
@@ -17,7 +17,7 @@ _RESOURCES = (IPTC, _FLAG, _URL)
 _CHARSET, _VERSION = (1, 90), (2, 0)
 _PREVIEWS = {(2, 200), (2, 201), (2, 202)}
 _CREDITS = {_CHARSET, _VERSION, (2, 80), (2, 85), (2, 110), (2, 115), (2, 116), (2, 118)}
-_AS_XMP: tuple[tuple[int, tuple[str, str], str], ...] = (
+_AS_XMP: tuple[tuple[int, Name, Form], ...] = (
     (5, (DC, "title"), "alt"),
     (25, (DC, "subject"), "bag"),
     (40, (PHOTOSHOP, "Instructions"), "text"),
@@ -55,7 +55,7 @@ def resources(block: bytes) -> dict[int, bytes]:
     return found
 
 
-def photoshop_block(parts: dict[int, bytes]) -> bytes:
+def photoshop_block(parts: Mapping[int, bytes]) -> bytes:
     """A Photoshop block of these resources; empty if there are none."""
     return b"".join(
         b"8BIM" + struct.pack(">HHI", kind, 0, len(value)) + value + bytes(len(value) % 2)
@@ -82,7 +82,7 @@ def as_xmp(records: bytes) -> Iterator[Field]:
             yield Field(name, form, values)
 
 
-def _datasets(records: bytes) -> Iterable[Dataset]:
+def _datasets(records: bytes) -> Iterator[Dataset]:
     at = 0
     while at + 5 <= len(records) and records[at] == 0x1C:
         record, number, length = struct.unpack_from(">BBH", records, at + 1)

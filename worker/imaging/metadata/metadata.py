@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from imagemill.shared.messages import KeepMetadata
 from imagemill.worker.imaging.metadata import exif, iptc, xmp
 from imagemill.worker.imaging.metadata.blocks import EXIF_START, XMP_START, Blocks, find
+from imagemill.worker.imaging.metadata.exif import Exif
 from imagemill.worker.imaging.metadata.files import fits_segment
+from imagemill.worker.imaging.metadata.xmp import Xmp
 
 _TEXT_CREDITS = ("Author", "Copyright")
-_TEXTS_AS_XMP: Mapping[str, tuple[xmp.Name, str]] = {
+_TEXTS_AS_XMP: Mapping[str, tuple[xmp.Name, xmp.Form]] = {
     "Author": ((xmp.DC, "creator"), "seq"),
     "Copyright": ((xmp.DC, "rights"), "alt"),
     "Title": ((xmp.DC, "title"), "alt"),
@@ -24,8 +26,8 @@ _SANE_DPI = (1, 65_535)
 class Metadata:
     """The metadata that a result gets. `dpi` is horizontal and vertical; `resources` are Photoshop's, by number."""
 
-    exif: exif.Exif = exif.Exif()
-    xmp: xmp.Xmp = xmp.Xmp()
+    tags: Exif = field(default_factory=Exif)
+    properties: Xmp = field(default_factory=Xmp)
     resources: Mapping[int, bytes] = field(default_factory=dict)
     dpi: tuple[float, float] | None = None
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -33,17 +35,17 @@ class Metadata:
     def blocks(self, form: str, size: tuple[int, int], *, srgb: bool) -> Blocks:
         """The blocks for a result of `size` (width, height) in the format `form`: jpeg, png, webp or avif.
 
-        JPEG files have a place for everything but hold at most 64 kB of each; in the others, what IPTC says is added to XMP, and
-        so is in JPEG, WebP and AVIF what PNG texts say.
+        JPEG files have a place for everything but hold at most 64 kB of each; in the others, what IPTC says is added to XMP,
+        and so is in JPEG, WebP and AVIF what PNG texts say.
         """
         jpeg = form == "jpeg"
         native = form in ("jpeg", "png")  # has a place for the resolution
-        tags = self.exif
+        tags = self.tags
         dpi = self.dpi if tags or not native else None
         block = exif.write(tags, size=size, srgb=srgb, dpi=dpi)
         if jpeg and not fits_segment(len(EXIF_START) + len(block)):
             block = exif.write(exif.without_maker_note(tags), size=size, srgb=srgb, dpi=dpi)
-        packet = xmp.write(self.xmp, self._more_xmp(form))
+        packet = xmp.write(self.properties, self._more_xmp(form))
         if jpeg:
             block = block if fits_segment(len(EXIF_START) + len(block)) else b""
             packet = packet if fits_segment(len(XMP_START) + len(packet)) else b""
@@ -64,8 +66,8 @@ NOTHING = Metadata()
 def read(data: bytes, kind: str, keep: KeepMetadata, *, moved: bool = False) -> Metadata:
     """The metadata of a file of format `kind` that `keep` asks for.
 
-    `moved` says that the picture is rotated or scaled, so that regions no longer fit. Never raises: what is damaged or too large
-    is left out.
+    `moved` says that the picture is rotated or scaled, so that regions no longer fit. Never raises: what is damaged or too
+    large is left out.
     """
     if keep == "none":
         return NOTHING

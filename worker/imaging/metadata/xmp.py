@@ -67,6 +67,7 @@ _DESCRIPTION, _PROPERTY = 2, 3  # levels; rdf:RDF has 1
 
 Name = tuple[str, str]
 """Namespace and local name of a property."""
+Form = Literal["text", "seq", "bag", "alt"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Field:
     """A property made of text: one `text`, a list of names (`seq`), a set of words (`bag`), or text with languages (`alt`)."""
 
     name: Name
-    form: Literal["text", "seq", "bag", "alt"]
+    form: Form
     values: tuple[str, ...]
 
 
