@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from PIL.Image import DecompressionBombError
 
@@ -188,16 +189,16 @@ def _read_bmp(data: bytes) -> Facts:
     return Facts(open_checked(data, "bmp").size, icc=bmp.profile(data))  # Pillow allocates nothing for it
 
 
-def _read_avif(data: bytes) -> Facts:
-    """What Pillow says, which opens the file without decoding, and what the boxes say about colour.
+def _read_heif(data: bytes, kind: str) -> Facts:
+    """What the decoder says, which opens the file without decoding, and what the boxes say about colour.
 
     An embedded profile counts more than code points (ISO/IEC 23000-22, 7.3.6.4). The orientation is that of the boxes, which
-    Pillow puts into EXIF.
+    the decoder puts into EXIF.
     """
-    image, stated = open_checked(data, "avif"), heif.read(data)
+    image, stated = open_checked(data, kind), heif.read(data)
     icc = image.info.get("icc_profile")
     if icc is None and stated.code_points is not None:
-        icc = colour.by_code_points(*stated.code_points, what="the AVIF file")
+        icc = colour.by_code_points(*stated.code_points, what=f"the {kind.upper()} file")
     return Facts(image.size, image.info.get("exif"), icc=icc, notes=(REDUCED,) * (stated.bits > 8))
 
 
@@ -207,7 +208,7 @@ _READERS: dict[str, Callable[[bytes], Facts]] = {
     "webp": _read_webp,
     "gif": _read_gif,
     "bmp": _read_bmp,
-    "avif": _read_avif,
+    "avif": partial(_read_heif, kind="avif"),
     "jxl": jxl.read_header,
 }
 # These hold more pictures than the one that is read, or sizes that only their readers know.

@@ -68,7 +68,7 @@ def _find(data: bytes, wanted: bytes, start: int, end: int) -> _Part | None:
 
 
 def _of_main_item(data: bytes, meta: _Part) -> list[_Part]:
-    """The properties of the file's primary item, and of the tiles that a grid is made of where it has none of its own."""
+    """The properties of the file's primary item, then those of the first item that it is made of, such as a grid's tile."""
     start, end = meta[1] + 4, meta[2]
     primary, groups = _find(data, b"pitm", start, end), _find(data, b"iprp", start, end)
     if primary is None or groups is None:
@@ -81,7 +81,21 @@ def _of_main_item(data: bytes, meta: _Part) -> list[_Part]:
     owned = dict[int, list[int]]()
     for _, at, _ in tables:
         owned |= _associations(data, at)
-    return [properties[number - 1] for number in owned.get(main, []) if 1 <= number <= len(properties)]
+    numbers = owned.get(main, []) + [number for part in _parts(data, meta, main)[:1] for number in owned.get(part, [])]
+    return [properties[number - 1] for number in numbers if 1 <= number <= len(properties)]
+
+
+def _parts(data: bytes, meta: _Part, main: int) -> list[int]:
+    """The items that an item is made of."""
+    references = _find(data, b"iref", meta[1] + 4, meta[2])
+    if references is None:
+        return []
+    number, size = ("I", 4) if data[references[1]] > 0 else ("H", 2)
+    for kind, at, _ in boxes(data, references[1] + 4, references[2]):
+        origin, count = struct.unpack_from(f">{number}H", data, at)
+        if kind == b"dimg" and origin == main:
+            return [*struct.unpack_from(f">{count}{number}", data, at + size + 2)]
+    return []
 
 
 def _associations(data: bytes, at: int) -> dict[int, list[int]]:
@@ -111,7 +125,7 @@ def _code_points(data: bytes, properties: list[_Part]) -> tuple[int, int] | None
 
 def _bits(data: bytes, properties: list[_Part]) -> int:
     """From the list of bits per channel (`pixi`), else from the AV1 (`av1C`) or HEVC (`hvcC`) configuration."""
-    by_kind = {kind: (start, end) for kind, start, end in properties}
+    by_kind = {kind: (start, end) for kind, start, end in reversed(properties)}
     if b"pixi" in by_kind:
         start, end = by_kind[b"pixi"]
         return max(data[start + 5 : min(end, start + 5 + data[start + 4])], default=8)

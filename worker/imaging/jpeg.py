@@ -176,8 +176,9 @@ def _tolerant(
             return *_decode(source, size, target, strict=True), notes
         except (ValueError, KeyError) as error:  # KeyError: simplejpeg knows fewer subsamplings than TurboJPEG
             reason = sentence(error)
-            if "extraneous bytes before marker 0xd9" in reason:
-                # libjpeg reports only its first warning; it came at the end marker, so the picture is complete.
+            if "extraneous bytes before marker 0xd9" in reason and NO_END not in notes:
+                # libjpeg reports only its first warning; it came at the end marker, so the picture is complete. Without that
+                # marker, it may be other data in place of the last rows.
                 return *_decode(source, size, target, strict=False), notes
             if metadata and "extraneous bytes before marker" in reason:
                 notes += (JUNK,)  # between segments, if the file can be read without it
@@ -197,8 +198,8 @@ def _by_pillow(data: bytes, size: tuple[int, int], reason: str) -> tuple[NDArray
     if image.mode == "CMYK":
         return np.subtract(255, pixels), image.mode  # Pillow inverts it, with and without Adobe's marker
     # Pillow doesn't report data missing before the end marker; libjpeg fills the gap with mid grey.
-    if (pixels[-1] == 128).all():
-        raise Truncated("the JPEG file ends early: its last row is missing")
+    if b"\xff\xd9" not in data or (pixels[-1] == 128).all():
+        raise Truncated("the JPEG file ends early: its end marker or its last row is missing")
     return pixels, image.mode
 
 

@@ -285,6 +285,109 @@ def test_decode_raises_truncated_on_cut_file_with_end_marker(kind: str) -> None:
         decode(data[: int(len(data) * 0.7)] + EOI)
 
 
+# --- harmless damage ---
+
+
+@pytest.mark.parametrize("kind", [*KINDS.keys() - {"unusual"}])
+@pytest.mark.parametrize("end", [b"", b"\xff"], ids=["none", "half"])
+@pytest.mark.parametrize("edge", [1, 1000])
+def test_decode_reads_complete_picture_without_end_marker(kind: str, end: bytes, edge: int) -> None:
+    data = KINDS[kind]
+    width, height = size_of(data)
+    target = min(edge, width), min(edge, height)
+    found = jpeg.decode(data[:-2] + end, (width, height), target)
+    assert (found.pixels == decode(data, target)[0]).all()
+    assert found.notes == ("no_end_marker",)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decode_reads_no_picture_that_lacks_pixels(kind: str) -> None:
+    data = KINDS[kind]
+    fillings = [b"", bytes(9000), b"<p>Bad gateway</p>" * 500, b"\xff" * 9000]
+    for length in (len(data) - 3, len(data) - 4, len(data) - 12, len(data) - 60):
+        for filling in fillings:
+            with pytest.raises(Truncated):
+                decode(data[:length] + filling)
+
+
+def test_decode_reads_no_picture_that_lacks_scans() -> None:
+    data = KINDS["progressive"]
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"][1:]
+    tables = [data.rindex(b"\xff\xc4", 0, at) for at in scans]
+    assert len(scans) > 5
+    for end in (*scans, *tables):
+        with pytest.raises(Truncated):
+            decode(data[:end])
+
+
+JUNK = [b"junk", b"\xff\0", b"\0\0\0", b"\xff\0anything\xff\0"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS.keys() - {"unusual"}])
+@pytest.mark.parametrize("junk", JUNK)
+def test_decode_skips_junk_between_segments_before_the_scan(kind: str, junk: bytes) -> None:
+    data = KINDS[kind]
+    for _, start, _ in list(jpeg._segments(data)):
+        odd = data[: start - 4] + junk + data[start - 4 :]
+        found = jpeg.decode(odd, size_of(odd), size_of(odd))
+        assert (found.pixels == decode(data)[0]).all()
+        assert found.notes == ("junk_skipped",)
+    both = jpeg.decode(odd[:-2], size_of(odd), size_of(odd))
+    assert sorted(both.notes) == ["junk_skipped", "no_end_marker"]
+
+
+# --- CMYK ---
+
+
+def unmarked(ink: np.ndarray, *, inverted: bool = False) -> bytes:
+    """A CMYK JPEG without Adobe's marker."""
+    file = io.BytesIO()
+    stored = ink if inverted else 255 - ink  # Pillow inverts again
+    Image.frombytes("CMYK", (ink.shape[1], ink.shape[0]), stored.tobytes()).save(file, "JPEG", quality=100)
+    data = file.getvalue()
+    at = data.index(b"\xff\xee")
+    return data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+
+
+def inks(black: str) -> np.ndarray:
+    """A scene with white paper as ink, with all, some or none of its black made of black ink."""
+    light = scene().astype(float) / 255
+    light[:20, 100:] = 1
+    share = {"all": 1.0, "some": 0.6, "none": 0.0}[black]
+    key = (1 - light.max(axis=2, keepdims=True)) * share
+    colour = np.clip((1 - light - key) / np.maximum(1 - key, 1e-6), 0, 1)
+    return np.round(np.dstack([colour, key]) * 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("black", ["all", "some", "none"])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_cmyk_without_adobe_marker_is_read_as_it_says_unless_that_is_impossible(black: str, inverted: bool) -> None:
+    ink = inks(black)
+    data = unmarked(ink, inverted=inverted)
+    found = jpeg.decode(data, size_of(data), size_of(data))
+    assert np.abs(found.pixels.astype(int) - ink).max() <= 6
+    assert found.notes == (("cmyk_inverted",) if inverted else ())
+
+
+# --- kinds that are not read ---
+
+
+@pytest.mark.parametrize(
+    ("marker", "bits", "reason"),
+    [
+        *((0xC0 + number, 8, "of a lossless or hierarchical kind") for number in (3, 5, 6, 7, 11, 13, 14, 15)),
+        (0xC1, 12, "with 12 bits"),
+        (0xC2, 12, "with 12 bits"),
+    ],
+)
+def test_read_header_refuses_other_kinds(marker: int, bits: int, reason: str) -> None:
+    data = bytearray(save(scene()))
+    at = data.index(b"\xff\xc0")
+    data[at + 1], data[at + 4] = marker, bits
+    with pytest.raises(UnsupportedFormat, match=f"JPEG files {reason} are not supported"):
+        jpeg.read_header(bytes(data))
+
+
 # --- writing ---
 
 
