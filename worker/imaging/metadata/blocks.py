@@ -74,8 +74,8 @@ def _of_jpeg(data: bytes) -> Blocks:
         content = data[start + 4 : min(end, start + 4 + 2**16)]
         if marker == 0xE0 and content[:5] == b"JFIF\0" and len(content) >= 12:
             unit, wide, high = struct.unpack_from(">BHH", content, 7)
-            factor = {1: 1.0, 2: 2.54}.get(unit, 0)
-            dpi = (wide * factor, high * factor)
+            factor = {1: 1.0, 2: 2.54}.get(unit)
+            dpi = (wide * factor, high * factor) if factor else None
         elif marker == 0xE1 and content.startswith(EXIF_START) and not found.exif:
             found = replace(found, exif=content[len(EXIF_START) :])
         elif marker == 0xE1 and content.startswith(XMP_START) and not found.xmp:

@@ -22,11 +22,14 @@ XMP = f"""<?xpacket begin="\ufeff"?><x:xmpmeta xmlns:x="adobe:ns:meta/">
 </r:Description></r:RDF></x:xmpmeta><?xpacket end="w"?>""".encode()
 
 
-def exif(orientation: int = 1, *, thumbnail: bytes = b"") -> bytes:
-    """A block with a creator, rights, a camera, 300 dpi, a size, a maker note, a position and, if given, a thumbnail."""
+def exif(orientation: int = 1, *, thumbnail: bytes = b"", packet: bytes = b"") -> bytes:
+    """A block with a creator, rights, a camera, 300 dpi, a size, a maker note, a position and, if given, a
+    thumbnail and an XMP packet."""
     block = Image.Exif()
     block[271], block[274], block[282], block[283], block[296] = "Camera", orientation, 300.0, 300.0, 2
     block[315], block[33432] = CREATOR, RIGHTS
+    if packet:
+        block[700] = packet
     photo, gps = block.get_ifd(34665), block.get_ifd(34853)
     photo[36867], photo[40962], photo[40963], photo[37500] = "2026:01:02 03:04:05", 9_999, 9_999, b"MAKER" * 20
     gps[1], gps[2] = "N", (12.0, 34.0, 30.0)
@@ -78,6 +81,6 @@ def photo(kind: str, orientation: int = 1, pixels: np.ndarray | None = None) -> 
         more = png_chunk(b"eXIf", block) + png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP) + texts
         return bare[:33] + more + bare[33:]
     if kind == "tiff":
-        return save("tiff", picture, exif=exif(orientation), tiffinfo={700: XMP})
+        return save("tiff", picture, exif=exif(orientation, packet=XMP))
     options = {"webp": {"lossless": True, "exact": True}, "avif": {"quality": 90}}[kind]
     return save(kind, picture, exif=b"Exif\0\0" + block, xmp=XMP, **options)
