@@ -13,6 +13,7 @@ from imagemill.producer.report import MOST_FAILURES, MOST_FLAGGED, REMARKS, JobP
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.messages import Item, ItemResult, Job, JobStatus, Policy, Row, row
 from imagemill.worker.checking.quality import REPAIR_NOTES
+from imagemill.worker.imaging.facts import FILE_NOTES
 
 A = "https://shop.example/"
 EVIL = "\"><script>alert(1)</script><img src=x onerror=alert(2)>'&amp;"
@@ -259,7 +260,7 @@ def test_options_include_the_default_profile_of_the_operation(operation: str, ic
     assert framed(shown) == []
 
 
-PASSING_NOTES = {"cached", "matting_failed", "matting_timed_out"}
+PASSING_NOTES = {"cached", "matting_failed", "matting_timed_out"} | FILE_NOTES
 
 
 @pytest.mark.parametrize("note", sorted(REPAIR_NOTES.union(PASSING_NOTES, *(engine.lasting_notes for engine in ENGINES))))

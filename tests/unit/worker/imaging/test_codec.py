@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from imagemill.shared.errors import NotAnImage, OperationFailed, OutOfMemory, TooManyPixels, Truncated, UnsupportedFormat
 from imagemill.worker.imaging import codec
@@ -155,6 +156,15 @@ def test_decode_returns_upright_picture(kind: str, orientation: int, edge: int |
     assert found.full_size == (64, 48)
     assert found.size == ((64, 48) if edge is None else (24, 18))
     assert difference(found.pixels, np.array(seen.resize(found.size, Image.Resampling.BOX))) < 6
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_orientation_in_xmp_counts_without_exif(kind: str) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+    text = PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    stated = {"png": {"pnginfo": text}, "tiff": {"tiffinfo": {700: xmp}}}.get(kind, {"xmp": xmp})
+    assert difference(pixels(save(kind, scene(), **stated)), scene()[::-1, ::-1]) < 6
 
 
 # --- profiles ---

@@ -20,6 +20,7 @@ from imagemill.worker.operations.base import Inputs, Sample, Untouched, Work
 from tests.conftest import photo
 from tests.fakes import Invert
 from tests.services.images import answers, html
+from tests.unit.worker.imaging.samples import png_by_hand
 from tests.unit.worker.line.jobs import SIZE, LineJob, Masked, drain, pixels, source
 
 ALL_BLANK = {"least_entropy": 8}
@@ -275,3 +276,32 @@ def test_result_is_remembered_only_when_its_notes_are_lasting(note: str, remembe
     items = job.photos(1)
     job.run(Noted(), items, cache=cache)
     assert cache.put.called == remembered
+
+
+WIDE = png_by_hand(2, 1, 16, 0, b"\0\1\2\3\4")
+
+
+@pytest.mark.parametrize(
+    ("operation", "form", "data", "notes"),
+    [
+        (Invert(), "png", photo(1)[:-12], ("no_end_marker",)),
+        (Invert(), "png", WIDE, ("reduced_to_8_bits",)),
+        (Nothing(), "same", photo(1)[:-12], ("no_end_marker", "empty_mask")),
+        (Nothing(), "jpeg", WIDE[:-12], ("reduced_to_8_bits", "no_end_marker", "empty_mask")),
+        (Nothing(), "same", WIDE, ("empty_mask",)),  # the very file, with all of its bits
+    ],
+    ids=["computed", "computed-16", "kept", "encoded-anew", "kept-16"],
+)
+@pytest.mark.parametrize("mode", ["off", "flag"])
+def test_notes_on_the_file_reach_the_result_and_keep_it_reusable(
+    operation: Invert, form: str, data: bytes, notes: tuple[str, ...], mode: str, job: LineJob
+) -> None:
+    cache = MagicMock(spec=Cache)
+    cache.get.return_value = None
+    job.server.routes["/a"] = data
+    kind = "inpaint" if isinstance(operation, Nothing) else "stylize"  # a note on an empty mask is lasting there
+    job.run(operation, job.items(["/a"]), form=form, cache=cache, quality={"mode": mode}, kind=kind)
+    (row,) = job.rows()
+    assert row.result is not None
+    assert tuple(note for note in row.result.notes if not note.startswith("flag:")) == notes
+    assert cache.put.called
