@@ -98,7 +98,7 @@ def test_probe_recognises_format_by_content(kind: str) -> None:
     ],
 )
 def test_probe_recognises_variant(kind: str, data: bytes) -> None:
-    assert probe(data, max_pixels=LIMIT) == Header(kind, (64, 48))
+    assert probe(data, max_pixels=LIMIT) == Header(kind, (64, 48), lossless=b"VP8L" in data)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_probe_names_unsupported_file_type(data: bytes, description: str) -> Non
     with pytest.raises(NotAnImage) as caught:
         probe(data, max_pixels=LIMIT)
     assert caught.value.message.startswith(f"the file is {description}")
-    assert caught.value.message.endswith("; supported formats are jpeg, png, webp, gif, bmp, tiff, avif")
+    assert caught.value.message.endswith("; supported formats are jpeg, png, webp, gif, bmp, tiff, avif, heic, jxl")
 
 
 def test_probe_raises_empty_file() -> None:

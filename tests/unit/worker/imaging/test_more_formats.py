@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from imagemill.shared.errors import TooManyPixels, Truncated, UnsupportedFormat
 from imagemill.worker.imaging import codec, jxl
+from imagemill.worker.imaging.headers import sniff
 from tests.unit.worker.imaging.metadata.sources import CREATOR, XMP
 from tests.unit.worker.imaging.metadata.sources import exif as full_exif
 from tests.unit.worker.imaging.samples import difference, exif, picture, save, scene
@@ -45,6 +46,21 @@ def test_heic_is_turned_once(turn: int) -> None:
 def test_grey_jpeg_xl(mode: str) -> None:
     source = Image.fromarray(scene()).convert(mode)
     assert difference(picture(save("JXL", source, lossless=True)).pixels[:, :, 0], np.array(source.convert("L"))) == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "heic"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "heic"),
+        (b"\0\0\0\x18ftyphevc\0\0\0\0msf1", "heic"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1avif", "avif"),
+        (b"\xff\x0a\xfa", "jxl"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "jxl"),
+    ],
+)
+def test_formats_are_recognised_by_content(start: bytes, kind: str) -> None:
+    assert sniff(start + bytes(80)) == kind
 
 
 @pytest.mark.parametrize(
