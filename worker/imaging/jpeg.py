@@ -24,6 +24,7 @@ _SOS, _EOI, _APP0, _APP1, _APP2, _APP14, _APP15, _COM = 0xDA, 0xD9, 0xE0, 0xE1, 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three excluded markers are tables
 _PROGRESSIVE = frozenset({0xC2, 0xCA})
 _READ = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})  # baseline, extended and progressive, with Huffman or arithmetic coding
+_ARITHMETIC = frozenset({0xC9, 0xCA})
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _PROFILE = b"ICC_PROFILE\0"
 _PROFILE_PART = 65_533 - len(_PROFILE) - 2
@@ -101,12 +102,14 @@ def _whole(data: bytes) -> bool:
     """Whether a file without end marker has all of its scans, as far as their headers tell.
 
     Each coefficient of each component must have come with all of its bits. A file may also have been filled up with zeros
-    in place of its last rows, which would be decoded like pixels.
+    in place of its last rows, which would be decoded like pixels. Of arithmetic coding, libjpeg can't tell where it ends.
     """
     if not data[-8:].strip(b"\0"):
         return False
     *tables, (_, scan, _) = _segments(data)
     frame = next((marker, start) for marker, start, _ in tables if marker in _FRAMES)
+    if frame[0] in _ARITHMETIC:
+        return False
     missing = {(data[frame[1] + 6 + 3 * at], number) for at in range(data[frame[1] + 5]) for number in range(64)}
     while scan >= 0:
         count = data[scan]

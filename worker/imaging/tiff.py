@@ -257,7 +257,8 @@ def _unpacked(page: Page, layout: Layout, plane: int) -> Array:
     image = open_checked(_rebuilt(page.data, tags), "tiff")
     image.load()
     found = np.array(image).view(np.uint8)
-    found = found & 1 if image.mode == "1" else found  # True comes as 255
+    if image.mode == "1":
+        found = found // 255  # True comes as 255
     return found.reshape(height, across, -1) if layout.compression in _PLAIN else found.reshape(height, width, count)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import struct
 from typing import Any
@@ -318,6 +319,20 @@ def test_decode_reads_no_picture_that_lacks_scans() -> None:
     for end in (*scans, *tables):
         with pytest.raises(Truncated):
             decode(data[:end])
+
+
+ARITHMETIC = base64.b64decode(  # of 16 x 16 grey noise; no library that the tests have writes it
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6jq62rZ4C8yb"
+    "qmx5moq6T/yQALCAAQABABAREA/8wABgAQEAX/2gAIAQEAAD8A9a6eVS9F7EZuhUQI673aRgABo00GcGfQTclEHGOzdB0+xDZh39wX1OxtlrDR"
+    "inoBQIrmZm2rZQenDPd1P2itXhZSpAWJ/9k="
+)
+
+
+def test_arithmetic_coding_is_read_only_with_its_end_marker() -> None:
+    assert (decode(ARITHMETIC)[0] == by_pillow(ARITHMETIC, "L")).all()
+    for data in (ARITHMETIC[:-2], ARITHMETIC[:-30]):  # where pixels are missing, libjpeg doesn't complain
+        with pytest.raises(Truncated):
+            decode(data)
 
 
 JUNK = [b"junk", b"\xff\0", b"\0\0\0", b"\xff\0anything\xff\0"]
