@@ -173,6 +173,7 @@ MANIFEST = {
     "job": "id of the job",
     "operation": "operation of the job",
     "options": "every option of the job, defaults included",
+    "metadata": "what results get of their sources' metadata ([list](../files.md#metadata))",
     "versions": "versions of Python, imagemill and the libraries that affect results",
     "seed": "seed of this image (`diffusion`)",
     "fingerprint": "the engine's libraries and the digests of its weights",

@@ -18,7 +18,7 @@ from imagemill.producer.terminal import bad_rows, counted, make_console, say
 from imagemill.producer.times import parse_time
 from imagemill.shared.engines import ENGINES, split_lane
 from imagemill.shared.errors import InvalidSource
-from imagemill.shared.messages import PRIORITIES, Job
+from imagemill.shared.messages import PRIORITIES, Format, Job, KeepMetadata
 from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, Quality
@@ -99,12 +99,17 @@ def _limit(name: str, operation: str | None) -> str:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set an option of the operation; repeatable.")
 @click.option("--mask", metavar="URL", help="One mask for all images, as a URL or path (inpaint).")
 @click.option("--output", required=True, metavar="URL", help="s3://bucket/prefix, file:///folder or a folder's path.")
-@click.option("--format", type=click.Choice(["same", "png", "webp", "jpeg"]), help="Result format; default same.")
-@click.option("--quality", type=int, metavar="1-100", help="Quality of JPEG and lossy WebP; default 90.")
+@click.option("--format", type=click.Choice(get_args(Format)), help="Result format; default same.")
+@click.option("--quality", type=int, metavar="1-100", help="Quality of JPEG, AVIF and lossy WebP; default 90.")
 @click.option(
     "--icc",
     type=click.Choice(["srgb", "keep"]),
     help="Convert to sRGB, or keep the source's profile; default srgb, inpaint: keep.",
+)
+@click.option(
+    "--metadata",
+    type=click.Choice(get_args(KeepMetadata)),
+    help="Which EXIF, XMP and IPTC results get: all, creator and rights, or none; default copyright.",
 )
 @click.option("--key", metavar="TEMPLATE", help="File names of the results; default {job}/{index:06d}-{name}.")
 @click.option("--priority", type=click.Choice(PRIORITIES), help="Which jobs go first; default normal.")
@@ -149,7 +154,8 @@ def submit(
 
     SOURCE is a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or an image's URL or path.
     """
-    files = {"url": local_address(flags["output"]), **{name: flags[name] for name in ("format", "quality", "icc", "key")}}
+    files = {name: flags[name] for name in ("format", "quality", "icc", "metadata", "key")}
+    files["url"] = local_address(flags["output"])
     policy: dict[str, object] = {name: flags[name] for name in ("priority", "owner", "batch")}
     policy |= {"reuse": False if flags["fresh"] else None, "quality": quality_values(flags["check"], flags["limits"])}
     policy |= {name: parse_time(flag, flags[name]) for name, flag in (("not_before", "--not-before"), ("until", "--until"))}

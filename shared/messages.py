@@ -57,13 +57,22 @@ Profile = Literal["srgb", "keep"]
 """Convert colours to sRGB, or keep the source's profile."""
 
 
+KeepMetadata = Literal["keep", "copyright", "none"]
+"""Which EXIF, XMP and IPTC of a source its result gets."""
+Format = Literal["same", "png", "webp", "webp-lossless", "jpeg", "avif"]
+
+
 class Output(Model):
     """Where results are stored, and in which format."""
 
     url: Annotated[str, AfterValidator(check_output_url)]
-    format: Literal["same", "png", "webp", "jpeg"] = "same"
-    quality: int = Field(90, ge=1, le=100, description="quality of JPEG and lossy WebP files")
+    format: Format = "same"
+    quality: int = Field(90, ge=1, le=100, description="quality of JPEG, AVIF and lossy WebP files")
     icc: Profile | None = Field(None, description="colour profile of the results; 'none': the operation's default")
+    metadata: KeepMetadata = Field(
+        "copyright",
+        description="EXIF, XMP and IPTC of the source: keep (positions too), copyright (creator, rights, resolution) or none",
+    )
     key: Annotated[str, AfterValidator(check_key)] = "{job}/{index:06d}-{name}"
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Hashable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Invert(Operation[Any, Any, Any, Any]):
         return [255 - sample.data for sample in samples]
 
     def finish(self, work: AnyWork, outputs: Sequence[Any]) -> Picture:
-        return Picture(outputs[0], work.plan.format, work.plan.icc, work.plan.full_size)
+        return replace(work.plan, pixels=outputs[0])
 
 
 class SlowLoad(Invert):

@@ -21,7 +21,7 @@ class Facts:
     """Of one file: `size` is (width, height) as stored.
 
     `icc` is the embedded profile, or one that says what the file states in another way (see imagemill.worker.imaging.colour).
-    `orientation` is None where EXIF or XMP decide.
+    `orientation` is None where EXIF or XMP decide. `lossless` matters in formats that may be either.
     """
 
     size: tuple[int, int]
@@ -30,15 +30,20 @@ class Facts:
     icc: bytes | None = None
     orientation: int | None = None
     notes: tuple[str, ...] = ()
+    lossless: bool = False
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Decoded uint8 pixels as stored in the file: L [h, w], or RGB, RGBA or CMYK [h, w, c] (255 is full ink)."""
+    """Decoded uint8 pixels as stored in the file: L [h, w], or RGB, RGBA or CMYK [h, w, c] (255 is full ink).
+
+    `icc` is their profile where only the decoder knows it.
+    """
 
     pixels: NDArray[np.uint8]
     mode: str
     notes: tuple[str, ...] = ()
+    icc: bytes | None = None
 
 
 def check_size(size: tuple[int, int], max_pixels: int) -> None:

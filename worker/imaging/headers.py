@@ -15,20 +15,22 @@ from functools import partial
 from PIL.Image import DecompressionBombError
 
 from imagemill.shared.errors import EmptyFile, NotAnImage, OutOfMemory, Truncated, UnsupportedFormat, sentence
-from imagemill.worker.imaging import bmp, colour, exif, heif, jpeg, png, png_reading, tiff
+from imagemill.worker.imaging import bmp, colour, exif, heic, heif, jpeg, jxl, png, png_reading, tiff
 from imagemill.worker.imaging.facts import REDUCED, Facts, check_size
 from imagemill.worker.imaging.pillow import OPENERS, open_checked
 
 MAX_PIECES = 100_000
 MAX_BLOCKS = 1_000_000
 
-FORMATS = ("jpeg", *OPENERS)
+FORMATS = ("jpeg", *OPENERS, "heic", "jxl")
 _STARTS = {
     b"\xff\xd8\xff": "jpeg",
     png.SIGNATURE: "png",
     **dict.fromkeys((b"GIF87a", b"GIF89a"), "gif"),
+    **dict.fromkeys((jxl.BARE, jxl.CONTAINER), "jxl"),
     **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), "tiff"),
 }
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _OF_CAMERAS = frozenset({"jpeg", "webp"})  # formats in which EXIF is the only place for the camera's colour space
 _BMP_HEADERS = {size.to_bytes(4, "little") for size in (12, 16, 40, 52, 56, 64, 108, 124)}
 # (offset, magic bytes, name) of files that people send by mistake; the error names them.
@@ -38,11 +40,7 @@ _OTHERS = (
     (0, b"%!PS", "a PostScript document"),
     (0, b"PK\x03\x04", "a ZIP archive or office document"),
     (0, b"\x1f\x8b", "a gzip archive"),
-    (0, b"\xff\x0a", "a JPEG XL image"),
-    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
     (0, b"\x00\x00\x00\x0cjP  ", "a JPEG 2000 image"),
-    (4, b"ftyphe", "a HEIC image"),  # heic, heix, hevc, ...
-    (4, b"ftypmif1", "a HEIC image"),
     (4, b"ftyp", "a video or another kind of media file"),
 )
 
@@ -52,7 +50,7 @@ class Header:
     """Header of an image file: `size` is the upright (width, height), `orientation` (EXIF, 1 to 8) is applied by `decode`.
 
     `icc` is the profile that the file has, or one that says what it states about its colours in another way. `notes` are
-    among `facts.FILE_NOTES`.
+    among `facts.FILE_NOTES`. `lossless` is true for a WebP or JPEG XL file that stores pixels without loss.
     """
 
     format: str
@@ -60,6 +58,7 @@ class Header:
     orientation: int = 1
     icc: bytes | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    lossless: bool = False
 
     @property
     def pixels(self) -> int:
@@ -80,13 +79,13 @@ def probe(data: bytes, *, max_pixels: int) -> Header:
     """
     kind = sniff(data)
     with translated(kind):
-        facts = tiff.read_header(data, max_pixels) if kind == "tiff" else _READERS[kind](data)
+        facts = _BOUNDED[kind](data, max_pixels) if kind in _BOUNDED else _READERS[kind](data)
     check_size(facts.size, max_pixels)
     turn = facts.orientation or exif.orientation(facts.exif, facts.xmp)
     icc = facts.icc if facts.icc is not None and 128 <= len(facts.icc) <= png.MAX_PROFILE else None
     if icc is None and kind in _OF_CAMERAS and exif.says_adobe_rgb(facts.exif):
         icc = colour.adobe_rgb()
-    return Header(kind, (facts.size[1], facts.size[0]) if turn >= 5 else facts.size, turn, icc, facts.notes)
+    return Header(kind, (facts.size[1], facts.size[0]) if turn >= 5 else facts.size, turn, icc, facts.notes, facts.lossless)
 
 
 def sniff(data: bytes) -> str:
@@ -102,6 +101,8 @@ def sniff(data: bytes) -> str:
         return "bmp"
     if data[4:8] == b"ftyp" and any(brand in data[8:64] for brand in (b"avif", b"avis")):
         return "avif"
+    if data[4:8] == b"ftyp" and any(brand in data[8:64] for brand in _HEIC_BRANDS):
+        return "heic"
     raise NotAnImage(f"the file is {_kind(data)}; supported formats are {', '.join(FORMATS)}")
 
 
@@ -122,7 +123,7 @@ def _kind(data: bytes) -> str:
 @contextmanager
 def translated(kind: str) -> Iterator[None]:
     """Turn the exceptions that decoders raise on bad data into Truncated, UnsupportedFormat or OutOfMemory."""
-    name = {"webp": "WebP"}.get(kind, kind.upper())
+    name = {"webp": "WebP", "jxl": "JPEG XL"}.get(kind, kind.upper())
     try:
         yield
     except MemoryError as error:
@@ -142,11 +143,14 @@ def translated(kind: str) -> Iterator[None]:
 def _read_webp(data: bytes) -> Facts:
     """Canvas size, EXIF, XMP and profile. https://developers.google.com/speed/webp/docs/riff_container"""
     size, found, position = None, dict[bytes, bytes](), 12
+    coding = b""  # of the first picture
     for _ in range(MAX_PIECES):
         if position + 8 > len(data):
             break
         kind, length = struct.unpack_from("<4sI", data, position)
         start = position + 8
+        if not coding:
+            coding = kind if kind in (b"VP8 ", b"VP8L") else data[start + 16 : start + 20] if kind == b"ANMF" else b""
         if kind == b"VP8X" and size is None:
             wide, high = (int.from_bytes(data[at : at + 3], "little") for at in (start + 4, start + 7))
             size = (wide + 1, high + 1)
@@ -161,7 +165,7 @@ def _read_webp(data: bytes) -> Facts:
         position = start + length + (length & 1)
     if size is None:
         raise Truncated("the WebP file ends inside its header")
-    return Facts(size, found.get(b"EXIF"), found.get(b"XMP "), found.get(b"ICCP"))
+    return Facts(size, found.get(b"EXIF"), found.get(b"XMP "), found.get(b"ICCP"), lossless=coding == b"VP8L")
 
 
 def _read_gif(data: bytes) -> Facts:
@@ -210,4 +214,7 @@ _READERS: dict[str, Callable[[bytes], Facts]] = {
     "gif": _read_gif,
     "bmp": _read_bmp,
     "avif": partial(_read_heif, kind="avif"),
+    "jxl": jxl.read_header,
 }
+# These hold more pictures than the one that is read, or sizes that only their readers know.
+_BOUNDED: dict[str, Callable[[bytes, int], Facts]] = {"tiff": tiff.read_header, "heic": heic.read_header}

@@ -34,7 +34,20 @@ def read(data: bytes) -> Stated:
         return Stated()
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[_Part]:
+def sizes(data: bytes) -> list[tuple[int, int]]:
+    """(width, height) of every picture in the file: the main one, its tiles, thumbnails and maps."""
+    try:
+        meta = _find(data, b"meta", 0, len(data))
+        groups = _find(data, b"iprp", meta[1] + 4, meta[2]) if meta is not None else None
+        container = _find(data, b"ipco", groups[1], groups[2]) if groups is not None else None
+        properties = boxes(data, *container[1:]) if container is not None else ()
+        return [struct.unpack_from(">II", data, start + 4) for kind, start, _ in properties if kind == b"ispe"]
+    except struct.error:
+        return []
+
+
+def boxes(data: bytes, start: int, end: int) -> Iterator[_Part]:
+    """Yield (kind, start, end) of each box's payload between two offsets, as far as they are complete."""
     for _ in range(MAX_BOXES):
         if start + 8 > end:
             return
@@ -51,7 +64,7 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[_Part]:
 
 
 def _find(data: bytes, wanted: bytes, start: int, end: int) -> _Part | None:
-    return next((box for box in _boxes(data, start, end) if box[0] == wanted), None)
+    return next((box for box in boxes(data, start, end) if box[0] == wanted), None)
 
 
 def _of_main_item(data: bytes, meta: _Part) -> list[_Part]:
@@ -63,8 +76,8 @@ def _of_main_item(data: bytes, meta: _Part) -> list[_Part]:
     wide = data[primary[1]] > 0
     (main,) = struct.unpack_from(">I" if wide else ">H", data, primary[1] + 4)
     container = _find(data, b"ipco", groups[1], groups[2])
-    properties = list(_boxes(data, *container[1:])) if container is not None else []
-    tables = [box for box in _boxes(data, groups[1], groups[2]) if box[0] == b"ipma"]
+    properties = list(boxes(data, *container[1:])) if container is not None else []
+    tables = [box for box in boxes(data, groups[1], groups[2]) if box[0] == b"ipma"]
     owned = dict[int, list[int]]()
     for _, at, _ in tables:
         owned |= _associations(data, at)
@@ -78,7 +91,7 @@ def _parts(data: bytes, meta: _Part, main: int) -> list[int]:
     if references is None:
         return []
     number, size = ("I", 4) if data[references[1]] > 0 else ("H", 2)
-    for kind, at, _ in _boxes(data, references[1] + 4, references[2]):
+    for kind, at, _ in boxes(data, references[1] + 4, references[2]):
         origin, count = struct.unpack_from(f">{number}H", data, at)
         if kind == b"dimg" and origin == main:
             return [*struct.unpack_from(f">{count}{number}", data, at + size + 2)]

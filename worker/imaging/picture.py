@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from imagemill.worker.imaging.metadata.metadata import NOTHING, Metadata
+
 Pixels = NDArray[np.uint8]
 """uint8, [height, width, 3] RGB or [height, width, 4] RGBA with straight alpha, C-contiguous."""
 
@@ -23,7 +25,8 @@ class Picture:
     `format` is the source file's format and `icc` the profile of the pixels (None means sRGB). `full_size` is the source's
     upright (width, height), larger than `pixels` if the decoder was asked for a smaller picture. `as_stored` is true if the
     file shows exactly these pixels: a single frame, not rotated, scaled or colour-converted. `grey` is true if the source
-    has no colour; an operation may still have added some. `notes` are on the source file (see facts.FILE_NOTES).
+    has no colour; an operation may still have added some. `notes` are on the source file (see facts.FILE_NOTES). `lossless` is
+    true if the file is a WebP or JPEG XL that stores pixels without loss. `metadata` is what the result gets of the source's.
     """
 
     pixels: Pixels
@@ -33,6 +36,8 @@ class Picture:
     as_stored: bool = False
     grey: bool = False
     notes: tuple[str, ...] = ()
+    lossless: bool = False
+    metadata: Metadata = NOTHING
 
     @property
     def size(self) -> tuple[int, int]:

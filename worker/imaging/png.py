@@ -67,7 +67,7 @@ def checked(data: bytes) -> tuple[bytes, bytes | None]:
         if kind not in _PIXEL_CHUNKS:
             continue
         if end + 4 > len(data):
-            kept.append(_chunk(kind, data[start:end]))
+            kept.append(chunk(kind, data[start:end]))
             continue
         if isal_zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise Truncated(f"the PNG file is damaged: wrong checksum in its {kind.decode()} chunk")
@@ -78,7 +78,7 @@ def checked(data: bytes) -> tuple[bytes, bytes | None]:
         else:
             kept.append(view[start - 8 : end + 4])
     if kind != b"IEND":
-        kept.append(_chunk(b"IEND", b""))
+        kept.append(chunk(b"IEND", b""))
     return b"".join(kept), key
 
 
@@ -97,7 +97,8 @@ def colour_key(pixels: NDArray[np.uint8 | np.uint16], key: bytes, depth: int) ->
     return np.where(same.all(axis=2), np.uint8(0), np.uint8(255))
 
 
-def _chunk(kind: bytes, payload: bytes) -> bytes:
+def chunk(kind: bytes, payload: bytes) -> bytes:
+    """A chunk with its length and checksum."""
     crc = isal_zlib.crc32(payload, isal_zlib.crc32(kind))
     return struct.pack(">I4s", len(payload), kind) + payload + struct.pack(">I", crc)
 
@@ -121,10 +122,10 @@ def encode(pixels: NDArray[np.uint8], icc: bytes | None = None, *, clear: bool =
     deflate = isal_zlib.compressobj(2)  # as fast as level 1 on filtered photos, 1 % fewer bytes
     out = [
         SIGNATURE,
-        _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)),
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)),
     ]
     if icc is not None:
-        out.append(_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
+        out.append(chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
     above = np.zeros((1, row_bytes), np.uint8)
     for top in range(0, height, step):
         stripe = clear_hidden(pixels[top : top + step]) if clear and channels == 4 else pixels[top : top + step]
@@ -136,6 +137,6 @@ def encode(pixels: NDArray[np.uint8], icc: bytes | None = None, *, clear: bool =
         above = rows[-1:]
         packed = deflate.compress(filtered)
         if packed:
-            out.append(_chunk(b"IDAT", packed))
-    out += [_chunk(b"IDAT", deflate.flush()), _chunk(b"IEND", b"")]
+            out.append(chunk(b"IDAT", packed))
+    out += [chunk(b"IDAT", deflate.flush()), chunk(b"IEND", b"")]
     return b"".join(out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imagemill.worker.imaging import bmp, jpeg, png_reading, tiff
+from imagemill.worker.imaging import bmp, heic, jpeg, jxl, png_reading, tiff
 from imagemill.worker.imaging.facts import Samples
 from imagemill.worker.imaging.headers import Header
 from imagemill.worker.imaging.pillow import open_checked
@@ -18,6 +18,10 @@ def decode(data: bytes, header: Header, target: tuple[int, int]) -> Samples:
         return png_reading.decode(data, size)
     if header.format == "tiff":
         return tiff.decode(data, size)
+    if header.format == "heic":
+        return heic.decode(data, size)
+    if header.format == "jxl":
+        return jxl.decode(data, size)
     image = open_checked(data, header.format, size)
     if header.format == "bmp":
         bmp.corrected(data, image)

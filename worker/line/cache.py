@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 REVISION = 5
 """Raise it when decoding, scaling or encoding gives the same image different bytes."""
 
-AROUND = ("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg")
+AROUND = ("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "pillow-heif", "pillow-jxl-plugin", "simplejpeg")
 """Packages that affect the result of every engine; each engine names its own in its `fingerprint`."""
 
 KEY_BYTES = 21  # 168 bits, 28 characters: with the prefix, Redis allocates no more than for a shorter key
@@ -51,7 +51,7 @@ MOST_JOBS = 64  # remembered, with what is the same for all of their images
 
 @dataclass(frozen=True)
 class Remembered:
-    """A result in a store: its URL, MD5 in hex, format (png, jpeg or webp), bytes, (width, height) and notes.
+    """A result in a store: its URL, MD5 in hex, format (png, jpeg, webp or avif), bytes, (width, height) and notes.
 
     `measures` is None if it was not checked. Flags are not kept: each job judges the measures by its own limits.
     """
@@ -132,7 +132,7 @@ class Cache:
             decides = {
                 "operation": spec.operation,
                 "options": options,
-                "output": {**spec.output.model_dump(include={"format", "quality"}), "icc": spec.icc},
+                "output": {**spec.output.model_dump(include={"format", "quality", "metadata"}), "icc": spec.icc},
                 "repair": [REPAIRS, wanted.model_dump()] if wanted.mode == "repair" else None,
                 "around": [REVISION, *(versions().get(name) for name in AROUND)],
                 "store": urlsplit(spec.output.url).scheme,  # copies are made within one kind of store: each has its own entries

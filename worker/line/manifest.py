@@ -45,7 +45,8 @@ def manifest_line(job: str, spec: Job, row: Row, fingerprint: str | None = None)
     if row.result is not None:
         measured = {"source_format", "source_bytes", "source_size", "output_bytes", "output_size", "seconds", "notes", "node"}
         line |= row.result.model_dump(include={*measured, "quality"}, exclude_none=True)
-    line |= {"job": job, "operation": spec.operation, "options": spec.options.model_dump(mode="json"), "versions": versions()}
+    line |= {"job": job, "operation": spec.operation, "options": spec.options.model_dump(mode="json")}
+    line |= {"metadata": spec.output.metadata, "versions": versions()}
     # A duplicate shares the result, and so the seed, of the row that it repeats.
     seed = item_seed(spec.options, row.index if row.duplicate_of is None else row.duplicate_of, row.source)
     if seed is not None and row.result is not None and REPAIRED_SEED in row.result.notes:

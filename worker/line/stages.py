@@ -75,7 +75,9 @@ def decode(image: ImageInFlight, context: Context) -> None:
         raise Stopped
     with image.timed("decode"):
         edge = context.operation.work_edge(context.spec.options)
-        image.picture = codec.decode(image.data, image.header, edge=edge, icc=context.spec.icc)
+        image.picture = codec.decode(
+            image.data, image.header, edge=edge, icc=context.spec.icc, keep=context.spec.output.metadata
+        )
     pixels = image.picture.size[0] * image.picture.size[1]
     image.held_pixels, spare = pixels, image.held_pixels - pixels
     context.budget.release(spare)
@@ -188,19 +190,19 @@ def lasting_notes(spec: Job) -> frozenset[str]:
 
 
 def _keep(image: ImageInFlight, context: Context, untouched: Untouched) -> None:
-    """Make an image that needs no work its own result: its very file if the job's format allows, else encoded anew."""
+    """Make an image that needs no work its own result: its file if the job's format allows, else encoded anew."""
     picture = image.picture
     image.how, image.best = "kept", quality.Checked(picture, (*picture.notes, *untouched.notes), Measures())
-    if picture.as_stored and _format(image, context) == picture.format:
+    file = codec.unchanged(image.data, picture, format=_format(image, context), keep=context.spec.output.metadata)
+    if file is not None:
         image.best = replace(image.best, notes=tuple(note for note in image.best.notes if note != REDUCED))
-        image.keep_file(codec.Encoded(image.data, picture.format, picture.size))
+        image.keep_file(file)
     else:
         encode(image, context)
 
 
 def _format(image: ImageInFlight, context: Context) -> str:
-    picture = image.best.picture
-    return codec.choose_format(picture.format, context.spec.output.format, picture.pixels.shape[2] == 4)
+    return codec.choose_format(image.best.picture, context.spec.output.format)
 
 
 def _key(image: ImageInFlight, context: Context, form: str) -> str:

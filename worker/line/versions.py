@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = (
-    *("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "simplejpeg"),
+    *("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "pillow-heif", "pillow-jxl-plugin", "simplejpeg"),
     *("onnxruntime", "torch", "diffusers", "transformers", "peft"),
 )
 

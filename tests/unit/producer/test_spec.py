@@ -16,7 +16,7 @@ OUT: dict[str, Any] = {"url": "s3://results/x"}
 
 
 def test_missing_values_take_their_defaults() -> None:
-    nothing = {"format": None, "quality": None, "icc": None, "key": None}
+    nothing = {"format": None, "quality": None, "icc": None, "metadata": None, "key": None}
     job = job_spec("stylize", "opencv", {}, {**OUT, **nothing}, {"priority": None, "attempts": None})
     assert job == job_spec("stylize", "opencv", {}, OUT, {})
     assert (job.operation, job.engine, job.output.format, job.output.quality) == ("stylize", "opencv", "same", 90)
@@ -24,7 +24,7 @@ def test_missing_values_take_their_defaults() -> None:
 
 
 def test_given_values_are_kept() -> None:
-    output = {**OUT, "format": "webp", "quality": 70, "icc": "keep", "key": "{item}"}
+    output = {**OUT, "format": "webp", "quality": 70, "icc": "keep", "metadata": "none", "key": "{item}"}
     options = {"mask_dilate": "3", "method": "navier-stokes", "boxes": "1,2,3,4;0.1,0.1,0.5,0.5", "mask": "none"}
     job = job_spec("inpaint", "opencv", options, output, {"priority": "high", "attempts": 5})
     assert job.output.model_dump() == output

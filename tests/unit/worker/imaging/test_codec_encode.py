@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from imagemill.shared.errors import OperationFailed
+from imagemill.shared.messages import Format
 from imagemill.worker.imaging import codec, png
 from imagemill.worker.imaging.codec import choose_format, encode
 from imagemill.worker.imaging.picture import Picture
-from tests.unit.worker.imaging.samples import LOSSLESS, difference, picture, save, scene
+from tests.unit.worker.imaging.samples import FRAMES, LOSSLESS, difference, picture, save, scene
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -100,18 +101,72 @@ def test_encode_reports_too_large_profile() -> None:
         encode(Picture(scene(), icc=bytes(255 * 65_519 + 1)), format="jpeg", quality=80)
 
 
+EVERY_FORMAT: tuple[Format, ...] = ("png", "webp", "webp-lossless", "jpeg", "avif")
+
+
 @pytest.mark.parametrize(
-    ("source", "wanted", "has_alpha", "chosen"),
+    ("source", "lossless", "opaque", "transparent"),
     [
-        ("jpeg", "same", False, "jpeg"),
-        ("jpeg", "same", True, "png"),
-        ("webp", "same", False, "webp"),
-        ("webp", "same", True, "webp"),
-        *((source, "same", alpha, "png") for source in ("png", "gif", "bmp", "tiff", "avif") for alpha in (False, True)),
-        *(("jpeg", wanted, alpha, wanted) for wanted in ("png", "webp", "jpeg") for alpha in (False, True)),
+        ("jpeg", False, "jpeg", "png"),
+        ("heic", False, "jpeg", "png"),
+        ("jxl", False, "jpeg", "png"),
+        ("jxl", True, "png", "png"),
+        ("webp", False, "webp", "webp"),
+        ("webp", True, "webp-lossless", "webp-lossless"),
+        ("avif", False, "avif", "avif"),
+        *((source, False, "png", "png") for source in ("png", "gif", "bmp", "tiff")),
     ],
 )
-def test_choose_format_follows_source_if_possible(
-    source: str, wanted: Literal["same", "png", "webp", "jpeg"], has_alpha: bool, chosen: str
-) -> None:
-    assert choose_format(source, wanted, has_alpha) == chosen
+def test_choose_format_follows_source_if_possible(source: str, lossless: bool, opaque: str, transparent: str) -> None:
+    pictures = [Picture(scene(channels=channels), source, lossless=lossless) for channels in (3, 4)]
+    assert [choose_format(each, "same") for each in pictures] == [opaque, transparent]
+    assert all(choose_format(each, wanted) == wanted for each in pictures for wanted in EVERY_FORMAT)
+
+
+# --- lossless and lossy ---
+
+
+@pytest.mark.parametrize("form", ["png", "webp-lossless"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_lossless_formats_keep_every_value_also_under_alpha_0(form: str, channels: int) -> None:
+    wanted = np.random.default_rng(1).integers(0, 256, (40, 50, channels), np.uint8)
+    wanted[:, :, 3:] |= 1
+    wanted[:20, :, 3:] = 0
+    made = encode(Picture(wanted), format=form, quality=1, clear=False)
+    assert made.format == form.removesuffix("-lossless")
+    assert (picture(made.data).pixels == wanted).all()
+    wanted[:20] *= channels == 3
+    assert (picture(encode(Picture(wanted), format=form, quality=1).data).pixels == wanted).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "1"])
+@pytest.mark.parametrize("kind", ["png", "webp"])
+def test_a_lossless_source_comes_out_as_it_went_in(kind: str, mode: str) -> None:
+    options = {"lossless": True, "exact": True} if kind == "webp" else {}
+    source = picture(save(kind, Image.fromarray(scene(channels=4)).convert(mode), **options))
+    form = choose_format(source, "same")
+    assert form == {"png": "png", "webp": "webp-lossless"}[kind]
+    again = picture(encode(source, format=form, quality=1, clear=False).data)
+    assert (again.pixels == source.pixels).all()
+    assert again.lossless == source.lossless
+
+
+@pytest.mark.parametrize(("options", "lossless"), [({"lossless": True}, True), ({"quality": 80}, False), (FRAMES, False)])
+def test_lossless_webp_is_recognised(options: dict[str, Any], lossless: bool) -> None:
+    profile = b"VP8L VP8 " * 40  # a profile may contain anything
+    for more in ({}, {"icc_profile": profile}):
+        assert codec.probe(save("webp", scene(), **options, **more), max_pixels=10_000).lossless == lossless
+    animated = save("webp", scene(), **(FRAMES | options))
+    assert codec.probe(animated, max_pixels=10_000).lossless == lossless
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_avif_improves_with_quality_and_keeps_alpha(channels: int) -> None:
+    wanted = scene(channels=channels)
+    made = [encode(Picture(wanted), format="avif", quality=quality) for quality in (5, 50, 95)]
+    assert {one.format for one in made} == {"avif"}
+    errors = [difference(picture(one.data).pixels[:, 1:], wanted[:, 1:]) for one in made]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 2
+    again = encode(Picture(wanted), format="avif", quality=95)
+    assert again.data == made[-1].data

@@ -34,7 +34,8 @@ def save(kind: str, image: Image.Image = SCENE, **options: Any) -> bytes:
     return file.getvalue()
 
 
-FILES = {kind: save(kind) for kind in FORMATS}
+EXTRA = ("heic", "jxl")  # test_more_formats.py
+FILES = {kind: save(kind) for kind in FORMATS if kind not in EXTRA}
 ANIMATION = {"save_all": True, "append_images": [SCENE.rotate(180)]}
 
 
@@ -72,7 +73,7 @@ TILE = ((324, 4, 1, 200), (325, 4, 1, 4000))
 # --- formats ---
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", FILES)
 def test_probe_recognises_format_by_content(kind: str) -> None:
     assert sniff(FILES[kind]) == kind
     assert probe(FILES[kind], max_pixels=64 * 48) == Header(kind, (64, 48))
@@ -97,7 +98,7 @@ def test_probe_recognises_format_by_content(kind: str) -> None:
     ],
 )
 def test_probe_recognises_variant(kind: str, data: bytes) -> None:
-    assert probe(data, max_pixels=LIMIT) == Header(kind, (64, 48))
+    assert probe(data, max_pixels=LIMIT) == Header(kind, (64, 48), lossless=b"VP8L" in data)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +110,10 @@ def test_probe_recognises_variant(kind: str, data: bytes) -> None:
         (b"<?xml version='1.0'?>\n<svg>", "an SVG drawing"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
         (b"%PDF-1.7\n%\xe2\xe3", "a PDF document"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC image"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "a HEIC image"),
-        (b"\0\0\0\x18ftyphevc\0\0\0\0msf1", "a HEIC image"),
         (b"\0\0\0\x18ftypmp42\0\0\0\0isom", "a video"),
         (b"8BPS\0\1", "a Photoshop document"),
         (b"PK\x03\x04\x14\0", "a ZIP archive"),
         (b"\x1f\x8b\x08\0", "a gzip archive"),
-        (b"\xff\x0a\xfa", "a JPEG XL image"),
         (b'{"error": "not found"}\n', "text"),
         (b"BMW M3 for sale", "text"),
         (b"\0\1\2\3", "of an unknown kind"),
@@ -127,7 +124,7 @@ def test_probe_names_unsupported_file_type(data: bytes, description: str) -> Non
     with pytest.raises(NotAnImage) as caught:
         probe(data, max_pixels=LIMIT)
     assert caught.value.message.startswith(f"the file is {description}")
-    assert caught.value.message.endswith("; supported formats are jpeg, png, webp, gif, bmp, tiff, avif")
+    assert caught.value.message.endswith("; supported formats are jpeg, png, webp, gif, bmp, tiff, avif, heic, jxl")
 
 
 def test_probe_raises_empty_file() -> None:

@@ -87,6 +87,7 @@ class LineJob:
         *,
         kind: str = "stylize",
         form: str = "png",
+        metadata: str = "copyright",
         attempts: int = 3,
         sizes: BatchSizes | None = None,
         batch: str = "throughput",
@@ -99,7 +100,7 @@ class LineJob:
         """Create the job on the first call, and send its images down the line."""
         fields = {
             "operation": kind,
-            "output": {"url": self.folder.as_uri(), "format": form, "key": "{index}"},
+            "output": {"url": self.folder.as_uri(), "format": form, "metadata": metadata, "key": "{index}"},
             "options": options,
             "policy": {"attempts": attempts, "batch": batch, "quality": quality or {}},
         }

@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import redis
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.engines import ENGINES, parse_options
 from imagemill.shared.errors import ConfigurationError
-from imagemill.shared.messages import Item, Job
+from imagemill.shared.messages import Format, Item, Job, KeepMetadata
 from imagemill.shared.options.base import ADDRESSES
 from imagemill.shared.quality import Measures
 from imagemill.shared.s3 import make_client
@@ -54,6 +54,7 @@ class Wanted(NamedTuple):
     form: str = "png"
     quality: int = 90
     icc: str = "srgb"
+    metadata: str = "copyright"
     boxes: tuple[str, ...] = ()
     mark: str = "opencv 5"
     store: str = "s3://results/x"
@@ -63,7 +64,7 @@ def spec(wanted: Wanted, **others: Any) -> Job:
     operation, given = wanted.options
     options = parse_options(operation, given.get("engine", "opencv"), {k: v for k, v in given.items() if k != "engine"})
     output = {"url": wanted.store, "format": wanted.form, "quality": wanted.quality, "icc": wanted.icc}
-    output |= {"key": others.pop("key", "{index}")}
+    output |= {"metadata": wanted.metadata, "key": others.pop("key", "{index}")}
     return Job.model_validate({"operation": operation, "options": options, "output": output, **others})
 
 
@@ -112,9 +113,10 @@ WANTED = st.builds(
     Wanted,
     st.sampled_from([b"image", b"imagf", b"image\0", b""]),
     st.sampled_from(OPTIONS),
-    st.sampled_from(["same", "png", "webp", "jpeg"]),
+    st.sampled_from(get_args(Format)),
     st.sampled_from([90, 9, 91]),
     st.sampled_from(["srgb", "keep"]),
+    st.sampled_from(get_args(KeepMetadata)),
     st.sampled_from([(), ("1,2,3,4",), ("1,2,3,5",), ("1,2,3,4", "1,2,3,4"), ("0.5,0.5,0.1,0.1",)]),
     st.sampled_from(["opencv 5", "opencv 5.1", ""]),
     st.sampled_from(["s3://results/x", "file:///out"]),

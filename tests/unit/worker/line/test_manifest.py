@@ -107,6 +107,7 @@ def test_line_says_how_the_result_was_made(ledger: Ledger, spec: Job, tmp_path: 
         "job": JOB,
         "operation": "stylize",
         "options": spec.options.model_dump(mode="json"),
+        "metadata": "copyright",
     }
     assert {name: line.get(name) for name in known} == known
     assert line["options"]["style"] == "pencil-sketch"

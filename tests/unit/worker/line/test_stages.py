@@ -20,6 +20,7 @@ from imagemill.worker.operations.base import Inputs, Sample, Untouched, Work
 from tests.conftest import photo
 from tests.fakes import Invert
 from tests.services.images import answers, html
+from tests.unit.worker.imaging.metadata.sources import photo as annotated
 from tests.unit.worker.imaging.samples import png_by_hand
 from tests.unit.worker.line.jobs import SIZE, LineJob, Masked, drain, pixels, source
 
@@ -245,6 +246,21 @@ def test_untouched_image_keeps_its_own_bytes_when_the_format_allows(data: bytes,
     with Image.open(io.BytesIO(stored)) as image:
         assert image.size == result.output_size
     assert "encode" not in result.seconds or not same
+
+
+@pytest.mark.parametrize("keep", ["keep", "copyright", "none"])
+@pytest.mark.parametrize("touched", [False, True])
+def test_result_gets_the_metadata_that_the_job_keeps(touched: bool, keep: str, job: LineJob) -> None:
+    data = annotated("jpeg")
+    job.server.routes |= {"/a": data}
+    job.run(Invert() if touched else Nothing(), job.items(["/a"]), form="same", metadata=keep)
+    (row,) = job.rows()
+    stored = Path(unquote(urlsplit(row.output or "").path)).read_bytes()
+    with Image.open(io.BytesIO(stored)) as image:
+        tags = image.getexif()
+        assert image.format == "JPEG"
+    assert (315 in tags, 34853 in tags) == (keep != "none", keep == "keep")
+    assert (stored == data) == (keep == "keep" and not touched)
 
 
 @pytest.mark.timeout(60)
