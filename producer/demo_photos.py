@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagemill.shared.errors import MissingExtra, UsageError
-from imagemill.shared.s3 import IMAGE_EXTENSIONS
+from imagemill.shared.image_files import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage

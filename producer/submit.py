@@ -12,6 +12,7 @@ from rich.console import Console
 
 from imagemill.producer.following import Connect, exit_with, follow
 from imagemill.producer.results import expire
+from imagemill.producer.rows import Rows, Skipped
 from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec, local_address, option_values, quality_values
 from imagemill.producer.terminal import bad_rows, counted, make_console, say
@@ -111,6 +112,7 @@ def _limit(name: str, operation: str | None) -> str:
     type=click.Choice(get_args(KeepMetadata)),
     help="Which EXIF, XMP and IPTC results get: all, creator and rights, or none; default copyright.",
 )
+@click.option("--column", metavar="NAME", help="The column of a table that holds the images; default: by name or content.")
 @click.option("--key", metavar="TEMPLATE", help="File names of the results; default {job}/{index:06d}-{name}.")
 @click.option("--priority", type=click.Choice(PRIORITIES), help="Which jobs go first; default normal.")
 @click.option("--owner", metavar="NAME", help="Who the job is for; owners take turns.")
@@ -152,7 +154,8 @@ def submit(
 ) -> None:
     """Queue images for retouching.
 
-    SOURCE is a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or an image's URL or path.
+    SOURCE is a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or an image's URL or path. Lists may be
+    tables, as spreadsheets and shops write them.
     """
     files = {name: flags[name] for name in ("format", "quality", "icc", "metadata", "key")}
     files["url"] = local_address(flags["output"])
@@ -167,21 +170,29 @@ def submit(
     with connect(configured) as client:
         if expire_days is not None:
             expire(configured.s3, spec.output.url, expire_days)
-        submission = _submit(client, sources, spec, out, skip_invalid=skip_invalid, name=name)
+        skipped = Skipped()
+        rows = read_sources(sources, s3=client.s3, column=flags["column"], skipped=skipped)
+        submission = _submit(client, rows, spec, out, skip_invalid=skip_invalid, name=name)
+        _tell_skipped(out, skipped)
         if not as_json:
             click.echo(submission.job)
         if wait:
             exit_with(follow(client, submission.job, out), as_json)
         elif as_json:
             counts = {"total": submission.total, "duplicates": submission.duplicates, "invalid": submission.invalid_count}
+            counts["skipped"] = skipped.count
             click.echo(json.dumps({"job": submission.job, **counts}))
 
 
-def _submit(
-    client: Client, sources: Sequence[str], spec: Job, out: Console, *, skip_invalid: bool, name: str | None
-) -> Submission:
+def _tell_skipped(out: Console, skipped: Skipped) -> None:
+    if skipped.count:
+        more = ", ..." if skipped.count > len(skipped.names) else ""
+        what = "1 file that is no image" if skipped.count == 1 else f"{skipped.count:,} files that are no images"
+        say(out, f"skipped {what}: {', '.join(skipped.names)}{more}", "yellow")
+
+
+def _submit(client: Client, rows: Rows, spec: Job, out: Console, *, skip_invalid: bool, name: str | None) -> Submission:
     """Queue the job and report the outcome, including invalid rows and missing workers."""
-    rows = read_sources(sources, s3=client.s3)
     try:
         with out.status("reading the list"):
             submission = client.submit(rows, spec, skip_invalid=skip_invalid, name=name)

@@ -19,7 +19,6 @@ from imagemill.shared.settings import S3Settings
 S3Client = Any
 """A boto3 S3 client, whose class boto3 creates at run time. Thread-safe, but don't share it across a fork."""
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 LONGEST_LINK = 7 * 24 * 3600
 """Seconds; the maximum of signature version 4."""
 
@@ -176,8 +175,8 @@ def expire_after(client: S3Client, bucket: str, prefix: str, days: int) -> None:
             ) from error
 
 
-def list_images(client: S3Client, url: str) -> Iterator[str]:
-    """The `s3://` URLs of the images below `s3://bucket/prefix`, page by page, in key order.
+def list_objects(client: S3Client, url: str) -> Iterator[tuple[str, str, int]]:
+    """Bucket, key and size in bytes of the objects below `s3://bucket/prefix`, page by page, in key order.
 
     Raises InvalidSource if the bucket can't be listed, ServiceUnavailable if the server does not respond.
     """
@@ -185,8 +184,14 @@ def list_images(client: S3Client, url: str) -> Iterator[str]:
     with _translated(url, errors.ServiceUnavailable, errors.InvalidSource):
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for entry in page.get("Contents", []):
-                if entry["Key"].lower().endswith(tuple(IMAGE_EXTENSIONS)):
-                    yield f"s3://{bucket}/{entry['Key']}"
+                yield bucket, entry["Key"], entry.get("Size", 0)
+
+
+def read_head(client: S3Client, bucket: str, key: str, size: int) -> bytes:
+    """The first `size` bytes of an object. Raises like `list_objects`."""
+    with _translated(f"s3://{bucket}/{key}", errors.ServiceUnavailable, errors.InvalidSource):
+        body = client.get_object(Bucket=bucket, Key=key, Range=f"bytes=0-{size - 1}")["Body"]
+        return bytes(body.read(size))
 
 
 def storing(what: str) -> AbstractContextManager[None]:

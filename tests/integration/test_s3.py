@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from imagemill.producer.folders import read_prefix
 from imagemill.producer.results import expire
+from imagemill.producer.rows import Skipped
 from imagemill.shared.errors import ConfigurationError, InvalidSource, ServiceUnavailable, StorageRefused, StorageUnavailable
-from imagemill.shared.s3 import ensure_bucket, expire_after, list_images, make_client, make_signer, presign
+from imagemill.shared.s3 import ensure_bucket, expire_after, list_objects, make_client, make_signer, presign
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.multipart import PART
@@ -195,7 +197,7 @@ def test_missing_bucket_is_created_when_allowed(store_at: StoreAt, settings: S3S
         store = store_at(f"s3://{name}/jobs", allowed)
         store.check()
         store.put("a.png", b"image", "image/png")
-    assert list(list_images(make_client(settings), f"s3://{name}")) == [f"s3://{name}/jobs/a.png"]
+    assert list(list_objects(make_client(settings), f"s3://{name}")) == [(name, "jobs/a.png", 5)]
 
 
 def test_bucket_can_be_created_by_several_workers_at_once(settings: S3Settings) -> None:
@@ -223,7 +225,7 @@ def test_wrong_keys_are_refused_and_not_shown_in_the_message(
         with pytest.raises(StorageRefused, match="refuses access") as caught:
             store.put("a.png", b"image", "image/png")
         with pytest.raises(InvalidSource, match="refuses access"):
-            list(list_images(make_client(settings), f"s3://{bucket}/"))
+            list(list_objects(make_client(settings), f"s3://{bucket}/"))
     assert "mistaken" not in caught.value.message
     assert s3_server.access_key not in caught.value.message
 
@@ -236,7 +238,7 @@ def test_unreachable_server_fails_put_but_not_check(store_at: StoreAt, settings:
     with pytest.raises(StorageUnavailable, match="no connection"):
         store.put("a.png", b"image", "image/png")
     with pytest.raises(ServiceUnavailable):
-        list(list_images(make_client(unreachable), "s3://results/jobs"))
+        list(list_objects(make_client(unreachable), "s3://results/jobs"))
 
 
 # --- links ------------------------------------------------------------------------------------
@@ -264,14 +266,19 @@ def test_link_to_a_missing_object_is_not_found(settings: S3Settings, bucket: str
 # --- listing and expiry -----------------------------------------------------------------------
 
 
-def test_listing_returns_images_below_a_prefix(client: Any, bucket: str) -> None:
-    for key in ("in/b.png", "in/a.JPG", "in/deep/ü ?.webp", "in/notes.txt", "in/folder/", "other/c.png", "in.png"):
-        client.put_object(Bucket=bucket, Key=key, Body=b"x")
-    keys = [url.removeprefix(f"s3://{bucket}/") for url in list_images(client, f"s3://{bucket}/in/")]
-    assert keys == ["in/a.JPG", "in/b.png", "in/deep/ü ?.webp"]
-    assert list(list_images(client, f"s3://{bucket}/none")) == []
+def test_images_below_a_prefix_are_found_by_name_or_content(client: Any, bucket: str) -> None:
+    gif = b"GIF89a" + bytes(40)
+    for key in ("in/b.png", "in/a.JPG", "in/deep/ü ?.webp", "in/notes.txt", "in/folder/", "other/c.png", "in.png", "in/empty"):
+        client.put_object(Bucket=bucket, Key=key, Body=b"" if key.endswith("y") else b"x")
+    client.put_object(Bucket=bucket, Key="in/no-extension", Body=gif)
+    skipped = Skipped()
+    keys = [row.fields["source"].removeprefix(f"s3://{bucket}/") for row in read_prefix(client, f"s3://{bucket}/in/", skipped)]
+    assert keys == ["in/a.JPG", "in/b.png", "in/deep/ü ?.webp", "in/no-extension"]
+    assert (skipped.count, skipped.names) == (2, [f"s3://{bucket}/in/empty", f"s3://{bucket}/in/notes.txt"])
+    with pytest.raises(InvalidSource, match="no images under this prefix"):
+        list(read_prefix(client, f"s3://{bucket}/none", skipped))
     with pytest.raises(InvalidSource, match="bucket"):
-        list(list_images(client, "s3://never-made/in"))
+        list(read_prefix(client, "s3://never-made/in", skipped))
 
 
 def test_server_without_expiry_is_reported(settings: S3Settings, client: Any, bucket: str) -> None:

@@ -16,8 +16,9 @@ from typing import IO, Any, BinaryIO, Protocol
 from urllib.parse import quote, urlsplit
 
 from imagemill.shared.errors import NotFound, StorageFull, StorageRefused, StorageUnavailable, sentence
+from imagemill.shared.image_files import IMAGE_EXTENSIONS
 from imagemill.shared.messages import KEY_FIELD, Item
-from imagemill.shared.s3 import IMAGE_EXTENSIONS, MISSING, S3Client, ensure_bucket, split, storing
+from imagemill.shared.s3 import MISSING, S3Client, ensure_bucket, split, storing
 from imagemill.shared.settings import FileSettings, S3Settings
 from imagemill.shared.urls import check_output_url, path_of, safe_name
 from imagemill.worker.transfer.files import is_below, open_at_once, replacing

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagemill.producer.sources import MAX_LINE, MAX_SHOWN, BadRow, SourceRow, parse, read_sources, refused
+from imagemill.producer.sources import MAX_LINE, MAX_SHOWN, BadRow, Skipped, SourceRow, parse, read_sources, refused
 from imagemill.shared.errors import InvalidSource
 
 A, B = "https://example.com/a.jpg", "https://example.com/b.jpg"
@@ -57,9 +57,53 @@ def test_byte_order_mark_is_removed(write: Any) -> None:
     assert only(read(write("list.txt", b"\xef\xbb\xbf" + A.encode()))).fields == {"source": A}
 
 
-def test_utf16_list_is_refused_with_advice(write: Any) -> None:
-    with pytest.raises(InvalidSource, match="save it as UTF-8"):
-        read(write("list.txt", A.encode("utf-16")))
+LIST = f"# a comment\n{A}\n{B}\n"
+TABLE = f"source;name\n{A};Café\n{B};Łódź\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("suffix", ["csv", "txt"])
+def test_lists_are_read_in_any_unicode_and_with_any_line_ends(encoding: str, ends: str, suffix: str, write: Any) -> None:
+    table = read(write(f"table.{suffix}", TABLE.replace("\n", ends).encode(encoding)))
+    assert [row.fields for row in table if isinstance(row, SourceRow)] == [
+        {"source": A, "name": "Café"},
+        {"source": B, "name": "Łódź"},
+    ]
+    listed = read(write("list.txt", LIST.replace("\n", ends).encode(encoding)))
+    assert [row.fields for row in listed if isinstance(row, SourceRow)] == [{"source": A}, {"source": B}]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"PK\x03\x04abc", "save it as CSV"),
+        (b"\xd0\xcf\x11\xe0abc", "save it as CSV"),
+        (b"\x1f\x8b\x08abc", "unpack it first"),
+        (b"%PDF-1.7", "not a list"),
+        ("source\nx".encode("utf-32"), "save the list as UTF-8"),
+        (b"a\0\1\2b\0c", "save the list as UTF-8"),
+    ],
+)
+def test_files_that_only_claim_to_be_lists_are_refused(content: bytes, reason: str, write: Any) -> None:
+    for name in ("l.csv", "l.txt"):
+        with pytest.raises(InvalidSource, match=reason):
+            read(write(name, content))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(f"  {A}  ", f"\t{A}", f"\u200b{A}", f"{A}\u200b", f"\u00a0{A}\u00a0", f'"{A}"', f"'{A}'", f"<{A}>", f"{A},", f"{A};"),
+        f"<{A}>,",
+    ],
+)
+def test_what_comes_along_with_a_copied_url_is_removed(line: str, write: Any) -> None:
+    assert only(read(write("l.txt", f"{B}\n{line}\n"))[1:]).fields == {"source": A}
+
+
+def test_url_from_a_web_page_is_unescaped(write: Any) -> None:
+    assert only(read(write("l.txt", f"{A}?w=1&amp;h=2\n"))).fields == {"source": f"{A}?w=1&h=2"}
 
 
 def test_line_that_is_not_utf8_is_a_bad_row_and_reading_continues(write: Any) -> None:
@@ -175,12 +219,65 @@ def test_byte_order_mark_in_csv_is_removed(write: Any) -> None:
     assert only(read(write("l.csv", b"\xef\xbb\xbfsource\n" + A.encode()))).fields == {"source": A}
 
 
-@pytest.mark.parametrize("header", ["", "id,address", A])
-def test_csv_without_a_source_column_is_refused_with_its_header(write: Any, header: str) -> None:
-    path = write("l.csv", f"{header}\n{A}\n")
-    with pytest.raises(InvalidSource, match="one must be 'source'") as caught:
-        read(path)
-    assert repr(header.replace(",", ", ")) in str(caught.value)
+@pytest.mark.parametrize(
+    "header", ["Image Src", "image_link", "Images", "IMAGE-URL", "Picture", "photo url", "Main Image", "whatever", "sku", ""]
+)
+@pytest.mark.parametrize("place", [0, 2])
+def test_column_of_images_is_found_by_what_shops_call_it_or_by_content(header: str, place: int, write: Any) -> None:
+    names, cells = ["id", "title"], ["7", "Shoe"]
+    names.insert(place, header)
+    cells.insert(place, A)
+    row = only(read(write("l.csv", f"{','.join(names)}\n{','.join(cells)}\n")))
+    assert row.fields == {"source": A}
+
+
+@pytest.mark.parametrize("sign", [", ", ",", "|", " ", "; ", "\n"])
+def test_cell_with_several_urls_is_a_row_for_each(sign: str, write: Any) -> None:
+    rows = read(write("l.csv", f'SKU,Name,Images\nS1,Shoe,"{A}{sign}{B}"\n'))
+    assert [row.fields for row in rows if isinstance(row, SourceRow)] == [
+        {"source": A, "name": "Shoe"},
+        {"source": B, "name": "Shoe"},
+    ]
+
+
+def test_several_images_can_not_share_a_mask(write: Any) -> None:
+    row = only(read(write("l.csv", f'images,mask\n"{A},{B}",{A}\n')))
+    assert isinstance(row, BadRow)
+    assert "a row for each" in row.reason
+
+
+def test_header_may_be_missing_or_announced(write: Any) -> None:
+    assert [row.fields for row in read(write("a.csv", f"{A}\n{B}\n"))] == [{"source": A}, {"source": B}]  # type: ignore[union-attr]
+    assert only(read(write("b.csv", f"shoe,{A},3\n"))).fields == {"source": A}
+    assert only(read(write("c.csv", f"sep=;\r\nsource;name\r\n{A};x\r\n"))).fields == {"source": A, "name": "x"}
+    assert only(read(write("d.csv", f"sep=|\nid|picture\n1|{A}\n"))).fields == {"source": A}
+
+
+def test_column_option_chooses_by_name_or_number(write: Any) -> None:
+    path = str(write("l.csv", f"Front,Back\n{A},{B}\n"))
+    for column in ("back", "Back", "2"):
+        assert only(list(read_sources([path], s3=no_s3, column=column))).fields == {"source": B}
+    with pytest.raises(InvalidSource, match="no column 'Bakc'; did you mean 'Back'"):
+        list(read_sources([path], s3=no_s3, column="Bakc"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (f"Front,Back\n{A},{B}\n", r"several columns hold URLs \('Front' and 'Back'\); choose one: --column 'Front'"),
+        (f"{A},{B}\n", "2 URLs and no names of columns: .*--column 1"),
+        ("id,address\n1,here\n", "one must be 'source'.*found 'id, address'; the first row is '1, here'"),
+        ("", "one must be 'source'"),
+    ],
+)
+def test_table_with_more_than_one_reading_is_refused_with_the_option_that_helps(text: str, reason: str, write: Any) -> None:
+    with pytest.raises(InvalidSource, match=reason):
+        read(write("l.csv", text))
+
+
+def test_blank_rows_and_empty_columns_are_ignored(write: Any) -> None:
+    rows = read(write("l.csv", f"source,name,,\n\n{A},a,,\n,,\n , \n{B},b,,,,\n"))
+    assert [row.fields for row in rows] == [{"source": A, "name": "a"}, {"source": B, "name": "b"}]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("header", ["url,image", "source,mask,Mask"])
@@ -213,12 +310,15 @@ def test_unclosed_csv_quote_is_a_bad_row(write: Any) -> None:
     assert rows[0].place == f"{path}:2"
 
 
-def test_csv_row_that_is_not_utf8_is_a_bad_row(write: Any) -> None:
-    path = write("l.csv", b"source,name\n" + A.encode() + b",\xff\n" + B.encode() + b",ok\n")
-    bad, good = read(path)
-    assert isinstance(bad, BadRow)
-    assert bad.reason == "the line is not UTF-8"
-    assert good.fields["name"] == "ok"
+def test_table_that_is_not_utf8_is_windows_1252(write: Any) -> None:
+    rows = read(
+        write("l.csv", f"source,name\n{A},Café 5 €\n".encode("cp1252") + B.encode() + b",\x81\n" + f"{A},Łódź\n".encode())
+    )
+    assert rows[0] == SourceRow(rows[0].place, {"source": A, "name": "Café 5 €"})
+    assert [row.reason for row in rows[1:] if isinstance(row, BadRow)] == [
+        "the line is not UTF-8",
+        "the line is UTF-8 and an earlier one Windows-1252; save the list as UTF-8",
+    ]
 
 
 # --- stdin ------------------------------------------------------------------------------------
@@ -281,6 +381,20 @@ def test_argument_may_be_a_file_name_that_is_not_text(tmp_path: Path) -> None:
 def test_s3_key_that_is_not_text_is_refused() -> None:
     with pytest.raises(InvalidSource, match="source"):
         parse(only(read("s3://bucket/caf\udce9.jpg")), 0)
+
+
+def test_images_are_known_by_name_or_content_and_others_are_named(tmp_path: Path) -> None:
+    for name in ("a.JPG", "b.jfif", "c.avif", "d.HEIC", "e.jxl", ".hidden.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "no-extension").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "photo.bin").write_bytes(b"RIFF....WEBP")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path)
+    skipped = Skipped()
+    rows = read_sources([str(tmp_path)], s3=no_s3, skipped=skipped)
+    names = [Path(row.place).name for row in rows]
+    assert names == ["a.JPG", "b.jfif", "c.avif", "d.HEIC", "e.jxl", "no-extension", "photo.bin"]
+    assert (skipped.count, {Path(name).name for name in skipped.names}) == (3, {"link", "notes.txt", "pipe"})
 
 
 def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
@@ -350,7 +464,10 @@ def test_unreadable_source_is_refused_before_reading_starts(source: str, reason:
     assert "hidden" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("l.json", "one JSON object per line"), ("l.xlsx", "not a list")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("l.json", "one JSON object per line"), ("l.xlsx", "save the sheet .* as CSV"), ("l.doc", "not a list")],
+)
 def test_other_files_are_refused_with_advice(write: Any, name: str, reason: str) -> None:
     with pytest.raises(InvalidSource, match=reason):
         read(write(name, "[]"))
