@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,10 +19,10 @@ from imagemill.shared.errors import NotAnImage, OperationFailed, sentence
 from imagemill.worker.imaging import icc as profiles
 from imagemill.worker.imaging import jpeg, opencv, png
 from imagemill.worker.imaging.headers import Header, open_checked, probe, translated
-from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
+from imagemill.worker.imaging.picture import Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize, upright
 
-__all__ = ["Encoded", "Header", "choose_format", "decode", "decode_mask", "encode", "fit", "probe", "resize"]
+__all__ = ["Encoded", "Header", "choose_format", "decode", "encode", "fit", "probe", "resize"]
 
 _WEBP_METHOD = 2  # of 0 to 6: half the time of 4 for a few per cent more bytes; 0 and 1 give files 1.2 to 2 times larger
 _LONGEST_SIDES = {"webp": ("WebP", 16_383), "jpeg": ("JPEG", 65_500)}
@@ -108,23 +107,6 @@ def _samples(image: Image.Image) -> tuple[NDArray[np.uint8], str]:
     else:
         mode = "CMYK" if image.mode == "CMYK" else "RGB"
     return np.array(image if image.mode == mode else image.convert(mode)), mode
-
-
-def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
-    """Decode a mask from an image file of any format: uint8 [height, width], upright, without colour management.
-
-    If the file has transparent parts and one single visible colour, the mask is its alpha; otherwise it is the brightness,
-    composited over black. Raises the errors of `probe` and `decode`.
-    """
-    pixels = decode(data, probe(data, max_pixels=max_pixels), icc="keep").pixels
-    with opencv.translated("decoding the mask"):
-        if pixels.shape[2] == 4 and int(pixels[:, :, 3].min()) < 255:
-            alpha = pixels[:, :, 3]
-            visible = pixels[:, :, :3][alpha > 0]
-            if not len(visible) or (visible == visible[0]).all():
-                return np.ascontiguousarray(alpha)
-            pixels = flatten(pixels, 0)
-        return np.asarray(cv2.cvtColor(pixels[:, :, :3], cv2.COLOR_RGB2GRAY), np.uint8)
 
 
 def choose_format(source_format: str, wanted: Literal["same", "png", "webp", "jpeg"], has_alpha: bool) -> str:

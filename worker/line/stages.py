@@ -82,9 +82,12 @@ def decode(image: ImageInFlight, context: Context) -> None:
 def prepare(image: ImageInFlight, context: Context) -> Kept | None:
     """The engine's CPU work before the device. An image that needs none goes on to be stored."""
     operation, options = context.operation, context.spec.options
-    mask = context.references.mask_of(image.item, options, image.mask_file) if operation.spec.needs_mask else None
+    references, mask = context.references, None
+    if operation.spec.needs_mask:
+        mask = references.mask_of(image.item, options, image.mask_file, image.data)
+    inputs = Inputs(image.item, options, mask.levels if mask else None, references.picture, mask.notes if mask else ())
     with image.timed("prepare"):
-        work = operation.prepare(image.picture, Inputs(image.item, options, mask, context.references.picture))
+        work = operation.prepare(image.picture, inputs)
     if isinstance(work, Untouched):
         _keep(image, context, work)
         return Kept()

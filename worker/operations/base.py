@@ -52,14 +52,15 @@ def _unreadable(url: str) -> Picture:
 class Inputs(Generic[Options]):
     """What `prepare` may use besides the image.
 
-    `mask` [height, width] uint8 is None unless `spec.needs_mask` is set and the item or job has one. `read(url)` fetches
-    and decodes another image of the job, such as a reference, and raises ImageError if it can't.
+    `mask` [height, width] uint8 is None unless `spec.needs_mask` is set and the item or job has one; `mask_notes` say how it
+    was read. `read(url)` fetches and decodes another image of the job, such as a reference, and raises ImageError if it can't.
     """
 
     item: Item
     options: Options
     mask: Grey | None = None
     read: Callable[[str], Picture] = _unreadable
+    mask_notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

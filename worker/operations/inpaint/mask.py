@@ -55,8 +55,8 @@ def find_hole(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Hole | Untou
     mask = build_mask(size, inputs)
     masked = cv2.countNonZero(mask)
     if not masked:
-        return Untouched((EMPTY,))
-    notes = [LARGE] if masked > LARGE_SHARE * mask.size else []
+        return Untouched((*inputs.mask_notes, EMPTY))
+    notes = [*inputs.mask_notes, *[LARGE] * (masked > LARGE_SHARE * mask.size)]
     # The source still shows what had to be removed, so the check can't compare the result with it.
     return Hole(feathered(mask, inputs.options.mask_feather), notes, Evidence(comparable=False, hole=mask))
 
@@ -66,7 +66,7 @@ def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:
 
     It combines the mask's pixels above `mask_threshold` with the boxes of the item and the job, grown by `mask_dilate`
     pixels. Raises BadMask if there is neither mask nor box, if the mask's aspect ratio is not the image's, if a box lies
-    outside the image, and if everything is masked.
+    outside the image, if everything is masked, and if nothing is left of a mask that is not black.
     """
     options = inputs.options
     boxes = (*inputs.item.boxes, *options.boxes)
@@ -77,6 +77,8 @@ def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:
     else:
         _, thresholded = cv2.threshold(_scaled(inputs.mask, size), options.mask_threshold, 255, cv2.THRESH_BINARY)
         mask = np.asarray(thresholded, np.uint8)
+        if inputs.mask.any() and not mask.any():
+            raise BadMask(_nothing_left(inputs.mask, size, options.mask_threshold))
     for box in boxes:
         mask[_in_pixels(box, size)] = 255
     if options.mask_dilate:
@@ -91,8 +93,22 @@ def _scaled(mask: Grey, size: tuple[int, int]) -> Grey:
     if (width, height) == size:
         return mask
     if abs(width * size[1] / (height * size[0]) - 1) > ASPECT:
-        raise BadMask(f"the mask is {width}x{height} but the image is {size[0]}x{size[1]}: their aspect ratios differ")
+        turned = abs(height * size[1] / (width * size[0]) - 1) <= ASPECT
+        raise BadMask(
+            f"the mask is {width}x{height} but the image is {size[0]}x{size[1]}: "
+            + (
+                "turn the mask upright, as the image is shown"
+                if turned
+                else "their aspect ratios differ, so draw it on the image"
+            )
+        )
     return np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
+
+
+def _nothing_left(mask: Grey, size: tuple[int, int], threshold: int) -> str:
+    if mask.max() <= threshold:
+        return f"the mask is not black, but nothing in it is brighter than {mask.max()}: lower mask_threshold={threshold}"
+    return f"the mask is not black, but nothing is left of it at the image's size, {size[0]}x{size[1]}: enlarge what it shows"
 
 
 def _in_pixels(box: Box, size: tuple[int, int]) -> Rectangle:

@@ -161,7 +161,7 @@ def test_job_mask_is_fetched_once_and_an_items_own_mask_overrides_it(job: LineJo
     items = job.photos(6)
     job.server.routes |= {"/job.png": mask(200), "/own.png": mask(100)}
     items[2] = items[2].model_copy(update={"mask": job.server.url("/own.png")})
-    job.run(Masked(), items, kind="inpaint", mask=job.server.url("/job.png"))
+    job.run(Masked(), items, kind="inpaint", mask=job.server.url("/job.png"), mask_from="luma")
     assert [int(pixels(row)[0, 0, 0]) for row in job.rows()] == [200, 200, 100, 200, 200, 200]
     assert job.server.hits["/job.png"] == job.server.hits["/own.png"] == 1
 
