@@ -116,6 +116,10 @@ class _Section:
     unfinished: int = 0
 
     @property
+    def outlined(self) -> bool:
+        return any(pair.row.result and pair.row.result.filled for pair in self.pairs)
+
+    @property
     def rate(self) -> float:
         status = self.page.status
         return status.done / status.seconds if status.seconds > 0 else 0.0

@@ -64,7 +64,7 @@ async def reuse(image: ImageInFlight, context: Context) -> Stored | None:
         return None
     context.cache.put(image.cache_key, copy)  # of all copies, the newest lives longest
     flags = flagged(beyond(copy.measures, context.spec.policy.quality, context.spec.operation))
-    return Stored("reused", copy.output, copy.bytes, copy.size, (*copy.notes, *flags, CACHED), copy.measures)
+    return Stored("reused", copy.output, copy.bytes, copy.size, (*copy.notes, *flags, CACHED), copy.measures, copy.filled)
 
 
 def decode(image: ImageInFlight, context: Context) -> None:
@@ -93,6 +93,7 @@ def prepare(image: ImageInFlight, context: Context) -> Kept | None:
         return Kept()
     if not work.samples:
         raise InternalError(f"{operation.spec.name} made no samples of this image")
+    image.filled = work.filled
     image.start(work)
     image.drop_file()
     return None
@@ -136,9 +137,9 @@ async def store(image: ImageInFlight, context: Context) -> Stored:
         key, kind = _key(image, context, encoded.format), f"image/{encoded.format}"
         output = await context.store.put(key, encoded.data, kind, md5=encoded.md5)
     if context.cache is not None and lasting_notes(context.spec).issuperset(best.notes):
-        result = Remembered.of(encoded, output=output, notes=best.notes, measures=best.measures)
+        result = Remembered.of(encoded, output=output, notes=best.notes, measures=best.measures, filled=image.filled)
         context.cache.put(image.cache_key, result)
-    return Stored(image.how, output, len(encoded.data), encoded.size, image.notes, best.measures)
+    return Stored(image.how, output, len(encoded.data), encoded.size, image.notes, best.measures, image.filled)
 
 
 # In this order. Between them, an image waits for room in the pixel budget, and then for the device: line.py.

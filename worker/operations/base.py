@@ -98,14 +98,16 @@ class Evidence:
 class Work(Generic[Options, Data, Plan]):
     """One image between `prepare` and `finish`: one or more samples, and the plan that `finish` follows.
 
-    `finish` may add to `notes` and set `evidence`. Engines with an element of chance set `retry`, which returns the work
-    for another attempt at the same image, with the next seed.
+    `finish` may add to `notes` and set `evidence`. `filled` is the outline of what is filled, for the record.
+    Engines with an element of chance set `retry`, which returns the work for another attempt at the same image, with the
+    next seed.
     """
 
     samples: Sequence[Sample[Options, Data]]
     plan: Plan
     notes: list[str] = field(default_factory=list)
     evidence: Evidence = Evidence()
+    filled: str | None = None
     retry: Callable[[], Work[Options, Data, Plan]] | None = None
 
 

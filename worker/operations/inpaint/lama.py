@@ -110,7 +110,8 @@ class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
         image = (picture.pixels[..., :3], opacity, tiling.labels)
         guides = {label: Guide(Crop(tile, *image)) for label, tile in tiling.guides.items()}
         samples = [Sample(Crop(tile, *image, guides.get(tile.label)), options) for tile in tiling.tiles]
-        return Work(samples, plan=Plan(picture, opacity, tiling.labels), notes=hole.notes, evidence=hole.evidence)
+        where = Plan(picture, opacity, tiling.labels)
+        return Work(samples, plan=where, notes=hole.notes, evidence=hole.evidence, filled=hole.outline)
 
     def group_key(self, sample: Sample[LamaInpaint, Crop]) -> Hashable:
         return sample.options.model, sample.data.tile.size

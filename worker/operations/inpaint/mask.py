@@ -19,6 +19,7 @@ from imagemill.shared.options.base import Box
 from imagemill.shared.options.inpaint import InpaintOptions
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.operations.base import Evidence, Inputs, Untouched
+from imagemill.worker.operations.inpaint.outline import outline
 from imagemill.worker.operations.inpaint.rectangle import Rectangle
 
 AnyInpaint = TypeVar("AnyInpaint", bound=InpaintOptions)
@@ -43,6 +44,7 @@ class Hole:
     """What to fill in an image; `opacity` [height, width] uint8 is that of the fill, 255 in the hole itself."""
 
     opacity: Grey
+    outline: str
     notes: list[str]
     evidence: Evidence
 
@@ -58,7 +60,7 @@ def find_hole(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Hole | Untou
         return Untouched((*inputs.mask_notes, EMPTY))
     notes = [*inputs.mask_notes, *[LARGE] * (masked > LARGE_SHARE * mask.size)]
     # The source still shows what had to be removed, so the check can't compare the result with it.
-    return Hole(feathered(mask, inputs.options.mask_feather), notes, Evidence(comparable=False, hole=mask))
+    return Hole(feathered(mask, inputs.options.mask_feather), outline(mask), notes, Evidence(comparable=False, hole=mask))
 
 
 def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:

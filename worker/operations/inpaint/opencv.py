@@ -78,7 +78,7 @@ class Inpaint(Operation[OpencvInpaint, Crop, Pixels, Plan]):
         shrink = max(1.0, (area * math.pi * options.radius**2 / EFFORT) ** 0.25)
         rgb = picture.pixels[..., :3]
         samples = [Sample(Crop(rgb[place], hole.opacity[place], shrink), options) for place in places]
-        return Work(samples, plan=Plan(picture, places), notes=hole.notes, evidence=hole.evidence)
+        return Work(samples, plan=Plan(picture, places), notes=hole.notes, evidence=hole.evidence, filled=hole.outline)
 
     @translated("filling the hole")
     def run(self, samples: Sequence[Sample[OpencvInpaint, Crop]]) -> list[Pixels]:
