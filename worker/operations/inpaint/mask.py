@@ -35,6 +35,9 @@ ASPECT = 0.02
 ROUNDS = 8
 """Rounds of merging rectangles before giving up; each takes a third of a second on 64 megapixels."""
 
+OPAQUE, SURROUNDED = 250, 0.9
+"""A hole is surrounded by opaque pixels if this share of those around it has at least this alpha."""
+
 BLOCK = 1024  # side in pixels of the blocks in which distances are computed
 STRIP = 256  # rows blended at once: the floats take four times the bytes of the picture
 
@@ -181,6 +184,19 @@ def blend(target: Pixels, fill: NDArray[np.uint8] | NDArray[np.float32], opacity
         weight = opacity[rows, :, None] / np.float32(255)
         blended = np.rint(target[rows] + (fill[rows] - target[rows].astype(np.float32)) * weight).astype(np.uint8)
         np.copyto(target[rows], blended, where=weight > 0)
+
+
+def reveal(pixels: Pixels, opacity: Grey) -> None:
+    """Make visible, in place, what was rubbed out of RGBA `pixels` [h, w, 4]: parts of the hole in opaque surroundings."""
+    if pixels.shape[2] != 4 or not ((pixels[..., 3] < 128) & (opacity == 255)).any():
+        return
+    alpha = pixels[..., 3]
+    _, labels = cv2.connectedComponents((opacity > 0).astype(np.uint8), connectivity=8)
+    wider = cv2.dilate(labels.astype(np.float32), np.ones((5, 5), np.uint8)).astype(np.int32)
+    rim = (labels == 0) & (wider > 0)
+    around, opaque = (np.bincount(wider[part], minlength=labels.max() + 1) for part in (rim, rim & (alpha >= OPAQUE)))
+    inside = (opaque >= SURROUNDED * np.maximum(around, 1))[labels] & (labels > 0)
+    np.copyto(alpha, np.maximum(alpha, opacity), where=inside)
 
 
 def rectangles_around(mask: Grey, margin: float) -> list[Rectangle]:

@@ -224,14 +224,23 @@ def _thrice(values: Map) -> Map:
     return np.asarray(cv2.merge([values] * 3), np.float32)
 
 
-def cut_out(pixels: Pixels, alpha: Map, background: str | None, *, rough: bool = False) -> Pixels:
+def is_cut_out(pixels: Pixels) -> bool:
+    """Whether the subject is cut out already, by an edge that must stay as it is: most of the outermost pixels are hidden."""
+    if pixels.shape[2] == 3:
+        return False
+    alpha = pixels[..., 3]
+    return bool((np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]]) <= SEEN).mean() > 0.5)
+
+
+def cut_out(pixels: Pixels, alpha: Map, background: str | None, *, rough: bool = False, clean_rim: bool = True) -> Pixels:
     """RGBA with `alpha` 0..1 multiplied by any alpha of `pixels`, or RGB composited over `background` (#rrggbb).
 
-    `rough` is explained at `foreground_colours`.
+    `rough` is explained at `foreground_colours`, which `clean_rim` applies.
     """
     if pixels.shape[2] == 4:
         alpha = alpha * (pixels[..., 3].astype(np.float32) / np.float32(255))
-    rgb = foreground_colours(np.ascontiguousarray(pixels[..., :3]), alpha, rough=rough)
+    rgb = np.ascontiguousarray(pixels[..., :3])
+    rgb = foreground_colours(rgb, alpha, rough=rough) if clean_rim else rgb
     if background is None:
         return np.dstack([rgb, np.rint(alpha * 255).astype(np.uint8)])
     colour = np.array(rgb_of(background), np.float32)
