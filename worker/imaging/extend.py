@@ -37,9 +37,11 @@ def _spread(colours: Map, weight: Map) -> Map:
     height, width = weight.shape[:2]
     own = colours / np.maximum(weight, np.float32(1e-4))
     if min(height, width) == 1 and max(height, width) == 1:
-        return own
+        return np.asarray(own, np.float32)
     half = ((width + 1) // 2, (height + 1) // 2)
-    fewer, less = (cv2.resize(values, half, interpolation=cv2.INTER_AREA) for values in (colours, weight))
+    fewer, less = (
+        np.asarray(cv2.resize(values, half, interpolation=cv2.INTER_AREA), np.float32) for values in (colours, weight)
+    )
     around = cv2.resize(_spread(fewer, less.reshape(half[1], half[0], 1)), (width, height), interpolation=cv2.INTER_LINEAR)
     sure = np.minimum(1, 8 * weight)
     return np.asarray(own * sure + around.reshape(colours.shape) * (1 - sure), np.float32)

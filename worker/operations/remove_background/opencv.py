@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from imagemill.shared.options.remove_background import OpencvRemoveBackground
 from imagemill.worker.hardware.device import Device
@@ -19,8 +20,7 @@ from imagemill.worker.operations.remove_background.saliency import Map, content_
 
 WORK_EDGE = 320  # longest edge in pixels at which GrabCut runs
 ROUNDS = 3  # iterations of GrabCut
-FRAME = 6  # pixels at the frame that may have been taken for background because the subject touches it
-ALIKE = 12  # difference of a channel, of 255, within which the subject continues up to the frame
+FRAME = 5  # pixels at the frame that may have been taken for background because the subject touches it
 PLAIN, LIKE = 2.0, 2.5  # noise of a plain backdrop, and the difference from it of what belongs to it; units of Lab
 ENCLOSED = 0.02  # smallest area of the backdrop seen through the subject, as a share of the subject
 BORDER = 0.04  # share of each side that is learnt as background
@@ -126,8 +126,25 @@ def _cut(rgb: Pixels) -> Grey:
         return np.zeros(rgb.shape[:2], np.uint8)
     back_model, front_model = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.grabCut(_features(rgb), marks, (0, 0, 0, 0), back_model, front_model, ROUNDS, cv2.GC_INIT_WITH_MASK)
-    mask = _tidied(((marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD)).astype(np.uint8), likely)
-    return _without_backdrop(_up_to_the_frame(mask, rgb), rgb)
+    touching = _at_the_frame(marks)
+    if touching.any():  # taken for background so far, and learnt as such
+        marks[touching] = cv2.GC_PR_FGD
+        cv2.grabCut(_features(rgb), marks, (0, 0, 0, 0), back_model, front_model, 1, cv2.GC_EVAL)
+    return _without_backdrop(_tidied(_in_front(marks), likely), rgb)
+
+
+def _in_front(marks: Grey) -> Grey:
+    return np.asarray((marks == cv2.GC_FGD) | (marks == cv2.GC_PR_FGD), np.uint8)
+
+
+def _at_the_frame(marks: Grey) -> NDArray[np.bool_]:
+    """The background at the frame, where the subject comes so close that it may touch it."""
+    near, front = np.zeros(marks.shape, np.bool_), _in_front(marks)
+    depth = min(FRAME, (min(marks.shape) - 1) // 2)
+    for turn in range(4):
+        side, inside = np.rot90(near, turn), np.rot90(front, turn)  # views
+        side[:depth] |= inside[depth] > 0
+    return np.asarray(near & (front == 0), np.bool_)
 
 
 def _features(rgb: Pixels) -> Pixels:
@@ -149,17 +166,6 @@ def _tidied(mask: Grey, likely: Map) -> Grey:
     hole[at_edge] = False
     hole[0] = False  # label 0 is the subject
     return np.asarray(mask | hole.astype(np.uint8)[labels], np.uint8)
-
-
-def _up_to_the_frame(mask: Grey, rgb: Pixels) -> Grey:
-    """The mask with the subject continued up to the frame wherever its colours continue."""
-    mask, depth = mask.copy(), min(FRAME, (min(mask.shape) - 1) // 2)
-    for turn in range(4):
-        side, colours = np.rot90(mask, turn), np.rot90(rgb, turn).astype(np.int16)
-        alike = abs(colours[:depth] - colours[depth]).max(axis=2) <= ALIKE
-        continues = np.cumprod(alike[::-1], axis=0)[::-1].astype(bool)  # without a gap
-        side[:depth] |= (continues & (side[depth] > 0)).astype(np.uint8)
-    return mask
 
 
 def _without_backdrop(mask: Grey, rgb: Pixels) -> Grey:
