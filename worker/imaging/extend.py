@@ -23,8 +23,8 @@ def extended(pixels: Pixels) -> Pixels:
     if pixels.shape[2] == 3 or pixels[:, :, 3].all() or not pixels[:, :, 3].any():
         return rgb
     size = (pixels.shape[1], pixels.shape[0])
-    small = resize(pixels, fit(size, SIDE)).astype(np.float32)
-    weight = small[:, :, 3:] / 255
+    small: Map = resize(pixels, fit(size, SIDE)).astype(np.float32)
+    weight: Map = small[:, :, 3:] / np.float32(255)
     if not weight.any():  # specks that scaling made invisible
         return rgb
     spread = _spread(small[:, :, :3] * weight, weight)
