@@ -168,6 +168,7 @@ MANIFEST = {
     "output_size": "width and height of the result in pixels",
     "seconds": "time spent per stage",
     "notes": "remarks and flags ([list](../operations.md#notes-and-flags))",
+    "filled": "outline of the filled area, as the path of an SVG in thousandths of width and height (`inpaint`)",
     "node": "worker node that did the work",
     "quality": "what the check measured ([list](#measurements))",
     "job": "id of the job",
@@ -185,7 +186,7 @@ def manifest() -> str:
     """The fields of a manifest's line, as the code that writes it makes them."""
     item = Item(index=0, source="https://example.com/a.jpg", mask="https://example.com/m.png", duplicate_of=0)
     optional: dict[str, Any] = {"source_format": "jpeg", "source_size": (1, 1), "output_size": (1, 1), "node": "cpu@host"}
-    optional |= {"output": "file:///a.png", "code": "timeout", "message": "", "quality": Measures()}
+    optional |= {"output": "file:///a.png", "code": "timeout", "message": "", "quality": Measures(), "filled": "M0,0Z"}
     job = {"operation": "stylize", "options": {"engine": "diffusion"}, "output": {"url": "file:///results"}}
     spec = Job.model_validate(job)
     line = manifest_line("job", spec, row(item, ItemResult(index=0, state="done", **optional)), "digest")

@@ -34,6 +34,10 @@ REMARKS = {
     "enlarged": "the canvas is larger than the image, which was upscaled",
     "junk_skipped": "the file has junk between its parts; the picture is complete",
     "large_mask": "the mask covers more than 30 % of the image",
+    "mask_read_as:alpha": "the mask was read from its transparency",
+    "mask_read_as:colour": "the coloured part of the mask was filled",
+    "mask_read_as:inverted": "the dark part of the mask was filled, as the bright part covers nearly all of it",
+    "mask_read_as:levels": "the mask is neither black nor white; its brighter part was filled",
     "matting_failed": "alpha matting failed; the edge is unrefined",
     "matting_timed_out": "alpha matting took too long; the edge is unrefined",
     "matting_too_large": "too large for alpha matting; the edge is unrefined",
@@ -115,6 +119,10 @@ class _Section:
     pairs: list[Pair] = field(default_factory=list)
     unshown: int = 0
     unfinished: int = 0
+
+    @property
+    def outlined(self) -> bool:
+        return any(pair.row.result and pair.row.result.filled for pair in self.pairs)
 
     @property
     def rate(self) -> float:

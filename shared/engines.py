@@ -59,7 +59,9 @@ def split_lane(lane: str) -> tuple[str, str, str]:
 
 
 _OPERATIONS = "imagemill.worker.operations"
-_HOLE_NOTES = frozenset({"empty_mask", "large_mask"})
+_HOLE_NOTES = frozenset(
+    {"empty_mask", "large_mask"} | {f"mask_read_as:{how}" for how in ("alpha", "colour", "inverted", "levels")}
+)
 
 ENGINES: list[Engine] = [
     Engine(

@@ -166,6 +166,10 @@ class WakeUp(Model):
     lane: str = Field(max_length=200, pattern=f"^{LANE.pattern}$")
 
 
+LONGEST_OUTLINE = 400
+"""Characters of the outline in a record."""
+
+
 class ItemResult(Model):
     """The result of one image, recorded once. Sizes are (width, height) in pixels."""
 
@@ -184,6 +188,12 @@ class ItemResult(Model):
     batch: int = Field(1, description="size of the largest model batch that included a sample of this image")
     seconds: dict[str, float] = Field(default_factory=dict, description="seconds by stage")
     notes: tuple[str, ...] = Field((), description="remarks for the submitter on a successful result")
+    filled: str | None = Field(
+        None,
+        max_length=LONGEST_OUTLINE,
+        pattern=r"^[MZ0-9, ]*$",
+        description="outline of the filled area, as the path of an SVG in thousandths of the sides (`inpaint`)",
+    )
     quality: Measures | None = None
     node: str | None = None
 

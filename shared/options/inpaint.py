@@ -8,12 +8,20 @@ from pydantic import Field, model_validator
 
 from imagemill.shared.options.base import Boxes, EngineOptions
 
+MaskFrom = Literal["auto", "luma", "alpha", "inverted"]
+"""How masks are read."""
+
 
 class InpaintOptions(EngineOptions):
     """The area to fill, the same for every engine."""
 
     mask: str | None = Field(None, description="URL of a mask for all images of the job; white areas are filled")
     boxes: Boxes = Field((), description="rectangles to fill in every image, as x,y,width,height")
+    mask_from: MaskFrom = Field(
+        "auto",
+        description="how masks are read; 'auto': as what they plainly are; 'luma': bright areas are filled; 'alpha': what is "
+        "painted on a transparent layer, or rubbed out of a picture; 'inverted': the opposite of what they show",
+    )
     mask_threshold: int = Field(127, ge=0, le=254, description="mask pixels above this value are filled")
     mask_dilate: int = Field(0, ge=0, le=200, description="pixels by which to enlarge the hole")
     mask_feather: int = Field(0, ge=0, le=200, description="width in pixels of the blend around the hole")

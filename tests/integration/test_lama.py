@@ -66,7 +66,7 @@ def test_lama_fills_masks_and_leaves_all_other_pixels_unchanged(
         "/grey.png": file(scene[..., 0], "PNG"),
         "/line.png": file(line, "PNG"),
         "/none.png": file(np.zeros_like(line), "PNG"),
-        "/most.png": file(np.where(np.arange(900) < 800, 255, line).astype(np.uint8), "PNG"),
+        "/most.png": file(np.where(np.arange(900) < 400, 255, line).astype(np.uint8), "PNG"),
         "/wide.png": file(line[:300], "PNG"),
     }
     rows = [

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -23,10 +22,10 @@ from imagemill.worker.imaging import jpeg, opencv, png, reading
 from imagemill.worker.imaging.headers import Header, probe, translated
 from imagemill.worker.imaging.metadata import files, metadata
 from imagemill.worker.imaging.metadata.blocks import Blocks
-from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
+from imagemill.worker.imaging.picture import Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize, upright
 
-__all__ = ["Encoded", "Header", "choose_format", "decode", "decode_mask", "encode", "fit", "probe", "resize", "unchanged"]
+__all__ = ["Encoded", "Header", "choose_format", "decode", "encode", "fit", "probe", "resize", "unchanged"]
 
 _WEBP_METHOD = 2  # of 0 to 6: half the time of 4 for a few per cent more bytes; 0 and 1 give files 1.2 to 2 times larger
 _AVIF_SPEED = 9  # of 0 to 10: a quarter of the time of 8 for a tenth more bytes; still six times the time of lossy WebP
@@ -106,23 +105,6 @@ def _one_frame(data: bytes, source_format: str) -> bool:
     if source_format == "png":
         return all(kind != b"acTL" for kind, _, _ in png.chunks(data))
     return source_format == "jpeg" or (source_format == "webp" and (data[12:16] != b"VP8X" or not data[20] & 2))
-
-
-def decode_mask(data: bytes, *, max_pixels: int) -> Grey:
-    """Decode a mask from an image file of any format: uint8 [height, width], upright, without colour management.
-
-    If the file has transparent parts and one single visible colour, the mask is its alpha; otherwise it is the brightness,
-    composited over black. Raises the errors of `probe` and `decode`.
-    """
-    pixels = decode(data, probe(data, max_pixels=max_pixels), icc="keep").pixels
-    with opencv.translated("decoding the mask"):
-        if pixels.shape[2] == 4 and int(pixels[:, :, 3].min()) < 255:
-            alpha = pixels[:, :, 3]
-            visible = pixels[:, :, :3][alpha > 0]
-            if not len(visible) or (visible == visible[0]).all():
-                return np.ascontiguousarray(alpha)
-            pixels = flatten(pixels, 0)
-        return np.asarray(cv2.cvtColor(pixels[:, :, :3], cv2.COLOR_RGB2GRAY), np.uint8)
 
 
 def choose_format(picture: Picture, wanted: Format) -> str:

@@ -38,7 +38,7 @@ from imagemill.worker.transfer.store import Store
 
 log = logging.getLogger(__name__)
 
-REVISION = 5
+REVISION = 6
 """Raise it when decoding, scaling or encoding gives the same image different bytes."""
 
 AROUND = ("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "pillow-heif", "pillow-jxl-plugin", "simplejpeg")
@@ -53,7 +53,8 @@ MOST_JOBS = 64  # remembered, with what is the same for all of their images
 class Remembered:
     """A result in a store: its URL, MD5 in hex, format (png, jpeg, webp or avif), bytes, (width, height) and notes.
 
-    `measures` is None if it was not checked. Flags are not kept: each job judges the measures by its own limits.
+    `measures` is None if it was not checked; `filled` is the outline of what was filled. Flags are not kept:
+    each job judges the measures by its own limits.
     """
 
     output: str
@@ -63,11 +64,14 @@ class Remembered:
     size: tuple[int, int]
     notes: tuple[str, ...] = ()
     measures: Measures | None = None
+    filled: str | None = None
 
     @classmethod
-    def of(cls, encoded: Encoded, *, output: str, notes: tuple[str, ...], measures: Measures | None) -> Remembered:
+    def of(
+        cls, encoded: Encoded, *, output: str, notes: tuple[str, ...], measures: Measures | None, filled: str | None
+    ) -> Remembered:
         """The entry for a file that has just been stored at `output`."""
-        return cls(output, encoded.md5, encoded.format, len(encoded.data), encoded.size, notes, measures)
+        return cls(output, encoded.md5, encoded.format, len(encoded.data), encoded.size, notes, measures, filled)
 
     async def copied(self, store: Store, key: str) -> Remembered | None:
         """The same result under a key of `store`; None if it no longer exists or can't be copied, for whatever reason."""
@@ -193,7 +197,7 @@ def _name(key: str) -> str:
 def _packed(result: Remembered) -> bytes:
     md5 = base64.b64encode(bytes.fromhex(result.md5)).decode().rstrip("=")
     measures = result.measures.model_dump(exclude_defaults=True) if result.measures is not None else None
-    fields = [result.output, md5, result.format, result.bytes, *result.size, measures, *result.notes]
+    fields = [result.output, md5, result.format, result.bytes, *result.size, measures, result.filled, *result.notes]
     return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -201,11 +205,11 @@ def _unpacked(raw: bytes) -> Remembered | None:
     """None for an entry of another version."""
     try:
         fields: list[Any] = json.loads(raw)
-        output, md5, form, size, width, height, measures, *notes = fields
+        output, md5, form, size, width, height, measures, filled, *notes = fields
         digest = base64.b64decode(md5 + "==").hex()
         known = Measures.model_validate(measures) if measures is not None else None
         sides = int(width), int(height)
-        found = Remembered(str(output), digest, str(form), int(size), sides, tuple(map(str, notes)), known)
+        found = Remembered(str(output), digest, str(form), int(size), sides, tuple(map(str, notes)), known, filled)
     except (ValueError, TypeError):
         return None
     return found if found.format in EXTENSIONS else None

@@ -38,6 +38,7 @@ class Stored:
     size: tuple[int, int]
     notes: tuple[str, ...] = ()
     measures: Measures | None = None
+    filled: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ class ImageInFlight:
     earlier_result: Remembered | None = None
     """Of the same image, to be copied."""
     how: How = "computed"
+    filled: str | None = None
+    """The outline of what was filled."""
     header: Header = field(init=False)
     picture: Picture = field(init=False, repr=False)
     work: Work[Any, Any, Any] = field(init=False, repr=False)

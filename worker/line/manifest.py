@@ -43,7 +43,17 @@ def manifest_line(job: str, spec: Job, row: Row, fingerprint: str | None = None)
     """Everything known about one image's result and how it was made."""
     line = row.model_dump(exclude_none=True)
     if row.result is not None:
-        measured = {"source_format", "source_bytes", "source_size", "output_bytes", "output_size", "seconds", "notes", "node"}
+        measured = {
+            "source_format",
+            "source_bytes",
+            "source_size",
+            "output_bytes",
+            "output_size",
+            "seconds",
+            "notes",
+            "filled",
+            "node",
+        }
         line |= row.result.model_dump(include={*measured, "quality"}, exclude_none=True)
     line |= {"job": job, "operation": spec.operation, "options": spec.options.model_dump(mode="json")}
     line |= {"metadata": spec.output.metadata, "versions": versions()}

@@ -205,4 +205,5 @@ def _fields(outcome: Stored | Failed) -> dict[str, Any]:
         output_size=outcome.size,
         notes=outcome.notes,
         quality=outcome.measures,
+        filled=outcome.filled,
     )

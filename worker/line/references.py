@@ -15,9 +15,11 @@ from typing import TypeVar
 from imagemill.shared.errors import BadMask, ImageError
 from imagemill.shared.messages import Item
 from imagemill.shared.options.base import ADDRESSES, EngineOptions
+from imagemill.shared.options.inpaint import MaskFrom
 from imagemill.shared.urls import shown
 from imagemill.worker.imaging import codec
-from imagemill.worker.imaging.picture import Grey, Picture
+from imagemill.worker.imaging.masks import ALPHA, Mask, read_mask
+from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.stopped import GLANCE, Stopped
 from imagemill.worker.transfer.fetch import Fetched, Fetcher, cut_short
 
@@ -34,7 +36,7 @@ class References:
         self._fetcher, self._max_pixels, self._attempts, self._stop = fetcher, max_pixels, attempts, stop or Event()
         self._lock = Lock()
         self._pictures: dict[str, Future[Picture]] = {}
-        self._masks: dict[str, Future[Grey]] = {}
+        self._masks: dict[str, Future[Mask]] = {}
         self._brought: dict[str, asyncio.Task[bytes]] = {}  # for the loop's thread, and read by others when they are done
 
     def of(self, options: EngineOptions) -> set[str]:
@@ -67,24 +69,33 @@ class References:
         """The image at `url` in sRGB. Raises the ImageError of fetching or decoding it."""
         return self._once(self._pictures, url, self._decode)
 
-    def mask(self, url: str) -> Grey:
-        """The mask at `url`, uint8 [height, width]. Raises the ImageError of fetching or decoding it."""
-        return self._once(self._masks, url, self._decode_mask)
+    def mask(self, url: str, mask_from: MaskFrom = "auto") -> Mask:
+        """The mask at `url`. Raises the ImageError of fetching or reading it."""
+        return self._once(self._masks, url, lambda data: self._read_mask(data, mask_from))
 
-    def mask_of(self, item: Item, options: EngineOptions, own: bytes | ImageError | None = None) -> Grey | None:
-        """The item's `own` mask as it was brought, or the job's, or None.
+    def mask_of(
+        self, item: Item, options: EngineOptions, own: bytes | ImageError | None = None, source: bytes = b""
+    ) -> Mask | None:
+        """The item's `own` mask as it was brought, or the job's, or None; `source` is the image's file.
 
         Raises BadMask for anything wrong with it, except for a download that `stop` cut short.
         """
         url = item.mask or getattr(options, "mask", None)
+        mask_from: MaskFrom = getattr(options, "mask_from", "auto")
         if url is None:
             return None
         try:
-            if item.mask is None:
-                return self.mask(url)
             if isinstance(own, ImageError):
                 raise own
-            return self._decode_mask(own) if own is not None else self._fetch(url, self._decode_mask)
+            if item.mask is None:
+                mask = self.mask(url, mask_from)
+            elif own is not None:
+                mask = self._read_mask(own, mask_from)
+            else:
+                mask = self._fetch(url, lambda data: self._read_mask(data, mask_from))
+            if mask_from == "auto" and ALPHA not in mask.notes and (own == source or url == item.source):
+                raise BadMask("it is the image itself")
+            return mask
         except ImageError as error:
             if cut_short(error, self._stop, self._attempts):
                 raise
@@ -103,8 +114,8 @@ class References:
             return decode(brought.result())
         return decode(self._fetcher.network.call(self._download(url)))
 
-    def _decode_mask(self, data: bytes) -> Grey:
-        return codec.decode_mask(data, max_pixels=self._max_pixels)
+    def _read_mask(self, data: bytes, mask_from: MaskFrom) -> Mask:
+        return read_mask(data, max_pixels=self._max_pixels, mask_from=mask_from)
 
     def _decode(self, data: bytes) -> Picture:
         return codec.decode(data, codec.probe(data, max_pixels=self._max_pixels))

@@ -66,7 +66,7 @@ async def reuse(image: ImageInFlight, context: Context) -> Stored | None:
         return None
     context.cache.put(image.cache_key, copy)  # of all copies, the newest lives longest
     flags = flagged(beyond(copy.measures, context.spec.policy.quality, context.spec.operation))
-    return Stored("reused", copy.output, copy.bytes, copy.size, (*copy.notes, *flags, CACHED), copy.measures)
+    return Stored("reused", copy.output, copy.bytes, copy.size, (*copy.notes, *flags, CACHED), copy.measures, copy.filled)
 
 
 def decode(image: ImageInFlight, context: Context) -> None:
@@ -86,14 +86,18 @@ def decode(image: ImageInFlight, context: Context) -> None:
 def prepare(image: ImageInFlight, context: Context) -> Kept | None:
     """The engine's CPU work before the device. An image that needs none goes on to be stored."""
     operation, options = context.operation, context.spec.options
-    mask = context.references.mask_of(image.item, options, image.mask_file) if operation.spec.needs_mask else None
+    references, mask = context.references, None
+    if operation.spec.needs_mask:
+        mask = references.mask_of(image.item, options, image.mask_file, image.data)
+    inputs = Inputs(image.item, options, mask.levels if mask else None, references.picture, mask.notes if mask else ())
     with image.timed("prepare"):
-        work = operation.prepare(image.picture, Inputs(image.item, options, mask, context.references.picture))
+        work = operation.prepare(image.picture, inputs)
     if isinstance(work, Untouched):
         _keep(image, context, work)
         return Kept()
     if not work.samples:
         raise InternalError(f"{operation.spec.name} made no samples of this image")
+    image.filled = work.filled
     image.start(work)
     image.drop_file()
     return None
@@ -137,9 +141,9 @@ async def store(image: ImageInFlight, context: Context) -> Stored:
         key, kind = _key(image, context, encoded.format), f"image/{encoded.format}"
         output = await context.store.put(key, encoded.data, kind, md5=encoded.md5)
     if context.cache is not None and lasting_notes(context.spec).issuperset(best.notes):
-        result = Remembered.of(encoded, output=output, notes=best.notes, measures=best.measures)
+        result = Remembered.of(encoded, output=output, notes=best.notes, measures=best.measures, filled=image.filled)
         context.cache.put(image.cache_key, result)
-    return Stored(image.how, output, len(encoded.data), encoded.size, image.notes, best.measures)
+    return Stored(image.how, output, len(encoded.data), encoded.size, image.notes, best.measures, image.filled)
 
 
 # In this order. Between them, an image waits for room in the pixel budget, and then for the device: line.py.

@@ -52,14 +52,15 @@ def _unreadable(url: str) -> Picture:
 class Inputs(Generic[Options]):
     """What `prepare` may use besides the image.
 
-    `mask` [height, width] uint8 is None unless `spec.needs_mask` is set and the item or job has one. `read(url)` fetches
-    and decodes another image of the job, such as a reference, and raises ImageError if it can't.
+    `mask` [height, width] uint8 is None unless `spec.needs_mask` is set and the item or job has one; `mask_notes` say how it
+    was read. `read(url)` fetches and decodes another image of the job, such as a reference, and raises ImageError if it can't.
     """
 
     item: Item
     options: Options
     mask: Grey | None = None
     read: Callable[[str], Picture] = _unreadable
+    mask_notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,16 @@ class Evidence:
 class Work(Generic[Options, Data, Plan]):
     """One image between `prepare` and `finish`: one or more samples, and the plan that `finish` follows.
 
-    `finish` may add to `notes` and set `evidence`. Engines with an element of chance set `retry`, which returns the work
-    for another attempt at the same image, with the next seed.
+    `finish` may add to `notes` and set `evidence`. `filled` is the outline of what is filled, for the record.
+    Engines with an element of chance set `retry`, which returns the work for another attempt at the same image, with the
+    next seed.
     """
 
     samples: Sequence[Sample[Options, Data]]
     plan: Plan
     notes: list[str] = field(default_factory=list)
     evidence: Evidence = Evidence()
+    filled: str | None = None
     retry: Callable[[], Work[Options, Data, Plan]] | None = None
 
 

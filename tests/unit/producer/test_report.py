@@ -116,6 +116,16 @@ def test_page_shows_pairs_failures_and_figures() -> None:
     assert shown.all("img", "alt")[:2] == [f"before: {A}0.jpg", f"after: {A}0.jpg"]
 
 
+def test_filled_area_is_outlined_before_and_after() -> None:
+    shown = page([done(0, output_size=(640, 480), filled="M10,20 30,20 30,40Z"), done(1, output_size=(640, 480))])
+    drawn = [(attributes["viewbox"]) for tag, attributes in shown.tags if tag == "svg"]
+    paths = [(attributes["d"], attributes["transform"]) for tag, attributes in shown.tags if tag == "path"]
+    assert drawn == ["0 0 640 480"] * 2
+    assert paths == [("M10,20 30,20 30,40Z", "scale(0.64 0.48)")] * 4, "a light and a dark line"
+    assert "Before and after 2 images; filled areas are outlined" in shown.text
+    assert "outlined" not in page([done(0)]).text
+
+
 def test_expired_images_are_a_group_that_a_retry_may_help() -> None:
     late = [row(Item(index=n, source=f"{A}{n}.jpg"), None, "expired") for n in range(2)]
     shown = page(late, changes={"state": "failed"})

@@ -14,6 +14,7 @@ import torch
 from imagemill.shared.errors import OperationFailed
 from imagemill.shared.options.inpaint import LamaInpaint
 from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.extend import extended
 from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import resize
@@ -21,12 +22,12 @@ from imagemill.worker.models.checksums import digest, with_digest
 from imagemill.worker.models.files import model_file
 from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Untouched, Work
 from imagemill.worker.operations.inpaint.lama_model import LARGEST_BATCH, LamaModel, dtype_of
-from imagemill.worker.operations.inpaint.mask import blend, fill_mask, find_hole, shrunk
+from imagemill.worker.operations.inpaint.mask import blend, fill_mask, find_hole, reveal, shrunk
 from imagemill.worker.operations.inpaint.rectangle import Rectangle
 from imagemill.worker.operations.inpaint.tiles import Labels, Tile, labels_at, plan, weights
 from imagemill.worker.operations.open_model import OpenModel, missing_model
 
-REVISION = 2
+REVISION = 3
 """Raise it whenever the same image and options would give different pixels, so that cached results are not reused."""
 
 WHOLE = 4_000_000
@@ -107,10 +108,11 @@ class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
                 "use strategy=auto"
             )
         tiling = plan(opacity, strategy=options.strategy, longest=options.tile)
-        image = (picture.pixels[..., :3], opacity, tiling.labels)
+        image = (extended(picture.pixels), opacity, tiling.labels)
         guides = {label: Guide(Crop(tile, *image)) for label, tile in tiling.guides.items()}
         samples = [Sample(Crop(tile, *image, guides.get(tile.label)), options) for tile in tiling.tiles]
-        return Work(samples, plan=Plan(picture, opacity, tiling.labels), notes=hole.notes, evidence=hole.evidence)
+        where = Plan(picture, opacity, tiling.labels)
+        return Work(samples, plan=where, notes=hole.notes, evidence=hole.evidence, filled=hole.outline)
 
     def group_key(self, sample: Sample[LamaInpaint, Crop]) -> Hashable:
         return sample.options.model, sample.data.tile.size
@@ -137,6 +139,7 @@ class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
         for top in range(0, height, STRIP):
             strip = Rectangle(slice(top, min(top + STRIP, height)), slice(0, width))
             _fill_strip(strip, work.plan, tiles, outputs)
+        reveal(work.plan.picture.pixels, work.plan.opacity)
         return work.plan.picture
 
     def _open(self, options: LamaInpaint) -> LamaModel:

@@ -19,6 +19,7 @@ from imagemill.shared.options.base import Box
 from imagemill.shared.options.inpaint import InpaintOptions
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.operations.base import Evidence, Inputs, Untouched
+from imagemill.worker.operations.inpaint.outline import outline
 from imagemill.worker.operations.inpaint.rectangle import Rectangle
 
 AnyInpaint = TypeVar("AnyInpaint", bound=InpaintOptions)
@@ -34,6 +35,9 @@ ASPECT = 0.02
 ROUNDS = 8
 """Rounds of merging rectangles before giving up; each takes a third of a second on 64 megapixels."""
 
+OPAQUE, SURROUNDED = 250, 0.9
+"""A hole is surrounded by opaque pixels if this share of those around it has at least this alpha."""
+
 BLOCK = 1024  # side in pixels of the blocks in which distances are computed
 STRIP = 256  # rows blended at once: the floats take four times the bytes of the picture
 
@@ -43,6 +47,7 @@ class Hole:
     """What to fill in an image; `opacity` [height, width] uint8 is that of the fill, 255 in the hole itself."""
 
     opacity: Grey
+    outline: str
     notes: list[str]
     evidence: Evidence
 
@@ -55,10 +60,10 @@ def find_hole(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Hole | Untou
     mask = build_mask(size, inputs)
     masked = cv2.countNonZero(mask)
     if not masked:
-        return Untouched((EMPTY,))
-    notes = [LARGE] if masked > LARGE_SHARE * mask.size else []
+        return Untouched((*inputs.mask_notes, EMPTY))
+    notes = [*inputs.mask_notes, *[LARGE] * (masked > LARGE_SHARE * mask.size)]
     # The source still shows what had to be removed, so the check can't compare the result with it.
-    return Hole(feathered(mask, inputs.options.mask_feather), notes, Evidence(comparable=False, hole=mask))
+    return Hole(feathered(mask, inputs.options.mask_feather), outline(mask), notes, Evidence(comparable=False, hole=mask))
 
 
 def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:
@@ -66,7 +71,7 @@ def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:
 
     It combines the mask's pixels above `mask_threshold` with the boxes of the item and the job, grown by `mask_dilate`
     pixels. Raises BadMask if there is neither mask nor box, if the mask's aspect ratio is not the image's, if a box lies
-    outside the image, and if everything is masked.
+    outside the image, if everything is masked, and if nothing is left of a mask that is not black.
     """
     options = inputs.options
     boxes = (*inputs.item.boxes, *options.boxes)
@@ -77,6 +82,8 @@ def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:
     else:
         _, thresholded = cv2.threshold(_scaled(inputs.mask, size), options.mask_threshold, 255, cv2.THRESH_BINARY)
         mask = np.asarray(thresholded, np.uint8)
+        if inputs.mask.any() and not mask.any():
+            raise BadMask(_nothing_left(inputs.mask, size, options.mask_threshold))
     for box in boxes:
         mask[_in_pixels(box, size)] = 255
     if options.mask_dilate:
@@ -91,8 +98,22 @@ def _scaled(mask: Grey, size: tuple[int, int]) -> Grey:
     if (width, height) == size:
         return mask
     if abs(width * size[1] / (height * size[0]) - 1) > ASPECT:
-        raise BadMask(f"the mask is {width}x{height} but the image is {size[0]}x{size[1]}: their aspect ratios differ")
+        turned = abs(height * size[1] / (width * size[0]) - 1) <= ASPECT
+        raise BadMask(
+            f"the mask is {width}x{height} but the image is {size[0]}x{size[1]}: "
+            + (
+                "turn the mask upright, as the image is shown"
+                if turned
+                else "their aspect ratios differ, so draw it on the image"
+            )
+        )
     return np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
+
+
+def _nothing_left(mask: Grey, size: tuple[int, int], threshold: int) -> str:
+    if mask.max() <= threshold:
+        return f"the mask is not black, but nothing in it is brighter than {mask.max()}: lower mask_threshold={threshold}"
+    return f"the mask is not black, but nothing is left of it at the image's size, {size[0]}x{size[1]}: enlarge what it shows"
 
 
 def _in_pixels(box: Box, size: tuple[int, int]) -> Rectangle:
@@ -163,6 +184,19 @@ def blend(target: Pixels, fill: NDArray[np.uint8] | NDArray[np.float32], opacity
         weight = opacity[rows, :, None] / np.float32(255)
         blended = np.rint(target[rows] + (fill[rows] - target[rows].astype(np.float32)) * weight).astype(np.uint8)
         np.copyto(target[rows], blended, where=weight > 0)
+
+
+def reveal(pixels: Pixels, opacity: Grey) -> None:
+    """Make visible, in place, what was rubbed out of RGBA `pixels` [h, w, 4]: parts of the hole in opaque surroundings."""
+    if pixels.shape[2] != 4 or not ((pixels[..., 3] < 128) & (opacity == 255)).any():
+        return
+    alpha = pixels[..., 3]
+    _, labels = cv2.connectedComponents((opacity > 0).astype(np.uint8), connectivity=8)
+    wider = cv2.dilate(labels.astype(np.float32), np.ones((5, 5), np.uint8)).astype(np.int32)
+    rim = (labels == 0) & (wider > 0)
+    around, opaque = (np.bincount(wider[part], minlength=labels.max() + 1) for part in (rim, rim & (alpha >= OPAQUE)))
+    inside = (opaque >= SURROUNDED * np.maximum(around, 1))[labels] & (labels > 0)
+    np.copyto(alpha, np.maximum(alpha, opacity), where=inside)
 
 
 def rectangles_around(mask: Grey, margin: float) -> list[Rectangle]:

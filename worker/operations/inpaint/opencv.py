@@ -11,14 +11,15 @@ import numpy as np
 
 from imagemill.shared.options.inpaint import OpencvInpaint
 from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.extend import extended
 from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import resize
 from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Untouched, Work
-from imagemill.worker.operations.inpaint.mask import blend, fill_mask, find_hole, rectangles_around, shrunk
+from imagemill.worker.operations.inpaint.mask import blend, fill_mask, find_hole, rectangles_around, reveal, shrunk
 from imagemill.worker.operations.inpaint.rectangle import Rectangle
 
-REVISION = 2
+REVISION = 3
 """Raise it whenever the same image and options would give different pixels, so that cached results are not reused."""
 
 EFFORT = 1e9
@@ -76,9 +77,9 @@ class Inpaint(Operation[OpencvInpaint, Crop, Pixels, Plan]):
         area = sum(np.count_nonzero(fill_mask(hole.opacity[place])) for place in places)
         # The number of pixels falls with the square of the size, and so does the number examined for each.
         shrink = max(1.0, (area * math.pi * options.radius**2 / EFFORT) ** 0.25)
-        rgb = picture.pixels[..., :3]
+        rgb = extended(picture.pixels)
         samples = [Sample(Crop(rgb[place], hole.opacity[place], shrink), options) for place in places]
-        return Work(samples, plan=Plan(picture, places), notes=hole.notes, evidence=hole.evidence)
+        return Work(samples, plan=Plan(picture, places), notes=hole.notes, evidence=hole.evidence, filled=hole.outline)
 
     @translated("filling the hole")
     def run(self, samples: Sequence[Sample[OpencvInpaint, Crop]]) -> list[Pixels]:
@@ -89,6 +90,7 @@ class Inpaint(Operation[OpencvInpaint, Crop, Pixels, Plan]):
         picture = work.plan.picture
         for place, sample, output in zip(work.plan.places, work.samples, outputs, strict=True):
             blend(picture.pixels[place][..., :3], output, sample.data.opacity)
+            reveal(picture.pixels[place], sample.data.opacity)
         return picture
 
 

@@ -24,6 +24,8 @@ Box = tuple[int, int, int, int]
 EMPTY = "empty_cutout"
 """The note on an image in which no subject was found."""
 SEEN = 12  # alpha above which a pixel counts as the subject's: around a subject, mattes are rarely exactly 0
+SPECK, SPECK_SHARE = 64, 0.001  # pixels, and share of the largest part, below which a part is a speck; at most a 16th of it
+SPECKS_AT = 1024  # longest side in pixels at which specks are looked for
 REACH = 3  # radius in mask pixels around the mask's edge in which the image's own edge is searched for
 SMOOTH = 1e-3  # variance of colours (0..1) below which the guided filter smooths
 FAR, NEAR = 90, 6  # radii of the two passes, as in the paper
@@ -167,8 +169,20 @@ def _strips(pixels: NDArray[np.generic]) -> Iterator[slice]:
 
 
 def subject_box(alpha: Grey) -> Box | None:
-    """Bounding box of all pixels with alpha above `SEEN`; None if there are none."""
-    return _bounding_box(alpha, lambda strip: strip > SEEN)
+    """Bounding box of the subject, the pixels with alpha above `SEEN`, without specks; None if there are none."""
+    halvings = max(0, math.ceil(math.log2(max(alpha.shape) / SPECKS_AT)))
+    small = reduced(alpha, halvings, lambda strip: np.where(strip > SEEN, np.uint8(255), np.uint8(0)))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats((small > 0).astype(np.uint8), connectivity=8)
+    area = np.bincount(labels.ravel(), weights=small.ravel()) * 4.0**halvings / 255
+    area[0] = 0  # the background
+    kept = area >= max(SPECK_SHARE * area.max(), min(SPECK, area.max() / 16))
+    kept[0] = False
+    if (kept[1:]).all():
+        return _bounding_box(alpha, lambda strip: strip > SEEN)
+    corners = stats[kept][:, :2].min(axis=0), (stats[kept][:, :2] + stats[kept][:, 2:4]).max(axis=0)
+    (left, top), (right, bottom) = (corner * 2**halvings for corner in corners)
+    box = _bounding_box(alpha[top:bottom, left:right], lambda strip: strip > SEEN)
+    return box and (box[0] + int(left), box[1] + int(top), box[2] + int(left), box[3] + int(top))
 
 
 def _bounding_box(alpha: Map | Grey, chosen: Callable[[Map | Grey], NDArray[np.bool_]]) -> Box | None:
@@ -224,14 +238,23 @@ def _thrice(values: Map) -> Map:
     return np.asarray(cv2.merge([values] * 3), np.float32)
 
 
-def cut_out(pixels: Pixels, alpha: Map, background: str | None, *, rough: bool = False) -> Pixels:
+def is_cut_out(pixels: Pixels) -> bool:
+    """Whether the subject is cut out already, by an edge that must stay as it is: most of the outermost pixels are hidden."""
+    if pixels.shape[2] == 3:
+        return False
+    alpha = pixels[..., 3]
+    return bool((np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]]) <= SEEN).mean() > 0.5)
+
+
+def cut_out(pixels: Pixels, alpha: Map, background: str | None, *, rough: bool = False, clean_rim: bool = True) -> Pixels:
     """RGBA with `alpha` 0..1 multiplied by any alpha of `pixels`, or RGB composited over `background` (#rrggbb).
 
-    `rough` is explained at `foreground_colours`.
+    `rough` is explained at `foreground_colours`, which `clean_rim` applies.
     """
     if pixels.shape[2] == 4:
         alpha = alpha * (pixels[..., 3].astype(np.float32) / np.float32(255))
-    rgb = foreground_colours(np.ascontiguousarray(pixels[..., :3]), alpha, rough=rough)
+    rgb = np.ascontiguousarray(pixels[..., :3])
+    rgb = foreground_colours(rgb, alpha, rough=rough) if clean_rim else rgb
     if background is None:
         return np.dstack([rgb, np.rint(alpha * 255).astype(np.uint8)])
     colour = np.array(rgb_of(background), np.float32)

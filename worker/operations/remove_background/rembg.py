@@ -26,12 +26,12 @@ from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample
 from imagemill.worker.operations.job_images import job_image
 from imagemill.worker.operations.open_model import OpenModel, missing_model
 from imagemill.worker.operations.remove_background.compose import compose
-from imagemill.worker.operations.remove_background.matte import EMPTY
+from imagemill.worker.operations.remove_background.matte import EMPTY, is_cut_out
 from imagemill.worker.operations.remove_background.matting import LARGEST, TOO_LARGE
 from imagemill.worker.operations.remove_background.model_families import FAMILIES, in_bytes
 from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, OnnxModel, Tensor
 
-REVISION = 3
+REVISION = 4
 """Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 PER_CORE = 4  # samples per core in a batch on CPUs; with fewer, cores would often wait for the slowest image
 STRIP = 512  # rows that Pillow cuts out at once
@@ -106,6 +106,9 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
         pixels = plan.picture.pixels
         if options.exact:
             result = as_rembg(pixels, matte, options, plan.background, work.notes)
+        elif is_cut_out(pixels):
+            matte, as_it_is = pixels[..., 3], options.model_copy(update=dict(alpha_matting=False))
+            result = compose(pixels, np.full_like(matte, 255), as_it_is, plan.background, work.notes, clean_rim=False)
         else:
             result = compose(pixels, _at(matte, plan.picture.size), options, plan.background, work.notes)
         hidden = result.shape[2] == 3 or options.crop  # the check can't see the matte in the result

@@ -17,6 +17,7 @@ from imagemill.shared.errors import ImageError
 from imagemill.shared.options.stylize import DiffusionModel, DiffusionStylize
 from imagemill.shared.seeds import diffusion_seed, next_seed
 from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.extend import extended
 from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize
@@ -31,13 +32,13 @@ from imagemill.worker.operations.stylize.palette import Colours, Palettes, trans
 from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Pipeline, Styled, dtype_of
 from imagemill.worker.operations.stylize.prompts import CUT
 
-REVISION = 2
+REVISION = 3
 """Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 
 MULTIPLE, COMPILED_MULTIPLE = 8, 64
 """A bucket's sides are multiples of this: as the VAE requires, or larger so that there are few shapes to compile."""
 
-HIDDEN = 255  # grey level that the model sees in place of transparent pixels
+HIDDEN = 255  # grey level behind transparent pixels, for the edges that the result should show
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
             picture = replace(picture, pixels=cropped(picture.pixels, (width, height)))
         room = bucket(picture.size, options.size, COMPILED_MULTIPLE if self._device.compile else MULTIPLE)
         small = resize(picture.pixels, inside(picture.size, room))
-        pixels = laid_in(flatten(small, HIDDEN), room)
+        # The model sees no background: it would come back mixed into soft edges, where alpha mixes it in once more.
+        pixels = laid_in(extended(small), room)
         seed = diffusion_seed(options, inputs.item.index, inputs.item.source)
         palette = self._palettes.of(options.reference, inputs.read) if options.reference else None
         canvas = Canvas(pixels, edges_of(pixels, options.canny_low, options.canny_high), seed)
@@ -110,7 +112,10 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         footprint += (
             " guided" * (options.cfg > 1) + " alone" * options.deterministic
         )  # then a batch takes no more memory than one image
-        edges = taken_out(canvas.edges, picture.size)
+        edges = canvas.edges
+        if small.shape[2] == 4:
+            edges = edges_of(laid_in(flatten(small, HIDDEN), room), options.canny_low, options.canny_high)
+        edges = taken_out(edges, picture.size)
         evidence = Evidence(comparable=options.crop is None, recoloured=palette is not None, edges=edges)
         plan = Plan(picture, fit(picture.size, options.long_edge), palette)
         return _work(Sample(canvas, options, footprint), plan, evidence)
@@ -134,12 +139,12 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         if output.prompt_cut:
             work.notes.append(CUT)
         rgb = resize(taken_out(output.pixels, plan.picture.size), plan.size)
-        if plan.palette is not None:
-            rgb = transferred(rgb, plan.palette)
-        source = plan.picture.pixels
+        source, alpha = plan.picture.pixels, None
         if source.shape[2] == 4:
-            rgb = np.dstack([rgb, resize(np.ascontiguousarray(source[..., 3]), plan.size)])
-        return replace(plan.picture, pixels=rgb)
+            alpha = resize(np.ascontiguousarray(source[..., 3]), plan.size)
+        if plan.palette is not None:
+            rgb = transferred(rgb if alpha is None else np.dstack([rgb, alpha]), plan.palette)
+        return replace(plan.picture, pixels=rgb if alpha is None else np.dstack([rgb, alpha]))
 
     def _open(self, model: str) -> Pipeline:
         return self._pipeline.get(lambda: model, self._load)

@@ -11,13 +11,14 @@ import numpy as np
 
 from imagemill.shared.options.stylize import OpencvStylize
 from imagemill.worker.hardware.device import Device
+from imagemill.worker.imaging.extend import extended
 from imagemill.worker.imaging.opencv import fingerprint, set_up, translated
 from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
 
-REVISION = 1
+REVISION = 2
 """Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 TILE = 2048  # side of a tile in pixels; the filters take 130 bytes of memory per pixel
 SHADE = 0.05  # brightness of a pencil sketch, as in OpenCV's own demo
@@ -90,7 +91,7 @@ def styled(canvas: Canvas, options: OpencvStylize) -> Pixels:
     """The canvas as RGB uint8 [h, w, 3] in the style of the options."""
     if canvas.reference is not None:
         return transferred(canvas.pixels, canvas.reference)
-    bgr = cv2.cvtColor(np.ascontiguousarray(canvas.pixels[..., :3]), cv2.COLOR_RGB2BGR)  # the filters expect BGR
+    bgr = cv2.cvtColor(np.ascontiguousarray(extended(canvas.pixels)), cv2.COLOR_RGB2BGR)  # the filters expect BGR
     reach, _ = SIGMAS[options.style]
     margin = math.ceil(MARGIN * reach) + 2  # plus 2 because the filters use differences of neighbours
     height, width = bgr.shape[:2]

@@ -343,7 +343,7 @@ def test_entries_are_saved_in_one_round_trip(own_redis: EmbeddedRedis) -> None:
 
 def test_entry_holds_the_md5_of_the_file(cache: Cache) -> None:
     encoded = Encoded(b"hello", "jpeg", (3, 2))
-    fields: dict[str, Any] = dict(notes=("empty_mask",), measures=Measures(cast=0.4))
+    fields: dict[str, Any] = dict(notes=("empty_mask",), measures=Measures(cast=0.4), filled="M1,2 3,4 5,6Z")
     result = Remembered.of(encoded, output="file:///out/1.jpg", **fields)
     assert result == Remembered("file:///out/1.jpg", "5d41402abc4b2a76b9719d911017c592", "jpeg", 5, (3, 2), **fields)
 

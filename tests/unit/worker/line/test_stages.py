@@ -17,6 +17,7 @@ from imagemill.shared.errors import OperationFailed, StorageUnavailable
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.cache import Cache
 from imagemill.worker.operations.base import Inputs, Sample, Untouched, Work
+from imagemill.worker.operations.inpaint.mask import Hole, find_hole
 from tests.conftest import photo
 from tests.fakes import Invert
 from tests.services.images import answers, html
@@ -153,6 +154,12 @@ def test_stop_keeps_the_first_result(job: LineJob) -> None:
     assert job.codes() == ["done"]
 
 
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
 def mask(level: int) -> bytes:
     file = io.BytesIO()
     Image.new("L", (96, 72), level).save(file, "PNG")
@@ -163,7 +170,7 @@ def test_job_mask_is_fetched_once_and_an_items_own_mask_overrides_it(job: LineJo
     items = job.photos(6)
     job.server.routes |= {"/job.png": mask(200), "/own.png": mask(100)}
     items[2] = items[2].model_copy(update={"mask": job.server.url("/own.png")})
-    job.run(Masked(), items, kind="inpaint", mask=job.server.url("/job.png"))
+    job.run(Masked(), items, kind="inpaint", mask=job.server.url("/job.png"), mask_from="luma")
     assert [int(pixels(row)[0, 0, 0]) for row in job.rows()] == [200, 200, 100, 200, 200, 200]
     assert job.server.hits["/job.png"] == job.server.hits["/own.png"] == 1
 
@@ -185,6 +192,44 @@ def test_bad_mask_is_reported_as_bad_mask(bad: Any, job: LineJob) -> None:
     message = job.rows()[1].message or ""
     assert "/bad.png" in message
     assert "secret" not in message
+
+
+class Fill(Invert):
+    """Fills the hole, and passes on how its mask was read."""
+
+    spec = Masked.spec
+
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
+        hole = find_hole(picture.size, inputs)
+        assert isinstance(hole, Hole)
+        return Work([Sample(picture.pixels, None)], plan=picture, notes=hole.notes)
+
+
+def test_notes_say_how_each_mask_was_read(job: LineJob) -> None:
+    hole = np.zeros((72, 96), np.uint8)
+    hole[20:40, 30:50] = 1
+    job.server.routes |= {"/plain.png": png(hole * 255), "/numbers.png": png(hole), "/inverted.png": png(255 - hole * 255)}
+    items = [
+        item.model_copy(update={"mask": job.server.url(f"/{name}.png")})
+        for item, name in zip(job.photos(3), ("plain", "numbers", "inverted"), strict=True)
+    ]
+    job.run(Fill(), items, kind="inpaint")
+    read = [row.result.notes if row.result else None for row in job.rows()]
+    assert read == [(), ("mask_read_as:levels",), ("mask_read_as:inverted",)]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_image_itself_is_no_mask_unless_its_hole_is_rubbed_out(copied: bool, job: LineJob) -> None:
+    hole = np.zeros((72, 96), np.uint8)
+    hole[20:40, 30:50] = 255
+    photo = np.random.default_rng(0).integers(0, 256, (72, 96, 3)).astype(np.uint8)
+    job.server.routes |= {"/scan.png": png(hole), "/rubbed.png": png(np.dstack([photo, 255 - hole]))}
+    job.server.routes |= {f"/copy-of-{name}": job.server.routes[f"/{name}"] for name in ("scan.png", "rubbed.png")}
+    masks = [f"/copy-of-{name}" if copied else f"/{name}" for name in ("scan.png", "rubbed.png")]
+    rows = [{"source": "/scan.png", "mask": masks[0]}, {"source": "/rubbed.png", "mask": masks[1]}]
+    job.run(Fill(), job.items(rows), kind="inpaint")
+    assert job.codes() == ["bad_mask", "done"]
+    assert (job.rows()[0].message or "").endswith("it is the image itself")
 
 
 def test_bad_job_mask_is_fetched_once(job: LineJob) -> None:

@@ -74,12 +74,19 @@ def test_box_outside_the_image_is_rejected_with_the_image_size(box: str) -> None
     ("mask", "boxes", "message"),
     [
         (None, (), "give a mask"),
-        (np.zeros((60, 60), np.uint8), (), "60x60 but the image is 100x60"),
-        (np.zeros((100, 60), np.uint8), ["1,1,2,2"], "60x100 but the image is 100x60"),
+        (
+            np.zeros((60, 60), np.uint8),
+            (),
+            "60x60 but the image is 100x60: their aspect ratios differ",
+        ),
+        (np.zeros((100, 60), np.uint8), ["1,1,2,2"], "60x100 but the image is 100x60: turn the mask upright"),
+        (np.full((60, 100), 100, np.uint8), (), "nothing in it is brighter than 100: lower mask_threshold=127"),
+        (np.full((60, 100), 100, np.uint8), ["1,1,2,2"], "nothing in it is brighter than 100: lower mask_threshold=127"),
+        (rectangle_mask(600, 1000, slice(301, 302), slice(501, 502)), (), "nothing is left of it at the image's size, 100x60"),
         (np.full((60, 100), 255, np.uint8), (), "whole image"),
         (None, ["0,0,50,60", "50,0,50,60"], "whole image"),
     ],
-    ids=["missing", "square", "on its side", "all white", "boxes over everything"],
+    ids=["missing", "square", "on its side", "dark", "dark with a box", "a speck", "all white", "boxes over everything"],
 )
 def test_unusable_mask_is_rejected(mask: Grey | None, boxes: Any, message: str) -> None:
     with pytest.raises(BadMask, match=message):

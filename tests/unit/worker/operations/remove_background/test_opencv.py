@@ -16,7 +16,7 @@ from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.operations.base import Inputs
 from imagemill.worker.operations.remove_background import matte
-from imagemill.worker.operations.remove_background.matte import EMPTY, foreground_colours
+from imagemill.worker.operations.remove_background.matte import EMPTY, foreground_colours, subject_box
 from imagemill.worker.operations.remove_background.opencv import GrabCut
 from imagemill.worker.operations.remove_background.saliency import barrier_distance, content_box
 
@@ -201,13 +201,42 @@ def test_transparent_pixels_stay_transparent_and_have_no_influence() -> None:
     assert np.array_equal(cut(rgba)[0][..., 3], result[..., 3])
 
 
-def test_existing_cut_out_is_kept() -> None:
-    pixels, truth = scene(texture, bottle, [(190, 60, 40)])
-    truth[:, :4], truth[:, -4:], truth[:4] = 0, 0, 0
-    alpha = np.rint(truth * 255).astype(np.uint8)
-    result, notes = cut(np.dstack([pixels, alpha]), feather=0)
+@pytest.mark.parametrize("strength", [1, 0.4], ids=["opaque", "like glass"])
+def test_existing_cut_out_keeps_its_edge_and_colours(strength: float) -> None:
+    pixels, truth = scene(texture, blob, [(190, 60, 40)])
+    alpha = np.rint(cv2.GaussianBlur(truth, (0, 0), 2) * 255 * strength).astype(np.uint8)
+    result, notes = cut(np.dstack([pixels, alpha]))
     assert not notes
-    assert iou(result[..., 3], truth) > 0.99
+    assert np.array_equal(result[..., 3], alpha)
+    assert np.array_equal(result[alpha > 0][:, :3], pixels[alpha > 0])
+
+
+def test_plain_backdrop_is_seen_through_a_wide_ring() -> None:
+    x, y = grid((500, 400))
+    pixels, truth = scene(plain, lambda _: abs(np.hypot(x - 250, y - 200) - 107) - 33, [(190, 60, 40)], (500, 400))
+    assert iou(cut(pixels)[0][..., 3], truth) > 0.97
+
+
+def test_subject_that_touches_the_frame_reaches_it() -> None:
+    x, y = grid((1000, 800))
+    subject = np.dstack([150 + 40 * np.sin(x / 9), 40 + 20 * np.cos(y / 7), 30 + 0 * x])
+    backdrop = np.dstack([200 + x * 0.02, 205 + y * 0.02, 210 + 0 * x]) + noise((1000, 800), 1.5)
+    pixels = np.where(x[..., None] > 400, subject, backdrop).astype(np.uint8)
+    alpha = cut(pixels)[0][..., 3]
+    assert iou(alpha, x > 400) > 0.99
+    for rim in (alpha[:3, 410:], alpha[-3:, 410:], alpha[:, -3:]):
+        assert rim.mean() > 220
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 200), (3000, 2000)])
+def test_box_ignores_specks_and_keeps_smaller_parts(width: int, height: int) -> None:
+    alpha = np.zeros((height, width), np.uint8)
+    alpha[60:160, 100:200] = 255
+    alpha[20:29, 10:13], alpha[180:189, 280:283] = 200, 200  # 27 pixels each
+    assert subject_box(alpha) == (100, 60, 200, 160)
+    alpha[60:80, 210:220] = 255
+    assert subject_box(alpha) == (100, 60, 220, 160)
+    assert subject_box(np.where(alpha == 200, alpha, 0).astype(np.uint8)) == (10, 20, 283, 189)
 
 
 @pytest.mark.parametrize(("long_edge", "wanted"), [(210, (210, 150)), (1600, SIZE), ("none", SIZE)])
