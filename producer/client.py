@@ -15,10 +15,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import groupby, islice
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from imagemill.producer.explaining import explained
 from imagemill.producer.sources import BadRow, SourceRow
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["Client", "Submission"]
 
 log = logging.getLogger("imagemill.client")
+
+Lost: TypeAlias = Callable[[BrokerUnavailable], None]
+"""Called when Redis can't be reached: it waits and returns, and Redis is tried again, or it raises."""
 
 PACKS_PER_WRITE = 64
 """Packs written to the ledger in one round trip."""
@@ -117,18 +120,19 @@ class Client:
             duplicates=sum(checked.duplicates.values()),
             invalid=checked.bad,
             invalid_count=checked.bad_count,
-            nodes=len(listening),
+            nodes=None if listening is None else len(listening),
             before=not new,
         )
 
-    def _wake(self, job: str, lane: str, images: int) -> list[Node]:
-        """Wake up workers for a job that is in the ledger, at most one child per image; returns the nodes of its lane.
+    def _wake(self, job: str, lane: str, images: int) -> list[Node] | None:
+        """Wake up workers for a job that is in the ledger, at most one child per image; returns the nodes of its lane if known.
 
         If that fails, a node does it within seconds.
         """
-        listening = [node for node in self._fleet.nodes() if lane in node.lanes]
-        children = sum(node.children for node in listening)
+        listening = None
         try:
+            listening = [node for node in self._fleet.nodes() if lane in node.lanes]
+            children = sum(node.children for node in listening)
             self._publisher.wake(lane, max(1, min(images, children)))
         except BrokerUnavailable as error:
             extra = {"action": "publish", "job": job, "reason": str(error)}
@@ -197,23 +201,44 @@ class Client:
     def _offered(self) -> set[str]:
         return {lane for node in self.nodes() for lane in node.lanes}
 
-    def results(self, job: str) -> Iterator[Row]:
-        """Stream every image of a job with its result so far, in the list's order."""
-        return self._ledger.rows(job)
+    def results(self, job: str, *, lost: Lost | None = None) -> Iterator[Row]:
+        """Stream every image of a job with its result so far, in the list's order.
 
-    def watch(self, job: str, *, every: float = 1.0) -> Iterator[tuple[JobStatus, list[ItemResult]]]:
+        With `lost`, an outage of Redis is survived, and no image is left out or repeated.
+        """
+        first = 0
+        while True:
+            try:
+                for row in self._ledger.rows(job, first=first):
+                    yield row
+                    first = row.index + 1
+            except BrokerUnavailable as error:
+                if lost is None:
+                    raise
+                lost(error)
+            else:
+                return
+
+    def watch(self, job: str, *, every: float = 1.0, lost: Lost | None = None) -> Iterator[tuple[JobStatus, list[ItemResult]]]:
         """A job's status with new results: immediately, when results arrive, and at least every `every` seconds.
 
-        Ends when the job is over and all results have been yielded; the last status is final. After a retry,
-        an image's new result may be yielded more than once, but the counts in the status are always correct.
+        With `lost`, an outage of Redis is survived, and no result is left out. Ends when the job is over and all results have
+        been yielded; the last status is final. After a retry, an image's new result may be yielded more than once, but the
+        counts in the status are always correct.
         """
         place, over, wait = "0", False, 0.0
         while True:
-            before = place
-            place, results = self._ledger.follow(job, since=before, wait=wait)
-            if over and place == before:
-                return
-            status = self._ledger.status(job)
+            try:
+                reached, results = self._ledger.follow(job, since=place, wait=wait)
+                if over and reached == place:
+                    return
+                status = self._ledger.status(job)
+            except BrokerUnavailable as error:
+                if lost is None:
+                    raise
+                lost(error)
+                continue
+            place = reached
             yield status, results
             over = status.over
             wait = 0.0 if over else every

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
 
 import click
 from rich.console import Console
@@ -13,6 +15,7 @@ from rich.text import Text
 
 from imagemill.producer.lazy_commands import INTERRUPTED
 from imagemill.producer.terminal import counted, make_console, outcome, say
+from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.messages import ItemResult, JobState, JobStatus
 from imagemill.shared.quality import flags_of
 from imagemill.shared.settings import Settings, load_settings
@@ -20,7 +23,12 @@ from imagemill.shared.settings import Settings, load_settings
 if TYPE_CHECKING:
     from imagemill.producer.client import Client
 
+T = TypeVar("T")
 Connect: TypeAlias = "Callable[[Settings], Client]"
+
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+"""Seconds between attempts to reach Redis again."""
 
 
 @click.command()
@@ -29,7 +37,7 @@ Connect: TypeAlias = "Callable[[Settings], Client]"
 def watch(connect: Connect, job: str) -> None:
     """Show a job's progress and failures until it ends."""
     with connect(load_settings()) as client:
-        exit_with(follow(client, job, make_console(stderr=True)))
+        Following(job, make_console(stderr=True), each=True).to_the_end(client)
 
 
 @click.command()
@@ -40,48 +48,120 @@ def retry(connect: Connect, job: str, wait: bool) -> None:
     """Queue a job's failed, expired and cancelled images again."""
     out = make_console(stderr=True)
     with connect(load_settings()) as client:
-        count = client.retry(job)
+        count, last = client.retry(job), client.status(job)
         if count:
             say(out, f"{counted(count, 'image')} queued again; follow with `imagemill watch {job}`")
         else:
-            say(out, f"nothing to retry: job {job} {outcome(client.status(job))}")
+            say(out, f"nothing to retry: job {job} {outcome(last)}")
         if wait:
-            exit_with(follow(client, job, out))
+            Following(job, out, last=last).to_the_end(client)
 
 
-def follow(client: Client, job: str, out: Console) -> JobStatus:
-    """Show a job's progress and failures until it ends, then its outcome and what to do next. Ctrl-C exits with 130."""
-    latest: dict[int, ItemResult] = {}  # failed and flagged images; a retried image is reported more than once
-    try:
-        with Board(out) as board:
-            for last, results in client.watch(job):
-                board.show(last)
+class Outage:
+    """Waits until Redis responds again, longer each time, and says so once. For `Client.watch` and `Client.results`.
+
+    If Redis has not been `reached` before, its URL may be wrong, and the error is raised.
+    """
+
+    def __init__(self, out: Console, *, reached: bool = False) -> None:
+        self._out, self._reached, self._tries = out, reached, 0
+
+    def __call__(self, error: BrokerUnavailable) -> None:
+        """Wait before the next attempt."""
+        if not self._reached:
+            raise error
+        if not self._tries:
+            say(self._out, f"{error.message.rstrip('.')}; trying again until it responds", "yellow")
+        time.sleep(min(FIRST_PAUSE * 2**self._tries, LONGEST_PAUSE))
+        self._tries = min(self._tries + 1, 16)
+
+    def between(self, rows: Iterable[T]) -> Iterator[T]:
+        """The same rows; each that arrives ends an outage."""
+        for row in rows:
+            self.over()
+            yield row
+
+    def over(self) -> None:
+        """Redis has responded."""
+        if self._tries:
+            say(self._out, "Redis responds again")
+        self._reached, self._tries = True, 0
+
+
+class Following:
+    """Follows a job until it ends: its progress, its failures, its outcome and what to do next.
+
+    Failures are shown `each` as it happens, or at the end, counted by code. `last` is the latest known status of the job.
+    """
+
+    def __init__(self, job: str, out: Console, *, each: bool = False, last: JobStatus | None = None) -> None:
+        self._job, self._out, self._each = job, out, each
+        self.last = last
+        self._notable: dict[int, ItemResult] = {}  # failed and flagged images; a retried image is reported more than once
+
+    def to_the_end(self, client: Client, *, as_json: bool = False) -> NoReturn:
+        """Exit with 0 if every image is done, with 1 otherwise, after Ctrl-C with 130.
+
+        With `as_json`, the latest known status comes last on stdout, whatever has ended this.
+        """
+        try:
+            last = self.follow(client)
+            code = 0 if last.state == "done" and not last.failed else 1
+        except KeyboardInterrupt:
+            job = self._job
+            say(self._out, f"the job continues; follow it with `imagemill watch {job}`, stop it with `imagemill cancel {job}`")
+            code = INTERRUPTED
+        finally:
+            if as_json and self.last is not None:
+                click.echo(self.last.model_dump_json(include={"job", "state", "total", "done", "failed", "seconds"}))
+        sys.exit(code)
+
+    def follow(self, client: Client) -> JobStatus:
+        """Show everything; the final status."""
+        outage = Outage(self._out, reached=self.last is not None)
+        with Board(self._out) as board:
+            for status, results in outage.between(client.watch(self._job, lost=outage)):
+                self.last = status
+                board.show(status)
                 for result in results:
-                    if result.state == "failed":
-                        say(out, f"image {result.index}: {result.code}: {result.message}", "red")
-                    if result.state == "failed" or flags_of(result.notes):
-                        latest[result.index] = result
-                    else:
-                        latest.pop(result.index, None)
-    except KeyboardInterrupt:
-        say(out, f"the job continues; follow it with `imagemill watch {job}`, stop it with `imagemill cancel {job}`")
-        sys.exit(INTERRUPTED)
-    say(out, f"job {job} {outcome(last)}")
-    if last.failed:
+                    self._note(result)
+        say(self._out, f"job {self._job} {outcome(status)}")
+        if status.failed:
+            self._tell_failures(status)
+        if flagged := sum(result.state == "done" for result in self._notable.values()):
+            say(self._out, f"{counted(flagged, 'image')} flagged by the check: `imagemill results {self._job} --flagged`")
+        return status
+
+    def _note(self, result: ItemResult) -> None:
+        if result.state == "failed" and self._each:
+            say(self._out, f"image {result.index}: {result.code}: {result.message}", "red")
+        if result.state == "failed" or flags_of(result.notes):
+            self._notable[result.index] = result
+        else:
+            self._notable.pop(result.index, None)
+
+    def _tell_failures(self, last: JobStatus) -> None:
+        failed = [result for result in self._notable.values() if result.state == "failed"]
         late = last.until is not None and last.ended is not None and last.ended >= last.until  # expired images have no result
-        retryable = late or any(result.retryable for result in latest.values())
-        again = f"; try again: `imagemill retry {job}`" if retryable else ""
-        say(out, f"reasons: `imagemill results {job} --failed`{again}")
-    if flagged := sum(result.state == "done" for result in latest.values()):
-        say(out, f"{counted(flagged, 'image')} flagged by the check: `imagemill results {job} --flagged`")
-    return last
+        if not self._each:
+            self._count_by_code(failed, last.failed, late)
+        retryable = late or any(result.retryable for result in failed)
+        again = f"; try again: `imagemill retry {self._job}`" if retryable else ""
+        say(self._out, f"reasons: `imagemill results {self._job} --failed`{again}")
 
-
-def exit_with(last: JobStatus, as_json: bool = False) -> NoReturn:
-    """Exit with 0 if every image is done, otherwise with 1."""
-    if as_json:
-        click.echo(last.model_dump_json(include={"job", "state", "total", "done", "failed", "seconds"}))
-    sys.exit(0 if last.state == "done" and not last.failed else 1)
+    def _count_by_code(self, failed: list[ItemResult], total: int, late: bool) -> None:
+        codes = Counter(result.code for result in failed)
+        for code, count in codes.most_common():
+            first = min((result for result in failed if result.code == code), key=lambda result: result.index)
+            example = f"image {first.index}: {first.message}"
+            say(self._out, f"  {code}: {counted(count, 'image')}, {'such as ' if count > 1 else ''}{example}", "red")
+        if others := total - len(failed):
+            rest = (
+                f"{counted(others, 'image')} that expired or are duplicates"
+                if late
+                else f"{counted(others, 'duplicate')} of these"
+            )
+            say(self._out, f"  and {rest}", "red")
 
 
 class Board(Progress):

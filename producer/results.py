@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from imagemill.producer.following import Connect
+from imagemill.producer.following import Connect, Outage
 from imagemill.producer.outliers import outliers
 from imagemill.producer.terminal import make_console, say
 from imagemill.shared.errors import ConfigurationError, ImageError, InvalidOption, ServiceUnavailable, UsageError
@@ -37,9 +37,10 @@ def results(connect: Connect, job: str, form: str, failed: bool, flagged: bool, 
     table = csv.DictWriter(sys.stdout, (*COLUMNS, "notes", *more), lineterminator="\n")
     if form == "csv":
         table.writeheader()
+    outage = Outage(make_console(stderr=True))
     with connect(load_settings()) as client:
-        drift = outliers(client.results(job)) if flagged else {}
-        for row in client.results(job):
+        drift = outliers(outage.between(client.results(job, lost=outage))) if flagged else {}
+        for row in outage.between(client.results(job, lost=outage)):
             line = row.model_dump(mode="json", include=set(COLUMNS))
             line["notes"] = [*(row.result.notes if row.result else ())]
             if flagged:  # `blurred`, `drift:lightness`, ...
@@ -70,8 +71,10 @@ def report(connect: Connect, job: str, out: Path | None, most: int) -> None:
     configured = load_settings()
     path = out or Path(f"{job}.html")
     failures: list[str] = []
+    outage = Outage(make_console(stderr=True))
     with connect(configured) as client:
-        page = JobPage(client.status(job), client.spec(job), client.results(job), outliers(client.results(job)))
+        drift = outliers(outage.between(client.results(job, lost=outage)))
+        page = JobPage(client.status(job), client.spec(job), outage.between(client.results(job, lost=outage)), drift)
         text = render([page], picture=picture_links(configured.s3, failures), most=most, title=f"imagemill {job}")
     if failures:
         say(make_console(stderr=True), f"the report has no pictures: {failures[0]}", "yellow")

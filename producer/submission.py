@@ -28,15 +28,15 @@ class Submission:
     invalid: list[BadRow]
     """The first of the skipped rows."""
     invalid_count: int
-    nodes: int
-    """Running worker nodes that can work on this job."""
+    nodes: int | None
+    """Running worker nodes that can work on this job; None if Redis was lost before they could be counted."""
     before: bool = False
     """The same list was queued under this name before; nothing was queued now."""
 
     @property
     def served(self) -> bool:
-        """Whether a node can work on the job now; otherwise it waits for one."""
-        return self.nodes > 0
+        """Whether a node can work on the job now, as far as known; otherwise it waits for one."""
+        return self.nodes != 0
 
 
 def new_job_id() -> str:

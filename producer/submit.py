@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -10,7 +11,7 @@ import click
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
-from imagemill.producer.following import Connect, exit_with, follow
+from imagemill.producer.following import Connect, Following
 from imagemill.producer.results import expire
 from imagemill.producer.rows import Rows, Skipped
 from imagemill.producer.sources import read_sources
@@ -19,7 +20,7 @@ from imagemill.producer.terminal import bad_rows, counted, make_console, say
 from imagemill.producer.times import parse_time
 from imagemill.shared.engines import ENGINES, split_lane
 from imagemill.shared.errors import InvalidSource
-from imagemill.shared.messages import PRIORITIES, Format, Job, KeepMetadata
+from imagemill.shared.messages import PRIORITIES, Format, Job, JobStatus, KeepMetadata
 from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, Quality
@@ -177,11 +178,22 @@ def submit(
         if not as_json:
             click.echo(submission.job)
         if wait:
-            exit_with(follow(client, submission.job, out), as_json)
+            Following(submission.job, out, last=_as_queued(submission, spec)).to_the_end(client, as_json=as_json)
         elif as_json:
             counts = {"total": submission.total, "duplicates": submission.duplicates, "invalid": submission.invalid_count}
             counts["skipped"] = skipped.count
             click.echo(json.dumps({"job": submission.job, **counts}))
+
+
+def _as_queued(submission: Submission, spec: Job) -> JobStatus:
+    """What is known of a job before Redis has been asked."""
+    return JobStatus(
+        **{name: getattr(spec, name) for name in ("operation", "engine", "lane")},
+        **{name: getattr(submission, name) for name in ("job", "total", "duplicates")},
+        **{"state": "queued", "done": 0, "failed": 0, "created": time.time(), "seconds": 0.0},
+        priority=spec.policy.priority,
+        output=spec.output.url,
+    )
 
 
 def _tell_skipped(out: Console, skipped: Skipped) -> None:

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 MOST_APART = timedelta(minutes=5)
 """What needs no correction; servers tolerate 15 minutes."""
+FURTHEST = timedelta(days=36_525)
+"""A date that is further off is no clock's."""
 TOO_FAR_APART = ("RequestTimeTooSkewed", "403")
 """The codes of such a refusal: replies to HEAD have only their status."""
 
@@ -60,9 +62,9 @@ def _look_at_clock(response: Any = None, **_: Any) -> int | None:
         return None
     try:
         skew = parsedate_to_datetime(response[0].headers["date"]) - compat.get_current_datetime().replace(tzinfo=UTC)
-    except ValueError:
+    except (ValueError, OverflowError, TypeError):  # not a date, beyond the calendar, or without a time zone
         return None
-    if abs(skew - _Shifted.skew) < MOST_APART:
+    if abs(skew - _Shifted.skew) < MOST_APART or abs(skew) > FURTHEST:
         return None
     _Shifted.skew = skew
     seconds = round(skew.total_seconds())

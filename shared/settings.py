@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from ipaddress import IPv4Network, IPv6Network
 from itertools import takewhile
@@ -31,6 +32,8 @@ from imagemill.shared.redis_url import RedisUrl
 
 PREFIX = "IMAGEMILL_"
 BETWEEN = "__"
+SECRET = (f"{PREFIX}REDIS_URL", f"{PREFIX}FETCH__HEADERS")
+"""Variables whose values are not shown."""
 
 
 def _from_json(value: object) -> object:
@@ -57,6 +60,32 @@ LogLevel = Annotated[
     BeforeValidator(lambda level: level.upper() if isinstance(level, str) else level),
 ]
 WarmSize = Annotated[str, Field(pattern=r"^\d{2,4}x\d{2,4}$"), AfterValidator(_in_64s)]
+
+
+HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+OURS = ("host", "content-length", "transfer-encoding", "connection", "accept-encoding")
+
+
+def _headers(value: object) -> object:
+    """The headers by host in lower case. Checked here in one go, since pydantic's own errors would quote what is secret."""
+    if not isinstance(value, dict) or not all(isinstance(named, dict) for named in value.values()):
+        raise ValueError("expected a JSON object of objects: host, then names and values of headers")
+    for host, named in value.items():
+        if not re.fullmatch(r"[^\s/@?#]+", host):
+            raise ValueError("headers are given by host or host:port, such as cdn.example.com, not by URL")
+        for name, text in named.items():
+            text = text.get_secret_value() if isinstance(text, SecretStr) else text
+            if not HEADER_NAME.fullmatch(name):
+                raise ValueError(f"for {host}, one of the names is not the name of a header")
+            if name.lower() in OURS:
+                raise ValueError(f"for {host}, the header {name!r} can't be set")
+            if not isinstance(text, str) or not text.strip() or not text.isprintable() or not text.isascii():
+                raise ValueError(f"for {host}, the value of {name!r} must be one line of ASCII text")
+    return {host.lower(): named for host, named in value.items()}
+
+
+Headers = Annotated[dict[str, dict[str, SecretStr]], BeforeValidator(_headers), OBJECT]
+"""By host or host:port, as in URLs. The validators run from the last to the first."""
 
 
 class Group(BaseModel):
@@ -86,6 +115,14 @@ class FetchSettings(Group):
         (), description="private networks to allow; JSON list"
     )
     ca_file: Path | None = Field(None, description="PEM file with CAs to trust besides the public ones")
+    user_agent: str | None = Field(
+        None, pattern=r"^[ -~]+$", description="the User-Agent that web servers see; empty: imagemill and its version"
+    )
+    headers: Headers = Field(
+        {},
+        description="secret headers for image servers, which no other host gets; JSON object by host or host:port, such as "
+        '{"cdn.example.com": {"Authorization": "Bearer ..."}}',
+    )
     threads: int = Field(
         256, ge=1, le=4096, description="most downloads at a time per child process, and as many again from slow hosts"
     )
@@ -222,7 +259,7 @@ def load_settings(**overrides: object) -> Settings:
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as error:
-        raise ConfigurationError(validation_sentence(error, _variable, secret=f"{PREFIX}REDIS_URL")) from error
+        raise ConfigurationError(validation_sentence(error, _variable, secret=SECRET)) from error
 
 
 def _variable(location: Iterable[int | str]) -> str:

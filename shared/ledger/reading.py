@@ -210,8 +210,8 @@ class ReadLedger(Repairing):
             content = b"; ".join(field + b"=" + value for field, value in record.items())
             put_aside(self._redis, name.decode(errors="backslashreplace"), reason, content, seconds=self._ttl)
 
-    def rows(self, job: str) -> Iterator[Row]:
-        """Every row of a job with its result, in list order; read a thousand at a time."""
+    def rows(self, job: str, *, first: int = 0) -> Iterator[Row]:
+        """Every row of a job from index `first` on with its result, in list order; read a thousand at a time."""
         # Once the manifest is being written, items without a result will not get one.
         state, (lapsed, damaged) = self.status(job).state, self._redis.hmget(key(job), "lapsed", "damaged")
         unfinished: Unfinished = (
@@ -223,7 +223,7 @@ class ReadLedger(Repairing):
             if damaged
             else "expired"
         )
-        for items in self._lists(job):
+        for items in self._lists(job, first):
             with reachable(), _legible(job):
                 results = self._results(job, [item.index if item.duplicate_of is None else item.duplicate_of for item in items])
             for item, result in zip(items, results, strict=True):
@@ -250,16 +250,23 @@ class ReadLedger(Repairing):
     def _fields(self, job: str, part: str, indexes: Sequence[int]) -> list[bytes | None]:
         return self._redis.hmget(key(job, part), list(map(str, indexes))) if indexes else []
 
-    def _lists(self, job: str) -> Iterator[list[Item]]:
-        """A job's items, about a thousand at a time, without packs that can't be read: the counts include their images."""
+    def _lists(self, job: str, first: int = 0) -> Iterator[list[Item]]:
+        """A job's items from index `first` on, about a thousand at a time.
+
+        Packs that can't be read are left out; the counts include their images.
+        """
         with reachable(), _legible(job):
-            numbers = range(-(-int(self._redis.hget(key(job), "size") or 0) // PACK))
-        for first in range(0, len(numbers), PACKS_PER_READ):
-            some = numbers[first : first + PACKS_PER_READ]
+            numbers = range(first // PACK, -(-int(self._redis.hget(key(job), "size") or 0) // PACK))
+        for start in range(0, len(numbers), PACKS_PER_READ):
+            some = numbers[start : start + PACKS_PER_READ]
             with reachable(), _legible(job):  # around the read alone: the generator's caller may raise at the yield
                 packs = self._fields(job, "packs", some)
             yield [
-                item for number, raw in zip(some, packs, strict=True) if raw is not None for item in _items(job, number, raw)
+                item
+                for number, raw in zip(some, packs, strict=True)
+                if raw is not None
+                for item in _items(job, number, raw)
+                if item.index >= first
             ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -104,11 +104,11 @@ def _dotted(location: Iterable[int | str]) -> str:
 
 
 def validation_sentence(
-    error: ValidationError, name: Callable[[tuple[int | str, ...]], str] = _dotted, *, secret: str | None = None
+    error: ValidationError, name: Callable[[tuple[int | str, ...]], str] = _dotted, *, secret: Collection[str] = ()
 ) -> str:
     """All of pydantic's errors in one line, one per name: `name: reason, not 'value'`.
 
-    `name` turns the location of a value into its name. The value named `secret` is left out.
+    `name` turns the location of a value into its name. Values whose names are in `secret` are left out.
     """
     complaints: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_context=False):
@@ -116,7 +116,7 @@ def validation_sentence(
         reason = fault["msg"].removeprefix("Value error, ")
         value = fault.get("input")
         value = shown(value) if isinstance(value, str) else value  # a URL may contain a signature
-        short = subject != secret and isinstance(value, str | int | float) and len(str(value)) <= 80
+        short = subject not in secret and isinstance(value, str | int | float) and len(str(value)) <= 80
         suffix = f", not {value!r}" if short else ""
         reason = reason.removesuffix(suffix) + suffix  # some reasons already contain it
         complaints.setdefault(subject, f"{subject + ': ' if subject else ''}{reason[:1].lower()}{reason[1:]}")

@@ -17,7 +17,7 @@ import pycurl
 from imagemill.shared import errors
 from imagemill.shared.errors import ConfigurationError, ImageError, sentence
 from imagemill.shared.settings import FetchSettings
-from imagemill.worker.transfer.addresses import Target, allowed
+from imagemill.worker.transfer.addresses import PORTS, Target, allowed
 from imagemill.worker.transfer.byte_budget import Claim, NoRoom
 from imagemill.worker.transfer.network import Network
 
@@ -34,11 +34,11 @@ class Downloader:
 
     def __init__(self, settings: FetchSettings, network: Network) -> None:
         self._settings, self._network = settings, network
-        self._agent = user_agent()
+        self._agent = settings.user_agent or user_agent()
         self._own_cas = _read_cas(settings.ca_file)
 
-    async def get(self, target: Target, label: str, seconds: float, claim: Claim) -> Transfer:
-        """Request `target` once, without following redirects; `label` names it in errors.
+    async def get(self, target: Target, label: str, seconds: float, claim: Claim, chain: Chain) -> Transfer:
+        """Request `target` once, as the next of a `chain`, without following redirects; `label` names it in errors.
 
         Raises Timeout, Unreachable, ForbiddenAddress, TooLarge, Truncated or UnsupportedUrl if no complete response arrives,
         and NoRoom if the claim can't cover it. Error statuses are returned, even if their body is incomplete.
@@ -47,6 +47,8 @@ class Downloader:
         with self._network.handle() as handle:
             try:
                 self._prepare(handle, transfer, seconds)
+                handle.setopt(pycurl.HTTPHEADER, ["Accept-Encoding: identity", *chain.headers(target, self._settings)])
+                handle.setopt(pycurl.SHARE, chain.cookies(target))
                 await self._network.perform(handle)
             except pycurl.error as error:
                 if claim.lacks:
@@ -54,6 +56,8 @@ class Downloader:
                 transfer.read_headers()
                 if transfer.status in OK or transfer.status < 200:
                     raise transfer.explain(error, label) from error
+            finally:
+                handle.unsetopt(pycurl.SHARE)  # `reset` would leave it
             transfer.read_headers()
             transfer.retry_after = handle.getinfo(pycurl.RETRY_AFTER)
         return transfer
@@ -66,14 +70,12 @@ class Downloader:
             (pycurl.PROXY, ""),  # overrides http_proxy and the like: we couldn't check where a proxy connects
             (pycurl.NOSIGNAL, 1),  # signals and threads don't mix; curl resolves names in a thread of its own
             (pycurl.USERAGENT, self._agent),
-            # Ask for uncompressed bytes, but decode what a server compresses anyway; size limits count decoded bytes.
-            (pycurl.HTTPHEADER, ["Accept-Encoding: identity"]),
-            (pycurl.ACCEPT_ENCODING, "gzip, deflate"),
             (pycurl.CAINFO, certifi.where()),
             (pycurl.CONNECTTIMEOUT_MS, max(1, int(min(settings.connect_timeout, seconds) * 1000))),
             (pycurl.TIMEOUT_MS, max(1, int(seconds * 1000))),
             (pycurl.MAXFILESIZE_LARGE, settings.max_bytes),  # checks Content-Length, before the body
             (pycurl.BUFFERSIZE, 262_144),
+            (pycurl.COOKIEFILE, ""),  # no file, but cookies count
             (pycurl.OPENSOCKETFUNCTION, transfer.open_socket),
             (pycurl.HEADERFUNCTION, transfer.lines.append),
             (pycurl.WRITEFUNCTION, transfer.on_body),
@@ -91,6 +93,31 @@ def _read_cas(file: Path | None) -> str:
         return file.read_text()
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"IMAGEMILL_FETCH__CA_FILE={file} can't be used: {sentence(error)}") from error
+
+
+@dataclass
+class Chain:
+    """What the requests share that follow one redirect after another; nothing of it outlives them."""
+
+    encrypted: bool = False
+    jars: dict[tuple[str, int], pycurl.CurlShare] = field(default_factory=dict)
+
+    def cookies(self, target: Target) -> pycurl.CurlShare:
+        """The cookies that this host has set, for this host alone: even those for its whole domain are not sent to others."""
+        place = target.host, 0 if target.port in PORTS.values() else target.port
+        if place not in self.jars:
+            self.jars[place] = pycurl.CurlShare()
+            self.jars[place].setopt(pycurl.SH_SHARE, pycurl.LOCK_DATA_COOKIE)
+        return self.jars[place]
+
+    def headers(self, target: Target, settings: FetchSettings) -> list[str]:
+        """The operator's headers for this host, as lines; none once a request without TLS follows one with TLS."""
+        downgraded = self.encrypted and not target.url.startswith("https:")
+        self.encrypted = self.encrypted or target.url.startswith("https:")
+        if downgraded or not settings.headers:
+            return []
+        own = {**settings.headers.get(target.host, {}), **settings.headers.get(f"{target.host}:{target.port}", {})}
+        return [f"{name}: {value.get_secret_value()}" for name, value in own.items()]
 
 
 @dataclass
@@ -161,8 +188,21 @@ class Transfer:
                 continue
             name, colon, value = line.decode("utf-8", "surrogateescape").partition(":")
             if colon:
-                self.headers[name.strip().lower()] = value.strip()
+                name, value = name.strip().lower(), value.strip()
+                if name == "content-encoding" and name in self.headers:
+                    value = f"{self.headers[name]}, {value}"
+                self.headers[name] = value
         self.lines.clear()
+
+    @property
+    def body(self) -> bytes:
+        """The body as it was sent."""
+        return b"".join(self.blocks)
+
+    @property
+    def encoding(self) -> str:
+        """What the server says it has done to the file; often wrong."""
+        return self.headers.get("content-encoding", "")
 
     @property
     def location(self) -> str | None:
@@ -190,7 +230,6 @@ class Transfer:
             pycurl.E_COULDNT_CONNECT: (errors.Unreachable, f": can't connect to {host}:{self.target.port}"),
             pycurl.E_URL_MALFORMAT: invalid,
             pycurl.E_UNSUPPORTED_PROTOCOL: invalid,
-            pycurl.E_BAD_CONTENT_ENCODING: (errors.Truncated, ": the compressed response is damaged"),
         }.get(number, (errors.Unreachable, f": the connection failed ({reason})"))
         return kind(f"{label}{text}")
 

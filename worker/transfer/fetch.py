@@ -17,7 +17,8 @@ from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.shared.urls import BUCKET, check_source_url, shown
 from imagemill.worker.transfer.addresses import Target, wire
 from imagemill.worker.transfer.byte_budget import ByteBudget, Claim, NoRoom
-from imagemill.worker.transfer.download import Downloader, Transfer, check_status
+from imagemill.worker.transfer.download import Chain, Downloader, Transfer, check_status
+from imagemill.worker.transfer.encoding import unpacked
 from imagemill.worker.transfer.files import read_file
 from imagemill.worker.transfer.network import Network
 from imagemill.worker.transfer.objects import read_object
@@ -101,14 +102,16 @@ class Fetcher:
     async def _web(self, url: str, claim: Claim) -> bytes:
         """Fetch over HTTP; follows redirects itself to check each target and apply one total timeout to all."""
         deadline = time.monotonic() + self._settings.total_timeout
-        target, label = wire(url), shown(url)
+        target, label, chain = wire(url), shown(url), Chain()
         for _ in range(self._settings.max_redirects + 1):
             left = deadline - time.monotonic()
             if left <= 0:
                 raise errors.Timeout(f"{label} timed out after {self._settings.total_timeout:g} s of redirects")
-            response = await self._downloader.get(target, label, left, claim)
+            response = await self._downloader.get(target, label, left, claim, chain)
             if response.location is None:
-                return image_body(response, label)
+                check_status(response, label)
+                body = await unpacked(response.body, response.encoding, label, self._settings.max_bytes, claim)
+                return checked(body, response, label)
             target = redirected(target, response.location, label)
             label = f"{shown(url)} (redirected to {shown(target.url)})"
         raise errors.TooManyRedirects(f"{shown(url)} has more than {self._settings.max_redirects} redirects")
@@ -147,10 +150,8 @@ def redirected(base: Target, location: str, label: str) -> Target:
     return wire(url)
 
 
-def image_body(response: Transfer, label: str) -> bytes:
-    """The body of a response. Raises an ImageError for an error status, and NotAnImage for a web page."""
-    check_status(response, label)
-    body = b"".join(response.blocks)
+def checked(body: bytes, response: Transfer, label: str) -> bytes:
+    """The body of a response. Raises NotAnImage for a web page."""
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     # Some servers label images as HTML. Text has no zero bytes; images always have some near their start.
     labelled_html = kind in ("text/html", "application/xhtml+xml") and b"\0" not in body[:4096]

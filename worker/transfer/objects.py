@@ -13,6 +13,7 @@ from imagemill.shared.settings import FetchSettings
 from imagemill.worker.transfer.addresses import Target
 from imagemill.worker.transfer.byte_budget import Claim, NoRoom
 from imagemill.worker.transfer.download import Transfer
+from imagemill.worker.transfer.encoding import unpacked
 from imagemill.worker.transfer.s3_requests import S3Requests
 
 BLOCK = 1 << 20
@@ -34,7 +35,7 @@ async def read_object(s3: S3Requests, bucket: str, key: str, label: str, setting
     deadline = time.monotonic() + settings.total_timeout
     try:
         if await s3.get(bucket, key, prepare) == 200:
-            return b"".join(transfer.blocks)
+            return await unpacked(transfer.body, transfer.encoding, label, settings.max_bytes, claim)
     except pycurl.error as error:
         if claim.lacks:
             raise NoRoom from error
@@ -42,10 +43,12 @@ async def read_object(s3: S3Requests, bucket: str, key: str, label: str, setting
         if isinstance(explained, errors.TooLarge) or time.monotonic() >= deadline:
             raise explained from error
     transfer.blocks.clear()
-    return await s3.in_thread(lambda client: _read(client, bucket, key, label, settings, claim))
+    body, encoding = await s3.in_thread(lambda client: _read(client, bucket, key, label, settings, claim))
+    return await unpacked(body, encoding, label, settings.max_bytes, claim)
 
 
-def _read(client: S3Client, bucket: str, key: str, label: str, settings: FetchSettings, claim: Claim) -> bytes:
+def _read(client: S3Client, bucket: str, key: str, label: str, settings: FetchSettings, claim: Claim) -> tuple[bytes, str]:
+    """The object as it is stored, and its Content-Encoding."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     limit, deadline = settings.max_bytes, time.monotonic() + settings.total_timeout
@@ -69,4 +72,4 @@ def _read(client: S3Client, bucket: str, key: str, label: str, settings: FetchSe
                     raise errors.Timeout(f"{label} timed out after {settings.total_timeout:g} s")
     except (BotoCoreError, ClientError) as error:
         raise translate(error, label) from error
-    return b"".join(blocks)
+    return b"".join(blocks), reply.get("ContentEncoding", "")

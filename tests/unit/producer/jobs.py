@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 from click.testing import Result
 
@@ -92,10 +93,10 @@ class Worked(Client):
 
     outcome: Outcome = staticmethod(plain)
 
-    def watch(self, job: str, *, every: float = 1.0) -> Iterator[tuple[JobStatus, list[ItemResult]]]:
+    def watch(self, job: str, **more: Any) -> Iterator[tuple[JobStatus, list[ItemResult]]]:
         with closing(Ledger.of(self._settings)) as ledger:
             work(ledger, job, self.outcome)
-        return super().watch(job, every=every)
+        return super().watch(job, **more)
 
 
 class Checked(Worked):
@@ -107,6 +108,6 @@ class Checked(Worked):
 class Interrupted(Client):
     """A client that is interrupted with Ctrl-C while watching."""
 
-    def watch(self, job: str, *, every: float = 1.0) -> Iterator[tuple[JobStatus, list[ItemResult]]]:
+    def watch(self, job: str, **more: Any) -> Iterator[tuple[JobStatus, list[ItemResult]]]:
         yield self.status(job), []
         raise KeyboardInterrupt

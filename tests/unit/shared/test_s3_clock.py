@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.request
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,9 @@ from botocore import auth, compat
 
 from imagemill.shared import errors
 from imagemill.shared.s3 import ensure_bucket, make_client, presign, storing
-from imagemill.shared.s3_clock import _Shifted
+from imagemill.shared.s3_clock import _look_at_clock, _Shifted
 from imagemill.shared.settings import S3Settings
 from tests.services.s3 import S3Server, changed_environment
-
-pytestmark = pytest.mark.integration
 
 BUCKET = "clocks"
 
@@ -37,6 +36,7 @@ def client(request: pytest.FixtureRequest, s3_server: S3Server, monkeypatch: pyt
         yield make_client(S3Settings(endpoint_url=s3_server.endpoint_url))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("first", ["get_object", "head_object"])
 def test_requests_and_links_are_accepted(client: Any, first: str) -> None:
     with pytest.raises(client.exceptions.ClientError, match=r"NoSuchKey|404"):
@@ -46,6 +46,7 @@ def test_requests_and_links_are_accepted(client: Any, first: str) -> None:
         assert reply.read() == b"stored"
 
 
+@pytest.mark.integration
 def test_refusals_for_another_reason_change_nothing(client: Any, s3_server: S3Server) -> None:
     client.list_buckets()
     before = _Shifted.skew
@@ -54,3 +55,21 @@ def test_refusals_for_another_reason_change_nothing(client: Any, s3_server: S3Se
     with pytest.raises(errors.StorageRefused, match="refuses access"), storing("buckets"):
         stranger.list_buckets()
     assert _Shifted.skew == before != timedelta()
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "yesterday",
+        "Fri, 31 Dec 9999 23:59:59 GMT",
+        "Fri, 31 Dec 99999 23:59:59 GMT",
+        f"Fri, 31 Dec {'9' * 30} 23:59:59 GMT",
+        "Mon, 01 Jan 1601 00:00:00 GMT",
+        "Sun, 29 Nov 2026 07:00:00 -0000",
+    ],
+)
+def test_dates_that_are_no_clocks_are_ignored(date: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Shifted, "skew", timedelta())
+    refusal = SimpleNamespace(headers={"date": date}), {"Error": {"Code": "RequestTimeTooSkewed"}}
+    assert _look_at_clock(refusal) is None
+    assert _Shifted.skew == timedelta()

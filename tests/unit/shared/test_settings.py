@@ -109,6 +109,15 @@ def test_empty_variable_means_the_default(monkeypatch: pytest.MonkeyPatch) -> No
         ("IMAGEMILL_WORKER", "fast", "dictionary"),
         ("IMAGEMILL_FETCH__ALLOW_HOSTS", "images.internal", "expected JSON: a list such as"),
         ("IMAGEMILL_FETCH__ALLOW_NETWORKS", '["10.0.0.0/99"]', "not a valid IPv4 network, not '10.0.0.0/99'"),
+        ("IMAGEMILL_FETCH__USER_AGENT", "shop\r\nbot", "match pattern"),
+        ("IMAGEMILL_FETCH__HEADERS", "X-Token: hush", "expected JSON"),
+        ("IMAGEMILL_FETCH__HEADERS", '["hush"]', "JSON object of objects"),
+        ("IMAGEMILL_FETCH__HEADERS", '{"cdn.example": "hush"}', "JSON object of objects"),
+        ("IMAGEMILL_FETCH__HEADERS", '{"https://cdn.example": {"X-Token": "hush"}}', "not by URL"),
+        ("IMAGEMILL_FETCH__HEADERS", '{"localhost": {"Bearer hush": "hush"}}', "not the name of a header"),
+        ("IMAGEMILL_FETCH__HEADERS", '{"localhost": {"Content-Length": "hush"}}', "'Content-Length' can't be set"),
+        ("IMAGEMILL_FETCH__HEADERS", '{"localhost": {"X-Token": "hush\\r\\nX: y"}}', "one line of ASCII text"),
+        ("IMAGEMILL_FETCH__HEADERS", '{"localhost": {"X-Token": 5}}', "one line of ASCII text"),
         ("IMAGEMILL_FILES__WRITE_ROOTS", "/srv/out", "expected JSON: a list such as"),
         ("IMAGEMILL_S3__CREATE_BUCKET", "perhaps", "boolean"),
         ("IMAGEMILL_REDIS_URL", "redis.example:6379", "redis://"),
@@ -124,6 +133,7 @@ def test_error_names_the_variable_and_the_reason(monkeypatch: pytest.MonkeyPatch
     assert reason in caught.value.message
     assert "\n" not in caught.value.message
     assert caught.value.message.count("IMAGEMILL_") == 1
+    assert "hush" not in f"{caught.value!r} {caught.value.__cause__}"
 
 
 def test_error_names_the_owner_of_a_wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +168,8 @@ def test_redis_urls(url: str) -> None:
 
 
 def test_printed_and_dumped_settings_show_no_password() -> None:
-    settings = load_settings(redis_url=URL)
+    settings = load_settings(redis_url=URL, fetch={"headers": {"cdn.example": {"Authorization": "Bearer hush"}}})
+    assert settings.fetch.headers["cdn.example"]["Authorization"].get_secret_value() == "Bearer hush"
     for text in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_dump())):
         assert "hush" not in text
     assert pickle.loads(pickle.dumps(settings)) == settings  # noqa: S301  # our own data

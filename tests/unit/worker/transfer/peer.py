@@ -61,11 +61,12 @@ class Peer:
                     answer = await self._answer(request)
                 finally:
                     self.running -= 1
-                answered = {"Content-Length": str(len(answer.body)), **dict(answer.headers)}
-                text = "".join(f"{name}: {value}\r\n" for name, value in answered.items() if value)
+                length = dict(answer.headers).get("Content-Length", str(len(answer.body)))
+                more = [header for header in answer.headers if header[0] != "Content-Length"]
+                text = "".join(f"{name}: {value}\r\n" for name, value in (("Content-Length", length), *more) if value)
                 writer.write(f"HTTP/1.1 {answer.status} x\r\n{text}\r\n".encode() + answer.body)
                 await writer.drain()
-                if not answered["Content-Length"]:  # the end of the connection is the end of the body
+                if not length:  # the end of the connection is the end of the body
                     break
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass

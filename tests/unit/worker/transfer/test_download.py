@@ -13,7 +13,7 @@ from imagemill.shared.errors import ImageError, Timeout, UnsupportedUrl
 from imagemill.shared.settings import FetchSettings
 from imagemill.worker.transfer.addresses import wire
 from imagemill.worker.transfer.byte_budget import ByteBudget, Claim
-from imagemill.worker.transfer.download import Downloader, Transfer
+from imagemill.worker.transfer.download import Chain, Downloader, Transfer
 from imagemill.worker.transfer.network import Network
 from tests.services.images import Handler, ImageServer, answers, reply
 
@@ -30,7 +30,7 @@ def claim() -> Claim:
 @pytest.fixture
 def get(network: Network) -> GetUrl:
     downloader = Downloader(LOOPBACK, network)
-    return lambda url: network.call(downloader.get(wire(url), "x", 20, claim()))
+    return lambda url: network.call(downloader.get(wire(url), "x", 20, claim(), Chain()))
 
 
 def test_downloader_reuses_connection(get: GetUrl, images: ImageServer) -> None:
