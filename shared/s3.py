@@ -15,6 +15,7 @@ from typing import Any
 
 from imagemill.shared import errors
 from imagemill.shared.settings import S3Settings
+from imagemill.shared.urls import shown_server
 
 S3Client = Any
 """A boto3 S3 client, whose class boto3 creates at run time. Thread-safe, but don't share it across a fork."""
@@ -72,7 +73,9 @@ def make_client(settings: S3Settings, *, patient: bool = True) -> S3Client:
     try:
         client = boto3.Session().client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
     except (BotoCoreError, ValueError) as error:  # ValueError: the endpoint is not a URL
-        raise errors.ConfigurationError(f"S3 at {settings.endpoint_url or 'AWS'}: {errors.sentence(error)}") from error
+        at = shown_server(settings.endpoint_url) if settings.endpoint_url else "AWS"
+        reason = errors.sentence(ValueError(str(error).replace(settings.endpoint_url or "AWS", at)))
+        raise errors.ConfigurationError(f"S3 at {at}: {reason}") from None  # the cause would quote the password
     follow_server(client)
     return client
 
