@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -17,6 +18,7 @@ from imagemill.producer.lazy_commands import INTERRUPTED
 from imagemill.producer.terminal import counted, make_console, outcome, say
 from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.messages import ItemResult, JobState, JobStatus
+from imagemill.shared.plain_text import harmless
 from imagemill.shared.quality import flags_of
 from imagemill.shared.settings import Settings, load_settings
 
@@ -187,7 +189,7 @@ class Board(Progress):
             self._bars[status.job] = self.add_task("", total=status.total, failed="")
         self.update(
             self._bars[status.job],
-            description=f"{name} [dim]{status.why or status.state}[/dim]",
+            description=f"{escape(harmless(name))} [dim]{escape(harmless(status.why or status.state))}[/dim]",
             completed=ended,
             failed=f"{status.failed:,} failed" if status.failed else "",
         )

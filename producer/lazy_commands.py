@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from imagemill.shared.errors import ImagemillError, MissingExtra
+from imagemill.shared.plain_text import harmless
 
 GROUP = "imagemill.commands"
 INTERRUPTED = 130
@@ -46,7 +47,7 @@ class Commands(click.Group):
                 return super().invoke(ctx)
         except ImagemillError as error:
             click.secho(f"error ({error.code}): ", fg="red", nl=False, err=True)
-            click.echo(error.message, err=True)
+            click.echo(harmless(error.message), err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)

@@ -9,6 +9,7 @@ import click
 
 from imagemill.producer.story import Found, Line, expand, read
 from imagemill.shared.errors import JobNotFound, UsageError
+from imagemill.shared.plain_text import harmless
 
 COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 SHOWN_OTHERWISE = {"time", "level", "logger", "pid", "message", "node", "gpu", "job", "jobs", "trace_id", "action", "traceback"}
@@ -52,5 +53,5 @@ def _short(value: object) -> str:
 
 
 def _plain(value: object) -> str:
-    """Without control characters: strangers choose names, and a terminal obeys them."""
-    return "".join(each if each.isprintable() else "�" for each in str(value))
+    """Strangers choose names, and a terminal obeys them."""
+    return harmless(str(value))

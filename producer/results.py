@@ -15,6 +15,7 @@ from imagemill.producer.following import Connect, Outage
 from imagemill.producer.outliers import outliers
 from imagemill.producer.terminal import make_console, say
 from imagemill.shared.errors import ConfigurationError, ImageError, InvalidOption, ServiceUnavailable, UsageError
+from imagemill.shared.plain_text import cell
 from imagemill.shared.quality import flags_of
 from imagemill.shared.s3 import LONGEST_LINK, ensure_bucket, expire_after, make_client, make_signer, presign, split
 from imagemill.shared.settings import S3Settings, load_settings
@@ -53,18 +54,24 @@ def results(connect: Connect, job: str, form: str, failed: bool, flagged: bool, 
             if form == "jsonl":
                 click.echo(json.dumps(line, ensure_ascii=False))
             else:
-                table.writerow({name: " ".join(cell) if isinstance(cell, list) else cell for name, cell in line.items()})
+                table.writerow({name: _cell(value) for name, value in line.items()})
+
+
+def _cell(value: object) -> object:
+    text = " ".join(value) if isinstance(value, list) else value
+    return cell(text) if isinstance(text, str) else text
 
 
 @click.command()
 @click.argument("job")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write; default JOB.html.")
 @click.option("--most", type=click.IntRange(min=0), default=200, show_default=True, help="Maximum number of images shown.")
+@click.option("--no-links", is_flag=True, help="Leave the pictures out, and with them all links to images.")
 @click.pass_obj
-def report(connect: Connect, job: str, out: Path | None, most: int) -> None:
+def report(connect: Connect, job: str, out: Path | None, most: int, no_links: bool) -> None:
     """Write an HTML page about a job: before and after, failures, timings.
 
-    Links to images in S3 are valid for seven days.
+    Links to images in S3 are valid for seven days, for everybody who has the page.
     """
     from imagemill.producer.report import JobPage, render  # imports Jinja
 
@@ -75,7 +82,8 @@ def report(connect: Connect, job: str, out: Path | None, most: int) -> None:
     with connect(configured) as client:
         drift = outliers(outage.between(client.results(job, lost=outage)))
         page = JobPage(client.status(job), client.spec(job), outage.between(client.results(job, lost=outage)), drift)
-        text = render([page], picture=picture_links(configured.s3, failures), most=most, title=f"imagemill {job}")
+        picture = (lambda _: None) if no_links else picture_links(configured.s3, failures)
+        text = render([page], picture=picture, most=most, title=f"imagemill {job}")
     if failures:
         say(make_console(stderr=True), f"the report has no pictures: {failures[0]}", "yellow")
     try:

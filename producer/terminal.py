@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
@@ -13,6 +12,7 @@ from rich.text import Text
 from imagemill.producer.sources import BadRow
 from imagemill.producer.times import brief, written
 from imagemill.shared.messages import DeadLetter, JobStatus, Node
+from imagemill.shared.plain_text import harmless
 
 MOST_BAD_ROWS = 20
 STYLES = {
@@ -32,12 +32,8 @@ def make_console(*, stderr: bool) -> Console:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Untrusted text: markup is printed literally; control characters that could steer a terminal, and what is not text, are
-    replaced.
-    """
-    return Text(
-        "".join("\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in text), style=style
-    )
+    """Untrusted text: markup is printed literally, and what could steer a terminal is replaced."""
+    return Text(harmless(text), style=style)
 
 
 def say(out: Console, text: str, style: str = "") -> None:
@@ -107,7 +103,12 @@ def _cells(job: JobStatus) -> list[str | Text]:
     begins = brief(job.starts) if job.starts and not job.over else ""
     ends = f"to {brief(job.ends)}" if job.ends and not job.over else ""
     return [
-        *(job.job, f"{job.operation} ({job.engine})", plain(job.owner or ""), plain(state, STYLES.get(job.state, ""))),
+        *(
+            plain(job.job),
+            plain(f"{job.operation} ({job.engine})"),
+            plain(job.owner or ""),
+            plain(state, STYLES.get(job.state, "")),
+        ),
         *(f"{job.total:,}", f"{job.done:,}", _failures(job)),
         *(f"{number:,}" if number else "" for number in (job.waiting, job.running)),
         *(ahead, duration(job.seconds), brief(job.created), f"{begins} {ends}".strip()),
@@ -122,8 +123,8 @@ def status_table(status: JobStatus) -> Table:
         position += f", {counted(status.ahead, 'image')} of others before it ends" if status.ahead else ""
     duplicates = f", including {counted(status.duplicates, 'duplicate')}" if status.duplicates else ""
     rows: list[tuple[str, str | Text | None]] = [
-        ("job", status.job),
-        ("operation", f"{status.operation} ({status.engine})"),
+        ("job", plain(status.job)),
+        ("operation", plain(f"{status.operation} ({status.engine})")),
         ("owner", plain(status.owner) if status.owner else None),
         ("state", Text(status.state, style=STYLES.get(status.state, ""))),
         ("why it waits", plain(status.why) if status.why else None),
@@ -166,7 +167,7 @@ def fleet_table(
             state = Text("failed" if node.gone else "stuck", style="red")
         share, high = memory.get(node.node, (None, 0))
         peak = "" if share is None else f"{share:.0%}" + (f", {high:,} above 90 %" if high else "")
-        table.add_row(plain(node.node), node.device, str(node.children), state, peak, plain(", ".join(lanes)))
+        table.add_row(plain(node.node), plain(node.device), str(node.children), state, peak, plain(", ".join(lanes)))
     return table
 
 
@@ -177,7 +178,7 @@ def summary_table(jobs: Iterable[JobStatus]) -> Table:
     for job in jobs:
         rate = f"{job.done / job.seconds:.2f}" if job.seconds > 0 else ""
         name = f"{job.operation} ({job.engine})"
-        table.add_row(name, f"{job.total:,}", f"{job.done:,}", _failures(job), f"{job.seconds:.1f}", rate)
+        table.add_row(plain(name), f"{job.total:,}", f"{job.done:,}", _failures(job), f"{job.seconds:.1f}", rate)
     return table
 
 

@@ -150,7 +150,8 @@ class UnsupportedUrl(ImageError, code="unsupported_url"):
 class ForbiddenAddress(ImageError, code="forbidden_address"):
     """Workers may not fetch from this URL or one it redirects to.
 
-    Allow private hosts with IMAGEMILL_FETCH__ALLOW_HOSTS, and folders with IMAGEMILL_FILES__READ_ROOTS.
+    Allow private hosts with IMAGEMILL_FETCH__ALLOW_HOSTS, folders with IMAGEMILL_FILES__READ_ROOTS, and buckets other than the
+    output's with IMAGEMILL_S3__READ_BUCKETS.
     """
 
 

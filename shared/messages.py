@@ -21,6 +21,7 @@ from pydantic import (
 from imagemill.shared.engines import engines_of, lane_of
 from imagemill.shared.errors import Expired, RecordDamaged
 from imagemill.shared.options.base import Boxes, EngineOptions, Model, Operation, validation_sentence
+from imagemill.shared.plain_text import shortened
 from imagemill.shared.quality import Measures, Quality
 from imagemill.shared.urls import check_output_url, check_source_url
 
@@ -33,6 +34,10 @@ Unfinished = Literal["pending", "cancelled", "expired", "damaged"]
 """What an image without a result is."""
 ItemState = Literal["pending", "done", "failed", "cancelled"]
 
+LONGEST_OUTPUT, LONGEST_KEY = 2048, 1024
+"""Characters of an output URL, and of a template for names below it. S3 allows 1,024 bytes for both together."""
+LONGEST_MESSAGE, LONGEST_NOTE, MOST_NOTES = 1000, 60, 20
+"""Of a result. Some of it is said by strangers, and all of it is kept in Redis."""
 SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_url)]
 KEY_FIELD = re.compile(r"\{(job|index|item|name)(?::0(\d)d)?\}")
 RUN_TOGETHER = re.compile(r"\{index[^}]*\}(\d|\{job\})*\{name|\{name[^}]*\}(\d|\{job\})*\{index")
@@ -65,7 +70,7 @@ Format = Literal["same", "png", "webp", "webp-lossless", "jpeg", "avif"]
 class Output(Model):
     """Where results are stored, and in which format."""
 
-    url: Annotated[str, AfterValidator(check_output_url)]
+    url: Annotated[str, Field(max_length=LONGEST_OUTPUT), AfterValidator(check_output_url)]
     format: Format = "same"
     quality: int = Field(90, ge=1, le=100, description="quality of JPEG, AVIF and lossy WebP files")
     icc: Profile | None = Field(None, description="colour profile of the results; 'none': the operation's default")
@@ -73,7 +78,7 @@ class Output(Model):
         "copyright",
         description="EXIF, XMP and IPTC of the source: keep (positions too), copyright (creator, rights, resolution) or none",
     )
-    key: Annotated[str, AfterValidator(check_key)] = "{job}/{index:06d}-{name}"
+    key: Annotated[str, Field(max_length=LONGEST_KEY), AfterValidator(check_key)] = "{job}/{index:06d}-{name}"
 
 
 class Policy(Model):
@@ -166,6 +171,10 @@ class WakeUp(Model):
     lane: str = Field(max_length=200, pattern=f"^{LANE.pattern}$")
 
 
+def _few(notes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(shortened(note, LONGEST_NOTE) for note in notes[:MOST_NOTES])
+
+
 LONGEST_OUTLINE = 400
 """Characters of the outline in a record."""
 
@@ -177,7 +186,7 @@ class ItemResult(Model):
     state: Literal["done", "failed"]
     output: str | None = None
     code: str | None = None
-    message: str | None = None
+    message: Annotated[str, AfterValidator(lambda text: shortened(text, LONGEST_MESSAGE))] | None = None
     retryable: bool = False
     attempts: int = 1
     source_format: str | None = None
@@ -187,7 +196,9 @@ class ItemResult(Model):
     output_size: tuple[int, int] | None = None
     batch: int = Field(1, description="size of the largest model batch that included a sample of this image")
     seconds: dict[str, float] = Field(default_factory=dict, description="seconds by stage")
-    notes: tuple[str, ...] = Field((), description="remarks for the submitter on a successful result")
+    notes: Annotated[tuple[str, ...], AfterValidator(_few)] = Field(
+        (), description="remarks for the submitter on a successful result"
+    )
     filled: str | None = Field(
         None,
         max_length=LONGEST_OUTLINE,

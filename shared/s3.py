@@ -12,9 +12,11 @@ import ssl
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from imagemill.shared import errors
 from imagemill.shared.settings import S3Settings
+from imagemill.shared.urls import shown_server
 
 S3Client = Any
 """A boto3 S3 client, whose class boto3 creates at run time. Thread-safe, but don't share it across a fork."""
@@ -68,6 +70,8 @@ def make_client(settings: S3Settings, *, patient: bool = True) -> S3Client:
         # MinIO and similar servers have no DNS name per bucket.
         s3={"addressing_style": "path" if settings.endpoint_url else "auto"},
     )
+    if settings.endpoint_url is not None:
+        _check_endpoint(settings.endpoint_url)
     try:
         client = boto3.Session().client("s3", endpoint_url=settings.endpoint_url, region_name=settings.region, config=config)
     except (BotoCoreError, ValueError) as error:  # ValueError: the endpoint is not a URL
@@ -126,6 +130,21 @@ def ensure_bucket(client: S3Client, bucket: str, create: bool, region: str) -> N
             if error.response["Error"]["Code"] not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists", "OperationAborted"):
                 raise
             client.head_bucket(Bucket=bucket)  # raises unless it was another worker that created it
+
+
+def _check_endpoint(url: str) -> None:
+    """Boto3 accepts nearly anything, and quotes all of it in errors much later."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in url
+        _ = parts.port  # raises ValueError unless it is a number
+    except ValueError:
+        fits = False
+    if not fits:
+        raise errors.ConfigurationError(
+            f"S3 at {shown_server(url)}: expected a URL such as https://HOST:PORT, without keys: "
+            "those belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
 
 
 def _exists(client: S3Client, bucket: str) -> bool:

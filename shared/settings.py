@@ -99,6 +99,11 @@ class S3Settings(Group):
     public_url: str | None = Field(None, description="URL of the S3 server in presigned links; empty: the endpoint URL")
     region: str = Field("us-east-1", description="region of the buckets")
     create_bucket: bool = Field(False, description="create the output bucket if it does not exist")
+    read_buckets: Annotated[tuple[str, ...], LIST] = Field(
+        (),
+        description='what lists may name as sources: buckets, or folders such as "photos/in", or "*"; JSON list, read by the '
+        "workers; empty: the bucket of the job's output",
+    )
     connections: int = Field(32, ge=1, description="connections per process of boto3, which does what libcurl does not")
 
 

@@ -8,6 +8,8 @@ import unicodedata
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, unquote_to_bytes, urlsplit
 
+from imagemill.shared.plain_text import shortened
+
 SOURCE_SCHEMES = ("http", "https", "s3", "file")
 OUTPUT_SCHEMES = ("s3", "file")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -15,6 +17,8 @@ NO_TEXT = re.compile(r"[\ud800-\udfff]")
 RAW_BYTE = re.compile(r"[\udc80-\udcff]")
 """A byte that is not UTF-8, as Python decodes it in file names and arguments."""
 USER = re.compile(r"(?<=://)[^/?#]*@")
+QUERY, QUESTION_MARK = re.compile(r"([?#])"), re.compile(r"(\?)")
+LONGEST_SHOWN = 300
 PLAIN = re.compile(r"(?:https?|s3)://[A-Za-z0-9][A-Za-z0-9.-]*(?::[0-9]{1,4})?/[ -~]*")
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
@@ -73,9 +77,21 @@ def path_of(url: str) -> Path:
 
 
 def shown(url: str) -> str:
-    """A URL for logs: without the query and user, which may contain signatures, tokens and passwords."""
-    head, mark, _ = USER.sub("…@", url).partition("?")
-    return head + ("?…" if mark else "")
+    """A URL for messages and logs: without query, fragment and user, which may hold signatures, tokens and passwords.
+
+    The middle of a long one is left out, so that a stranger can't fill our records.
+    """
+    hidden = QUERY if "://" in url else QUESTION_MARK  # other text may be #ffffff
+    parts = hidden.split(USER.sub("…@", url), maxsplit=1)
+    return shortened(parts[0], LONGEST_SHOWN) + (f"{parts[1]}…" if len(parts) > 1 else "")
+
+
+def shown_server(url: str) -> str:
+    """The URL of a server from a setting, which may be malformed: nothing before its last @ is shown."""
+    user, at, rest = url.rpartition("@")
+    host = shortened(QUERY.split(rest)[0], LONGEST_SHOWN)
+    scheme = re.match(r"[a-z0-9+]+://", user)
+    return f"{scheme[0] if scheme else ''}…@{host}" if at else host
 
 
 def safe_name(text: str) -> str:

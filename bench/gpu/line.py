@@ -139,6 +139,9 @@ class _Fetcher:
     def __init__(self, files: Sequence[bytes]) -> None:
         self._files = files
 
+    def within(self, _: object) -> _Fetcher:
+        return self
+
     async def fetch(self, source: str, **_: Any) -> Fetched:
         await asyncio.sleep(GET)
         number = int(source.rpartition("/")[2].removesuffix(".jpg"))

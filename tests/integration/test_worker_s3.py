@@ -34,20 +34,21 @@ def test_worker_reads_from_s3_and_stores_results_manifest_and_links_there(
         **s3_server.environment,
         IMAGEMILL_S3__ENDPOINT_URL=s3_server.endpoint_url,
         IMAGEMILL_S3__CREATE_BUCKET="true",
+        IMAGEMILL_S3__READ_BUCKETS='["sources/in"]',
         IMAGEMILL_WORKER__OPERATIONS='["stylize"]',
     )
     sources = tmp_path / "list.txt"
-    sources.write_text(f"{images.url('/a.png')}\ns3://sources/in/b.png\ns3://sources/in/none.png\n")
+    sources.write_text(f"{images.url('/a.png')}\ns3://sources/in/b.png\ns3://sources/in/none.png\ns3://sources/c.png\n")
     submit = ["submit", str(sources), "--operation", "stylize", "--output", "s3://results/jobs", "--wait", "--json"]
     with WorkerProcess(environment, tmp_path) as node:
         node.wait_ready()
         submission = cli(environment, *submit)
     assert submission.returncode == 1
     summary = json.loads(submission.stdout)
-    assert {"state": "done", "total": 3, "done": 2, "failed": 1}.items() <= summary.items()
+    assert {"state": "done", "total": 4, "done": 2, "failed": 2}.items() <= summary.items()
     lines = cli(environment, "results", summary["job"], "--format", "jsonl", "--presign", "600").stdout.splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["code"] for row in rows] == [None, None, "not_found"]
+    assert [row["code"] for row in rows] == [None, None, "not_found", "forbidden_address"]
     for row in rows[:2]:
         bucket, key = s3.split(row["output"])
         stored = storage.get_object(Bucket=bucket, Key=key)
@@ -57,4 +58,4 @@ def test_worker_reads_from_s3_and_stores_results_manifest_and_links_there(
         with urllib.request.urlopen(row["link"], timeout=10) as response:
             assert response.read() == body
     manifest = storage.get_object(Bucket="results", Key=f"jobs/{summary['job']}/manifest.jsonl")["Body"].read()
-    assert [json.loads(line)["state"] for line in manifest.splitlines()] == ["done", "done", "failed"]
+    assert [json.loads(line)["state"] for line in manifest.splitlines()] == ["done", "done", "failed", "failed"]

@@ -15,6 +15,7 @@ from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.references import References
 from imagemill.worker.operations.base import AnyOperation
 from imagemill.worker.transfer.fetch import Fetcher
+from imagemill.worker.transfer.objects import Readable
 from imagemill.worker.transfer.store import Store
 
 
@@ -49,6 +50,7 @@ class Context:
     ) -> Context:
         """A job's context, with references of its own."""
         most, stop = settings.worker.max_pixels, Event()
+        fetcher = fetcher.within(Readable.of(settings.s3, spec.output.url))
         references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop)
         recipe = Recipe(operation, sizes, cap(spec.policy, operation.spec), spec.options.model_dump_json())
         return cls(job, spec, recipe, fetcher, references, store, budget, most, stop, cache)

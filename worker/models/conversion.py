@@ -118,11 +118,13 @@ def _of_safetensors(path: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(key) for name, key in _generator(file.keys()).items()}
 
 
-def _of_archive(file: IO[bytes]) -> dict[str, Tensor]:
+def _of_archive(file: IO[bytes], *, inside_another: bool = False) -> dict[str, Tensor]:
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) == 1:
             return _of_torch(archive, pickles[0].removesuffix("data.pkl"))
+        if inside_another:
+            raise Unreadable("the archive inside it is none of torch's")
         inside = [member for member in archive.infolist() if member.filename.endswith(".ckpt")]
         if len(inside) != 1:
             raise Unreadable("it is a zip file, but neither torch's nor with exactly one checkpoint inside")
@@ -133,7 +135,7 @@ def _of_archive(file: IO[bytes]) -> dict[str, Tensor]:
                 shutil.copyfileobj(source, checkpoint)
             if not zipfile.is_zipfile(checkpoint):
                 raise Unreadable(f"{inside[0].filename} inside is not a checkpoint from torch 1.6 or later")
-            return _of_archive(checkpoint)
+            return _of_archive(checkpoint, inside_another=True)
 
 
 def _of_torch(archive: zipfile.ZipFile, folder: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from imagemill.shared.errors import ConfigurationError, ServiceUnavailable, sentence
 from imagemill.shared.settings import WeightsSettings
-from imagemill.shared.urls import shown
+from imagemill.shared.urls import shown, shown_server
 from imagemill.worker.models.catalogue import Weights
 from imagemill.worker.models.checksums import BLOCK, Hasher, hash_file, read_blocks, remember, remembered_sums
 from imagemill.worker.models.files import path_of, remove_variants
@@ -47,7 +47,7 @@ def mirror_url(settings: WeightsSettings) -> str | None:
         return None
     mirror = urlsplit(settings.mirror)
     if mirror.scheme not in ("http", "https") or not mirror.netloc:
-        raise ConfigurationError(f"IMAGEMILL_WEIGHTS__MIRROR is not an http or https URL: {shown(settings.mirror)}")
+        raise ConfigurationError(f"IMAGEMILL_WEIGHTS__MIRROR is not an http or https URL: {shown_server(settings.mirror)}")
     return f"{mirror.scheme}://{mirror.netloc}{mirror.path.rstrip('/')}"
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 import click
 from rich.console import Console
 
+from imagemill.shared.plain_text import harmless
 from imagemill.shared.settings import Settings, load_settings
 from imagemill.shared.urls import check_output_url
 from imagemill.worker.node.checks.broker import check_redis
@@ -65,7 +66,7 @@ def doctor(outputs: tuple[str, ...], as_json: bool, alive: bool, node: str | Non
                 f"[{COLOURS[finding.state]}]{finding.state:<8}[/] [bold]{finding.check}[/]: ", end="", highlight=False
             )
             # The terminal wraps long lines: a line break would spoil a command that is copied.
-            text = finding.found + (f"\n         fix: {finding.fix}" if finding.fix else "")
+            text = harmless(finding.found) + (f"\n         fix: {harmless(finding.fix)}" if finding.fix else "")
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         if finding.state == "failed":
             status = max(status, 3 if finding.check in ("redis", "s3", "worker") else 2)

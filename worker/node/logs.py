@@ -14,12 +14,13 @@ from typing import Any, TextIO
 import celery.apps.worker
 
 from imagemill.shared.log_fields import current, trace_id
+from imagemill.shared.plain_text import harmless
 
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "data", "taskName"}
 MOST_CHARACTERS = 8000
 """Of a message, field or traceback. Docker divides lines longer than 16 kB, and longer writes of several processes may mix."""
 _PASSWORD = re.compile(r"(\w://)[^/\s@'\"]+@")
-_QUERY = re.compile(r"(https?://[^\s?'\"<>]+)\?[^\s'\"<>]+")
+_QUERY = re.compile(r"((?:https?|s3)://[^\s?#'\"<>]+)([?#])[^\s'\"<>]+")
 
 
 class Formatter(logging.Formatter):
@@ -42,7 +43,8 @@ class Formatter(logging.Formatter):
             return json.dumps({**line, "message": message, **fields, **trace}, default=str)
         pairs = "".join(f" {name}={value}" for name, value in fields.items())
         line_of_text = f"{timestamp} {record.levelname:<7} {record.process} {message}{pairs}"
-        return "\n".join([line_of_text.replace("\r", "\\r").replace("\n", "\\n"), *trace.values()])
+        one_line = harmless(line_of_text.replace("\r", "\\r").replace("\n", "\\n"))
+        return "\n".join([one_line, *(harmless(line) for text in trace.values() for line in text.split("\n"))])
 
 
 def _message(record: logging.LogRecord) -> str:
@@ -53,10 +55,10 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _safe(value: Any) -> Any:
-    """Without passwords in URLs and what follows their question mark, which may be a signature; not too long."""
+    """Without passwords in URLs and what follows ? or #, which may be a signature or a token; not too long."""
     if not isinstance(value, str):
         return value if isinstance(value, int | float | list | tuple | dict | None) else _safe(str(value))
-    text = _QUERY.sub(r"\1?...", _PASSWORD.sub(r"\1***@", value))
+    text = _QUERY.sub(r"\1\2...", _PASSWORD.sub(r"\1***@", value))
     return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS // 2]} ... {text[-MOST_CHARACTERS // 2 :]}"
 
 

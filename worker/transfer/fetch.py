@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import re
 import threading
@@ -21,7 +22,7 @@ from imagemill.worker.transfer.download import Chain, Downloader, Transfer, chec
 from imagemill.worker.transfer.encoding import unpacked
 from imagemill.worker.transfer.files import read_file
 from imagemill.worker.transfer.network import Network
-from imagemill.worker.transfer.objects import read_object
+from imagemill.worker.transfer.objects import ANYWHERE, Readable, read_object
 from imagemill.worker.transfer.s3_requests import S3Requests
 
 FIRST_PAUSE = 0.5
@@ -52,6 +53,13 @@ class Fetcher:
         self._settings, self._files, self._s3 = settings, files, s3
         self._downloader = Downloader(settings, network)
         self.room, self.mask_room = ByteBudget(settings.memory), ByteBudget(settings.memory)
+        self._readable = ANYWHERE
+
+    def within(self, readable: Readable) -> Fetcher:
+        """The same fetcher, for lists that may name only these objects in S3."""
+        limited = copy.copy(self)
+        limited._readable = readable
+        return limited
 
     async def fetch(
         self,
@@ -123,6 +131,11 @@ class Fetcher:
         bucket, key = split(url)
         if not BUCKET.fullmatch(bucket) or not key:
             raise errors.UnsupportedUrl(f"{shown(url)} is not a valid S3 URL: it needs a bucket and a key")
+        if not self._readable.includes(bucket, key):
+            raise errors.ForbiddenAddress(
+                f"{shown(url)} is in a bucket that this job's list may not name; "
+                "an operator can allow it with IMAGEMILL_S3__READ_BUCKETS"
+            )
         return await read_object(self._s3, bucket, key, shown(url), self._settings, claim)
 
 

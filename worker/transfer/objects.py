@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from dataclasses import dataclass
 
 import pycurl
 
 from imagemill.shared import errors
-from imagemill.shared.s3 import S3Client, translate
-from imagemill.shared.settings import FetchSettings
+from imagemill.shared.s3 import S3Client, split, translate
+from imagemill.shared.settings import FetchSettings, S3Settings
 from imagemill.worker.transfer.addresses import Target
 from imagemill.worker.transfer.byte_budget import Claim, NoRoom
 from imagemill.worker.transfer.download import Transfer
@@ -17,6 +18,32 @@ from imagemill.worker.transfer.encoding import unpacked
 from imagemill.worker.transfer.s3_requests import S3Requests
 
 BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Readable:
+    """The objects that a list may name: whole buckets, folders as `bucket/prefix`, or `*` for everything.
+
+    Workers read them with their own keys, which may reach much more than those who submit lists should.
+    """
+
+    places: tuple[str, ...]
+
+    @classmethod
+    def of(cls, settings: S3Settings, output: str) -> Readable:
+        """What the operator has listed, or else the bucket that the job's results go to."""
+        own = split(output)[:1] if output.startswith("s3://") else ()
+        return cls(tuple(place.removeprefix("s3://").rstrip("/") for place in settings.read_buckets) or own)
+
+    def includes(self, bucket: str, key: str) -> bool:
+        """Whether a list may name this object."""
+        if not {"*", bucket}.isdisjoint(self.places):
+            return True
+        name = f"{bucket}/{key}"
+        return ".." not in key.split("/") and any(name.startswith(f"{place}/") for place in self.places)
+
+
+ANYWHERE = Readable(("*",))
 
 
 async def read_object(s3: S3Requests, bucket: str, key: str, label: str, settings: FetchSettings, claim: Claim) -> bytes:

@@ -141,3 +141,9 @@ def test_jobs_lists_what_was_set_aside(imagemill: Invoke, redis_server: Embedded
     assert "imagemill:nodes" in shown
     assert "\x1b" not in shown
     assert json.loads(imagemill("jobs", "--dead", "--json").stdout)[0]["content"] == "null"
+
+
+def test_errors_can_not_steer_the_terminal(imagemill: Invoke) -> None:
+    result = imagemill("status", "x\x1b[2J\u202e\n")
+    assert result.exit_code == 2
+    assert "x\ufffd[2J\ufffd\ufffd not found" in result.stderr

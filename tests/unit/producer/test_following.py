@@ -356,3 +356,9 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     text = followed(updates(), force_terminal=True, width=120)
     assert "━" in text
     assert "100/100" in text
+
+
+def test_bar_shows_reasons_literally() -> None:
+    why = status(5).model_copy(update={"why": "[blink]no[/blink]\x1b]0;x\x07"})
+    text = followed([(why, [])], force_terminal=True, width=160)
+    assert "[blink]no[/blink]\ufffd]0;x\ufffd" in text

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from imagemill.shared.messages import Item, ItemResult
 from tests.ledgers import Ledger
 from tests.unit.producer.jobs import NUMBERED, Invoke, checked, submitted, work
 
@@ -90,3 +93,23 @@ def test_report_warns_once_when_images_in_s3_get_no_links(
     assert result.exit_code == 0
     assert result.stderr.count("the report has no pictures: ") == 1
     assert "minio:9000" in result.stderr
+
+
+def test_csv_is_harmless_and_json_is_raw(imagemill: Invoke, ledger: Ledger) -> None:
+    def evil(item: Item) -> ItemResult:
+        return ItemResult(index=item.index, state="failed", code="not_found", message="=cmd|'/C calc'!A0\x1b[2J\u202e")
+
+    job = submitted(imagemill, "https://example.com/a.jpg\n")
+    work(ledger, job, evil)
+    (row,) = csv.DictReader(io.StringIO(imagemill("results", job, "--format", "csv").stdout))
+    assert row["message"] == "'=cmd|'/C calc'!A0\ufffd[2J\ufffd"
+    assert json.loads(imagemill("results", job).stdout)["message"] == "=cmd|'/C calc'!A0\x1b[2J\u202e"
+
+
+def test_report_without_links_names_no_picture(imagemill: Invoke, ledger: Ledger, tmp_path: Path) -> None:
+    job = submitted(imagemill, "https://example.com/a.jpg?Signature=hush\n")
+    work(ledger, job)
+    assert imagemill("report", job, "--out", str(tmp_path / "page.html"), "--no-links").exit_code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<img" not in page
+    assert "hush" not in page

@@ -75,3 +75,18 @@ def test_fleet_table_has_one_row_per_node() -> None:
     assert "93%, 2 above 90 %" in text
     assert f"{lane} (1.23), stylize.opencv" in text
     assert "%" not in printed(terminal.fleet_table([gpu], {}, {}))
+
+
+EVIL = "[red]x[/red]\x1b[2J\u202e\n"
+SHOWN = "[red]x[/red]\ufffd[2J\ufffd\ufffd"
+
+
+def test_names_from_redis_are_shown_literally() -> None:
+    job = status(1).model_copy(update={"job": EVIL, "owner": EVIL, "why": EVIL, "output": EVIL, "engine": EVIL})
+    evil_node = node("stylize.opencv").model_copy(update={"node": EVIL, "device": EVIL, "lanes": (EVIL,)})
+    tables = (terminal.jobs_table([job]), terminal.status_table(job), terminal.fleet_table([evil_node], {}, {}))
+    for table, times in zip((*tables, terminal.summary_table([job])), (4, 5, 3, 1), strict=True):
+        text = printed(table).replace(" ", "")
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        assert text.count(SHOWN) == times, text

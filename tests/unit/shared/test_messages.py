@@ -14,6 +14,8 @@ from pydantic import ValidationError
 from imagemill.shared.engines import ENGINES, parse_options
 from imagemill.shared.messages import (
     ENDED,
+    LONGEST_KEY,
+    LONGEST_OUTPUT,
     Item,
     ItemResult,
     Job,
@@ -253,3 +255,28 @@ def test_invalid_policies_are_refused(fields: dict[str, Any]) -> None:
 def test_policy_survives_json(owner: str | None) -> None:
     policy = Policy(owner=owner, not_before=datetime(2026, 7, 30, tzinfo=UTC), until=datetime(2026, 7, 31, tzinfo=UTC))
     assert Policy.model_validate_json(policy.model_dump_json()) == policy
+
+
+def test_no_result_is_large() -> None:
+    """Strangers choose some of it: names, redirects, words of servers."""
+    url = "s3://" + "b" * 63 + "/" + "k" * (LONGEST_OUTPUT + LONGEST_KEY)
+    largest = ItemResult(
+        index=10**9,
+        state="failed",
+        output=url,
+        code="unsupported_reference_image",
+        message="\x01" * 100_000,
+        source_format="x" * 10,
+        notes=("\x01" * 10_000,) * 1000,
+        node="n" * 253,
+        seconds={f"stage{n}": 1 / 3 for n in range(12)},
+    )
+    assert len(largest.message or "") == 1000
+    assert [len(note) for note in largest.notes] == [60] * 20
+    assert len(compact(largest).encode()) < 18_000
+
+
+@pytest.mark.parametrize("field", [{"url": "s3://bucket/" + "a" * 2048}, {"key": "{index}" + "a" * 1024}])
+def test_outputs_have_a_limited_length(field: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="at most"):
+        Output(**{"url": "s3://bucket", **field})  # type: ignore[arg-type]

@@ -116,6 +116,17 @@ def test_unusable_endpoint_or_region_is_a_configuration_error(settings: dict[str
         make_client(S3Settings.model_validate(settings))
 
 
+@pytest.mark.parametrize(
+    "url", ["http://key:hu/sh@minio:9000", "key:hush@minio:9000", "http://key:hush@minio", "http://@minio:port"]
+)
+def test_malformed_endpoint_is_shown_without_its_credentials(url: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        make_client(S3Settings(endpoint_url=url))
+    assert "@minio" in caught.value.message
+    assert "hush" not in caught.value.message
+    assert "hu/sh" not in caught.value.message
+
+
 # --- buckets and rules ------------------------------------------------------------------------
 
 

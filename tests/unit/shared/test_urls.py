@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagemill.shared import urls
-from imagemill.shared.urls import check_output_url, check_source_url, path_of, percent_encoded, safe_name, shown
+from imagemill.shared.urls import check_output_url, check_source_url, path_of, percent_encoded, safe_name, shown, shown_server
 
 
 @pytest.mark.parametrize(
@@ -203,3 +203,34 @@ def test_every_file_name_survives_its_url_and_gives_a_name_that_is_text(name: by
 def test_bytes_that_are_not_text_are_percent_encoded_and_nothing_else() -> None:
     assert percent_encoded("file:///ä/100%/caf\udce9\udcff.jpg") == "file:///ä/100%/caf%E9%FF.jpg"
     assert percent_encoded("s3://bucket/caf\udce9.jpg") == "s3://bucket/caf\udce9.jpg"
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("https://x/a.png?token=hush", "https://x/a.png?…"),
+        ("https://x/a.png#access_token=hush", "https://x/a.png#…"),
+        ("https://x/a.png#hush?hush", "https://x/a.png#…"),
+        ("https://u:hush@x/@2x.png", "https://…@x/@2x.png"),
+        ("#ffffff", "#ffffff"),
+        (f"https://x/{'a' * 5000}.png?hush", f"https://x/{'a' * 140}…{'a' * 145}.png?…"),
+    ],
+)
+def test_shown_url_has_no_secret_and_is_short(url: str, text: str) -> None:
+    assert shown(url) == text
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("http://minio:9000", "http://minio:9000"),
+        ("http://key:hush@minio:9000", "http://…@minio:9000"),
+        ("http://key:hu/sh@minio:9000", "http://…@minio:9000"),
+        ("http://key:hu?s#h@minio:9000/?hush", "http://…@minio:9000/"),
+        ("http://key:hu@sh@minio:9000", "http://…@minio:9000"),
+        ("key:hush@minio:9000", "…@minio:9000"),
+        ("//key:hush@minio:9000", "…@minio:9000"),
+    ],
+)
+def test_server_is_shown_without_credentials_even_if_its_url_is_malformed(url: str, text: str) -> None:
+    assert shown_server(url) == text

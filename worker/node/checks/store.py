@@ -12,7 +12,7 @@ from imagemill.shared import s3
 from imagemill.shared.errors import AccessDenied, ConfigurationError, ImageError, ImagemillError, NotFound, ServiceUnavailable
 from imagemill.shared.ledger.reading import ReadLedger
 from imagemill.shared.settings import S3Settings, Settings
-from imagemill.shared.urls import shown
+from imagemill.shared.urls import shown, shown_server
 from imagemill.worker.node.checks.broker import SET_CLOCKS
 from imagemill.worker.node.checks.finding import Finding, State
 
@@ -34,7 +34,7 @@ def check_s3(settings: Settings, outputs: Mapping[str, State]) -> Iterator[Findi
 
     `outputs` maps URLs to the state of a finding if nothing can be written there.
     """
-    endpoint = shown(settings.s3.endpoint_url or "AWS")
+    endpoint = shown_server(settings.s3.endpoint_url or "AWS")
     problem, buckets = _buckets(settings.s3, endpoint)
     if problem is None:
         yield Finding("s3", "ok", f"{endpoint} responds; {buckets} buckets")
@@ -87,7 +87,7 @@ def _writable(settings: S3Settings, url: str, state: State) -> Finding:
     if isinstance(problem, NotFound) and settings.create_bucket:
         return Finding("s3", "ok", f"there is no bucket {bucket!r}; workers create it")
     if isinstance(problem, NotFound):
-        at = f" --endpoint-url {shown(settings.endpoint_url)}" if settings.endpoint_url else ""
+        at = f" --endpoint-url {shown_server(settings.endpoint_url)}" if settings.endpoint_url else ""
         fix = f"aws s3 mb s3://{bucket}{at}, or set IMAGEMILL_S3__CREATE_BUCKET=true on the workers"
         return Finding("s3", state, f"there is no bucket {bucket!r}", fix)
     if problem is not None:
@@ -114,6 +114,7 @@ def _public(settings: S3Settings, *, works: bool) -> Iterator[Finding]:
     url = settings.public_url or settings.endpoint_url
     if url is None:
         return  # AWS
+    at = shown_server(url)
     host = urlsplit(url).hostname or ""
     where = _where(host)
     if where == "inside" or (where and not settings.public_url):
@@ -122,17 +123,17 @@ def _public(settings: S3Settings, *, works: bool) -> Iterator[Finding]:
             "loopback": "only this host can open them",
             "private": "that address is private: only its own network can open them",
         }[where]
-        intended = f"; if that is intended, set it to {shown(url)}" if where != "inside" else ""
-        yield Finding("s3", "warning", f"links to results lead to {shown(url)}, but {reach}", SET_PUBLIC + intended)
+        intended = f"; if that is intended, set it to {at}" if where != "inside" else ""
+        yield Finding("s3", "warning", f"links to results lead to {at}, but {reach}", SET_PUBLIC + intended)
     elif where == "loopback":  # what it leads to depends on the host, and this may be a container
-        yield Finding("s3", "ok", f"links to results lead to {shown(url)}: only browsers on the S3 server's host can open them")
+        yield Finding("s3", "ok", f"links to results lead to {at}: only browsers on the S3 server's host can open them")
     elif settings.public_url:
         public = settings.model_copy(update={"endpoint_url": url})
-        problem, _ = _buckets(public, shown(url))
+        problem, _ = _buckets(public, at)
         if problem is None or (isinstance(problem, AccessDenied) and not works):
-            yield Finding("s3", "ok", f"links to results lead to {shown(url)}, which responds")
+            yield Finding("s3", "ok", f"links to results lead to {at}, which responds")
         else:
-            fix = f"curl -I {shown(url)} on a browser's host; set IMAGEMILL_S3__PUBLIC_URL; a proxy must keep the Host header"
+            fix = f"curl -I {at} on a browser's host; set IMAGEMILL_S3__PUBLIC_URL; a proxy must keep the Host header"
             yield Finding("s3", "warning", f"links to results lead to a URL that fails: {problem.message}", fix)
 
 

@@ -286,3 +286,9 @@ def test_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match="can't be written"):
         convert(lama_file(tmp_path / "weights"), tmp_path / "file" / "lama.safetensors")
+
+
+def test_archives_are_opened_one_level_deep(tmp_path: Path) -> None:
+    inner = zipped(tmp_path / "inner.ckpt", lama_checkpoint(tmp_path / "best.ckpt"))
+    with pytest.raises(ConfigurationError, match="the archive inside it is none of torch's"):
+        read(zipped(tmp_path / "outer.zip", inner))

@@ -119,3 +119,24 @@ def test_json_covers_prints_warnings_and_uncaught_exceptions(capsys: pytest.Capt
     assert found[:2] == ["printed", "by a library"]
     assert "UserWarning: outdated" in found[2]
     assert found[3:] == ["wrong %d ('argument',)", "uncaught exception in a thread", "uncaught exception"]
+
+
+def test_text_of_strangers_can_not_steer_a_terminal_and_is_raw_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "\x1b[2J\u202etxt.\u2028END\rok"
+    logs.set_up(as_json=False)
+    logging.getLogger("worker").warning("no %s", evil, extra={"item": evil})
+    (line,) = capsys.readouterr().err.split("\n")[:-1]
+    assert line.endswith("no \ufffd[2J\ufffdtxt.\ufffdEND\\rok item=\ufffd[2J\ufffdtxt.\ufffdEND\\rok")
+    logs.set_up(as_json=True)
+    logging.getLogger("worker").warning("no %s", evil, extra={"item": evil})
+    (told,) = lines(capsys)
+    assert (told["message"], told["item"]) == (f"no {evil}", evil)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://h/a.png#access_token=", "https://h/a.png?x=1#", "s3://b/a.png?X-Amz-Signature=", "http://h?"]
+)
+def test_fragments_and_queries_are_left_out(capsys: pytest.CaptureFixture[str], url: str) -> None:
+    logs.set_up(as_json=True)
+    logging.getLogger("worker").warning("no answer", extra={"url": f"{url}hunter2"})
+    assert "hunter2" not in capsys.readouterr().err

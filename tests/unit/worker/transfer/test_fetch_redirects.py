@@ -222,3 +222,10 @@ def test_headers_are_not_sent_without_tls_after_a_request_with_it(
     assert "Authorization" not in images.last_headers
     got(fetcher, images.url("/a.png", "localhost"))  # as the list says
     assert images.last_headers["Authorization"] == "Bearer hunter2"
+
+
+def test_long_locations_do_not_fill_messages(fetcher: Fetcher, images: ImageServer) -> None:
+    images.routes["/a.png"] = redirect(f"/{'ü' * 5_000}.png")
+    message = caught(fetcher, images.url("/a.png"), errors.NotFound).message
+    assert len(message) < 500
+    assert "(status 404)" in message

@@ -15,6 +15,7 @@ from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings
 from imagemill.worker.transfer import s3_requests
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.network import Network
+from imagemill.worker.transfer.objects import Readable
 from imagemill.worker.transfer.s3_requests import S3Requests
 from imagemill.worker.transfer.store import S3Store
 from tests.stores import BlockingStore
@@ -230,3 +231,31 @@ def test_client_is_made_when_it_is_needed_and_tried_again(network: Network, monk
     right = S3Requests(S3Settings(endpoint_url="http://minio:9000"), network)
     assert right.client() is right.client()
     assert len(made) == 3
+
+
+@pytest.mark.parametrize(
+    ("allowed", "output", "url", "may"),
+    [
+        ((), "s3://results/out", "s3://results/in/a.png", True),
+        ((), "s3://results/out", "s3://other/private.png", False),
+        ((), "s3://results/out", "s3://results2/a.png", False),
+        ((), "file:///srv/out", "s3://other/private.png", False),
+        (("photos",), "s3://results/out", "s3://photos/a.png", True),
+        (("photos",), "s3://results/out", "s3://results/a.png", False),
+        (("photos/in", "s3://more/"), "s3://results/out", "s3://photos/in/a.png", True),
+        (("photos/in", "s3://more/"), "s3://results/out", "s3://more/a.png", True),
+        (("photos/in",), "s3://results/out", "s3://photos/internal/a.png", False),
+        (("photos/in",), "s3://results/out", "s3://photos/in/../private.png", False),
+        (("*",), "file:///srv/out", "s3://other/a.png", True),
+    ],
+)
+def test_list_may_name_objects_of_certain_buckets_only(
+    server: S3, fetcher: Fetcher, allowed: tuple[str, ...], output: str, url: str, may: bool
+) -> None:
+    server.answers = [Answer(body=PNG)]
+    limited = fetcher.within(Readable.of(S3Settings(read_buckets=allowed), output))
+    if may:
+        assert got(limited, url).data == PNG
+    else:
+        assert "IMAGEMILL_S3__READ_BUCKETS" in caught(limited, url, errors.ForbiddenAddress).message
+        assert server.peer.requests == []
