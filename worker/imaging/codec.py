@@ -18,16 +18,19 @@ from PIL import Image
 
 from imagemill.shared.errors import NotAnImage, OperationFailed, sentence
 from imagemill.worker.imaging import icc as profiles
-from imagemill.worker.imaging import jpeg, opencv, png
-from imagemill.worker.imaging.headers import Header, open_checked, probe, translated
+from imagemill.worker.imaging import costs, headers, jpeg, opencv, png
+from imagemill.worker.imaging.headers import Header, open_checked, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
+from imagemill.worker.imaging.room import Room
 from imagemill.worker.imaging.scale import fit, resize, upright
+from imagemill.worker.imaging.wall import shared_wall
 
 __all__ = ["Encoded", "Header", "choose_format", "decode", "decode_mask", "encode", "fit", "probe", "resize"]
 
 _WEBP_METHOD = 2  # of 0 to 6: half the time of 4 for a few per cent more bytes; 0 and 1 give files 1.2 to 2 times larger
 _LONGEST_SIDES = {"webp": ("WebP", 16_383), "jpeg": ("JPEG", 65_500)}
 _STRIP = 256  # rows
+_room = Room()
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 """File extension of each output format."""
 
@@ -46,6 +49,14 @@ class Encoded:
         return hashlib.md5(self.data, usedforsecurity=False).hexdigest()
 
 
+def probe(data: bytes, *, max_pixels: int) -> Header:
+    """What `headers.probe` returns and raises; also TooCostly. Formats whose headers a library parses go behind the wall."""
+    kind = headers.sniff(data)
+    if kind in headers.PARSED_HERE:
+        return headers.probe(data, max_pixels=max_pixels)
+    return shared_wall.probe(data, kind, max_pixels=max_pixels)
+
+
 def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal["srgb", "keep"] = "srgb") -> Picture:
     """Decode the file that `probe` returned `header` for: upright, uint8, RGBA if it has transparency, otherwise RGB.
 
@@ -53,8 +64,17 @@ def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal
     `icc="keep"`, pixels stay in their RGB profile, which is returned as `Picture.icc`; greyscale and CMYK files are always
     converted to sRGB. Only the first frame of an animation is decoded.
 
-    Raises Truncated (also for damaged files), NotAnImage for unsupported variants of a format, and OutOfMemory.
+    Raises Truncated (also for damaged files), NotAnImage for unsupported variants of a format, TooCostly and OutOfMemory.
+    What isn't known to cost no more than its pixels is decoded behind the wall. Waits while other threads decode very many.
     """
+    with _room.taken(header.size[0] * header.size[1]):
+        if costs.is_linear(data, header.format, header.icc):
+            return decode_here(data, header, edge=edge, icc=icc)
+        return shared_wall.decode(data, header, edge=edge, icc=icc)
+
+
+def decode_here(data: bytes, header: Header, *, edge: int | None = None, icc: Literal["srgb", "keep"] = "srgb") -> Picture:
+    """`decode` in this process, whatever it costs."""
     target = fit(header.stored_size, edge)
     with translated(header.format):
         if header.format == "jpeg":

@@ -227,6 +227,8 @@ def _read_gif(data: bytes) -> tuple[tuple[int, int], None, None]:
 
 
 _READERS = {"jpeg": jpeg.read_header, "png": png.read_header, "webp": _read_webp, "gif": _read_gif}
+PARSED_HERE = frozenset(_READERS)
+"""Formats whose headers are read by our own code, in a time that depends on the size of the file only."""
 
 
 def _check_tiff(data: bytes, max_pixels: int) -> None:

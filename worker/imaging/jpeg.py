@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 
-from imagemill.shared.errors import NotAnImage, Truncated, sentence
+from imagemill.shared.errors import NotAnImage, TooCostly, Truncated, sentence
 
 MAX_SEGMENTS = 10_000
 MAX_SCANS = 100
@@ -20,6 +21,8 @@ MAX_SCANS = 100
 _SOS, _EOI, _APP0, _APP1, _APP2, _APP14, _APP15, _COM = 0xDA, 0xD9, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three excluded markers are tables
 _PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_HUFFMAN = frozenset({0xC0, 0xC1, 0xC2})  # others are coded arithmetically, or not supported
+_MARKER = re.compile(rb"\xff[^\xff\x00\x01\xd0-\xd8]", re.DOTALL)  # those with a payload
 _PROFILE = b"ICC_PROFILE\0"
 _PROFILE_PART = 65_533 - len(_PROFILE) - 2
 
@@ -28,19 +31,14 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield (marker, start, end) of each segment's payload, up to and including the first start of scan."""
     position = 2
     for _ in range(MAX_SEGMENTS):
-        position = data.find(b"\xff", position)
-        while 0 <= position < len(data) - 1 and data[position + 1] == 0xFF:  # fill bytes
-            position += 1
-        if position < 0 or position + 4 > len(data):
+        found = _MARKER.search(data, position)
+        if found is None or found.end() + 2 > len(data):
             raise Truncated("the JPEG file ends inside its header")
-        marker = data[position + 1]
-        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # markers without payload
-            position += 2
-            continue
-        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker == _EOI or end > len(data) or end < position + 4:
+        marker, start = data[found.end() - 1], found.end() + 2
+        end = start - 2 + int.from_bytes(data[start - 2 : start], "big")
+        if marker == _EOI or end > len(data) or end < start:
             raise Truncated("the JPEG file ends before its image data")
-        yield marker, position + 4, end
+        yield marker, start, end
         if marker == _SOS:
             return
         position = end
@@ -79,15 +77,30 @@ def _plain(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _scans(data: bytes) -> int:
-    """Number of scans in the file. Raises Truncated if it has none."""
-    *tables, (_, scan, _) = _segments(data)
+def is_plain(data: bytes, most: int) -> bool:
+    """Whether the file is coded by Huffman's method, with at most `most` passes over the picture. Raises as `scans`."""
+    frame = next((marker for marker, _, _ in _segments(data) if marker in _FRAMES), None)
+    return frame in _HUFFMAN and scans(data) <= most
+
+
+def scans(data: bytes) -> int:
+    """Number of scans, each of which costs a pass over the whole picture. Raises Truncated, or TooCostly for very many."""
+    *tables, (_, scan, position) = _segments(data)
     frame, start = next(((marker, start) for marker, start, _ in tables if marker in _FRAMES), (None, 0))
     # If the first scan of a sequential file has all components, libjpeg treats a second scan as an error. Most files
     # are like that, so they need no search, which would take a tenth of their decoding time.
     if frame is not None and frame not in _PROGRESSIVE and data[scan] == data[start + 5]:
         return 1
-    return data.count(b"\xff\xda", scan, max(data.find(b"\xff\xd9", scan), scan)) + 1
+    found = 1
+    for _ in range(MAX_SEGMENTS):  # between scans, too, there may be tables, and comments with anything in them
+        following = _MARKER.search(data, position)
+        if following is None or data[following.end() - 1] == _EOI:
+            return found
+        found += data[following.end() - 1] == _SOS
+        if found > MAX_SCANS:
+            break
+        position = following.end() + max(2, int.from_bytes(data[following.end() : following.end() + 2], "big"))
+    raise TooCostly(f"the JPEG file makes more than {MAX_SCANS} passes over the picture, or has too many segments")
 
 
 def shrink_factor(size: tuple[int, int], target: tuple[int, int]) -> int:
@@ -121,11 +134,9 @@ def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> tuple
 
     The picture is decoded at 1/2, 1/4 or 1/8 of `size` if that still covers `target`. In CMYK, 255 is full ink. Strict
     decoding rejects every irregularity; those that don't affect the picture are then tolerated. Raises Truncated or
-    NotAnImage, and on damage also Pillow's exceptions, which `headers.translated` converts.
+    NotAnImage, TooCostly for too many scans, and on damage also Pillow's exceptions, which `headers.translated` converts.
     """
-    scans = _scans(data)
-    if scans > MAX_SCANS:
-        raise NotAnImage(f"the JPEG file has {scans:,} scans; the limit is {MAX_SCANS}")
+    scans(data)
     reason = ""
     for metadata in (True, False):  # libjpeg may reject the metadata alone
         source = data if metadata else _plain(data)

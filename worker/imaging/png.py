@@ -13,12 +13,15 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from imagemill.shared.errors import NotAnImage, Truncated
+from imagemill.shared.errors import NotAnImage, TooCostly, Truncated
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 100_000
 MAX_PROFILE = 4 * 2**20
 """Bytes of an ICC profile; the largest in use have about two million."""
+
+MAX_PROFILES = 4
+"""Valid files have one; each is inflated again."""
 
 _UP = 2
 _STRIPE = 2**20  # bytes filtered and deflated at once: small enough for the CPU cache, and memory stays constant
@@ -46,14 +49,17 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 def read_header(data: bytes) -> tuple[tuple[int, int], bytes | None, bytes | None]:
     """(width, height), EXIF block and ICC profile (each None if missing), without decoding. Raises as `chunks`."""
-    size, exif, icc = (0, 0), None, None
+    size, exif, icc, profiles = (0, 0), None, None, 0
     for kind, start, end in chunks(data):
         if kind == b"IHDR":
             size = struct.unpack_from(">II", data, start)
         elif kind == b"eXIf":
             exif = data[start:end]
-        elif kind == b"iCCP" and icc is None:
-            icc = _profile(data[start:end])
+        elif kind == b"iCCP":
+            profiles += 1
+            if profiles > MAX_PROFILES:
+                raise TooCostly(f"the PNG file has more than {MAX_PROFILES} colour profiles")
+            icc = icc or _profile(data[start:end])
     return size, exif, icc
 
 
