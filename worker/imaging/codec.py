@@ -67,8 +67,9 @@ def decode(data: bytes, header: Header, *, edge: int | None = None, icc: Literal
     Raises Truncated (also for damaged files), NotAnImage for unsupported variants of a format, TooCostly and OutOfMemory.
     What isn't known to cost no more than its pixels is decoded behind the wall. Waits while other threads decode very many.
     """
-    with _room.taken(header.size[0] * header.size[1]):
-        if costs.is_linear(data, header.format, header.icc):
+    pixels = header.size[0] * header.size[1]
+    with _room.taken(pixels):
+        if costs.is_linear(data, header.format, header.icc, pixels):
             return decode_here(data, header, edge=edge, icc=icc)
         return shared_wall.decode(data, header, edge=edge, icc=icc)
 

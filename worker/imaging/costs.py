@@ -16,9 +16,11 @@ SECONDS_PER_PIXEL = 55e-9
 """Of CPU time. An ordinary PNG takes 10 to 20 ns per pixel, AVIF, the slowest format of honest files, up to 30."""
 
 SPARE_BYTES = 96 * 2**20
-BYTES_PER_PIXEL = 12
-BYTES_PER_BYTE = 4
-"""A helper's memory beyond what it has when idle; the most that honest files need is 11 bytes per pixel."""
+BYTES_PER_PIXEL = 16
+BYTES_PER_BYTE = 3
+"""A helper's memory beyond what it has when idle, including the result."""
+LARGE = 24_000_000
+"""Pixels."""
 
 FEW_SCANS = 10
 """Those of an ordinary progressive JPEG."""
@@ -40,13 +42,16 @@ def bytes_to_decode(pixels: int, file: int) -> int:
     return SPARE_BYTES + BYTES_PER_PIXEL * pixels + BYTES_PER_BYTE * file
 
 
-def is_linear(data: bytes, kind: str, icc: bytes | None) -> bool:
-    """Whether decoding takes a time and memory in proportion to the pixels and bytes of the file, whatever is in it.
+def is_linear(data: bytes, kind: str, icc: bytes | None, pixels: int) -> bool:
+    """Whether decoding takes a time in proportion to the pixels and bytes of the file, whatever is in it, and little memory.
 
     That holds for PNG, whose chunks `probe` has counted, and for JPEG with few passes over the picture, unless a colour profile
-    needs more than a matrix and curves. Raises the errors of `jpeg.scans`.
+    needs more than a matrix and curves. Of large pictures, only JPEG can be decoded without copies on the way. Raises the
+    errors of `jpeg.scans`.
     """
     if icc is not None and not is_simple(icc):
+        return False
+    if pixels > LARGE and (kind != "jpeg" or icc is not None):
         return False
     return kind == "png" or (kind == "jpeg" and jpeg.is_plain(data, FEW_SCANS))
 

@@ -78,9 +78,9 @@ def _plain(data: bytes) -> bytes:
 
 
 def is_plain(data: bytes, most: int) -> bool:
-    """Whether the file is coded by Huffman's method, with at most `most` passes over the picture. Raises as `scans`."""
-    frame = next((marker for marker, _, _ in _segments(data) if marker in _FRAMES), None)
-    return frame in _HUFFMAN and scans(data) <= most
+    """Whether it is grey or RGB, coded by Huffman's method, with at most `most` scans. Raises as `scans`."""
+    frame, start = next(((marker, start) for marker, start, _ in _segments(data) if marker in _FRAMES), (None, 0))
+    return frame in _HUFFMAN and data[start + 5] <= 3 and scans(data) <= most
 
 
 def scans(data: bytes) -> int:
@@ -100,7 +100,7 @@ def scans(data: bytes) -> int:
         if found > MAX_SCANS:
             break
         position = following.end() + max(2, int.from_bytes(data[following.end() : following.end() + 2], "big"))
-    raise TooCostly(f"the JPEG file makes more than {MAX_SCANS} passes over the picture, or has too many segments")
+    raise TooCostly(f"the JPEG file has too many scans or segments; the limit is {MAX_SCANS} scans")
 
 
 def shrink_factor(size: tuple[int, int], target: tuple[int, int]) -> int:
