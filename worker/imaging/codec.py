@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from imagemill.shared.errors import NotAnImage, OperationFailed, sentence
-from imagemill.worker.imaging import icc as profiles
 from imagemill.worker.imaging import costs, headers, jpeg, opencv, png
+from imagemill.worker.imaging import icc as profiles
 from imagemill.worker.imaging.headers import Header, open_checked, translated
-from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels, array_of, flatten
 from imagemill.worker.imaging.room import Room
 from imagemill.worker.imaging.scale import fit, resize, upright
 from imagemill.worker.imaging.wall import shared_wall
@@ -109,6 +109,7 @@ def _by_pillow(data: bytes, header: Header) -> tuple[NDArray[np.uint8], str]:
         data, key = png.checked(data)
     image = open_checked(data, header.format, header.stored_size)
     image.load()
+    vars(image).pop("_decoder", None)  # that of WebP keeps two copies of the picture
     pixels, mode = _samples(image)
     if key is not None:
         alpha = png.colour_key(np.array(image) if image.mode == "I;16" else pixels, key, depth)
@@ -128,7 +129,7 @@ def _samples(image: Image.Image) -> tuple[NDArray[np.uint8], str]:
         mode = "L"
     else:
         mode = "CMYK" if image.mode == "CMYK" else "RGB"
-    return np.array(image if image.mode == mode else image.convert(mode)), mode
+    return array_of(image if image.mode == mode else image.convert(mode)), mode
 
 
 def decode_mask(data: bytes, *, max_pixels: int) -> Grey:

@@ -16,7 +16,7 @@ SECONDS_PER_PIXEL = 55e-9
 """Of CPU time. An ordinary PNG takes 10 to 20 ns per pixel, AVIF, the slowest format of honest files, up to 30."""
 
 SPARE_BYTES = 96 * 2**20
-BYTES_PER_PIXEL = 16
+BYTES_PER_PIXEL = 17
 BYTES_PER_BYTE = 3
 """A helper's memory beyond what it has when idle, including the result."""
 LARGE = 24_000_000

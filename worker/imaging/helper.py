@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -41,8 +42,8 @@ def main() -> None:
     number, given, wanted = map(int, sys.argv[1:4])
     with socket.socket(fileno=number) as parent:
         sizes = os.open("/proc/self/statm", os.O_RDONLY)
-        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-            score.write("1000")  # if memory runs out, the kernel should end us and not the worker
+        with suppress(OSError):  # if memory runs out, the kernel should end us and not the worker
+            Path("/proc/self/oom_score_adj").write_text("1000")
         parent.send(b"ready")
         _confine()
         _serve(parent, Shared(USUAL_BYTES, given), Shared(USUAL_BYTES, wanted), sizes)
@@ -70,20 +71,20 @@ def _confine() -> None:
 
 
 def _serve(parent: socket.socket, usual_given: Shared, usual_wanted: Shared, sizes: int) -> None:
-    idle = _size(sizes)
+    idle, (_, most) = _size(sizes), resource.getrlimit(resource.RLIMIT_AS)
     while True:
         message, fds, _, _ = socket.recv_fds(parent, MESSAGE_BYTES, 2)
         if not message:
             return
         question = json.loads(message)
-        resource.setrlimit(resource.RLIMIT_AS, (_size(sizes) + question["memory"], resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (_least(_size(sizes) + question["memory"], most), most))
         signal.setitimer(signal.ITIMER_PROF, question["seconds"])
         own = [Shared(os.fstat(fd).st_size, fd) for fd in fds]
         given = own.pop(0) if question["given"] else usual_given
         wanted = own.pop(0) if question["wanted"] else usual_wanted
         answer = _answer(question, given, wanted)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         for memory in {given, wanted} - {usual_given, usual_wanted}:
             memory.close()
         last = answer.get("error") == OutOfMemory.code or _size(sizes) > idle + GROWN
@@ -108,6 +109,10 @@ def _answer(question: dict[str, Any], given: Shared, wanted: Shared) -> dict[str
 def _size(sizes: int) -> int:
     """Bytes of this process's address space."""
     return int(os.pread(sizes, 100, 0).split()[0]) * _PAGE
+
+
+def _least(wanted: int, limit: int) -> int:
+    return wanted if limit == resource.RLIM_INFINITY else min(wanted, limit)
 
 
 def _probe(data: bytes, max_pixels: int) -> Header:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Pixels = NDArray[np.uint8]
 """uint8, [height, width, 3] RGB or [height, width, 4] RGBA with straight alpha, C-contiguous."""
@@ -37,6 +38,22 @@ class Picture:
     def size(self) -> tuple[int, int]:
         """(width, height) of `pixels`."""
         return self.pixels.shape[1], self.pixels.shape[0]
+
+
+def array_of(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of a Pillow image, [h, w] or [h, w, c], copied in strips: `np.array` would need three times the memory."""
+    width, height = image.size
+    rows = max(1, _STRIP // max(1, width))
+    if height <= rows:
+        return np.array(image)
+    result: NDArray[np.uint8] | None = None
+    for top in range(0, height, rows):
+        strip = np.asarray(image.crop((0, top, width, min(top + rows, height))))
+        if result is None:
+            result = np.empty((height, *strip.shape[1:]), strip.dtype)
+        result[top : top + rows] = strip
+    assert result is not None
+    return result
 
 
 def flatten(pixels: Pixels, background: int) -> Pixels:

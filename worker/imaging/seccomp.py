@@ -1,6 +1,6 @@
 """Take from this process what decoding an image never needs: to open files and sockets, to start programs, to signal others.
 
-A filter of system calls (https://docs.kernel.org/userspace-api/seccomp_filter.html), which needs no privileges and can't be lifted.
+It filters system calls (https://docs.kernel.org/userspace-api/seccomp_filter.html), needs no privileges and can't be lifted.
 """
 
 from __future__ import annotations

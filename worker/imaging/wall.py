@@ -1,8 +1,8 @@
 """The wall: files whose decoders can't be trusted with time, memory or a pointer are read in helper processes.
 
-A helper (helper.py) runs one file at a time. The kernel ends it when the file's CPU time is used up, and gives it no more memory
-than the file may take; it can open nothing, and a crash costs nothing but the file. Files and pixels are passed in shared memory
-that this side makes and seals, everything else as JSON, and nothing that a helper says is believed unchecked.
+A helper (helper.py) reads one file at a time. The kernel ends it when the file's CPU time is used up, and gives it no more
+memory than the file may take; it can open nothing, and a crash costs nothing but the file. Files and pixels are passed in
+shared memory that this side makes and seals, everything else as JSON, and nothing that a helper says is believed unchecked.
 
 Helpers are started when they are first needed, as many as there are threads that decode at a time, and die with this process.
 """
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeVar, get_type_hints
 
@@ -126,19 +127,18 @@ class _Helper:
 
     def _cpu(self) -> float:
         """CPU seconds that it has used."""
-        with open(f"/proc/{self._process.pid}/stat", "rb") as file:
-            times = file.read().rpartition(b")")[2].split()[11:13]
+        times = Path(f"/proc/{self._process.pid}/stat").read_bytes().rpartition(b")")[2].split()[11:13]
         return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
     def close(self, *, dying: bool = False) -> int:
-        """End it; the signal that ended it if it was `dying`, or 0 if it was killed or has ended by itself."""
+        """End it; the signal that ended it if it was `dying`, or 0 if it has ended by itself."""
         if dying:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(DYING_SECONDS)
         self._process.kill()
         status = self._process.wait()
         self._close()
-        return -status if status < 0 and status != -signal.SIGKILL else 0
+        return max(0, -status)
 
     def forget(self) -> None:
         """After a fork: it is the other process's helper."""
@@ -223,7 +223,9 @@ class Wall:
                 self._drop(helper)
                 if death.signal in _LIMITS:
                     raise TooCostly(f"reading the {kind} file takes more than {limits[0]:.2g} s of CPU time") from death
-                if death.signal:
+                if not death.signal:
+                    raise _unbelievable(kind) from death
+                if death.signal != signal.SIGKILL:
                     name = signal.Signals(death.signal).name
                     raise Truncated(f"the {kind} file is damaged in a way that made its decoder crash ({name})") from death
             except BaseException:
@@ -273,7 +275,7 @@ def _made(kind: type[T], values: Any, name: str) -> T:
 
 
 @cache
-def _checks(kind: type) -> dict[str, Callable[[Any], Any]]:
+def _checks(kind: Hashable) -> dict[str, Callable[[Any], Any]]:
     """What checks each field of a dataclass."""
     hints = get_type_hints(kind)
     return {

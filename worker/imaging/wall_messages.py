@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,14 @@ class Shared:
             if fd is None:
                 os.ftruncate(self.fd, size)
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            self.memory = mmap.mmap(self.fd, size)
         except BaseException:
             os.close(self.fd)
             raise
+
+    @cached_property
+    def memory(self) -> mmap.mmap:
+        """All of it. Mapped when it is first used, because a decoder may need the address space until then."""
+        return mmap.mmap(self.fd, self.size)
 
     def close(self) -> None:
         """Close it here; arrays that lie in it keep it in memory."""
@@ -45,7 +50,8 @@ class Shared:
             os.close(self.fd)
             self.fd = -1
         with suppress(BufferError):
-            self.memory.close()
+            if (memory := vars(self).pop("memory", None)) is not None:
+                memory.close()
 
     def part(self, at: int, length: int) -> memoryview:
         """Some bytes of it. Raises ValueError if it is smaller, or TypeError."""
@@ -66,7 +72,7 @@ class Packer:
         if isinstance(value, bytes):
             return {"bytes": [self._add(memoryview(value)), len(value)]}
         if isinstance(value, np.ndarray):
-            return {"array": [self._add(memoryview(np.ascontiguousarray(value)).cast("B")), *value.shape]}
+            return {"array": [self._add(np.ascontiguousarray(value).data.cast("B")), *value.shape]}
         if is_dataclass(value):
             return {field.name: self.pack(getattr(value, field.name)) for field in fields(value)}
         if isinstance(value, Mapping):
@@ -88,9 +94,9 @@ class Packer:
 
 
 def unpack(value: Any, memory: Shared, *, copy: bool) -> Any:
-    """The values that a Packer has packed, with lists as tuples and objects as dictionaries; arrays stay in place without `copy`.
+    """The values that a Packer has packed, with lists as tuples and objects as dictionaries.
 
-    Raises ValueError or TypeError if they can't be.
+    Without `copy`, arrays stay in the shared memory. Raises ValueError or TypeError if they can't be.
     """
     if isinstance(value, list):
         return tuple(unpack(each, memory, copy=copy) for each in value)

@@ -49,7 +49,7 @@ class Context:
     ) -> Context:
         """A job's context, with references of its own."""
         most, stop = settings.worker.max_pixels, Event()
-        references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop)
+        references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop, budget=budget)
         recipe = Recipe(operation, sizes, cap(spec.policy, operation.spec), spec.options.model_dump_json())
         return cls(job, spec, recipe, fetcher, references, store, budget, most, stop, cache)
 

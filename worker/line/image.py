@@ -104,6 +104,8 @@ class ImageInFlight:
     """Of `mask_file`, in that of masks."""
     mask_file: bytes | ImageError | None = field(default=None, repr=False)
     """Of its own mask, or why there is none."""
+    mask_pixels: int = 0
+    """Of its own mask, in addition to its own."""
     earlier_result: Remembered | None = None
     """Of the same image, to be copied."""
     how: How = "computed"

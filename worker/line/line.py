@@ -10,6 +10,7 @@ A line lives as long as its process and takes images of any job; who feeds it is
 
 from __future__ import annotations
 
+import math
 import time
 from asyncio import Semaphore
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -107,7 +108,7 @@ class Line:
             self._on_cpu(self._before, self._prepared, image, outcome)
 
     def _wait_for_room(self, image: ImageInFlight) -> None:
-        pixels, start = image.header.size[0] * image.header.size[1], time.perf_counter()
+        pixels, start = math.prod(image.header.size) + image.mask_pixels, time.perf_counter()
 
         def go(granted: int) -> None:
             image.held_pixels = granted

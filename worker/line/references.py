@@ -7,10 +7,14 @@ decoded when they are needed.
 from __future__ import annotations
 
 import asyncio
+import math
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from threading import Event, Lock
 from typing import TypeVar
+
+import numpy as np
 
 from imagemill.shared.errors import BadMask, ImageError
 from imagemill.shared.messages import Item
@@ -18,10 +22,11 @@ from imagemill.shared.options.base import ADDRESSES, EngineOptions
 from imagemill.shared.urls import shown
 from imagemill.worker.imaging import codec
 from imagemill.worker.imaging.picture import Grey, Picture
+from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.stopped import GLANCE, Stopped
 from imagemill.worker.transfer.fetch import Fetched, Fetcher, cut_short
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Picture | Grey)
 
 
 class References:
@@ -30,8 +35,17 @@ class References:
     Once `stop` is set, a failed download is not tried again, and whoever waits for another's gets Stopped.
     """
 
-    def __init__(self, fetcher: Fetcher, *, max_pixels: int, attempts: int, stop: Event | None = None) -> None:
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        *,
+        max_pixels: int,
+        attempts: int,
+        stop: Event | None = None,
+        budget: PixelBudget | None = None,
+    ) -> None:
         self._fetcher, self._max_pixels, self._attempts, self._stop = fetcher, max_pixels, attempts, stop or Event()
+        self._budget = budget
         self._lock = Lock()
         self._pictures: dict[str, Future[Picture]] = {}
         self._masks: dict[str, Future[Grey]] = {}
@@ -108,6 +122,21 @@ class References:
     def _decode(self, data: bytes) -> Picture:
         return codec.decode(data, codec.probe(data, max_pixels=self._max_pixels))
 
+    def _keep(self, known: dict[str, Future[T]], url: str, pixels: int) -> None:
+        """Count a decoded picture in the budget of this process, until it or this object is forgotten."""
+        if self._budget is None:
+            return
+        key = id(self), url, id(known)
+        here = weakref.ref(self)
+
+        def forget() -> None:
+            if (references := here()) is not None:
+                with references._lock:
+                    known.pop(url, None)
+
+        self._budget.keep(key, pixels, forget)
+        weakref.finalize(self, self._budget.drop, key)
+
     def _once(self, known: dict[str, Future[T]], url: str, decode: Callable[[bytes], T]) -> T:
         """The decoded image at `url`, fetched by whoever asks first; the others wait for that."""
         with self._lock:
@@ -117,7 +146,9 @@ class References:
                 future = known[url] = Future()
         if mine:
             try:
-                future.set_result(self._fetch(url, decode))
+                found = self._fetch(url, decode)
+                future.set_result(found)
+                self._keep(known, url, found.size if isinstance(found, np.ndarray) else math.prod(found.size))
             except BaseException as error:  # noqa: BLE001  # result() raises it for everyone
                 future.set_exception(error)
         while not wait([future], GLANCE).done:
