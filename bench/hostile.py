@@ -2,9 +2,9 @@
 
     python -m bench.hostile [FOLDER]
 
-Reads the files of a folder, or samples of our own (hostile_samples.py). A process like a worker's child reads each file alone
-and then four times at once, and this one watches it and its helpers. The promise: at most five times the CPU time of an ordinary
-PNG of the same width and height, plus one second; and 1.2 GB.
+Reads the files of a folder, or samples of our own (hostile_samples.py). A process like a worker's child reads each file
+alone and then four times at once, and this one watches it and its helpers. The promise: at most five times the CPU time of an
+ordinary PNG of the same width and height, plus one second; and 1.2 GB.
 """
 
 from __future__ import annotations

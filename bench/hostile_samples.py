@@ -42,9 +42,8 @@ def with_profile(icc: bytes, jpeg: bytes | None = None) -> bytes:
     """A JPEG file with a profile in as many parts as it needs."""
     jpeg = jpeg or save("JPEG")
     parts = [icc[at : at + 65_519] for at in range(0, len(icc), 65_519)]
-    packed = [
-        struct.pack(">H", len(part) + 16) + b"ICC_PROFILE\0" + bytes([n, len(parts)]) + part for n, part in enumerate(parts, 1)
-    ]
+    heads = [struct.pack(">H", len(part) + 16) + b"ICC_PROFILE\0" + bytes([n, len(parts)]) for n, part in enumerate(parts, 1)]
+    packed = [head + part for head, part in zip(heads, parts, strict=True)]
     return jpeg[:2] + b"".join(b"\xff\xe2" + part for part in packed) + jpeg[2:]
 
 

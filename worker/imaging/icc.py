@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,8 @@ def to_srgb(pixels: NDArray[np.uint8], mode: str, icc: bytes | None) -> Pixels:
         samples = pixels if mode == "L" else pixels[:, :, 0]
     else:
         samples = pixels if mode == "CMYK" else as_rgb(pixels, mode)[:, :, :3]
-    converted = array_of(ImageCms.applyTransform(_image(samples, described), transform))
+    image = ImageCms.applyTransform(_image(samples, described), transform)
+    converted = array_of(cast(Image.Image, image))  # None only if it is applied in place
     return np.dstack([converted, pixels[:, :, 3]]) if mode == "RGBA" else converted
 
 

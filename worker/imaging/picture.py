@@ -46,13 +46,11 @@ def array_of(image: Image.Image) -> NDArray[np.uint8]:
     rows = max(1, _STRIP // max(1, width))
     if height <= rows:
         return np.array(image)
-    result: NDArray[np.uint8] | None = None
+    first = np.asarray(image.crop((0, 0, width, 1)))
+    result = np.empty((height, *first.shape[1:]), first.dtype)
     for top in range(0, height, rows):
-        strip = np.asarray(image.crop((0, top, width, min(top + rows, height))))
-        if result is None:
-            result = np.empty((height, *strip.shape[1:]), strip.dtype)
-        result[top : top + rows] = strip
-    assert result is not None
+        bottom = min(top + rows, height)
+        result[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
     return result
 
 

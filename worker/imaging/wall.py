@@ -22,7 +22,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_type_hints
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -265,7 +265,7 @@ class Wall:
 
 def _made(kind: type[T], values: Any, name: str) -> T:
     """A Header or Picture of these values. Raises InternalError if fields or types are wrong."""
-    checks = _checks(kind)
+    checks = _checks(cast(Any, kind))
     try:
         if values.keys() != checks.keys():
             raise ValueError("other fields")
@@ -275,7 +275,7 @@ def _made(kind: type[T], values: Any, name: str) -> T:
 
 
 @cache
-def _checks(kind: Hashable) -> dict[str, Callable[[Any], Any]]:
+def _checks(kind: Any) -> dict[str, Callable[[Any], Any]]:
     """What checks each field of a dataclass."""
     hints = get_type_hints(kind)
     return {
