@@ -93,7 +93,7 @@ def test_bad_decoder_costs_its_image_and_nothing_else(wall: Wall, deed: str, err
 @pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="system calls are filtered on these machines only")
 def test_helper_opens_nothing_starts_nothing_and_knows_nothing(wall: Wall, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    with pytest.raises(ImageError, match="^confined$"):
+    with pytest.raises(ImageError, match=r"^confined$"):
         decode(wall, b"confinedevil")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from PIL import Image
 from imagemill.shared.errors import OperationFailed, StorageUnavailable
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.operations.base import Inputs, Sample, Untouched, Work
 from tests.conftest import photo
 from tests.fakes import Invert
@@ -183,6 +185,22 @@ def test_bad_mask_is_reported_as_bad_mask(bad: Any, job: LineJob) -> None:
     message = job.rows()[1].message or ""
     assert "/bad.png" in message
     assert "secret" not in message
+
+
+def test_mask_counts_in_the_pixel_budget(job: LineJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def enter(budget: PixelBudget, pixels: int, *more: Any) -> None:
+        asked.append(pixels)
+        real(budget, pixels, *more)
+
+    real = PixelBudget.enter
+    monkeypatch.setattr(PixelBudget, "enter", enter)
+    job.server.routes["/own.png"] = own = mask(9)
+    items = [job.photos(1)[0].model_copy(update={"mask": job.server.url("/own.png")})]
+    job.run(Masked(), items, kind="inpaint")
+    assert job.codes() == ["done"]
+    assert asked == [math.prod(SIZE) + math.prod(Image.open(io.BytesIO(own)).size)]
 
 
 def test_bad_job_mask_is_fetched_once(job: LineJob) -> None:
