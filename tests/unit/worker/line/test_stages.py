@@ -200,7 +200,7 @@ def test_mask_counts_in_the_pixel_budget(job: LineJob, monkeypatch: pytest.Monke
     items = [job.photos(1)[0].model_copy(update={"mask": job.server.url("/own.png")})]
     job.run(Masked(), items, kind="inpaint")
     assert job.codes() == ["done"]
-    assert asked == [math.prod(SIZE) + math.prod(Image.open(io.BytesIO(own)).size)]
+    assert asked == [SIZE + math.prod(Image.open(io.BytesIO(own)).size)]
 
 
 def test_bad_job_mask_is_fetched_once(job: LineJob) -> None:
