@@ -17,7 +17,7 @@
     └── ImageError                   one image fails, the others do not
         ├── UnsupportedUrl  ForbiddenAddress  AccessDenied  NotFound  TooLarge  TooManyRedirects
         ├── Timeout  Unreachable  ServerError  HttpError          (fetch)
-        ├── EmptyFile  NotAnImage  UnsupportedFormat  Truncated  TooManyPixels  (codec)
+        ├── EmptyFile  NotAnImage  UnsupportedFormat  Truncated  TooManyPixels  TooCostly  (codec)
         ├── BadMask  BadReference  OperationFailed  OutOfMemory   (operation)
         ├── UnsafeContent  ModelUnavailable
         ├── StorageUnavailable  StorageFull  StorageRefused       (store)
@@ -216,6 +216,13 @@ class Truncated(ImageError, code="truncated"):
 
 class TooManyPixels(ImageError, code="too_many_pixels"):
     """The image has more pixels than IMAGEMILL_WORKER__MAX_PIXELS; it was not decoded."""
+
+
+class TooCostly(ImageError, code="too_costly"):
+    """Reading the file would take far more time or memory than its pixels warrant; most such files are made to do harm.
+
+    If it is an honest file, save it again as an ordinary PNG or JPEG.
+    """
 
 
 class BadMask(ImageError, code="bad_mask"):

@@ -17,13 +17,15 @@ from PIL import Image
 
 from imagemill.shared.errors import OperationFailed, sentence
 from imagemill.shared.messages import Format, KeepMetadata
+from imagemill.worker.imaging import costs, headers, jpeg, opencv, png, reading
 from imagemill.worker.imaging import icc as profiles
-from imagemill.worker.imaging import jpeg, opencv, png, reading
-from imagemill.worker.imaging.headers import Header, probe, translated
+from imagemill.worker.imaging.headers import Header, translated
 from imagemill.worker.imaging.metadata import files, metadata
 from imagemill.worker.imaging.metadata.blocks import Blocks
 from imagemill.worker.imaging.picture import Picture, Pixels, flatten
+from imagemill.worker.imaging.room import Room
 from imagemill.worker.imaging.scale import fit, resize, upright
+from imagemill.worker.imaging.wall import shared_wall
 
 __all__ = ["Encoded", "Header", "choose_format", "decode", "encode", "fit", "probe", "resize", "unchanged"]
 
@@ -38,6 +40,7 @@ _LONGEST_SIDES = {
 _STRIP = 256  # rows
 EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp", "avif": "avif"}
 """File extension of each format that is written; `webp-lossless` is WebP."""
+_room = Room()
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,14 @@ class Encoded:
         return hashlib.md5(self.data, usedforsecurity=False).hexdigest()
 
 
+def probe(data: bytes, *, max_pixels: int) -> Header:
+    """What `headers.probe` returns and raises; also TooCostly. Formats whose headers a library parses go behind the wall."""
+    kind = headers.sniff(data)
+    if kind in headers.PARSED_HERE:
+        return headers.probe(data, max_pixels=max_pixels)
+    return shared_wall.probe(data, kind, max_pixels=max_pixels)
+
+
 def decode(
     data: bytes,
     header: Header,
@@ -68,8 +79,19 @@ def decode(
     `icc="keep"`, pixels stay in their RGB profile, which is returned as `Picture.icc`; greyscale and CMYK files are always
     converted to sRGB. Only the first frame of an animation is decoded. `keep` says which metadata the picture brings along.
 
-    Raises Truncated (also for damaged files), UnsupportedFormat for variants of a format that aren't read, and OutOfMemory.
+    Raises Truncated (also for damaged files), UnsupportedFormat for variants of a format that aren't read, TooCostly and
+    OutOfMemory. What isn't known to cost no more than its pixels is decoded behind the wall. Waits while other threads decode
+    very many.
     """
+    with _room.taken(header.pixels):
+        linear = costs.is_linear(data, header.format, header.icc, header.pixels)
+        picture = (decode_here if linear else shared_wall.decode)(data, header, edge=edge, icc=icc)
+    moved = header.orientation != 1 or fit(header.stored_size, edge) != header.stored_size
+    return replace(picture, metadata=metadata.read(data, header.format, keep, moved=moved))
+
+
+def decode_here(data: bytes, header: Header, *, edge: int | None = None, icc: Literal["srgb", "keep"] = "srgb") -> Picture:
+    """`decode` in this process, whatever it costs, and without metadata."""
     target = fit(header.stored_size, edge)
     with translated(header.format):
         samples = reading.decode(data, header, target)
@@ -84,7 +106,6 @@ def decode(
         same = grey or colours is pixels
         as_stored = same and header.orientation == 1 and target == header.stored_size and _one_frame(data, header.format)
         colours = np.ascontiguousarray(upright(resize(colours, target), header.orientation))
-    moved = header.orientation != 1 or target != header.stored_size
     return Picture(
         colours,
         format=header.format,
@@ -94,7 +115,6 @@ def decode(
         grey=grey,
         notes=(*header.notes, *samples.notes),
         lossless=header.lossless,
-        metadata=metadata.read(data, header.format, keep, moved=moved),
     )
 
 

@@ -216,5 +216,7 @@ _READERS: dict[str, Callable[[bytes], Facts]] = {
     "avif": partial(_read_heif, kind="avif"),
     "jxl": jxl.read_header,
 }
+PARSED_HERE = frozenset({"jpeg", "png", "webp", "gif"})
+"""Formats whose headers are read by our own code, in a time that depends on the size of the file only."""
 # These hold more pictures than the one that is read, or sizes that only their readers know.
 _BOUNDED: dict[str, Callable[[bytes, int], Facts]] = {"tiff": tiff.read_header, "heic": heic.read_header}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from imagemill.worker.imaging.picture import Pixels
+from imagemill.worker.imaging.picture import Pixels, array_of
 
 _SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
 _SAME = 2  # levels of 255 by which two encodings of sRGB may differ; the difference is invisible
@@ -35,7 +36,8 @@ def to_srgb(pixels: NDArray[np.uint8], mode: str, icc: bytes | None) -> Pixels:
         samples = pixels if mode == "L" else pixels[:, :, 0]
     else:
         samples = pixels if mode == "CMYK" else as_rgb(pixels, mode)[:, :, :3]
-    converted = np.array(ImageCms.applyTransform(_image(samples, described), transform))
+    image = ImageCms.applyTransform(_image(samples, described), transform)
+    converted = array_of(cast(Image.Image, image))  # None only if it is applied in place
     return np.dstack([converted, pixels[:, :, 3]]) if mode == "RGBA" else converted
 
 
@@ -44,7 +46,7 @@ def as_rgb(pixels: NDArray[np.uint8], mode: str) -> Pixels:
     if mode == "L":
         return np.repeat(pixels[:, :, None], 3, axis=2)
     if mode == "CMYK":
-        return np.array(_image(pixels, "CMYK").convert("RGB"))
+        return array_of(_image(pixels, "CMYK").convert("RGB"))
     return pixels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL.JpegImagePlugin import JpegImageFile
 
-from imagemill.shared.errors import NotAnImage, Truncated, UnsupportedFormat, sentence
+from imagemill.shared.errors import NotAnImage, TooCostly, Truncated, UnsupportedFormat, sentence
 from imagemill.worker.imaging.facts import INVERTED, JUNK, NO_END, Facts, Samples
 
 MAX_SEGMENTS = 10_000
@@ -25,6 +26,8 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; th
 _PROGRESSIVE = frozenset({0xC2, 0xCA})
 _READ = frozenset({0xC0, 0xC1, 0xC2, 0xC9, 0xCA})  # baseline, extended and progressive, with Huffman or arithmetic coding
 _ARITHMETIC = frozenset({0xC9, 0xCA})
+_HUFFMAN = frozenset({0xC0, 0xC1, 0xC2})
+_MARKER = re.compile(rb"\xff[^\xff\x00\x01\xd0-\xd8]", re.DOTALL)  # those with a payload
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _PROFILE = b"ICC_PROFILE\0"
 _PROFILE_PART = 65_533 - len(_PROFILE) - 2
@@ -34,19 +37,14 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield (marker, start, end) of each segment's payload, up to and including the first start of scan."""
     position = 2
     for _ in range(MAX_SEGMENTS):
-        position = data.find(b"\xff", position)
-        while 0 <= position < len(data) - 1 and data[position + 1] == 0xFF:  # fill bytes
-            position += 1
-        if position < 0 or position + 4 > len(data):
+        found = _MARKER.search(data, position)
+        if found is None or found.end() + 2 > len(data):
             raise Truncated("the JPEG file ends inside its header")
-        marker = data[position + 1]
-        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # markers without payload
-            position += 2
-            continue
-        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker == _EOI or end > len(data) or end < position + 4:
+        marker, start = data[found.end() - 1], found.end() + 2
+        end = start - 2 + int.from_bytes(data[start - 2 : start], "big")
+        if marker == _EOI or end > len(data) or end < start:
             raise Truncated("the JPEG file ends before its image data")
-        yield marker, position + 4, end
+        yield marker, start, end
         if marker == _SOS:
             return
         position = end
@@ -87,16 +85,30 @@ def _plain(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _scans(data: bytes) -> int:
-    """Number of scans in the file. Raises Truncated if it has none."""
-    *tables, (_, scan, _) = _segments(data)
+def is_plain(data: bytes, most: int) -> bool:
+    """Whether it is grey or RGB, coded by Huffman's method, with at most `most` scans. Raises as `scans`."""
+    frame, start = next(((marker, start) for marker, start, _ in _segments(data) if marker in _FRAMES), (None, 0))
+    return frame in _HUFFMAN and data[start + 5] <= 3 and scans(data) <= most
+
+
+def scans(data: bytes) -> int:
+    """Number of scans, each of which costs a pass over the whole picture. Raises Truncated, or TooCostly for very many."""
+    *tables, (_, scan, position) = _segments(data)
     frame, start = next(((marker, start) for marker, start, _ in tables if marker in _FRAMES), (None, 0))
     # If the first scan of a sequential file has all components, libjpeg treats a second scan as an error. Most files
     # are like that, so they need no search, which would take a tenth of their decoding time.
     if frame is not None and frame not in _PROGRESSIVE and data[scan] == data[start + 5]:
         return 1
-    end = data.find(b"\xff\xd9", scan)
-    return data.count(b"\xff\xda", scan, end if end >= 0 else len(data)) + 1
+    found = 1
+    for _ in range(MAX_SEGMENTS):  # between scans, too, there may be tables, and comments with anything in them
+        following = _MARKER.search(data, position)
+        if following is None or data[following.end() - 1] == _EOI:
+            return found
+        found += data[following.end() - 1] == _SOS
+        if found > MAX_SCANS:
+            break
+        position = following.end() + max(2, int.from_bytes(data[following.end() : following.end() + 2], "big"))
+    raise TooCostly(f"the JPEG file has too many scans or segments; the limit is {MAX_SCANS} scans")
 
 
 def _whole(data: bytes) -> bool:
@@ -153,12 +165,10 @@ def decode(data: bytes, size: tuple[int, int], target: tuple[int, int]) -> Sampl
     """Decode pixels of at least `target` (width, height): L, RGB or CMYK.
 
     The picture is decoded at 1/2, 1/4 or 1/8 of `size` if that still covers `target`. Strict decoding rejects every
-    irregularity; those that don't affect the picture are then tolerated, and noted. Raises Truncated or NotAnImage, and on
-    damage also Pillow's exceptions, which `headers.translated` converts.
+    irregularity; those that don't affect the picture are then tolerated, and noted. Raises Truncated, NotAnImage, or
+    TooCostly for too many scans, and on damage also Pillow's exceptions, which `headers.translated` converts.
     """
-    scans = _scans(data)
-    if scans > MAX_SCANS:
-        raise NotAnImage(f"the JPEG file has {scans:,} scans; the limit is {MAX_SCANS}")
+    scans(data)
     pixels, mode, notes = _tolerant(data, size, target)
     if mode != "CMYK":
         return Samples(pixels, mode, notes)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import cv2
 
 from imagemill.shared.errors import OperationFailed, OutOfMemory, sentence
-from imagemill.worker.hardware.device import Device
+
+if TYPE_CHECKING:  # it loads the settings, which the helpers that decode must not wait for
+    from imagemill.worker.hardware.device import Device
 
 
 def set_up(device: Device) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from imagemill.worker.imaging.metadata.metadata import NOTHING, Metadata
 
@@ -43,6 +44,20 @@ class Picture:
     def size(self) -> tuple[int, int]:
         """(width, height) of `pixels`."""
         return self.pixels.shape[1], self.pixels.shape[0]
+
+
+def array_of(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of a Pillow image, [h, w] or [h, w, c], copied in strips: `np.array` would need three times the memory."""
+    width, height = image.size
+    rows = max(1, _STRIP // max(1, width))
+    if height <= rows:
+        return np.array(image)
+    first = np.asarray(image.crop((0, 0, width, 1)))
+    result = np.empty((height, *first.shape[1:]), first.dtype)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        result[top:bottom] = np.asarray(image.crop((0, top, width, bottom)))
+    return result
 
 
 def flatten(pixels: Pixels, background: int) -> Pixels:

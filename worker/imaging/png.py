@@ -22,6 +22,9 @@ MAX_CHUNKS = 100_000
 MAX_PROFILE = 4 * 2**20
 """Bytes of an ICC profile; the largest in use have about two million."""
 
+MAX_PROFILES = 4
+"""Valid files have one; each is inflated again."""
+
 _UP = 2
 _STRIPE = 2**20  # bytes filtered and deflated at once: small enough for the CPU cache, and memory stays constant
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")

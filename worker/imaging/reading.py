@@ -26,4 +26,5 @@ def decode(data: bytes, header: Header, target: tuple[int, int]) -> Samples:
     if header.format == "bmp":
         bmp.corrected(data, image)
     image.load()
+    vars(image).pop("_decoder", None)  # that of WebP keeps two copies of the picture
     return Samples(*samples(image))

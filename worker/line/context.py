@@ -51,7 +51,7 @@ class Context:
         """A job's context, with references of its own."""
         most, stop = settings.worker.max_pixels, Event()
         fetcher = fetcher.within(Readable.of(settings.s3, spec.output.url))
-        references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop)
+        references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop, budget=budget)
         recipe = Recipe(operation, sizes, cap(spec.policy, operation.spec), spec.options.model_dump_json())
         return cls(job, spec, recipe, fetcher, references, store, budget, most, stop, cache)
 

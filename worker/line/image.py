@@ -105,6 +105,8 @@ class ImageInFlight:
     """Of `mask_file`, in that of masks."""
     mask_file: bytes | ImageError | None = field(default=None, repr=False)
     """Of its own mask, or why there is none."""
+    mask_pixels: int = 0
+    """Of its own mask, in addition to its own."""
     earlier_result: Remembered | None = None
     """Of the same image, to be copied."""
     how: How = "computed"
@@ -193,6 +195,11 @@ class ImageInFlight:
     def stopped(self) -> bool:
         """Whether nobody wants it to be begun here any more."""
         return self.withdrawn or self.context.stop.is_set()
+
+    @property
+    def needed_pixels(self) -> int:
+        """What it takes of the pixel budget to be decoded, its own mask included."""
+        return self.header.pixels + self.mask_pixels
 
     @property
     def has_result(self) -> bool:

@@ -99,8 +99,8 @@ class Line:
             self._prepared(image, outcome)
         elif image.earlier_result is not None:
             self._on_network(self._reuse, image)
-        elif self.budget.enter_now(image.header.pixels):
-            image.held_pixels = image.header.pixels
+        elif self.budget.enter_now(image.needed_pixels):
+            image.held_pixels = image.needed_pixels
             image.spent("wait", 0.0)
             self._prepare(image)
         else:
@@ -121,7 +121,7 @@ class Line:
             image.spent("wait", time.perf_counter() - start)
             self._on_cpu(self._before, self._prepare, image)
 
-        self.budget.enter(image.header.pixels, go, lambda: image.stopped)
+        self.budget.enter(image.needed_pixels, go, lambda: image.stopped)
 
     def _prepare(self, image: ImageInFlight) -> None:
         self._prepared(image, advance(image, stages.BEFORE_DEVICE))

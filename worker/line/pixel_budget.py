@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from threading import Lock
 
@@ -20,7 +20,8 @@ class _Waiting:
 class PixelBudget:
     """Room for `total` decoded pixels, given out first come, first served. Thread-safe; nobody waits in a thread.
 
-    An image larger than the whole budget gets in when it is alone.
+    An image larger than the whole budget gets in when it is alone. Pictures that many images need are kept in addition, as long
+    as they take no more than half of the room.
     """
 
     def __init__(self, total: int) -> None:
@@ -28,6 +29,8 @@ class PixelBudget:
         self._used = 0
         self._closed = False
         self._waiting: deque[_Waiting] = deque()
+        self._kept: dict[Hashable, tuple[int, Callable[[], None]]] = {}
+        self._dropped: deque[Hashable] = deque()
         self._lock = Lock()
 
     @property
@@ -60,6 +63,24 @@ class PixelBudget:
             self._used -= pixels
         self.look()
 
+    def keep(self, key: Hashable, pixels: int, forget: Callable[[], None]) -> None:
+        """Count a picture that stays in memory. When there is too little room, the oldest ones go first: `forget` is called."""
+        forgotten = []
+        with self._lock:
+            self._kept[key] = pixels, forget
+            surplus = self._kept_pixels() - self._total // 2
+            for old in list(self._kept)[:-1]:  # whoever has just decoded one needs it
+                if surplus > 0:
+                    pixels, forget = self._kept.pop(old)
+                    forgotten.append(forget)
+                    surplus -= pixels
+        for forget in forgotten:
+            forget()
+
+    def drop(self, key: Hashable) -> None:
+        """A picture that was kept is not in memory any more. Takes no lock, so that finalizers may call it anywhere."""
+        self._dropped.append(key)
+
     def close(self) -> None:
         """Let nobody in any more, because nobody will make room."""
         with self._lock:
@@ -81,4 +102,9 @@ class PixelBudget:
             first.go(granted)
 
     def _fits(self, pixels: int) -> bool:
-        return not self._used or self._used + pixels <= self._total
+        return not self._used or self._used + self._kept_pixels() + pixels <= self._total
+
+    def _kept_pixels(self) -> int:
+        while self._dropped:
+            self._kept.pop(self._dropped.popleft(), None)
+        return sum(pixels for pixels, _ in self._kept.values())

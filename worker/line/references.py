@@ -7,6 +7,7 @@ decoded when they are needed.
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from threading import Event, Lock
@@ -20,10 +21,11 @@ from imagemill.shared.urls import shown
 from imagemill.worker.imaging import codec
 from imagemill.worker.imaging.masks import ALPHA, Mask, read_mask
 from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.stopped import GLANCE, Stopped
 from imagemill.worker.transfer.fetch import Fetched, Fetcher, cut_short
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Picture | Mask)
 
 
 class References:
@@ -32,8 +34,17 @@ class References:
     Once `stop` is set, a failed download is not tried again, and whoever waits for another's gets Stopped.
     """
 
-    def __init__(self, fetcher: Fetcher, *, max_pixels: int, attempts: int, stop: Event | None = None) -> None:
+    def __init__(
+        self,
+        fetcher: Fetcher,
+        *,
+        max_pixels: int,
+        attempts: int,
+        stop: Event | None = None,
+        budget: PixelBudget | None = None,
+    ) -> None:
         self._fetcher, self._max_pixels, self._attempts, self._stop = fetcher, max_pixels, attempts, stop or Event()
+        self._budget = budget
         self._lock = Lock()
         self._pictures: dict[str, Future[Picture]] = {}
         self._masks: dict[str, Future[Mask]] = {}
@@ -120,6 +131,21 @@ class References:
     def _decode(self, data: bytes) -> Picture:
         return codec.decode(data, codec.probe(data, max_pixels=self._max_pixels))
 
+    def _keep(self, known: dict[str, Future[T]], url: str, pixels: int) -> None:
+        """Count a decoded picture in the budget of this process, until it or this object is forgotten."""
+        if self._budget is None:
+            return
+        key = id(self), url, id(known)
+        here = weakref.ref(self)
+
+        def forget() -> None:
+            if (references := here()) is not None:
+                with references._lock:
+                    known.pop(url, None)
+
+        self._budget.keep(key, pixels, forget)
+        weakref.finalize(self, self._budget.drop, key)
+
     def _once(self, known: dict[str, Future[T]], url: str, decode: Callable[[bytes], T]) -> T:
         """The decoded image at `url`, fetched by whoever asks first; the others wait for that."""
         with self._lock:
@@ -129,7 +155,9 @@ class References:
                 future = known[url] = Future()
         if mine:
             try:
-                future.set_result(self._fetch(url, decode))
+                found = self._fetch(url, decode)
+                future.set_result(found)
+                self._keep(known, url, (found.levels if isinstance(found, Mask) else found.pixels[..., 0]).size)
             except BaseException as error:  # noqa: BLE001  # result() raises it for everyone
                 future.set_exception(error)
         while not wait([future], GLANCE).done:

@@ -7,6 +7,7 @@ journey. Stages that wait for the network are coroutines; the others are CPU wor
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
@@ -46,8 +47,13 @@ async def fetch(image: ImageInFlight, context: Context) -> None:
 
 
 def identify(image: ImageInFlight, context: Context) -> None:
-    """Read the file's header before anything is decoded, and look for the result that the same image got before, in any job."""
+    """Read the headers of the file and its mask before anything is decoded. Look for an earlier result, from any job."""
     image.header = codec.probe(image.data, max_pixels=context.max_pixels)
+    if isinstance(image.mask_file, bytes):
+        try:
+            image.mask_pixels = math.prod(codec.probe(image.mask_file, max_pixels=context.max_pixels).size)
+        except ImageError as error:
+            image.mask_file = error  # `prepare` says so
     if context.cache is None:
         return
     image.cache_key = context.cache.key(image.data, image.item, context.spec, context.operation)
@@ -78,7 +84,7 @@ def decode(image: ImageInFlight, context: Context) -> None:
         image.picture = codec.decode(
             image.data, image.header, edge=edge, icc=context.spec.icc, keep=context.spec.output.metadata
         )
-    pixels = image.picture.size[0] * image.picture.size[1]
+    pixels = math.prod(image.picture.size) + image.mask_pixels
     image.held_pixels, spare = pixels, image.held_pixels - pixels
     context.budget.release(spare)
 

@@ -44,8 +44,9 @@ def test_public_codes_exist() -> None:
         "invalid_option", "invalid_source", "job_not_found", "missing_extra", "configuration", "broker_unavailable",
         "unsupported_url", "forbidden_address", "access_denied", "not_found", "too_large", "too_many_redirects",
         "timeout", "unreachable", "server_error", "http_error", "empty_file", "not_an_image", "truncated",
-        "too_many_pixels", "bad_mask", "bad_reference", "operation_failed", "out_of_memory", "storage_unavailable",
-        "storage_full", "storage_refused", "worker_lost", "internal_error", "model_unavailable", "unsupported_format",
+        "too_many_pixels", "too_costly", "bad_mask", "bad_reference", "operation_failed", "out_of_memory",
+        "storage_unavailable", "storage_full", "storage_refused", "worker_lost", "internal_error", "model_unavailable",
+        "unsupported_format",
     }  # fmt: skip
     assert public <= {kind.code for kind in LEAVES}
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, JpegImagePlugin
 
-from imagemill.shared.errors import NotAnImage, Truncated, UnsupportedFormat
+from imagemill.shared.errors import NotAnImage, TooCostly, Truncated, UnsupportedFormat
 from imagemill.worker.imaging import jpeg
 from imagemill.worker.imaging.facts import Facts
 from imagemill.worker.imaging.headers import translated
@@ -168,7 +168,7 @@ def test_number_of_segments_and_scans_is_limited() -> None:
     with pytest.raises(NotAnImage, match="10,000 segments"):
         jpeg.read_header(data[:2] + comments + data[2:])
     last = data[data.rindex(b"\xff\xda") : -2]
-    with pytest.raises(NotAnImage, match="limit is 100"):
+    with pytest.raises(TooCostly, match="limit is 100 scans"):
         decode(data[:-2] + last * jpeg.MAX_SCANS + EOI)
     with pytest.raises(NotAnImage, match="limit is 100"):
         decode(data[:-2] + last * jpeg.MAX_SCANS)

@@ -98,3 +98,23 @@ def test_closed_budget_lets_nobody_in() -> None:
     crowd.leave(6)
     crowd.enter(1)
     assert crowd.came == [6]
+
+
+def test_pictures_that_are_kept_take_room_from_images_but_never_all_of_it() -> None:
+    crowd, forgotten = Crowd(10), []
+    for name, pixels in (("a", 3), ("b", 2), ("c", 4)):
+        crowd.budget.keep(name, pixels, lambda name=name: forgotten.append(name))  # type: ignore[misc]
+    assert forgotten == ["a", "b"]
+    for pixels in (5, 2):
+        crowd.enter(pixels)
+    assert crowd.inside == [5]
+    crowd.budget.drop("c")
+    crowd.budget.look()
+    assert crowd.inside == [5, 2]
+
+
+def test_image_gets_in_alone_beside_a_picture_that_is_kept() -> None:
+    crowd = Crowd(10)
+    crowd.budget.keep("a", 9, lambda: None)
+    crowd.enter(10)
+    assert crowd.inside == [10]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import pytest
 
 from imagemill.shared.errors import ImageError, NotAnImage, NotFound, ServerError, TooManyPixels
 from imagemill.shared.settings import FetchSettings, FileSettings
+from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.references import References
 from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.transfer.fetch import Fetcher, cut_short
@@ -46,6 +48,25 @@ def test_reference_is_fetched_once_for_concurrent_requests(references: Reference
         first, *others = (one.result(60) for one in asked)
     assert all(other is first for other in others)
     assert (first.size, images.hits["/a.png"]) == ((96, 72), 1)
+
+
+def test_kept_references_count_in_the_pixel_budget(fetcher: Fetcher, images: ImageServer) -> None:
+    images.routes.update({f"/{name}.png": photo(1) for name in "abc"})
+    budget, granted = PixelBudget(5 * 96 * 72), list[int]()
+    references = References(fetcher, max_pixels=100_000, attempts=1, budget=budget)
+    references.picture(images.url("/a.png"))
+    references.mask(images.url("/b.png"))
+    for _ in range(4):
+        budget.enter(96 * 72, granted.append)
+    assert len(granted) == 3
+    references.picture(images.url("/c.png"))  # more than half: the oldest is forgotten
+    for _ in range(2):
+        references.picture(images.url("/a.png"))
+    assert (images.hits["/a.png"], images.hits["/c.png"]) == (2, 1)
+    del references
+    gc.collect()
+    budget.look()
+    assert len(granted) == 4
 
 
 def test_one_url_can_be_both_reference_and_mask(references: References, images: ImageServer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from PIL import Image
 from imagemill.shared.errors import OperationFailed, StorageUnavailable
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.cache import Cache
+from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.operations.base import Inputs, Sample, Untouched, Work
 from imagemill.worker.operations.inpaint.mask import Hole, find_hole
 from tests.conftest import photo
@@ -230,6 +232,22 @@ def test_the_image_itself_is_no_mask_unless_its_hole_is_rubbed_out(copied: bool,
     job.run(Fill(), job.items(rows), kind="inpaint")
     assert job.codes() == ["bad_mask", "done"]
     assert (job.rows()[0].message or "").endswith("it is the image itself")
+
+
+def test_mask_counts_in_the_pixel_budget(job: LineJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def enter_now(budget: PixelBudget, pixels: int) -> bool:
+        asked.append(pixels)
+        return real(budget, pixels)
+
+    real = PixelBudget.enter_now
+    monkeypatch.setattr(PixelBudget, "enter_now", enter_now)
+    job.server.routes["/own.png"] = own = mask(9)
+    items = [job.photos(1)[0].model_copy(update={"mask": job.server.url("/own.png")})]
+    job.run(Masked(), items, kind="inpaint")
+    assert job.codes() == ["done"]
+    assert asked == [SIZE + math.prod(Image.open(io.BytesIO(own)).size)]
 
 
 def test_bad_job_mask_is_fetched_once(job: LineJob) -> None:
