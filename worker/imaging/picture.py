@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class Picture:
     grey: bool = False
     notes: tuple[str, ...] = ()
     lossless: bool = False
-    metadata: Metadata = NOTHING
+    metadata: Metadata = field(default=NOTHING, metadata={"stays": True})  # doesn't pass through the wall
 
     @property
     def size(self) -> tuple[int, int]:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -34,7 +33,7 @@ from imagemill.worker.imaging.headers import Header
 from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.imaging.png import MAX_PROFILE
 from imagemill.worker.imaging.scale import fit
-from imagemill.worker.imaging.wall_messages import EXTRA_BYTES, MESSAGE_BYTES, USUAL_BYTES, Packer, Shared, unpack
+from imagemill.worker.imaging.wall_messages import EXTRA_BYTES, MESSAGE_BYTES, USUAL_BYTES, Packer, Shared, passing, unpack
 
 START = "from imagemill.worker.imaging.helper import main; main()"
 IDLE_SECONDS = 10.0
@@ -279,10 +278,7 @@ def _made(kind: type[T], values: Any, name: str) -> T:
 def _checks(kind: Any) -> dict[str, Callable[[Any], Any]]:
     """What checks each field of a dataclass."""
     hints = get_type_hints(kind)
-    return {
-        field.name: _array if field.name == "pixels" else TypeAdapter(hints[field.name]).validate_python
-        for field in fields(kind)
-    }
+    return {name: _array if name == "pixels" else TypeAdapter(hints[name]).validate_python for name in passing(kind)}
 
 
 def _array(value: Any) -> Pixels:

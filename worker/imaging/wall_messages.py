@@ -60,6 +60,11 @@ class Shared:
         return memoryview(self.memory)[at : at + length]
 
 
+def passing(kind: Any) -> list[str]:
+    """The fields of a dataclass that pass through the wall: all but those that say that they stay where they are."""
+    return [field.name for field in fields(kind) if not field.metadata.get("stays")]
+
+
 class Packer:
     """Turns values into JSON, and gathers the bytes and arrays in them, to be written one after another."""
 
@@ -74,7 +79,7 @@ class Packer:
         if isinstance(value, np.ndarray):
             return {"array": [self._add(np.ascontiguousarray(value).data.cast("B")), *value.shape]}
         if is_dataclass(value):
-            return {field.name: self.pack(getattr(value, field.name)) for field in fields(value)}
+            return {name: self.pack(getattr(value, name)) for name in passing(value)}
         if isinstance(value, Mapping):
             return {name: self.pack(each) for name, each in value.items()}
         if isinstance(value, tuple | list):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.hostile_samples import SAMPLES, chunk, profile, scans, with_chunks, with_profile
+from bench.hostile_samples import SAMPLES, profile, scans, with_profile
 from imagemill.shared.errors import ImageError, InternalError, TooCostly, Truncated
 from imagemill.worker.imaging import codec, costs, jpeg, seccomp
 from imagemill.worker.imaging.headers import Header
@@ -146,7 +146,6 @@ def test_plain_jpeg_and_png_need_no_helper(monkeypatch: pytest.MonkeyPatch) -> N
 COSTLY = {
     "scans": lambda: scans(200, (64, 64)),
     "scans-after-comment": lambda: scans(200, (64, 64), comment=b"\xff\xfe\0\6\xff\xd9\0\0"),
-    "profiles": lambda: with_chunks(*[chunk(b"iCCP", b"a\0\0x")] * 5),
     "pipeline": SAMPLES["pipeline.jpg"],
     "rationals": SAMPLES["rationals.tiff"],
 }
