@@ -5,6 +5,9 @@
 # make docs         builds the documentation into site/; make docs-serve shows it while you write
 # make bench        runs the benchmarks
 # make gpu-wheels   collects what `python3 -m bench.gpu` needs on a machine with a GPU and no network
+# make locks        writes the hashes of all packages that the images install, after a change to their versions
+# make sbom         lists these packages in sbom/, as CycloneDX
+# make pin-images   writes the digests of the images of others into .env
 # make clean        removes everything that these create
 #
 # ARGS is passed on: make demo ARGS="--images ~/photos", make test ARGS="tests/unit -x"
@@ -12,8 +15,9 @@
 
 PYTHON ?= python3
 ARGS ?=
+TORCH_INDEX ?=
 
-.PHONY: demo test venv check docs docs-serve bench gpu-wheels clean
+.PHONY: demo test venv check docs docs-serve bench gpu-wheels locks sbom pin-images clean
 .DELETE_ON_ERROR:
 
 demo: .venv-demo/.installed
@@ -41,13 +45,27 @@ bench: venv
 gpu-wheels: venv
 	@.venv/bin/python -m bench.gpu.wheels $(ARGS)
 
+locks: .venv-release/.installed
+	@UV=.venv-release/bin/uv TORCH_INDEX=$(TORCH_INDEX) deploy/requirements/lock.sh
+
+sbom: .venv-release/.installed
+	@mkdir -p sbom
+	@for file in deploy/requirements/*.txt; do \
+	  .venv-release/bin/python -W ignore -m cyclonedx_py requirements --pyproject pyproject.toml --output-reproducible \
+	    --output-file sbom/$$(basename $$file .txt).cdx.json $$file || exit; done
+	@ls sbom/*.cdx.json
+
+pin-images:
+	@deploy/pin-images.sh
+
 clean:
-	rm -rf .venv .venv-demo .services demo-output site build gpu-wheels gpu-packages src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-demo .venv-release .services demo-output sbom site build gpu-wheels gpu-packages src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp's time is that of the last complete installation, so a second run installs nothing.
 .venv/.installed: EXTRAS = dev
 .venv-demo/.installed: EXTRAS = demo
+.venv-release/.installed: EXTRAS = release
 %/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo \
 	  'imagemill needs Python 3.11 or newer with venv (on Debian: apt install python3-venv). $(PYTHON) is not:' \

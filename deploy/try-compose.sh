@@ -98,11 +98,14 @@ check_job() {
 kill_processes() { compose exec -T "$1" python -c 'import os; os.kill(-1, 9)' || true; }
 
 trap clean_up EXIT
-for name in REDIS_PASSWORD AWS_SECRET_ACCESS_KEY FLOWER_PASSWORD GRAFANA_PASSWORD; do
+for name in REDIS_PASSWORD MINIO_ROOT_PASSWORD AWS_SECRET_ACCESS_KEY FLOWER_PASSWORD GRAFANA_PASSWORD; do
     echo "$name=$(od -An -tx1 -N24 /dev/urandom | tr -d ' \n')"
 done >"$folder/env"
 cat >>"$folder/env" <<END
+MINIO_ROOT_USER=administrator
 AWS_ACCESS_KEY_ID=${AWS_ACCESS_KEY_ID:-imagemill}
+GPU_CPUS=0
+GPUS_CPUS=0
 GPU_IMAGE=imagemill-worker
 GPU_ENGINES=["opencv"]
 END

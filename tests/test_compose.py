@@ -74,8 +74,7 @@ def test_nodes_drain_share_the_models_and_reach_the_same_services(name: str) -> 
     assert service["volumes"] == ["weights:/var/lib/imagemill/weights"]
     assert service["stop_grace_period"] == "90s"
     assert service["depends_on"] == ONE["worker"]["depends_on"]
-    assert "networks" not in service
-    assert "network_mode" not in service
+    assert service["networks"] == ["data", "metrics", "internet"]
     own = {"IMAGEMILL_WORKER__ENGINES", "IMAGEMILL_WORKER__EXPECT_GPUS"}
     common = {key: value for key, value in ONE["worker"]["environment"].items() if key not in own}
     assert common.items() <= service["environment"].items()
@@ -93,8 +92,52 @@ def test_containers_are_confined_restart_and_rotate_their_logs(name: str) -> Non
     assert service["pids_limit"]
     assert service["logging"]["options"] == {"max-size": "20m", "max-file": "5"}
     assert service["restart"] == ("no" if name in ("bucket", "imagemill") else "unless-stopped")
-    # NVIDIA's container toolkit writes into the container; what MinIO and Grafana write depends on their images.
-    assert service.get("read_only", False) == (name in ("redis", "worker", "flower", "exporter", "imagemill"))
+    # NVIDIA's container toolkit writes into the container.
+    assert service.get("read_only", False) == (name not in GPUS and name != "gpus")
+    assert service["tmpfs"]
+    assert "network_mode" not in service
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_containers_have_limits_that_can_be_changed(name: str) -> None:
+    assert re.fullmatch(r"\$\{\w+_MEMORY:-\d+g\}", ALL[name]["mem_limit"])
+    assert re.fullmatch(r"\$\{\w+_CPUS:-\d+\}", ALL[name]["cpus"])
+
+
+# --- networks -------------------------------------------------------------------------------------------------------
+
+NETWORKS = read(FILES[0])["networks"]
+
+
+def members(network: str) -> set[str]:
+    return {name for name, service in ALL.items() if network in service["networks"]}
+
+
+def test_redis_and_the_store_are_reached_only_by_those_who_use_them_and_have_no_way_out() -> None:
+    nodes = {"worker", "gpus", *EIGHT}
+    assert members("data") == {"redis", "minio", "bucket", "flower", "exporter", "imagemill", *nodes}
+    assert members("metrics") == {"exporter", "prometheus", *nodes}
+    assert members("ports") == {"redis", "minio", "flower"}
+    assert members("watch") == {"prometheus", "grafana"}
+    assert members("internet") == nodes
+    assert {name for name, network in NETWORKS.items() if network.get("internal")} == {"data", "metrics"}
+    assert NETWORKS["ports"]["driver_opts"]["com.docker.network.bridge.enable_ip_masquerade"] == "false"
+    assert NETWORKS["internet"]["driver_opts"]["com.docker.network.bridge.enable_icc"] == "false"
+
+
+def test_ports_are_published_from_networks_that_docker_publishes_from_and_only_on_this_machine() -> None:
+    for service in ALL.values():
+        if service.get("ports"):
+            (outer,) = [name for name in service["networks"] if not NETWORKS[name].get("internal")]
+            assert NETWORKS[outer]["driver_opts"]["com.docker.network.bridge.host_binding_ipv4"] == "127.0.0.1"
+
+
+# Docker may resolve a name to the address in any network that two containers share, and in `internet` they can't connect.
+@pytest.mark.parametrize(("client", "server"), [(name, other) for name in ALL for other in ALL[name].get("depends_on", ())])
+def test_containers_never_share_only_networks_in_which_they_cannot_connect(client: str, server: str) -> None:
+    shared = {*ALL[client]["networks"]} & {*ALL[server]["networks"]}
+    assert shared
+    assert "internet" not in shared
 
 
 def test_published_ports_are_on_this_machine_only() -> None:
@@ -103,10 +146,19 @@ def test_published_ports_are_on_this_machine_only() -> None:
     assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
 
 
-def test_images_of_others_are_pinned() -> None:
+def test_images_of_others_have_versions_and_can_be_replaced_by_digests() -> None:
     others = {service["image"] for service in ALL.values()} - OURS
     assert len(others) == 5
-    assert [image for image in others if not re.search(r":[^:/]*\d[^:/]*$", image)] == []
+    assert [image for image in others if not re.fullmatch(r"\$\{[A-Z]+_IMAGE:-[a-z/]+:[^:/]*\d[^:/]*\}", image)] == []
+    builds = {name: service["build"]["args"]["PYTHON_IMAGE"] for name, service in ALL.items() if "build" in service}
+    assert set(builds.values()) == {"${PYTHON_IMAGE:-python:3.11-slim}"}
+    assert "ARG PYTHON_IMAGE=python:3.11-slim\n" in (ROOT / "Dockerfile.worker").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_minio_and_who_makes_the_bucket_have_the_administrator_s_keys(name: str) -> None:
+    knows = "MINIO_ROOT" in str(ALL[name].get("environment", ""))
+    assert knows == (name in ("minio", "bucket"))
 
 
 def test_env_example_names_every_variable() -> None:

@@ -109,6 +109,13 @@ def test_no_pod_runs_as_root_or_may_gain_rights(rendered: list[Resource]) -> Non
 
 
 @needs_kubectl
+def test_every_container_has_limits(rendered: list[Resource]) -> None:
+    for pod in pods(rendered):
+        for container in pod["containers"] + pod.get("initContainers", []):
+            assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"]["limits"].keys()
+
+
+@needs_kubectl
 def test_workers_reach_no_private_network_but_redis_and_the_store(rendered: list[Resource]) -> None:
     policies = {policy["metadata"]["name"]: policy["spec"] for policy in of_kind(rendered, "NetworkPolicy")}
     private = {"10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "169.254.0.0/16", "127.0.0.0/8"}

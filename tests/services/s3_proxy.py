@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 server, which is slow or busy, or refuses, when objects are stored."""
+"""An HTTP proxy in front of an S3 server, which is slow or busy, or refuses, when objects are stored, or follows a policy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from tests.services.s3_policy import Policy
+
 DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access Denied.</Message></Error>"
 BUSY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 HOP = {"connection", "expect", "keep-alive", "transfer-encoding", "date", "server"}
@@ -16,13 +18,21 @@ HOP = {"connection", "expect", "keep-alive", "transfer-encoding", "date", "serve
 
 class S3Proxy:
     """Forwards requests to `endpoint`. Each PUT takes `put_seconds` more, and with `busy`, every second one gets a 503;
-    with `read_only`, every one a 403.
+    with `read_only`, every one a 403. So does each request that a `policy` doesn't allow.
 
     `puts` counts the PUT requests, `refused` those that got a 503.
     """
 
-    def __init__(self, endpoint: str, *, put_seconds: float = 0.0, busy: bool = False, read_only: bool = False) -> None:
-        self.put_seconds, self.busy, self.read_only = put_seconds, busy, read_only
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        put_seconds: float = 0.0,
+        busy: bool = False,
+        read_only: bool = False,
+        policy: Policy | None = None,
+    ) -> None:
+        self.put_seconds, self.busy, self.read_only, self.policy = put_seconds, busy, read_only, policy
         self.puts = self.refused = 0
         self._endpoint = urlsplit(endpoint).netloc
         self._lock = threading.Lock()
@@ -57,7 +67,8 @@ class S3Proxy:
 
             def forward(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if self.command == "PUT" and outer.read_only:
+                forbidden = outer.policy is not None and not outer.policy.allows(self.command, self.path, self.headers)
+                if forbidden or (self.command == "PUT" and outer.read_only):
                     self.answer(403, {"Content-Type": "application/xml"}, DENIED)
                     return
                 if self.command == "PUT":
@@ -84,7 +95,7 @@ class S3Proxy:
                 for name, value in kept.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                self.wfile.write(b"" if self.command == "HEAD" else body)
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Request)
         server.daemon_threads = True

@@ -31,8 +31,8 @@ from imagemill.worker.imaging.wall_messages import MESSAGE_BYTES, USUAL_BYTES, P
 GROWN = 128 * 2**20
 """Bytes: a helper that has grown by more is replaced."""
 
-PLUGINS = ("pillow_heif.as_plugin", "pillow_jxl")
-"""Of the extra `formats`."""
+LATE = ("pillow_heif.as_plugin", "pillow_jxl", "encodings.utf_16_be", "encodings.latin_1")
+"""Modules that are loaded when they are needed: those of the extra `formats`, and what text in profiles is written in."""
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -43,9 +43,9 @@ def main() -> None:
     cv2.setNumThreads(1)
     cv2.ocl.setUseOpenCL(False)
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # otherwise as many as there are cores, for each image
-    for plugin in PLUGINS:  # now, since nothing can be opened later
+    for module in LATE:  # now, since nothing can be opened later
         with suppress(ImportError):
-            importlib.import_module(plugin)
+            importlib.import_module(module)
     number, given, wanted = map(int, sys.argv[1:4])
     with socket.socket(fileno=number) as parent:
         sizes = os.open("/proc/self/statm", os.O_RDONLY)

@@ -147,7 +147,6 @@ COSTLY = {
     "scans": lambda: scans(200, (64, 64)),
     "scans-after-comment": lambda: scans(200, (64, 64), comment=b"\xff\xfe\0\6\xff\xd9\0\0"),
     "pipeline": SAMPLES["pipeline.jpg"],
-    "rationals": SAMPLES["rationals.tiff"],
 }
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import io
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from PIL import Image
 
 from imagemill.shared.errors import ImageError, NotAnImage, NotFound, ServerError, TooManyPixels
 from imagemill.shared.settings import FetchSettings, FileSettings
@@ -51,7 +53,10 @@ def test_reference_is_fetched_once_for_concurrent_requests(references: Reference
 
 
 def test_kept_references_count_in_the_pixel_budget(fetcher: Fetcher, images: ImageServer) -> None:
-    images.routes.update({f"/{name}.png": photo(1) for name in "abc"})
+    images.routes.update({f"/{name}.png": photo(1) for name in "ac"})
+    mask = io.BytesIO()
+    Image.new("L", (96, 72), 255).save(mask, "PNG")
+    images.routes["/b.png"] = mask.getvalue()
     budget, granted = PixelBudget(5 * 96 * 72), list[int]()
     references = References(fetcher, max_pixels=100_000, attempts=1, budget=budget)
     references.picture(images.url("/a.png"))

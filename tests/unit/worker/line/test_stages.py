@@ -243,7 +243,7 @@ def test_mask_counts_in_the_pixel_budget(job: LineJob, monkeypatch: pytest.Monke
 
     real = PixelBudget.enter_now
     monkeypatch.setattr(PixelBudget, "enter_now", enter_now)
-    job.server.routes["/own.png"] = own = mask(9)
+    job.server.routes["/own.png"] = own = mask(200)
     items = [job.photos(1)[0].model_copy(update={"mask": job.server.url("/own.png")})]
     job.run(Masked(), items, kind="inpaint")
     assert job.codes() == ["done"]
