@@ -15,7 +15,10 @@ FOLDER = ROOT / "deploy" / "requirements"
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
 ELSEWHERE = {"demo", "dev", "docs", "metrics", "release", "rembg-gpu"}  # developers' own, and parts of others
-FILES = {**{extra: [extra] for extra in EXTRAS.keys() - ELSEWHERE}, "gpu": ["formats", "rembg-gpu", "lama", "diffusion"]}
+FILES = {
+    **{extra: [extra] for extra in sorted(EXTRAS.keys() - ELSEWHERE)},
+    "gpu": ["formats", "rembg-gpu", "lama", "diffusion"],
+}
 STALE = "run `make locks`"
 
 

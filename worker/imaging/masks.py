@@ -14,13 +14,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.shared.errors import BadMask
+from imagemill.shared.errors import BadMask, Truncated
 from imagemill.shared.options.inpaint import MaskFrom
-from imagemill.worker.imaging import opencv
+from imagemill.worker.imaging import opencv, png
 from imagemill.worker.imaging.codec import decode
+from imagemill.worker.imaging.facts import REDUCED
 from imagemill.worker.imaging.headers import Header, probe, translated
 from imagemill.worker.imaging.picture import Grey, Pixels, flatten
-from imagemill.worker.imaging.pillow import open_checked
 from imagemill.worker.imaging.scale import fit
 
 ALPHA, INVERTED = "mask_read_as:alpha", "mask_read_as:inverted"
@@ -115,31 +115,29 @@ def _plain(mask: Mask, *, picture: bool) -> Mask:
 
 
 def _samples(data: bytes, header: Header) -> tuple[Pixels, tuple[str, ...]]:
-    """The file's pixels; the low bytes of 16-bit samples that are all below 256, which would come out black."""
+    """The file's pixels; of a 16-bit file whose samples are all below 256, and so next to black, the lower bytes.
+
+    Raises BadMask where those can't be had: TIFF is read in another process, which passes 8 bits only.
+    """
     pixels = decode(data, header, icc="keep").pixels
-    if not pixels[:, :, :3].any():
-        low = _low_bytes(data, header)
-        if low is not None and low.any() and low.max() <= 255 and low.shape[:2] == pixels.shape[:2]:
-            low = low.astype(np.uint8)
-            low = np.dstack([low] * 3) if low.ndim == 2 else low
-            return np.ascontiguousarray(low), (LEVELS,)
-    return pixels, ()
+    if REDUCED not in header.notes or (pixels[:, :, :3] > 1).any():
+        return pixels, ()
+    if header.format != "png":
+        raise BadMask("it has 16 bits per sample and none that is brighter than 1 % of white: save it with 8 bits")
+    low = _low_bytes(data)
+    return (low, (LEVELS,)) if low.any() else (pixels, ())
 
 
-def _low_bytes(data: bytes, header: Header) -> NDArray[np.uint16] | None:
-    """The samples of a 16-bit file as they are: grey [h, w], RGB or RGBA; None for any other file."""
-    with translated(header.format):
-        if header.format == "png" and data[24] == 16:
-            found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-            if found is None or found.ndim == 2:
-                return None if found is None else found.astype(np.uint16)
-            order = cv2.COLOR_BGRA2RGBA if found.shape[2] == 4 else cv2.COLOR_BGR2RGB
-            return np.asarray(cv2.cvtColor(found, order), np.uint16)
-        if header.format == "tiff":
-            image = open_checked(data, header.format, header.stored_size)
-            if image.mode.startswith("I;16"):
-                return np.array(image).astype(np.uint16)
-    return None
+def _low_bytes(data: bytes) -> Pixels:
+    """The lower bytes of a PNG file of 16 bits: RGB [h, w, 3] or RGBA [h, w, 4]."""
+    with translated("png"):
+        found = cv2.imdecode(np.frombuffer(png.checked(data)[0], np.uint8), cv2.IMREAD_UNCHANGED)
+        if found is None:
+            raise Truncated("the PNG file is damaged")
+        if found.ndim == 2:
+            found = np.dstack([found] * 3)
+        order = cv2.COLOR_BGRA2RGBA if found.shape[2] == 4 else cv2.COLOR_BGR2RGB
+        return np.ascontiguousarray(cv2.cvtColor(found, order).astype(np.uint8))
 
 
 def _brightness(pixels: Pixels) -> Grey:

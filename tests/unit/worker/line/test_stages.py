@@ -243,7 +243,9 @@ def test_mask_counts_in_the_pixel_budget(job: LineJob, monkeypatch: pytest.Monke
 
     real = PixelBudget.enter_now
     monkeypatch.setattr(PixelBudget, "enter_now", enter_now)
-    job.server.routes["/own.png"] = own = mask(200)
+    hole = np.zeros((72, 96), np.uint8)
+    hole[20:40, 30:50] = 255
+    job.server.routes["/own.png"] = own = png(hole)
     items = [job.photos(1)[0].model_copy(update={"mask": job.server.url("/own.png")})]
     job.run(Masked(), items, kind="inpaint")
     assert job.codes() == ["done"]
