@@ -6,7 +6,9 @@ these parts cannot go stale; a mark without a function below fails the build.
 
 from __future__ import annotations
 
+import base64
 import inspect
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
+import cv2
+import numpy as np
 import yaml
+from numpy.typing import NDArray
+from PIL import Image
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
@@ -24,10 +30,12 @@ from imagemill.producer.cli import main
 from imagemill.producer.report import REMARKS
 from imagemill.shared import errors
 from imagemill.shared.engines import ENGINES
+from imagemill.shared.errors import BadMask
 from imagemill.shared.messages import Item, ItemResult, Job, row
 from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, Measures, Quality
 from imagemill.shared.settings import Settings
+from imagemill.worker.imaging.masks import read_mask
 from imagemill.worker.line.manifest import manifest_line
 from imagemill.worker.models.catalogue import REPOSITORIES, WEIGHTS, Repository, Weights
 
@@ -299,6 +307,53 @@ def _type(field: FieldInfo) -> str:
     )
 
 
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def mask_forms() -> str:
+    """How masks are read, with pictures: each is read by the code that workers run."""
+    height, width = 72, 96
+    hole = np.zeros((height, width), np.uint8)
+    cv2.ellipse(hole, (48, 36), (26, 16), 20, 0, 360, 255, cv2.FILLED)
+    ramp = np.linspace(40, 220, width).astype(np.uint8)
+    photo = np.dstack([np.tile(ramp, (height, 1)), np.tile(ramp[::-1], (height, 1)), np.full_like(hole, 120)])
+    cv2.circle(photo, (24, 50), 14, (230, 200, 60), cv2.FILLED)
+    on = hole[..., None] > 0
+    forms = {
+        "white on black": hole,
+        "soft at its edges": cv2.GaussianBlur(hole, (0, 0), 2),
+        "the picture with the hole rubbed out": np.dstack([photo, 255 - hole]),
+        "paint on a transparent layer": np.dstack([np.full_like(photo, (220, 40, 40)), hole // 255 * 200]),
+        "one colour on black": np.where(on, np.uint8((220, 0, 0)), np.uint8(0)),
+        "numbers 0 and 1, or any two greys": hole // 255,
+        "black on white": 255 - hole,
+        "the picture, painted over": np.where(on, np.uint8(255), photo),
+        "a photo": photo,
+        "an outline": cv2.ellipse(np.zeros_like(hole), (48, 36), (40, 28), 20, 0, 360, 255, 1),
+    }
+    rows = []
+    for form, pixels in forms.items():
+        try:
+            mask = read_mask(_png(pixels), max_pixels=10_000)
+            outcome = _shown(mask.levels), ", ".join(f"`{note}`" for note in mask.notes) or "as it is"
+        except BadMask as error:
+            outcome = "", f"`bad_mask`: {error.message}"
+        rows.append((_shown(pixels), form, *outcome))
+    head = "| mask | | filled | note |\n|---|---|---|---|"
+    return "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _shown(pixels: NDArray[np.uint8]) -> str:
+    """The picture as HTML, within the page."""
+    return f'<img class="mask" alt="" src="data:image/png;base64,{base64.b64encode(_png(pixels)).decode()}">'
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG")
+    return file.getvalue()
+
+
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +378,6 @@ PARTS: dict[str, Callable[[], str]] = {
     part.__name__: part
     for part in (
         *(settings, options, command_line, error_codes, exit_codes, manifest, measurements, flags, notes, presets, models),
-        *(python_api, python_example, engine_example),
+        *(python_api, python_example, engine_example, mask_forms),
     )
 }

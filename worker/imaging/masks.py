@@ -28,9 +28,9 @@ COLOUR, LEVELS = "mask_read_as:colour", "mask_read_as:levels"
 NOTES = (ALPHA, COLOUR, INVERTED, LEVELS)
 """The hole is the mask's transparency, its dark part, its coloured part, or the brighter of two greys."""
 
-HALF, ABSURD, FRAMED = 0.5, 0.8, 0.98
-"""A mask that fills more than half of an image may be inverted. It plainly is if it fills more than the second share, and
-that share of the image's outermost pixels."""
+HALF, ABSURD, AROUND, FRAMED = 0.5, 0.8, 0.75, 0.98
+"""A mask that fills more than half of an image, and three quarters of its rim, may be inverted. It plainly is if it fills more
+than the second of these shares, and the last of the rim."""
 
 ALIKE = 24  # largest difference, of 255, between pixels of one value: JPEG compresses even areas with less error
 DARK, BRIGHT = 40, 215  # ends between which a mask is read as it is
@@ -102,8 +102,10 @@ def _plain(mask: Mask, *, picture: bool) -> Mask:
     filled = mask.levels > 127
     share = np.count_nonzero(filled) / filled.size
     if HALF < share < 1:
-        rim = np.concatenate([filled[0], filled[-1], filled[:, 0], filled[:, -1]])
-        if picture or share < ABSURD or rim.mean() < FRAMED:
+        rim = np.concatenate([filled[0], filled[-1], filled[:, 0], filled[:, -1]]).mean()
+        if not picture and rim < AROUND:
+            return mask
+        if picture or share < ABSURD or rim < FRAMED:
             raise BadMask(
                 f"it would fill {share:.0%} of the image, so it may be inverted: set mask_from=inverted to fill the rest, or "
                 f"mask_from={'alpha' if ALPHA in mask.notes else 'luma'} to fill this"

@@ -135,6 +135,13 @@ def drawn(draw: Callable[[np.ndarray], object]) -> np.ndarray:
     return canvas
 
 
+def block(width: float, height: float, top: float) -> np.ndarray:
+    mask = np.zeros_like(HOLE)
+    rows, columns = round(top * HEIGHT), round((1 - width) / 2 * WIDTH)
+    mask[rows : rows + round(height * HEIGHT), columns : columns + round(width * WIDTH)] = 255
+    return mask
+
+
 def upper(share: float) -> np.ndarray:
     return np.repeat(np.where(np.arange(HEIGHT) < share * HEIGHT, np.uint8(255), np.uint8(0)), WIDTH).reshape(HEIGHT, WIDTH)
 
@@ -165,8 +172,11 @@ REFUSED: dict[str, tuple[str, Callable[[], bytes]]] = {
         lambda: save("png", np.dstack([paint(WHITE), np.roll(HOLE, 9, 0)])),
     ),
     "a cut-out": ("it would fill 94% of the image", lambda: save("png", np.dstack([PHOTO, HOLE]))),
-    "more than half": ("it would fill 62% of the image", lambda: save("png", upper(0.625))),
-    "nearly all, but not around a rest": ("it would fill 88% of the image", lambda: save("png", upper(0.875))),
+    "more than half, around a rest": ("it would fill 64% of the image", lambda: save("png", 255 - block(0.6, 0.6, 0.2))),
+    "nearly all, around a rest at the rim": (
+        "it would fill 85% of the image",
+        lambda: save("png", 255 - block(0.3, 0.5, 0)),
+    ),
     "an outline": ("it is an outline", lambda: save("png", OUTLINE)),
     "an outline on transparent": ("it is an outline", lambda: save("png", np.dstack([paint(RED, RED), OUTLINE]))),
 }
@@ -184,6 +194,13 @@ def test_what_is_not_plain_is_refused_with_a_sentence_that_helps(kind: str) -> N
 def test_lines_that_enclose_other_paint_are_no_outline() -> None:
     stamp = cv2.rectangle(OUTLINE.copy(), (50, 44), (70, 50), 255, cv2.FILLED)
     assert np.array_equal(read(save("png", stamp)).levels, stamp)
+
+
+@pytest.mark.parametrize("share", [0.55, 0.625, 0.875])
+def test_mask_of_more_than_half_counts_unless_it_lies_around_the_rest(share: float) -> None:
+    mask = read(save("png", upper(share)))
+    assert np.array_equal(mask.levels, upper(share))
+    assert mask.notes == ()
 
 
 @pytest.mark.parametrize(
