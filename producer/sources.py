@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from dataclasses import field as attribute
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +43,10 @@ class SourceRow:
 
     place: str
     fields: dict[str, Any]
+    root: str | None = attribute(default=None, compare=False)
+    """URL of the folder or prefix that was given and holds the image; None for a row of a list."""
+    columns: dict[str, str] | None = attribute(default=None, compare=False)
+    """A table's cells by column, in lower case; for the names of results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ def _reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
         kind = {".txt": _text_row, ".jsonl": _json_row, ".ndjson": _json_row}.get(suffix)
         return lambda: _read_lines(source, _open(source), kind)
     if suffix in IMAGE_EXTENSIONS:
-        return lambda: iter([SourceRow(source, {"source": file_url(source)})])
+        return lambda: iter([SourceRow(source, {"source": file_url(source)}, root=file_url(path.parent))])
     if suffix == ".json":
         raise InvalidSource(f"{source}: a .json file can't be read row by row; write one JSON object per line (.jsonl)")
     raise InvalidSource(
@@ -124,7 +129,7 @@ def _address_reader(source: str, s3: Callable[[], Any]) -> Callable[[], Rows]:
         raise InvalidSource(f"{shown(source)}: lists are read only from files and stdin; download it first")
     if parts.scheme == "s3" and suffix not in IMAGE_EXTENSIONS:
         empty = f"{source}: no images under this prefix"
-        return lambda: _nonempty((SourceRow(url, {"source": url}) for url in list_images(s3(), source)), empty)
+        return lambda: _nonempty((SourceRow(url, {"source": url}, root=source) for url in list_images(s3(), source)), empty)
     return lambda: iter([SourceRow(_cut(source), {"source": source})])
 
 
@@ -142,13 +147,14 @@ def _read_folder(folder: str) -> Rows:
     def fail(error: OSError) -> None:
         raise InvalidSource(f"{error.filename}: {error.strerror}") from error
 
+    root = file_url(folder)
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent, name)
             if path.suffix.lower() in IMAGE_EXTENSIONS and not name.startswith("."):
                 place = os.fsencode(path).decode(errors="backslashreplace")  # file names need not be valid text
-                yield SourceRow(place, {"source": file_url(path)})
+                yield SourceRow(place, {"source": file_url(path)}, root)
 
 
 def file_url(path: str | Path) -> str:

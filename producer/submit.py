@@ -17,7 +17,8 @@ from imagemill.producer.spec import job_spec, local_address, option_values, qual
 from imagemill.producer.terminal import bad_rows, counted, make_console, say
 from imagemill.producer.times import parse_time
 from imagemill.shared.engines import ENGINES, split_lane
-from imagemill.shared.errors import InvalidSource
+from imagemill.shared.errors import InvalidOption, InvalidSource
+from imagemill.shared.keys import LAYOUTS
 from imagemill.shared.messages import PRIORITIES, Job
 from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.presets import Presets
@@ -107,6 +108,11 @@ def _limit(name: str, operation: str | None) -> str:
     help="Convert to sRGB, or keep the source's profile; default srgb, inpaint: keep.",
 )
 @click.option("--key", metavar="TEMPLATE", help="File names of the results; default {job}/{index:06d}-{name}.")
+@click.option(
+    "--layout",
+    type=click.Choice([*LAYOUTS]),
+    help="Instead of --key: original names (flat), also folders (tree), or numbered names (indexed, the default).",
+)
 @click.option("--priority", type=click.Choice(PRIORITIES), help="Which jobs go first; default normal.")
 @click.option("--owner", metavar="NAME", help="Who the job is for; owners take turns.")
 @click.option("--not-before", metavar="TIME", help="Begin no earlier: 2026-11-29T08:00, or from now: 90s, 30m, 2h, 1d.")
@@ -149,6 +155,10 @@ def submit(
 
     SOURCE is a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or an image's URL or path.
     """
+    if flags["layout"] is not None:
+        if flags["key"] is not None:
+            raise InvalidOption("--key and --layout can't be combined")
+        flags["key"] = LAYOUTS[flags["layout"]]
     files = {"url": local_address(flags["output"]), **{name: flags[name] for name in ("format", "quality", "icc", "key")}}
     policy: dict[str, object] = {name: flags[name] for name in ("priority", "owner", "batch")}
     policy |= {"reuse": False if flags["fresh"] else None, "quality": quality_values(flags["check"], flags["limits"])}

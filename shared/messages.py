@@ -20,6 +20,7 @@ from pydantic import (
 
 from imagemill.shared.engines import engines_of, lane_of
 from imagemill.shared.errors import Expired, RecordDamaged
+from imagemill.shared.keys import LAYOUTS, check_inside, check_key
 from imagemill.shared.options.base import Boxes, EngineOptions, Model, Operation, validation_sentence
 from imagemill.shared.quality import Measures, Quality
 from imagemill.shared.urls import check_output_url, check_source_url
@@ -34,24 +35,6 @@ Unfinished = Literal["pending", "cancelled", "expired", "damaged"]
 ItemState = Literal["pending", "done", "failed", "cancelled"]
 
 SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_url)]
-KEY_FIELD = re.compile(r"\{(job|index|item|name)(?::0(\d)d)?\}")
-RUN_TOGETHER = re.compile(r"\{index[^}]*\}(\d|\{job\})*\{name|\{name[^}]*\}(\d|\{job\})*\{index")
-"""Index and name without a separator: index 1 with name `1a` gives the same key as index 11 with name `a`."""
-
-
-def check_key(template: str) -> str:
-    """The template itself. Raises ValueError if two items of a job could get the same key, or a key could leave its prefix."""
-    rest = KEY_FIELD.sub("", template)
-    if "{" in rest or "}" in rest:
-        raise ValueError("a key may only use {job}, {index}, {index:06d}, {item} and {name}")
-    if not re.search(r"\{(index|item)", template):
-        raise ValueError("a key needs {index} or {item}, or two images could overwrite each other")
-    if "{item}" not in template and RUN_TOGETHER.search(template):
-        raise ValueError("a key needs a separator between {index} and {name}, or two images could overwrite each other")
-    if template.startswith("/") or ".." in template.split("/"):
-        raise ValueError("a key must stay below the output URL: no leading / and no ..")
-    return template
-
 
 Profile = Literal["srgb", "keep"]
 """Convert colours to sRGB, or keep the source's profile."""
@@ -64,7 +47,7 @@ class Output(Model):
     format: Literal["same", "png", "webp", "jpeg"] = "same"
     quality: int = Field(90, ge=1, le=100, description="quality of JPEG and lossy WebP files")
     icc: Profile | None = Field(None, description="colour profile of the results; 'none': the operation's default")
-    key: Annotated[str, AfterValidator(check_key)] = "{job}/{index:06d}-{name}"
+    key: Annotated[str, AfterValidator(check_key)] = LAYOUTS["indexed"]
 
 
 class Policy(Model):
@@ -134,6 +117,9 @@ class Item(Model):
     mask: SourceUrl | None = None
     boxes: Boxes = ()
     name: str | None = Field(None, max_length=200, description="name of the output; by default the source's")
+    key: Annotated[str, AfterValidator(check_inside)] | None = Field(
+        None, max_length=1024, description="the job's template of keys with the fields filled in that only the submitter knows"
+    )
     duplicate_of: int | None = Field(None, description="index of the item whose result this one shares")
 
     @property
@@ -144,7 +130,8 @@ class Item(Model):
     @property
     def digest(self) -> str:
         """Hex SHA-256 of the fields that, together with the job, determine the item's result."""
-        return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}".encode()).hexdigest()
+        key = "" if self.key is None else f"\n{self.key}"
+        return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{key}".encode()).hexdigest()
 
 
 LANE = re.compile(r"[a-z-]+(\.[A-Za-z0-9_-]+){1,2}")
