@@ -35,6 +35,8 @@ class Naming:
         self._in_folder = output.url.startswith("file:")
         self._template = output.key.removesuffix(".{ext}")  # a result's extension is added to every key
         self._prefix = "" if self._in_folder else output.url.partition("://")[2].partition("/")[2]
+        self.collisions = 0
+        """Items that were refused because of another with the same name."""
         self._firsts = Firsts()
         self._rows = TemporaryFile("w+b")  # noqa: SIM115  # one line per name: digest and place
 
@@ -53,7 +55,7 @@ class Naming:
         if not key:
             raise InvalidSource("its output name would be empty; use another --key")
         item = item.model_copy(update={"key": key})
-        name = shown_key(item)
+        name = shown_key(item, key)
         self._check_length(name)
         self._check_first(item, name, row.place)
         return item
@@ -76,15 +78,16 @@ class Naming:
         self._rows.seek(first)
         digest, _, other = self._rows.readline().decode().rstrip("\n").partition(" ")
         if digest != item.digest:  # otherwise it is a duplicate, which shares the other's result
+            self.collisions += 1
             raise InvalidSource(
                 f"its result would get the same name as that of {other}, {name!r}; add {{index}} or {{ext}} to --key"
             )
 
 
-def shown_key(item: Item) -> str:
-    """The key of an item that has one, without extension, and with `{job}` unless the job has a name."""
+def shown_key(item: Item, template: str) -> str:
+    """The key of an item's result, without extension and with `{job}` left in place."""
     own: dict[str, str | int] = {"index": item.index, "item": item.id, "name": item_name(item.name, item.source)}
-    return fill(item.key or "", own)
+    return fill(template if item.key is None else item.key, own)
 
 
 def _value(field: str, item: Item, row: SourceRow) -> str:

@@ -61,6 +61,8 @@ class ListCheck:
     total: int = 0
     bad: list[BadRow] = field(default_factory=list)
     bad_count: int = 0
+    collisions: int = 0
+    """Bad rows whose results would get the same name as another's."""
     duplicates: dict[int, int] = field(default_factory=dict)
     """Index of an item -> its number of duplicates."""
     size: int = 0
@@ -70,6 +72,7 @@ class ListCheck:
         """The items of valid rows. After a bad row, unless `skip_invalid`, the rest is only checked, not yielded."""
         with Naming(spec.output) if may_collide(spec.output.key) else nullcontext() as naming:
             yield from self._accepted(sources, spec, skip_invalid, naming)
+            self.collisions = naming.collisions if naming is not None else 0
 
     def _accepted(
         self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool, naming: Naming | None

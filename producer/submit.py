@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from imagemill.producer.following import Connect, exit_with, follow
 from imagemill.producer.results import expire
-from imagemill.producer.sources import read_sources
+from imagemill.producer.sources import BadRow, SourceRow, read_sources
 from imagemill.producer.spec import job_spec, local_address, option_values, quality_values
 from imagemill.producer.terminal import bad_rows, counted, make_console, say
 from imagemill.producer.times import parse_time
@@ -23,7 +23,7 @@ from imagemill.shared.messages import PRIORITIES, Job
 from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, Quality
-from imagemill.shared.settings import load_settings
+from imagemill.shared.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from imagemill.producer.client import Client
@@ -34,7 +34,11 @@ class SubmitCommand(click.Command):
     """A command whose `--help` ends with the options of the operation that is named on the same line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Look at all flags first, because `--help` is handled before `--operation` is."""
+        """Look at all flags first, because `--help` is handled before `--operation` is.
+
+        `--dry-run` alone must not take the next argument as its value.
+        """
+        args = ["--dry-run=list" if arg == "--dry-run" else arg for arg in args]
         ctx.meta[__name__], _, _ = self.make_parser(ctx).parse_args([*args])
         return super().parse_args(ctx, args)
 
@@ -128,6 +132,12 @@ def _limit(name: str, operation: str | None) -> str:
 @click.option("--name", metavar="NAME", help="The job's ID. After an error, the same command with the same name continues.")
 @click.option("--skip-invalid", is_flag=True, help="Skip invalid rows instead of rejecting the list.")
 @click.option("--expire-days", type=int, metavar="N", help="Have S3 delete everything under --output after N days.")
+@click.option(
+    "--dry-run",
+    type=click.Choice(["list", "fetch"]),
+    metavar="[=fetch]",
+    help="Queue nothing; show what would be. With =fetch also open the first 20 images and a random 20.",
+)
 @click.option("--wait", is_flag=True, help="Show progress until the job ends.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.option(
@@ -147,6 +157,7 @@ def submit(
     name: str | None,
     skip_invalid: bool,
     expire_days: int | None,
+    dry_run: str | None,
     wait: bool,
     as_json: bool,
     **flags: Any,
@@ -169,6 +180,11 @@ def submit(
     spec = job_spec(flags["operation"], flags["engine"], options, files, policy, look)
     out = make_console(stderr=True)
     with connect(configured) as client:
+        if dry_run is not None:
+            rows = read_sources(sources, s3=client.s3)
+            how = {"name": name, "skip_invalid": skip_invalid, "fetch": dry_run == "fetch"}
+            _try(client, configured, rows, spec, out, as_json=as_json, **how)
+            return
         if expire_days is not None:
             expire(configured.s3, spec.output.url, expire_days)
         submission = _submit(client, sources, spec, out, skip_invalid=skip_invalid, name=name)
@@ -179,6 +195,27 @@ def submit(
         elif as_json:
             counts = {"total": submission.total, "duplicates": submission.duplicates, "invalid": submission.invalid_count}
             click.echo(json.dumps({"job": submission.job, **counts}))
+
+
+def _try(
+    client: Client,
+    settings: Settings,
+    rows: Iterable[SourceRow | BadRow],
+    spec: Job,
+    out: Console,
+    *,
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Show what would be queued."""
+    from imagemill.producer import dry_run
+
+    with out.status("reading the list"):
+        found, bad = dry_run.dry_run(client, settings, rows, spec, **how)
+    if as_json:
+        click.echo(json.dumps(dry_run.as_json(found, bad)))
+    else:
+        dry_run.show(make_console(stderr=False), found, bad)
 
 
 def _submit(
