@@ -28,7 +28,7 @@ from imagemill.producer.writing import Writing
 from imagemill.shared.dead import DeadLetters
 from imagemill.shared.errors import BrokerUnavailable, UsageError
 from imagemill.shared.fleet import Fleet
-from imagemill.shared.forecast import plan
+from imagemill.shared.forecast import Waiting, plan
 from imagemill.shared.ledger.scripts import PACK
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import DeadLetter, ItemResult, Job, JobStatus, Node, Priority, Row
@@ -154,6 +154,16 @@ class Client:
         lineups = {lane: self._ledger.lineup(lane) for lane in {job.lane for job in jobs if not job.over}}
         turns = {lane: plan(lineup.jobs) for lane, lineup in lineups.items()}
         return [explained(job, turns[job.lane], lineups[job.lane].speed, offered) if not job.over else job for job in jobs]
+
+    def forecast(self, spec: Job, images: int) -> tuple[int, float | None, float | None]:
+        """The nodes that could work on a new job of so many images, and the seconds until it would begin and end, if known."""
+        nodes, lineup = sum(spec.lane in node.lanes for node in self.nodes()), self._ledger.lineup(spec.lane)
+        owner = spec.policy.owner or "~new"  # no name may start with ~
+        weight = next((job.weight for job in lineup.jobs if job.owner == owner), 1.0)
+        turn = plan([*lineup.jobs, Waiting("~new", owner, weight, spec.policy.priority, images)])["~new"]
+        if not nodes or lineup.speed <= 0:
+            return nodes, None, None
+        return nodes, turn.begins / lineup.speed, turn.ends / lineup.speed
 
     def spec(self, job: str) -> Job:
         """A job as it was submitted."""

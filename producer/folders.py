@@ -46,6 +46,7 @@ def _folder_rows(folder: str, skipped: Skipped) -> Iterator[SourceRow]:
     def fail(error: OSError) -> None:
         raise InvalidSource(f"{error.filename}: {error.strerror}") from error
 
+    root = file_url(folder)
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
@@ -56,7 +57,7 @@ def _folder_rows(folder: str, skipped: Skipped) -> Iterator[SourceRow]:
             if name.startswith("."):
                 continue
             if _named_like_an_image(name) or looks_like_image(_head(path)):
-                yield SourceRow(_as_text(path), {"source": file_url(path)})
+                yield SourceRow(_as_text(path), {"source": file_url(path)}, root)
             else:
                 skipped.add(_as_text(path))
 
@@ -73,7 +74,7 @@ def _prefix_rows(client: Any, url: str, skipped: Skipped) -> Iterator[SourceRow]
             opened += 1
             image = looks_like_image(read_head(client, bucket, key, HEAD))
         if image:
-            yield SourceRow(address, {"source": address})
+            yield SourceRow(address, {"source": address}, root=url)
         else:
             skipped.add(address)
 

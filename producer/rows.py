@@ -22,6 +22,10 @@ class SourceRow:
 
     place: str
     fields: dict[str, Any]
+    root: str | None = field(default=None, compare=False)
+    """URL of the folder or prefix that was given and holds the image; None for a row of a list."""
+    columns: dict[str, str] | None = field(default=None, compare=False)
+    """A table's cells by column, in lower case; for the names of results."""
 
 
 @dataclass(frozen=True, slots=True)

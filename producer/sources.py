@@ -80,7 +80,7 @@ def _reader(source: str, s3: Callable[[], Any], column: str | None, skipped: Ski
         kind = _json_row if suffix in (".jsonl", ".ndjson") else None
         return lambda: _read_lines(source, _open(source), kind, column)
     if suffix in IMAGE_EXTENSIONS or _begins_like_an_image(path):
-        return lambda: iter([SourceRow(source, {"source": file_url(source)})])
+        return lambda: iter([SourceRow(source, {"source": file_url(source)}, root=file_url(path.parent))])
     if suffix == ".json":
         raise InvalidSource(f"{source}: a .json file can't be read row by row; write one JSON object per line (.jsonl)")
     if suffix in WORKBOOKS:

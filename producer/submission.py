@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from imagemill.producer.duplicates import Firsts
+from imagemill.producer.naming import Naming
 from imagemill.producer.sources import BadRow, SourceRow, parse, refused
 from imagemill.shared.errors import InvalidOption, InvalidSource
+from imagemill.shared.keys import may_collide
 from imagemill.shared.messages import Item, Job
 from imagemill.shared.options.inpaint import InpaintOptions
 
@@ -58,6 +61,8 @@ class ListCheck:
     total: int = 0
     bad: list[BadRow] = field(default_factory=list)
     bad_count: int = 0
+    collisions: int = 0
+    """Bad rows whose results would get the same name as another's."""
     duplicates: dict[int, int] = field(default_factory=dict)
     """Index of an item -> its number of duplicates."""
     size: int = 0
@@ -65,9 +70,16 @@ class ListCheck:
 
     def accepted(self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool) -> Iterator[Item]:
         """The items of valid rows. After a bad row, unless `skip_invalid`, the rest is only checked, not yielded."""
+        with Naming(spec.output) if may_collide(spec.output.key) else nullcontext() as naming:
+            yield from self._accepted(sources, spec, skip_invalid, naming)
+            self.collisions = naming.collisions if naming is not None else 0
+
+    def _accepted(
+        self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool, naming: Naming | None
+    ) -> Iterator[Item]:
         firsts = Firsts()
         for index, row in enumerate(sources):
-            item = row if isinstance(row, BadRow) else _checked(row, index, spec)
+            item = row if isinstance(row, BadRow) else _checked(row, index, spec, naming)
             if isinstance(item, BadRow):
                 self.bad_count += 1
                 if len(self.bad) < MOST_BAD_ROWS:
@@ -91,12 +103,14 @@ class ListCheck:
         return InvalidSource(f"{rows}, nothing was queued: {places}{more}", self.bad)
 
 
-def _checked(row: SourceRow, index: int, spec: Job) -> Item | BadRow:
+def _checked(row: SourceRow, index: int, spec: Job, naming: Naming | None) -> Item | BadRow:
+    options = spec.options
     try:
         item = parse(row, index)
+        if naming is not None:
+            item = naming.named(item, row)
     except InvalidSource as error:
         return refused(row, error.message)
-    options = spec.options
     if isinstance(options, InpaintOptions) and not (item.mask or item.boxes or options.mask or options.boxes):
         return refused(row, "needs a mask or boxes, from the row or the job")
     return item

@@ -19,12 +19,13 @@ from imagemill.producer.spec import job_spec, local_address, option_values, qual
 from imagemill.producer.terminal import bad_rows, counted, make_console, say
 from imagemill.producer.times import parse_time
 from imagemill.shared.engines import ENGINES, split_lane
-from imagemill.shared.errors import InvalidSource
+from imagemill.shared.errors import InvalidOption, InvalidSource
+from imagemill.shared.keys import LAYOUTS
 from imagemill.shared.messages import PRIORITIES, Format, Job, JobStatus, KeepMetadata
 from imagemill.shared.options.base import OPERATIONS
 from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, Quality
-from imagemill.shared.settings import load_settings
+from imagemill.shared.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from imagemill.producer.client import Client
@@ -35,7 +36,11 @@ class SubmitCommand(click.Command):
     """A command whose `--help` ends with the options of the operation that is named on the same line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Look at all flags first, because `--help` is handled before `--operation` is."""
+        """Look at all flags first, because `--help` is handled before `--operation` is.
+
+        `--dry-run` alone must not take the next argument as its value.
+        """
+        args = ["--dry-run=list" if arg == "--dry-run" else arg for arg in args]
         ctx.meta[__name__], _, _ = self.make_parser(ctx).parse_args([*args])
         return super().parse_args(ctx, args)
 
@@ -115,6 +120,11 @@ def _limit(name: str, operation: str | None) -> str:
 )
 @click.option("--column", metavar="NAME", help="The column of a table that holds the images; default: by name or content.")
 @click.option("--key", metavar="TEMPLATE", help="File names of the results; default {job}/{index:06d}-{name}.")
+@click.option(
+    "--layout",
+    type=click.Choice([*LAYOUTS]),
+    help="Instead of --key: original names (flat), also folders (tree), or numbered names (indexed, the default).",
+)
 @click.option("--priority", type=click.Choice(PRIORITIES), help="Which jobs go first; default normal.")
 @click.option("--owner", metavar="NAME", help="Who the job is for; owners take turns.")
 @click.option("--not-before", metavar="TIME", help="Begin no earlier: 2026-11-29T08:00, or from now: 90s, 30m, 2h, 1d.")
@@ -130,6 +140,12 @@ def _limit(name: str, operation: str | None) -> str:
 @click.option("--name", metavar="NAME", help="The job's ID. After an error, the same command with the same name continues.")
 @click.option("--skip-invalid", is_flag=True, help="Skip invalid rows instead of rejecting the list.")
 @click.option("--expire-days", type=int, metavar="N", help="Have S3 delete everything under --output after N days.")
+@click.option(
+    "--dry-run",
+    type=click.Choice(["list", "fetch"]),
+    metavar="[=fetch]",
+    help="Queue nothing; show what would be. With =fetch also open the first 20 images and a random 20.",
+)
 @click.option("--wait", is_flag=True, help="Show progress until the job ends.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.option(
@@ -149,6 +165,7 @@ def submit(
     name: str | None,
     skip_invalid: bool,
     expire_days: int | None,
+    dry_run: str | None,
     wait: bool,
     as_json: bool,
     **flags: Any,
@@ -158,6 +175,10 @@ def submit(
     SOURCE is a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or an image's URL or path. Lists may be
     tables, as spreadsheets and shops write them.
     """
+    if flags["layout"] is not None:
+        if flags["key"] is not None:
+            raise InvalidOption("--key and --layout can't be combined")
+        flags["key"] = LAYOUTS[flags["layout"]]
     files = {name: flags[name] for name in ("format", "quality", "icc", "metadata", "key")}
     files["url"] = local_address(flags["output"])
     policy: dict[str, object] = {name: flags[name] for name in ("priority", "owner", "batch")}
@@ -169,10 +190,15 @@ def submit(
     spec = job_spec(flags["operation"], flags["engine"], options, files, policy, look)
     out = make_console(stderr=True)
     with connect(configured) as client:
-        if expire_days is not None:
-            expire(configured.s3, spec.output.url, expire_days)
         skipped = Skipped()
         rows = read_sources(sources, s3=client.s3, column=flags["column"], skipped=skipped)
+        if dry_run is not None:
+            how = {"name": name, "skip_invalid": skip_invalid, "fetch": dry_run == "fetch"}
+            _try(client, configured, rows, spec, out, as_json=as_json, **how)
+            _tell_skipped(out, skipped)
+            return
+        if expire_days is not None:
+            expire(configured.s3, spec.output.url, expire_days)
         submission = _submit(client, rows, spec, out, skip_invalid=skip_invalid, name=name)
         _tell_skipped(out, skipped)
         if not as_json:
@@ -201,6 +227,27 @@ def _tell_skipped(out: Console, skipped: Skipped) -> None:
         more = ", ..." if skipped.count > len(skipped.names) else ""
         what = "1 file that is no image" if skipped.count == 1 else f"{skipped.count:,} files that are no images"
         say(out, f"skipped {what}: {', '.join(skipped.names)}{more}", "yellow")
+
+
+def _try(
+    client: Client,
+    settings: Settings,
+    rows: Rows,
+    spec: Job,
+    out: Console,
+    *,
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Show what would be queued."""
+    from imagemill.producer import dry_run
+
+    with out.status("reading the list"):
+        found, bad = dry_run.dry_run(client, settings, rows, spec, **how)
+    if as_json:
+        click.echo(json.dumps(dry_run.as_json(found, bad)))
+    else:
+        dry_run.show(make_console(stderr=False), found, bad)
 
 
 def _submit(client: Client, rows: Rows, spec: Job, out: Console, *, skip_invalid: bool, name: str | None) -> Submission:

@@ -35,6 +35,8 @@ class Columns:
 
     fields: tuple[str | None, ...]
     several: bool = False
+    names: tuple[str, ...] = ()
+    """Those of all columns, in lower case."""
 
 
 def read_table(name: str, source: AbstractContextManager[BinaryIO], column: str | None = None) -> Rows:
@@ -121,7 +123,7 @@ def _columns(name: str, names: list[str], column: str | None, sample: list[list[
     elif any(cell in SOURCE_NAMES for cell in plain):
         fields = tuple("source" if cell in SOURCE_NAMES else cell if cell in FIELDS else None for cell in plain)
         _check_fields(name, names, fields)
-        return Columns(fields, several="images" in plain)
+        return Columns(fields, "images" in plain, tuple(plain))
     elif len(alike := _alike(names)) == 1:
         source = alike[0]
     else:
@@ -132,7 +134,7 @@ def _columns(name: str, names: list[str], column: str | None, sample: list[list[
         for place, cell in enumerate(plain)
     )
     _check_fields(name, names, fields)
-    return Columns(fields, several=True)
+    return Columns(fields, True, tuple(plain))
 
 
 def _chosen(name: str, names: list[str], column: str) -> int:
@@ -187,7 +189,7 @@ def _table_rows(place: str, cells: list[str], columns: Columns, delimiter: str) 
         yield BadRow(place, "several images share one mask or boxes; write a row for each", cut(delimiter.join(cells)))
         return
     for url in urls:
-        yield SourceRow(place, {**row.fields, "source": url})
+        yield SourceRow(place, {**row.fields, "source": url}, columns=row.columns)
 
 
 def _table_row(place: str, cells: list[str], columns: Columns, delimiter: str) -> SourceRow | BadRow:
@@ -199,4 +201,4 @@ def _table_row(place: str, cells: list[str], columns: Columns, delimiter: str) -
     fields = {field: cell for field, cell in pairs if field is not None and cell}
     if "source" not in fields:
         return BadRow(place, "no URL in the source column", cut(delimiter.join(cells)))
-    return SourceRow(place, fields)
+    return SourceRow(place, fields, columns=dict(zip(columns.names, map(str.strip, cells), strict=False)) or None)

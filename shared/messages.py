@@ -20,6 +20,7 @@ from pydantic import (
 
 from imagemill.shared.engines import engines_of, lane_of
 from imagemill.shared.errors import Expired, RecordDamaged
+from imagemill.shared.keys import LAYOUTS, check_inside, check_key
 from imagemill.shared.options.base import Boxes, EngineOptions, Model, Operation, validation_sentence
 from imagemill.shared.plain_text import shortened
 from imagemill.shared.quality import Measures, Quality
@@ -39,24 +40,6 @@ LONGEST_OUTPUT, LONGEST_KEY = 2048, 1024
 LONGEST_MESSAGE, LONGEST_NOTE, MOST_NOTES = 1000, 60, 20
 """Of a result. Some of it is said by strangers, and all of it is kept in Redis."""
 SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_url)]
-KEY_FIELD = re.compile(r"\{(job|index|item|name)(?::0(\d)d)?\}")
-RUN_TOGETHER = re.compile(r"\{index[^}]*\}(\d|\{job\})*\{name|\{name[^}]*\}(\d|\{job\})*\{index")
-"""Index and name without a separator: index 1 with name `1a` gives the same key as index 11 with name `a`."""
-
-
-def check_key(template: str) -> str:
-    """The template itself. Raises ValueError if two items of a job could get the same key, or a key could leave its prefix."""
-    rest = KEY_FIELD.sub("", template)
-    if "{" in rest or "}" in rest:
-        raise ValueError("a key may only use {job}, {index}, {index:06d}, {item} and {name}")
-    if not re.search(r"\{(index|item)", template):
-        raise ValueError("a key needs {index} or {item}, or two images could overwrite each other")
-    if "{item}" not in template and RUN_TOGETHER.search(template):
-        raise ValueError("a key needs a separator between {index} and {name}, or two images could overwrite each other")
-    if template.startswith("/") or ".." in template.split("/"):
-        raise ValueError("a key must stay below the output URL: no leading / and no ..")
-    return template
-
 
 Profile = Literal["srgb", "keep"]
 """Convert colours to sRGB, or keep the source's profile."""
@@ -78,7 +61,7 @@ class Output(Model):
         "copyright",
         description="EXIF, XMP and IPTC of the source: keep (positions too), copyright (creator, rights, resolution) or none",
     )
-    key: Annotated[str, Field(max_length=LONGEST_KEY), AfterValidator(check_key)] = "{job}/{index:06d}-{name}"
+    key: Annotated[str, Field(max_length=LONGEST_KEY), AfterValidator(check_key)] = LAYOUTS["indexed"]
 
 
 class Policy(Model):
@@ -148,6 +131,9 @@ class Item(Model):
     mask: SourceUrl | None = None
     boxes: Boxes = ()
     name: str | None = Field(None, max_length=200, description="name of the output; by default the source's")
+    key: Annotated[str, AfterValidator(check_inside)] | None = Field(
+        None, max_length=1024, description="the job's template of keys with the fields filled in that only the submitter knows"
+    )
     duplicate_of: int | None = Field(None, description="index of the item whose result this one shares")
 
     @property
@@ -158,7 +144,8 @@ class Item(Model):
     @property
     def digest(self) -> str:
         """Hex SHA-256 of the fields that, together with the job, determine the item's result."""
-        return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}".encode()).hexdigest()
+        key = "" if self.key is None else f"\n{self.key}"
+        return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{key}".encode()).hexdigest()
 
 
 LANE = re.compile(r"[a-z-]+(\.[A-Za-z0-9_-]+){1,2}")

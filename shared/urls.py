@@ -99,8 +99,18 @@ def safe_name(text: str) -> str:
 
     It has no separators or control characters and at most 180 bytes in UTF-8.
     """
-    last = unquote(urlsplit(text).path if "://" in text else text).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    last = (
+        unquote(urlsplit(text).path if "://" in text and not text.startswith("s3:") else text)
+        .replace("\\", "/")
+        .rstrip("/")
+        .rsplit("/", 1)[-1]
+    )
     stem = last.rsplit(".", 1)[0] if "." in last[1:] else last
-    kept = "".join(c if c.isalnum() or c in "-_.+() " else "-" for c in unicodedata.normalize("NFC", stem))
+    return safe_part(stem, "image")
+
+
+def safe_part(text: str, default: str) -> str:
+    """A text as one part of a key, or `default`: no separators or control characters, at most 180 bytes in UTF-8."""
+    kept = "".join(c if c.isalnum() or c in "-_.+() " else "-" for c in unicodedata.normalize("NFC", text))
     short = kept.strip(" .-").encode()[:180].decode(errors="ignore")  # most file systems allow 255 bytes
-    return short.strip(" .-") or "image"
+    return short.strip(" .-") or default

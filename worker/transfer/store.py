@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol
+from typing import IO, BinaryIO, Protocol
 from urllib.parse import quote, urlsplit
 
 from imagemill.shared.errors import NotFound, StorageFull, StorageRefused, StorageUnavailable, sentence
-from imagemill.shared.image_files import IMAGE_EXTENSIONS
-from imagemill.shared.messages import KEY_FIELD, Item
+from imagemill.shared.keys import fill, item_name
+from imagemill.shared.messages import Item
 from imagemill.shared.s3 import MISSING, S3Client, ensure_bucket, split, storing
 from imagemill.shared.settings import FileSettings, S3Settings
-from imagemill.shared.urls import check_output_url, path_of, safe_name
+from imagemill.shared.urls import check_output_url, path_of
 from imagemill.worker.transfer.files import is_below, open_at_once, replacing
 from imagemill.worker.transfer.multipart import PART, Upload, content_md5
 from imagemill.worker.transfer.s3_requests import PLAIN, S3Requests
@@ -88,22 +88,10 @@ def open_store(url: str, *, s3: S3Requests, files: FileSettings, s3_settings: S3
 def render_key(template: str, *, job: str, item: Item, extension: str) -> str:
     """The key of an item's result: the output's template with its fields filled in, plus the extension (without dot).
 
-    `{name}` is the item's or the source's name, sanitised so that a key never leaves its prefix.
+    The item's own key, if it has one, is the template with the submitter's fields filled in already.
     """
-    fields: dict[str, str | int] = {"job": job, "index": item.index, "item": item.id, "name": _name(item)}
-
-    def fill(match: Any) -> str:
-        value, width = fields[match[1]], match[2]
-        return f"{value:0{width}d}" if width and isinstance(value, int) else str(value)
-
-    return f"{KEY_FIELD.sub(fill, template)}.{extension.lstrip('.')}"
-
-
-def _name(item: Item) -> str:
-    if item.name is None:
-        return safe_name(item.source)
-    has_extension = Path(item.name).suffix.lower() in IMAGE_EXTENSIONS
-    return safe_name(item.name if has_extension else f"{item.name}.")  # `v1.5` is a name without extension
+    own: dict[str, str | int] = {"job": job, "index": item.index, "item": item.id, "name": item_name(item.name, item.source)}
+    return f"{fill(template if item.key is None else item.key, own)}.{extension.lstrip('.')}"
 
 
 class S3Store:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from imagemill.shared.engines import ENGINES, parse_options
+from imagemill.shared.keys import check_key
 from imagemill.shared.messages import (
     ENDED,
     LONGEST_KEY,
@@ -24,7 +25,6 @@ from imagemill.shared.messages import (
     Output,
     Policy,
     WakeUp,
-    check_key,
     compact,
     row,
 )
@@ -112,7 +112,9 @@ def test_lanes_unfit_for_a_queue_are_refused(lane: str) -> None:
         WakeUp(lane=lane)
 
 
-@pytest.mark.parametrize("template", ["{job}/{index:06d}-{name}", "{index}", "{item}", "all/{name}/{index:04d}"])
+@pytest.mark.parametrize(
+    "template", ["{job}/{index:06d}-{name}", "{index}", "{item}", "all/{name}/{index:04d}", "{path}/{name}", "{Image Src}"]
+)
 def test_valid_key_templates(template: str) -> None:
     assert check_key(template) == template
 
@@ -120,15 +122,16 @@ def test_valid_key_templates(template: str) -> None:
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{name}", "could overwrite each other"),
-        ("", "could overwrite each other"),
-        ("{index}/{user}", "may only use"),
+        ("{job}", "would overwrite each other"),
+        ("", "would overwrite each other"),
+        ("{index}/{a.b}", "may only use"),
         ("{index!r}", "may only use"),
         ("{index.__class__}", "may only use"),
         ("{index:9999999d}", "may only use"),
         ("{{index}}", "may only use"),
         ("/{index}", "no leading /"),
         ("../{index}", "no leading / and no .."),
+        ("{name}\n", "no control characters"),
         ("a/../../{index}", "no leading / and no .."),
     ],
 )
