@@ -47,6 +47,7 @@ def key(template: str, *rows: SourceRow, output: str = S3) -> str:
         ("{path}/{name}", row("s3://bucket/a/2024-01/1.jpg", root="s3://bucket/a/2024-"), "2024-01/1.png"),
         ("{path}/{name}", row("file:///srv/in/shoes/1.jpg", root="file:///srv/in"), "shoes/1.png"),
         ("{path}/{name}", row("file:///srv/in/1.jpg"), "srv/in/1.png"),
+        ("{path}./{name}", row("https://a.example/1.jpg"), "1.png"),
         ("{name}", row("https://a.example/shoes/1.jpg"), "1.png"),
         ("{stem}.{ext}", row("https://a.example/1.JPG"), "1.png"),
         ("{stem}-{ext}", row("https://a.example/1.JPG"), "1-jpg.png"),
@@ -129,6 +130,9 @@ def test_repeat_of_a_refused_row_is_refused_too() -> None:
         ("{skuu}", {"sku": "1"}, "--key uses {skuu}, but the row has no column of this name; did you mean 'sku'?"),
         ("{nmae}", None, "--key uses {nmae}, but the row has no column of this name; did you mean 'name'?"),
         ("{sku}", {"sku": " "}, "--key uses {sku}, but the row's column is empty"),
+        ("{path}../{name}", None, "its output name would be '../{name}'; use another --key"),
+        ("{path}./{ext}/..{path}/{path}", None, "its output name would be 'png/..'; use another --key"),
+        ("{path}", None, "its output name would be ''; use another --key"),
         ("a" * 900 + "{sku}", {"sku": "x" * 180}, "its output name would be longer than 1,024 bytes; use another --key"),
     ],
 )
