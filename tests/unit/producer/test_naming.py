@@ -10,8 +10,11 @@ import pytest
 from imagemill.producer.sources import BadRow, SourceRow, read_sources
 from imagemill.producer.submission import ListCheck
 from imagemill.shared.keys import LAYOUTS
+from imagemill.shared.ledger.leasing import Share
 from imagemill.shared.messages import Item, Job, Output
 from imagemill.worker.transfer.store import render_key
+from tests.ledgers import Ledger
+from tests.unit.producer.jobs import STYLIZE, Invoke, asked, submitted
 
 S3 = "s3://results/shop"
 FOLDER = "file:///srv/results"
@@ -162,3 +165,18 @@ def test_tree_keeps_the_folders_below_the_given_one(tmp_path: Path) -> None:
     items, bad = checked(LAYOUTS["tree"], *read_sources([str(tmp_path / "in put")], s3=lambda: None), output=FOLDER)
     keys = [render_key(LAYOUTS["tree"], job="x", item=item, extension="png") for item in items]
     assert (bad, keys) == ([], ["1.png", "shoes/1.png", "shoes/red/1.png"])
+
+
+def test_workers_are_given_the_names(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill, "https://a.example/x/1.jpg\nhttps://a.example/y/1.jpg\n", "--layout", "tree")
+    due = asked(ledger)
+    assert isinstance(due, Share)
+    template = ledger.spec(job).output.key
+    keys = [render_key(template, job=job, item=item, extension="png") for item in due.items]
+    assert keys == ["x/1.png", "y/1.png"]
+
+
+def test_collision_queues_nothing_and_names_both_rows(imagemill: Invoke, ledger: Ledger) -> None:
+    result = imagemill(*STYLIZE, "--key", "{name}", stdin="https://a.example/x/1.jpg\nhttps://a.example/y/1.jpg\n")
+    assert (result.exit_code, ledger.jobs()) == (2, [])
+    assert "stdin:2: its result would get the same name as that of stdin:1, '1'" in result.stderr
