@@ -39,6 +39,7 @@ class Naming:
         """Items that were refused because of another with the same name."""
         self._firsts = Firsts()
         self._rows = TemporaryFile("w+b")  # noqa: SIM115  # one line per name: digest and place
+        self._end = 0
 
     def __enter__(self) -> Self:
         return self
@@ -51,9 +52,9 @@ class Naming:
         fields = {
             match[1]: _value(match[1], item, row) for match in KEY_FIELD.finditer(self._template) if match[1] not in OWN_FIELDS
         }
-        key = "/".join(part for part in fill(self._template, fields).split("/") if part)
-        if not key:
-            raise InvalidSource("its output name would be empty; use another --key")
+        key = "/".join(part for part in fill(self._template, fields).split("/") if part not in ("", "."))
+        if not key or ".." in key.split("/"):  # of a template such as {path}../{name}
+            raise InvalidSource(f"its output name would be {key!r}; use another --key")
         item = item.model_copy(update={"key": key})
         name = shown_key(item, key)
         self._check_length(name)
@@ -70,13 +71,13 @@ class Naming:
 
     def _check_first(self, item: Item, name: str, place: str) -> None:
         same = unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold()) if self._in_folder else name
-        end = self._rows.seek(0, 2)
-        first = self._firsts.first(hashlib.sha256(same.encode()).hexdigest(), end)
-        if first == end:
-            self._rows.write(f"{item.digest} {place}\n".encode(errors="backslashreplace"))
+        first = self._firsts.first(hashlib.sha256(same.encode()).hexdigest(), self._end)
+        if first == self._end:
+            self._end += self._rows.write(f"{item.digest} {place}\n".encode(errors="backslashreplace"))
             return
         self._rows.seek(first)
         digest, _, other = self._rows.readline().decode().rstrip("\n").partition(" ")
+        self._rows.seek(self._end)
         if digest != item.digest:  # otherwise it is a duplicate, which shares the other's result
             self.collisions += 1
             raise InvalidSource(
@@ -86,8 +87,13 @@ class Naming:
 
 def shown_key(item: Item, template: str) -> str:
     """The key of an item's result, without extension and with `{job}` left in place."""
-    own: dict[str, str | int] = {"index": item.index, "item": item.id, "name": item_name(item.name, item.source)}
-    return fill(template if item.key is None else item.key, own)
+    key = template if item.key is None else item.key
+    own: dict[str, str | int] = {"index": item.index}
+    if "{name" in key:
+        own["name"] = item_name(item.name, item.source)
+    if "{item" in key:  # takes a hash
+        own["item"] = item.id
+    return fill(key, own)
 
 
 def _value(field: str, item: Item, row: SourceRow) -> str:

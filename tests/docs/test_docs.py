@@ -137,6 +137,8 @@ class FakeClient:
     def submit(self, *_: object, **__: object) -> None:
         raise Submitted
 
+    forecast = submit
+
 
 def submit(arguments: list[str], folder: Path, presets: str) -> None:
     """Check a job's operation, engine, options, limits, preset and sources: all but Redis."""

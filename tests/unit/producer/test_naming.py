@@ -10,8 +10,11 @@ import pytest
 from imagemill.producer.sources import BadRow, SourceRow, read_sources
 from imagemill.producer.submission import ListCheck
 from imagemill.shared.keys import LAYOUTS
+from imagemill.shared.ledger.leasing import Share
 from imagemill.shared.messages import Item, Job, Output
 from imagemill.worker.transfer.store import render_key
+from tests.ledgers import Ledger
+from tests.unit.producer.jobs import STYLIZE, Invoke, asked, submitted
 
 S3 = "s3://results/shop"
 FOLDER = "file:///srv/results"
@@ -47,6 +50,7 @@ def key(template: str, *rows: SourceRow, output: str = S3) -> str:
         ("{path}/{name}", row("s3://bucket/a/2024-01/1.jpg", root="s3://bucket/a/2024-"), "2024-01/1.png"),
         ("{path}/{name}", row("file:///srv/in/shoes/1.jpg", root="file:///srv/in"), "shoes/1.png"),
         ("{path}/{name}", row("file:///srv/in/1.jpg"), "srv/in/1.png"),
+        ("{path}./{name}", row("https://a.example/1.jpg"), "1.png"),
         ("{name}", row("https://a.example/shoes/1.jpg"), "1.png"),
         ("{stem}.{ext}", row("https://a.example/1.JPG"), "1.png"),
         ("{stem}-{ext}", row("https://a.example/1.JPG"), "1-jpg.png"),
@@ -129,6 +133,9 @@ def test_repeat_of_a_refused_row_is_refused_too() -> None:
         ("{skuu}", {"sku": "1"}, "--key uses {skuu}, but the row has no column of this name; did you mean 'sku'?"),
         ("{nmae}", None, "--key uses {nmae}, but the row has no column of this name; did you mean 'name'?"),
         ("{sku}", {"sku": " "}, "--key uses {sku}, but the row's column is empty"),
+        ("{path}../{name}", None, "its output name would be '../{name}'; use another --key"),
+        ("{path}./{ext}/..{path}/{path}", None, "its output name would be 'png/..'; use another --key"),
+        ("{path}", None, "its output name would be ''; use another --key"),
         ("a" * 900 + "{sku}", {"sku": "x" * 180}, "its output name would be longer than 1,024 bytes; use another --key"),
     ],
 )
@@ -158,3 +165,18 @@ def test_tree_keeps_the_folders_below_the_given_one(tmp_path: Path) -> None:
     items, bad = checked(LAYOUTS["tree"], *read_sources([str(tmp_path / "in put")], s3=lambda: None), output=FOLDER)
     keys = [render_key(LAYOUTS["tree"], job="x", item=item, extension="png") for item in items]
     assert (bad, keys) == ([], ["1.png", "shoes/1.png", "shoes/red/1.png"])
+
+
+def test_workers_are_given_the_names(imagemill: Invoke, ledger: Ledger) -> None:
+    job = submitted(imagemill, "https://a.example/x/1.jpg\nhttps://a.example/y/1.jpg\n", "--layout", "tree")
+    due = asked(ledger)
+    assert isinstance(due, Share)
+    template = ledger.spec(job).output.key
+    keys = [render_key(template, job=job, item=item, extension="png") for item in due.items]
+    assert keys == ["x/1.png", "y/1.png"]
+
+
+def test_collision_queues_nothing_and_names_both_rows(imagemill: Invoke, ledger: Ledger) -> None:
+    result = imagemill(*STYLIZE, "--key", "{name}", stdin="https://a.example/x/1.jpg\nhttps://a.example/y/1.jpg\n")
+    assert (result.exit_code, ledger.jobs()) == (2, [])
+    assert "stdin:2: its result would get the same name as that of stdin:1, '1'" in result.stderr
