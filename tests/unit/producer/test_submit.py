@@ -72,7 +72,7 @@ def test_owner_and_times_are_passed_on(imagemill: Invoke, ledger: Ledger) -> Non
 def test_submit_json_prints_the_counts(imagemill: Invoke) -> None:
     result = imagemill(*STYLIZE, "--json", "--skip-invalid", stdin=GOOD + "ftp://example.com/c.jpg\n")
     summary = json.loads(result.stdout)
-    assert summary == {"job": summary["job"], "total": 3, "duplicates": 1, "invalid": 1}
+    assert summary == {"job": summary["job"], "total": 3, "duplicates": 1, "invalid": 1, "skipped": 0}
     assert "stdin:4" in result.stderr
 
 
