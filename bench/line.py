@@ -10,8 +10,8 @@ What is real: the node with its children, Celery, Redis, HTTP and S3, all on loo
 a new node and a new Redis, so nobody knows yet how fast the device is or how large its batches can be. What is not:
 
 - The device (`stand-in-gpu` in bench/stand_in.py) sleeps for a set time per batch, however full the batch is, without holding
-  Python's lock. It looks like a GPU with plenty of memory: the line starts with a batch of one and doubles it, and waits for
-  batches to be full. The device's rate is what it reaches with full batches only.
+  Python's lock. It looks like a GPU with plenty of memory: the line starts with a batch of one and tries larger ones, and
+  waits for batches to be full. The device's rate is what it reaches with full batches only.
 - The network: bench/servers.py answers each GET and each PUT after a set delay. Some cases have a tail: 1 % of the GETs take
   3 s. The images are JPEGs of 10 kB or of 2 megapixels, distinct ones, and come back as JPEGs.
 

@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-NAMES = ("boto3", "botocore", "onnxruntime", "pycurl")
+NAMES = ("boto3", "botocore", "brotli", "onnxruntime", "pycurl", "zstandard")
 
 VERSION = "not installed"
 

@@ -121,7 +121,7 @@ def without_rim(where: Grey) -> Grey:
 def sharpness(grey: Grey, inner: Grey) -> float | None:
     """Variance of the Laplacian (Pech-Pacheco et al., ICPR 2000) inside mask `inner`, 255 on 0; None if that is too small.
 
-    The same number as by `cv2.meanStdDev`, in half the time; all sums are whole numbers, so their order does not matter.
+    The same number as by `cv2.meanStdDev`, sooner; all sums are whole numbers, so their order does not matter.
     """
     count = cv2.countNonZero(inner)
     if count < FEWEST:
