@@ -43,12 +43,6 @@ class _LinkSigner(_Shifted, auth.S3SigV4QueryAuth):  # type: ignore[misc]
     pass
 
 
-def now() -> datetime:
-    """The server's time, in UTC, as far as it is known to differ from this host's."""
-    moment: datetime = auth.get_current_datetime()
-    return moment + _Shifted.skew
-
-
 def follow_server(client: Any) -> None:
     """Have this client sign by the server's clock once the server has refused a request and its clock differs."""
     auth.AUTH_TYPE_MAPS |= {"s3v4": _Signer, "s3v4-query": _LinkSigner}

@@ -1,7 +1,7 @@
 """Requests to S3 servers: libcurl for what succeeds at once, boto3 for everything else.
 
 boto3 takes 1 ms of CPU time per request, and a thread for each that is in flight. So it only says where the requests for a
-bucket go; libcurl sends them there, signed with boto3's keys. Whatever the server does not simply accept is left to boto3,
+bucket go; libcurl sends them there, with boto3's own signature. Whatever the server does not simply accept is left to boto3,
 with its retries, redirects, clock and errors.
 """
 
@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock, local
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import pycurl
 
@@ -26,7 +26,6 @@ from imagemill.shared.s3 import S3Client, make_client
 from imagemill.shared.settings import S3Settings
 from imagemill.worker.transfer.download import user_agent
 from imagemill.worker.transfer.network import Network
-from imagemill.worker.transfer.s3_signature import Signer
 
 T = TypeVar("T")
 
@@ -48,21 +47,13 @@ class _Asked(Exception):
 
 @dataclass
 class Place:
-    """Where boto3 sends the requests for a bucket. `keys` returns the frozen credentials with which it signs them, or None."""
+    """Where boto3 sends the requests for a bucket, and how it signs them."""
 
     url: str
-    keys: Callable[[], Any]
-    region: str
-    service: str
+    sign: Callable[[], Any]
     cas: str
-    signer: Signer | None = None
+    auth: Any = None
     fresh_until: float = 0.0
-
-    def renew(self) -> None:
-        """Sign with the keys that are valid now. May ask a server for them."""
-        keys = self.keys()
-        self.signer = Signer(self.url, keys, region=self.region, service=self.service) if keys is not None else None
-        self.fresh_until = time.monotonic() + KEYS_SECONDS
 
 
 class S3Requests:
@@ -137,9 +128,7 @@ class S3Requests:
         url = place.url + quote(key, PLAIN)
         try:
             lines = await self._signed(place, method, url, headers, body)
-        except BotoCoreError:  # no keys to be had
-            return 0
-        if lines is None:
+        except BotoCoreError:  # no keys
             return 0
         with self._network.handle() as handle:
             for option, value in (
@@ -177,17 +166,19 @@ class S3Requests:
         finally:
             self._asking.on = False
 
-    async def _signed(self, place: Place, method: str, url: str, headers: dict[str, str], body: bytes) -> list[str] | None:
-        """The header lines of a request, with its signature; None without keys."""
-        from imagemill.shared import s3_clock
+    async def _signed(self, place: Place, method: str, url: str, headers: dict[str, str], body: bytes) -> list[str]:
+        """The header lines of a request, with its signature."""
+        from botocore.awsrequest import AWSRequest
 
         if time.monotonic() > place.fresh_until:
-            await self.in_thread(lambda _: place.renew())
-        if place.signer is None:
-            return None
-        sign = functools.partial(place.signer.headers, method, urlsplit(url).path, headers, body, s3_clock.now())
-        signed = sign() if len(body) < LARGE else await asyncio.to_thread(sign)
-        return ["Expect:", *(f"{name}: {value}" for name, value in signed.items())]
+            place.auth = await self.in_thread(lambda _: place.sign())  # may ask a server for new keys
+            place.fresh_until = time.monotonic() + KEYS_SECONDS
+        request = AWSRequest(method, url, headers, body)
+        if len(body) < LARGE:
+            place.auth.add_auth(request)
+        else:
+            await asyncio.to_thread(place.auth.add_auth, request)
+        return ["Expect:", *(f"{name}: {value}" for name, value in request.headers.items())]
 
     def _learn(
         self, request: Any, request_signer: Any, signature_version: Any, region_name: str, signing_name: str, **_: Any
@@ -201,8 +192,8 @@ class S3Requests:
             place = None
             if signature_version == "s3v4" and "identity_cache" not in signing and not get_environ_proxies(url):
                 name, region = signing.get("signing_name", signing_name), signing.get("region", region_name)
-                auth = functools.partial(request_signer.get_auth_instance, name, region, signature_version)
-                place = Place(url, lambda: auth().credentials, region, name, self._cas)
+                sign = functools.partial(request_signer.get_auth_instance, name, region, signature_version)
+                place = Place(url, sign, self._cas)
             self._places[given["Bucket"]] = place
         if getattr(self._asking, "on", False):
             raise _Asked
