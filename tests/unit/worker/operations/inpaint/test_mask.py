@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from imagemill.shared.errors import BadMask
 from imagemill.worker.imaging.picture import Grey
 from imagemill.worker.operations.inpaint import mask as module
-from imagemill.worker.operations.inpaint.mask import build_mask, distance_to, feathered, fill_mask, rectangles_around, shrunk
+from imagemill.worker.operations.inpaint.mask import (
+    build_mask,
+    distance_to,
+    feathered,
+    fill_mask,
+    rectangles_around,
+    reveal,
+    shrunk,
+)
 from imagemill.worker.operations.inpaint.rectangle import Rectangle
 from tests.fills import distances, inputs, rectangle_mask
 
@@ -154,3 +162,16 @@ def test_rectangles_become_one_when_merging_takes_too_many_rounds(monkeypatch: p
     assert len(rectangles_around(mask, 5)) == 80
     monkeypatch.setattr(module, "ROUNDS", 0)
     assert rectangles_around(mask, 5) == [Rectangle(slice(0, 370), slice(0, 360))]
+
+
+def test_hole_that_was_rubbed_out_becomes_visible_and_a_shape_of_its_own_does_not() -> None:
+    pixels = np.full((60, 80, 4), 90, np.uint8)
+    pixels[..., 3] = 255
+    pixels[10:30, 10:30, 3] = 0  # rubbed out of the picture
+    pixels[:, 60:, 3] = 0  # the background of a cut-out
+    opacity = np.zeros((60, 80), np.uint8)
+    opacity[10:30, 10:30] = 255
+    opacity[40:50, 70:78] = 255
+    reveal(pixels, opacity)
+    assert (pixels[:, :60, 3] == 255).all()
+    assert not pixels[:, 60:, 3].any()

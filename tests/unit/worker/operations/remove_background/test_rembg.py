@@ -272,6 +272,24 @@ def test_result_is_transparent_wherever_the_source_is(weights: Path) -> None:
     assert result[..., 3].any()
 
 
+@pytest.mark.parametrize("matting", [False, True])
+def test_picture_that_is_cut_out_already_keeps_its_soft_edge(matting: bool, weights: Path) -> None:
+    rows, columns = np.mgrid[:96, :128]
+    pixels = np.full((96, 128, 4), (180, 60, 40, 0), np.uint8)
+    pixels[..., 3] = np.clip((40 - np.hypot(rows - 48, columns - 64)) * 20, 0, 255)
+    result, seen = cut(loaded(weights), pixels, alpha_matting=matting), pixels[..., 3] > 0
+    assert np.array_equal(result[..., 3], pixels[..., 3])
+    assert np.array_equal(result[seen], pixels[seen])
+
+
+def test_exact_cuts_a_cut_out_again_as_rembg_does(weights: Path, theirs: Any) -> None:
+    pixels = PICTURES["with alpha"].copy()
+    pixels[:8] = pixels[-8:] = pixels[:, :8] = pixels[:, -8:] = 0
+    assert np.array_equal(
+        cut(loaded(weights), pixels, model=MODELS[0], exact=True), removed(theirs, weights, MODELS[0], pixels)
+    )
+
+
 def test_background_image_is_read_once_and_shown_behind_the_subject(weights: Path) -> None:
     asked: list[str] = []
 
