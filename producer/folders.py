@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from imagemill.producer.rows import Rows, Skipped, SourceRow
 from imagemill.shared.errors import InvalidSource
-from imagemill.shared.image_files import HEAD, IMAGE_EXTENSIONS, looks_like_image
+from imagemill.shared.image_files import HEAD, IMAGE_EXTENSIONS, RAW_EXTENSIONS, looks_like_image
 from imagemill.shared.s3 import list_objects, read_head
 
 MOST_OPENED = 1000
@@ -56,7 +57,7 @@ def _folder_rows(folder: str, skipped: Skipped) -> Iterator[SourceRow]:
             path = Path(parent, name)
             if name.startswith("."):
                 continue
-            if _named_like_an_image(name) or looks_like_image(_head(path)):
+            if _named_like_an_image(name) or (not _raw(name) and looks_like_image(_head(path))):
                 yield SourceRow(_as_text(path), {"source": file_url(path)}, root)
             else:
                 skipped.add(_as_text(path))
@@ -70,9 +71,10 @@ def _prefix_rows(client: Any, url: str, skipped: Skipped) -> Iterator[SourceRow]
             continue
         address = f"s3://{bucket}/{key}"
         image = _named_like_an_image(key)
-        if not image and size and opened < MOST_OPENED:
+        if not image and size and not _raw(key) and opened < MOST_OPENED:
             opened += 1
-            image = looks_like_image(read_head(client, bucket, key, HEAD))
+            with suppress(InvalidSource):  # it may not be read, or not at once
+                image = looks_like_image(read_head(client, bucket, key, HEAD))
         if image:
             yield SourceRow(address, {"source": address}, root=url)
         else:
@@ -81,6 +83,10 @@ def _prefix_rows(client: Any, url: str, skipped: Skipped) -> Iterator[SourceRow]
 
 def _named_like_an_image(name: str) -> bool:
     return name.lower().endswith(tuple(IMAGE_EXTENSIONS))
+
+
+def _raw(name: str) -> bool:
+    return name.lower().endswith(tuple(RAW_EXTENSIONS))
 
 
 def _head(path: Path) -> bytes:

@@ -32,6 +32,7 @@ class Naming:
     """
 
     def __init__(self, output: Output) -> None:
+        self._output = output.url
         self._in_folder = output.url.startswith("file:")
         self._template = output.key.removesuffix(".{ext}")  # a result's extension is added to every key
         self._prefix = "" if self._in_folder else output.url.partition("://")[2].partition("/")[2]
@@ -58,6 +59,7 @@ class Naming:
         item = item.model_copy(update={"key": key})
         name = shown_key(item, key)
         self._check_length(name)
+        self._check_original(item, name)
         self._check_first(item, name, row.place)
         return item
 
@@ -68,6 +70,12 @@ class Naming:
         longest = max(len(part.encode()) for part in full.split("/")) + LONGEST_EXTENSION
         if self._in_folder and longest > LONGEST_NAME:
             raise InvalidSource(f"a part of its output name would be longer than {LONGEST_NAME} bytes; use another --key")
+
+    def _check_original(self, item: Item, name: str) -> None:
+        """The result must not take the place of its source, whatever its extension."""
+        source = item.source.rpartition("/")[0] + "/" + item.source.rpartition("/")[2].rpartition(".")[0]
+        if _comparable(source) == _comparable(f"{self._output}/{name}"):
+            raise InvalidSource("its result would replace the image itself; choose another --output, --layout or --key")
 
     def _check_first(self, item: Item, name: str, place: str) -> None:
         same = unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold()) if self._in_folder else name
@@ -83,6 +91,11 @@ class Naming:
             raise InvalidSource(
                 f"its result would get the same name as that of {other}, {name!r}; add {{index}} or {{ext}} to --key"
             )
+
+
+def _comparable(url: str) -> str:
+    """URLs of one file or object are equal in this form, whatever their encoding; S3 keys are not encoded."""
+    return url if url.startswith("s3:") else unicodedata.normalize("NFC", unquote(url)).casefold()
 
 
 def shown_key(item: Item, template: str) -> str:

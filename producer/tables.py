@@ -26,6 +26,8 @@ SAMPLE = 20
 """Rows that are looked at if no name tells which column holds the images."""
 _ADDRESS = re.compile(r"(?:https?|s3|file)://", re.IGNORECASE)
 _BETWEEN = re.compile(r"[\s,;|]+(?=(?:https?|s3|file)://)", re.IGNORECASE)
+_SURELY_BETWEEN = re.compile(r"(?:[,;]?\s+|\s*\|\s*)(?=(?:https?|s3|file)://)", re.IGNORECASE)
+"""In a column that should hold one URL, which may have commas in it."""
 _SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 
 
@@ -181,10 +183,10 @@ def _check_fields(name: str, names: list[str], fields: tuple[str | None, ...]) -
 
 def _table_rows(place: str, cells: list[str], columns: Columns, delimiter: str) -> Rows:
     row = _table_row(place, cells, columns, delimiter)
-    if isinstance(row, BadRow) or not columns.several:
+    if isinstance(row, BadRow):
         yield row
         return
-    urls = _BETWEEN.split(row.fields["source"])
+    urls = (_BETWEEN if columns.several else _SURELY_BETWEEN).split(row.fields["source"])
     if len(urls) > 1 and len(row.fields.keys() & {"mask", "boxes"}):
         yield BadRow(place, "several images share one mask or boxes; write a row for each", cut(delimiter.join(cells)))
         return

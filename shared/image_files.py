@@ -15,11 +15,13 @@ EXTENSIONS = {
 }
 """File extensions of each format. worker/imaging/headers.py reads these formats, the last two with the extra `formats`."""
 IMAGE_EXTENSIONS = frozenset(extension for extensions in EXTENSIONS.values() for extension in extensions)
+RAW_EXTENSIONS = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"})
+"""Of cameras' raw files, which begin like TIFF files and are not read."""
 HEAD = 32
 """Bytes that `looks_like_image` needs."""
 
 _STARTS = (
-    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
     *(b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n"),
 )
 _BMP_HEADERS = frozenset((12, 16, 40, 52, 56, 64, 108, 124))

@@ -117,6 +117,22 @@ def test_different_names_are_accepted(template: str, one: SourceRow, other: Sour
     assert [item.duplicate_of for item in items] == [None, None]
 
 
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("file:///srv/photos/red/a%20b.jpg", "file:///srv/photos"),
+        ("file:///srv/Photos/red/A.JPG", "file:///srv/photos"),
+        ("s3://shop/in/red/a.jpg", "s3://shop/in"),
+    ],
+)
+def test_result_never_replaces_its_source(source: str, output: str) -> None:
+    root = source.partition("/red/")[0]
+    items, bad = checked("{path}/{name}", row(source, root=root), output=output)
+    assert items == []
+    assert bad == ["list.csv:1: its result would replace the image itself; choose another --output, --layout or --key"]
+    assert checked("{path}/{name}", row(source, root=root), output=f"{output}/out")[1] == []
+
+
 def test_repeated_row_shares_the_result_instead_of_colliding() -> None:
     items, bad = checked("{path}/{name}", row("s3://b/x/1.png"), row("s3://b/y/1.png"), row("s3://b/x/1.png"))
     assert (bad, [item.duplicate_of for item in items]) == ([], [None, None, 0])

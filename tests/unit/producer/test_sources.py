@@ -240,6 +240,17 @@ def test_cell_with_several_urls_is_a_row_for_each(sign: str, write: Any) -> None
     ]
 
 
+def test_column_for_one_url_may_hold_several_but_commas_belong_to_a_url(write: Any) -> None:
+    rows = read(write("l.csv", f'source\n"{A}, {B}"\n"{A}|{B}"\n"https://cdn.example/w_300,{A}"\n'))
+    assert [row.fields["source"] for row in rows if isinstance(row, SourceRow)] == [
+        A,
+        B,
+        A,
+        B,
+        f"https://cdn.example/w_300,{A}",
+    ]
+
+
 def test_several_images_can_not_share_a_mask(write: Any) -> None:
     row = only(read(write("l.csv", f'images,mask\n"{A},{B}",{A}\n')))
     assert isinstance(row, BadRow)
@@ -388,13 +399,14 @@ def test_images_are_known_by_name_or_content_and_others_are_named(tmp_path: Path
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "no-extension").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "photo.bin").write_bytes(b"RIFF....WEBP")
+    (tmp_path / "camera.NEF").write_bytes(b"II*\0")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path)
     skipped = Skipped()
     rows = read_sources([str(tmp_path)], s3=no_s3, skipped=skipped)
     names = [Path(row.place).name for row in rows]
     assert names == ["a.JPG", "b.jfif", "c.avif", "d.HEIC", "e.jxl", "no-extension", "photo.bin"]
-    assert (skipped.count, {Path(name).name for name in skipped.names}) == (3, {"link", "notes.txt", "pipe"})
+    assert (skipped.count, {Path(name).name for name in skipped.names}) == (4, {"link", "camera.NEF", "notes.txt", "pipe"})
 
 
 def test_folder_without_images_is_an_error(tmp_path: Path) -> None:

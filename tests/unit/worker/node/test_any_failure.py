@@ -45,7 +45,6 @@ PLACES = [
     "line.line:Line.enter",
     "line.line:Line._begin_fetch",
     "line.line:Line._fetched",
-    "line.line:Line._wait_for_room",
     "line.line:Line._prepare",
     "line.line:Line._prepared",
     "line.line:Line.computed",
