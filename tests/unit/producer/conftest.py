@@ -26,3 +26,13 @@ def imagemill(redis_server: EmbeddedRedis, raw: Any, tmp_path: Path, monkeypatch
         return CliRunner().invoke(main, args, input=stdin, obj=client)
 
     return invoke
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
