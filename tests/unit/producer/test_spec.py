@@ -50,7 +50,7 @@ def test_given_values_are_kept() -> None:
         ({"options": {"style": "colour-transfer"}}, "style=colour-transfer"),
         ({"output": {"url": "https://results/x"}}, "output: url: "),
         ({"output": {**OUT, "quality": 0}}, "output: quality: "),
-        ({"output": {**OUT, "key": "{name}"}}, "output: key: "),
+        ({"output": {**OUT, "key": "{job}"}}, "output: key: "),
         ({"policy": {"attempts": 11}}, "policy: attempts: input should be less than or equal to 10, not 11"),
     ],
 )
