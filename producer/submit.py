@@ -225,7 +225,7 @@ def _as_queued(submission: Submission, spec: Job) -> JobStatus:
 def _tell_skipped(out: Console, skipped: Skipped) -> None:
     if skipped.count:
         more = ", ..." if skipped.count > len(skipped.names) else ""
-        what = "1 file that is no image" if skipped.count == 1 else f"{skipped.count:,} files that are no images"
+        what = "1 file that isn't an image" if skipped.count == 1 else f"{skipped.count:,} files that aren't images"
         say(out, f"skipped {what}: {', '.join(skipped.names)}{more}", "yellow")
 
 
