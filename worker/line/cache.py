@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -147,13 +147,15 @@ class Cache:
         self._known[id(spec)] = spec, found
         return found
 
-    def get(self, key: str | None) -> Remembered | None:
-        """The entry under a key, if Redis answers and has one; `copied` finds out whether the result still exists."""
-        raw: bytes | None = None
-        if key is not None:
+    def get(self, keys: Sequence[str | None]) -> list[Remembered | None]:
+        """The entries under keys, as far as Redis answers and has them; `copied` finds out whether a result still exists."""
+        names = [_name(key) for key in keys if key is not None]
+        entries: dict[str, bytes | None] = {}
+        if names:
             with self._tolerated():
-                raw = self._redis.get(_name(key))
-        return _unpacked(raw) if raw is not None else None
+                entries = dict(zip(names, self._redis.mget(names), strict=True))
+        raw = [entries.get(_name(key)) if key is not None else None for key in keys]
+        return [_unpacked(entry) if entry is not None else None for entry in raw]
 
     def put(self, key: str | None, result: Remembered) -> None:
         """Save the entry of a result that is safely stored, replacing any earlier one, when the next images are recorded."""

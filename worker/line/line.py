@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from asyncio import Semaphore
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -31,6 +32,9 @@ from imagemill.worker.line.stages import advance, advance_on_network
 from imagemill.worker.line.waits import Cause
 from imagemill.worker.transfer.fetch import cut_short
 from imagemill.worker.transfer.network import Network
+
+MOST_TOGETHER = 16
+"""Images that are identified one after the other, in one thread, before any of them is prepared."""
 
 
 class Line:
@@ -62,6 +66,7 @@ class Line:
         self.front = Front(self._begin, lambda: self.speed.pace(), most=fetch.threads, per_host=fetch.per_host)
         self._network = network
         self._uploads = Semaphore(settings.worker.store_threads)
+        self._arrived: deque[tuple[ImageInFlight, Outcome | None]] = deque()
         self._before = ThreadPoolExecutor(threads, "prepare")
         self.after = ThreadPoolExecutor(threads, "finish")
         self._abandoned = False
@@ -89,10 +94,26 @@ class Line:
     async def _fetch(self, image: ImageInFlight) -> None:
         outcome = await advance_on_network(image, stages.fetch)
         self.front.over(image)
-        self._on_cpu(self._before, self._fetched, image, outcome)
+        self._arrived.append((image, outcome))
+        if len(self._arrived) == 1:  # otherwise `_identify` still has to take the first one, and this one with it
+            self._on_cpu(self._before, self._identify)
 
-    def _fetched(self, image: ImageInFlight, outcome: Outcome | None) -> None:
-        outcome = outcome or advance(image, stages.BEFORE_ROOM)
+    def _identify(self) -> None:
+        """Identify all images that have arrived, and look for earlier results of all at once: a question to Redis takes longer
+        than the rest."""
+        arrived: list[tuple[ImageInFlight, Outcome | None]] = []
+        with suppress(IndexError):  # another thread takes some, too
+            while len(arrived) < MOST_TOGETHER:
+                arrived.append(self._arrived.popleft())
+        if self._arrived:
+            self._on_cpu(self._before, self._identify)
+        with self._guarded(*(image for image, _ in arrived)):
+            identified = [(image, outcome or advance(image, stages.BEFORE_ROOM)) for image, outcome in arrived]
+            stages.look_up([image for image, outcome in identified if outcome is None])
+            for image, outcome in identified:
+                self._on_cpu(self._before, self._identified, image, outcome)
+
+    def _identified(self, image: ImageInFlight, outcome: Outcome | None) -> None:
         if "header" in vars(image):
             self._answered(source_service(image.item.source))
         if outcome is not None:
@@ -233,12 +254,12 @@ class Line:
 
     # --- what the parts above share -------------------------------------------------------------
 
-    def _on_cpu(self, threads: ThreadPoolExecutor, step: Callable[..., None], image: ImageInFlight, *more: Any) -> None:
-        """Take a step with an image in a thread. Whatever it raises ends the run instead of vanishing with the thread."""
+    def _on_cpu(self, threads: ThreadPoolExecutor, step: Callable[..., None], *image: Any) -> None:
+        """Take a step, with an image, in a thread. Whatever it raises ends the run instead of vanishing with the thread."""
 
         def guarded() -> None:
-            with self._guarded(image):
-                step(image, *more)
+            with self._guarded(*image[:1]):
+                step(*image)
 
         with suppress(RuntimeError):  # the line has been abandoned
             threads.submit(guarded)
@@ -253,11 +274,12 @@ class Line:
         self._network.post(guarded())
 
     @contextmanager
-    def _guarded(self, image: ImageInFlight) -> Iterator[None]:
+    def _guarded(self, *images: ImageInFlight) -> Iterator[None]:
         try:
             yield
         except BaseException as error:  # noqa: BLE001
-            image.move("begun")  # it may be at fault
+            for image in images:
+                image.move("begun")  # it may be at fault
             self.device.fail(error)
 
     def _retry(self, image: ImageInFlight) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 
 from imagemill.shared.engines import find_engine
@@ -47,20 +47,24 @@ async def fetch(image: ImageInFlight, context: Context) -> None:
 
 
 def identify(image: ImageInFlight, context: Context) -> None:
-    """Read the headers of the file and its mask before anything is decoded. Look for an earlier result, from any job."""
+    """Read the headers of the file and its mask before anything is decoded, and make the key of an earlier result."""
     image.header = codec.probe(image.data, max_pixels=context.max_pixels)
     if isinstance(image.mask_file, bytes):
         try:
             image.mask_pixels = math.prod(codec.probe(image.mask_file, max_pixels=context.max_pixels).size)
         except ImageError as error:
             image.mask_file = error  # `prepare` says so
-    if context.cache is None:
-        return
-    image.cache_key = context.cache.key(image.data, image.item, context.spec, context.operation)
-    policy = context.spec.policy
-    known = context.cache.get(image.cache_key) if policy.reuse else None
-    if known is not None and (known.measures is not None or policy.quality.mode == "off"):
-        image.earlier_result = known
+    if context.cache is not None:
+        image.cache_key = context.cache.key(image.data, image.item, context.spec, context.operation)
+
+
+def look_up(images: Sequence[ImageInFlight]) -> None:
+    """Look for earlier results of identified images, from any job."""
+    for cache in {image.context.cache for image in images if image.context.cache is not None}:  # a process has one
+        asking = [image for image in images if image.context.cache is cache and image.context.spec.policy.reuse]
+        for image, known in zip(asking, cache.get([image.cache_key for image in asking]), strict=True):
+            if known is not None and (known.measures is not None or image.context.spec.policy.quality.mode == "off"):
+                image.earlier_result = known
 
 
 async def reuse(image: ImageInFlight, context: Context) -> Stored | None:

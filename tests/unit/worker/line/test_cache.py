@@ -323,21 +323,34 @@ def save(cache: Cache, key: str | None, result: Remembered = RESULT) -> None:
 def test_latest_entry_is_read_back_unchanged(cache: Cache, one: Remembered, other: Remembered) -> None:
     for result in (one, other):
         save(cache, "key", result)
-        assert cache.get("key") == result
-    assert cache.get("another") is None
+        assert cache.get(["key"]) == [result]
+    assert cache.get(["another"]) == [None]
 
 
 def test_entries_are_saved_in_one_round_trip(own_redis: EmbeddedRedis) -> None:
     cache = Cache(own_redis.url, 60)
     for number in range(40):
         cache.put(f"key {number}", replace(RESULT, bytes=number))
-    assert cache.get("key 7") is None
+    assert cache.get(["key 7"]) == [None]
     with redis.Redis.from_url(own_redis.url) as client:
         before = client.info("stats")["total_reads_processed"]
         cache.flush()
         assert client.info("stats")["total_reads_processed"] - before < 10
         assert client.info("commandstats")["cmdstat_set"]["calls"] == 40
-    assert cache.get("key 7") == replace(RESULT, bytes=7)
+    assert cache.get(["key 7"]) == [replace(RESULT, bytes=7)]
+    cache.close()
+
+
+def test_several_entries_are_read_in_one_round_trip(own_redis: EmbeddedRedis) -> None:
+    cache = Cache(own_redis.url, 60)
+    for number in range(3):
+        save(cache, f"key {number}", replace(RESULT, bytes=number))
+    found = cache.get(["key 2", "new", None, "key 0", "key 2"])
+    assert [entry and entry.bytes for entry in found] == [2, None, None, 0, 2]
+    with redis.Redis.from_url(own_redis.url) as client:
+        calls = client.info("commandstats")
+        assert calls["cmdstat_mget"]["calls"] == 1
+        assert "cmdstat_get" not in calls
     cache.close()
 
 
@@ -363,7 +376,7 @@ def test_entry_expires_with_the_job_and_stays_small(redis_server: EmbeddedRedis,
 def test_no_redis_call_without_a_key(cache: Cache, raw: Any) -> None:
     before = raw.dbsize()
     save(cache, None)
-    assert cache.get(None) is None
+    assert cache.get([None]) == [None]
     assert raw.dbsize() == before
 
 
@@ -384,7 +397,7 @@ def test_no_redis_call_without_a_key(cache: Cache, raw: Any) -> None:
 )
 def test_unreadable_entry_counts_as_missing(cache: Cache, raw: Any, value: bytes) -> None:
     raw.set("imagemill:cache:foreign", value)
-    assert cache.get("foreign") is None
+    assert cache.get(["foreign"]) == [None]
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -396,12 +409,12 @@ def test_unreachable_redis_is_tolerated_and_logged_once(own_redis: EmbeddedRedis
     save(cache, "key")
     own_redis.kill()
     for _ in range(3):
-        assert cache.get("key") is None
+        assert cache.get(["key"]) == [None]
         save(cache, "key")
     assert warnings(caplog) == ["results are not cached"]
     own_redis.start()
     save(cache, "key")
-    assert cache.get("key") == RESULT
+    assert cache.get(["key"]) == [RESULT]
     cache.close()
 
 
@@ -413,8 +426,8 @@ def test_full_redis_is_tolerated_and_still_read(own_redis: EmbeddedRedis, caplog
         client.config_set("maxmemory-policy", "noeviction")
     for _ in range(3):
         save(cache, "new")
-        assert cache.get("known") == RESULT
-    assert cache.get("new") is None
+        assert cache.get(["known"]) == [RESULT]
+    assert cache.get(["new"]) == [None]
     assert warnings(caplog) == ["results are not cached"]
     cache.close()
 

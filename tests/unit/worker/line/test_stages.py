@@ -353,7 +353,7 @@ def test_result_is_remembered_only_when_its_notes_are_lasting(note: str, remembe
             return work
 
     cache = MagicMock(spec=Cache)
-    cache.get.return_value = None
+    cache.get.return_value = [None]
     items = job.photos(1)
     job.run(Noted(), items, cache=cache)
     assert cache.put.called == remembered
@@ -378,7 +378,7 @@ def test_notes_on_the_file_reach_the_result_and_keep_it_reusable(
     operation: Invert, form: str, data: bytes, notes: tuple[str, ...], mode: str, job: LineJob
 ) -> None:
     cache = MagicMock(spec=Cache)
-    cache.get.return_value = None
+    cache.get.return_value = [None]
     job.server.routes["/a"] = data
     kind = "inpaint" if isinstance(operation, Nothing) else "stylize"  # a note on an empty mask is lasting there
     job.run(operation, job.items(["/a"]), form=form, cache=cache, quality={"mode": mode}, kind=kind)
