@@ -21,8 +21,9 @@ log = logging.getLogger(__name__)
 
 SHARE = 0.8
 """Share of the free memory that a batch may be expected to take."""
-NEAR, FAR = 2, 4
-"""How many times the largest size that fits may be tried next: by one peak or none, and by a line through two or more."""
+STEPS = (2, 4, 16)
+"""How many times the largest size that fits may be tried next, by the number of measured peaks: none, one (all of its memory
+counts as the samples', which is cautious), or a line through two or more."""
 HIGH = 0.9
 """Share of all memory above which a run is flagged."""
 PATIENCE = 32
@@ -112,8 +113,8 @@ class BatchSizes:
         if expected is not None:
             size = min(size, expected)
         if known.fits and (self.memory.grows or ceiling is not None):
-            measured = expected is not None and len(known.peaks) > 1
-            size = min(size, (FAR if measured else NEAR) * known.fits)
+            peaks = len(known.peaks) if expected is not None else 0
+            size = min(size, STEPS[min(peaks, 2)] * known.fits)
         return max(1, size)
 
     def relief(self, kind: str) -> int:
