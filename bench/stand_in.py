@@ -13,7 +13,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from imagemill.shared.engines import ENGINES, Engine
 from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware import memory
+from imagemill.worker.hardware.board import Board
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.hardware.memory import Memory, Peak
 from imagemill.worker.hardware.turn import Turn
@@ -118,7 +119,7 @@ class OneGpu(Device):
     @classmethod
     def of(cls, settings: Settings, children: int, *, gpus: int = 1) -> Device:
         device = Device.of(settings, children, gpus=gpus)
-        return replace(device, siblings=children, turn=Turn() if children > 1 else nullcontext())
+        return replace(device, siblings=children, turn=Turn(), board=Board()) if children > 1 else device
 
 
 class StandInGpu(Operation[StandInGpuOptions, Pixels, Pixels, Picture]):

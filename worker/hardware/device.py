@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import DiffusionSettings, Settings
+from imagemill.worker.hardware.board import Board
 from imagemill.worker.hardware.turn import Turn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
@@ -27,7 +28,8 @@ class Device:
 
     - `gpu`: index as given by the operator; inside the pinned process the GPU is always `cuda:0`. None for the CPU.
     - `threads`: the child's share of the cores, at least 1.
-    - `siblings`: how many children share the GPU, this one included; each batch runs within `turn`.
+    - `siblings`: how many children share the GPU, this one included; each batch runs within `turn`, and what is learned about
+      batches is on the `board`.
     - `weights`: folder of the model files.
     - `provider`: execution provider of onnxruntime; `memory_limit`: bytes it may allocate on a GPU.
     - `int8`: prefer 8-bit versions of models where they exist (models.files).
@@ -38,6 +40,7 @@ class Device:
     threads: int = 1
     siblings: int = 1
     turn: AbstractContextManager[Any] = field(default_factory=nullcontext, repr=False, compare=False)
+    board: Board | None = field(default=None, repr=False, compare=False)
     weights: Path = Path()
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
     memory_limit: int | None = None
@@ -50,12 +53,14 @@ class Device:
     def of(cls, settings: Settings, children: int, *, gpus: int = 1) -> Device:
         """The device for each child of a node with this many `children`, on a host whose nodes see so many GPUs."""
         gpu, provider = settings.worker.gpu, settings.onnx.provider
+        shared = gpu is not None and children > 1
         nodes = 1 if gpu is None else max(1, gpus, settings.worker.expect_gpus or 0)  # a container may see only its own
         return cls(
             gpu=gpu,
             threads=share_of_cores(children, nodes),
             siblings=1 if gpu is None else children,
-            turn=Turn() if gpu is not None and children > 1 else nullcontext(),
+            turn=Turn() if shared else nullcontext(),
+            board=Board() if shared else None,
             weights=settings.weights.folder.expanduser(),
             provider=("cpu" if gpu is None else "cuda") if provider == "auto" else provider,
             memory_limit=settings.onnx.gpu_mem_limit,

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
 
+from imagemill.worker.hardware.board import Board
 from imagemill.worker.hardware.memory import HostMemory, Memory
 from imagemill.worker.operations.base import AnyOperation, Sample
 
@@ -78,28 +79,46 @@ class Known:
         freed = free - self.free >= max(each, self.free // 20, 1)
         return self.fails if freed or self.waited >= self.patience else self.fits
 
+    def learned(self) -> tuple[int, int, int | None]:
+        """What changes whenever a run has taught something new."""
+        return len(self.peaks), self.fits, self.fails
+
+
+ALL_KINDS: TypeAdapter[dict[str, Known]] = TypeAdapter(dict[str, Known])
+OWN = {"relief", "patience", "waited"}
+"""Fields of `Known` that only make sense within one process."""
+
 
 class BatchSizes:
     """The batch sizes of one engine on one device. A child keeps them for life; for one thread.
 
-    It starts from `known`. `measures` says whether runs are measured; by default only where the memory `grows`, that is
-    where larger batches are faster.
+    It starts from `known`. Children that share the device learn from each other through `board`, where the note `name` holds
+    what they know; only the one that runs a batch writes it. `measures` says whether runs are measured; by default only where
+    the memory `grows`, that is where larger batches are faster.
 
     `flagged` counts runs that took more than 90 % of the device's memory; `top` is the largest share so far.
     `failures` counts runs that did not fit, and `level` is the relief level of the latest run.
     """
 
     def __init__(
-        self, memory: Memory | None = None, known: dict[str, Known] | None = None, *, measures: bool | None = None
+        self,
+        memory: Memory | None = None,
+        known: dict[str, Known] | None = None,
+        *,
+        measures: bool | None = None,
+        board: Board | None = None,
+        name: str = "",
     ) -> None:
         self.memory = memory or HostMemory()
         self.flagged, self.top = 0, 0.0
         self.failures = self.level = 0
         self._measures = self.memory.grows if measures is None else measures
         self._kinds = dict(known or {})
+        self._board, self._name, self._heard = board, name, 0
 
     def limit(self, kind: str, most: int) -> int:
         """How many samples of a kind to run at once, from 1 to `most`."""
+        self._hear()
         known = self._kinds.get(kind)
         if most == 1 or (known is None and not self.memory.grows):
             return most
@@ -134,8 +153,11 @@ class BatchSizes:
         with self.memory.peak() as peak:
             yield
         known = self.known(kind)
+        before = known.learned()
         known.peaks[size] = min(peak.bytes, known.peaks.get(size, peak.bytes))
         self._fitted(known, size)
+        if known.learned() != before:
+            self._tell()
         self._watch(kind, size, peak.share)
 
     def failed(self, kind: str, size: int) -> None:
@@ -147,6 +169,7 @@ class BatchSizes:
         elif known.fails == size:
             known.patience *= 2
         known.fails, known.waited, known.free = size, 0, self.memory.free()
+        self._tell()
         fields = dict(action="memory", kind=kind, samples=size, free=known.free)
         log.warning("batch did not fit into memory", extra=fields)
 
@@ -162,6 +185,19 @@ class BatchSizes:
         if kind not in self._kinds and len(self._kinds) >= KINDS:
             del self._kinds[next(iter(self._kinds))]
         return self._kinds.setdefault(kind, Known())
+
+    def _hear(self) -> None:
+        """Take over what another child has learned since."""
+        if self._board is None or self._board.version == self._heard:
+            return
+        self._heard = self._board.version
+        for kind, told in ALL_KINDS.validate_python(self._board.read(self._name) or {}).items():
+            known = self.known(kind)
+            known.peaks, known.fits, known.fails, known.free = told.peaks, told.fits, told.fails, told.free
+
+    def _tell(self) -> None:
+        if self._board is not None:
+            self._board.write(self._name, ALL_KINDS.dump_python(self._kinds, mode="json", exclude={"__all__": OWN}))
 
     def _fitted(self, known: Known, size: int) -> None:
         known.fits = max(known.fits, size)

@@ -118,7 +118,8 @@ class Child:
             operation.finish(work, operation.run(work.samples))  # so that the first image meets no surprise
         memory = memory_of(device, operation.spec.runtime)
         self.operations[name, engine] = operation
-        self.sizes[name, engine] = BatchSizes(memory, saved_sizes.read(device.weights, memory.name, operation.spec))
+        saved = saved_sizes.read(device.weights, memory.name, operation.spec)
+        self.sizes[name, engine] = BatchSizes(memory, saved, board=device.board, name=f"{name}/{engine}")
         seconds = round(time.perf_counter() - start, 3)
         log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": seconds})
 

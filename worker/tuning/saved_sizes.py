@@ -10,19 +10,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from imagemill.shared.options.base import validation_sentence
-from imagemill.worker.line.batch_sizes import Known
+from imagemill.worker.line.batch_sizes import ALL_KINDS, OWN, Known
 from imagemill.worker.models.checksums import read_json, write_json
 from imagemill.worker.operations.base import Spec
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-NOT_SAVED = {"relief", "patience", "waited"}
-"""Fields that only make sense within one process."""
-KINDS: TypeAdapter[dict[str, Known]] = TypeAdapter(dict[str, Known])
 
 
 def path_of(folder: Path, device: str) -> Path:
@@ -34,7 +31,7 @@ def read(folder: Path, device: str, spec: Spec) -> dict[str, Known]:
     """The sizes known for each kind of sample of an engine; empty if none were saved, or by another version."""
     path = path_of(folder, device)
     try:
-        return KINDS.validate_python(_engines(path).get(f"{spec.name}/{spec.engine}", {}))
+        return ALL_KINDS.validate_python(_engines(path).get(f"{spec.name}/{spec.engine}", {}))
     except ValidationError as error:
         fields = dict(action="load", path=str(path), reason=validation_sentence(error))
         log.warning("saved batch sizes ignored", extra=fields)
@@ -45,7 +42,7 @@ def write(folder: Path, device: str, spec: Spec, sizes: dict[str, Known]) -> Pat
     """Add sizes to the device's file, replacing those of the same kinds. Raises OSError."""
     path = path_of(folder, device)
     merged = {**read(folder, device, spec), **sizes}
-    saved = KINDS.dump_python(merged, mode="json", exclude={"__all__": NOT_SAVED})
+    saved = ALL_KINDS.dump_python(merged, mode="json", exclude={"__all__": OWN})
     engines = {**_engines(path), f"{spec.name}/{spec.engine}": saved}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"version": VERSION, "device": device, "engines": engines})

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imagemill.shared.errors import OutOfMemory
+from imagemill.worker.hardware.board import Board
 from imagemill.worker.hardware.memory import HostMemory
 from imagemill.worker.line.batch_sizes import PATIENCE, SHARE, BatchSizes, Known, kind_of
 from imagemill.worker.operations.base import Sample
@@ -138,6 +139,20 @@ def test_tuned_values_keep_cpu_batches_within_free_memory(monkeypatch: pytest.Mo
     memory = HostMemory()
     monkeypatch.setattr(memory, "free", lambda: 1000)
     assert BatchSizes(memory, {KIND: Known(peaks={1: 200}, fits=1)}).limit(KIND, 16) == 4
+
+
+def test_children_that_share_a_gpu_learn_from_each_other() -> None:
+    gpu, board = FakeGpu(1000), Board()
+    one, other = (BatchSizes(gpu, board=board, name="inpaint/lama") for _ in range(2))
+    stranger = BatchSizes(gpu, board=board, name="remove-background/rembg")
+    operation = Hungry(gpu, each=20, base=50)
+    for number in range(4):
+        work(operation, (one, other)[number % 2], 1)
+    assert operation.sizes == [1, 4, 37, 37]
+    gpu.held = 650
+    one.failed(KIND, 16)
+    assert other.limit(KIND, 64) < 16
+    assert stranger.limit(KIND, 64) == 1
 
 
 def test_zero_peak_sets_no_limit() -> None:
