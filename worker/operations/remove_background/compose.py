@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.worker.imaging.picture import Grey, Pixels, flatten, rgb_of
 from imagemill.worker.imaging.scale import enlarged_part, resize
-from imagemill.worker.operations.remove_background.matte import EMPTY, Box, Map, foreground_colours, subject_box
+from imagemill.worker.operations.remove_background.matte import EMPTY, SEEN, Box, Map, foreground_colours, subject_box
 from imagemill.worker.operations.remove_background.matting import matted
 from imagemill.worker.operations.remove_background.shadow import find_shadow
 
@@ -64,7 +64,7 @@ def compose(
     more pixels than the image has), and the notes of `matting.matted`.
     """
     alpha = _visible(pixels, alpha)
-    empty = subject_box(alpha) is None
+    empty = int(alpha.max()) <= SEEN
     if empty:
         notes.append(EMPTY)
     elif options.alpha_matting:

@@ -216,6 +216,17 @@ def test_empty_cut_out_gets_a_note_and_keeps_its_size(options: dict[str, Any], f
     assert (result[..., 3] == faint).all()
 
 
+@pytest.mark.parametrize(("level", "found"), [(12, False), (13, True)])
+@pytest.mark.parametrize("crop", [False, True])
+def test_one_visible_pixel_is_a_subject(level: int, found: bool, crop: bool) -> None:
+    pixels, _ = scene()
+    alpha = np.zeros(SIZE[::-1], np.uint8)
+    alpha[40, 50] = level
+    result, notes = composed(pixels, alpha, crop=crop)
+    assert notes == ([] if found else [EMPTY])
+    assert (result.shape[:2] == (160, 240)) == (not (found and crop))
+
+
 def test_compose_skips_matting_when_the_image_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "matted", partial(matted, most=10_000))
     pixels, alpha = scene()
