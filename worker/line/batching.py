@@ -140,6 +140,7 @@ class Batcher(Generic[Owner]):
         groups = self._groups.items()
         ripe = [entry for entry in groups if entry[1].due() <= now or entry[1].full()] or groups
         key, group = min(ripe, key=lambda entry: (not entry[1].slots[0].first, entry[1].slots[0].came))
+        group.limit = 0  # a child that shares the device may have learned more since
         group.full()
         batch = [group.slots.popleft() for _ in range(min(group.limit, len(group.slots)))]
         for one in self._groups.values():

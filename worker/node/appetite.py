@@ -8,8 +8,9 @@ from imagemill.worker.line.image import ImageInFlight
 from imagemill.worker.line.line import Line
 from imagemill.worker.node.shares import Held, ahead
 
-FIRST_IMAGES = 2
-"""Images taken ahead before it is known how fast they are computed; after that, the more it has computed, the more it takes."""
+FIRST_IMAGES, FIRST_OF_BATCHES = 2, 8
+"""Images taken ahead before it is known how fast they are computed: enough for a first batch where larger batches are faster.
+After that, the more it has computed, the more it takes."""
 GROWTH = 16
 """How many more are taken ahead for each image that it has computed."""
 MOST_AHEAD = 1024
@@ -53,9 +54,9 @@ class Appetite:
 
     def _most(self, lane: str) -> int:
         """Images of a lane that should wait for the device, or for their download; the next batches where those grow."""
-        speed = self._line.speed
-        images = FIRST_IMAGES
+        speed, grows = self._line.speed, self._grows(lane)
+        images = first = FIRST_OF_BATCHES if grows else FIRST_IMAGES
         if speed.computed(lane):
             wanted = max(1, round(speed.pace(lane) * (self._seconds + self._line.front.latency)))
-            images = min(wanted, FIRST_IMAGES + GROWTH * speed.computed(lane), MOST_AHEAD)
-        return max(images, 2 * speed.batch(lane)) if self._grows(lane) else images
+            images = min(wanted, first + GROWTH * speed.computed(lane), MOST_AHEAD)
+        return max(images, 2 * speed.batch(lane)) if grows else images
