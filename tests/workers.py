@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from imagemill.shared.connection import connect
 from imagemill.shared.errors import BrokerUnavailable
-from imagemill.shared.fleet import Fleet
+from imagemill.shared.fleet import NODE_SECONDS, Fleet
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0
@@ -97,6 +98,13 @@ class WorkerProcess:
         """Send SIGKILL to the parent; its children die with it."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+    def age(self, seconds: float = NODE_SECONDS) -> None:
+        """Make its latest report older, as if it had been silent for so long."""
+        (node,) = (node for node in self.fleet.nodes() if node.pid == self.process.pid)
+        older = node.model_copy(update={"seen": node.seen - seconds})
+        with connect(self.environment["IMAGEMILL_REDIS_URL"]) as raw:
+            raw.hset("imagemill:nodes", node.node, older.model_dump_json())
 
     def stop(self) -> int:
         """Send SIGTERM, wait, and return the exit status."""
