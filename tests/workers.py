@@ -61,8 +61,7 @@ class WorkerProcess:
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # it is a session of its own
-            self.process.wait()
+            self.kill()
             self._forget()
         self.fleet.close()
 
