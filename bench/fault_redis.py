@@ -34,7 +34,7 @@ def kill(run: FaultRun) -> str:
 
 def freeze(run: FaultRun) -> str:
     """Redis does not respond for longer than a lease."""
-    seconds = run.count(30, 5)
+    seconds = run.count(30, 4)
 
     def disturb() -> None:
         pid = run.raw.info("server")["process_id"]
@@ -61,7 +61,7 @@ def reset(run: FaultRun) -> str:
 
 def cut_off(run: FaultRun) -> str:
     """The network to Redis swallows everything, and after that refuses connections, each for several leases."""
-    seconds = run.count(60, 5)
+    seconds = run.count(60, 4)
     with Proxy(run.redis.port) as proxy:
 
         def disturb() -> None:

@@ -62,10 +62,10 @@ class Invert(Operation[Any, Any, Any, Any]):
 
 
 class SlowLoad(Invert):
-    """Takes 6 s to load; Celery kills a replacement child after 4 s by default."""
+    """Takes 5 s to load; Celery kills a replacement child after 4 s by default."""
 
     def load(self, device: Device) -> None:
-        time.sleep(6)
+        time.sleep(5)
 
 
 class BrokenLoad(Invert):

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from imagemill.shared.fleet import Fleet
+from imagemill.shared.connection import connect
+from imagemill.shared.errors import BrokerUnavailable
+from imagemill.shared.fleet import NODE_SECONDS, Fleet
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0
@@ -34,7 +37,7 @@ def clean_environment(**settings: str) -> dict[str, str]:
 
 
 class WorkerProcess:
-    """Starts on entry and stops with its children on exit; writes its log to `log`.
+    """Starts on entry and is killed with its children on exit, which takes no time; writes its log to `log`.
 
     `fake` names a class of tests/fakes.py to use as the engine of stylize.
     """
@@ -57,8 +60,17 @@ class WorkerProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
+        if self.process.poll() is None:
+            self.kill()
+            self._forget()
         self.fleet.close()
+
+    def _forget(self) -> None:
+        """Sign off for the process that was killed, so that other tests with this Redis don't count on it."""
+        with suppress(BrokerUnavailable):
+            for node in self.fleet.nodes():
+                if node.pid == self.process.pid:
+                    self.fleet.forget_node(node)
 
     def start(self) -> None:
         """Start the process; `wait_ready` waits until it takes tasks."""
@@ -85,6 +97,13 @@ class WorkerProcess:
         """Send SIGKILL to the parent; its children die with it."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+    def age(self, seconds: float = NODE_SECONDS) -> None:
+        """Make its latest report older, as if it had been silent for so long."""
+        (node,) = (node for node in self.fleet.nodes() if node.pid == self.process.pid)
+        older = node.model_copy(update={"seen": node.seen - seconds})
+        with connect(self.environment["IMAGEMILL_REDIS_URL"]) as raw:
+            raw.hset("imagemill:nodes", node.node, older.model_dump_json())
 
     def stop(self) -> int:
         """Send SIGTERM, wait, and return the exit status."""

@@ -159,9 +159,10 @@ class Worker:
             self.children.beat(index)
             time.sleep(1.0)
 
-    def _close_child(self, **_: Any) -> None:
+    def _close_child(self, exitcode: int, **_: Any) -> None:
         if self._child is not None:
             self._child.close()
+        os._exit(exitcode)  # as Celery does a second later, in case its parent still reads; ours learns it from the kernel
 
     def _leave(self, **_: Any) -> None:
         self.app.imagemill_parent.leave()

@@ -128,7 +128,7 @@ def test_cancel_stops_images_that_have_not_started(
 def test_slow_engine_is_loaded_once_per_child(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
-    """It takes 6 s to load, both in the first child and in the one that replaces it."""
+    """It takes 5 s to load, both in the first child and in the one that replaces it."""
     with WorkerProcess(environment, tmp_path, fake="SlowLoad") as node:
         node.wait_ready()
         os.kill(node.children()[0], signal.SIGKILL)

@@ -18,7 +18,7 @@ from tests.workers import WorkerProcess, wait_until
 
 pytestmark = pytest.mark.integration
 
-LONGER_THAN_A_LEASE = 6.0
+LONGER_THAN_A_LEASE = 4.0
 
 
 def test_work_at_hand_survives_an_outage_of_redis(

@@ -175,16 +175,6 @@ def test_model_is_downloaded_and_its_cut_outs_come_first_with_opencvs_beside_the
     assert {path.name for path in (tmp_path / "out" / "results").iterdir()} == {"rembg", "inpaint", "stylize"}
 
 
-def test_demo_continues_with_opencv_when_the_mirror_sends_another_file(tmp_path: Path) -> None:
-    with ImageServer({PATH: b"another file"}) as mirror:
-        ended = demo(tmp_path / "out", "--count", "1", IMAGEMILL_WEIGHTS__MIRROR=mirror.url(""))
-        assert mirror.hits[PATH] > 0
-    assert ended.returncode == 0, ended.stderr
-    (line,) = [line for line in ended.stderr.splitlines() if "cutting out with opencv only" in line]
-    assert "checksum" in line
-    assert Pictures(tmp_path / "out" / "report.html").sources[1].startswith("results/opencv/")
-
-
 def test_required_model_that_is_missing_is_an_error(tmp_path: Path) -> None:
     ended = demo(tmp_path / "out", "--engine", "rembg", "--offline")
     assert ended.returncode != 0
@@ -250,7 +240,7 @@ def test_ctrl_c_stops_the_download(tmp_path: Path) -> None:
 # --- own photos and folders ---
 
 
-def test_own_photos_replace_the_results_of_an_earlier_demo(tmp_path: Path) -> None:
+def test_own_photos_replace_earlier_results_with_opencv_when_the_mirror_sends_another_file(tmp_path: Path) -> None:
     out, own = tmp_path / "out", tmp_path / "my photos"
     for folder in (own, out / "results" / "stylize"):
         folder.mkdir(parents=True)
@@ -259,8 +249,13 @@ def test_own_photos_replace_the_results_of_an_earlier_demo(tmp_path: Path) -> No
     (out / ".imagemill-demo").touch()
     (out / "results" / "stylize" / "old.png").touch()
     (out / "notes.txt").write_text("mine")
-    ended = demo(out, "--images", str(own), "--engine", "opencv")
+    with ImageServer({PATH: b"another file"}) as mirror:
+        ended = demo(out, "--images", str(own), IMAGEMILL_WEIGHTS__MIRROR=mirror.url(""))
+        assert mirror.hits[PATH] > 0
     assert ended.returncode == 0, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if "cutting out with opencv only" in line]
+    assert "checksum" in line
+    assert Pictures(out / "report.html").sources[1].startswith("results/opencv/")
     assert not (out / "results" / "stylize" / "old.png").exists()
     assert (out / "notes.txt").read_text() == "mine"
     done = [line for line in lines(out, "stylize") if line["state"] == "done"]

@@ -27,7 +27,11 @@ pytest.importorskip("flower")
 pytestmark = pytest.mark.integration
 
 PASSWORD = "secret"
-START = "from imagemill.producer.flower.command import flower; flower()"
+START = """
+from imagemill.producer.flower import command, state
+command.LOOK_SECONDS, state.LOST_SECONDS = 0.5, 5.0
+command.flower()
+"""
 
 
 class RunningFlower:
@@ -134,6 +138,7 @@ def test_failures_lost_shifts_reports_and_history(own_redis: EmbeddedRedis, imag
 
             client.submit([SourceRow("slow", {"source": images.url("/slow.png")})], spec("stylize", tmp_path))
             wait_until(lambda: "PROGRESS" in [task["state"] for task in flower.tasks()], "the shift runs")
+            node.age()
             node.kill()
         wait_until(lambda: {"PROGRESS", "STARTED"}.isdisjoint(task["state"] for task in flower.tasks()), "the shift is lost")
         assert any(task["result"].startswith("lost with its process") for task in flower.tasks())

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from threading import Event, Thread
+from typing import Literal
 
 from imagemill.shared.errors import ImagemillError, JobNewer, JobNotFound, JobUnreadable, ServiceUnavailable, WorkerLost
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share, WorkLedger
@@ -268,7 +269,7 @@ class Feeder:
             room = self._appetite.room(self._held, self._jobs.lanes(), overtaken=self._overtaken)
             if not room:
                 return True
-            answer = self._ledger.take(self._request(room))
+            answer = self._take(room)
             self._overtaken = False
             if isinstance(answer, Share):
                 self._start(answer)
@@ -278,6 +279,14 @@ class Feeder:
                 self._ask_at = time.monotonic() + RETRY_SECONDS
                 return answer == "drain"
         return True
+
+    def _take(self, room: dict[str, int]) -> Share | ManifestDue | Literal["none", "drain"]:
+        """Take work for the models that are open if there is any, also when the line has just run dry."""
+        lanes = self._lanes_now({engine_of(held.lane): held.lane for held in self._held})
+        opened = {engine: lane for engine, (lane, _) in self._opened.items() if lane in lanes}
+        kept = [lane for lane in lanes if lane in self._lanes_now(opened)]
+        answer = self._ledger.take(self._request(room, kept))
+        return self._ledger.take(self._request(room, lanes)) if answer == "none" and kept != lanes else answer
 
     def _alone(self) -> bool:
         return any(held.share.deaths for held in self._held)
@@ -292,12 +301,12 @@ class Feeder:
             if too_many:
                 self._withdraw(too_many)
 
-    def _request(self, room: dict[str, int]) -> Request:
+    def _request(self, room: dict[str, int], lanes: list[str]) -> Request:
         held: dict[str, int] = {}
         for each in self._held:
             held[each.share.job] = held.get(each.share.job, 0) + len(each.left())
         rates, empty, drains = self.line.speed.rates(), not self._held, not self.line.outages.reasons()
-        return Request(self._child, self._lanes_now(), room, rates, held, empty, self._avoided(), drains, self._siblings)
+        return Request(self._child, lanes, room, rates, held, empty, self._avoided(), drains, self._siblings)
 
     def _avoided(self) -> list[str]:
         """The jobs that this child can't work on at the moment: what they need does not respond."""
@@ -305,11 +314,10 @@ class Feeder:
         self._unable = {job: until for job, until in self._unable.items() if until > now}
         return [*self._unable, *(job for job, (_, context) in self._contexts.items() if full(context.store.service))]
 
-    def _lanes_now(self) -> list[str]:
-        """The lanes to take work from. An engine keeps one model open, so another's work waits for a while."""
+    def _lanes_now(self, current: dict[tuple[str, str], str]) -> list[str]:
+        """The lanes to take work from, given that of each engine, which keeps its model open for a while."""
         if self._overtaken:
             return self._jobs.lanes()
-        current = {engine_of(held.lane): held.lane for held in self._held}
         settled = time.monotonic() - SWAP_SECONDS
         return [
             lane

@@ -39,7 +39,7 @@ class Contents:
 
 def contents(raw: Any, jobs: Sequence[tuple[str, str, Priority, str]]) -> list[Contents]:
     """Read jobs, given as (ID, lane, priority, owner), in one round trip."""
-    pipe = raw.pipeline()
+    pipe = raw.pipeline(transaction=False)
     for job, lane, priority, owner in jobs:
         key, line = f"imagemill:job:{job}", f"imagemill:waiting:{lane}:{priority}:{owner}"
         pipe.hmget(key, "size", "next", "back", "suspects").lrange(f"{key}:back", 0, -1).lrange(f"{key}:suspects", 0, -1)
@@ -73,11 +73,14 @@ def contents(raw: Any, jobs: Sequence[tuple[str, str, Priority, str]]) -> list[C
 
 def everything(raw: Any) -> dict[str, Any]:
     """Every key with its value, but for packs, which are not text, and marks that expire."""
-    names = sorted(raw.scan_iter("*"))
-    read = {"string": raw.get, "hash": raw.hgetall, "list": lambda name: raw.lrange(name, 0, -1), "set": raw.smembers}
-    read |= {"zset": lambda name: raw.zrange(name, 0, -1, withscores=True), "stream": raw.xlen}
-    return {
-        name: read[kind](name)
-        for name in names
-        if not name.endswith(":packs") and ":draining:" not in name and (kind := raw.type(name)) in read
-    }
+    names = [name for name in sorted(raw.keys()) if not name.endswith(":packs") and ":draining:" not in name]
+    pipe = raw.pipeline(transaction=False)
+    for name in names:
+        pipe.type(name)
+    kinds = dict(zip(names, pipe.execute(), strict=True))
+    read = {"string": pipe.get, "hash": pipe.hgetall, "list": lambda name: pipe.lrange(name, 0, -1), "set": pipe.smembers}
+    read |= {"zset": lambda name: pipe.zrange(name, 0, -1, withscores=True), "stream": pipe.xlen}
+    known = {name: kind for name, kind in kinds.items() if kind in read}
+    for name, kind in known.items():
+        read[kind](name)
+    return dict(zip(known, pipe.execute(), strict=True))

@@ -58,6 +58,7 @@ class Ledgers(RuleBasedStateMachine):
         self.ledger = Ledger(self.url)
         self.raw: Any = redis.Redis.from_url(self.url, decode_responses=True)
         self.jobs: list[ModelJob] = []
+        self.looked_at: dict[str, str] = {}
         self.submitted = 0
 
     @initialize(jobs=st.lists(JOBS, min_size=2, max_size=4), later=st.lists(JOBS, max_size=3))
@@ -374,13 +375,22 @@ class Ledgers(RuleBasedStateMachine):
 
     @invariant()
     def status_matches_the_model(self) -> None:
-        for job in self.jobs:
+        for job in self.changed():
             status = self.ledger.status(job.id)
             usual = {"paused"} if job.paused else {"queued", "running"}
             assert status.state in (usual if job.active else {job.state})
             assert (status.done, status.failed) == (job.count("done"), job.count("failed"))
             assert status.total == len(job.images) + sum(job.duplicates.values())
             assert status.priority == job.priority
+
+    def changed(self) -> list[ModelJob]:
+        """The jobs that are not, in Redis and in the model, as they were when this was called before."""
+        with self.raw.pipeline(transaction=False) as pipe:
+            for job in self.jobs:
+                pipe.hgetall(f"imagemill:job:{job.id}").hlen(f"imagemill:job:{job.id}:shares")
+            stored = iter(pipe.execute())
+        before, self.looked_at = self.looked_at, {job.id: f"{next(stored)} {next(stored)} {job}" for job in self.jobs}
+        return [job for job in self.jobs if before.get(job.id) != self.looked_at[job.id]]
 
     @invariant()
     def every_open_image_is_in_one_place(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imagemill.shared.errors import StorageUnavailable
-from imagemill.shared.ledger.leasing import ManifestDue, Request, Share
+from imagemill.shared.ledger.leasing import ManifestDue, Renewal, Request, Share
 from imagemill.shared.messages import Item, ItemResult, Job, Row
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
 from imagemill.worker.imaging.picture import Picture
@@ -87,13 +87,19 @@ class Steady(Speed):
 
 
 class WatchedLedger(Ledger):
-    """Remembers how many images each share had."""
+    """Remembers how many images each share had, and how often leases were renewed."""
 
     scripts = Ledger.scripts
 
     def __init__(self, url: str, **settings: Any) -> None:
         super().__init__(url, **settings)
         self.sizes: list[int] = []
+        self.renewals = 0
+
+    def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
+        renewal = super().renew(child, lanes, leases)
+        self.renewals += 1
+        return renewal
 
     def take(self, request: Request) -> Share | ManifestDue | Literal["none", "drain"]:
         answer = super().take(request)
@@ -118,7 +124,6 @@ class Feeding:
         """Jobs whose store does not respond."""
         self.manifests: list[ManifestDue] = []
         self.before_manifest: Callable[[ManifestDue], object] = lambda _: None
-        self.renewals = 0
         self.settings = Settings(
             _env_file=None,  # type: ignore[call-arg]
             fetch=FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "total_timeout": 20, "threads": threads}),
@@ -178,7 +183,7 @@ class Feeding:
         return self.sizes.memory.grows
 
     def progress(self, *now: tuple[Context, int]) -> None:
-        self.renewals += 1
+        pass
 
     # --- what the tests do and see ---
 
@@ -227,8 +232,8 @@ class Feeding:
         wait_until(lambda: self.leased() == leased, f"{leased} images are leased")
 
     def wait_for_renewals(self, more: int) -> None:
-        enough = self.renewals + more
-        wait_until(lambda: self.renewals >= enough, f"{more} renewals")
+        enough = self.ledger.renewals + more
+        wait_until(lambda: self.ledger.renewals >= enough, f"{more} renewals")
 
     def results(self, job: str) -> list[ItemResult]:
         """Every result ever recorded, in the order of images."""

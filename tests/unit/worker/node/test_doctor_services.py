@@ -101,6 +101,8 @@ def test_redis_that_could_not_save(doctor: Doctor, healthy_redis: EmbeddedRedis,
     found, fix = next(problem[2:] for problem in problems(result) if problem[:2] == ("redis", "failed"))
     assert "could not save a snapshot" in found
     assert "INFO persistence" in fix
+    with redis.Redis.from_url(healthy_redis.url) as raw:
+        raw.config_set("save", "")  # or it would not end
 
 
 def test_full_redis_that_evicts(doctor: Doctor, healthy_redis: EmbeddedRedis, s3_server: S3Server) -> None:

@@ -34,7 +34,12 @@ def swaps(feeding: Feeding) -> int:
     return sum(one != other for one, other in pairwise(names))
 
 
-def test_model_is_kept_while_there_is_work_for_it(feeding: Feeding) -> None:
+@pytest.mark.parametrize("dry", [False, True])
+def test_model_is_kept_while_there_is_work_for_it(dry: bool, feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the device has always finished one share before the feeder takes the next."""
+    monkeypatch.setattr(module, "SWAP_SECONDS", 3600.0)
+    if dry:
+        monkeypatch.setattr(feeding.line, "retry", lambda: wait_until(lambda: not feeding.in_line(), "the line is empty"))
     jobs = [feeding.submit(12, model=model) for model in MODELS]
     feeding.operation.let(24)
     with feeding.shift():

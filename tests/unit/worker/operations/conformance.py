@@ -139,10 +139,9 @@ def run_all(operation: AnyOperation, samples: Sequence[Sample[Any, Any]]) -> lis
 def check(operation: AnyOperation, options: EngineOptions) -> None:
     """Run all checks with one set of options."""
     check_spec(operation.spec)
-    for name, pixels in PICTURES.items():
-        check_picture(operation, options, name, pixels)
-    check_batches(operation, options)
-    check_threads(operation, options)
+    alone = {name: check_picture(operation, options, name, pixels) for name, pixels in PICTURES.items()}
+    check_batches(operation, options, alone)
+    check_threads(operation, options, alone)
 
 
 def check_spec(spec: Spec) -> None:
@@ -151,8 +150,8 @@ def check_spec(spec: Spec) -> None:
     assert spec.max_batch >= 1
 
 
-def check_picture(operation: AnyOperation, options: EngineOptions, name: str, pixels: Pixels) -> None:
-    """The result for one picture is well-formed and repeatable."""
+def check_picture(operation: AnyOperation, options: EngineOptions, name: str, pixels: Pixels) -> bytes:
+    """The result for one picture, which is returned, is well-formed and repeatable."""
     edge = operation.work_edge(options)
     assert edge is None or edge >= 1, name
     result = take_through(operation, pixels, options)
@@ -168,6 +167,7 @@ def check_picture(operation: AnyOperation, options: EngineOptions, name: str, pi
     repeated = take_through(operation, pixels, options)
     assert repeated.pixels.tobytes() == result.pixels.tobytes(), f"{name}: the result differs when repeated"
     assert repeated.notes == result.notes, name
+    return result.pixels.tobytes()
 
 
 def check_evidence(
@@ -184,23 +184,21 @@ def check_evidence(
     assert hole is None or not work.evidence.comparable
 
 
-def check_batches(operation: AnyOperation, options: EngineOptions) -> None:
+def check_batches(operation: AnyOperation, options: EngineOptions, alone: dict[str, bytes]) -> None:
     """A result depends neither on the other samples in its batch nor on their order."""
-    alone = {name: take_through(operation, pixels, options).pixels for name, pixels in PICTURES.items()}
     for names in (list(PICTURES), list(PICTURES)[::-1]):
         works = [prepared(operation, PICTURES[name].copy(), options) for name in names]
         outputs = iter(run_all(operation, [sample for work in works for sample in work.samples]))
         for name, work in zip(names, works, strict=True):
             pixels = finished(operation, work, [next(outputs) for _ in work.samples]).pixels
-            assert pixels.tobytes() == alone[name].tobytes(), f"{name}: the result depends on the batch"
+            assert pixels.tobytes() == alone[name], f"{name}: the result depends on the batch"
 
 
-def check_threads(operation: AnyOperation, options: EngineOptions) -> None:
+def check_threads(operation: AnyOperation, options: EngineOptions, alone: dict[str, bytes]) -> None:
     """Results stay the same when several threads call `prepare` and `finish`, and one thread calls `run`."""
     pictures = list(PICTURES.values()) * 2
-    expected = [take_through(operation, pixels, options).pixels.tobytes() for pixels in pictures]
     with ThreadPoolExecutor(4) as pool:
         works = list(pool.map(lambda pixels: prepared(operation, pixels.copy(), options), pictures))
         outputs = [run_all(operation, work.samples) for work in works]
         results = list(pool.map(lambda pair: finished(operation, *pair).pixels.tobytes(), zip(works, outputs, strict=True)))
-    assert results == expected, "threads disturb each other"
+    assert results == list(alone.values()) * 2, "threads disturb each other"

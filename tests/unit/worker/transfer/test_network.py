@@ -85,17 +85,15 @@ def test_transfers_go_on_after_sockets_could_not_be_watched(
     assert images.stalled.wait(60)
 
     class Full:
-        """No socket can be watched any more."""
+        """No other socket can be watched any more; the first one may still be on the way from sending to waiting."""
 
         def register(self, *_: Any) -> NoReturn:
             raise OSError(28, "no space for another watch")
 
-        modify = register
-
         def poll(self, _: float) -> list[Any]:
             return []
 
-        unregister = close = lambda *_: None
+        modify = unregister = close = lambda *_: None
 
     monkeypatch.setattr(network._multi, "_sockets", Full())
     with pytest.raises(errors.Unreachable):
