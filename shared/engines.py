@@ -101,7 +101,6 @@ ENGINES: list[Engine] = [
         f"{_OPERATIONS}.stylize.diffusion:Diffusion",
         "diffusion",
         {"sd15-canny": ("sd15", "controlnet-canny")},
-        frozenset({"prompt_cut"}),
     ),
 ]
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from imagemill.shared.options.base import EngineOptions, LongEdge, Model
+from imagemill.shared.options.base import STORED, EngineOptions, LongEdge, Model
+from imagemill.shared.prompts import check
 
 
 class OpencvStylize(EngineOptions):
@@ -30,6 +31,9 @@ class OpencvStylize(EngineOptions):
 
 DiffusionModel = Literal["sd15-canny"]
 """A base model and its ControlNet: Stable Diffusion 1.5 with control_v11p_sd15_canny."""
+
+LONGEST_PROMPT = 2000
+"""Characters. They are about 450 tokens of English, or six pieces, and nothing of them is cut."""
 
 MOST_TIMESTEPS = 1000
 """Stable Diffusion was trained with this many; the LCM LoRA's schedule has 50."""
@@ -64,8 +68,12 @@ class DiffusionStylize(EngineOptions):
 
     engine: Literal["diffusion"] = "diffusion"
     model: DiffusionModel = Field("sd15-canny", description="base model and ControlNet")
-    prompt: str = Field("", max_length=2000, description="describes the result; only the first 75 CLIP tokens are used")
-    negative_prompt: str = Field("", max_length=2000, description="describes what to avoid; ignored if cfg is 1")
+    prompt: str = Field(
+        "", max_length=LONGEST_PROMPT, description="describes the result; (word:1.3) weighs a word, BREAK begins a new piece"
+    )
+    negative_prompt: str = Field(
+        "", max_length=LONGEST_PROMPT, description="describes what to avoid, with the same syntax; ignored if cfg is 1"
+    )
     mode: Literal["image-to-image", "text-to-image"] = Field(
         "image-to-image", description="start from the source with added noise, or only from noise and the source's edges"
     )
@@ -98,6 +106,13 @@ class DiffusionStylize(EngineOptions):
     long_edge: LongEdge | None = Field(None, description="longest edge of the result in pixels; 'none': source size")
     reference: str | None = Field(None, description="URL of an image whose colours are transferred to every result")
     deterministic: bool = Field(False, description="process one image at a time with deterministic algorithms; slower on a GPU")
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str, info: ValidationInfo) -> str:
+        if info.context != STORED:
+            check(prompt)
+        return prompt
 
     @model_validator(mode="after")
     def _check_combination(self) -> DiffusionStylize:

@@ -30,9 +30,9 @@ from imagemill.worker.operations.stylize.buckets import Size, bucket, cropped, i
 from imagemill.worker.operations.stylize.loras import Stamp, find, stamp
 from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
 from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Pipeline, Styled, dtype_of
-from imagemill.worker.operations.stylize.prompts import CUT
+from imagemill.worker.operations.stylize.prompts import about_pieces
 
-REVISION = 3
+REVISION = 4
 """Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 
 MULTIPLE, COMPILED_MULTIPLE = 8, 64
@@ -112,6 +112,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         footprint += (
             " guided" * (options.cfg > 1) + " alone" * options.deterministic
         )  # then a batch takes no more memory than one image
+        footprint += f" {more} pieces" if (more := about_pieces(options)) > 1 else ""
         edges = canvas.edges
         if small.shape[2] == 4:
             edges = edges_of(laid_in(flatten(small, HIDDEN), room), options.canny_low, options.canny_high)
@@ -136,8 +137,6 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
     @translated("scaling the result")
     def finish(self, work: Styling, outputs: Sequence[Styled]) -> Picture:
         plan, (output,) = work.plan, outputs
-        if output.prompt_cut:
-            work.notes.append(CUT)
         rgb = resize(taken_out(output.pixels, plan.picture.size), plan.size)
         source, alpha = plan.picture.pixels, None
         if source.shape[2] == 4:

@@ -61,10 +61,9 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Styled:
-    """One output: RGB uint8 [h, w, 3], and whether the prompt was truncated."""
+    """One output: RGB uint8 [h, w, 3]."""
 
     pixels: Pixels
-    prompt_cut: bool
 
 
 class Pipeline:
@@ -132,8 +131,7 @@ class Pipeline:
             images_in = {"image": pixels, "control_image": edges, "strength": options.strength}
         output = pipe(
             **images_in,
-            prompt_embeds=_repeated(embeddings.prompt, len(canvases)),
-            negative_prompt_embeds=_repeated(embeddings.negative, len(canvases)),
+            **embeddings.arguments(len(canvases)),
             num_inference_steps=options.timesteps,
             guidance_scale=options.cfg,
             controlnet_conditioning_scale=options.control_scale,
@@ -145,8 +143,7 @@ class Pipeline:
         images = (output.images.float().nan_to_num() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         refused = output.nsfw_content_detected or [False] * len(canvases)
         return [
-            _checked(image, finite=fine, refused=unsafe, cut=embeddings.cut)
-            for image, fine, unsafe in zip(images, finite, refused, strict=True)
+            _checked(image, finite=fine, refused=unsafe) for image, fine, unsafe in zip(images, finite, refused, strict=True)
         ]
 
     def _warm_up(self, width: int, height: int) -> None:
@@ -241,16 +238,12 @@ def _checker(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _repeated(embedding: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    return None if embedding is None else embedding.repeat(count, 1, 1)
-
-
-def _checked(image: Pixels, *, finite: bool, refused: bool, cut: bool) -> Styled | ImageError:
+def _checked(image: Pixels, *, finite: bool, refused: bool) -> Styled | ImageError:
     if not finite:
         return OperationFailed("the model's output is not finite: a LoRA's weight or cfg may be too high")
     if refused:
         return UnsafeContent("the safety checker rejected the result for this image")
-    return Styled(image, cut)
+    return Styled(image)
 
 
 @contextmanager
