@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from imagemill.shared.options.base import STORED, EngineOptions, LongEdge, Model
+from imagemill.shared.options.base import STORED, EngineOptions, LongEdge, Model, ModelName
 from imagemill.shared.prompts import check
 
 
@@ -28,9 +28,6 @@ class OpencvStylize(EngineOptions):
             raise ValueError("style=colour-transfer and reference=URL go together")
         return self
 
-
-DiffusionModel = Literal["sd15-canny"]
-"""A base model and its ControlNet: Stable Diffusion 1.5 with control_v11p_sd15_canny."""
 
 LONGEST_PROMPT = 2000
 """Characters. They are about 450 tokens of English, or six pieces, and nothing of them is cut."""
@@ -67,7 +64,7 @@ class DiffusionStylize(EngineOptions):
     """Stable Diffusion 1.5 with a ControlNet that preserves the source's edges."""
 
     engine: Literal["diffusion"] = "diffusion"
-    model: DiffusionModel = Field("sd15-canny", description="base model and ControlNet")
+    model: ModelName = Field("sd15-canny", description="base model and ControlNet")
     prompt: str = Field(
         "", max_length=LONGEST_PROMPT, description="describes the result; (word:1.3) weighs a word, BREAK begins a new piece"
     )
