@@ -28,6 +28,9 @@ class OpencvStylize(EngineOptions):
             raise ValueError("style=colour-transfer and reference=URL go together")
         return self
 
+    def ignored(self) -> dict[str, str]:
+        return {} if self.style == "pencil-sketch" else {"colour": f"style is {self.style}"}
+
 
 LONGEST_PROMPT = 2000
 """Characters. They are about 450 tokens of English, or six pieces, and nothing of them is cut."""
@@ -122,6 +125,10 @@ class DiffusionStylize(EngineOptions):
         if self.timesteps > most:
             raise ValueError(f"steps by strength may be at most {most} for the scheduler {self.scheduler}")
         return self
+
+    def ignored(self) -> dict[str, str]:
+        without_guidance = {"negative_prompt": "cfg is 1"} if self.cfg == 1 else {}
+        return without_guidance | ({"strength": "mode is text-to-image"} if self.mode == "text-to-image" else {})
 
     @property
     def timesteps(self) -> int:
