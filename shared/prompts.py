@@ -101,7 +101,7 @@ def check(prompt: str) -> None:
     if len(sections) > MOST_BREAKS + 1:
         raise ValueError(f"a prompt may have at most {MOST_BREAKS} BREAKs, not {len(sections) - 1}")
     for span in (span for section in sections for span in section):
-        if abs(span.weight) > MOST_WEIGHT:
+        if not abs(span.weight) <= MOST_WEIGHT:  # which NaN isn't either
             raise ValueError(f"weights must be from {-MOST_WEIGHT:g} to {MOST_WEIGHT:g}, but {span.text!r} has {span.weight:g}")
 
 
