@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from pydantic.fields import FieldInfo
@@ -18,7 +18,7 @@ from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec, local_address, option_values, quality_values
 from imagemill.producer.terminal import bad_rows, counted, make_console, say
 from imagemill.producer.times import parse_time
-from imagemill.shared.engines import ENGINES, split_lane
+from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import InvalidOption, InvalidSource
 from imagemill.shared.keys import LAYOUTS
 from imagemill.shared.messages import PRIORITIES, Format, Job, JobStatus, KeepMetadata
@@ -74,18 +74,17 @@ def _write_options(formatter: click.HelpFormatter, operation: str | None = None,
         if operation in (None, row.operation) and engine in (None, row.name):
             fields = row.options.model_fields.items()
             with formatter.section(f"Options of {row.operation} ({row.name}), for --set"):
-                formatter.write_dl([(name, _described(field)) for name, field in fields if name != "engine"])
+                formatter.write_dl([(name, _described(field, row.choices(name))) for name, field in fields if name != "engine"])
     with formatter.section("Limits of the quality check, for --limit"):
         formatter.write_dl([(limit, _limit(limit, operation)) for limit in RULES])
 
 
-def _described(field: FieldInfo) -> str:
+def _described(field: FieldInfo, choices: Sequence[str]) -> str:
     """`description (one of a, b; default a)`."""
     if isinstance(field.default, bool):
         default = "yes" if field.default else "no"
     else:
         default = "none" if field.default in (None, ()) else "empty" if field.default == "" else f"{field.default}"
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     explained = len(choices) < 2 or all(choice in f"{field.description}" for choice in choices)
     values = "" if explained else f"one of {', '.join(choices)}; "
     return f"{field.description} ({values}default {default})"
@@ -189,6 +188,9 @@ def submit(
     options = option_values(flags["settings"], flags["mask"])
     spec = job_spec(flags["operation"], flags["engine"], options, files, policy, look)
     out = make_console(stderr=True)
+    for option, reason in spec.options.ignored().items():
+        if option in options:
+            say(out, f"warning: {option} has no effect, because {reason}", "yellow")
     with connect(configured) as client:
         skipped = Skipped()
         rows = read_sources(sources, s3=client.s3, column=flags["column"], skipped=skipped)
@@ -270,10 +272,6 @@ def _submit(client: Client, rows: Rows, spec: Job, out: Console, *, skip_invalid
     if submission.invalid_count:
         text += f"; {counted(submission.invalid_count, 'invalid row')} skipped"
     say(out, text)
-    if not submission.served:
-        model = split_lane(spec.lane)[2]
-        start = "`imagemill worker --cpu`"
-        if model:
-            start = f"`imagemill models pull {model}` and `IMAGEMILL_WORKER__ENGINES='[\"{spec.engine}\"]' imagemill worker`"
-        say(out, f"warning: no worker offers {spec.lane}; start one with {start}", "yellow")
+    if submission.advice is not None:
+        say(out, f"warning: {submission.advice}", "yellow")
     return submission

@@ -94,7 +94,7 @@ def _build(base: Path, controlnet: Path, seed: int, scale: Scale, device: str, h
     pipe = library.StableDiffusionControlNetPipeline(
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer(_letters(), [], model_max_length=77),
+        tokenizer=CLIPTokenizer(letters(), [], model_max_length=77),
         unet=unet,
         controlnet=control,
         scheduler=library.DDIMScheduler(
@@ -109,7 +109,7 @@ def _build(base: Path, controlnet: Path, seed: int, scale: Scale, device: str, h
     control.save_pretrained(controlnet, variant=variant)
 
 
-def _letters() -> dict[str, int]:
+def letters() -> dict[str, int]:
     """A vocabulary of single bytes, within and at the end of words, as CLIP's tokenizer encodes them."""
     from tokenizers.pre_tokenizers import ByteLevel
 

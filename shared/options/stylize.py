@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from imagemill.shared.options.base import EngineOptions, LongEdge, Model
+from imagemill.shared.options.base import STORED, EngineOptions, LongEdge, Model, ModelName
+from imagemill.shared.prompts import check
 
 
 class OpencvStylize(EngineOptions):
@@ -27,9 +28,12 @@ class OpencvStylize(EngineOptions):
             raise ValueError("style=colour-transfer and reference=URL go together")
         return self
 
+    def ignored(self) -> dict[str, str]:
+        return {} if self.style == "pencil-sketch" else {"colour": f"style is {self.style}"}
 
-DiffusionModel = Literal["sd15-canny"]
-"""A base model and its ControlNet: Stable Diffusion 1.5 with control_v11p_sd15_canny."""
+
+LONGEST_PROMPT = 2000
+"""Characters. They are about 450 tokens of English, or six pieces, and nothing of them is cut."""
 
 MOST_TIMESTEPS = 1000
 """Stable Diffusion was trained with this many; the LCM LoRA's schedule has 50."""
@@ -63,9 +67,13 @@ class DiffusionStylize(EngineOptions):
     """Stable Diffusion 1.5 with a ControlNet that preserves the source's edges."""
 
     engine: Literal["diffusion"] = "diffusion"
-    model: DiffusionModel = Field("sd15-canny", description="base model and ControlNet")
-    prompt: str = Field("", max_length=2000, description="describes the result; only the first 75 CLIP tokens are used")
-    negative_prompt: str = Field("", max_length=2000, description="describes what to avoid; ignored if cfg is 1")
+    model: ModelName = Field("sd15-canny", description="base model and ControlNet")
+    prompt: str = Field(
+        "", max_length=LONGEST_PROMPT, description="describes the result; (word:1.3) weighs a word, BREAK begins a new piece"
+    )
+    negative_prompt: str = Field(
+        "", max_length=LONGEST_PROMPT, description="describes what to avoid, with the same syntax; ignored if cfg is 1"
+    )
     mode: Literal["image-to-image", "text-to-image"] = Field(
         "image-to-image", description="start from the source with added noise, or only from noise and the source's edges"
     )
@@ -99,6 +107,13 @@ class DiffusionStylize(EngineOptions):
     reference: str | None = Field(None, description="URL of an image whose colours are transferred to every result")
     deterministic: bool = Field(False, description="process one image at a time with deterministic algorithms; slower on a GPU")
 
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str, info: ValidationInfo) -> str:
+        if info.context != STORED:
+            check(prompt)
+        return prompt
+
     @model_validator(mode="after")
     def _check_combination(self) -> DiffusionStylize:
         if self.canny_low > self.canny_high:
@@ -110,6 +125,10 @@ class DiffusionStylize(EngineOptions):
         if self.timesteps > most:
             raise ValueError(f"steps by strength may be at most {most} for the scheduler {self.scheduler}")
         return self
+
+    def ignored(self) -> dict[str, str]:
+        without_guidance = {"negative_prompt": "cfg is 1"} if self.cfg == 1 else {}
+        return without_guidance | ({"strength": "mode is text-to-image"} if self.mode == "text-to-image" else {})
 
     @property
     def timesteps(self) -> int:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from imagemill.worker.models import files
-from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, WEIGHTS, Repository
+from imagemill.shared.engines import ENGINES
+from imagemill.shared.errors import UsageError
+from imagemill.worker.models import added, files
+from imagemill.worker.models.catalogue import CONTROLNETS, MODELS, REPOSITORIES, WEIGHTS, Repository
 from imagemill.worker.models.checksums import digest, read_json, sha256_of
 
 RECORD = "imagemill.json"
@@ -48,10 +51,26 @@ def state(weights: Path, entry: Repository) -> State:
 
 
 def is_here(weights: Path, model: str) -> bool:
-    """Whether a model that jobs can select is on disk, in files that nodes can load."""
-    return all(state(weights, entry) != "missing" for entry in REPOSITORIES if entry.name in MODELS[model]) and all(
-        files.required_file(weights, entry).is_file() for entry in WEIGHTS if entry.name in MODELS[model]
+    """Whether a model that jobs can name is on disk, in files that nodes can load. Raises ConfigurationError."""
+    parts = MODELS.get(model, ())
+    if not parts:
+        record = added.find(weights, model)
+        if record is None or record.kind not in added.SELECTABLE or not record.is_here(weights):
+            return False
+        if record.kind == "checkpoint":
+            if record.family not in CONTROLNETS:
+                return False
+            parts = (CONTROLNETS[record.family],)
+    return all(state(weights, entry) != "missing" for entry in REPOSITORIES if entry.name in parts) and all(
+        files.required_file(weights, entry).is_file() for entry in WEIGHTS if entry.name in parts
     )
+
+
+def models_here(weights: Path, engine: str) -> list[str]:
+    """The models that jobs of an engine can name and that are on disk: first the catalogue's, then added ones."""
+    own = [record.name for record in added.selectable(weights, engine)]
+    models = dict.fromkeys(model for row in ENGINES if row.name == engine for model in (*row.models, *own))
+    return [model for model in models if is_here(weights, model)]
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
@@ -83,6 +102,18 @@ def verify(weights: Path, entry: Repository) -> Iterator[tuple[bool, str]]:
     yield from ((False, f"{fault}: imagemill models pull {entry.name}") for fault in faults)
     if not faults:
         yield True, f"{entry.name}: correct (commit {record['commit']})"
+
+
+def remove(weights: Path, entry: Repository) -> int | None:
+    """Delete a pulled repository; return the number of bytes freed, or None if it was not there. Raises UsageError."""
+    folder = folder_of(weights, entry)
+    if not folder.is_dir():
+        return None
+    if not (folder / RECORD).is_file():
+        raise UsageError(f"{folder} was not written by `imagemill models pull`: delete it yourself if nobody needs it")
+    freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    shutil.rmtree(folder)
+    return freed
 
 
 def digest_of(folder: Path) -> str:

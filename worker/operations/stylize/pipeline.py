@@ -31,8 +31,10 @@ from imagemill.worker.hardware.errors import is_out_of_memory
 from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.hardware.torch_device import torch_device, torch_dtype
 from imagemill.worker.imaging.picture import Grey, Pixels
-from imagemill.worker.models.catalogue import MODELS, repository
+from imagemill.worker.models.catalogue import CONTROLNETS, repository
+from imagemill.worker.models.diffusion_models import base_of, controlnet_of
 from imagemill.worker.models.repositories import folder_of
+from imagemill.worker.operations.open_model import getting
 from imagemill.worker.operations.stylize.loras import Loras
 from imagemill.worker.operations.stylize.prompts import Prompts
 
@@ -61,10 +63,9 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Styled:
-    """One output: RGB uint8 [h, w, 3], and whether the prompt was truncated."""
+    """One output: RGB uint8 [h, w, 3]."""
 
     pixels: Pixels
-    prompt_cut: bool
 
 
 class Pipeline:
@@ -132,8 +133,7 @@ class Pipeline:
             images_in = {"image": pixels, "control_image": edges, "strength": options.strength}
         output = pipe(
             **images_in,
-            prompt_embeds=_repeated(embeddings.prompt, len(canvases)),
-            negative_prompt_embeds=_repeated(embeddings.negative, len(canvases)),
+            **embeddings.arguments(len(canvases)),
             num_inference_steps=options.timesteps,
             guidance_scale=options.cfg,
             controlnet_conditioning_scale=options.control_scale,
@@ -145,8 +145,7 @@ class Pipeline:
         images = (output.images.float().nan_to_num() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         refused = output.nsfw_content_detected or [False] * len(canvases)
         return [
-            _checked(image, finite=fine, refused=unsafe, cut=embeddings.cut)
-            for image, fine, unsafe in zip(images, finite, refused, strict=True)
+            _checked(image, finite=fine, refused=unsafe) for image, fine, unsafe in zip(images, finite, refused, strict=True)
         ]
 
     def _warm_up(self, width: int, height: int) -> None:
@@ -178,13 +177,14 @@ class Pipeline:
         return stacked.permute(0, 3, 1, 2).to(torch.float32) / 255
 
     def _load(self, model: str, device: Device) -> Any:
-        base, controlnet = (folder_of(device.weights, repository(name)) for name in MODELS[model])
+        found = base_of(device.weights, model)
+        base, controlnet = found.folder, controlnet_of(device.weights, CONTROLNETS[found.family])
         checker = folder_of(device.weights, repository(CHECKER)) if device.diffusion.safety_checker else None
         dtype = dtype_of(device)
         for library in (diffusers, transformers):  # their messages would end up in the log; notes report what matters
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
-        names = " ".join([model, *([CHECKER] if checker else [])])
+        names = [model, *([CHECKER] if checker else [])]
         try:
             parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
             if checker:
@@ -201,7 +201,7 @@ class Pipeline:
         except Exception as error:  # the files may contain anything
             if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
-            hint = f"check it with `imagemill models verify` or download it again with `imagemill models pull {names}`"
+            hint = f"check it with `imagemill models verify` or get it again with {getting(*names)}"
             raise ConfigurationError(
                 f"the model {model} can't be loaded from {base.parent} ({sentence(error)}): {hint}"
             ) from error
@@ -241,16 +241,12 @@ def _checker(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _repeated(embedding: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    return None if embedding is None else embedding.repeat(count, 1, 1)
-
-
-def _checked(image: Pixels, *, finite: bool, refused: bool, cut: bool) -> Styled | ImageError:
+def _checked(image: Pixels, *, finite: bool, refused: bool) -> Styled | ImageError:
     if not finite:
         return OperationFailed("the model's output is not finite: a LoRA's weight or cfg may be too high")
     if refused:
         return UnsafeContent("the safety checker rejected the result for this image")
-    return Styled(image, cut)
+    return Styled(image)
 
 
 @contextmanager
