@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from imagemill.shared.errors import Truncated
+from imagemill.shared.errors import ModelUnavailable, Truncated
 from imagemill.shared.settings import Settings
 from imagemill.worker.line import stages
 from imagemill.worker.line.device_loop import DeviceLoop
@@ -38,7 +38,8 @@ class Line:
 
     `threads` is the number of CPU cores to use before the device, and again after it. If `siblings` share the device, each
     batch runs within `turn`. `changed` is called, in any thread, when an image has left the device or the line; `moved` between
-    any two batches, and now and then while the device is idle.
+    any two batches, and now and then while the device is idle. `blame` is called when all images of a batch have failed, and
+    returns why the model of their lane is to blame, if it is.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Line:
         threads: int = 2,
         turn: AbstractContextManager[Any] | None = None,
         siblings: int = 1,
+        blame: Callable[[str], ModelUnavailable | None] = lambda _: None,
     ) -> None:
         self.records, self.speed, self.outages = records, Speed(siblings=siblings), Outages()
-        self.changed, self.moved = changed, moved
+        self.changed, self.moved, self.blame = changed, moved, blame
         self.budget = PixelBudget(settings.worker.look_ahead)
         self.device = DeviceLoop(self, self.speed, records.meter, settings.worker.batch_wait, turn)
         records.on_error = self.device.fail
@@ -151,7 +153,10 @@ class Line:
     # --- after the device: finish, check, encode, store, record --------------------------------
 
     def _after_device(self, image: ImageInFlight) -> None:
-        """The stages after the device, or back to it."""
+        """The stages after the device, or back to it. An image without a model is for another node, or for later."""
+        if isinstance(image.failure, ModelUnavailable) and not image.has_result:
+            self.settle(image, NotBegun())
+            return
         outcome = Failed(image.failure) if image.failure is not None else advance(image, stages.AFTER_DEVICE)
         if isinstance(outcome, RunAgain):
             self.device.expect(1)
