@@ -215,8 +215,8 @@ class WorkerSettings(Group):
     model_memory: int | None = Field(
         None,
         ge=0,
-        description="most bytes of open models per child process, of which the least recently used is closed first; empty: half "
-        "of its part of the GPU, or of a quarter of main memory",
+        description="most bytes of open models per child process; the least recently used is closed first. Empty: half of its "
+        "part of the GPU, or its part of a quarter of main memory",
     )
     load_timeout: float = Field(600.0, gt=0, description="most seconds to load the engines")
 

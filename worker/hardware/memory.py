@@ -37,8 +37,8 @@ class Peak:
 class Memory(Protocol):
     """The memory of one device, as its runtime counts it. Methods raise DeviceLost if the device does not respond.
 
-    `name` is the manufacturer's name of the device, `total` this child's part of a GPU's memory in bytes. `grows` is true if larger batches are faster on it, which makes it
-    worthwhile to learn how large they can be and to wait until they are full.
+    `name` is the manufacturer's name of the device, `total` this child's part of a GPU's memory in bytes. `grows` is true if
+    larger batches are faster on it, which makes it worthwhile to learn how large they can be and to wait until they are full.
     """
 
     name: str

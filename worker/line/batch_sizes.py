@@ -1,7 +1,7 @@
 """How many samples fit into device memory, learned for each kind of sample from measured peaks and from failures.
 
-A sample's kind is whatever decides how much memory it takes: its model and `footprint`, or else its group key. Everything here is
-about one engine of one operation on one device.
+A sample's kind is whatever decides how much memory it takes: its model and `footprint`, or else its group key. Everything
+here is about one engine of one operation on one device.
 """
 
 from __future__ import annotations

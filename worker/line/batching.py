@@ -167,8 +167,8 @@ def run_parts(
     """Run a batch on the device; yields its parts as they ran: for each sample its output, or that sample's own error.
 
     When memory runs out, the batch is halved and `sizes` learns from it. Without its model, no sample can run. On any other
-    error each sample is run alone, so that a bad image does not take its neighbours down. Raises SoftTimeLimitExceeded when the task's time is up, and
-    DeviceLost when this process can't use the device any more: neither is an image's fault.
+    error each sample is run alone, so that a bad image does not take its neighbours down. Raises SoftTimeLimitExceeded when
+    the task's time is up, and DeviceLost when this process can't use the device any more: neither is an image's fault.
     """
     kind = kind_of(operation, samples[0])
     over, step = 0, len(samples)

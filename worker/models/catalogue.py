@@ -84,7 +84,7 @@ class Repository:
     """A model published as a repository on the Hugging Face Hub.
 
     `revision` is the pinned commit. `files` are patterns for the files that nodes load: safetensors, small JSON and text.
-    `about_bytes` is their total size to two digits.
+    `about_bytes` is their total size to two digits. `family` is the Stable Diffusion that it is, or was trained for.
     """
 
     name: str
@@ -94,6 +94,7 @@ class Repository:
     files: tuple[str, ...]
     about_bytes: int
     engine: str = "diffusion"
+    family: str = "sd15"
     commercial: ClassVar[bool] = True
 
 
@@ -139,6 +140,9 @@ REPOSITORIES: tuple[Repository, ...] = (
         about_bytes=610 * MB,
     ),
 )
+
+CONTROLNETS = {"sd15": "controlnet-canny"}
+"""The ControlNet that draws by edges, for each family."""
 
 MODELS: dict[str, tuple[str, ...]] = {model: parts for engine in ENGINES for model, parts in engine.models.items()}
 """The catalogue entries that each model a job can select is loaded from, by name."""

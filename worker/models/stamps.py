@@ -16,7 +16,8 @@ def stamp(folder: Path, name: str) -> Stamp:
 
     Files that remember checksums, which nodes write themselves, and those that are being written don't count.
     """
-    return tuple(sorted(_of(entry) for top in _entries(folder) if top.name.partition(".")[0] == name for entry in _files(top)))
+    tops = (entry for entry in _entries(folder) if entry.name == name or entry.name.startswith(f"{name}."))
+    return tuple(sorted(_of(entry) for top in tops for entry in _files(top)))
 
 
 def size(folder: Path, name: str) -> int:

@@ -105,7 +105,7 @@ class Child:
     # --- engines and their models ---------------------------------------------------------------
 
     def _load_engines(self, *, starting: bool = False) -> None:
-        """Load the engines with a lane in service that are not loaded yet. At the start, each runs an image, on its first model.
+        """Load the engines with a lane in service that are not loaded yet. At the start, each runs an image on its first model.
 
         A model that can't be used only closes its lane, and an engine all of its lanes. Raises the error if no engine is left.
         """
@@ -143,7 +143,7 @@ class Child:
         log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": seconds})
 
     def _try(self, lane: str) -> None:
-        """Run an image, so that the first one of a job meets no surprise. Raises ModelUnavailable if the model does not work."""
+        """Run an image, so that the first of a job meets no surprise. Raises ModelUnavailable if the model doesn't work."""
         name, engine, model = split_lane(lane)
         operation = self.operations[name, engine]
         given = {**operation.spec.warm_up, **({"model": model} if model else {})}

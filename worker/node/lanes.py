@@ -24,8 +24,8 @@ class _Entry(ctypes.Structure):
     """One lane. Times are by the monotonic clock, which all processes of a host share; 0 means never.
 
     Only the parent writes `name`, once, and then `opened`, which is `GONE` while the node does not offer the lane. A process
-    that finds that its model can't be used writes `reason`, `again` and then `failed`: when the attempt began. So a fault of files that
-    have been replaced meanwhile changes nothing.
+    that finds that its model can't be used writes `reason`, `again` and then `failed`: when the attempt began. So a fault of
+    files that have been replaced meanwhile changes nothing.
     """
 
     _fields_ = (

@@ -7,6 +7,7 @@ import time
 
 from imagemill.shared.engines import split_lane
 from imagemill.shared.settings import Settings
+from imagemill.worker.models.added import everything
 from imagemill.worker.models.stamps import Stamp
 from imagemill.worker.node.lanes import Lanes
 from imagemill.worker.node.offer import files_of, lanes, shortcomings
@@ -67,4 +68,5 @@ class Lookout:
         return True
 
     def _lacks(self) -> tuple[str, ...]:
-        return tuple(f"{reason}: {fix}" for reason, fix in shortcomings(self._settings))
+        _, faults = everything(self._settings.weights.folder.expanduser())
+        return (*(f"{reason}: {fix}" for reason, fix in shortcomings(self._settings)), *faults)

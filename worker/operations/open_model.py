@@ -11,12 +11,14 @@ from imagemill.worker.hardware.device import give_back
 from imagemill.worker.hardware.errors import DeviceUnusable
 from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.hardware.model_memory import ModelMemory
+from imagemill.worker.models.added import TAKEN
 
 Name = TypeVar("Name", bound=Hashable)
+Version = TypeVar("Version", bound=Hashable)
 Model = TypeVar("Model")
 
 
-class OpenModel(Generic[Name, Model]):
+class OpenModel(Generic[Name, Version, Model]):
     """Keeps an engine's models open, as many as the child's `memory` for models allows. For use in one thread.
 
     `size` tells how many bytes a model takes that is not open yet, by its name. An open model may know better, and say so
@@ -28,9 +30,9 @@ class OpenModel(Generic[Name, Model]):
         self.current: Model | None = None
         """The one that was used last."""
         self._size = size
-        self._open: dict[Name, tuple[str, Model]] = {}
+        self._open: dict[Name, tuple[Version, Model]] = {}
 
-    def get(self, locate: Callable[[], tuple[Name, str]], load: Callable[[tuple[Name, str]], Model]) -> Model:
+    def get(self, locate: Callable[[], tuple[Name, Version]], load: Callable[[tuple[Name, Version]], Model]) -> Model:
         """The model whose name and version `locate` returns, opened with `load` unless it is open already.
 
         Another version of the same model is closed. Raises ModelUnavailable if the model can't be opened, whatever is wrong
@@ -57,7 +59,7 @@ class OpenModel(Generic[Name, Model]):
         for name in list(self._open):
             self.memory.close((id(self), name))
 
-    def _make_room_and_load(self, key: tuple[Name, str], load: Callable[[tuple[Name, str]], Model]) -> None:
+    def _make_room_and_load(self, key: tuple[Name, Version], load: Callable[[tuple[Name, Version]], Model]) -> None:
         self.memory.make_room(self._size(key[0]))
         model = _loaded(key, load)
         if isinstance(model, OutOfMemory) and self.memory.clear():
@@ -78,7 +80,7 @@ class OpenModel(Generic[Name, Model]):
         give_back()
 
 
-def _loaded(key: tuple[Name, str], load: Callable[[tuple[Name, str]], Model]) -> Model | OutOfMemory:
+def _loaded(key: tuple[Name, Version], load: Callable[[tuple[Name, Version]], Model]) -> Model | OutOfMemory:
     """The model, or the error without the frames that hold what was loaded of it."""
     try:
         return load(key)
@@ -95,5 +97,12 @@ def file_size(path: Path) -> int:
 
 
 def missing_model(model: str, folder: Path) -> ConfigurationError:
-    """The error for a model that has not been downloaded."""
-    return ConfigurationError(f"model {model} is not in {folder}: run `imagemill models pull {model}`")
+    """The error for a model that has been neither downloaded nor added."""
+    return ConfigurationError(f"model {model} is not in {folder}: run {getting(model)}")
+
+
+def getting(*models: str) -> str:
+    """The commands that bring models onto this host."""
+    pulled = [model for model in models if model in TAKEN]
+    commands = [f"`imagemill models add {model} SOURCE`" for model in models if model not in TAKEN]
+    return " and ".join(commands + [f"`imagemill models pull {' '.join(pulled)}`"] * bool(pulled))
