@@ -16,7 +16,8 @@ from imagemill.shared.settings import FetchSettings, FileSettings, Settings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.node import child as module
 from imagemill.worker.node.child import Child
-from imagemill.worker.node.offer import Lanes, lanes
+from imagemill.worker.node.lanes import Lanes
+from imagemill.worker.node.offer import lanes
 from imagemill.worker.operations.base import Sample
 from tests.conftest import photo
 from tests.devices import FakeGpu
