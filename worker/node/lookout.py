@@ -5,12 +5,9 @@ from __future__ import annotations
 import logging
 import time
 
-from imagemill.shared.engines import split_lane
 from imagemill.shared.settings import Settings
-from imagemill.worker.models.added import everything
-from imagemill.worker.models.stamps import Stamp
 from imagemill.worker.node.lanes import Lanes
-from imagemill.worker.node.offer import files_of, lanes, shortcomings
+from imagemill.worker.node.offer import files_of, incomplete, lanes, shortcomings
 
 log = logging.getLogger(__name__)
 
@@ -25,48 +22,49 @@ class Lookout:
         self._settings = settings
         self._seen = {lane: files_of(settings, lane) for lane in lanes(settings)}
         self._offered = dict(self._seen)
-        self._look_at = 0.0
+        self._look_at = time.monotonic() + LOOK_SECONDS
         self.lanes = Lanes(self._offered)
         self.lacks = self._lacks()
+        self._told = self._state()
 
-    def look(self) -> bool:
-        """Look at the models' files, now and then; returns whether anything has changed.
+    def look(self) -> None:
+        """Look at the models' files, now and then.
 
         A model that came or changed is offered once its files have stayed the same from one look to the next: somebody may
         still be copying them.
         """
         if time.monotonic() < self._look_at:
-            return False
+            return
         self._look_at = time.monotonic() + LOOK_SECONDS
         found = {lane: files_of(self._settings, lane) for lane in lanes(self._settings)}
-        changed = [self._update(lane, files) for lane, files in found.items()]
-        changed += [self._withdraw(lane) for lane in self._offered.keys() - found.keys()]
-        self._seen, lacks = found, self._lacks()
-        changed.append(lacks != self.lacks)
-        self.lacks = lacks
-        return any(changed)
+        for lane in self._offered.keys() - found.keys():
+            log.warning("model gone", extra={"action": "lane", "lane": lane})
+            del self._offered[lane]
+            self.lanes.withdraw(lane)
+        for lane, files in found.items():
+            if files == self._offered.get(lane):
+                self._try_again(lane)
+            elif files == self._seen.get(lane):
+                log.info("model replaced" if lane in self._offered else "model found", extra={"action": "lane", "lane": lane})
+                self._offered[lane] = files
+                self.lanes.offer(lane)
+        self._seen, self.lacks = found, self._lacks()
 
-    def _update(self, lane: str, files: Stamp) -> bool:
-        if files == self._offered.get(lane):
-            fault = self.lanes.closed().get(lane)
-            if fault is None or fault.again is None or time.monotonic() < fault.again:
-                return False
+    def changed(self) -> bool:
+        """Whether what the node offers or lacks has changed since the last call."""
+        before, self._told = self._told, self._state()
+        return self._told != before
+
+    def _try_again(self, lane: str) -> None:
+        """Offer a lane again for which memory was short some time ago."""
+        fault = self.lanes.closed().get(lane)
+        if fault is not None and fault.again is not None and time.monotonic() >= fault.again:
             log.info("lane tried again", extra={"action": "lane", "lane": lane})
-        elif files != self._seen.get(lane):
-            return False
-        else:
-            message = "model replaced" if lane in self._offered else "model found"
-            log.info(message, extra={"action": "lane", "lane": lane, "model": split_lane(lane)[2]})
-        self._offered[lane] = files
-        self.lanes.offer(lane)
-        return True
+            self.lanes.offer(lane)
 
-    def _withdraw(self, lane: str) -> bool:
-        log.info("model gone", extra={"action": "lane", "lane": lane, "model": split_lane(lane)[2]})
-        del self._offered[lane]
-        self.lanes.withdraw(lane)
-        return True
+    def _state(self) -> object:
+        return self.lanes.open(), self.lanes.closed(), self.lacks
 
     def _lacks(self) -> tuple[str, ...]:
-        _, faults = everything(self._settings.weights.folder.expanduser())
-        return (*(f"{reason}: {fix}" for reason, fix in shortcomings(self._settings)), *faults)
+        found = (*shortcomings(self._settings), *incomplete(self._settings))
+        return tuple(": ".join(filter(None, why_and_fix)) for why_and_fix in found)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from imagemill.shared.engines import ENGINES, Engine, lane_of, split_lane
 from imagemill.shared.options.base import nearest
 from imagemill.shared.settings import Settings
+from imagemill.worker.models import added, repositories
+from imagemill.worker.models.catalogue import REPOSITORIES
 from imagemill.worker.models.repositories import models_here, parts_of
 from imagemill.worker.models.stamps import Stamp, stamp
 
@@ -76,6 +78,26 @@ def shortcomings(settings: Settings) -> list[tuple[str, str]]:
         elif models and not present(settings, engine):
             folder = settings.weights.folder.expanduser() / engine
             found.append((f"no model of the engine {engine} is in {folder}", f"imagemill models pull {models[0]}"))
+    return found
+
+
+def incomplete(settings: Settings) -> list[tuple[str, str]]:
+    """The models of this node's engines that were here and are not any more as they were: for each, why and how to fix it.
+
+    Where the reason says how to fix it, the latter is empty.
+    """
+    weights = settings.weights.folder.expanduser()
+    records, faults = added.everything(weights)
+    found = [(fault, "") for fault in faults]
+    for entry in REPOSITORIES:
+        recorded = repositories.folder_of(weights, entry) / repositories.RECORD
+        if entry.engine in settings.worker.engines and recorded.is_file() and repositories.state(weights, entry) == "missing":
+            why = f"files of {entry.name} are missing or damaged since it was pulled"
+            found.append((why, f"imagemill models pull {entry.name}"))
+    for record in records:
+        if record.engine in settings.worker.engines and not record.is_here(weights):
+            why = f"files of {record.name} are missing or have changed since it was added"
+            found.append((why, f"imagemill models add {record.name} SOURCE --replace"))
     return found
 
 

@@ -232,7 +232,8 @@ class Parent:
             self.meter.died(pid)
             level = logging.INFO if self.children.stopping() and not lost else logging.WARNING
             log.log(level, "child died", extra={"action": "bury", "child": index, "died": pid, **_lost(lost)})
-        if self.lookout.look():
+        self.lookout.look()
+        if self.lookout.changed():
             self.report_at = 0.0
         if self._report_due():
             self.ledger.set_weights(self.weights)

@@ -97,9 +97,7 @@ def damaged(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> list[ModelUnav
     return faults
 
 
-def test_lane_whose_model_cannot_be_used_goes_out_of_service(
-    feeding: Feeding, damaged: list[ModelUnavailable | None]
-) -> None:
+def test_lane_whose_model_cannot_be_used_goes_out_of_service(feeding: Feeding, damaged: list[ModelUnavailable | None]) -> None:
     """Its images wait for another node, also the one that found out, and none uses up an attempt. Other lanes go on."""
     damaged += [ModelUnavailable("the model can't be read")] * 100
     job, other = feeding.submit(40, model="u2net"), feeding.submit(20)

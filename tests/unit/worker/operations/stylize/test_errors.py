@@ -51,7 +51,7 @@ def test_model_that_is_lost_or_damaged_later_only_fails_images(
     operation = loaded(shutil.copytree(weights, tmp_path / "weights"))
     work = prepared(operation)
     operation.run(work.samples)
-    operation._pipeline.current = None  # as after another model
+    operation._pipeline.close()  # as for another model
     path = folder_of(operation._device.weights, repository("sd15")) / part
     for file in [path] if path.is_file() else list(path.iterdir()):
         file.unlink() if content is None else file.write_bytes(content)
