@@ -12,7 +12,7 @@ from imagemill.worker.node.offer import files_of, incomplete, lanes, shortcoming
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
-"""Interval between looks, each of which takes about a millisecond: nothing is read but a few small records."""
+"""Interval between looks, each of which takes a few milliseconds: nothing is read but small records."""
 
 
 class Lookout:

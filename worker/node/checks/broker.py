@@ -165,7 +165,7 @@ def _workers(settings: Settings) -> Iterator[Finding]:
         for lane, reason in node.faults.items():
             found = f"{node.node}: {lane} is out of service: {reason}"
             yield Finding("workers", "failed", found, "repair or replace its files; the node notices")
-    served = {lane for node in nodes for lane in node.lanes}
+    served = {lane for node in nodes for lane in (*node.lanes, *node.faults)}
     unserved = [lane for lane in lanes(settings) if lane not in served]
     if unserved:
         fix = "start a node: imagemill worker --cpu, --gpu N or --gpus all"
