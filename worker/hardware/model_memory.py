@@ -8,8 +8,6 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CPU_SHARE = 1 / 4
 """Share of main memory for the models of all children of a node: images need room there, too."""
@@ -20,6 +18,8 @@ SETTLED_SECONDS = 60.0
 
 def main_memory() -> int:
     """Bytes of this machine's memory, or of the container's if that is less."""
+    import psutil  # the tools image has none
+
     total = int(psutil.virtual_memory().total)
     with suppress(OSError, ValueError):  # not cgroup v2, or the limit is `max`
         total = min(total, int(CGROUP_LIMIT.read_text()))

@@ -126,7 +126,10 @@ class Line:
         self.budget.enter(image.needed_pixels, go, lambda: image.stopped)
 
     def _prepare(self, image: ImageInFlight) -> None:
-        self._prepared(image, advance(image, stages.BEFORE_DEVICE))
+        since, outcome = time.monotonic(), advance(image, stages.BEFORE_DEVICE)
+        if isinstance(outcome, Failed) and isinstance(outcome.error, ModelUnavailable):
+            self.device.faults[image.context.spec.lane] = outcome.error, since
+        self._prepared(image, outcome)
 
     def _prepared(self, image: ImageInFlight, outcome: Outcome | None) -> None:
         """On to the device; but an image that needs none does not wait for it either."""
@@ -153,10 +156,7 @@ class Line:
     # --- after the device: finish, check, encode, store, record --------------------------------
 
     def _after_device(self, image: ImageInFlight) -> None:
-        """The stages after the device, or back to it. An image without a model is for another node, or for later."""
-        if isinstance(image.failure, ModelUnavailable) and not image.has_result:
-            self.settle(image, NotBegun())
-            return
+        """The stages after the device, or back to it."""
         outcome = Failed(image.failure) if image.failure is not None else advance(image, stages.AFTER_DEVICE)
         if isinstance(outcome, RunAgain):
             self.device.expect(1)
@@ -180,8 +180,10 @@ class Line:
         self.settle(image, outcome or NotBegun())
 
     def settle(self, image: ImageInFlight, outcome: Outcome) -> None:
-        """Record what became of an image, unless it has been withdrawn or has to wait for a store."""
-        if isinstance(outcome, Failed) and service_of(image, outcome.error):
+        """Record what became of an image, unless it has been withdrawn, has to wait for a store, or has no model here."""
+        if isinstance(outcome, Failed) and isinstance(outcome.error, ModelUnavailable):
+            outcome = NotBegun()  # it is for another node, or for later
+        elif isinstance(outcome, Failed) and service_of(image, outcome.error):
             if image.stopped or self._abandoned:
                 outcome = NotBegun()
             elif self.outages.postpone(image, outcome.error):
