@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 from billiard.exceptions import SoftTimeLimitExceeded
 
@@ -25,6 +26,7 @@ from imagemill.shared.errors import (
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import ManifestDue, WorkLedger
 from imagemill.shared.messages import Job
+from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.settings import Settings
 from imagemill.shared.tracing import open_traces
 from imagemill.worker.hardware.device import Device, give_back
@@ -43,7 +45,7 @@ from imagemill.worker.node.feeder import Feeder
 from imagemill.worker.node.lanes import Lanes
 from imagemill.worker.node.metrics import child_meter
 from imagemill.worker.node.shares import engine_of
-from imagemill.worker.operations.base import AnyOperation, Untouched
+from imagemill.worker.operations.base import AnyOperation, Untouched, Work
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.network import Network, allow_open_files
@@ -147,8 +149,8 @@ class Child:
         name, engine, model = split_lane(lane)
         operation = self.operations[name, engine]
         given = {**operation.spec.warm_up, **({"model": model} if model else {})}
-        work = example_work(operation, parse_options(name, engine, given), WARM_UP_SIZE)
         try:
+            work = _example(operation, parse_options(name, engine, given))
             if not isinstance(work, Untouched):
                 operation.finish(work, operation.run(work.samples))
         except (DeviceLost, DeviceUnusable, ModelUnavailable, SoftTimeLimitExceeded):
@@ -344,3 +346,13 @@ class Child:
 
     def _store(self, spec: Job) -> Store:
         return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
+
+
+def _example(operation: AnyOperation, options: EngineOptions) -> Work[Any, Any, Any] | Untouched:
+    """What an operation makes of a test image; nothing if it needs more than that, such as points."""
+    try:
+        return example_work(operation, options, WARM_UP_SIZE)
+    except ModelUnavailable:
+        raise
+    except ImageError:
+        return Untouched()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -247,6 +248,23 @@ def test_model_is_reopened_when_its_file_changes(tmp_path: Path) -> None:
     after = cut(operation, pixels)
     assert not np.array_equal(after, before)
     assert np.array_equal(after, cut(loaded(tmp_path), pixels))
+
+
+def test_models_stay_open_while_there_is_memory_and_leave_nothing_behind(tmp_path: Path) -> None:
+    for model in ("u2net", "u2netp", "silueta"):
+        size = u2net_onnx(tmp_path / "rembg" / f"{model}.onnx", width=1).stat().st_size
+    operation, pixels = loaded(tmp_path), PICTURES["small"]
+    operation._model.memory.limit = int(2.5 * size)
+    opened = {}
+    for model in ("u2net", "u2netp", "u2net", "silueta", "u2net"):
+        cut(operation, pixels, model=model)
+        opened[model] = weakref.ref(operation._model.current)
+    assert operation._model.memory.loads == 3
+    assert {model: model_is() is not None for model, model_is in opened.items()} == {
+        "u2net": True,
+        "u2netp": False,
+        "silueta": True,
+    }
 
 
 def test_load_without_models_names_the_pull_command(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_models_that_fit_into_memory_stay_open(operation: Diffusion) -> None:
     assert operation._pipeline.memory.loads == 2
     weights = sum(tensor.nbytes for tensor in opened[0]._text.unet.parameters())  # type: ignore[union-attr]
     assert operation._pipeline.memory.taken > 2 * weights
+
+
+def test_model_that_is_closed_leaves_nothing_behind(two: Path) -> None:
+    operation = loaded(two)
+    styled(operation)
+    closed = weakref.ref(operation._pipeline.current._text.unet)  # type: ignore[union-attr]
+    styled(operation, model="ours")
+    assert closed() is None
 
 
 def test_memory_is_saved_in_the_model_that_runs(operation: Diffusion) -> None:
