@@ -52,18 +52,28 @@ def state(weights: Path, entry: Repository) -> State:
 
 def is_here(weights: Path, model: str) -> bool:
     """Whether a model that jobs can name is on disk, in files that nodes can load. Raises ConfigurationError."""
-    parts = MODELS.get(model, ())
-    if not parts:
+    if model not in MODELS:
         record = added.find(weights, model)
         if record is None or record.kind not in added.SELECTABLE or not record.is_here(weights):
             return False
-        if record.kind == "checkpoint":
-            if record.family not in CONTROLNETS:
-                return False
-            parts = (CONTROLNETS[record.family],)
+        if record.kind == "checkpoint" and record.family not in CONTROLNETS:
+            return False
+    parts = parts_of(weights, model)
     return all(state(weights, entry) != "missing" for entry in REPOSITORIES if entry.name in parts) and all(
         files.required_file(weights, entry).is_file() for entry in WEIGHTS if entry.name in parts
     )
+
+
+def parts_of(weights: Path, model: str) -> tuple[str, ...]:
+    """The entries of the catalogue, or names of added models, whose files a model that jobs can name consists of.
+
+    Raises ConfigurationError if its record is damaged.
+    """
+    if model in MODELS:
+        return MODELS[model]
+    record = added.find(weights, model)
+    controlnet = CONTROLNETS.get(record.family) if record is not None and record.kind == "checkpoint" else None
+    return (model,) if controlnet is None else (model, controlnet)
 
 
 def models_here(weights: Path, engine: str) -> list[str]:

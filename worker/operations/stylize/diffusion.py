@@ -20,6 +20,7 @@ from imagemill.worker.imaging.extend import extended
 from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize
+from imagemill.worker.models import stamps
 from imagemill.worker.models.catalogue import CONTROLNETS, repository
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.diffusion_models import base_of, controlnet_of
@@ -29,7 +30,7 @@ from imagemill.worker.operations.open_model import OpenModel, missing_model
 from imagemill.worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
 from imagemill.worker.operations.stylize.loras import Stamp, find, stamp
 from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
-from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Pipeline, Styled, dtype_of
+from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, RELIEFS, Canvas, Pipeline, Styled, dtype_of
 from imagemill.worker.operations.stylize.prompts import about_pieces
 
 REVISION = 4
@@ -54,21 +55,22 @@ Styling = Work[DiffusionStylize, Canvas, Plan]
 
 
 class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
-    """Keeps one model loaded, from the first job that asks for it; all styles run on it."""
+    """Loads the models that jobs ask for; all styles of a model run on it."""
 
     spec = Spec("stylize", "diffusion", restyles=True, max_batch=LARGEST_BATCH, runtime="torch", warm_up={"steps": 1})
 
     def __init__(self) -> None:
         self._device = Device()
-        self._pipeline: OpenModel[str, Pipeline] = OpenModel()
+        self._pipeline: OpenModel[str, str, Pipeline] = OpenModel(self._size)
+        self._relief = 0
         self._palettes = Palettes()
-        self._folders: dict[str, str] = {}
+        self._digests: dict[str, tuple[list[stamps.Stamp], str]] = {}
         self._adapters: dict[Stamp, str] = {}
 
     def load(self, device: Device) -> None:
         """Check that a model is installed; ConfigurationError if none is. The first `run` loads the job's model."""
         set_up(device)
-        self._device = device
+        self._device, self._pipeline.memory = device, device.models
         if device.gpu is None:  # on the CPU, images run one by one, see pipeline.py
             self.spec = replace(self.spec, max_batch=1)
         if not models_here(device.weights, self.spec.engine):
@@ -128,10 +130,15 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
 
     def run(self, samples: Sequence[Sample[DiffusionStylize, Canvas]]) -> list[Styled | ImageError]:
         options = samples[0].options  # the same for all, thanks to the group key
-        return self._open(options.model).run([sample.data for sample in samples], options)
+        pipeline = self._open(options.model)
+        pipeline.relieve(self._relief)
+        return pipeline.run([sample.data for sample in samples], options)
 
     def relieve(self, level: int) -> bool:
-        return self._pipeline.current is not None and self._pipeline.current.relieve(level)
+        if level > len(RELIEFS):
+            return False
+        self._relief = level
+        return True
 
     @translated("scaling the result")
     def finish(self, work: Styling, outputs: Sequence[Styled]) -> Picture:
@@ -145,7 +152,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         return replace(plan.picture, pixels=rgb if alpha is None else np.dstack([rgb, alpha]))
 
     def _open(self, model: str) -> Pipeline:
-        return self._pipeline.get(lambda: model, self._load)
+        return self._pipeline.get(lambda: (model, self._folder(model)), lambda key: self._load(key[0]))
 
     def _load(self, model: str) -> Pipeline:
         if not is_here(self._device.weights, model):
@@ -153,12 +160,21 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         return Pipeline(model, self._device)
 
     def _folder(self, model: str) -> str:
-        """A model's digest, computed once: a loaded model stays the same even if its files change."""
-        if model not in self._folders:
-            base = base_of(self._device.weights, model)
-            folders = [base.folder, controlnet_of(self._device.weights, CONTROLNETS[base.family])]
-            self._folders[model] = " ".join(map(digest_of, folders))
-        return self._folders[model]
+        """A model's digest, computed once per version of its files."""
+        folders = self._folders(model)
+        files = [stamps.stamp(folder.parent, folder.name) for folder in folders]
+        known, found = self._digests.get(model, ([], ""))
+        if known != files:
+            found = " ".join(map(digest_of, folders))
+            self._digests[model] = files, found
+        return found
+
+    def _size(self, model: str) -> int:
+        return sum(stamps.size(folder.parent, folder.name) for folder in self._folders(model))
+
+    def _folders(self, model: str) -> list[Path]:
+        base = base_of(self._device.weights, model)
+        return [base.folder, controlnet_of(self._device.weights, CONTROLNETS[base.family])]
 
     def _adapter(self, path: Path) -> str:
         """An adapter's digest, computed once per version of its file."""

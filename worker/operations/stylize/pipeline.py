@@ -29,7 +29,7 @@ from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.hardware.errors import is_out_of_memory
 from imagemill.worker.hardware.memory import give_up_caches
-from imagemill.worker.hardware.torch_device import torch_device, torch_dtype
+from imagemill.worker.hardware.torch_device import bytes_of, torch_device, torch_dtype
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.models.catalogue import CONTROLNETS, repository
 from imagemill.worker.models.diffusion_models import base_of, controlnet_of
@@ -86,6 +86,7 @@ class Pipeline:
         self.prompts = Prompts(self._text)
         self.loras = Loras(self._text, device.weights, device.diffusion.loras, self.prompts.forget)
         self._relieved = 0
+        self.bytes = sum(bytes_of(part) for part in self._text.components.values() if isinstance(part, torch.nn.Module))
         if device.compile:
             for part in (self._text.unet, self._text.controlnet, self._text.vae.decoder):
                 part.compile(dynamic=False, recompile_limit=MOST_SHAPES, isolate_recompiles=True)
