@@ -129,6 +129,7 @@ class Item(Model):
     index: int = Field(ge=0, description="position in the submitted list, from 0")
     source: SourceUrl
     mask: SourceUrl | None = None
+    control_image: SourceUrl | None = None
     boxes: Boxes = ()
     name: str | None = Field(None, max_length=200, description="name of the output; by default the source's")
     key: Annotated[str, AfterValidator(check_inside)] | None = Field(
@@ -145,7 +146,12 @@ class Item(Model):
     def digest(self) -> str:
         """Hex SHA-256 of the fields that, together with the job, determine the item's result."""
         key = "" if self.key is None else f"\n{self.key}"
+        key += "" if self.control_image is None else f"\ncontrol {self.control_image}"
         return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{key}".encode()).hexdigest()
+
+    def companion(self, *, mask: bool, control: bool) -> str | None:
+        """The URL of its own mask or control image, whichever the job's engine takes."""
+        return self.mask if mask else self.control_image if control else None
 
 
 LANE = re.compile(r"[a-z-]+(\.[A-Za-z0-9_-]+){1,2}")

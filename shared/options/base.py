@@ -18,7 +18,7 @@ OPERATIONS: tuple[Operation, ...] = ("remove-background", "inpaint", "stylize")
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 LongEdge = Annotated[int, Field(ge=16, le=65_535)]
 
-ADDRESSES = ("mask", "reference", "background_image")
+ADDRESSES = ("mask", "reference", "background_image", "control_image")
 """Options whose value is the URL of an image."""
 
 

@@ -31,8 +31,11 @@ def folder_of(weights: Path, entry: Repository) -> Path:
 
 def lora_file(weights: Path, name: str) -> Path:
     """A LoRA's file: the pulled one, or else the operator's own, `{weights}/diffusion/loras/{name}.safetensors`."""
-    pulled = weights / "diffusion" / name / "pytorch_lora_weights.safetensors"
-    return pulled if pulled.is_file() else weights / "diffusion" / "loras" / f"{name}.safetensors"
+    entry = next((entry for entry in REPOSITORIES if entry.name == name and entry.kind == "lora"), None)
+    pulled = None if entry is None else folder_of(weights, entry) / entry.files[0]
+    if pulled is not None and pulled.is_file():
+        return pulled
+    return weights / "diffusion" / "loras" / f"{name}.safetensors"
 
 
 def state(weights: Path, entry: Repository) -> State:
@@ -65,7 +68,7 @@ def describe(weights: Path, entry: Repository) -> dict[str, Any]:
     """A repository's catalogue entry with its state, path and size in bytes, and the fields that files have."""
     path, status = folder_of(weights, entry), state(weights, entry)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if status != "missing" else None
-    return {**asdict(entry), "state": status, "path": str(path), "bytes": size, "also": [], "commercial": True}
+    return {**asdict(entry), "state": status, "path": str(path), "bytes": size, "also": []}
 
 
 def verify(weights: Path, entry: Repository) -> Iterator[tuple[bool, str]]:
