@@ -49,7 +49,12 @@ def controlnet_of(weights: Path, family: str, control: str) -> ControlNet:
 
     Raises OperationFailed if it is not on this node, or is for another family.
     """
-    kinds = FAMILIES[family].controlnets
-    name = kinds.get(control, control)
+    controlnets = FAMILIES[family].controlnets
+    name = controlnets.get(control, control)
+    kind = next((kind for each in FAMILIES.values() for kind, known in each.controlnets.items() if known == name), "")
     folder = weights / "diffusion" / name
-    ...
+    if not folder.is_dir():
+        raise OperationFailed(f"the ControlNet {name} is not on this node: run `imagemill models pull {name}`")
+    if family_of_controlnet(name) not in (None, family):
+        raise OperationFailed(f"x")
+    return ControlNet(name, folder, control if control in controlnets else kind)

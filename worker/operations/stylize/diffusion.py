@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from imagemill.shared.diffusion_models import FAMILIES
+from imagemill.shared.diffusion_models import BASES, FAMILIES
 from imagemill.shared.errors import BadReference, ImageError
 from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.shared.seeds import diffusion_seed, next_seed
@@ -83,7 +83,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         self._device = device
         if device.gpu is None:  # on the CPU, images run one by one, see pipeline.py
             self.spec = replace(self.spec, max_batch=1)
-        models = get_args(DiffusionModel)
+        models = list(BASES)
         if not any(is_here(device.weights, model) for model in models):
             raise missing_model(models[0], device.weights)
         if device.diffusion.safety_checker and state(device.weights, repository(CHECKER)) == "missing":

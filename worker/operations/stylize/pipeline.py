@@ -298,16 +298,12 @@ def _compile(part: Any) -> None:
     part.compile(dynamic=False, recompile_limit=MOST_SHAPES, isolate_recompiles=True)
 
 
-def _repeated(embedding: torch.Tensor | None, count: int) -> torch.Tensor | None:
-    return None if embedding is None else embedding.repeat(count, 1, 1)
-
-
-def _checked(image: Pixels, *, finite: bool, refused: bool, cut: bool) -> Styled | ImageError:
+def _checked(image: Pixels, *, finite: bool, refused: bool) -> Styled | ImageError:
     if not finite:
         return OperationFailed("the model's output is not finite: a LoRA's weight or cfg may be too high")
     if refused:
         return UnsafeContent("the safety checker rejected the result for this image")
-    return Styled(image, cut)
+    return Styled(image, False)
 
 
 @contextmanager

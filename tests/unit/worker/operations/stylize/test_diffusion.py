@@ -27,7 +27,7 @@ def test_each_style_option_changes_the_image(operation: Diffusion) -> None:
     plain = styled(operation)
     for chosen in (
         *({"prompt": "a blue hat"}, {"negative_prompt": "a hat"}, {"cfg": 3}, {"steps": 3}, {"strength": 0.9}),
-        *({"control_scale": 0}, {"mode": "text-to-image"}, {"scheduler": "lcm"}, {"loras": "red:0.5"}),
+        *({"control_scale": 0}, {"control": "none"}, {"mode": "text-to-image"}, {"scheduler": "lcm"}, {"loras": "red:0.5"}),
     ):
         assert difference(plain, styled(operation, **chosen)) > 0.2, chosen
     assert np.array_equal(styled(operation), plain)
@@ -35,8 +35,8 @@ def test_each_style_option_changes_the_image(operation: Diffusion) -> None:
 
 def test_canny_thresholds_change_the_image(operation: Diffusion) -> None:
     many, none = {"canny_low": 5, "canny_high": 10}, {"canny_low": 1000, "canny_high": 1000}
-    assert set(np.unique(prepared(operation, **many).samples[0].data.edges)) == {0, 255}
-    assert not prepared(operation, **none).samples[0].data.edges.any()
+    assert set(np.unique(prepared(operation, **many).samples[0].data.controls[0])) == {0, 255}
+    assert not prepared(operation, **none).samples[0].data.controls[0].any()
     assert difference(styled(operation, **many), styled(operation, **none)) > 0.2
 
 
@@ -149,7 +149,7 @@ def test_half_precision_changes_the_image_only_slightly(
 def parts_of(operation: Diffusion) -> list[Any]:
     styled(operation)
     pipe = operation._pipeline.current._text  # type: ignore[union-attr]
-    return [pipe.unet, pipe.controlnet, pipe.vae, pipe.text_encoder]
+    return [pipe.unet, *operation._pipeline.current.controlnets.networks, pipe.vae, pipe.text_encoder]
 
 
 def test_precision_setting_changes_fingerprint_and_footprint(weights: Path) -> None:

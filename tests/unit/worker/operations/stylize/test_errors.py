@@ -118,7 +118,7 @@ def test_memory_errors_of_torch_become_out_of_memory(
 def test_safety_checker_rejects_unsafe_images_and_must_be_installed(weights: Path, tmp_path: Path) -> None:
     operation = loaded(weights, safety_checker=True)
     outputs = operation.run(prepared(operation).samples)
-    checker = operation._pipeline.current._text.safety_checker  # type: ignore[union-attr]
+    checker = operation._pipeline.current.checker.network  # type: ignore[union-attr]
     checker.concept_embeds_weights.data.fill_(-2.0)
     (refused,) = operation.run(prepared(operation).samples)
     checker.concept_embeds_weights.data.fill_(2.0)

@@ -65,7 +65,7 @@ def test_retry_differs_only_in_its_seed(operation: Diffusion) -> None:
     (one,), (two,) = work.samples, other.samples
     assert (one.data.seed, two.data.seed) == (2**32 - 1, 0)
     assert np.array_equal(one.data.pixels, two.data.pixels)
-    assert np.array_equal(one.data.edges, two.data.edges)
+    assert np.array_equal(one.data.controls[0], two.data.controls[0])
     assert (two.options, two.footprint, operation.group_key(two)) == (one.options, one.footprint, operation.group_key(one))
     assert (other.plan, other.evidence) == (work.plan, work.evidence)
     result = operation.finish(other, operation.run(other.samples)).pixels
@@ -76,7 +76,7 @@ def test_evidence_holds_the_edges_given_to_the_controlnet(operation: Diffusion) 
     for shape, size in (((90, 120), (56, 72)), ((50, 400), (32, 128))):  # the picture's; the bucket's
         work = prepared(operation, scene(*shape))
         assert work.evidence.comparable
-        edges, whole = work.evidence.edges, work.samples[0].data.edges
+        edges, whole = work.evidence.edges, work.samples[0].data.controls[0]
         assert edges is not None
         assert whole.shape == size
         assert edges.shape == inside((shape[1], shape[0]), size[::-1])[::-1] != size, "without the filled part of the bucket"
