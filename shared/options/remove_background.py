@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from imagemill.shared.options.base import Colour, EngineOptions, LongEdge
+from imagemill.shared.options.base import Colour, EngineOptions, LongEdge, ModelName
 
 
 def _original(value: Any) -> Any:
@@ -22,24 +22,11 @@ class OpencvRemoveBackground(EngineOptions):
     background: Colour | None = Field(None, description="background colour as #rrggbb; 'none': transparent")
 
 
-RembgModel = Literal[
-    "u2net",
-    "u2netp",
-    "u2net_human_seg",
-    "silueta",
-    "isnet-general-use",
-    "isnet-anime",
-    "birefnet-general",
-    "birefnet-general-lite",
-]
-"""rembg's models that may be used commercially, by rembg's names."""
-
-
 class RembgRemoveBackground(EngineOptions):
     """rembg's models on ONNX Runtime."""
 
     engine: Literal["rembg"] = "rembg"
-    model: RembgModel = Field("u2net", description="model that finds the subject")
+    model: ModelName = Field("u2net", description="model that finds the subject")
     exact: bool = Field(False, description="get exactly rembg's pixels by using its own scaling and compositing; slower")
     long_edge: Annotated[LongEdge | None, BeforeValidator(_original)] = Field(
         1600, description="longest edge of the cut-out in pixels; 'original': source size"

@@ -154,7 +154,9 @@ class DiffusionStylize(EngineOptions):
         for control in self.control:
             family = family_of_controlnet(control.name)
             if base is not None and family is not None and family != base.family:
-                raise ValueError(f"the ControlNet {control.name} is for {FAMILIES[family].title}, unlike the model {self.model}")
+                raise ValueError(
+                    f"the ControlNet {control.name} is for {FAMILIES[family].title}, unlike the model {self.model}"
+                )
 
     @property
     def weights(self) -> list[float]:

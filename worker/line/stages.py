@@ -97,9 +97,7 @@ def prepare(image: ImageInFlight, context: Context) -> Kept | None:
     if operation.spec.needs_mask:
         mask = references.mask_of(image.item, options, image.mask_file, image.data)
     control = references.control_of(image.item, image.mask_file) if operation.spec.takes_control else None
-    inputs = Inputs(
-        image.item, options, mask.levels if mask else None, references.picture, mask.notes if mask else (), control
-    )
+    inputs = Inputs(image.item, options, mask.levels if mask else None, references.picture, mask.notes if mask else (), control)
     with image.timed("prepare"):
         work = operation.prepare(image.picture, inputs)
     if isinstance(work, Untouched):

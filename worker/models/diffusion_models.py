@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagemill.shared.diffusion_models import BASES, FAMILIES, family_of_controlnet
-from imagemill.shared.errors import OperationFailed
-from imagemill.worker.models.catalogue import repository
-from imagemill.worker.models.repositories import folder_of
+from imagemill.shared.diffusion_models import FAMILIES
+from imagemill.shared.errors import ConfigurationError, OperationFailed
+from imagemill.worker.models import added
+from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, repository
+from imagemill.worker.models.repositories import folder_of, state
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Base:
 
 @dataclass(frozen=True)
 class ControlNet:
-    """A ControlNet: its own name, its folder, and the kind of control whose pictures it takes, such as `canny`."""
+    """A ControlNet: its own name, its folder, and the kind of control picture that it takes, such as `canny`."""
 
     name: str
     folder: Path
@@ -39,22 +40,44 @@ class ControlNet:
 
 def base_of(weights: Path, model: str) -> Base:
     """The checkpoint of a model that a job can name. Raises ConfigurationError if there is none."""
-    entry, *others = map(repository, BASES[model].parts)
-    vae = next((folder_of(weights, other) for other in others if other.kind == "vae"), None)
-    return Base(folder_of(weights, entry), entry.family, vae)
+    if model in MODELS:
+        entry, *others = map(repository, MODELS[model])
+        vae = next((folder_of(weights, other) for other in others if other.kind == "vae"), None)
+        return Base(folder_of(weights, entry), entry.family, vae)
+    record = added.find(weights, model)
+    if record is None or record.kind != "checkpoint":
+        raise ConfigurationError(
+            f"there is no checkpoint called {model} in {weights}: run `imagemill models add {model} SOURCE`"
+        )
+    return Base(added_folder(weights, model), record.family)
 
 
 def controlnet_of(weights: Path, family: str, control: str) -> ControlNet:
-    """The ControlNet that a job names for a base model of this family, by a kind of control or by its own name.
+    """The ControlNet for a base model of this family that a job names, by a kind of control or by its own name.
 
-    Raises OperationFailed if it is not on this node, or is for another family.
+    The record of an added one names the kind of pictures that it takes in its parameter `control`. Raises OperationFailed if
+    there is no such ControlNet on this node, or if it is for another family.
     """
-    controlnets = FAMILIES[family].controlnets
-    name = controlnets.get(control, control)
-    kind = next((kind for each in FAMILIES.values() for kind, known in each.controlnets.items() if known == name), "")
-    folder = weights / "diffusion" / name
-    if not folder.is_dir():
-        raise OperationFailed(f"the ControlNet {name} is not on this node: run `imagemill models pull {name}`")
-    if family_of_controlnet(name) not in (None, family):
-        raise OperationFailed(f"x")
-    return ControlNet(name, folder, control if control in controlnets else kind)
+    name = FAMILIES[family].controlnets.get(control, control)
+    entry = next((entry for entry in REPOSITORIES if entry.name == name and entry.kind == "controlnet"), None)
+    record = added.find(weights, name) if entry is None else None
+    if entry is not None and state(weights, entry) != "missing":
+        own, kind = entry.family, _kind_in_catalogue(name)
+    elif record is not None and record.kind == "controlnet":
+        own, kind = record.family, str(record.parameters.get("control", ""))
+    else:
+        command = f"pull {name}" if entry is not None else f"add {name} SOURCE"
+        raise OperationFailed(f"the ControlNet {name} is not on this node: run `imagemill models {command}`")
+    if own != family:
+        trained = FAMILIES[own].title if own in FAMILIES else own
+        raise OperationFailed(f"the ControlNet {name} is for {trained}, not for {FAMILIES[family].title}")
+    return ControlNet(name, added_folder(weights, name), control if control in FAMILIES[family].controlnets else kind)
+
+
+def added_folder(weights: Path, name: str) -> Path:
+    """Where an added checkpoint, ControlNet or VAE belongs: `{weights}/diffusion/{name}`."""
+    return weights / "diffusion" / name
+
+
+def _kind_in_catalogue(name: str) -> str:
+    return next(kind for family in FAMILIES.values() for kind, known in family.controlnets.items() if known == name)

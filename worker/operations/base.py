@@ -30,8 +30,9 @@ class Spec:
     """What an engine can do and what it needs, as data, so that the line has no branches per operation.
 
     `max_batch` is the largest number of samples per `run`. `runtime` selects the runtime whose memory limits batch sizes.
-    With `takes_control`, an item can have a control image of its own. With `restyles`, a job's results should look alike and keep the edges of their sources. `warm_up` holds options for the
-    synthetic image that each child processes before its first task.
+    With `takes_control`, an item can have a control image of its own. With `restyles`, a job's results should look alike and
+    keep the edges of their sources. `warm_up` holds options for the synthetic image that each child processes before its
+    first task.
     """
 
     name: OperationName

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
 from imagemill.worker.hardware.device import Device, give_back
 from imagemill.worker.hardware.errors import is_out_of_memory
+from imagemill.worker.operations.open_model import getting
 
 Tensor = NDArray[np.float32]
 
@@ -28,7 +29,7 @@ SMALL = 512
 
 
 class OnnxModel:
-    """One opened model; `size` is the side of its input in pixels.
+    """One opened model; `size` is the side of its input in pixels, `output` names the output to use, else the first.
 
     On a GPU, images share batches if the model's batch axis is dynamic. On CPUs, up to `abreast` images run in parallel,
     one per run.
@@ -37,11 +38,11 @@ class OnnxModel:
     device other than `device`; OutOfMemory if the model does not fit.
     """
 
-    def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
+    def __init__(self, path: Path, name: str, device: Device, size: int, output: str | None = None) -> None:
         self.name = name
         self.abreast = device.threads if device.provider == "cpu" and size <= SMALL else 1
         check_there(device)
-        hint = f"check it with `imagemill models verify` or download it again with `imagemill models pull {name}`"
+        hint = f"check it with `imagemill models verify` or get it again with {getting(name)}"
         try:
             self._session = _opened(path, device, self.abreast, providers(device, path, _profile(path, device)))
         except SoftTimeLimitExceeded:
@@ -57,8 +58,9 @@ class OnnxModel:
                 f"{got[0]}: install the driver, CUDA and cuDNN that onnxruntime {onnxruntime.__version__} was built for"
             )
         self._session.disable_fallback()  # otherwise a failed run would be repeated on the CPU
-        self._input, output = self._session.get_inputs()[0], self._session.get_outputs()[0]
-        self._outputs = [output.name]  # the first is the fused map, the others are intermediate maps
+        self._input = self._session.get_inputs()[0]
+        # Usually, the first is the fused map, and the others are intermediate maps.
+        self._outputs = [output or self._session.get_outputs()[0].name]
         if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
             raise ConfigurationError(f"{path} is not a segmentation model with one image as input: {hint}")
         self.batches = device.provider != "cpu" and not isinstance(self._input.shape[0], int)

@@ -19,16 +19,16 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
-from imagemill.worker.models.catalogue import WEIGHTS
 from imagemill.worker.models.checksums import digest, with_digest
 from imagemill.worker.models.files import model_file
+from imagemill.worker.models.repositories import models_here
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.job_images import job_image
 from imagemill.worker.operations.open_model import OpenModel, missing_model
 from imagemill.worker.operations.remove_background.compose import compose
 from imagemill.worker.operations.remove_background.matte import EMPTY, is_cut_out
 from imagemill.worker.operations.remove_background.matting import LARGEST, TOO_LARGE
-from imagemill.worker.operations.remove_background.model_families import FAMILIES, in_bytes
+from imagemill.worker.operations.remove_background.model_families import FAMILIES, Family, family_of, in_bytes
 from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, OnnxModel, Tensor
 
 REVISION = 4
@@ -39,10 +39,11 @@ STRIP = 512  # rows that Pillow cuts out at once
 
 @dataclass(frozen=True)
 class Plan:
-    """What `finish` needs: the picture at the result's size, and the image to put behind the subject."""
+    """What `finish` needs: the picture at the result's size, the image to put behind the subject, and the model's family."""
 
     picture: Picture
     background: Pixels | None
+    family: Family
 
 
 CutOut = Work[RembgRemoveBackground, Tensor, Plan]
@@ -59,7 +60,7 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
 
     def __init__(self) -> None:
         self._device = Device()
-        self._model: OpenModel[tuple[Path, str], OnnxModel] = OpenModel()
+        self._model: OpenModel[tuple[Path, str, Family], OnnxModel] = OpenModel()
 
     def load(self, device: Device) -> None:
         """Check that a model is installed; ConfigurationError if none is. The first `run` opens the job's model."""
@@ -68,12 +69,14 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
         if device.provider == "cpu":
             # Each core runs one image at once, see onnx_model.py.
             self.spec = replace(self.spec, max_batch=PER_CORE * device.threads)
-        if not any(_original(device, weights.name).is_file() for weights in WEIGHTS if weights.engine == self.spec.engine):
+        if not models_here(device.weights, self.spec.engine):
             raise missing_model("u2net", device.weights)
 
     def fingerprint(self, options: RembgRemoveBackground) -> str:
         path = self._path(options)
         parts = [f"{options.model} {digest(path)}", f"onnxruntime {onnxruntime.__version__}", f"revision {REVISION}"]
+        if options.model not in FAMILIES:
+            parts.append(f"{self._family(options)}")
         if options.alpha_matting:
             parts += [_version("pymatting"), _version("rembg") if options.exact else ""]
         return ", ".join(filter(None, parts))
@@ -85,9 +88,10 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
     def prepare(self, picture: Picture, inputs: Inputs[RembgRemoveBackground]) -> CutOut:
         options = inputs.options
         pixels = resize(picture.pixels, fit(picture.size, self.work_edge(options)))
-        tensor = FAMILIES[options.model].tensor(pixels, as_rembg=options.exact)
+        family = self._family(options)
+        tensor = family.tensor(pixels, as_rembg=options.exact)
         background = job_image("background", options.background_image, inputs.read) if options.background_image else None
-        return Work([Sample(tensor, options)], plan=Plan(replace(picture, pixels=pixels), background))
+        return Work([Sample(tensor, options)], plan=Plan(replace(picture, pixels=pixels), background, family))
 
     def group_key(self, sample: Sample[RembgRemoveBackground, Tensor]) -> Hashable:
         return sample.options.model, sample.options.exact
@@ -102,7 +106,7 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
     @translated("cutting out the subject")
     def finish(self, work: CutOut, outputs: Sequence[Tensor]) -> Picture:
         plan, options = work.plan, work.samples[0].options
-        matte = in_bytes(FAMILIES[options.model].matte(outputs[0]))
+        matte = in_bytes(plan.family.matte(outputs[0]))
         pixels = plan.picture.pixels
         if options.exact:
             result = as_rembg(pixels, matte, options, plan.background, work.notes)
@@ -117,10 +121,14 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
         return replace(plan.picture, pixels=result)
 
     def _open(self, options: RembgRemoveBackground) -> OnnxModel:
-        size = FAMILIES[options.model].size
+        family = self._family(options)
         return self._model.get(
-            lambda: with_digest(self._path(options)), lambda file: OnnxModel(file[0], options.model, self._device, size)
+            lambda: (*with_digest(self._path(options)), family),
+            lambda key: OnnxModel(key[0], options.model, self._device, family.size, family.output),
         )
+
+    def _family(self, options: RembgRemoveBackground) -> Family:
+        return family_of(self._device.weights, options.model)
 
     def _path(self, options: RembgRemoveBackground) -> Path:
         """The model's file, for `exact` the one that rembg uses. Raises ConfigurationError."""

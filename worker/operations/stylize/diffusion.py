@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from imagemill.shared.diffusion_models import BASES, FAMILIES
+from imagemill.shared.diffusion_models import FAMILIES
 from imagemill.shared.errors import BadReference, ImageError
 from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.shared.seeds import diffusion_seed, next_seed
@@ -23,7 +23,7 @@ from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.diffusion_models import Base, base_of, controlnet_of
-from imagemill.worker.models.repositories import digest_of, is_here, state
+from imagemill.worker.models.repositories import digest_of, is_here, models_here, state
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.job_images import job_image
 from imagemill.worker.operations.open_model import OpenModel, missing_model
@@ -83,9 +83,8 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         self._device = device
         if device.gpu is None:  # on the CPU, images run one by one, see pipeline.py
             self.spec = replace(self.spec, max_batch=1)
-        models = list(BASES)
-        if not any(is_here(device.weights, model) for model in models):
-            raise missing_model(models[0], device.weights)
+        if not models_here(device.weights, self.spec.engine):
+            raise missing_model(DiffusionStylize().model, device.weights)
         if device.diffusion.safety_checker and state(device.weights, repository(CHECKER)) == "missing":
             raise missing_model(CHECKER, device.weights)
 
@@ -192,7 +191,8 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
     def _footprint(self, room: Size, options: DiffusionStylize) -> str:
         family, controls = self._base(options).family, len(options.control)
         parts = [f"{room[0]}x{room[1]} {dtype_of(self._device)}"]
-        parts += ["guided"] * (options.cfg > 1) + ["alone"] * options.deterministic  # alone, a batch takes no more than one image
+        parts += ["guided"] * (options.cfg > 1)
+        parts += ["alone"] * options.deterministic  # then a batch takes no more memory than one image
         parts += [family] * (family != "sd15") + [f"{controls} controls"] * (controls != 1)
         return " ".join(parts)
 

@@ -31,6 +31,7 @@ from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.diffusion_models import base_of, controlnet_of
 from imagemill.worker.models.repositories import folder_of
+from imagemill.worker.operations.open_model import getting
 from imagemill.worker.operations.stylize.architecture import Architecture
 from imagemill.worker.operations.stylize.controlnets import ControlNets
 from imagemill.worker.operations.stylize.latents import Latents
@@ -268,8 +269,8 @@ class Pipeline:
         except Exception as error:  # the files may contain anything
             if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {self._model} does not fit into memory: {sentence(error)}") from error
-            names = " ".join([self._model, *([CHECKER] if checker else [])])
-            hint = f"check it with `imagemill models verify` or download it again with `imagemill models pull {names}`"
+            names = [self._model, *([CHECKER] if checker else [])]
+            hint = f"check it with `imagemill models verify` or get it again with {getting(*names)}"
             raise ConfigurationError(
                 f"the model {self._model} can't be loaded from {base.folder.parent} ({sentence(error)}): {hint}"
             ) from error
