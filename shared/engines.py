@@ -119,7 +119,6 @@ ENGINES: list[Engine] = [
         f"{_OPERATIONS}.stylize.diffusion:Diffusion",
         "diffusion",
         {name: base.parts for name, base in BASES.items()},
-        frozenset({"prompt_cut"}),
     ),
 ]
 

@@ -103,7 +103,7 @@ class Job(Model):
         if engine is None:
             raise ValueError(f"the operation has no engine {name!r}")
         try:
-            return engine.options.model_validate(options or {})
+            return engine.options.model_validate(options or {}, context=info.context)
         except ValidationError as error:
             raise ValueError(validation_sentence(error)) from error
 

@@ -142,9 +142,12 @@ def _sdxl(unet: Any, scale: Scale) -> Any:
 
 
 def _shared_parts(unet: Any, scale: Scale) -> dict[str, Any]:
+    import torch
     from transformers import CLIPTextConfig, CLIPTextModel
 
     library = diffusers()
+    text_encoder = CLIPTextModel(CLIPTextConfig(eos_token_id=1, bos_token_id=0, pad_token_id=1, **scale.text))
+    torch.nn.init.normal_(text_encoder.text_model.final_layer_norm.bias)  # embeddings with a mean of 0 could not be weighted
     vae = library.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -155,7 +158,7 @@ def _shared_parts(unet: Any, scale: Scale) -> dict[str, Any]:
     return dict(
         unet=unet,
         vae=vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(eos_token_id=1, bos_token_id=0, pad_token_id=1, **scale.text)),
+        text_encoder=text_encoder,
         tokenizer=_tokenizer(),
         scheduler=library.DDIMScheduler(
             beta_start=0.00085,
@@ -171,10 +174,10 @@ def _shared_parts(unet: Any, scale: Scale) -> dict[str, Any]:
 def _tokenizer() -> Any:
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer(_letters(), [], model_max_length=77)
+    return CLIPTokenizer(letters(), [], model_max_length=77)
 
 
-def _letters() -> dict[str, int]:
+def letters() -> dict[str, int]:
     """A vocabulary of single bytes, within and at the end of words, as CLIP's tokenizer encodes them."""
     from tokenizers.pre_tokenizers import ByteLevel
 

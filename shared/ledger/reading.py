@@ -21,7 +21,7 @@ from imagemill.shared.forecast import Waiting
 from imagemill.shared.ledger.repair import Repairing
 from imagemill.shared.ledger.scripts import PACK, key, unpack
 from imagemill.shared.messages import ENDED, PRIORITIES, Item, ItemResult, Job, JobState, JobStatus, Row, Unfinished, row
-from imagemill.shared.options.base import validation_sentence
+from imagemill.shared.options.base import STORED, validation_sentence
 
 log = logging.getLogger(__name__)
 
@@ -355,7 +355,7 @@ def _spec(job: str, raw: bytes) -> Job:
     if version > VERSION:
         raise JobNewer(f"job {job} was submitted by a newer version of imagemill (its version is {version})")
     try:
-        return Job.model_validate_json(raw)
+        return Job.model_validate_json(raw, context=STORED)
     except ValidationError as error:
         raise JobUnreadable(f"job {job} can't be read: {validation_sentence(error)}") from error
 

@@ -22,6 +22,7 @@ from imagemill.shared.dead import DEAD, VERSION, put_aside, reason_of, version_o
 from imagemill.shared.errors import sentence
 from imagemill.shared.ledger.scripts import PACK, Scripts, key
 from imagemill.shared.messages import ENDED, LANE, PRIORITIES, Job, Node
+from imagemill.shared.options.base import STORED
 
 log = logging.getLogger(__name__)
 
@@ -340,7 +341,7 @@ def _figure(raw: bytes, *, whole: bool = False) -> bool:
 
 
 def _check_fields(job: str, state: str, fields: Mapping[str, bytes], results: int) -> None:
-    spec = Job.model_validate_json(fields["spec"])
+    spec = Job.model_validate_json(fields["spec"], context=STORED)
     known = state in STATES and _text(fields["priority"]) in PRIORITIES
     owner = spec.policy.owner or f"~{job}"
     if not known or (_text(fields["lane"]), _text(fields["owner"])) != (spec.lane, owner):

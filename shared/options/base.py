@@ -36,6 +36,10 @@ ADDRESSES = ("mask", "reference", "background_image", "control_image")
 """Options whose value is the URL of an image."""
 
 
+STORED = {"stored": True}
+"""Pydantic's context for a job that was accepted earlier, perhaps by an older version: new rules about text don't apply."""
+
+
 class Model(BaseModel):
     """A frozen model that refuses unknown fields."""
 

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from imagemill.shared.diffusion_models import BASES, FAMILIES, family_of_controlnet
-from imagemill.shared.options.base import EngineOptions, LongEdge, Model, ModelName
+from imagemill.shared.options.base import STORED, EngineOptions, LongEdge, Model, ModelName
+from imagemill.shared.prompts import check
 
 
 class OpencvStylize(EngineOptions):
@@ -28,6 +29,9 @@ class OpencvStylize(EngineOptions):
             raise ValueError("style=colour-transfer and reference=URL go together")
         return self
 
+
+LONGEST_PROMPT = 2000
+"""Characters. They are about 450 tokens of English, or six pieces, and nothing of them is cut."""
 
 MOST_TIMESTEPS = 1000
 """Stable Diffusion was trained with this many; the LCM LoRA's schedule has 50."""
@@ -75,8 +79,13 @@ class DiffusionStylize(EngineOptions):
 
     engine: Literal["diffusion"] = "diffusion"
     model: ModelName = Field("sd15-canny", description="base model; sd15-canny is sd15 with the ControlNet for canny")
-    prompt: str = Field("", max_length=2000, description="describes the result; only the first 75 CLIP tokens are used")
-    negative_prompt: str = Field("", max_length=2000, description="describes what to avoid; ignored if cfg is 1")
+    vae: ModelName | None = Field(None, description="VAE to use instead of the base model's; 'none': its own")
+    prompt: str = Field(
+        "", max_length=LONGEST_PROMPT, description="describes the result; (word:1.3) weighs a word, BREAK begins a new piece"
+    )
+    negative_prompt: str = Field(
+        "", max_length=LONGEST_PROMPT, description="describes what to avoid, with the same syntax; ignored if cfg is 1"
+    )
     mode: Literal["image-to-image", "text-to-image"] = Field(
         "image-to-image", description="start from the source with added noise, or only from noise and the control picture"
     )
@@ -133,6 +142,13 @@ class DiffusionStylize(EngineOptions):
         base = BASES.get(str(values.get("model"))) if isinstance(values, Mapping) else None
         return values if base is None else {**base.defaults, **values}
 
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str, info: ValidationInfo) -> str:
+        if info.context != STORED:
+            check(prompt)
+        return prompt
+
     @model_validator(mode="after")
     def _check_combination(self) -> DiffusionStylize:
         if self.canny_low > self.canny_high:
@@ -154,9 +170,7 @@ class DiffusionStylize(EngineOptions):
         for control in self.control:
             family = family_of_controlnet(control.name)
             if base is not None and family is not None and family != base.family:
-                raise ValueError(
-                    f"the ControlNet {control.name} is for {FAMILIES[family].title}, unlike the model {self.model}"
-                )
+                raise ValueError(f"{control.name} is for {FAMILIES[family].title}, unlike the model {self.model}")
 
     @property
     def weights(self) -> list[float]:

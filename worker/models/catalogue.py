@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from imagemill.shared.engines import ENGINES
 
@@ -113,7 +113,7 @@ def _diffusers(*encoders: str, vae: bool) -> tuple[str, ...]:
     return (*small, *(f"{part}/{name}" for part in parts for name in ("config.json", "*.fp16.safetensors")))
 
 
-SD15 = dict(
+SD15: dict[str, Any] = dict(
     source="stable-diffusion-v1-5/stable-diffusion-v1-5",
     revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     licence="CreativeML OpenRAIL-M",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imagemill.shared.diffusion_models import FAMILIES
 from imagemill.shared.errors import ConfigurationError, OperationFailed
 from imagemill.worker.models import added
-from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, repository
+from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, Repository, RepositoryKind, repository
 from imagemill.worker.models.repositories import folder_of, state
 
 
@@ -38,8 +38,26 @@ class ControlNet:
     kind: str
 
 
-def base_of(weights: Path, model: str) -> Base:
-    """The checkpoint of a model that a job can name. Raises ConfigurationError if there is none."""
+def base_of(weights: Path, model: str, vae: str | None = None) -> Base:
+    """The checkpoint of a model that a job can name, with another VAE if it names one.
+
+    Raises ConfigurationError if there is no such model, and OperationFailed if there is no such VAE or it doesn't fit.
+    """
+    base = _checkpoint(weights, model)
+    if vae is None:
+        return base
+    entry, record = _entry(vae, "vae"), added.find(weights, vae)
+    if entry is not None and state(weights, entry) != "missing":
+        own = entry.family
+    elif record is not None and record.kind == "vae":
+        own = record.family
+    else:
+        raise OperationFailed(f"the VAE {vae} is not on this node: run {_getting(vae, entry)}")
+    _check_family(f"the VAE {vae}", own, base.family)
+    return replace(base, vae=added_folder(weights, vae))
+
+
+def _checkpoint(weights: Path, model: str) -> Base:
     if model in MODELS:
         entry, *others = map(repository, MODELS[model])
         vae = next((folder_of(weights, other) for other in others if other.kind == "vae"), None)
@@ -59,24 +77,35 @@ def controlnet_of(weights: Path, family: str, control: str) -> ControlNet:
     there is no such ControlNet on this node, or if it is for another family.
     """
     name = FAMILIES[family].controlnets.get(control, control)
-    entry = next((entry for entry in REPOSITORIES if entry.name == name and entry.kind == "controlnet"), None)
+    entry = _entry(name, "controlnet")
     record = added.find(weights, name) if entry is None else None
     if entry is not None and state(weights, entry) != "missing":
         own, kind = entry.family, _kind_in_catalogue(name)
     elif record is not None and record.kind == "controlnet":
         own, kind = record.family, str(record.parameters.get("control", ""))
     else:
-        command = f"pull {name}" if entry is not None else f"add {name} SOURCE"
-        raise OperationFailed(f"the ControlNet {name} is not on this node: run `imagemill models {command}`")
-    if own != family:
-        trained = FAMILIES[own].title if own in FAMILIES else own
-        raise OperationFailed(f"the ControlNet {name} is for {trained}, not for {FAMILIES[family].title}")
+        raise OperationFailed(f"the ControlNet {name} is not on this node: run {_getting(name, entry)}")
+    _check_family(f"the ControlNet {name}", own, family)
     return ControlNet(name, added_folder(weights, name), control if control in FAMILIES[family].controlnets else kind)
 
 
 def added_folder(weights: Path, name: str) -> Path:
     """Where an added checkpoint, ControlNet or VAE belongs: `{weights}/diffusion/{name}`."""
     return weights / "diffusion" / name
+
+
+def _entry(name: str, kind: RepositoryKind) -> Repository | None:
+    return next((entry for entry in REPOSITORIES if (entry.name, entry.kind) == (name, kind)), None)
+
+
+def _getting(name: str, entry: Repository | None) -> str:
+    return f"`imagemill models pull {name}`" if entry is not None else f"`imagemill models add {name} SOURCE`"
+
+
+def _check_family(what: str, own: str, wanted: str) -> None:
+    if own != wanted:
+        trained = FAMILIES[own].title if own in FAMILIES else own
+        raise OperationFailed(f"{what} is for {trained}, not for {FAMILIES[wanted].title}")
 
 
 def _kind_in_catalogue(name: str) -> str:

@@ -61,7 +61,7 @@ def line_art_of(rgb: Pixels) -> Grey:
 
 def _darker(fine: NDArray[np.float32], sigma: float, rgb: Pixels) -> NDArray[np.float32]:
     """By how much each pixel is darker than around it, 0 to 255, in the channel in which it is least."""
-    return np.clip((_blurred(rgb, sigma) - fine).min(axis=2), 0, 255)
+    return np.asarray(np.clip((_blurred(rgb, sigma) - fine).min(axis=2), 0, 255), np.float32)
 
 
 def _blurred(rgb: Pixels, sigma: float) -> NDArray[np.float32]:

@@ -32,9 +32,9 @@ from imagemill.worker.operations.stylize.controls import KINDS, drawn, edges_of
 from imagemill.worker.operations.stylize.loras import Stamp, find, stamp
 from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
 from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Pipeline, Styled, dtype_of
-from imagemill.worker.operations.stylize.prompts import CUT
+from imagemill.worker.operations.stylize.prompts import about_pieces
 
-REVISION = 3
+REVISION = 4
 """Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 
 MULTIPLE, COMPILED_MULTIPLE = 8, 64
@@ -71,9 +71,9 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
 
     def __init__(self) -> None:
         self._device = Device()
-        self._pipeline: OpenModel[str, Pipeline] = OpenModel()
+        self._pipeline: OpenModel[tuple[str, str | None], Pipeline] = OpenModel()
         self._palettes = Palettes()
-        self._bases: dict[str, str] = {}
+        self._bases: dict[tuple[str, str | None], str] = {}
         self._controlnets: dict[tuple[Stamp, ...], str] = {}
         self._adapters: dict[Stamp, str] = {}
 
@@ -90,7 +90,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
 
     def fingerprint(self, options: DiffusionStylize) -> str:
         weights, base = self._device.weights, self._base(options)
-        parts = [f"{options.model} {self._base_digest(options.model)}"]
+        parts = [f"{options.model} {self._base_digest(options)}"]
         for control in options.control:
             found = controlnet_of(weights, base.family, control.name)
             parts.append(f"{found.name} {self._controlnet_digest(found.folder)}")
@@ -136,7 +136,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
 
     def run(self, samples: Sequence[Sample[DiffusionStylize, Canvas]]) -> list[Styled | ImageError]:
         options = samples[0].options  # the same for all, thanks to the group key
-        return self._open(options.model).run([sample.data for sample in samples], options)
+        return self._open(options).run([sample.data for sample in samples], options)
 
     def relieve(self, level: int) -> bool:
         return self._pipeline.current is not None and self._pipeline.current.relieve(level)
@@ -144,8 +144,6 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
     @translated("scaling the result")
     def finish(self, work: Styling, outputs: Sequence[Styled]) -> Picture:
         plan, (output,) = work.plan, outputs
-        if output.prompt_cut:
-            work.notes.append(CUT)
         rgb = resize(taken_out(output.pixels, plan.picture.size), plan.size)
         source, alpha = plan.picture.pixels, None
         if source.shape[2] == 4:
@@ -154,16 +152,17 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
             rgb = transferred(rgb if alpha is None else np.dstack([rgb, alpha]), plan.palette)
         return replace(plan.picture, pixels=rgb if alpha is None else np.dstack([rgb, alpha]))
 
-    def _open(self, model: str) -> Pipeline:
-        return self._pipeline.get(lambda: model, self._load)
+    def _open(self, options: DiffusionStylize) -> Pipeline:
+        return self._pipeline.get(lambda: (options.model, options.vae), self._load)
 
-    def _load(self, model: str) -> Pipeline:
+    def _load(self, key: tuple[str, str | None]) -> Pipeline:
+        model, vae = key
         if not is_here(self._device.weights, model):
             raise missing_model(model, self._device.weights)
-        return Pipeline(model, self._device)
+        return Pipeline(model, self._device, vae)
 
     def _base(self, options: DiffusionStylize) -> Base:
-        return base_of(self._device.weights, options.model)
+        return base_of(self._device.weights, options.model, options.vae)
 
     def _side(self, options: DiffusionStylize) -> int:
         return options.size or FAMILIES[self._base(options).family].side
@@ -194,13 +193,15 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         parts += ["guided"] * (options.cfg > 1)
         parts += ["alone"] * options.deterministic  # then a batch takes no more memory than one image
         parts += [family] * (family != "sd15") + [f"{controls} controls"] * (controls != 1)
+        parts += [f"{more} pieces"] if (more := about_pieces(options)) > 1 else []
         return " ".join(parts)
 
-    def _base_digest(self, model: str) -> str:
+    def _base_digest(self, options: DiffusionStylize) -> str:
         """A base model's digests, computed once: a loaded model stays the same even if its files change."""
-        if model not in self._bases:
-            self._bases[model] = " ".join(map(digest_of, base_of(self._device.weights, model).folders))
-        return self._bases[model]
+        key = options.model, options.vae
+        if key not in self._bases:
+            self._bases[key] = " ".join(map(digest_of, self._base(options).folders))
+        return self._bases[key]
 
     def _controlnet_digest(self, folder: Path) -> str:
         """A ControlNet's digest, computed once per version of its files."""

@@ -16,6 +16,7 @@ class Latents:
 
     def __init__(self, vae: Any, dtype: torch.dtype) -> None:
         self._vae, self._dtype = vae, dtype
+        self._scale = float(vae.config.scaling_factor)
 
     def encoded(self, pixels: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """Latents [images, 4, h / 8, w / 8] of pixels [images, 3, h, w], 0 to 1, one image at a time."""
@@ -24,9 +25,9 @@ class Latents:
             self._vae.encode(pixels[number : number + 1]).latent_dist.sample(generator)
             for number, generator in enumerate(generators)
         ]
-        return self._vae.config.scaling_factor * torch.cat(found).to(self._dtype)
+        return torch.cat(found).to(self._dtype) * self._scale
 
     def decoded(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels [images, 3, h, w], 0 to 1, of latents."""
-        (pixels,) = self._vae.decode((latents / self._vae.config.scaling_factor).to(self._vae.dtype), return_dict=False)
+        pixels: torch.Tensor = self._vae.decode((latents / self._scale).to(self._vae.dtype), return_dict=False)[0]
         return (pixels * 0.5 + 0.5).clamp(0, 1)

@@ -79,23 +79,22 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Styled:
-    """One output: RGB uint8 [h, w, 3], and whether the prompt was truncated."""
+    """One output: RGB uint8 [h, w, 3]."""
 
     pixels: Pixels
-    prompt_cut: bool
 
 
 class Pipeline:
-    """One loaded model. For one thread.
+    """One loaded base model, with its own VAE or another, and the ControlNets and LoRAs that jobs need. For one thread.
 
     Raises ConfigurationError if its files are missing, damaged or of another kind, or if torch can't use the device, and
     OutOfMemory if the model does not fit.
     """
 
-    def __init__(self, model: str, device: Device) -> None:
+    def __init__(self, model: str, device: Device, vae: str | None = None) -> None:
         self._device, self._dtype = torch_device(device, model), dtype_of(device)
         self._on_cpu, self._compiled = device.gpu is None, device.compile
-        self._model, self._base = model, base_of(device.weights, model)
+        self._model, self._base = model, base_of(device.weights, model, vae)
         self._architecture = ARCHITECTURES[self._base.family]
         self._text = self._load(device)
         self._kinds: dict[type, Any] = {type(self._text): self._text}
@@ -304,7 +303,7 @@ def _checked(image: Pixels, *, finite: bool, refused: bool) -> Styled | ImageErr
         return OperationFailed("the model's output is not finite: a LoRA's weight or cfg may be too high")
     if refused:
         return UnsafeContent("the safety checker rejected the result for this image")
-    return Styled(image, False)
+    return Styled(image)
 
 
 @contextmanager

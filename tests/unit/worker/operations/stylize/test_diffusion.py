@@ -26,7 +26,14 @@ from tests.unit.worker.operations.conformance import REFERENCE, scene
 def test_each_style_option_changes_the_image(operation: Diffusion) -> None:
     plain = styled(operation)
     for chosen in (
-        *({"prompt": "a blue hat"}, {"negative_prompt": "a hat"}, {"cfg": 3}, {"steps": 3}, {"strength": 0.9}),
+        *(
+            {"prompt": "a blue hat"},
+            {"prompt": "a (red:1.5) shoe"},
+            {"negative_prompt": "a hat"},
+            {"cfg": 3},
+            {"steps": 3},
+            {"strength": 0.9},
+        ),
         *({"control_scale": 0}, {"control": "none"}, {"mode": "text-to-image"}, {"scheduler": "lcm"}, {"loras": "red:0.5"}),
     ):
         assert difference(plain, styled(operation, **chosen)) > 0.2, chosen
@@ -70,7 +77,7 @@ def test_without_guidance_the_model_runs_once_and_ignores_the_negative_prompt(op
     assert np.array_equal(styled(operation, cfg=1, negative_prompt="other"), plain)
 
 
-def test_prompt_is_encoded_once_per_job_and_a_truncated_one_gets_a_note(weights: Path) -> None:
+def test_prompt_is_encoded_once_per_job(weights: Path) -> None:
     operation = loaded(weights)
     styled(operation)
     assert operation._pipeline.current is not None
@@ -80,12 +87,10 @@ def test_prompt_is_encoded_once_per_job_and_a_truncated_one_gets_a_note(weights:
         styled(operation)
     assert calls == []
     work = prepared(operation, prompt="shoe " * 100)
-    operation.finish(work, operation.run(work.samples))
-    assert work.notes == ["prompt_cut"]
-    assert len(calls) == 2
-    for number in range(30):
-        styled(operation, prompt=f"shoe {number}", steps=1)
-    assert len(operation._pipeline.current.prompts._known) <= 16
+    for _ in range(2):
+        operation.finish(work, operation.run(work.samples))
+    assert work.notes == [], "nothing of a long prompt is cut"
+    assert len(calls) == 2 * 6, "pieces of the prompt and the negative prompt"
     handle.remove()
 
 
@@ -196,7 +201,7 @@ def test_a_model_that_changes_nothing_leaves_the_colours_of_soft_edges(operation
     pixels[alpha > 0, :3] = (40, 60, 90)
     pixels[..., 3] = alpha
     work = prepared(operation, pixels)
-    result = operation.finish(work, [Styled(work.samples[0].data.pixels, prompt_cut=False)]).pixels
+    result = operation.finish(work, [Styled(work.samples[0].data.pixels)]).pixels
     seen = alpha > 8
     assert np.abs(result[seen][:, :3].astype(int) - pixels[seen][:, :3]).max() <= 3
     assert np.array_equal(result[..., 3], alpha)

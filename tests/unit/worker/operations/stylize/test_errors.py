@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,6 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Pixels
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.repositories import folder_of
-from imagemill.worker.operations.stylize import pipeline as module
 from imagemill.worker.operations.stylize.diffusion import Diffusion
 from tests.devices import SHORT
 from tests.styles import loaded, prepared, styled
@@ -105,10 +105,11 @@ def test_memory_errors_of_torch_become_out_of_memory(
     def short(*_: Any, **__: Any) -> Any:
         raise error()
 
-    with monkeypatch.context() as patched:
-        patched.setattr(module.ControlNetModel, "from_pretrained", short)
-        with pytest.raises(OutOfMemory, match="does not fit"):
-            operation.run(prepared(operation).samples)
+    for part in (diffusers.StableDiffusionPipeline, diffusers.ControlNetModel):
+        with monkeypatch.context() as patched:
+            patched.setattr(part, "from_pretrained", short)
+            with pytest.raises(OutOfMemory, match="does not fit"):
+                operation.run(prepared(operation).samples)
     styled(operation)
     monkeypatch.setattr(operation._pipeline.current._text.unet, "forward", short)  # type: ignore[union-attr]
     with pytest.raises(OutOfMemory):

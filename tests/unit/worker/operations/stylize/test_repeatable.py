@@ -23,7 +23,7 @@ from tests.unit.worker.operations.conformance import scene
 def test_result_is_identical_alone_in_any_batch_and_on_any_worker(
     scheduler: str, mode: str, operation: Diffusion, weights: Path
 ) -> None:
-    chosen = {"scheduler": scheduler, "mode": mode}
+    chosen = {"scheduler": scheduler, "mode": mode, "prompt": "a (red:1.3) shoe BREAK " + "in a shop, " * 10}
     works = [prepared(operation, scene(90, 120, seed=seed), index=seed, seed_policy="per-item", **chosen) for seed in range(3)]
     alone = [operation.run(work.samples)[0].pixels for work in works]
     other = loaded(weights, threads=3)
@@ -111,9 +111,16 @@ def test_batch_runs_at_once_or_one_by_one_when_deterministic(weights: Path, monk
 
 
 def test_footprint_depends_on_options_that_change_memory(operation: Diffusion) -> None:
-    chosen = ({}, {"deterministic": True}, {"cfg": 1}, {"size": 128})
+    chosen = (
+        {},
+        {"deterministic": True},
+        {"cfg": 1},
+        {"size": 128},
+        {"prompt": "shoe " * 70},
+        {"negative_prompt": "a BREAK " * 5},
+    )
     samples = [sample for one in chosen for sample in prepared(operation, **one).samples]
-    assert len({kind_of(operation, sample) for sample in samples}) == 4
+    assert len({kind_of(operation, sample) for sample in samples}) == len(chosen)
     (styles,) = prepared(operation, loras="red", prompt="blue", steps=3).samples
     assert kind_of(operation, styles) == kind_of(operation, samples[0])
 
