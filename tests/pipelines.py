@@ -147,7 +147,7 @@ def _shared_parts(unet: Any, scale: Scale) -> dict[str, Any]:
 
     library = diffusers()
     text_encoder = CLIPTextModel(CLIPTextConfig(eos_token_id=1, bos_token_id=0, pad_token_id=1, **scale.text))
-    torch.nn.init.normal_(text_encoder.text_model.final_layer_norm.bias)  # embeddings with a mean of 0 could not be weighted
+    torch.nn.init.normal_(text_encoder.final_layer_norm.bias)  # embeddings with a mean of 0 could not be weighted
     vae = library.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
