@@ -9,11 +9,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from imagemill.shared.diffusion_models import BASES, FAMILIES
-from imagemill.worker.models.catalogue import repository
+from imagemill.worker.models.added import Added, AddedFile, Kind, write
+from imagemill.worker.models.catalogue import REPOSITORIES, repository
+from imagemill.worker.models.checksums import sha256_of
 from imagemill.worker.models.repositories import folder_of
 
 LORA_RANK = 2
@@ -105,9 +108,28 @@ def pipeline_folder(
                 torch.manual_seed(1000 * (number + 1) + seed)
                 network = _controlnet(unet)
                 (network.half() if half else network).save_pretrained(folder, variant=variant)
+                if folder.name not in {entry.name for entry in REPOSITORIES}:
+                    added(weights, folder.name, "controlnet", family)
     if checker and not (folder_of(weights, repository("sd15-safety-checker")) / "safety_checker").is_dir():
         _build_checker(folder_of(weights, repository("sd15-safety-checker")))
     return weights
+
+
+def added(weights: Path, name: str, kind: Kind, family: str, **parameters: str) -> None:
+    """Record the files in a model's folder as one that the operator has added."""
+    files = sorted(path for path in (weights / "diffusion" / name).rglob("*") if path.is_file())
+    record = Added(
+        name=name,
+        kind=kind,
+        family=family,
+        parameters=dict(parameters),
+        files=tuple(
+            AddedFile(path=str(path.relative_to(weights)), size=path.stat().st_size, sha256=sha256_of(path)) for path in files
+        ),
+        source="a test",
+        added=datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    write(weights, record)
 
 
 def _controlnet(unet: Any) -> Any:

@@ -20,14 +20,21 @@ from imagemill.worker.operations.stylize.loras import Stamp, stamp
 class ControlNets:
     """At most `limit` stay loaded unless one job needs more. For one thread.
 
-    `find` returns where a control's ControlNet is; `place` moves a loaded one to the device. `width` is that of the base
-    model's text embeddings, which a ControlNet must share.
+    `width` is that of the text embeddings of the base `model`, which a ControlNet must share. `find` returns where a control's
+    ControlNet is; `place` moves a loaded one to the device.
     """
 
     def __init__(
-        self, find: Callable[[str], ControlNet], place: Callable[[Any], None], dtype: torch.dtype, width: int, limit: int
+        self,
+        model: str,
+        width: int,
+        dtype: torch.dtype,
+        limit: int,
+        find: Callable[[str], ControlNet],
+        place: Callable[[Any], None],
     ) -> None:
-        self._find, self._place, self._dtype, self._width, self._limit = find, place, dtype, width, limit
+        self._model, self._width, self._dtype, self._limit = model, width, dtype, limit
+        self._find, self._place = find, place
         self._loaded: OrderedDict[str, tuple[Any, tuple[Stamp, ...]]] = OrderedDict()
 
     @property
@@ -68,6 +75,6 @@ class ControlNets:
                 f"the ControlNet {found.name} can't be used from {found.folder}: {sentence(error)}"
             ) from error
         if network.config.cross_attention_dim != self._width:
-            raise OperationFailed(f"the ControlNet {found.name} is not for this family of base models")
+            raise OperationFailed(f"the ControlNet {found.name} does not fit the model {self._model}")
         self._place(network)
         return network

@@ -106,7 +106,8 @@ class Pipeline:
         self._relieved = 0
         self._find = partial(controlnet_of, device.weights, self._base.family)
         width = self._text.unet.config.cross_attention_dim
-        self.controlnets = ControlNets(self._find, self._place, self._dtype, width, device.diffusion.controlnets)
+        limit = device.diffusion.controlnets
+        self.controlnets = ControlNets(model, width, self._dtype, limit, self._find, self._place)
         if self._compiled:
             for part in (self._text.unet, self._text.vae.decoder):
                 _compile(part)
