@@ -43,7 +43,7 @@ REMARKS = {
     "matting_too_large": "too large for alpha matting; the edge is unrefined",
     "no_end_marker": "the file's end marker is missing; the picture is complete",
     "no_shadow_found": "no shadow found",
-    "prompt_cut": "the prompt was longer than 75 tokens and was truncated, as it no longer is",
+    "prompt_cut": "the prompt was longer than 75 tokens and was truncated (earlier versions only)",
     "reduced_to_8_bits": "the source has more than 8 bits per channel; the result has 8",
     "repaired_cast": "a colour cast was corrected",
     "repaired_seed": "run again with the next seed",

@@ -188,6 +188,9 @@ def submit(
     options = option_values(flags["settings"], flags["mask"])
     spec = job_spec(flags["operation"], flags["engine"], options, files, policy, look)
     out = make_console(stderr=True)
+    for option, reason in spec.options.ignored().items():
+        if option in options:
+            say(out, f"warning: {option} has no effect, because {reason}", "yellow")
     with connect(configured) as client:
         skipped = Skipped()
         rows = read_sources(sources, s3=client.s3, column=flags["column"], skipped=skipped)

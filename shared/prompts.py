@@ -37,7 +37,7 @@ _MARKS = re.compile(
     re.VERBOSE,
 )
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
-_NETWORK = re.compile(r"<(\w+):([^>:]+):?([^>:]*)[^>]*>")
+_NETWORK = re.compile(r"<(\w+):([^>]+)>")
 _LATER = re.compile(r":\s*([+-]?[.\d]+)\s*$")
 _NUMBER = re.compile(r":\s*([+-]?(?:\d*\.){2}[.\d]*)\s*\)")
 
@@ -84,10 +84,9 @@ def parse(prompt: str) -> list[list[Span]]:
 def check(prompt: str) -> None:
     """Raise ValueError, with a sentence that says what to write instead, for what is not supported."""
     if network := _NETWORK.search(prompt):
-        kind, name, weight = network.groups()
-        if kind not in ("lora", "lyco"):
+        if network[1] not in ("lora", "lyco"):
             raise ValueError(f"{network[0]} would load another model, which is not supported")
-        raise ValueError(f"{network[0]} must be given as an option, loras={name}{':' * bool(weight)}{weight}")
+        raise ValueError(f"{network[0]} must be given as an option, loras={':'.join(network[2].split(':')[:2])}")
     if re.search(r"\bAND\b", prompt):
         raise ValueError("several prompts joined by AND are not supported; write the word in lowercase")
     _check_square_brackets(prompt)

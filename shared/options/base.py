@@ -51,6 +51,10 @@ class EngineOptions(Model):
 
     engine: str
 
+    def ignored(self) -> dict[str, str]:
+        """The options that have no effect beside the others, and why. `submit` warns of those that were given."""
+        return {}
+
 
 class Box(Model):
     """A rectangle to fill, given by its top left corner and size, in pixels or fractions of the image.

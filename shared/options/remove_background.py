@@ -62,3 +62,6 @@ class RembgRemoveBackground(EngineOptions):
         if self.exact and (self.shadow or self.long_edge not in (None, type(self).model_fields["long_edge"].default)):
             raise ValueError("exact works at the source's size and can't be combined with long_edge or shadow")
         return self
+
+    def ignored(self) -> dict[str, str]:
+        return {} if self.crop else {"margin": "crop is false"}

@@ -29,6 +29,9 @@ class OpencvStylize(EngineOptions):
             raise ValueError("style=colour-transfer and reference=URL go together")
         return self
 
+    def ignored(self) -> dict[str, str]:
+        return {} if self.style == "pencil-sketch" else {"colour": f"style is {self.style}"}
+
 
 LONGEST_PROMPT = 2000
 """Characters. They are about 450 tokens of English, or six pieces, and nothing of them is cut."""
@@ -176,6 +179,13 @@ class DiffusionStylize(EngineOptions):
     def weights(self) -> list[float]:
         """The weight of each control."""
         return [self.control_scale if control.weight is None else control.weight for control in self.control]
+
+    def ignored(self) -> dict[str, str]:
+        ignored = {"negative_prompt": "cfg is 1"} if self.cfg == 1 else {}
+        ignored |= {"strength": "mode is text-to-image"} if self.mode == "text-to-image" else {}
+        if all(control.weight is not None for control in self.control):
+            ignored["control_scale"] = "every control has its own weight" if self.control else "control is none"
+        return ignored
 
     @property
     def timesteps(self) -> int:

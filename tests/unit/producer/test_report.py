@@ -271,9 +271,12 @@ def test_options_include_the_default_profile_of_the_operation(operation: str, ic
 
 
 PASSING_NOTES = {"cached", "matting_failed", "matting_timed_out"} | FILE_NOTES
+FORMER_NOTES = {"prompt_cut"}  # that jobs of earlier versions still have
 
 
-@pytest.mark.parametrize("note", sorted(REPAIR_NOTES.union(PASSING_NOTES, *(engine.lasting_notes for engine in ENGINES))))
+@pytest.mark.parametrize(
+    "note", sorted(REPAIR_NOTES.union(PASSING_NOTES, FORMER_NOTES, *(engine.lasting_notes for engine in ENGINES)))
+)
 def test_every_note_is_explained(note: str) -> None:
     assert worded(note) == f"{note}: {REMARKS[note]}"
 

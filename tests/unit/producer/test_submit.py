@@ -64,6 +64,28 @@ def test_submit_does_not_warn_when_a_worker_offers_the_lane(imagemill: Invoke, f
     assert "no worker" not in imagemill(*STYLIZE, stdin=GOOD).stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "warning"),
+    [
+        ("--preset turbo --set negative_prompt=noise", "warning: negative_prompt has no effect, because cfg is 1"),
+        ("--preset sketch --set strength=0.3", "warning: strength has no effect, because mode is text-to-image"),
+        ("--preset turbo", None),  # which inherits a negative prompt
+        ("--preset turbo --set negative_prompt=noise --set cfg=2", None),
+        ("--operation stylize --set colour=true", "warning: colour has no effect, because style is stylization"),
+        ("--operation stylize --set colour=true --set style=pencil-sketch", None),
+        (
+            "--operation remove-background --engine rembg --set margin=0.1",
+            "warning: margin has no effect, because crop is false",
+        ),
+        ("--operation remove-background --engine rembg --set margin=0.1 --set crop=true", None),
+    ],
+)
+def test_submit_warns_of_options_that_have_no_effect(imagemill: Invoke, flags: str, warning: str | None) -> None:
+    result = imagemill("submit", "-", *flags.split(), "--output", "s3://results/x", "--dry-run=list", stdin=GOOD)
+    assert result.exit_code == 0
+    assert (warning in result.stderr.splitlines()) if warning else "no effect" not in result.stderr
+
+
 @pytest.mark.parametrize(("flags", "reuse"), [([], True), (["--fresh"], False)], ids=["remembered", "fresh"])
 def test_fresh_turns_off_reuse_of_results(imagemill: Invoke, ledger: Ledger, flags: list[str], reuse: bool) -> None:
     job = imagemill(*STYLIZE, *flags, stdin=GOOD).stdout.strip()
@@ -123,6 +145,8 @@ def test_invalid_rows_are_listed_and_nothing_is_queued(imagemill: Invoke, ledger
         (["--set", "colour"], "KEY=VALUE, not 'colour'"),
         (["--mask", "mask.png"], "stylize (opencv) has no option 'mask'"),
         (["--set", "reference=ftp://x/y.png"], "reference: "),
+        (["--engine", "diffusion", "--set", "prompt=a [cat|dog]"], "prompt: [a|b] would change the prompt between steps"),
+        (["--engine", "diffusion", "--set", "prompt=" + "shoe " * 500], "prompt: string should have at most 2000 characters"),
         (["--quality", "101"], "output: quality: "),
         (["--key", "{job}"], "output: key: "),
         (["--key", "{name}", "--layout", "tree"], "--key and --layout can't be combined"),

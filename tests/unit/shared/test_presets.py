@@ -158,6 +158,8 @@ def test_resolved_preset_survives_yaml(own: Path, tmp_path: Path) -> None:
         ("a:\n  extends: turbo\n  engine: opencv\n", 3, "extends turbo, which is for the engine diffusion, not 'opencv'"),
         ("a:\n  extends: turbo\n  options:\n    reference: ftp://x/y?key\n", 4, "s3:// or file://, not 'ftp://x/y?…'"),
         ("a:\n  extends: turbo\n  options:\n    reference: [s3://x]\n", 4, "valid string"),
+        ("a:\n  extends: turbo\n  options:\n    prompt: a [cat|dog]\n", 4, "options: prompt: [a|b] would change the prompt"),
+        ("a:\n  extends: turbo\n  options:\n    prompt: <lora:x:1>\n", 4, "given as an option, loras=x:1"),
         ("a:\n  extends: turbo\n  description: [x]\n", 3, "description: input should be a valid string"),
         ("a:\n  extends: turbo\n  extends: anime\n", 3, "duplicate key"),
         ("a:\n  extends: turbo\na:\n  extends: anime\n", 3, "duplicate key"),

@@ -11,8 +11,10 @@ import pytest
 
 from imagemill.shared.errors import JobUnreadable
 from imagemill.shared.ledger.leasing import ManifestDue
+from imagemill.shared.messages import Job
+from imagemill.shared.options.base import STORED
 from tests.ledgers import Ledger
-from tests.unit.shared.ledger.jobs import CHILD, LANE, OTHER, ask, counts, indexes, make_job, run, take, work
+from tests.unit.shared.ledger.jobs import CHILD, LANE, OTHER, ask, counts, indexes, item, make_job, run, take, work
 
 pytestmark = pytest.mark.integration
 
@@ -85,6 +87,20 @@ def test_job_ends_if_its_record_is_damaged(ledger: Ledger, raw: Any, field: str,
     if field == "spec":
         with pytest.raises(JobUnreadable):
             ledger.status(bad)
+
+
+def test_job_of_an_earlier_version_is_done_whatever_its_prompt_says(ledger: Ledger) -> None:
+    """[cat|dog] used to be text; a job that says it now is refused when it is submitted."""
+    options = {"engine": "diffusion", "prompt": "a [cat|dog]"}
+    fields = {"operation": "stylize", "options": options, "output": {"url": "s3://results/x"}}
+    old = Job.model_validate(fields, context=STORED)
+    ledger.open_job("old", old)
+    ledger.add_packs("old", [(0, [item(0)])])
+    ledger.seal("old", size=1, total=1, duplicates={})
+    ledger.repair()
+    assert ledger.spec("old") == old
+    work(ledger, take(ledger, lanes=[old.lane]))
+    assert counts(ledger, "old") == ("finishing", 1, 0)
 
 
 Spoil = Callable[[Any, str], Any]
