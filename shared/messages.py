@@ -265,6 +265,7 @@ class Node(Model):
     lanes: tuple[str, ...] = ()
     children: int
     ready: bool
+    parts: tuple[str, ...] | None = Field(None, description="the LoRAs, ControlNets and VAEs on its host, when it started")
     lacks: tuple[str, ...] = Field((), description="why it does not offer everything it is configured for")
     busy: int = Field(0, description="children that work on images")
     problem: str = Field("", description="why it can't work: its engines don't load, or a child hangs")

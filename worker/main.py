@@ -29,7 +29,7 @@ from imagemill.worker.hardware.device import Device, pin
 from imagemill.worker.hardware.gpus import gpu_of, no_such_gpu
 from imagemill.worker.node import intake, logs, metrics
 from imagemill.worker.node.naming import take_name, this_process
-from imagemill.worker.node.offer import Lanes, children_per_gpu, lanes, missing, nothing_to_do, shortcomings
+from imagemill.worker.node.offer import Lanes, children_per_gpu, lanes, missing, nothing_to_do, parts, shortcomings
 from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
 from imagemill.worker.node.parting import die_with
 from imagemill.worker.node.supervisor import find_gpus
@@ -87,6 +87,7 @@ class Worker:
             lanes=tuple(self.lanes.open()),
             children=sender.concurrency,
             ready=False,
+            parts=parts(self.settings),
             lacks=tuple(f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)),
         )
         gpu = self.settings.worker.gpu

@@ -51,6 +51,10 @@ class EngineOptions(Model):
 
     engine: str
 
+    def parts(self) -> list[str]:
+        """The names of the models that the job needs beside its `model`, as far as they are known without looking at those."""
+        return []
+
     def ignored(self) -> dict[str, str]:
         """The options that have no effect beside the others, and why. `submit` warns of those that were given."""
         return {}

@@ -180,6 +180,12 @@ class DiffusionStylize(EngineOptions):
         """The weight of each control."""
         return [self.control_scale if control.weight is None else control.weight for control in self.control]
 
+    def parts(self) -> list[str]:
+        base = BASES.get(self.model)
+        kinds = FAMILIES[base.family].controlnets if base is not None else dict.fromkeys(FAMILIES["sd15"].controlnets)
+        controlnets = [kinds.get(control.name, control.name) for control in self.control]
+        return [name for name in (*controlnets, self.vae, *(lora.name for lora in self.loras)) if name is not None]
+
     def ignored(self) -> dict[str, str]:
         ignored = {"negative_prompt": "cfg is 1"} if self.cfg == 1 else {}
         ignored |= {"strength": "mode is text-to-image"} if self.mode == "text-to-image" else {}

@@ -74,6 +74,15 @@ def models_here(weights: Path, engine: str) -> list[str]:
     return [model for model in models if is_here(weights, model)]
 
 
+def parts_here(weights: Path) -> list[str]:
+    """The LoRAs, ControlNets and VAEs on disk: the catalogue's, added ones, and files among the operator's own LoRAs."""
+    kinds = ("lora", "controlnet", "vae")
+    found = [entry.name for entry in REPOSITORIES if entry.kind in kinds and state(weights, entry) != "missing"]
+    found += [record.name for record in added.everything(weights)[0] if record.kind in kinds and record.is_here(weights)]
+    found += [path.stem for path in (weights / "diffusion" / "loras").glob("*.safetensors")]
+    return sorted(set(found))
+
+
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """The file names that match a pattern, sorted; `*` does not match `/`."""
     return sorted(

@@ -11,7 +11,7 @@ from multiprocessing.sharedctypes import RawArray
 from imagemill.shared.engines import ENGINES, Engine, lane_of, split_lane
 from imagemill.shared.options.base import nearest
 from imagemill.shared.settings import Settings
-from imagemill.worker.models.repositories import models_here
+from imagemill.worker.models.repositories import models_here, parts_here
 
 
 def lanes(settings: Settings) -> list[str]:
@@ -34,6 +34,11 @@ def models_of(engine: str) -> list[str]:
 def present(settings: Settings, engine: str) -> list[str]:
     """The engine's models that are on this host, first those of the catalogue."""
     return models_here(settings.weights.folder.expanduser(), engine)
+
+
+def parts(settings: Settings) -> tuple[str, ...]:
+    """The LoRAs, ControlNets and VAEs on this host, which jobs can name beside a model."""
+    return tuple(parts_here(settings.weights.folder.expanduser()) if "diffusion" in settings.worker.engines else ())
 
 
 def missing(settings: Settings) -> dict[str, list[str]]:

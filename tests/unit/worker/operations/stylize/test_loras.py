@@ -68,10 +68,11 @@ def test_missing_damaged_or_unsuitable_controlnet_fails_only_its_images(weights:
     shutil.copytree(folder / "diffusion" / "controlnet-sdxl-canny", folder / "diffusion" / "large")
     added(folder, "large", "controlnet", "sdxl", control="canny")
     (folder / "diffusion" / "controlnet-tile" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x80\x04pickle")
+    absent = "the ControlNet {} is not on this node: run `imagemill models {}`"
     for control, reason in {
-        "lineart": "the ControlNet controlnet-lineart is not on this node: run `imagemill models pull controlnet-lineart`",
-        "scribble": "the ControlNet controlnet-scribble is not on this node: run `imagemill models add controlnet-scribble SOURCE`",
-        "mine": "the ControlNet mine is not on this node: run `imagemill models add mine SOURCE`",
+        "lineart": absent.format("controlnet-lineart", "pull controlnet-lineart"),
+        "scribble": absent.format("controlnet-scribble", "add controlnet-scribble SOURCE"),
+        "mine": absent.format("mine", "add mine SOURCE"),
         "large": "the ControlNet large is for SDXL, not for Stable Diffusion 1.5",
         "liar": "the ControlNet liar does not fit the model sd15-canny",
         "tile": "the ControlNet controlnet-tile can't be used from",
