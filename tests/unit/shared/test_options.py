@@ -99,7 +99,7 @@ def test_text_values_are_parsed() -> None:
         ("remove-background", "rembg", {"exact": "true", "long_edge": "800"}, "can't be combined with long_edge or shadow"),
         ("stylize", "opencv", {"style": "colour-transfer"}, "go together"),
         ("stylize", "opencv", {"reference": "https://example.com/r.jpg"}, "go together"),
-        ("stylize", "diffusion", {"control": "canny;tile;scribble"}, "control: tuple should have at most 2 items"),
+        ("stylize", "diffusion", {"control": "canny;tile;scribble"}, "control: value should have at most 2 items"),
         ("stylize", "diffusion", {"control": "canny;canny:0.5"}, "control contains the same name twice"),
         ("stylize", "diffusion", {"control": "canny:3"}, "control.0.weight: input should be less than or equal to 2"),
         ("stylize", "diffusion", {"control": "../canny"}, "control.0.name: a name has 1 to 64 letters"),

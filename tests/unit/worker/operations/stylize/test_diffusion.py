@@ -13,13 +13,18 @@ import pytest
 import torch
 
 from imagemill.shared.engines import parse_options
+from imagemill.shared.settings import WeightsSettings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Pixels
+from imagemill.worker.models.catalogue import repository
+from imagemill.worker.models.hugging_face import pull
+from imagemill.worker.models.repositories import folder_of, is_here, state
 from imagemill.worker.operations.stylize import pipeline as module
 from imagemill.worker.operations.stylize.buckets import bucket
 from imagemill.worker.operations.stylize.diffusion import Diffusion
 from imagemill.worker.operations.stylize.palette import colours_of
 from imagemill.worker.operations.stylize.pipeline import Styled
+from tests.hub import COMMIT, Hub
 from tests.pipelines import pipeline_folder
 from tests.styles import PHOTO, QUICK, difference, loaded, prepared, styled
 from tests.unit.worker.operations.conformance import REFERENCE, scene
@@ -290,6 +295,35 @@ def test_half_precision_weights_are_loaded_when_they_were_pulled(weights: Path, 
     ]:
         path.rename(path.with_name(path.name.replace(".safetensors", ".fp16.safetensors")))
     assert np.array_equal(styled(loaded(folder)), styled(loaded(weights)))
+
+
+EXTRA = (
+    *("README.md", "sd_xl_base_1.0.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet/model.onnx"),
+    *("text_encoder/flax_model.msgpack", "text_encoder_2/model.safetensors", "text_encoder_2/model.onnx_data"),
+    *("vae_decoder/model.onnx", "vae_1_0/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+)
+"""Further files that are published with SDXL, and that nobody needs to download."""
+
+
+def test_sdxl_is_pulled_from_a_hub_and_loaded_as_it_is_published(tmp_path: Path) -> None:
+    published, pulled = pipeline_folder(tmp_path / "published", "sdxl", ["canny"], half=True), tmp_path / "pulled"
+    for name in ("sdxl", "sdxl-vae", "controlnet-sdxl-canny"):
+        entry = replace(repository(name), revision=COMMIT)
+        folder = folder_of(published, entry)
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        if name == "controlnet-sdxl-canny":  # published in half precision, and without saying so
+            files = {path.replace(".fp16", ""): data for path, data in files.items()}
+        extra = dict.fromkeys(EXTRA, b"not needed") if name == "sdxl" else {}
+        with Hub(entry.source, extra | files) as hub:
+            assert pull(entry, WeightsSettings(folder=pulled, mirror=hub.url)) == "pulled"
+        assert state(pulled, entry) == "there"
+        there = {str(path.relative_to(folder_of(pulled, entry))) for path in folder_of(pulled, entry).rglob("*.*")}
+        assert {path for path in there if path.endswith(".safetensors")} == {
+            path for path in files if path.endswith(".safetensors") and not path.startswith("vae/")
+        }
+    assert is_here(pulled, "sdxl")
+    assert not is_here(pulled, "sdxl-turbo")
+    assert np.array_equal(styled(loaded(pulled), model="sdxl"), styled(loaded(published), model="sdxl"))
 
 
 def test_transparency_is_kept_and_hidden_colours_have_no_influence(operation: Diffusion) -> None:
