@@ -215,6 +215,7 @@ class Row(Model):
     attempts: int = 0
     duplicate_of: int | None = None
     mask: str | None = None
+    control_image: str | None = None
     result: ItemResult | None = Field(None, exclude=True)
 
 
@@ -304,9 +305,8 @@ def compact(model: Item | ItemResult) -> str:
 
 def row(item: Item, result: ItemResult | None, unfinished: Unfinished = "pending") -> Row:
     """The public line for an item and its result, if any."""
-    base: dict[str, Any] = dict(
-        item=item.id, index=item.index, source=item.source, duplicate_of=item.duplicate_of, mask=item.mask, result=result
-    )
+    own = {name: getattr(item, name) for name in ("index", "source", "duplicate_of", "mask", "control_image")}
+    base: dict[str, Any] = {"item": item.id, **own, "result": result}
     if result is None:
         if unfinished == "expired":
             return Row(state="failed", code=Expired.code, message="the deadline passed before this image was begun", **base)

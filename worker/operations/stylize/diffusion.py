@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from imagemill.shared.diffusion_models import FAMILIES
-from imagemill.shared.errors import BadReference, ImageError
+from imagemill.shared.errors import BadReference, ConfigurationError, ImageError, ModelUnavailable
 from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.shared.seeds import diffusion_seed, next_seed
 from imagemill.worker.hardware.device import Device
@@ -162,7 +162,10 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         return Pipeline(model, self._device, vae)
 
     def _base(self, options: DiffusionStylize) -> Base:
-        return base_of(self._device.weights, options.model, options.vae)
+        try:
+            return base_of(self._device.weights, options.model, options.vae)
+        except ConfigurationError as error:  # it was here when the node began to offer it
+            raise ModelUnavailable(error.message) from error
 
     def _side(self, options: DiffusionStylize) -> int:
         return options.size or FAMILIES[self._base(options).family].side

@@ -97,7 +97,6 @@ class Pipeline:
         self._model, self._base = model, base_of(device.weights, model, vae)
         self._architecture = ARCHITECTURES[self._base.family]
         self._text = self._load(device)
-        self._kinds: dict[type, Any] = {type(self._text): self._text}
         own = self._text.scheduler.config
         self._schedulers = {name: kind.from_config(own, **changes) for name, (kind, changes) in SCHEDULERS.items()}
         self._latents = Latents(self._text.vae, self._dtype)
@@ -165,17 +164,12 @@ class Pipeline:
         ]
 
     def _pipe(self, options: DiffusionStylize) -> Any:
-        """diffusers' pipeline for a job's mode and controls; all share the same parts."""
-        kind = self._architecture.kind(options.mode, controlled=bool(options.control))
-        network = self.controlnets.of([control.name for control in options.control]) if options.control else None
-        with_network = {} if network is None else {"controlnet": network}
-        if kind not in self._kinds:
-            self._kinds[kind] = kind(**{**self._architecture.arguments, **self._text.components, **with_network})
-            self._kinds[kind].set_progress_bar_config(disable=True)
-        pipe = self._kinds[kind]
-        if network is not None:
-            pipe.controlnet = network
-        pipe.scheduler = self._schedulers[options.scheduler]
+        """diffusers' pipeline for a job's mode and controls: a shell around the same parts, which keeps no ControlNet alive."""
+        given = {**self._architecture.arguments, **self._text.components, "scheduler": self._schedulers[options.scheduler]}
+        if options.control:
+            given["controlnet"] = self.controlnets.of([control.name for control in options.control])
+        pipe = self._architecture.kind(options.mode, controlled=bool(options.control))(**given)
+        pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def _pictures(
@@ -234,7 +228,11 @@ class Pipeline:
 
     def _on_device(self, pictures: Sequence[Pixels | Grey]) -> torch.Tensor:
         """float32 [images, 3, h, w], 0 to 1, from uint8 [h, w] or [h, w, 3]; only bytes are copied to the GPU."""
-        stacked = torch.from_numpy(np.stack([each if each.ndim == 3 else each[..., None] for each in pictures]))
+        channels = max(1 if each.ndim == 2 else 3 for each in pictures)
+        planes = [
+            np.broadcast_to(each if each.ndim == 3 else each[..., None], (*each.shape[:2], channels)) for each in pictures
+        ]
+        stacked = torch.from_numpy(np.stack(planes))
         return (stacked.to(self._device).permute(0, 3, 1, 2).to(torch.float32) / 255).expand(-1, 3, -1, -1)
 
     def _place(self, network: Any) -> None:

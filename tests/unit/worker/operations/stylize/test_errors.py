@@ -19,6 +19,7 @@ from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.repositories import folder_of
 from imagemill.worker.operations.stylize.diffusion import Diffusion
 from tests.devices import SHORT
+from tests.pipelines import added
 from tests.styles import loaded, prepared, styled
 
 
@@ -57,6 +58,19 @@ def test_model_that_is_lost_or_damaged_later_only_fails_images(
         file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(ModelUnavailable, match="imagemill models pull sd15-canny"):
         operation.run(work.samples)
+
+
+def test_added_model_whose_record_is_lost_later_only_fails_images(weights: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    shutil.copytree(folder / "diffusion" / "sdxl", folder / "diffusion" / "shop")
+    shutil.copytree(folder / "diffusion" / "sdxl-vae", folder / "diffusion" / "shop" / "vae", dirs_exist_ok=True)
+    added(folder, "shop", "checkpoint", "sdxl")
+    operation = loaded(folder)
+    assert np.array_equal(styled(operation, model="shop"), styled(operation, model="sdxl")), "of the record's family"
+    (folder / "added" / "shop.json").unlink()
+    with pytest.raises(ModelUnavailable, match="imagemill models add shop"):
+        styled(operation, model="shop")
+    styled(operation)
 
 
 def test_pickle_is_never_loaded(weights: Path, tmp_path: Path) -> None:
@@ -116,14 +130,15 @@ def test_memory_errors_of_torch_become_out_of_memory(
         operation.run(prepared(operation).samples)
 
 
-def test_safety_checker_rejects_unsafe_images_and_must_be_installed(weights: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["sd15-canny", "sdxl"])
+def test_safety_checker_rejects_unsafe_images_and_must_be_installed(model: str, weights: Path, tmp_path: Path) -> None:
     operation = loaded(weights, safety_checker=True)
-    outputs = operation.run(prepared(operation).samples)
+    outputs = operation.run(prepared(operation, model=model).samples)
     checker = operation._pipeline.current.checker.network  # type: ignore[union-attr]
     checker.concept_embeds_weights.data.fill_(-2.0)
-    (refused,) = operation.run(prepared(operation).samples)
+    (refused,) = operation.run(prepared(operation, model=model).samples)
     checker.concept_embeds_weights.data.fill_(2.0)
-    (passed,) = operation.run(prepared(operation).samples)
+    (passed,) = operation.run(prepared(operation, model=model).samples)
     assert isinstance(refused, UnsafeContent)
     assert not isinstance(passed, Exception)
     assert len(outputs) == 1
