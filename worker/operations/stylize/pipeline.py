@@ -228,11 +228,9 @@ class Pipeline:
 
     def _on_device(self, pictures: Sequence[Pixels | Grey]) -> torch.Tensor:
         """float32 [images, 3, h, w], 0 to 1, from uint8 [h, w] or [h, w, 3]; only bytes are copied to the GPU."""
-        channels = max(1 if each.ndim == 2 else 3 for each in pictures)
-        planes = [
-            np.broadcast_to(each if each.ndim == 3 else each[..., None], (*each.shape[:2], channels)) for each in pictures
-        ]
-        stacked = torch.from_numpy(np.stack(planes))
+        planes = [each if each.ndim == 3 else each[..., None] for each in pictures]
+        channels = max(each.shape[2] for each in planes)
+        stacked = torch.from_numpy(np.stack([np.broadcast_to(each, (*each.shape[:2], channels)) for each in planes]))
         return (stacked.to(self._device).permute(0, 3, 1, 2).to(torch.float32) / 255).expand(-1, 3, -1, -1)
 
     def _place(self, network: Any) -> None:

@@ -153,7 +153,7 @@ def test_result_in_a_real_batch_is_close_to_the_result_alone(weights: Path, monk
         scene(90, 120, seed=7),
         None,
         scene(45, 60, seed=8),
-    ]  # some of the images have control images of their own
+    ]  # some have control images of their own
     works = [prepared(operation, scene(90, 120, seed=seed), own=own) for seed, own in enumerate(drawings)]
     assert len({operation.group_key(work.samples[0]) for work in works}) == 1
     alone = [operation.run(work.samples)[0].pixels for work in works]
