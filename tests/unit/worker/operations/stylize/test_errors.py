@@ -28,9 +28,14 @@ def test_load_without_the_model_names_the_pull_command(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
+def only_sd15(weights: Path, tmp_path: Path) -> Path:
+    """A copy of the weights without the models of another family."""
+    return shutil.copytree(weights, tmp_path / "weights", ignore=shutil.ignore_patterns("*sdxl*"))
+
+
 @pytest.mark.parametrize("part", ["tokenizer", "scheduler", "text_encoder", "model_index.json"])
 def test_load_with_an_incomplete_model_names_the_pull_command(part: str, weights: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(weights, tmp_path / "weights")
+    folder = only_sd15(weights, tmp_path)
     path = folder_of(folder, repository("sd15")) / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ConfigurationError, match="imagemill models pull sd15-canny"):
@@ -74,7 +79,7 @@ def test_added_model_whose_record_is_lost_later_only_fails_images(weights: Path,
 
 
 def test_pickle_is_never_loaded(weights: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(weights, tmp_path / "weights")
+    folder = only_sd15(weights, tmp_path)
     unet = folder_of(folder, repository("sd15")) / "unet" / "diffusion_pytorch_model.safetensors"
     unet.rename(unet.with_suffix(".bin"))
     with pytest.raises(ConfigurationError):
