@@ -29,14 +29,14 @@ _MARKS = re.compile(
     r"""
     \\(?P<escaped>[()\[\]\\]?)
     | (?P<open>[(\[])
-    | :\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)
+    | :\s*(?P<weight>[+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*\)
     | (?P<close>[)\]])
     | [^\\()\[\]:]+
     | :
     """,
     re.VERBOSE,
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"\bBREAK\b")
 _NETWORK = re.compile(r"<(\w+):([^>]+)>")
 _LATER = re.compile(r":\s*([+-]?[.\d]+)\s*$")
 _NUMBER = re.compile(r":\s*([+-]?(?:\d*\.){2}[.\d]*)\s*\)")
@@ -51,17 +51,22 @@ class Span(NamedTuple):
 
 def parse(prompt: str) -> list[list[Span]]:
     """The spans of each section of a prompt; BREAK separates sections. Accepts any text."""
-    spans: list[Span | None] = []  # None: BREAK
+    texts: list[str | None] = []  # None: BREAK
+    weights: list[float] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where each open bracket begins
+
+    def add(*found: str | None) -> None:
+        texts.extend(found)
+        weights.extend([1.0] * len(found))
 
     def close(bracket: str, factor: float) -> None:
         start = opened[bracket].pop()
-        spans[start:] = [span and span._replace(weight=span.weight * factor) for span in spans[start:]]
+        weights[start:] = [weight * factor for weight in weights[start:]]
 
     for mark in _MARKS.finditer(prompt):
         found = mark[0]
         if mark["open"]:
-            opened[found].append(len(spans))
+            opened[found].append(len(texts))
         elif mark["weight"] and opened["("]:
             close("(", float(mark["weight"]))
         elif found == ")" and opened["("]:
@@ -69,16 +74,16 @@ def parse(prompt: str) -> list[list[Span]]:
         elif found == "]" and opened["["]:
             close("[", 1 / STRONGER)
         elif mark["escaped"] is not None:
-            spans.append(Span(mark["escaped"], 1.0))
+            add(mark["escaped"])
         else:
             first, *others = _BREAK.split(found)
-            spans.append(Span(first, 1.0))
-            for text in others:
-                spans += [None, Span(text, 1.0)]
+            add(first.rstrip() if others else first)
+            for number, text in enumerate(others, 1):
+                add(None, text.strip() if number < len(others) else text.lstrip())
     for bracket, factor in (("(", STRONGER), ("[", 1 / STRONGER)):
         while opened[bracket]:
             close(bracket, factor)
-    return _sections(spans)
+    return _sections(texts, weights)
 
 
 def check(prompt: str) -> None:
@@ -96,17 +101,17 @@ def check(prompt: str) -> None:
     if len(sections) > MOST_BREAKS + 1:
         raise ValueError(f"a prompt may have at most {MOST_BREAKS} BREAKs, not {len(sections) - 1}")
     for span in (span for section in sections for span in section):
-        if abs(span.weight) > MOST_WEIGHT:
+        if not abs(span.weight) <= MOST_WEIGHT:  # which NaN isn't either
             raise ValueError(f"weights must be from {-MOST_WEIGHT:g} to {MOST_WEIGHT:g}, but {span.text!r} has {span.weight:g}")
 
 
-def _sections(spans: list[Span | None]) -> list[list[Span]]:
+def _sections(texts: list[str | None], weights: list[float]) -> list[list[Span]]:
     """Spans between BREAKs, with neighbours of the same weight merged and empty ones left out."""
     sections: list[list[Span]] = [[]]
-    for weight, run in groupby(spans, key=lambda span: None if span is None else span.weight):
-        if weight is None:
+    for (is_break, weight), run in groupby(zip(texts, weights, strict=True), key=lambda pair: (pair[0] is None, pair[1])):
+        if is_break:
             sections += [[] for _ in run]
-        elif text := "".join(span.text for span in run if span):
+        elif text := "".join(text or "" for text, _ in run):
             sections[-1].append(Span(text, weight))
     return sections
 

@@ -133,6 +133,7 @@ def test_any_text_can_be_read(prompt: str) -> None:
         ("(shoe:11)", "weights must be from -10 to 10, but 'shoe' has 11"),
         ("((shoe:-5):3)", "weights must be from -10 to 10, but 'shoe' has -15"),
         ("(" * 300 + "shoe", "weights must be from -10 to 10, but 'shoe' has 2.6"),
+        (f"((shoe:{'9' * 400}):0)", "weights must be from -10 to 10, but 'shoe' has nan"),
         ("(shoe:1.2.3)", "1.2.3 is not a number"),
         ("a BREAK " * (MOST_BREAKS + 1), "a prompt may have at most 15 BREAKs, not 16"),
         ("a" * 2001, "should have at most 2000 characters"),

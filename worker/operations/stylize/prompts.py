@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -149,6 +150,7 @@ def weighted(hidden: torch.Tensor, piece: Piece) -> torch.Tensor:
     return (changed * (hidden.float().mean() / changed.mean())).to(hidden.dtype)
 
 
+@lru_cache(maxsize=16)
 def about_pieces(options: DiffusionStylize) -> int:
     """About how many pieces a job's prompts have, at four letters per token. Attention to more of them takes more memory."""
     prompts = [options.prompt] + [options.negative_prompt] * (options.cfg > 1)
