@@ -113,6 +113,8 @@ def fleet(connect: Connect, as_json: bool) -> None:
             say(out, f"{node.node}: {node.problem}", "red")
         for reason in node.lacks:
             say(out, f"{node.node}: {reason}", "yellow")
+        for lane, reason in node.faults.items():
+            say(out, f"{node.node}: {lane} is out of service: {reason}", "red")
     if unserved:
         say(out, f"no worker can take {counted(len(unserved), 'job')}: {', '.join(sorted(unserved))}", "yellow")
 

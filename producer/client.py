@@ -152,10 +152,12 @@ class Client:
 
         The forecast assumes that nothing changes and that the nodes of each lane work on that lane alone.
         """
-        jobs, offered = list(jobs), self._offered()
+        jobs, nodes = list(jobs), self.nodes()
+        offered = {lane for node in nodes for lane in node.lanes}
+        faults = {lane: f": out of service on {node.node}, {why}" for node in nodes for lane, why in node.faults.items()}
         lineups = {lane: self._ledger.lineup(lane) for lane in {job.lane for job in jobs if not job.over}}
         turns = {lane: plan(lineup.jobs) for lane, lineup in lineups.items()}
-        return [explained(job, turns[job.lane], lineups[job.lane].speed, offered) if not job.over else job for job in jobs]
+        return [job if job.over else explained(job, turns[job.lane], lineups[job.lane].speed, offered, faults) for job in jobs]
 
     def forecast(self, spec: Job, images: int) -> tuple[int, float | None, float | None]:
         """The nodes that could work on a new job of so many images, and the seconds until it would begin and end, if known."""

@@ -9,15 +9,18 @@ from imagemill.shared.forecast import Turn
 from imagemill.shared.messages import JobStatus
 
 
-def explained(job: JobStatus, turns: Mapping[str, Turn], speed: float, lanes: Collection[str]) -> JobStatus:
+def explained(
+    job: JobStatus, turns: Mapping[str, Turn], speed: float, lanes: Collection[str], faults: Mapping[str, str] = {}
+) -> JobStatus:
     """The status with position, reason and forecast.
 
-    `turns` and `speed` (images per second, 0 if unknown) are those of the job's lane; `lanes` are those that nodes offer.
+    `turns` and `speed` (images per second, 0 if unknown) are those of the job's lane; `lanes` are those that nodes offer, and
+    `faults` say why others are out of service.
     """
     if job.state not in ("queued", "running", "paused"):
         return job
     turn = turns.get(job.job)
-    changes: dict[str, object] = {"why": job.why or _why(job, turn, lanes)}
+    changes: dict[str, object] = {"why": job.why or _why(job, turn, lanes, faults)}
     if turn is not None:
         changes |= {"position": turn.position, "ahead": max(0, round(turn.ends) - job.waiting)}
     if job.starts is None and job.not_before is not None:
@@ -31,9 +34,9 @@ def explained(job: JobStatus, turns: Mapping[str, Turn], speed: float, lanes: Co
     return job.model_copy(update=changes)
 
 
-def _why(job: JobStatus, turn: Turn | None, lanes: Collection[str]) -> str | None:
+def _why(job: JobStatus, turn: Turn | None, lanes: Collection[str], faults: Mapping[str, str]) -> str | None:
     if job.lane not in lanes:
-        return f"no node offers {job.lane}"
+        return f"no node offers {job.lane}{faults.get(job.lane, '')}"
     if turn is None or job.running:
         return None
     if turn.begins < 1:

@@ -245,11 +245,14 @@ class UnsafeContent(ImageError, code="unsafe_content"):
 
 
 class ModelUnavailable(ImageError, code="model_unavailable", retryable=True):
-    """The worker can't open the model that the job asks for: it is missing, damaged or not for this device.
+    """The worker can't use the model that the job asks for: it is missing, damaged or not for this device.
 
-    On the worker's host, find the cause with `imagemill models verify` and download the model with `imagemill models pull`;
-    then retry the images.
+    No image fails because of it: the node takes no more work that needs the model until its files change, and the images go to
+    other nodes or wait. `imagemill fleet` says why.
     """
+
+    passing = False
+    """Whether it may work later with the same files, because memory was short."""
 
 
 class OutOfMemory(ImageError, code="out_of_memory"):

@@ -213,6 +213,12 @@ class WorkerSettings(Group):
         600.0, gt=0, description="seconds in one batch after which a node counts as hung; longer than the longest honest batch"
     )
     expect_gpus: int | None = Field(None, ge=0, description="GPUs that this host must have; empty: those that are found")
+    model_memory: int | None = Field(
+        None,
+        ge=0,
+        description="most bytes of open models per child process; the least recently used is closed first. Empty: half of its "
+        "part of the GPU, or its part of a quarter of main memory",
+    )
     load_timeout: float = Field(600.0, gt=0, description="most seconds to load the engines")
 
 

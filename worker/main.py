@@ -28,8 +28,9 @@ from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device, pin
 from imagemill.worker.hardware.gpus import gpu_of, no_such_gpu
 from imagemill.worker.node import intake, logs, metrics
+from imagemill.worker.node.lookout import Lookout
 from imagemill.worker.node.naming import take_name, this_process
-from imagemill.worker.node.offer import Lanes, children_per_gpu, lanes, missing, nothing_to_do, parts, shortcomings
+from imagemill.worker.node.offer import children_per_gpu, missing, nothing_to_do, shortcomings
 from imagemill.worker.node.parent import Children, Housekeeping, Loaded, Parent, child_name
 from imagemill.worker.node.parting import die_with
 from imagemill.worker.node.supervisor import find_gpus
@@ -43,7 +44,8 @@ class Worker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.lanes = Lanes(lanes(settings))
+        self.lookout = Lookout(settings)
+        self.lanes = self.lookout.lanes
         intake.install()
         self.app: Celery = make_app(settings)
         self.app.conf.worker_consumer = "imagemill.worker.node.intake:Consumer"
@@ -87,8 +89,8 @@ class Worker:
             lanes=tuple(self.lanes.open()),
             children=sender.concurrency,
             ready=False,
-            parts=parts(self.settings),
-            lacks=tuple(f"{reason}: {fix}" for reason, fix in shortcomings(self.settings)),
+            parts=self.lookout.parts,
+            lacks=self.lookout.lacks,
         )
         gpu = self.settings.worker.gpu
         missing_gpu = None if gpu is None else no_such_gpu(gpu)
@@ -100,11 +102,13 @@ class Worker:
         describe_process(node=self.node.node, gpu=self.settings.worker.gpu)
         sender.hostname = self.node.node  # before Celery passes it on
         self._metrics_server = metrics.start_counting(self.settings, self.node.node)
-        (own,) = queues([node_queue(self.node.node)])
-        self.app.amqp.queues.select_add(own)
+        own = node_queue(self.node.node)
+        for queue in queues([own]):
+            self.app.amqp.queues.add(queue)
+        self.app.amqp.queues.select([own, *map(queue_name, self.lanes.open())])  # or Celery might consume its default queue
         ledger, fleet, publisher = WorkLedger.of(self.settings), Fleet.of(self.settings), Publisher(self.app)
         self.app.imagemill_parent = Parent(
-            self.node, self.children, self.lanes, ledger, fleet, publisher, self.settings.worker, self.settings.owner_weights
+            self.node, self.children, self.lookout, ledger, fleet, publisher, self.settings.worker, self.settings.owner_weights
         )
         if missing_gpu:  # only now: it is to be seen in the fleet
             log.error("no such GPU; the node exits", extra={"action": "start", "node": self.node.node, "reason": missing_gpu})
@@ -112,9 +116,9 @@ class Worker:
             raise SystemExit(ConfigurationError.exit_code)
 
     def _log_engines(self) -> None:
-        """Log the engines and models that this node can't offer; exit if it can offer none."""
+        """Log the engines and models that this node can't offer yet; exit if it never could offer any."""
         idle = nothing_to_do(self.settings)
-        if idle:  # without queues, Celery would consume its default queue
+        if idle:
             log.error("nothing to do; the node exits", extra={"action": "start", "reason": idle})
             raise SystemExit(ConfigurationError.exit_code)
         for reason, fix in shortcomings(self.settings):
@@ -168,7 +172,7 @@ class Worker:
         self.app.imagemill_parent.leave()
 
     def run(self, *, name: str, concurrency: int) -> int:
-        """Run the node until it stops, and return its exit status. Raises ConfigurationError if it can't do any work."""
+        """Run the node until it stops, and return its exit status. Raises ConfigurationError if it could never do any work."""
         idle = nothing_to_do(self.settings)
         if idle:
             raise ConfigurationError(idle)

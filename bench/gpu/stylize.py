@@ -73,7 +73,7 @@ class Stylize:
         operation = Diffusion()
         operation.load(self.device)
         operation.spec = replace(operation.spec, max_batch=most)
-        operation._pipeline.get(lambda: ("sd15-canny", None), lambda _: pipeline)
+        operation._pipeline.get(lambda: operation._version(DiffusionStylize()), lambda _: pipeline)
         return operation
 
     def samples(

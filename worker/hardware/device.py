@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import DiffusionSettings, Settings
+from imagemill.worker.hardware.model_memory import CPU_SHARE, ModelMemory, main_memory
 from imagemill.worker.hardware.turn import Turn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
@@ -32,6 +33,7 @@ class Device:
     - `provider`: execution provider of onnxruntime; `memory_limit`: bytes it may allocate on a GPU.
     - `int8`: prefer 8-bit versions of models where they exist (models.files).
     - `dtype`, `compile`: for torch models; `diffusion`: for Stable Diffusion.
+    - `models`: the memory in which the child keeps models open.
     """
 
     gpu: int | None = None
@@ -45,6 +47,7 @@ class Device:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    models: ModelMemory = field(default_factory=ModelMemory, repr=False, compare=False)
 
     @classmethod
     def of(cls, settings: Settings, children: int, *, gpus: int = 1) -> Device:
@@ -63,12 +66,20 @@ class Device:
             dtype=settings.torch.dtype,
             compile=settings.torch.compile,
             diffusion=settings.diffusion,
+            models=ModelMemory(_limit(settings, children)),
         )
 
     @property
     def name(self) -> str:
         """`gpu3` or `cpu`, as used in node names."""
         return "cpu" if self.gpu is None else f"gpu{self.gpu}"
+
+
+def _limit(settings: Settings, children: int) -> int | None:
+    """Most bytes of a child's open models. On a GPU, only a pinned child can find out what is usual (see node/child.py)."""
+    if settings.worker.model_memory is not None or settings.worker.gpu is not None:
+        return settings.worker.model_memory
+    return int(CPU_SHARE * main_memory() / children)
 
 
 def visible_gpus(mask: str) -> list[str]:

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import re
 
-from imagemill.shared.errors import OutOfMemory
+from imagemill.shared.errors import ConfigurationError, OutOfMemory
+
+
+class DeviceUnusable(ConfigurationError, code=ConfigurationError.code):
+    """No model of an engine can run on the device as it is set up, whatever is in the model's file."""
+
 
 OUT_OF_MEMORY = re.compile(
     "bad_alloc|bad allocation|alloc_failed|outofmemory|out of memory|not enough memory"

@@ -37,11 +37,12 @@ class Peak:
 class Memory(Protocol):
     """The memory of one device, as its runtime counts it. Methods raise DeviceLost if the device does not respond.
 
-    `name` is the manufacturer's name of the device. `grows` is true if larger batches are faster on it, which makes it
-    worthwhile to learn how large they can be and to wait until they are full.
+    `name` is the manufacturer's name of the device, `total` this child's part of a GPU's memory in bytes. `grows` is true if
+    larger batches are faster on it, which makes it worthwhile to learn how large they can be and to wait until they are full.
     """
 
     name: str
+    total: int = 0
     grows: bool = True
 
     def free(self) -> int:
@@ -124,6 +125,7 @@ class TorchMemory(Memory):
         self._cuda, self._share = torch.cuda, share
         with _device_lost_on(RuntimeError):
             self.name = str(torch.cuda.get_device_name())
+            self.total = int(share * torch.cuda.mem_get_info()[1])
             if share < 1:
                 torch.cuda.set_per_process_memory_fraction(share)
 
@@ -168,6 +170,7 @@ class NvmlMemory(Memory):
         pynvml.nvmlInit()
         self._handle = handle_of(pynvml, visible)
         self.name = str(pynvml.nvmlDeviceGetName(self._handle))
+        self.total = int(share * self._info().total)
         self._lowest = self._used()
 
     def free(self) -> int:

@@ -1,7 +1,7 @@
 """How many samples fit into device memory, learned for each kind of sample from measured peaks and from failures.
 
-A sample's kind is whatever decides how much memory it takes: its `footprint`, or else its group key. Everything here is
-about one engine of one operation on one device.
+A sample's kind is whatever decides how much memory it takes: its model and `footprint`, or else its group key. Everything
+here is about one engine of one operation on one device.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ KINDS = 1000
 
 
 def kind_of(operation: AnyOperation, sample: Sample[Any, Any]) -> str:
-    """What decides how much memory a sample takes, as text that is the same in every process."""
-    return sample.footprint or repr(operation.group_key(sample))
+    """What decides how much memory a sample takes, as text that is the same in every process: its model, too."""
+    if not sample.footprint:
+        return repr(operation.group_key(sample))
+    model = getattr(sample.options, "model", None)
+    return f"{model} {sample.footprint}" if model else sample.footprint
 
 
 @dataclass

@@ -166,9 +166,9 @@ def run_parts(
 ) -> Iterator[list[Any | ImageError]]:
     """Run a batch on the device; yields its parts as they ran: for each sample its output, or that sample's own error.
 
-    When memory runs out, the batch is halved and `sizes` learns from it. On any other error each sample is run alone, so
-    that a bad image does not take its neighbours down. Raises SoftTimeLimitExceeded when the task's time is up, and
-    DeviceLost when this process can't use the device any more: neither is an image's fault.
+    When memory runs out, the batch is halved and `sizes` learns from it. Without its model, no sample can run. On any other
+    error each sample is run alone, so that a bad image does not take its neighbours down. Raises SoftTimeLimitExceeded when
+    the task's time is up, and DeviceLost when this process can't use the device any more: neither is an image's fault.
     """
     kind = kind_of(operation, samples[0])
     over, step = 0, len(samples)
@@ -180,9 +180,9 @@ def run_parts(
             give_up_caches()  # outside the except block, whose frames hold the batch's tensors
             sizes.failed(kind, len(part))
             made = made if len(part) > 1 else _relieved(operation, part, sizes, 1, made)
-        if isinstance(made, list) or len(part) == 1:
+        if isinstance(made, list) or len(part) == 1 or isinstance(made, ModelUnavailable):
             over += len(part)
-            yield made if isinstance(made, list) else [made]
+            yield made if isinstance(made, list) else [made] * len(part)
         else:
             step = -(-len(part) // 2) if isinstance(made, OutOfMemory) else 1
 
@@ -205,7 +205,7 @@ def attempt(
     except Exception as error:
         if is_sticky(error) or sizes.memory.broken():
             raise DeviceLost(f"{operation.spec.name} left the device in error: {sentence(error)}") from error
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) and not isinstance(error, ModelUnavailable):
             return OutOfMemory(f"{operation.spec.name} ran out of memory: {sentence(error)}")
         if isinstance(error, ConfigurationError):  # all that an engine opens during a run is a model
             return ModelUnavailable(error.message)

@@ -9,7 +9,7 @@ from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any, Protocol
 
-from imagemill.shared.errors import ImageError, ModelUnavailable
+from imagemill.shared.errors import ImageError, ModelUnavailable, OutOfMemory
 from imagemill.worker.line.batching import Batcher, Recipe, Slot, run_parts
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import ImageInFlight, Outcome
@@ -43,6 +43,9 @@ class Around(Protocol):
     def moved(self) -> None:
         """The loop has come around."""
 
+    blame: Callable[[str], ModelUnavailable | None]
+    """Why the model of a lane is to blame if all images of a batch have failed; None if it isn't."""
+
 
 class DeviceLoop:
     """Any thread may `put` images; one thread at a time may `run` the device."""
@@ -54,8 +57,8 @@ class DeviceLoop:
         self.waits = Waits()
         self.starving_since: float | None = None
         """Since when, on the monotonic clock, the device has had nothing to run."""
-        self.closed: dict[str, str] = {}
-        """Lanes whose model can't be opened, and why: nothing more of them is begun."""
+        self.faults: dict[str, tuple[ModelUnavailable, float]] = {}
+        """Lanes whose model could not be used, why, and when the attempt began (monotonic): nothing more of them is begun."""
         self._ready: SimpleQueue[ImageInFlight | None] = SimpleQueue()
         self._batcher: Batcher[ImageInFlight] = Batcher(batch_wait)
         self._running, self._counting = Lock(), Lock()
@@ -183,13 +186,19 @@ class DeviceLoop:
             self._line.changed()
             return
         self.starving_since = None
-        start = time.perf_counter()
+        start, since, lane = time.perf_counter(), time.monotonic(), batch[0].owner.context.spec.lane
         parts = list(run_parts(recipe.operation, [slot.sample for slot in batch], recipe.sizes))
         busy = time.perf_counter() - start
         self.waits.add("busy", busy)
         self._meter.ran(recipe, [len(part) for part in parts], busy)
         together = recipe.operation.together(batch[0].owner.context.spec.options)
         outputs = [(output, len(part) if together else 1) for part in parts for output in part]
+        if all(isinstance(output, ImageError) and not isinstance(output, OutOfMemory) for output, _ in outputs):
+            unavailable = next((output for output, _ in outputs if isinstance(output, ModelUnavailable)), None)
+            unavailable = unavailable or self._line.blame(lane)
+            if unavailable is not None:
+                self.faults[lane] = unavailable, since
+                outputs = [(unavailable, 1)] * len(batch)
         computed = 0
         for slot, (output, size) in zip(batch, outputs, strict=True):
             image = slot.owner
@@ -198,19 +207,17 @@ class DeviceLoop:
             image.missing -= 1
             if isinstance(output, ImageError):
                 image.failure = output
-                if isinstance(output, ModelUnavailable):
-                    self.closed[image.context.spec.lane] = output.message
             else:
                 image.outputs[slot.place] = output
             if image.missing == 0:
                 computed += image.failure is None and not image.has_result  # a second attempt is no second image
                 self._line.computed(image)
-        self._speed.ran(batch[0].owner.context.spec.lane, computed, len(batch), busy)
+        self._speed.ran(lane, computed, len(batch), busy)
         self._line.changed()
 
     def _begin(self, image: ImageInFlight) -> bool:
         """Whether the device should run this image; if not, its pixels are freed."""
-        if image.context.stop.is_set() or image.context.spec.lane in self.closed:
+        if image.context.stop.is_set() or image.context.spec.lane in self.faults:
             image.withdraw()
         begun = image.move("begun")
         if not begun:

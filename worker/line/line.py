@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from imagemill.shared.errors import Truncated
+from imagemill.shared.errors import ModelUnavailable, Truncated
 from imagemill.shared.settings import Settings
 from imagemill.worker.line import stages
 from imagemill.worker.line.device_loop import DeviceLoop
@@ -38,7 +38,8 @@ class Line:
 
     `threads` is the number of CPU cores to use before the device, and again after it. If `siblings` share the device, each
     batch runs within `turn`. `changed` is called, in any thread, when an image has left the device or the line; `moved` between
-    any two batches, and now and then while the device is idle.
+    any two batches, and now and then while the device is idle. `blame` is called when all images of a batch have failed, and
+    returns why the model of their lane is to blame, if it is.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class Line:
         threads: int = 2,
         turn: AbstractContextManager[Any] | None = None,
         siblings: int = 1,
+        blame: Callable[[str], ModelUnavailable | None] = lambda _: None,
     ) -> None:
         self.records, self.speed, self.outages = records, Speed(siblings=siblings), Outages()
-        self.changed, self.moved = changed, moved
+        self.changed, self.moved, self.blame = changed, moved, blame
         self.budget = PixelBudget(settings.worker.look_ahead)
         self.device = DeviceLoop(self, self.speed, records.meter, settings.worker.batch_wait, turn)
         records.on_error = self.device.fail
@@ -124,7 +126,10 @@ class Line:
         self.budget.enter(image.needed_pixels, go, lambda: image.stopped)
 
     def _prepare(self, image: ImageInFlight) -> None:
-        self._prepared(image, advance(image, stages.BEFORE_DEVICE))
+        since, outcome = time.monotonic(), advance(image, stages.BEFORE_DEVICE)
+        if isinstance(outcome, Failed) and isinstance(outcome.error, ModelUnavailable):
+            self.device.faults[image.context.spec.lane] = outcome.error, since
+        self._prepared(image, outcome)
 
     def _prepared(self, image: ImageInFlight, outcome: Outcome | None) -> None:
         """On to the device; but an image that needs none does not wait for it either."""
@@ -175,8 +180,10 @@ class Line:
         self.settle(image, outcome or NotBegun())
 
     def settle(self, image: ImageInFlight, outcome: Outcome) -> None:
-        """Record what became of an image, unless it has been withdrawn or has to wait for a store."""
-        if isinstance(outcome, Failed) and service_of(image, outcome.error):
+        """Record what became of an image, unless it has been withdrawn, has to wait for a store, or has no model here."""
+        if isinstance(outcome, Failed) and isinstance(outcome.error, ModelUnavailable):
+            outcome = NotBegun()  # it is for another node, or for later
+        elif isinstance(outcome, Failed) and service_of(image, outcome.error):
             if image.stopped or self._abandoned:
                 outcome = NotBegun()
             elif self.outages.postpone(image, outcome.error):

@@ -15,9 +15,6 @@ if TYPE_CHECKING:  # a node's parent imports this module, but no numpy
 class Meter:
     """Counts nothing. worker/node/metrics.py has the one that counts for Prometheus."""
 
-    def offers(self, operation: str, engine: str, model: str) -> None:
-        """The node works in this lane."""
-
     def recorded(self, operation: str, result: ItemResult, how: str) -> None:
         """An image has its result; `how` is computed, reused, kept or failed."""
 

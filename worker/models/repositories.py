@@ -56,15 +56,20 @@ def state(weights: Path, entry: Repository) -> State:
 
 def is_here(weights: Path, model: str) -> bool:
     """Whether a model that jobs can name is on disk, in files that nodes can load. Raises ConfigurationError."""
-    parts = MODELS.get(model, ())
-    if not parts:
+    if model not in MODELS:
         record = added.find(weights, model)
         if record is None or record.kind not in added.SELECTABLE or not record.is_here(weights):
             return False
         return record.kind != "checkpoint" or record.family in FAMILIES
+    parts = parts_of(model)
     return all(state(weights, entry) != "missing" for entry in REPOSITORIES if entry.name in parts) and all(
         files.required_file(weights, entry).is_file() for entry in WEIGHTS if entry.name in parts
     )
+
+
+def parts_of(model: str) -> tuple[str, ...]:
+    """The entries of the catalogue, or the added model, whose files a model that jobs can name consists of."""
+    return MODELS.get(model, (model,))
 
 
 def models_here(weights: Path, engine: str) -> list[str]:

@@ -6,24 +6,33 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Any
+
+from billiard.exceptions import SoftTimeLimitExceeded
 
 from imagemill.shared.broker import Publisher
 from imagemill.shared.engines import parse_options, split_lane
 from imagemill.shared.errors import (
     BrokerUnavailable,
     ConfigurationError,
+    DeviceLost,
     ImageError,
     ImagemillError,
+    MissingExtra,
+    ModelUnavailable,
     StorageUnavailable,
     sentence,
 )
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import ManifestDue, WorkLedger
 from imagemill.shared.messages import Job
+from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.settings import Settings
 from imagemill.shared.tracing import open_traces
 from imagemill.worker.hardware.device import Device, give_back
+from imagemill.worker.hardware.errors import DeviceUnusable, is_out_of_memory, is_sticky
 from imagemill.worker.hardware.memory import memory_of
+from imagemill.worker.hardware.model_memory import GPU_SHARE
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.cache import Cache
 from imagemill.worker.line.context import Context
@@ -33,9 +42,10 @@ from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records, Tally
 from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.node.feeder import Feeder
+from imagemill.worker.node.lanes import Lanes
 from imagemill.worker.node.metrics import child_meter
-from imagemill.worker.node.offer import Lanes
-from imagemill.worker.operations.base import AnyOperation, Untouched
+from imagemill.worker.node.shares import engine_of
+from imagemill.worker.operations.base import AnyOperation, Untouched, Work
 from imagemill.worker.operations.registry import create
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.network import Network, allow_open_files
@@ -90,37 +100,85 @@ class Child:
         self.tell: Tell = lambda _, **__: None
         if settings.s3.endpoint_url or "AWS_ACCESS_KEY_ID" in os.environ:
             self.s3.warm_up()
-        self._load_all(device)
-        for lane in self.lanes():
-            self.records.meter.offers(*split_lane(lane))
+        self._sound: dict[str, int] = {}  # lanes whose model has worked, and how many had been opened by then
+        self._load_engines(starting=True)
         self.feeder: Feeder | None = None
 
-    def _load_all(self, device: Device) -> None:
-        """Load each engine with its first model that can be opened. Raises the last error if none can."""
-        for lane in self.lanes():
-            operation, engine, model = split_lane(lane)
-            if (operation, engine) in self.operations:  # it loads another model when a job asks for it
-                continue
+    # --- engines and their models ---------------------------------------------------------------
+
+    def _load_engines(self, *, starting: bool = False) -> None:
+        """Load the engines with a lane in service that are not loaded yet. At the start, each runs an image on its first model.
+
+        A model that can't be used only closes its lane, and an engine all of its lanes. Raises the error if no engine is left.
+        """
+        broken: dict[tuple[str, str], ImagemillError] = {}
+        for lane in self._lanes.open():
+            engine, since = engine_of(lane), time.monotonic()
             try:
-                self._load(operation, engine, model, device)
-            except (ConfigurationError, ImageError) as error:
-                self.close_lane(lane, error.message)
-                if not self.lanes():
+                if engine in broken:
+                    raise broken[engine]
+                if engine not in self.operations:
+                    self._load(*engine)
+                if starting and engine not in map(engine_of, self._sound):
+                    self._try(lane)
+            except ModelUnavailable as error:
+                self.close_lane(lane, error, since)
+            except (ConfigurationError, MissingExtra, ImageError) as error:
+                if starting and isinstance(error, MissingExtra):
+                    raise
+                broken[engine] = error
+                self.operations.pop(engine, None)
+                self.close_lane(lane, error, since)
+                if starting and not self._lanes.open() and not self.operations:
                     raise
 
-    def _load(self, name: str, engine: str, model: str, device: Device) -> None:
-        start = time.perf_counter()
+    def _load(self, name: str, engine: str) -> None:
+        start, device = time.perf_counter(), self._device
         operation = create(name, engine)
         operation.load(device)
-        given = {**operation.spec.warm_up, **({"model": model} if model else {})}
-        work = example_work(operation, parse_options(name, engine, given), WARM_UP_SIZE)
-        if not isinstance(work, Untouched):
-            operation.finish(work, operation.run(work.samples))  # so that the first image meets no surprise
         memory = memory_of(device, operation.spec.runtime)
-        self.operations[name, engine] = operation
+        if device.models.limit is None and memory.total:
+            device.models.limit = int(GPU_SHARE * memory.total)
         self.sizes[name, engine] = BatchSizes(memory, saved_sizes.read(device.weights, memory.name, operation.spec))
+        self.operations[name, engine] = operation
         seconds = round(time.perf_counter() - start, 3)
         log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": seconds})
+
+    def _try(self, lane: str) -> None:
+        """Run an image, so that the first of a job meets no surprise. Raises ModelUnavailable if the model doesn't work."""
+        name, engine, model = split_lane(lane)
+        operation = self.operations[name, engine]
+        given = {**operation.spec.warm_up, **({"model": model} if model else {})}
+        try:
+            work = _example(operation, parse_options(name, engine, given))
+            if not isinstance(work, Untouched):
+                operation.finish(work, operation.run(work.samples))
+        except (DeviceLost, DeviceUnusable, ModelUnavailable, SoftTimeLimitExceeded):
+            raise
+        except Exception as error:  # a model may return anything
+            if is_sticky(error) or self.sizes[name, engine].memory.broken():
+                raise DeviceLost(f"{name} left the device in error: {sentence(error)}") from error
+            if not model:
+                raise
+            reason = error.message if isinstance(error, ImagemillError) else f"{type(error).__name__}: {sentence(error)}"
+            unavailable = ModelUnavailable(f"{reason}: check the model with `imagemill models verify`")
+            unavailable.passing = is_out_of_memory(error)
+            raise unavailable from error
+        self._sound[lane] = self._device.models.loads
+
+    def blame(self, lane: str) -> ModelUnavailable | None:
+        """Whether it is the model's fault that all images of a batch have failed: nothing else works on it, either."""
+        if not split_lane(lane)[2] or self._sound.get(lane) == self._device.models.loads:
+            return None
+        try:
+            self._try(lane)
+        except ModelUnavailable as error:
+            return error
+        except DeviceUnusable as error:
+            return ModelUnavailable(error.message)
+        return None
+
+    # --- shifts ---------------------------------------------------------------------------------
 
     def work(self, lane: str, tell: Tell) -> str:
         """One shift: take share after share for about a minute, while there is work; return what became of the images.
@@ -128,6 +186,7 @@ class Child:
         What is in the line then stays there, and the next shift, which this one asks for, continues with it.
         """
         start = time.monotonic()
+        self._load_engines()  # of models that have come since
         feeder = self.feeder = self.feeder or self._make_feeder()
         self.tell, waits = tell, feeder.line.device.waits.so_far()
         feeder.begin()
@@ -172,6 +231,7 @@ class Child:
                 threads=self._device.threads,
                 turn=self._device.turn,
                 siblings=self._device.siblings,
+                blame=self.blame,
             ),
             self.ledger,
             self,
@@ -213,14 +273,19 @@ class Child:
         )
 
     def lanes(self) -> list[str]:
-        """The lanes that this node offers now."""
-        return self._lanes.open()
+        """The lanes that this child can work in now."""
+        return [lane for lane in self._lanes.open() if engine_of(lane) in self.operations]
 
-    def close_lane(self, lane: str, reason: str) -> None:
-        """Take a lane out of service, because its model can't be opened."""
-        self._lanes.close(lane)
-        fix = "repair the model, then restart the node"
-        log.error("lane out of service", extra={"action": "lane", "lane": lane, "reason": reason, "fix": fix})
+    def close_lane(self, lane: str, error: ImagemillError, since: float) -> None:
+        """Take a lane out of service for all children, because its model could not be used in an attempt since then."""
+        passing = isinstance(error, ModelUnavailable) and error.passing
+        if self._lanes.close(lane, error.message, since, passing=passing):
+            fix = "free memory; the node tries again" if passing else "repair or replace its files; the node notices"
+            log.error("lane out of service", extra={"action": "lane", "lane": lane, "reason": error.message, "fix": fix})
+
+    def roomy(self) -> bool:
+        """Whether models need not take turns, because all that are asked for stay open."""
+        return self._device.models.roomy
 
     def grows(self, lane: str) -> bool:
         """Whether larger batches are faster in this lane."""
@@ -281,3 +346,13 @@ class Child:
 
     def _store(self, spec: Job) -> Store:
         return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
+
+
+def _example(operation: AnyOperation, options: EngineOptions) -> Work[Any, Any, Any] | Untouched:
+    """What an operation makes of a test image; nothing if it needs more than that, such as points."""
+    try:
+        return example_work(operation, options, WARM_UP_SIZE)
+    except ModelUnavailable:
+        raise
+    except ImageError:
+        return Untouched()

@@ -41,7 +41,7 @@ GRACE_SECONDS = 2.0
 FINISH_SECONDS = 10.0
 """How long a process that is told to exit waits for results that are being stored."""
 SWAP_SECONDS = 20.0
-"""How long an engine works with one model before it opens another, while there is work for both."""
+"""How long an engine works with one model before it opens another, while there is work for both and no room."""
 MOST_FAILURES = 20
 """Steps that may fail in a row, because of a bug, before the shift ends and its work is handed out again."""
 MOST_CONTEXTS = 32
@@ -209,7 +209,7 @@ class Feeder:
                 self._story.stopped(held, verdict)
                 held.context.stop.set()
             elif verdict == "yield" and not mine:
-                swaps = renewal.lane != held.lane and engine_of(renewal.lane) == engine_of(held.lane)
+                swaps = renewal.lane != held.lane and engine_of(renewal.lane) == engine_of(held.lane) and not self._jobs.roomy()
                 self._withdraw([image for image in held.left() if swaps or image.place == "queued"])
                 self._ask_at, self._overtaken = 0.0, True
         for lane, rate in self.line.speed.rates().items():
@@ -231,13 +231,15 @@ class Feeder:
                 self._ledger.report_wait(job, reason)
 
     def _close_lanes(self) -> None:
-        """Take lanes whose model can't be opened out of service, and give their images back."""
-        for lane, reason in self.line.device.closed.items():
-            if lane in self._jobs.lanes():
-                self._jobs.close_lane(lane, reason)
+        """Take lanes whose model can't be used out of service, and give their images back."""
+        faults = dict(self.line.device.faults)
+        for lane, (error, since) in faults.items():
+            self._jobs.close_lane(lane, error, since)
         for held in self._held:
-            if held.lane not in self._jobs.lanes():
+            if held.lane in faults or held.lane not in self._jobs.lanes():
                 self._withdraw(held.left())
+        for lane in faults:
+            del self.line.device.faults[lane]
 
     def _withdraw(self, images: Iterable[ImageInFlight]) -> None:
         """Take images that are not begun out of the line."""
@@ -306,8 +308,8 @@ class Feeder:
         return [*self._unable, *(job for job, (_, context) in self._contexts.items() if full(context.store.service))]
 
     def _lanes_now(self) -> list[str]:
-        """The lanes to take work from. An engine keeps one model open, so another's work waits for a while."""
-        if self._overtaken:
+        """The lanes to take work from. Where an engine can't keep all models open, another's work waits for a while."""
+        if self._overtaken or self._jobs.roomy():
             return self._jobs.lanes()
         current = {engine_of(held.lane): held.lane for held in self._held}
         settled = time.monotonic() - SWAP_SECONDS

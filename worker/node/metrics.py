@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from imagemill.shared.engines import split_lane
 from imagemill.shared.errors import ImageError, leaves
 from imagemill.shared.messages import ItemResult
 from imagemill.shared.settings import Settings
@@ -63,13 +64,30 @@ class ParentMeter:
     def __init__(self) -> None:
         self._wakes = None
         if FOLDER in os.environ:
-            from prometheus_client import Counter
+            from prometheus_client import Counter, Gauge
 
             self._wakes = Counter(
                 "imagemill_wake_ups_republished",
                 "Wake-ups sent for lanes with work and none on its way.",
                 registry=None,
             )
+            self._models = Gauge(
+                "imagemill_model_info",
+                "1 for each engine and model that the node offers, 0 for one that it has offered.",
+                ("operation", "engine", "model"),
+                registry=None,
+                multiprocess_mode="livemax",
+            )
+        self._offered: set[str] = set()
+
+    def offers(self, lanes: Iterable[str]) -> None:
+        """The node works in these lanes now."""
+        if self._wakes is None:
+            return
+        offered = set(lanes)
+        for lane in self._offered | offered:
+            self._models.labels(*split_lane(lane)).set(lane in offered)
+        self._offered |= offered
 
     def republished(self, count: int) -> None:
         """Wake-ups were sent again."""
@@ -119,7 +137,6 @@ class PrometheusMeter(Meter):
         self._stored = counter("stored_bytes", "Bytes of results.")
         self._errors = counter("store_errors", "Failures of a store, retried ones included, by code.", "code")
         self._paused = gauge("store_paused", "1 while images wait for a store that does not respond.")
-        self._models = gauge("model_info", "1 for each engine and model that the node offers.", "operation", "engine", "model")
         self._seen: dict[int, BatchSizes] = {}
         self._latest = 0.0, 0.0, 0  # peak, relief and failures
         self._of = cache(lambda metric, *labels: metric.labels(*labels))  # `labels` takes longer than counting
@@ -133,9 +150,6 @@ class PrometheusMeter(Meter):
             self._waits.labels(cause)
         for operation, how in product(operations, ("computed", "reused", "kept", "failed")):
             self._images.labels(operation, how)
-
-    def offers(self, operation: str, engine: str, model: str) -> None:
-        self._models.labels(operation, engine, model).set(1)
 
     def recorded(self, operation: str, result: ItemResult, how: str) -> None:
         self._of(self._images, operation, how).inc()

@@ -18,7 +18,7 @@ import psutil
 from celery import bootsteps
 from celery.worker import state as worker_state
 
-from imagemill.shared.broker import Publisher
+from imagemill.shared.broker import Publisher, queues
 from imagemill.shared.errors import ServiceUnavailable
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import WorkLedger
@@ -26,8 +26,9 @@ from imagemill.shared.ledger.repair import is_damage
 from imagemill.shared.messages import Node
 from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import WorkerSettings
+from imagemill.worker.node.lanes import Lanes
+from imagemill.worker.node.lookout import Lookout
 from imagemill.worker.node.metrics import ParentMeter
-from imagemill.worker.node.offer import Lanes
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class Parent:
 
     node: Node
     children: Children
-    lanes: Lanes
+    lookout: Lookout
     ledger: WorkLedger
     fleet: Fleet
     publisher: Publisher
@@ -174,6 +175,10 @@ class Parent:
     report_at: float = 0.0
     repair_at: float = 0.0
     sweep_at: float = 0.0
+
+    @property
+    def lanes(self) -> Lanes:
+        return self.lookout.lanes
 
     def wait_for_children(self) -> None:
         """Return when every child has loaded its engines; exit the node if one of them fails or takes too long."""
@@ -227,6 +232,9 @@ class Parent:
             self.meter.died(pid)
             level = logging.INFO if self.children.stopping() and not lost else logging.WARNING
             log.log(level, "child died", extra={"action": "bury", "child": index, "died": pid, **_lost(lost)})
+        self.lookout.look()
+        if self.lookout.changed():
+            self.report_at = 0.0
         if self._report_due():
             self.ledger.set_weights(self.weights)
             self._report(ready=self.children.ready() == self.children.count)
@@ -260,11 +268,12 @@ class Parent:
 
     def _report(self, *, ready: bool) -> None:
         """Report the node. It exits if another has taken its name while this one was silent; restarted, it takes another."""
-        why = "its model can't be opened; the node's log says why: repair it and restart the node"
-        closed = tuple(f"{lane}: {why}" for lane in self.lanes.closed())
+        lanes, faults = self.lanes.open(), {lane: fault.reason for lane, fault in self.lanes.closed().items()}
         problem = self.children.reason() or self.children.hung(self.settings.lease_seconds, self.settings.stall_limit)
-        changes: dict[str, Any] = {"ready": ready, "lanes": tuple(self.lanes.open()), "lacks": self.node.lacks + closed}
+        changes: dict[str, Any] = {"ready": ready, "lanes": tuple(lanes), "lacks": self.lookout.lacks, "faults": faults}
+        changes["parts"] = self.lookout.parts
         changes |= {"busy": self.children.busy(), "problem": problem}
+        self.meter.offers(lanes)
         if not self.fleet.report_node(self.node.model_copy(update=changes)):
             fields = {"action": "name", "node": self.node.node}
             log.error("another node has taken this node's name; the node exits", extra=fields)
@@ -284,7 +293,7 @@ class Parent:
         """Stop the children after their current images, and remove the node from the fleet."""
         self.children.stop()
         try:
-            self.fleet.forget_node(self.node)
+            self.fleet.forget_node(self.node.model_copy(update={"lanes": tuple(self.lanes.known())}))
         except ServiceUnavailable as error:
             fields = {"action": "report", "node": self.node.node, "reason": error.message}
             log.warning("node not removed from the fleet", extra=fields)
@@ -309,13 +318,9 @@ class Housekeeping(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         parent: Parent = consumer.app.imagemill_parent
 
-        left: set[str] = set()
-
         def tick() -> None:
             parent.tick()
-            for lane in set(parent.lanes.closed()) - left:
-                consumer.cancel_task_queue(queue_name(lane))  # its wake-ups are for other nodes
-                left.add(lane)
+            _listen(consumer, parent.lanes)
 
         # The first report as ready also comes from the loop: while Celery starts, a dying child can take the node down.
         consumer.timer.call_after(0, tick)
@@ -324,3 +329,17 @@ class Housekeeping(bootsteps.StartStopStep):
     def stop(self, _consumer: Any) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+
+def _listen(consumer: Any, lanes: Lanes) -> None:
+    """Take the wake-ups of the lanes in service; those of others are for other nodes."""
+    served = lanes.open()
+    for lane in lanes.known():
+        name = queue_name(lane)
+        listens = consumer.task_consumer.consuming_from(name)
+        if lane in served and not listens:
+            for queue in queues([name]):
+                consumer.app.amqp.queues.select_add(queue)  # also after a new connection
+            consumer.add_task_queue(name)
+        elif lane not in served and listens:
+            consumer.cancel_task_queue(name)

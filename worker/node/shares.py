@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from imagemill.shared.engines import split_lane
+from imagemill.shared.errors import ModelUnavailable
 from imagemill.shared.ledger.leasing import ManifestDue, Share
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import ImageInFlight
@@ -30,10 +31,13 @@ class Jobs(Protocol):
         """Write the manifest of a job that is over."""
 
     def lanes(self) -> list[str]:
-        """The lanes that this node offers now."""
+        """The lanes that this child can work in now."""
 
-    def close_lane(self, lane: str, reason: str) -> None:
-        """Take a lane out of service, because its model can't be opened."""
+    def close_lane(self, lane: str, error: ModelUnavailable, since: float) -> None:
+        """Take a lane out of service, unless its model's files have changed `since` (monotonic) the attempt to use it began."""
+
+    def roomy(self) -> bool:
+        """Whether models need not take turns, because all that are asked for stay open."""
 
     def grows(self, lane: str) -> bool:
         """Whether larger batches are faster in this lane."""

@@ -1,4 +1,4 @@
-"""The one model that an engine keeps open."""
+"""The models that an engine keeps open."""
 
 from __future__ import annotations
 
@@ -6,39 +6,94 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from imagemill.shared.errors import ConfigurationError, ModelUnavailable, OperationFailed, sentence
+from imagemill.shared.errors import ConfigurationError, ModelUnavailable, OperationFailed, OutOfMemory, sentence
+from imagemill.worker.hardware.device import give_back
+from imagemill.worker.hardware.errors import DeviceUnusable
+from imagemill.worker.hardware.memory import give_up_caches
+from imagemill.worker.hardware.model_memory import ModelMemory
 from imagemill.worker.models.added import TAKEN
 
-Key = TypeVar("Key", bound=Hashable)
+Name = TypeVar("Name", bound=Hashable)
+Version = TypeVar("Version", bound=Hashable)
 Model = TypeVar("Model")
 
 
-class OpenModel(Generic[Key, Model]):
-    """Keeps one model open, until a job needs another model or the file has changed. For use in one thread."""
+class OpenModel(Generic[Name, Version, Model]):
+    """Keeps an engine's models open, as many as the child's `memory` for models allows. For use in one thread.
 
-    def __init__(self) -> None:
+    `size` tells how many bytes a model takes that is not open yet, by its name. An open model may know better, and say so
+    as `bytes`.
+    """
+
+    def __init__(self, size: Callable[[Name], int]) -> None:
+        self.memory = ModelMemory()
         self.current: Model | None = None
-        self._key: Key | None = None
-        self._proven = False
+        """The one that was used last."""
+        self._size = size
+        self._open: dict[Name, tuple[Version, Model]] = {}
 
-    def get(self, locate: Callable[[], Key], load: Callable[[Key], Model]) -> Model:
-        """The model that `locate` identifies, opened with `load` unless it is open already.
+    def get(self, locate: Callable[[], tuple[Name, Version]], load: Callable[[tuple[Name, Version]], Model]) -> Model:
+        """The model whose name and version `locate` returns, opened with `load` unless it is open already.
 
-        Until a first model has been opened, errors of either function are passed on and stop the node, since the node itself
-        may be set up wrongly. Later they only fail the image, as ModelUnavailable, or as OutOfMemory if the model is too large.
+        Another version of the same model is closed. Raises ModelUnavailable if the model can't be opened, whatever is wrong
+        with it, and DeviceUnusable if no model could.
         """
+        self.current = None
         try:
-            key = locate()
-            if self.current is None or key != self._key:
-                self.current = None  # freed first, since memory may not hold two models
-                self.current, self._key = load(key), key
+            name, version = locate()
+            if name in self._open and self._open[name][0] != version:
+                self.memory.close((id(self), name))
+            if name not in self._open:
+                self._make_room_and_load((name, version), load)
+        except DeviceUnusable:
+            raise
         except (ConfigurationError, OperationFailed, OSError) as error:
-            if not self._proven:
-                raise
             reason = f"the model can't be read: {sentence(error)}" if isinstance(error, OSError) else error.message
             raise ModelUnavailable(reason) from error
-        self._proven = True
+        self.memory.used((id(self), name))
+        _, self.current = self._open[name]
         return self.current
+
+    def close(self) -> None:
+        """Close all of them."""
+        for name in list(self._open):
+            self.memory.close((id(self), name))
+
+    def _make_room_and_load(self, key: tuple[Name, Version], load: Callable[[tuple[Name, Version]], Model]) -> None:
+        self.memory.make_room(self._size(key[0]))
+        model = _loaded(key, load)
+        if isinstance(model, OutOfMemory) and self.memory.clear():
+            model = _loaded(key, load)
+        if isinstance(model, OutOfMemory):
+            unavailable = ModelUnavailable(model.message)
+            unavailable.passing = True
+            raise unavailable
+        self._open[key[0]] = key[1], model
+        self.memory.opened((id(self), key[0]), getattr(model, "bytes", self._size(key[0])), lambda: self._drop(key[0]))
+
+    def _drop(self, name: Name) -> None:
+        _, model = self._open.pop(name)
+        if model is self.current:
+            self.current = None
+        del model
+        give_up_caches()
+        give_back()
+
+
+def _loaded(key: tuple[Name, Version], load: Callable[[tuple[Name, Version]], Model]) -> Model | OutOfMemory:
+    """The model, or the error without the frames that hold what was loaded of it."""
+    try:
+        return load(key)
+    except OutOfMemory as error:
+        error.__cause__ = error.__context__ = None
+        failure = error.with_traceback(None)
+    give_up_caches()
+    return failure
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a model's file."""
+    return path.stat().st_size
 
 
 def missing_model(model: str, folder: Path) -> ConfigurationError:

@@ -45,8 +45,11 @@ def test_fleet_lists_nodes_and_jobs_without_a_worker(imagemill: Invoke, ledger: 
     assert json.loads(imagemill("status", job, "--json").stdout)["served"] is False
     assert f"no node offers {LANE}" in imagemill("jobs").stdout
     lacks = ("no model of the engine rembg is in /models: imagemill models pull u2net",)
-    fleet.report_node(node().model_copy(update={"lacks": lacks}))
+    faults = {LANE: "the model can't be opened"}
+    fleet.report_node(node().model_copy(update={"lacks": lacks, "faults": faults}))
+    assert f"no node offers {LANE}: out of service on cpu@x, the model can't be opened" in imagemill("status", job).stdout
     result = imagemill("fleet")
+    assert f"cpu@x: {LANE} is out of service: the model can't be opened" in result.stderr
     assert "cpu@x" in result.stdout
     assert f"cpu@x: {lacks[0]}" in result.stderr
     assert re.search(rf"no worker can take \d+ jobs?: .*{job}", result.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -15,9 +16,16 @@ from tests.unit.producer.jobs import LANE, status
 BEHIND = Turn(3, 40.4, 140.4)
 
 
-def explain(turn: Turn | None = None, *, speed: float = 10, lanes: tuple[str, ...] = (LANE,), **facts: Any) -> JobStatus:
+def explain(
+    turn: Turn | None = None,
+    *,
+    speed: float = 10,
+    lanes: tuple[str, ...] = (LANE,),
+    faults: Mapping[str, str] = {},
+    **facts: Any,
+) -> JobStatus:
     job = status(0, state="queued").model_copy(update={"waiting": 100, **facts})
-    return explained(job, {job.job: turn} if turn else {}, speed, lanes)
+    return explained(job, {job.job: turn} if turn else {}, speed, lanes, faults)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +35,7 @@ def explain(turn: Turn | None = None, *, speed: float = 10, lanes: tuple[str, ..
         ({"turn": BEHIND, "priority": "low"}, "low priority, behind 40 images of others"),
         ({"turn": Turn(0, 0, 100)}, "next in line"),
         ({"turn": BEHIND, "lanes": ()}, f"no node offers {LANE}"),
+        ({"turn": BEHIND, "lanes": (), "faults": {LANE: ": out of service"}}, f"no node offers {LANE}: out of service"),
         ({"turn": BEHIND, "state": "running", "running": 8}, None),
         ({"state": "paused", "why": "paused"}, "paused"),
         ({"lanes": (), "why": "starts at 2026-11-29 08:00"}, "starts at 2026-11-29 08:00"),

@@ -162,7 +162,10 @@ def _workers(settings: Settings) -> Iterator[Finding]:
         yield Finding("workers", "ok" if node.ready else "warning", found)
         for reason in node.lacks:
             yield Finding("workers", "warning", f"{node.node} lacks {reason}")
-    served = {lane for node in nodes for lane in node.lanes}
+        for lane, reason in node.faults.items():
+            found = f"{node.node}: {lane} is out of service: {reason}"
+            yield Finding("workers", "failed", found, "repair or replace its files; the node notices")
+    served = {lane for node in nodes for lane in (*node.lanes, *node.faults)}
     unserved = [lane for lane in lanes(settings) if lane not in served]
     if unserved:
         fix = "start a node: imagemill worker --cpu, --gpu N or --gpus all"

@@ -8,12 +8,11 @@ from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import ImagemillError
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.models import added, repositories
-from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Weights
+from imagemill.worker.models.catalogue import CONVERTED, MODELS, WEIGHTS, Weights
 from imagemill.worker.models.checksums import digest, hash_file
 from imagemill.worker.models.files import is_current, path_of, state, variant, variant_record
 from imagemill.worker.node.checks.finding import Finding
-from imagemill.worker.node.offer import missing, models_of, present, shortcomings
+from imagemill.worker.node.offer import incomplete, missing, models_of, present, shortcomings
 from imagemill.worker.operations.registry import create
 
 
@@ -49,19 +48,8 @@ def check_models(settings: Settings) -> Iterator[Finding]:
         names = {file for model in here for file in MODELS.get(model, ())}
         for weights in (weights for weights in WEIGHTS if weights.engine == engine and weights.name in names):
             yield from _check_file(weights, settings)
-        yield from _incomplete(engine, settings)
-    yield from _check_added(settings)
-
-
-def _check_added(settings: Settings) -> Iterator[Finding]:
-    """Records of added models that can't be read, and added models whose files are missing or have another size."""
-    folder = settings.weights.folder.expanduser()
-    records, faults = added.everything(folder)
-    yield from (Finding("models", "warning", fault) for fault in faults)
-    for record in records:
-        if record.engine in settings.worker.engines and not record.is_here(folder):
-            found = f"files of {record.name} are missing or have changed since it was added"
-            yield Finding("models", "warning", found, f"imagemill models add {record.name} SOURCE --replace")
+    for found, fix in incomplete(settings):
+        yield Finding("models", "warning", found, fix)
 
 
 def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:
@@ -86,13 +74,3 @@ def _is_damaged(weights: Weights, settings: Settings) -> bool:
     except OSError:
         return True
     return state(folder, weights) == "damaged"
-
-
-def _incomplete(engine: str, settings: Settings) -> Iterator[Finding]:
-    """Repositories that were pulled, and of whose files some are missing or have another size since."""
-    weights = settings.weights.folder.expanduser()
-    for entry in REPOSITORIES:
-        recorded = repositories.folder_of(weights, entry) / repositories.RECORD
-        if entry.engine == engine and recorded.is_file() and repositories.state(weights, entry) == "missing":
-            found = f"files of {entry.name} are missing or damaged since it was pulled"
-            yield Finding("models", "warning", found, f"imagemill models pull {entry.name}")

@@ -26,7 +26,7 @@ from imagemill.worker.operations.inpaint.lama_model import LARGEST_BATCH, LamaMo
 from imagemill.worker.operations.inpaint.mask import blend, fill_mask, find_hole, reveal, shrunk
 from imagemill.worker.operations.inpaint.rectangle import Rectangle
 from imagemill.worker.operations.inpaint.tiles import Labels, Tile, labels_at, plan, weights
-from imagemill.worker.operations.open_model import OpenModel, missing_model
+from imagemill.worker.operations.open_model import OpenModel, file_size, missing_model
 
 REVISION = 3
 """Raise it whenever the same image and options would give different pixels, so that cached results are not reused."""
@@ -82,12 +82,12 @@ class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
 
     def __init__(self) -> None:
         self._device = Device()
-        self._model: OpenModel[tuple[Path, str], LamaModel] = OpenModel()
+        self._model: OpenModel[Path, str, LamaModel] = OpenModel(file_size)
 
     def load(self, device: Device) -> None:
         """Check that a model is installed; ConfigurationError if none is. The first `run` opens the job's model."""
         set_up(device)
-        self._device = device
+        self._device, self._model.memory = device, device.models
         if device.gpu is None:  # batches gain nothing on a CPU, see LamaModel.run
             self.spec = replace(self.spec, max_batch=1)
         if not models_here(device.weights, self.spec.engine):

@@ -14,7 +14,7 @@ from torch import Tensor
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
 from imagemill.worker.hardware.device import Device, give_back
 from imagemill.worker.hardware.errors import is_out_of_memory
-from imagemill.worker.hardware.torch_device import torch_device, torch_dtype
+from imagemill.worker.hardware.torch_device import bytes_of, torch_device, torch_dtype
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.models.conversion import read
 from imagemill.worker.operations.inpaint.lama_generator import Generator
@@ -29,7 +29,8 @@ BAND = 512 * 512
 class LamaModel:
     """LaMa's generator, opened on a device.
 
-    Raises ConfigurationError if the file is damaged or holds another model, and if the device is not available.
+    `bytes` is what its weights take. Raises ConfigurationError if the file is damaged or holds another model, and
+    DeviceUnusable if the device is not available.
     """
 
     def __init__(self, path: Path, device: Device) -> None:
@@ -48,6 +49,7 @@ class LamaModel:
                 ) from error
             # The layout that oneDNN and cuDNN use, so that they need not reorder inputs and outputs.
             generator = generator.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.bytes = bytes_of(generator)
         self._paint: Callable[[Tensor], Tensor] = _compiled(generator) if device.compile else generator
         give_back()  # the memory that reading the file took
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
 from imagemill.worker.hardware.device import Device, give_back
-from imagemill.worker.hardware.errors import is_out_of_memory
+from imagemill.worker.hardware.errors import DeviceUnusable, is_out_of_memory
 from imagemill.worker.operations.open_model import getting
 
 Tensor = NDArray[np.float32]
@@ -34,8 +34,8 @@ class OnnxModel:
     On a GPU, images share batches if the model's batch axis is dynamic. On CPUs, up to `abreast` images run in parallel,
     one per run.
 
-    Raises ConfigurationError if the file is damaged or not a segmentation model, or if the session would run on a
-    device other than `device`; OutOfMemory if the model does not fit.
+    Raises ConfigurationError if the file is damaged or not a segmentation model, DeviceUnusable if the session would run on a
+    device other than `device`, and OutOfMemory if the model does not fit.
     """
 
     def __init__(self, path: Path, name: str, device: Device, size: int, output: str | None = None) -> None:
@@ -53,7 +53,7 @@ class OnnxModel:
             raise ConfigurationError(f"the model {name} can't be opened from {path} ({sentence(error)}): {hint}") from error
         wanted, got = NAMES[device.provider], self._session.get_providers()
         if got[0] != wanted:
-            raise ConfigurationError(
+            raise DeviceUnusable(
                 f"the model {name} was to run on {device.provider}, but onnxruntime could not start {wanted} and would use "
                 f"{got[0]}: install the driver, CUDA and cuDNN that onnxruntime {onnxruntime.__version__} was built for"
             )
@@ -151,10 +151,10 @@ def _run_options(session: Any) -> Any:
 
 
 def check_there(device: Device) -> None:
-    """Raise ConfigurationError if the installed onnxruntime does not support the device's provider at all."""
+    """Raise DeviceUnusable if the installed onnxruntime does not support the device's provider at all."""
     wanted = NAMES[device.provider]
     if wanted not in onnxruntime.get_available_providers():
-        raise ConfigurationError(
+        raise DeviceUnusable(
             f"models were to run on {device.provider}, but the installed onnxruntime has no {wanted}: "
             "pip uninstall onnxruntime && pip install 'imagemill[rembg-gpu]'"
         )

@@ -24,7 +24,7 @@ from imagemill.worker.models.files import model_file
 from imagemill.worker.models.repositories import models_here
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.job_images import job_image
-from imagemill.worker.operations.open_model import OpenModel, missing_model
+from imagemill.worker.operations.open_model import OpenModel, file_size, missing_model
 from imagemill.worker.operations.remove_background.compose import compose
 from imagemill.worker.operations.remove_background.matte import EMPTY, is_cut_out
 from imagemill.worker.operations.remove_background.matting import LARGEST, TOO_LARGE
@@ -50,7 +50,7 @@ CutOut = Work[RembgRemoveBackground, Tensor, Plan]
 
 
 class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
-    """Keeps one model open and swaps it when a job asks for another.
+    """Opens the models that jobs ask for.
 
     If a GPU ever has to wait for `prepare`, decode and run `Family.tensor` on the GPU here; nothing else depends on where
     the tensor is computed.
@@ -60,12 +60,12 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
 
     def __init__(self) -> None:
         self._device = Device()
-        self._model: OpenModel[tuple[Path, str, Family], OnnxModel] = OpenModel()
+        self._model: OpenModel[Path, tuple[str, Family], OnnxModel] = OpenModel(file_size)
 
     def load(self, device: Device) -> None:
         """Check that a model is installed; ConfigurationError if none is. The first `run` opens the job's model."""
         set_up(device)
-        self._device = device
+        self._device, self._model.memory = device, device.models
         if device.provider == "cpu":
             # Each core runs one image at once, see onnx_model.py.
             self.spec = replace(self.spec, max_batch=PER_CORE * device.threads)
@@ -122,10 +122,12 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
 
     def _open(self, options: RembgRemoveBackground) -> OnnxModel:
         family = self._family(options)
-        return self._model.get(
-            lambda: (*with_digest(self._path(options)), family),
-            lambda key: OnnxModel(key[0], options.model, self._device, family.size, family.output),
-        )
+
+        def locate() -> tuple[Path, tuple[str, Family]]:
+            path, version = with_digest(self._path(options))
+            return path, (version, family)
+
+        return self._model.get(locate, lambda key: OnnxModel(key[0], options.model, self._device, family.size, family.output))
 
     def _family(self, options: RembgRemoveBackground) -> Family:
         return family_of(self._device.weights, options.model)

@@ -20,6 +20,7 @@ from imagemill.worker.imaging.extend import extended
 from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize
+from imagemill.worker.models import stamps
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.diffusion_models import Base, base_of, controlnet_of
@@ -31,7 +32,7 @@ from imagemill.worker.operations.stylize.buckets import Size, bucket, cropped, i
 from imagemill.worker.operations.stylize.controls import KINDS, drawn, edges_of
 from imagemill.worker.operations.stylize.loras import Stamp, find, stamp
 from imagemill.worker.operations.stylize.palette import Colours, Palettes, transferred
-from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, Canvas, Pipeline, Styled, dtype_of
+from imagemill.worker.operations.stylize.pipeline import CHECKER, LARGEST_BATCH, RELIEFS, Canvas, Pipeline, Styled, dtype_of
 from imagemill.worker.operations.stylize.prompts import about_pieces
 
 REVISION = 4
@@ -57,7 +58,7 @@ Styling = Work[DiffusionStylize, Canvas, Plan]
 
 
 class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
-    """Keeps one model loaded, from the first job that asks for it; all styles run on it."""
+    """Loads the models that jobs ask for; all styles of a model run on it."""
 
     spec = Spec(
         "stylize",
@@ -71,16 +72,16 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
 
     def __init__(self) -> None:
         self._device = Device()
-        self._pipeline: OpenModel[tuple[str, str | None], Pipeline] = OpenModel()
+        self._pipeline: OpenModel[Base, str, Pipeline] = OpenModel(_size)
+        self._relief = 0
         self._palettes = Palettes()
-        self._bases: dict[tuple[str, str | None], str] = {}
-        self._controlnets: dict[tuple[Stamp, ...], str] = {}
+        self._digests: dict[Path, tuple[stamps.Stamp, str]] = {}
         self._adapters: dict[Stamp, str] = {}
 
     def load(self, device: Device) -> None:
         """Check that a model is installed; ConfigurationError if none is. The first `run` loads the job's model."""
         set_up(device)
-        self._device = device
+        self._device, self._pipeline.memory = device, device.models
         if device.gpu is None:  # on the CPU, images run one by one, see pipeline.py
             self.spec = replace(self.spec, max_batch=1)
         if not models_here(device.weights, self.spec.engine):
@@ -89,11 +90,11 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
             raise missing_model(CHECKER, device.weights)
 
     def fingerprint(self, options: DiffusionStylize) -> str:
-        weights, base = self._device.weights, self._base(options)
-        parts = [f"{options.model} {self._base_digest(options)}"]
+        weights, (base, digests) = self._device.weights, self._version(options)
+        parts = [f"{options.model} {digests}"]
         for control in options.control:
             found = controlnet_of(weights, base.family, control.name)
-            parts.append(f"{found.name} {self._controlnet_digest(found.folder)}")
+            parts.append(f"{found.name} {self._digest(found.folder)}")
         parts += [f"{lora.name} {self._adapter(find(weights, lora.name))}" for lora in options.loras]
         parts += [
             f"diffusers {diffusers.__version__}",
@@ -136,10 +137,15 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
 
     def run(self, samples: Sequence[Sample[DiffusionStylize, Canvas]]) -> list[Styled | ImageError]:
         options = samples[0].options  # the same for all, thanks to the group key
-        return self._open(options).run([sample.data for sample in samples], options)
+        pipeline = self._open(options)
+        pipeline.relieve(self._relief)
+        return pipeline.run([sample.data for sample in samples], options)
 
     def relieve(self, level: int) -> bool:
-        return self._pipeline.current is not None and self._pipeline.current.relieve(level)
+        if level > len(RELIEFS):
+            return False
+        self._relief = level
+        return True
 
     @translated("scaling the result")
     def finish(self, work: Styling, outputs: Sequence[Styled]) -> Picture:
@@ -153,13 +159,12 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         return replace(plan.picture, pixels=rgb if alpha is None else np.dstack([rgb, alpha]))
 
     def _open(self, options: DiffusionStylize) -> Pipeline:
-        return self._pipeline.get(lambda: (options.model, options.vae), self._load)
+        return self._pipeline.get(lambda: self._version(options), lambda _: self._load(options))
 
-    def _load(self, key: tuple[str, str | None]) -> Pipeline:
-        model, vae = key
-        if not is_here(self._device.weights, model):
-            raise missing_model(model, self._device.weights)
-        return Pipeline(model, self._device, vae)
+    def _load(self, options: DiffusionStylize) -> Pipeline:
+        if not is_here(self._device.weights, options.model):
+            raise missing_model(options.model, self._device.weights)
+        return Pipeline(options.model, self._device, options.vae)
 
     def _base(self, options: DiffusionStylize) -> Base:
         try:
@@ -199,19 +204,19 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         parts += [f"{more} pieces"] if (more := about_pieces(options)) > 1 else []
         return " ".join(parts)
 
-    def _base_digest(self, options: DiffusionStylize) -> str:
-        """A base model's digests, computed once: a loaded model stays the same even if its files change."""
-        key = options.model, options.vae
-        if key not in self._bases:
-            self._bases[key] = " ".join(map(digest_of, self._base(options).folders))
-        return self._bases[key]
+    def _version(self, options: DiffusionStylize) -> tuple[Base, str]:
+        """A base model, and the digests of its folders."""
+        base = self._base(options)
+        return base, " ".join(map(self._digest, base.folders))
 
-    def _controlnet_digest(self, folder: Path) -> str:
-        """A ControlNet's digest, computed once per version of its files."""
-        version = tuple(map(stamp, sorted(folder.glob("*.safetensors"))))
-        if version not in self._controlnets:
-            self._controlnets[version] = digest_of(folder)
-        return self._controlnets[version]
+    def _digest(self, folder: Path) -> str:
+        """A folder's digest, computed once per version of its files."""
+        files = stamps.stamp(folder.parent, folder.name)
+        known, found = self._digests.get(folder, ((), ""))
+        if known != files:
+            found = digest_of(folder)
+            self._digests[folder] = files, found
+        return found
 
     def _adapter(self, path: Path) -> str:
         """An adapter's digest, computed once per version of its file."""
@@ -229,6 +234,11 @@ def _work(sample: Sample[DiffusionStylize, Canvas], plan: Plan, evidence: Eviden
         return _work(replace(sample, data=replace(canvas, seed=next_seed(canvas.seed))), plan, evidence)
 
     return Work([sample], plan=plan, evidence=evidence, retry=retry)
+
+
+def _size(base: Base) -> int:
+    """Bytes of a base model's files."""
+    return sum(stamps.size(folder.parent, folder.name) for folder in base.folders)
 
 
 def _evidence(shown: Pixels, own: Pixels | None, size: Size, options: DiffusionStylize) -> Evidence:

@@ -26,7 +26,7 @@ from imagemill.shared.options.stylize import Control, DiffusionStylize
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.hardware.errors import is_out_of_memory
 from imagemill.worker.hardware.memory import give_up_caches
-from imagemill.worker.hardware.torch_device import torch_device, torch_dtype
+from imagemill.worker.hardware.torch_device import bytes_of, torch_device, torch_dtype
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.diffusion_models import base_of, controlnet_of
@@ -103,6 +103,7 @@ class Pipeline:
         self.prompts = Prompts(self._text)
         self.loras = Loras(self._text, device.weights, device.diffusion.loras, self.prompts.forget)
         self._relieved = 0
+        self.bytes = sum(bytes_of(part) for part in self._text.components.values() if isinstance(part, torch.nn.Module))
         self._find = partial(controlnet_of, device.weights, self._base.family)
         width = self._text.unet.config.cross_attention_dim
         limit = device.diffusion.controlnets
@@ -134,6 +135,8 @@ class Pipeline:
         """
         if level > len(RELIEFS):
             return False
+        if level == self._relieved:
+            return True
         vae, self._relieved = self._text.vae, level
         (vae.enable_slicing if level > 0 else vae.disable_slicing)()
         for part in (self._text.unet, *self.controlnets.networks):

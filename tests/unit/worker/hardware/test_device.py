@@ -9,7 +9,7 @@ import pytest
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.shared.settings import Settings, WorkerSettings
-from imagemill.worker.hardware import device
+from imagemill.worker.hardware import device, model_memory
 from imagemill.worker.hardware.device import Device, pin, share_of_cores, visible_gpu, visible_gpus
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -113,3 +113,31 @@ def test_nodes_of_a_host_share_its_cores(
 
 def test_device_names() -> None:
     assert [Device().name, Device(gpu=0).name, Device(gpu=3).name] == ["cpu", "gpu0", "gpu3"]
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu", "limit"),
+    [
+        (5_000, None, 5_000),
+        (0, 0, 0),
+        (None, None, 1_000_000),  # a quarter of 16 MB, of which four children get a part each
+        (None, 0, None),  # known once the child has its GPU
+    ],
+)
+def test_memory_for_models_is_as_set_or_a_part_of_what_there_is(
+    given: int | None, gpu: int | None, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "main_memory", lambda: 16_000_000)
+    settings = Settings(_env_file=None, worker=WorkerSettings(gpu=gpu, model_memory=given))  # type: ignore[call-arg]
+    assert Device.of(settings, 4).models.limit == limit
+
+
+@pytest.mark.parametrize(("content", "limited"), [("3000000", True), ("max", False), (None, False)])
+def test_main_memory_is_that_of_the_container_if_less(
+    content: str | None, limited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "memory.max"
+    if content is not None:
+        file.write_text(f"{content}\n")
+    monkeypatch.setattr(model_memory, "CGROUP_LIMIT", file)
+    assert (model_memory.main_memory() == 3_000_000) is limited

@@ -92,7 +92,8 @@ def test_torch_counts_its_cache_as_free(cuda: SimpleNamespace) -> None:
 
 
 def test_torch_counts_on_its_share_of_a_gpu_and_takes_no_more(cuda: SimpleNamespace) -> None:
-    assert memory_of(Device(gpu=0, siblings=2), "torch").free() == 8 * GB
+    memory = memory_of(Device(gpu=0, siblings=2), "torch")
+    assert (memory.free(), memory.total) == (8 * GB, 12 * GB)
     assert cuda.fraction == 0.5
     cuda.free = 1 * GB
     assert TorchMemory(0.5).free() == 2 * GB, "the others hold the rest"

@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -144,8 +145,10 @@ def test_zero_peak_sets_no_limit() -> None:
     assert BatchSizes(HostMemory(), {KIND: Known(peaks={1: 0, 4: 0}, fits=4)}).limit(KIND, 16) == 16
 
 
-def test_kind_is_the_footprint_or_else_the_group_key() -> None:
+def test_kind_is_the_model_and_footprint_or_else_the_group_key() -> None:
     operation = Hungry(FakeGpu(1), 1)
+    kinds = {kind_of(operation, Sample(1, SimpleNamespace(model=model), footprint="512x512")) for model in ("sd15", "sdxl")}
+    assert kinds == {"sd15 512x512", "sdxl 512x512"}
     assert kind_of(operation, Sample(1, None)) == KIND
     assert kind_of(operation, Sample(1, None, footprint="512x512 float16")) == "512x512 float16"
 

@@ -87,6 +87,13 @@ def test_batch_too_large_for_memory_is_halved_until_it_fits(count: int, capacity
     assert [len(part) for part in parts] == [size for size in calls if size <= capacity]
 
 
+def too_large() -> ModelUnavailable:
+    """As raised when there is no memory for a model."""
+    error = ModelUnavailable("the model is not here")
+    error.__cause__ = MemoryError("malloc")
+    return error
+
+
 @pytest.mark.parametrize("shortage", [MemoryError("malloc"), OutOfMemory("the device is full")], ids=lambda e: type(e).__name__)
 def test_sample_that_does_not_fit_alone_fails_alone(shortage: BaseException) -> None:
     operation = Doubling(faults={5: shortage})
@@ -103,7 +110,6 @@ def test_sample_that_does_not_fit_alone_fails_alone(shortage: BaseException) -> 
     [
         (OperationFailed("this one can't be done"), OperationFailed),
         (ZeroDivisionError("by zero"), InternalError),
-        (ConfigurationError("the model is not here"), ModelUnavailable),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -116,6 +122,18 @@ def test_other_errors_fail_only_their_own_sample(fault: BaseException, kind: typ
     assert error.__traceback__ is None, "a traceback would keep the batch's arrays alive"
     assert outputs == [0, 4, 6]
     assert operation.calls == [[0, 1, 2, 3], [0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [ConfigurationError("the model is not here"), ModelUnavailable("the model is not here"), too_large()],
+    ids=["configuration", "unavailable", "too large"],
+)
+def test_model_that_cannot_be_used_is_tried_once_per_batch(fault: BaseException) -> None:
+    operation = Doubling(faults={0: fault})
+    outputs = run_batch(operation, samples(4), BatchSizes())
+    assert [(type(error), error.message) for error in outputs] == [(ModelUnavailable, "the model is not here")] * 4
+    assert operation.calls == [[0, 1, 2, 3]]
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.dictionaries(st.integers(0, 11), st.booleans()))

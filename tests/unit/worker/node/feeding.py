@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from imagemill.shared.errors import StorageUnavailable
+from imagemill.shared.errors import ModelUnavailable, StorageUnavailable
 from imagemill.shared.ledger.leasing import ManifestDue, Request, Share
 from imagemill.shared.messages import Item, ItemResult, Job, Row
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
@@ -114,6 +114,10 @@ class Feeding:
         self.operation, self.sizes = Turnstile(), BatchSizes()
         self.stopping = threading.Event()
         self.offered = list(lanes)
+        self.repaired = False
+        """Whether the files of a lane have been replaced by the time when it is to be closed."""
+        self.has_room = False
+        """For all models at once."""
         self.down: set[str] = set()
         """Jobs whose store does not respond."""
         self.manifests: list[ManifestDue] = []
@@ -171,8 +175,12 @@ class Feeding:
     def lanes(self) -> list[str]:
         return self.offered
 
-    def close_lane(self, lane: str, reason: str) -> None:
-        self.offered = [other for other in self.offered if other != lane]
+    def close_lane(self, lane: str, error: ModelUnavailable, since: float) -> None:
+        if not self.repaired:
+            self.offered = [other for other in self.offered if other != lane]
+
+    def roomy(self) -> bool:
+        return self.has_room
 
     def grows(self, lane: str) -> bool:
         return self.sizes.memory.grows

@@ -12,11 +12,12 @@ import pytest
 from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import Item, Job
-from imagemill.shared.settings import FetchSettings, FileSettings, Settings
+from imagemill.shared.settings import FetchSettings, FileSettings, Settings, WeightsSettings
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.node import child as module
 from imagemill.worker.node.child import Child
-from imagemill.worker.node.offer import Lanes, lanes
+from imagemill.worker.node.lanes import Lanes
+from imagemill.worker.node.offer import lanes
 from imagemill.worker.operations.base import Sample
 from tests.conftest import photo
 from tests.devices import FakeGpu
@@ -63,6 +64,7 @@ class Site:
         self.engine = Fills()
         self.told: list[str] = []
         self.children: list[Child] = []
+        self.weights = folder / "weights"
 
     def child(self, room: float = 100.0, make: Callable[[str, str], Any] | None = None, **worker: Any) -> Child:
         """A child whose engine fills a GPU with room for `room` photos, unless its engines are made by `make`."""
@@ -74,12 +76,14 @@ class Site:
             redis_url=self.url,  # type: ignore[arg-type]
             fetch=FetchSettings.model_validate({"allow_networks": ["127.0.0.0/8"], "threads": 2}),
             files=FileSettings(write_roots=(self.folder,)),
+            weights=WeightsSettings(folder=self.weights),
             worker={"operations": ["stylize"], "engines": ["opencv"], "reuse": False, **worker},  # type: ignore[arg-type]
         )
         node = f"gpu0@{uuid.uuid4().hex[:8]}"
         who = dict(node=node, seat=f"{node}/0", name=f"{node}/0/17")
+        self.lanes = Lanes(lanes(settings))
         self.children.append(
-            Child(settings, Device(), **who, lanes=Lanes(lanes(settings)), publisher=self.publisher, stopping=lambda: False)
+            Child(settings, Device(), **who, lanes=self.lanes, publisher=self.publisher, stopping=lambda: False)
         )
         return self.children[-1]
 

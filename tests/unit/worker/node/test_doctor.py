@@ -100,6 +100,17 @@ def test_doctor_warns_of_a_wrong_clock(
     assert "clocks" in finding["fix"]
 
 
+def test_doctor_fails_for_a_lane_out_of_service(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
+    fleet = Fleet(own_redis.url)
+    lanes = ("remove-background.opencv", "inpaint.opencv")
+    fleet.report_node(node().model_copy(update={"lanes": lanes, "faults": {"stylize.opencv": "it can't be opened"}}))
+    fleet.close()
+    result = doctor(own_redis.url, "--json", s3=s3_server)
+    finding = findings(result)["workers"]
+    assert finding["found"] == "cpu@here: stylize.opencv is out of service: it can't be opened"
+    assert (finding["state"], finding["fix"]) == ("failed", "repair or replace its files; the node notices")
+
+
 @pytest.mark.parametrize(
     ("reported", "message"), [(None, "3 lanes have no node"), (node(ready=False), "cpu@here: 2 children, loading")]
 )

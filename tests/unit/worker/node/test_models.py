@@ -1,4 +1,4 @@
-"""An engine keeps one model open, so jobs with different models don't take turns image by image."""
+"""Where models don't fit into memory together, jobs with different models don't take turns image by image."""
 
 from __future__ import annotations
 
@@ -46,6 +46,16 @@ def test_model_is_kept_while_there_is_work_for_it(feeding: Feeding) -> None:
 def test_other_model_gets_its_turn_after_a_while(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SWAP_SECONDS", 0.0)
     jobs = [feeding.submit(12, model=model) for model in MODELS]
+    feeding.operation.let(24)
+    with feeding.shift():
+        for job in jobs:
+            feeding.check_done(job, 12)
+    assert swaps(feeding) > 1
+
+
+def test_models_that_fit_into_memory_together_need_not_take_turns(feeding: Feeding) -> None:
+    feeding.has_room = True
+    jobs = [feeding.submit(12, model=model, owner=model) for model in MODELS]
     feeding.operation.let(24)
     with feeding.shift():
         for job in jobs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -78,24 +77,50 @@ def test_cancelled_job_does_not_wait_for_its_store(feeding: Feeding) -> None:
     assert feeding.ledger.status(job).state == "cancelled"
 
 
-def test_lane_whose_model_cannot_be_opened_goes_out_of_service(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The images that hit it fail, and can be retried; all others wait for another node. Other lanes go on."""
-    lane, run = "remove-background.rembg.u2net", feeding.operation.run
+U2NET = "remove-background.rembg.u2net"
 
-    def opened(samples: Sequence[Any]) -> list[Any]:
-        if samples[0].options.engine == "rembg":
-            raise ModelUnavailable("the model can't be read")
-        return run(samples)
 
-    monkeypatch.setattr(feeding.operation, "run", opened)
-    feeding.offered = [lane, LANE]
+@pytest.fixture
+def damaged(feeding: Feeding, monkeypatch: pytest.MonkeyPatch, where: str) -> list[ModelUnavailable]:
+    """What the engine raises each time it is to use u2net: the faults in this list, then nothing any more."""
+    step, faults = getattr(feeding.operation, where), list[ModelUnavailable]()
+
+    def opened(*inputs: Any) -> Any:
+        options = inputs[0][0].options if where == "run" else inputs[1].options
+        if options.engine == "rembg" and faults:
+            raise faults.pop(0)
+        return step(*inputs)
+
+    monkeypatch.setattr(feeding.operation, where, opened)
+    feeding.offered = [U2NET, LANE]
+    return faults
+
+
+@pytest.mark.parametrize("where", ["run", "prepare"])
+def test_lane_whose_model_cannot_be_used_goes_out_of_service(feeding: Feeding, damaged: list[ModelUnavailable]) -> None:
+    """Its images wait for another node, also the one that found out, and none uses up an attempt. Other lanes go on."""
+    damaged += [ModelUnavailable("the model can't be read")] * 100
     job, other = feeding.submit(40, model="u2net"), feeding.submit(20)
     with feeding.shift():
         feeding.check_done(other, 20)
     assert feeding.offered == [LANE]
     status = feeding.ledger.status(job)
-    assert (status.done, status.failed, status.running, status.waiting) == (0, 1, 0, 39)
-    assert {result.code for result in feeding.results(job)} == {"model_unavailable"}
+    assert (status.done, status.failed, status.running, status.waiting) == (0, 0, 0, 40)
+    assert len(damaged) > 90, "it is tried once, or with images that were on their way"
+    feeding.offered, damaged[:] = [U2NET], []
+    with feeding.shift():
+        feeding.check_done(job, 40)
+    assert {row.attempts for row in feeding.ledger.rows(job)} == {1}
+
+
+@pytest.mark.parametrize("where", ["run", "prepare"])
+def test_model_that_was_replaced_meanwhile_is_used_at_once(feeding: Feeding, damaged: list[ModelUnavailable]) -> None:
+    feeding.repaired = True
+    damaged += [ModelUnavailable("the model can't be read")]
+    job = feeding.submit(10, model="u2net")
+    with feeding.shift():
+        feeding.check_done(job, 10)
+    assert feeding.offered == [U2NET, LANE]
 
 
 def test_job_that_this_child_cannot_work_on_does_not_delay_a_stop(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:

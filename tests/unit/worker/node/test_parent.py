@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 from unittest.mock import patch
 
@@ -17,9 +18,9 @@ from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.ledger.leasing import Request, Share
 from imagemill.shared.messages import Item, Job, Node
-from imagemill.shared.settings import WorkerSettings
+from imagemill.shared.settings import Settings, WorkerSettings
 from imagemill.worker.node import parent as parent_module
-from imagemill.worker.node.offer import Lanes
+from imagemill.worker.node.lookout import Lookout
 from imagemill.worker.node.parent import MOST_WAKE_UPS, Children, Parent, child_name
 from tests.ledgers import Ledger
 
@@ -42,7 +43,8 @@ class Publisher:
 def parent_of(children: Children, ledger: Any, fleet: Any, weights: dict[str, float] | None = None) -> Parent:
     node = Node(node=NODE, host="here", pid=1, device="cpu", lanes=(LANE,), children=children.count, ready=False)
     publisher: Any = Publisher()
-    return Parent(node, children, Lanes([LANE]), ledger, fleet, publisher, WorkerSettings(), weights or {})
+    lookout = Lookout(Settings(_env_file=None, worker=WorkerSettings(operations=("stylize",))))  # type: ignore[call-arg]
+    return Parent(node, children, lookout, ledger, fleet, publisher, WorkerSettings(), weights or {})
 
 
 def submit(ledger: Ledger, count: int) -> str:
@@ -88,6 +90,20 @@ def test_node_is_reported_with_lanes_and_children_and_ready_once_all_are_loaded(
     parent.leave()
     assert fleet.nodes() == []
     assert children.stopping()
+
+
+@pytest.mark.usefixtures("raw")
+def test_lane_out_of_service_is_reported_with_the_reason_at_once(ledger: Ledger, fleet: Fleet) -> None:
+    parent = parent_of(Children(1), ledger, fleet)
+    parent.tick()
+    parent.lanes.close(LANE, "the model is damaged", time.monotonic())
+    parent.tick()
+    (node,) = fleet.nodes()
+    assert (node.lanes, node.faults) == ((), {LANE: "the model is damaged"})
+    parent.lanes.offer(LANE)
+    parent.tick()
+    (node,) = fleet.nodes()
+    assert (node.lanes, node.faults) == ((LANE,), {})
 
 
 def test_owner_weights_are_written_to_the_ledger(ledger: Ledger, fleet: Fleet, raw: Any) -> None:

@@ -206,7 +206,7 @@ def test_load_fails_when_the_model_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "reason"), [(None, "run `imagemill models pull lama`"), (b"<html>", "models verify")])
-def test_model_that_is_lost_or_damaged_later_only_fails_images(
+def test_model_that_is_lost_or_damaged_later_is_unavailable(
     content: bytes | None, reason: str, operation: Lama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = prepared(operation, slope(64, 64), item_boxes=("20,20,8,8",))

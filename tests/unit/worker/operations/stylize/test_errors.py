@@ -42,22 +42,22 @@ def test_load_with_an_incomplete_model_names_the_pull_command(part: str, weights
         loaded(folder)
 
 
-def test_damaged_model_is_a_configuration_error(weights: Path, tmp_path: Path) -> None:
+def test_damaged_model_is_unavailable(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
     next((folder_of(folder, repository("sd15")) / "unet").glob("*.safetensors")).write_bytes(b"<html>")
-    with pytest.raises(ConfigurationError, match="the model sd15-canny can't be loaded"):
+    with pytest.raises(ModelUnavailable, match="the model sd15-canny can't be loaded"):
         loaded(folder).run(prepared(loaded(folder)).samples)
 
 
 @pytest.mark.parametrize("part", ["unet", "scheduler", "model_index.json"])
 @pytest.mark.parametrize("content", [None, b"<html>", b"[1]"])
-def test_model_that_is_lost_or_damaged_later_only_fails_images(
+def test_model_that_is_lost_or_damaged_later_is_unavailable(
     content: bytes | None, part: str, weights: Path, tmp_path: Path
 ) -> None:
     operation = loaded(shutil.copytree(weights, tmp_path / "weights"))
     work = prepared(operation)
     operation.run(work.samples)
-    operation._pipeline.current = None  # as after another model
+    operation._pipeline.close()  # as for another model
     path = folder_of(operation._device.weights, repository("sd15")) / part
     for file in [path] if path.is_file() else list(path.iterdir()):
         file.unlink() if content is None else file.write_bytes(content)
@@ -124,11 +124,15 @@ def test_memory_errors_of_torch_become_out_of_memory(
     def short(*_: Any, **__: Any) -> Any:
         raise error()
 
-    for part in (diffusers.StableDiffusionPipeline, diffusers.ControlNetModel):
-        with monkeypatch.context() as patched:
-            patched.setattr(part, "from_pretrained", short)
-            with pytest.raises(OutOfMemory, match="does not fit"):
-                operation.run(prepared(operation).samples)
+    with monkeypatch.context() as patched:
+        patched.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", short)
+        with pytest.raises(ModelUnavailable, match="does not fit") as caught:
+            operation.run(prepared(operation).samples)
+        assert caught.value.passing
+    with monkeypatch.context() as patched:
+        patched.setattr(diffusers.ControlNetModel, "from_pretrained", short)
+        with pytest.raises(OutOfMemory, match="does not fit"):
+            operation.run(prepared(operation).samples)
     styled(operation)
     monkeypatch.setattr(operation._pipeline.current._text.unet, "forward", short)  # type: ignore[union-attr]
     with pytest.raises(OutOfMemory):

@@ -1,0 +1,90 @@
+"""The lanes of a node, as its processes share them."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from imagemill.worker.node import lanes as module
+from imagemill.worker.node.lanes import Lanes
+
+A, B = "stylize.opencv", "remove-background.rembg.my.model-1.5"
+
+
+def now() -> float:
+    return time.monotonic()
+
+
+def test_lanes_are_open_until_they_are_closed_and_open_again_with_other_files() -> None:
+    lanes = Lanes([A, B])
+    assert lanes.open() == [A, B]
+    assert lanes.close(B, "the model is damaged", now())
+    assert (lanes.open(), lanes.closed()[B].reason) == ([A], "the model is damaged")
+    assert not lanes.close(B, "another child finds it damaged, too", now()), "it is said once"
+    assert lanes.closed()[B].reason == "the model is damaged"
+    lanes.offer(B)
+    assert (lanes.open(), lanes.closed()) == ([A, B], {})
+    assert lanes.close(B, "still damaged", now())
+
+
+def test_fault_of_files_that_have_been_replaced_meanwhile_closes_nothing() -> None:
+    lanes = Lanes([A])
+    began = now()
+    lanes.offer(A)
+    assert not lanes.close(A, "the old file was damaged", began)
+    assert lanes.open() == [A]
+
+
+def test_lane_whose_model_is_gone_is_neither_open_nor_out_of_service() -> None:
+    lanes = Lanes([A, B])
+    lanes.close(A, "damaged", now())
+    for lane in (A, B):
+        lanes.withdraw(lane)
+    assert (lanes.open(), lanes.closed(), lanes.known()) == ([], {}, [A, B])
+    assert not lanes.close(B, "a job that was running misses it", now())
+    lanes.offer(A)
+    assert lanes.open() == [A]
+
+
+def test_unknown_lane_can_not_be_closed() -> None:
+    assert not Lanes([A]).close(B, "damaged", now())
+
+
+@pytest.mark.parametrize("passing", [True, False])
+def test_fault_for_want_of_memory_says_when_to_try_again(passing: bool) -> None:
+    lanes = Lanes([A])
+    lanes.close(A, "no memory", now(), passing=passing)
+    assert (lanes.closed()[A].again is not None) is passing
+
+
+def test_long_reason_is_cut_between_characters() -> None:
+    lanes = Lanes([A])
+    lanes.close(A, "ä" * 1000, now())
+    assert set(lanes.closed()[A].reason) == {"ä"}
+
+
+def test_all_processes_see_what_one_of_them_does() -> None:
+    """The parent opens lanes that its children did not know when they were forked; a child closes them."""
+    lanes = Lanes([A])
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(told, 1)
+        seen = lanes.open() == [A, B]
+        closed = lanes.close(B, "damaged", now())
+        os._exit(0 if seen and closed else 1)
+    lanes.offer(B)
+    os.write(tell, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (lanes.open(), lanes.closed()[B].reason) == ([A], "damaged")
+    os.close(told), os.close(tell)
+
+
+def test_node_goes_on_without_lanes_beyond_the_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(module, "MOST", 2)
+    lanes = Lanes([A, B])
+    lanes.offer("stylize.more")
+    assert lanes.open() == [A, B]
+    assert "too many lanes" in caplog.text

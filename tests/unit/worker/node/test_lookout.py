@@ -1,0 +1,122 @@
+"""The parent notices models that come, change and go while the node runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imagemill.shared.settings import Settings
+from imagemill.worker.node import lookout as module
+from imagemill.worker.node.lookout import Lookout
+from tests.unit.worker.models.test_added import record
+
+U2NET, U2NETP = (f"remove-background.rembg.{model}" for model in ("u2net", "u2netp"))
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+
+
+def lookout_for(folder: Path, engine: str = "rembg", **worker: Any) -> Lookout:
+    groups: dict[str, Any] = dict(weights={"folder": folder}, worker={"engines": [engine], **worker})
+    return Lookout(Settings(_env_file=None, **groups))  # type: ignore[call-arg]
+
+
+def put(folder: Path, model: str, content: bytes = b"1") -> Path:
+    path = folder / "rembg" / f"{model}.onnx"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_model_is_offered_once_its_file_stays_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    lookout = lookout_for(tmp_path)
+    assert lookout.lanes.open() == []
+    assert lookout.lacks == (f"no model of the engine rembg is in {tmp_path / 'rembg'}: imagemill models pull u2net",)
+    for size in (1, 2, 3):  # it is still being copied
+        put(tmp_path, "u2net", b"1" * size)
+        lookout.look()
+        assert lookout.lanes.open() == []
+    lookout.look()
+    assert lookout.changed()
+    assert (lookout.lanes.open(), lookout.lacks) == ([U2NET], ())
+    assert [record.message for record in caplog.records] == ["model found"]
+    lookout.look()
+    assert not lookout.changed()
+    assert len(caplog.records) == 1
+
+
+def test_model_that_is_removed_is_withdrawn_and_others_stay(tmp_path: Path) -> None:
+    path, _ = put(tmp_path, "u2net"), put(tmp_path, "u2netp")
+    lookout = lookout_for(tmp_path)
+    assert lookout.lanes.open() == [U2NET, U2NETP]
+    path.unlink()
+    lookout.look()
+    assert (lookout.lanes.open(), lookout.lanes.closed()) == ([U2NETP], {})
+    put(tmp_path, "u2net")
+    lookout.look(), lookout.look()
+    assert sorted(lookout.lanes.open()) == [U2NET, U2NETP]
+
+
+def test_lane_out_of_service_is_back_when_its_file_has_changed_and_not_before(tmp_path: Path) -> None:
+    put(tmp_path, "u2net", b"damaged"), put(tmp_path, "u2netp")
+    lookout = lookout_for(tmp_path)
+    lookout.lanes.close(U2NET, "damaged", time.monotonic())
+    assert lookout.changed()
+    lookout.look(), lookout.look()
+    assert lookout.lanes.open() == [U2NETP]
+    put(tmp_path, "u2netp", b"another model")
+    lookout.look(), lookout.look()
+    assert lookout.lanes.open() == [U2NETP], "that was another file"
+    put(tmp_path, "u2net", b"good as new")
+    lookout.look(), lookout.look()
+    assert lookout.lanes.open() == [U2NET, U2NETP]
+
+
+def test_checksums_that_nodes_remember_are_no_change(tmp_path: Path) -> None:
+    put(tmp_path, "u2net")
+    lookout = lookout_for(tmp_path)
+    lookout.lanes.close(U2NET, "damaged", time.monotonic())
+    (tmp_path / "rembg" / "u2net.onnx.sums.json").write_text("{}")
+    lookout.look(), lookout.look()
+    assert lookout.lanes.open() == []
+
+
+def test_lane_closed_for_want_of_memory_is_tried_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "u2net")
+    lookout = lookout_for(tmp_path)
+    lookout.lanes.close(U2NET, "no memory", time.monotonic(), passing=True)
+    lookout.look()
+    assert lookout.lanes.open() == []
+    later = time.monotonic() + 3600
+    monkeypatch.setattr(module.time, "monotonic", lambda: later)
+    lookout.look()
+    assert lookout.lanes.open() == [U2NET]
+
+
+def test_added_model_is_offered_until_its_file_is_not_what_it_was(tmp_path: Path) -> None:
+    lookout = lookout_for(tmp_path)
+    record(tmp_path, "ours.1")
+    lookout.look(), lookout.look()
+    assert lookout.lanes.open() == ["remove-background.rembg.ours.1"]
+    put(tmp_path, "ours.1", b"cut")
+    lookout.look(), lookout.look()
+    assert lookout.lanes.open() == []
+    fix = "imagemill models add ours.1 SOURCE --replace"
+    assert f"files of ours.1 are missing or have changed since it was added: {fix}" in lookout.lacks
+    (tmp_path / "added" / "ours.1.json").write_text("{")
+    lookout.look()
+    assert any("ours.1.json is damaged" in lack for lack in lookout.lacks)
+
+
+def test_operations_that_the_node_does_not_do_are_not_offered(tmp_path: Path) -> None:
+    lookout = lookout_for(tmp_path, operations=["inpaint"])
+    put(tmp_path, "u2net")
+    lookout.look(), lookout.look()
+    assert lookout.lanes.open() == []

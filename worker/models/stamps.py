@@ -1,0 +1,48 @@
+"""Tells that a model's files have changed, without reading them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+Stamp = tuple[tuple[str, int, int, int], ...]
+"""Path, size, modification time in nanoseconds and inode of each file."""
+
+
+def stamp(folder: Path, name: str) -> Stamp:
+    """The files of one entry of the catalogue in its engine's folder: `name.*`, and whatever is in the folder `name`.
+
+    Files that remember checksums, which nodes write themselves, and those that are being written don't count.
+    """
+    tops = (entry for entry in _entries(folder) if entry.name == name or entry.name.startswith(f"{name}."))
+    return tuple(sorted(_of(entry) for top in tops for entry in _files(top)))
+
+
+def size(folder: Path, name: str) -> int:
+    """Bytes of these files."""
+    return sum(entry[1] for entry in stamp(folder, name))
+
+
+def _of(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
+    status = entry.stat()
+    return entry.path, status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder and can be asked for; nothing if the folder is not there."""
+    with suppress(OSError), os.scandir(folder) as found:
+        for entry in found:
+            if not entry.name.startswith(".") and not entry.name.endswith(".sums.json"):
+                with suppress(OSError):  # it has just gone
+                    entry.stat()
+                    yield entry
+
+
+def _files(entry: os.DirEntry[str]) -> Iterator[os.DirEntry[str]]:
+    if entry.is_dir():
+        for inner in _entries(entry.path):
+            yield from _files(inner)
+    else:
+        yield entry
