@@ -67,7 +67,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         restyles=True,
         max_batch=LARGEST_BATCH,
         runtime="torch",
-        warm_up={"steps": 1},
+        warm_up={"steps": 1, "control": "none"},  # a node may offer a base model without any ControlNet
     )
 
     def __init__(self) -> None:
