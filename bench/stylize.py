@@ -111,7 +111,7 @@ def _run_bare(weights: Path) -> None:
     from imagemill.worker.hardware.device import Device, pin
     from imagemill.worker.models.catalogue import MODELS, repository
     from imagemill.worker.models.repositories import folder_of
-    from imagemill.worker.operations.stylize.diffusion import edges_of
+    from imagemill.worker.operations.stylize.controls import edges_of
     from imagemill.worker.operations.stylize.pipeline import Canvas, Pipeline
     from tests.unit.worker.operations.conformance import scene
 
@@ -144,7 +144,7 @@ def _run_bare(weights: Path) -> None:
             output_type="pt",
         )
 
-    engine, canvas = Pipeline("sd15-canny", Device(weights=weights)), Canvas(pixels, edges, 42)
+    engine, canvas = Pipeline("sd15-canny", Device(weights=weights)), Canvas(pixels, (edges,), 42)
     reply(ready=True)
     for line in sys.stdin:
         message = json.loads(line)

@@ -9,14 +9,15 @@ from imagemill.shared.engines import find_engine, split_lane
 from imagemill.shared.messages import Node
 
 
-def advice(lane: str, nodes: Iterable[Node]) -> str | None:
-    """Why no node can work in a lane, and the commands that help, as a sentence; None if a node can.
+def advice(lane: str, nodes: Iterable[Node], parts: Iterable[str] = ()) -> str | None:
+    """Why no node can work in a lane, or has the `parts` that a job needs, and the commands that help; None if one can.
 
     A model that isn't in the catalogue may be one of the user's own, or a slip: the nearest name is added.
     """
+    nodes = list(nodes)
     offered = {offer for node in nodes for offer in node.lanes}
     if lane in offered:
-        return None
+        return _missing(parts, [node for node in nodes if lane in node.lanes])
     operation, engine, model = split_lane(lane)
     if not model:
         return f"no worker offers {lane}; start one with `imagemill worker --cpu`"
@@ -31,3 +32,13 @@ def advice(lane: str, nodes: Iterable[Node]) -> str | None:
     if others:
         return f"{reason}; have one offer it with {command}"
     return f"{reason}; start one with {command} and `IMAGEMILL_WORKER__ENGINES='[\"{engine}\"]' imagemill worker`"
+
+
+def _missing(parts: Iterable[str], nodes: Iterable[Node]) -> str | None:
+    """What to do about LoRAs, ControlNets and VAEs that none of the nodes has. Nodes of older versions may have them all."""
+    known = [node.parts for node in nodes]
+    missing = [part for part in parts if not any(have is None or part in have for have in known)]
+    if not missing:
+        return None
+    commands = f"`imagemill models pull {missing[0]}`, or `imagemill models add {missing[0]} SOURCE` if it is your own"
+    return f"no worker that offers the model has {' or '.join(missing)}, so images will fail; get it with {commands}"

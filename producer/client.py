@@ -87,8 +87,8 @@ class Client:
         """Queue a job for every image of a list, which is streamed into the ledger.
 
         Nothing is queued until the last row is checked. If rows are invalid and not skipped, or none is valid,
-        InvalidSource is raised with the first 1000 invalid rows in `rows`. A row with the same source, mask, boxes
-        and name as an earlier one shares its result. An interrupted list (an error, Ctrl-C) is discarded.
+        InvalidSource is raised with the first 1000 invalid rows in `rows`. A row with the same source, mask,
+        control image, boxes and name as an earlier one shares its result. An interrupted list (an error, Ctrl-C) is discarded.
 
         `name` becomes the job's id. Under a name, an interrupted list is kept for an hour: submit the same list with the same
         name again to continue. If all of it is queued, nothing is queued twice. The times of the first submission stay.
@@ -122,7 +122,7 @@ class Client:
             invalid=checked.bad,
             invalid_count=checked.bad_count,
             nodes=None if nodes is None else sum(spec.lane in node.lanes for node in nodes),
-            advice=None if nodes is None else advice(spec.lane, nodes),
+            advice=None if nodes is None else advice(spec.lane, nodes, spec.options.parts()),
             before=not new,
         )
 

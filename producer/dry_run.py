@@ -89,7 +89,7 @@ def dry_run(
     computed = check.total - duplicates
     try:
         found.nodes, found.begins_in, found.seconds = client.forecast(spec, computed)
-        found.advice = advice(spec.lane, client.nodes())
+        found.advice = advice(spec.lane, client.nodes(), spec.options.parts())
     except BrokerUnavailable:
         found.nodes = None
     if fetch:

@@ -31,7 +31,7 @@ from imagemill.shared.urls import percent_encoded, shown
 
 __all__ = ["MAX_LINE", "MAX_SHOWN", "BadRow", "Skipped", "SourceRow", "file_url", "parse", "read_sources", "refused"]
 
-ADDRESSES = ("source", "mask")
+ADDRESSES = ("source", "mask", "control_image")
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson")
 WORKBOOKS = (".xlsx", ".xls", ".ods", ".numbers")
 _UNSEEN = "".join(map(chr, (0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF)))

@@ -16,6 +16,7 @@ from imagemill.shared.errors import InvalidOption, InvalidSource
 from imagemill.shared.keys import may_collide
 from imagemill.shared.messages import Item, Job
 from imagemill.shared.options.inpaint import InpaintOptions
+from imagemill.shared.options.stylize import DiffusionStylize
 
 MOST_BAD_ROWS = 1000
 """Bad rows that are kept for messages; all are counted."""
@@ -115,4 +116,6 @@ def _checked(row: SourceRow, index: int, spec: Job, naming: Naming | None) -> It
         return refused(row, error.message)
     if isinstance(options, InpaintOptions) and not (item.mask or item.boxes or options.mask or options.boxes):
         return refused(row, "needs a mask or boxes, from the row or the job")
+    if isinstance(options, DiffusionStylize) and item.control_image and not options.control:
+        return refused(row, "has a control image, and the job has no control")
     return item

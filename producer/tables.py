@@ -187,8 +187,9 @@ def _table_rows(place: str, cells: list[str], columns: Columns, delimiter: str) 
         yield row
         return
     urls = (_BETWEEN if columns.several else _SURELY_BETWEEN).split(row.fields["source"])
-    if len(urls) > 1 and len(row.fields.keys() & {"mask", "boxes"}):
-        yield BadRow(place, "several images share one mask or boxes; write a row for each", cut(delimiter.join(cells)))
+    if len(urls) > 1 and len(row.fields.keys() & {"mask", "control_image", "boxes"}):
+        reason = "several images share one mask, control image or boxes; write a row for each"
+        yield BadRow(place, reason, cut(delimiter.join(cells)))
         return
     for url in urls:
         yield SourceRow(place, {**row.fields, "source": url}, columns=row.columns)

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from imagemill.shared.diffusion_models import BASES
 from imagemill.shared.errors import InvalidOption
 from imagemill.shared.options.base import OPERATIONS, EngineOptions, Operation, listed, nearest, validation_sentence
 from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
@@ -117,7 +118,7 @@ ENGINES: list[Engine] = [
         DiffusionStylize,
         f"{_OPERATIONS}.stylize.diffusion:Diffusion",
         "diffusion",
-        {"sd15-canny": ("sd15", "controlnet-canny")},
+        {name: base.parts for name, base in BASES.items()},
     ),
 ]
 

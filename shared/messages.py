@@ -129,6 +129,7 @@ class Item(Model):
     index: int = Field(ge=0, description="position in the submitted list, from 0")
     source: SourceUrl
     mask: SourceUrl | None = None
+    control_image: SourceUrl | None = None
     boxes: Boxes = ()
     name: str | None = Field(None, max_length=200, description="name of the output; by default the source's")
     key: Annotated[str, AfterValidator(check_inside)] | None = Field(
@@ -145,7 +146,12 @@ class Item(Model):
     def digest(self) -> str:
         """Hex SHA-256 of the fields that, together with the job, determine the item's result."""
         key = "" if self.key is None else f"\n{self.key}"
+        key += "" if self.control_image is None else f"\ncontrol {self.control_image}"
         return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{key}".encode()).hexdigest()
+
+    def companion(self, *, mask: bool, control: bool) -> str | None:
+        """The URL of its own mask or control image, whichever the job's engine takes."""
+        return self.mask if mask else self.control_image if control else None
 
 
 LANE = re.compile(rf"[a-z-]+\.[A-Za-z0-9_-]+(\.{MODEL_NAME})?")
@@ -209,6 +215,7 @@ class Row(Model):
     attempts: int = 0
     duplicate_of: int | None = None
     mask: str | None = None
+    control_image: str | None = None
     result: ItemResult | None = Field(None, exclude=True)
 
 
@@ -259,6 +266,7 @@ class Node(Model):
     lanes: tuple[str, ...] = ()
     children: int
     ready: bool
+    parts: tuple[str, ...] | None = Field(None, description="the LoRAs, ControlNets and VAEs on its host")
     lacks: tuple[str, ...] = Field((), description="why it does not offer everything it is configured for")
     faults: dict[str, str] = Field({}, description="lanes out of service, and why")
     busy: int = Field(0, description="children that work on images")
@@ -298,9 +306,8 @@ def compact(model: Item | ItemResult) -> str:
 
 def row(item: Item, result: ItemResult | None, unfinished: Unfinished = "pending") -> Row:
     """The public line for an item and its result, if any."""
-    base: dict[str, Any] = dict(
-        item=item.id, index=item.index, source=item.source, duplicate_of=item.duplicate_of, mask=item.mask, result=result
-    )
+    own = {name: getattr(item, name) for name in ("index", "source", "duplicate_of", "mask", "control_image")}
+    base: dict[str, Any] = {"item": item.id, **own, "result": result}
     if result is None:
         if unfinished == "expired":
             return Row(state="failed", code=Expired.code, message="the deadline passed before this image was begun", **base)

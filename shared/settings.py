@@ -177,6 +177,7 @@ class DiffusionSettings(Group):
         ("512x512",), description="sizes (WIDTHxHEIGHT) for which models are compiled when a node starts; JSON list"
     )
     loras: int = Field(8, ge=1, le=64, description="LoRAs kept in memory; the least recently used is dropped first")
+    controlnets: int = Field(3, ge=1, le=16, description="ControlNets kept in memory; the least recently used is dropped first")
     safety_checker: bool = Field(False, description="reject results that the model's safety checker classifies as unsafe")
 
 

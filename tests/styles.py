@@ -29,10 +29,20 @@ def loaded(weights: Path, *, threads: int = 1, compiled: bool = False, **setting
     return operation
 
 
-def prepared(operation: Diffusion, pixels: Pixels = PHOTO, *, index: int = 0, source: str = "", **chosen: Any) -> Work:
+def prepared(
+    operation: Diffusion,
+    pixels: Pixels = PHOTO,
+    *,
+    index: int = 0,
+    source: str = "",
+    own: Pixels | None = None,
+    **chosen: Any,
+) -> Work:
+    """The work for an image; `own` is its own control image."""
     item = Item(index=index, source=source or "https://images.example/one.png")
     read = {REFERENCE: Picture(scene(30, 30, seed=3))}.__getitem__
-    return operation.prepare(Picture(pixels), Inputs(item, parse_options("stylize", "diffusion", QUICK | chosen), read=read))
+    options = parse_options("stylize", "diffusion", QUICK | chosen)
+    return operation.prepare(Picture(pixels), Inputs(item, options, read=read, control=own))
 
 
 def styled(operation: Diffusion, pixels: Pixels = PHOTO, **chosen: Any) -> Pixels:

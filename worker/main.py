@@ -89,6 +89,7 @@ class Worker:
             lanes=tuple(self.lanes.open()),
             children=sender.concurrency,
             ready=False,
+            parts=self.lookout.parts,
             lacks=self.lookout.lacks,
         )
         gpu = self.settings.worker.gpu

@@ -26,7 +26,8 @@ from imagemill.worker.hardware.memory import HostMemory, TorchMemory
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes, Known, kind_of
 from imagemill.worker.operations.base import Inputs, Sample
-from imagemill.worker.operations.stylize.diffusion import Diffusion, edges_of
+from imagemill.worker.operations.stylize.controls import edges_of
+from imagemill.worker.operations.stylize.diffusion import Diffusion
 from imagemill.worker.operations.stylize.pipeline import Canvas, Pipeline
 from tests.pipelines import FULL, SMALL, pipeline_folder
 
@@ -72,7 +73,7 @@ class Stylize:
         operation = Diffusion()
         operation.load(self.device)
         operation.spec = replace(operation.spec, max_batch=most)
-        operation._pipeline.get(lambda: "sd15-canny", lambda _: pipeline)
+        operation._pipeline.get(lambda: operation._version(DiffusionStylize()), lambda _: pipeline)
         return operation
 
     def samples(
@@ -155,7 +156,7 @@ class Stylize:
 
     def _canvases(self, count: int) -> list[Canvas]:
         pixels = scene(self.side, self.side)
-        return [Canvas(pixels, edges_of(pixels, 100, 200), 42)] * count
+        return [Canvas(pixels, (edges_of(pixels, 100, 200),), 42)] * count
 
     def _run(self, pipeline: Pipeline, batch: int, steps: int | None = None) -> None:
         options = self.options.model_copy(update={"steps": steps or self.options.steps})

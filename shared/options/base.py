@@ -32,7 +32,7 @@ def check_model_name(name: str) -> str:
 ModelName = Annotated[str, AfterValidator(check_model_name)]
 """The name of a model in the catalogue, or of one that the operator has added."""
 
-ADDRESSES = ("mask", "reference", "background_image")
+ADDRESSES = ("mask", "reference", "background_image", "control_image")
 """Options whose value is the URL of an image."""
 
 
@@ -50,6 +50,10 @@ class EngineOptions(Model):
     """Options of one engine, whose name is `engine`."""
 
     engine: str
+
+    def parts(self) -> list[str]:
+        """The names of the models that the job needs beside its `model`, as far as they are known without looking at those."""
+        return []
 
     def ignored(self) -> dict[str, str]:
         """The options that have no effect beside the others, and why. `submit` warns of those that were given."""

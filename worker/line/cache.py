@@ -1,8 +1,8 @@
 """Earlier results: when the same image is asked for again, in any job, its result is copied instead of computed.
 
 Everything that decides a result's bytes is hashed into a key. Under it, Redis keeps where the result is and what it is,
-for as long as it keeps jobs. Nothing here fails an image: when in doubt, the result is computed. Images with a
-mask at a URL and jobs with options that are URLs (`ADDRESSES`) are left out, because the bytes there may change.
+for as long as it keeps jobs. Nothing here fails an image: when in doubt, the result is computed. Images with a mask or control
+image at a URL and jobs with options that are URLs (`ADDRESSES`) are left out, because the bytes there may change.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Cache:
     def key(self, data: bytes, item: Item, spec: Job, operation: AnyOperation) -> str | None:
         """The key of this image file's result: equal keys mean equal bytes. None if the result must not be reused."""
         same = self._same_for_all(spec)
-        if item.mask is not None or same is None:
+        if item.mask is not None or item.control_image is not None or same is None:
             return None
         try:
             engine = operation.fingerprint(spec.options)

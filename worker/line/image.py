@@ -102,11 +102,11 @@ class ImageInFlight:
     held_bytes: int = 0
     """Of `data`, in the budget of downloaded files."""
     held_mask_bytes: int = 0
-    """Of `mask_file`, in that of masks."""
+    """Of `mask_file`, in that of masks and control images."""
     mask_file: bytes | ImageError | None = field(default=None, repr=False)
-    """Of its own mask, or why there is none."""
+    """Of its own mask or control image, or why there is none."""
     mask_pixels: int = 0
-    """Of its own mask, in addition to its own."""
+    """Of its own mask or control image, in addition to its own."""
     earlier_result: Remembered | None = None
     """Of the same image, to be copied."""
     how: How = "computed"
@@ -198,7 +198,7 @@ class ImageInFlight:
 
     @property
     def needed_pixels(self) -> int:
-        """What it takes of the pixel budget to be decoded, its own mask included."""
+        """What it takes of the pixel budget to be decoded, its own mask or control image included."""
         return self.header.pixels + self.mask_pixels
 
     @property

@@ -1,4 +1,4 @@
-"""Images that another image needs: a job's mask or colour reference, fetched once per context, and an item's own mask.
+"""Images that another image needs: a job's mask or reference, fetched once per context, and an item's own mask or control.
 
 They are downloaded together with the image itself (`bring`, `bring_mask`), so that no thread has to wait for the network, and
 decoded when they are needed.
@@ -13,14 +13,14 @@ from concurrent.futures import Future, wait
 from threading import Event, Lock
 from typing import TypeVar
 
-from imagemill.shared.errors import BadMask, ImageError
+from imagemill.shared.errors import BadMask, BadReference, ImageError
 from imagemill.shared.messages import Item
 from imagemill.shared.options.base import ADDRESSES, EngineOptions
 from imagemill.shared.options.inpaint import MaskFrom
 from imagemill.shared.urls import shown
 from imagemill.worker.imaging import codec
 from imagemill.worker.imaging.masks import ALPHA, Mask, read_mask
-from imagemill.worker.imaging.picture import Picture
+from imagemill.worker.imaging.picture import Picture, Pixels
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.stopped import GLANCE, Stopped
 from imagemill.worker.transfer.fetch import Fetched, Fetcher, cut_short
@@ -70,7 +70,7 @@ class References:
             await asyncio.wait(coming)
 
     async def bring_mask(self, url: str) -> Fetched | ImageError:
-        """Download an item's own mask. Give its room back to the fetcher's `mask_room`."""
+        """Download an item's own mask or control image. Give its room back to the fetcher's `mask_room`."""
         try:
             return await self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop, mask=True)
         except ImageError as error:
@@ -111,6 +111,19 @@ class References:
             if cut_short(error, self._stop, self._attempts):
                 raise
             raise BadMask(f"the mask {shown(url)} can't be used: {error.message}") from error
+
+    def control_of(self, item: Item, own: bytes | ImageError | None) -> Pixels | None:
+        """The item's `own` control image as it was brought, or None. Raises BadReference, or a retryable error unchanged."""
+        if item.control_image is None or own is None:
+            return None
+        try:
+            if isinstance(own, ImageError):
+                raise own
+            return self._decode(own).pixels
+        except ImageError as error:
+            if error.retryable:
+                raise
+            raise BadReference(f"the control image {shown(item.control_image)} can't be used: {error.message}") from error
 
     async def _download(self, url: str) -> bytes:
         """It takes no lasting room: it must not wait for images that wait for it, and nobody may ever use it."""

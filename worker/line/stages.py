@@ -41,8 +41,9 @@ async def fetch(image: ImageInFlight, context: Context) -> None:
     with image.timed("fetch"):
         attempts = max(1, context.spec.policy.attempts - image.tries)
         image.hold(await context.fetcher.fetch(image.item.source, attempts=attempts, stop=context.stop))
-        if image.item.mask is not None and context.operation.spec.needs_mask:
-            image.hold_mask(await context.references.bring_mask(image.item.mask))
+        companion = image.item.companion(mask=context.operation.spec.needs_mask, control=context.operation.spec.takes_control)
+        if companion is not None:
+            image.hold_mask(await context.references.bring_mask(companion))
         await context.references.bring(context.spec.options)
 
 
@@ -99,7 +100,8 @@ def prepare(image: ImageInFlight, context: Context) -> Kept | None:
     references, mask = context.references, None
     if operation.spec.needs_mask:
         mask = references.mask_of(image.item, options, image.mask_file, image.data)
-    inputs = Inputs(image.item, options, mask.levels if mask else None, references.picture, mask.notes if mask else ())
+    control = references.control_of(image.item, image.mask_file) if operation.spec.takes_control else None
+    inputs = Inputs(image.item, options, mask.levels if mask else None, references.picture, mask.notes if mask else (), control)
     with image.timed("prepare"):
         work = operation.prepare(image.picture, inputs)
     if isinstance(work, Untouched):

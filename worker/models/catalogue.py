@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, Literal
 
 from imagemill.shared.engines import ENGINES
 
@@ -79,12 +79,16 @@ WEIGHTS: tuple[Weights, ...] = (
 )
 
 
+RepositoryKind = Literal["checkpoint", "controlnet", "vae", "lora", "checker"]
+
+
 @dataclass(frozen=True)
 class Repository:
     """A model published as a repository on the Hugging Face Hub.
 
     `revision` is the pinned commit. `files` are patterns for the files that nodes load: safetensors, small JSON and text.
-    `about_bytes` is their total size to two digits. `family` is the Stable Diffusion that it is, or was trained for.
+    `about_bytes` is their total size to two digits. `kind` is what it is, and `family` the Stable Diffusion that it is or was
+    trained for. Unless `commercial`, the licence forbids commercial use.
     """
 
     name: str
@@ -93,12 +97,23 @@ class Repository:
     licence: str
     files: tuple[str, ...]
     about_bytes: int
-    engine: str = "diffusion"
+    kind: RepositoryKind = "controlnet"
     family: str = "sd15"
-    commercial: ClassVar[bool] = True
+    commercial: bool = True
+    engine: str = "diffusion"
 
 
-SD15 = dict(
+def _diffusers(*encoders: str, vae: bool) -> tuple[str, ...]:
+    """The files of a checkpoint in diffusers' layout that are loaded, in half precision; `encoders` are its text encoders."""
+    small = ["model_index.json", "scheduler/*.json"]
+    for encoder in encoders:
+        tokenizer = encoder.replace("text_encoder", "tokenizer")
+        small += [f"{tokenizer}/*.json", f"{tokenizer}/*.txt"]
+    parts = [*encoders, "unet", *["vae"] * vae]
+    return (*small, *(f"{part}/{name}" for part in parts for name in ("config.json", "*.fp16.safetensors")))
+
+
+SD15: dict[str, Any] = dict(
     source="stable-diffusion-v1-5/stable-diffusion-v1-5",
     revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     licence="CreativeML OpenRAIL-M",
@@ -108,14 +123,9 @@ REPOSITORIES: tuple[Repository, ...] = (
     Repository(
         name="sd15",
         **SD15,
-        files=(
-            "model_index.json",
-            "scheduler/*.json",
-            "tokenizer/*.json",
-            "tokenizer/*.txt",
-            *(f"{part}/{name}" for part in ("text_encoder", "unet", "vae") for name in ("config.json", "*.fp16.safetensors")),
-        ),
+        files=_diffusers("text_encoder", vae=True),
         about_bytes=2130 * MB,
+        kind="checkpoint",
     ),
     Repository(
         name="controlnet-canny",
@@ -126,23 +136,108 @@ REPOSITORIES: tuple[Repository, ...] = (
         about_bytes=720 * MB,
     ),
     Repository(
+        name="controlnet-lineart",
+        source="lllyasviel/control_v11p_sd15_lineart",
+        revision="8a158f547e031c5b8fbca19ead09a74767ff4db0",
+        licence="CreativeML OpenRAIL-M",
+        files=("config.json", "diffusion_pytorch_model.fp16.safetensors"),
+        about_bytes=720 * MB,
+    ),
+    Repository(
+        name="sdxl",
+        source="stabilityai/stable-diffusion-xl-base-1.0",
+        revision="462165984030d82259a11f4367a4eed129e94a7b",
+        licence="CreativeML OpenRAIL++-M",
+        files=_diffusers("text_encoder", "text_encoder_2", vae=False),
+        about_bytes=6770 * MB,
+        kind="checkpoint",
+        family="sdxl",
+    ),
+    Repository(
+        name="sdxl-turbo",
+        source="stabilityai/sdxl-turbo",
+        revision="71153311d3dbb46851df1931d3ca6e939de83304",
+        licence="Stability AI, non-commercial",
+        files=_diffusers("text_encoder", "text_encoder_2", vae=False),
+        about_bytes=6770 * MB,
+        kind="checkpoint",
+        family="sdxl",
+        commercial=False,
+    ),
+    Repository(
+        name="sdxl-vae",  # SDXL's own overflows in half precision
+        source="madebyollin/sdxl-vae-fp16-fix",
+        revision="207b116dae70ace3637169f1ddd2434b91b3a8cd",
+        licence="MIT",
+        files=("config.json", "diffusion_pytorch_model.safetensors"),
+        about_bytes=335 * MB,
+        kind="vae",
+        family="sdxl",
+    ),
+    Repository(
+        name="controlnet-sdxl-canny",
+        source="xinsir/controlnet-canny-sdxl-1.0",
+        revision="1271357eda52d54b857c650cacb5b51144643ccb",
+        licence="Apache-2.0",
+        files=("config.json", "diffusion_pytorch_model.safetensors"),
+        about_bytes=2500 * MB,
+        family="sdxl",
+    ),
+    Repository(
+        name="controlnet-sdxl-scribble",
+        source="xinsir/controlnet-scribble-sdxl-1.0",
+        revision="af8f42dfa5429c2c7a97d5f52a172d637e918969",
+        licence="Apache-2.0",
+        files=("config.json", "diffusion_pytorch_model.safetensors"),
+        about_bytes=2500 * MB,
+        family="sdxl",
+    ),
+    Repository(
+        name="controlnet-sdxl-tile",
+        source="xinsir/controlnet-tile-sdxl-1.0",
+        revision="1ae8d9529efe58f7362a987363ff86a7904dc84f",
+        licence="Apache-2.0",
+        files=("config.json", "diffusion_pytorch_model.safetensors"),
+        about_bytes=2500 * MB,
+        family="sdxl",
+    ),
+    Repository(
         name="lcm-lora-sdv1-5",
         source="latent-consistency/lcm-lora-sdv1-5",
         revision="cf2fced511dbe7e26c8d1d397e728fbab875db4b",
         licence="OpenRAIL++",
         files=("pytorch_lora_weights.safetensors",),
         about_bytes=130 * MB,
+        kind="lora",
+    ),
+    Repository(
+        name="lcm-lora-sdxl",
+        source="latent-consistency/lcm-lora-sdxl",
+        revision="a18548dd4956b174ec5b0d78d340c8dae0a129cd",
+        licence="OpenRAIL++",
+        files=("pytorch_lora_weights.safetensors",),
+        about_bytes=390 * MB,
+        kind="lora",
+        family="sdxl",
+    ),
+    Repository(
+        name="sdxl-lightning-4step",
+        source="ByteDance/SDXL-Lightning",
+        revision="c9a24f48e1c025556787b0c58dd67a091ece2e44",
+        licence="OpenRAIL++",
+        files=("sdxl_lightning_4step_lora.safetensors",),
+        about_bytes=390 * MB,
+        kind="lora",
+        family="sdxl",
     ),
     Repository(
         name="sd15-safety-checker",
         **SD15,
         files=("safety_checker/config.json", "safety_checker/*.fp16.safetensors", "feature_extractor/*.json"),
         about_bytes=610 * MB,
+        kind="checker",
     ),
 )
-
-CONTROLNETS = {"sd15": "controlnet-canny"}
-"""The ControlNet that draws by edges, for each family."""
 
 MODELS: dict[str, tuple[str, ...]] = {model: parts for engine in ENGINES for model, parts in engine.models.items()}
 """The catalogue entries that each model a job can select is loaded from, by name."""

@@ -2,38 +2,91 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imagemill.shared.errors import ConfigurationError
+from imagemill.shared.diffusion_models import FAMILIES
+from imagemill.shared.errors import ConfigurationError, OperationFailed
 from imagemill.worker.models import added
-from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, repository
-from imagemill.worker.models.repositories import folder_of
+from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, Repository, RepositoryKind, repository
+from imagemill.worker.models.repositories import folder_of, state
 
 
 @dataclass(frozen=True)
 class Base:
-    """A checkpoint in diffusers' layout: UNet, VAE, text encoder, tokenizer and scheduler. `family` is `sd15`, for example."""
+    """A checkpoint in diffusers' layout: UNet, VAE, text encoders, tokenizers and scheduler.
+
+    `family` is `sd15`, for example. `vae` is the folder of another VAE that is used with it.
+    """
 
     folder: Path
     family: str
+    vae: Path | None = None
+
+    @property
+    def folders(self) -> list[Path]:
+        """All folders that it is loaded from."""
+        return [self.folder] if self.vae is None else [self.folder, self.vae]
 
 
-def base_of(weights: Path, model: str) -> Base:
-    """The checkpoint of a model that a job can name. Raises ConfigurationError if there is none."""
+@dataclass(frozen=True)
+class ControlNet:
+    """A ControlNet: its own name, its folder, and the kind of control picture that it takes, such as `canny`."""
+
+    name: str
+    folder: Path
+    kind: str
+
+
+def base_of(weights: Path, model: str, vae: str | None = None) -> Base:
+    """The checkpoint of a model that a job can name, with another VAE if it names one.
+
+    Raises ConfigurationError if there is no such model, and OperationFailed if there is no such VAE or it doesn't fit.
+    """
+    base = _checkpoint(weights, model)
+    if vae is None:
+        return base
+    entry, record = _entry(vae, "vae"), added.find(weights, vae)
+    if entry is not None and state(weights, entry) != "missing":
+        own = entry.family
+    elif record is not None and record.kind == "vae":
+        own = record.family
+    else:
+        raise OperationFailed(f"the VAE {vae} is not on this node: run {_getting(vae, entry)}")
+    _check_family(f"the VAE {vae}", own, base.family)
+    return replace(base, vae=added_folder(weights, vae))
+
+
+def _checkpoint(weights: Path, model: str) -> Base:
     if model in MODELS:
-        entry = repository(MODELS[model][0])
-        return Base(folder_of(weights, entry), entry.family)
-    record = _record(weights, model, "checkpoint")
+        entry, *others = map(repository, MODELS[model])
+        vae = next((folder_of(weights, other) for other in others if other.kind == "vae"), None)
+        return Base(folder_of(weights, entry), entry.family, vae)
+    record = added.find(weights, model)
+    if record is None or record.kind != "checkpoint":
+        raise ConfigurationError(
+            f"there is no checkpoint called {model} in {weights}: run `imagemill models add {model} SOURCE`"
+        )
     return Base(added_folder(weights, model), record.family)
 
 
-def controlnet_of(weights: Path, name: str) -> Path:
-    """The folder of a ControlNet, by its own name. Raises ConfigurationError if there is none."""
-    if name in {entry.name for entry in REPOSITORIES}:
-        return folder_of(weights, repository(name))
-    _record(weights, name, "controlnet")
-    return added_folder(weights, name)
+def controlnet_of(weights: Path, family: str, control: str) -> ControlNet:
+    """The ControlNet for a base model of this family that a job names, by a kind of control or by its own name.
+
+    The record of an added one names the kind of pictures that it takes in its parameter `control`. Raises OperationFailed if
+    there is no such ControlNet on this node, or if it is for another family.
+    """
+    name = FAMILIES[family].controlnets.get(control, control)
+    entry = _entry(name, "controlnet")
+    record = added.find(weights, name) if entry is None else None
+    if entry is not None and state(weights, entry) != "missing":
+        own, kind = entry.family, _kind_in_catalogue(name)
+    elif record is not None and record.kind == "controlnet":
+        own, kind = record.family, str(record.parameters.get("control", ""))
+    else:
+        raise OperationFailed(f"the ControlNet {name} is not on this node: run {_getting(name, entry)}")
+    _check_family(f"the ControlNet {name}", own, family)
+    return ControlNet(name, added_folder(weights, name), control if control in FAMILIES[family].controlnets else kind)
 
 
 def added_folder(weights: Path, name: str) -> Path:
@@ -41,8 +94,19 @@ def added_folder(weights: Path, name: str) -> Path:
     return weights / "diffusion" / name
 
 
-def _record(weights: Path, name: str, kind: added.Kind) -> added.Added:
-    record = added.find(weights, name)
-    if record is None or record.kind != kind:
-        raise ConfigurationError(f"there is no {kind} called {name} in {weights}: run `imagemill models add {name} SOURCE`")
-    return record
+def _entry(name: str, kind: RepositoryKind) -> Repository | None:
+    return next((entry for entry in REPOSITORIES if (entry.name, entry.kind) == (name, kind)), None)
+
+
+def _getting(name: str, entry: Repository | None) -> str:
+    return f"`imagemill models pull {name}`" if entry is not None else f"`imagemill models add {name} SOURCE`"
+
+
+def _check_family(what: str, own: str, wanted: str) -> None:
+    if own != wanted:
+        trained = FAMILIES[own].title if own in FAMILIES else own
+        raise OperationFailed(f"{what} is for {trained}, not for {FAMILIES[wanted].title}")
+
+
+def _kind_in_catalogue(name: str) -> str:
+    return next(kind for family in FAMILIES.values() for kind, known in family.controlnets.items() if known == name)

@@ -15,10 +15,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
+from imagemill.shared.diffusion_models import FAMILIES
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import UsageError
 from imagemill.worker.models import added, files
-from imagemill.worker.models.catalogue import CONTROLNETS, MODELS, REPOSITORIES, WEIGHTS, Repository
+from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, WEIGHTS, Repository
 from imagemill.worker.models.checksums import digest, read_json, sha256_of
 
 RECORD = "imagemill.json"
@@ -34,8 +35,11 @@ def folder_of(weights: Path, entry: Repository) -> Path:
 
 def lora_file(weights: Path, name: str) -> Path:
     """A LoRA's file: the pulled one, or else the operator's own, `{weights}/diffusion/loras/{name}.safetensors`."""
-    pulled = weights / "diffusion" / name / "pytorch_lora_weights.safetensors"
-    return pulled if pulled.is_file() else weights / "diffusion" / "loras" / f"{name}.safetensors"
+    entry = next((entry for entry in REPOSITORIES if entry.name == name and entry.kind == "lora"), None)
+    pulled = None if entry is None else folder_of(weights, entry) / entry.files[0]
+    if pulled is not None and pulled.is_file():
+        return pulled
+    return weights / "diffusion" / "loras" / f"{name}.safetensors"
 
 
 def state(weights: Path, entry: Repository) -> State:
@@ -56,24 +60,16 @@ def is_here(weights: Path, model: str) -> bool:
         record = added.find(weights, model)
         if record is None or record.kind not in added.SELECTABLE or not record.is_here(weights):
             return False
-        if record.kind == "checkpoint" and record.family not in CONTROLNETS:
-            return False
-    parts = parts_of(weights, model)
+        return record.kind != "checkpoint" or record.family in FAMILIES
+    parts = parts_of(model)
     return all(state(weights, entry) != "missing" for entry in REPOSITORIES if entry.name in parts) and all(
         files.required_file(weights, entry).is_file() for entry in WEIGHTS if entry.name in parts
     )
 
 
-def parts_of(weights: Path, model: str) -> tuple[str, ...]:
-    """The entries of the catalogue, or names of added models, whose files a model that jobs can name consists of.
-
-    Raises ConfigurationError if its record is damaged.
-    """
-    if model in MODELS:
-        return MODELS[model]
-    record = added.find(weights, model)
-    controlnet = CONTROLNETS.get(record.family) if record is not None and record.kind == "checkpoint" else None
-    return (model,) if controlnet is None else (model, controlnet)
+def parts_of(model: str) -> tuple[str, ...]:
+    """The entries of the catalogue, or the added model, whose files a model that jobs can name consists of."""
+    return MODELS.get(model, (model,))
 
 
 def models_here(weights: Path, engine: str) -> list[str]:
@@ -81,6 +77,15 @@ def models_here(weights: Path, engine: str) -> list[str]:
     own = [record.name for record in added.selectable(weights, engine)]
     models = dict.fromkeys(model for row in ENGINES if row.name == engine for model in (*row.models, *own))
     return [model for model in models if is_here(weights, model)]
+
+
+def parts_here(weights: Path) -> list[str]:
+    """The LoRAs, ControlNets and VAEs on disk: the catalogue's, added ones, and files among the operator's own LoRAs."""
+    kinds = ("lora", "controlnet", "vae")
+    found = [entry.name for entry in REPOSITORIES if entry.kind in kinds and state(weights, entry) != "missing"]
+    found += [record.name for record in added.everything(weights)[0] if record.kind in kinds and record.is_here(weights)]
+    found += [path.stem for path in (weights / "diffusion" / "loras").glob("*.safetensors")]
+    return sorted(set(found))
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
@@ -94,7 +99,7 @@ def describe(weights: Path, entry: Repository) -> dict[str, Any]:
     """A repository's catalogue entry with its state, path and size in bytes, and the fields that files have."""
     path, status = folder_of(weights, entry), state(weights, entry)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if status != "missing" else None
-    return {**asdict(entry), "state": status, "path": str(path), "bytes": size, "also": [], "commercial": True}
+    return {**asdict(entry), "state": status, "path": str(path), "bytes": size, "also": []}
 
 
 def verify(weights: Path, entry: Repository) -> Iterator[tuple[bool, str]]:

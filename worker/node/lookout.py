@@ -7,7 +7,7 @@ import time
 
 from imagemill.shared.settings import Settings
 from imagemill.worker.node.lanes import Lanes
-from imagemill.worker.node.offer import files_of, incomplete, lanes, shortcomings
+from imagemill.worker.node.offer import files_of, incomplete, lanes, parts, shortcomings
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Lookout:
         self._offered = dict(self._seen)
         self._look_at = time.monotonic() + LOOK_SECONDS
         self.lanes = Lanes(self._offered)
-        self.lacks = self._lacks()
+        self.lacks, self.parts = self._lacks(), parts(settings)
         self._told = self._state()
 
     def look(self) -> None:
@@ -48,7 +48,7 @@ class Lookout:
                 log.info("model replaced" if lane in self._offered else "model found", extra={"action": "lane", "lane": lane})
                 self._offered[lane] = files
                 self.lanes.offer(lane)
-        self._seen, self.lacks = found, self._lacks()
+        self._seen, self.lacks, self.parts = found, self._lacks(), parts(self._settings)
 
     def changed(self) -> bool:
         """Whether what the node offers or lacks has changed since the last call."""
@@ -63,7 +63,7 @@ class Lookout:
             self.lanes.offer(lane)
 
     def _state(self) -> object:
-        return self.lanes.open(), self.lanes.closed(), self.lacks
+        return self.lanes.open(), self.lanes.closed(), self.lacks, self.parts
 
     def _lacks(self) -> tuple[str, ...]:
         found = (*shortcomings(self._settings), *incomplete(self._settings))

@@ -10,7 +10,7 @@ from imagemill.shared.options.base import nearest
 from imagemill.shared.settings import Settings
 from imagemill.worker.models import added, repositories
 from imagemill.worker.models.catalogue import REPOSITORIES
-from imagemill.worker.models.repositories import models_here, parts_of
+from imagemill.worker.models.repositories import models_here, parts_here, parts_of
 from imagemill.worker.models.stamps import Stamp, stamp
 
 
@@ -36,6 +36,11 @@ def present(settings: Settings, engine: str) -> list[str]:
     return models_here(settings.weights.folder.expanduser(), engine)
 
 
+def parts(settings: Settings) -> tuple[str, ...]:
+    """The LoRAs, ControlNets and VAEs on this host, which jobs can name beside a model."""
+    return tuple(parts_here(settings.weights.folder.expanduser()) if "diffusion" in settings.worker.engines else ())
+
+
 def missing(settings: Settings) -> dict[str, list[str]]:
     """The catalogue's models that are not on this host, by engine; an engine that has all of its models is left out."""
     here = {engine: present(settings, engine) for engine in settings.worker.engines}
@@ -49,7 +54,7 @@ def files_of(settings: Settings, lane: str) -> Stamp:
     if not model:
         return ()
     weights = settings.weights.folder.expanduser()
-    files = [file for part in parts_of(weights, model) for file in stamp(weights / engine, part)]
+    files = [file for part in parts_of(model) for file in stamp(weights / engine, part)]
     return (*files, *stamp(weights / "added", model))
 
 

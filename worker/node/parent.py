@@ -271,6 +271,7 @@ class Parent:
         lanes, faults = self.lanes.open(), {lane: fault.reason for lane, fault in self.lanes.closed().items()}
         problem = self.children.reason() or self.children.hung(self.settings.lease_seconds, self.settings.stall_limit)
         changes: dict[str, Any] = {"ready": ready, "lanes": tuple(lanes), "lacks": self.lookout.lacks, "faults": faults}
+        changes["parts"] = self.lookout.parts
         changes |= {"busy": self.children.busy(), "problem": problem}
         self.meter.offers(lanes)
         if not self.fleet.report_node(self.node.model_copy(update=changes)):

@@ -13,7 +13,7 @@ from imagemill.shared.options.base import EngineOptions
 from imagemill.shared.options.base import Operation as OperationName
 from imagemill.shared.urls import shown
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.imaging.picture import Grey, Picture
+from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 
 Options = TypeVar("Options", bound=EngineOptions)
 """What a job can ask of the engine (shared/options)."""
@@ -30,13 +30,15 @@ class Spec:
     """What an engine can do and what it needs, as data, so that the line has no branches per operation.
 
     `max_batch` is the largest number of samples per `run`. `runtime` selects the runtime whose memory limits batch sizes.
-    With `restyles`, a job's results should look alike and keep the edges of their sources. `warm_up` holds options for the
-    synthetic image that each child processes before its first task.
+    With `takes_control`, an item can have a control image of its own. With `restyles`, a job's results should look alike and
+    keep the edges of their sources. `warm_up` holds options for the synthetic image that each child processes before its
+    first task.
     """
 
     name: OperationName
     engine: str
     needs_mask: bool = False
+    takes_control: bool = False
     makes_alpha: bool = False
     restyles: bool = False
     max_batch: int = 1
@@ -53,7 +55,8 @@ class Inputs(Generic[Options]):
     """What `prepare` may use besides the image.
 
     `mask` [height, width] uint8 is None unless `spec.needs_mask` is set and the item or job has one; `mask_notes` say how it
-    was read. `read(url)` fetches and decodes another image of the job, such as a reference, and raises ImageError if it can't.
+    was read. `control` [height, width, 3 or 4] is the item's own control image, if it has one and `spec.takes_control` is set.
+    `read(url)` fetches and decodes another image of the job, such as a reference, and raises ImageError if it can't.
     """
 
     item: Item
@@ -61,6 +64,7 @@ class Inputs(Generic[Options]):
     mask: Grey | None = None
     read: Callable[[str], Picture] = _unreadable
     mask_notes: tuple[str, ...] = ()
+    control: Pixels | None = None
 
 
 @dataclass(frozen=True)

@@ -46,3 +46,27 @@ def test_models_of_another_engine_are_not_meant() -> None:
 
 def test_no_advice_is_needed_if_a_node_offers_the_lane() -> None:
     assert advice(f"{REMBG}.shop", [node("stylize.opencv"), node(f"{REMBG}.shop")]) is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "have", "missing"),
+    [
+        (("red",), [("red", "blue")], None),
+        (("red",), [(), ("red",)], None),
+        (("red",), [None], None),
+        (("red", "blue"), [("blue",)], "red"),
+        (("red", "blue"), [()], "red or blue"),
+        ((), [()], None),
+    ],
+)
+def test_advice_names_parts_that_no_node_of_the_lane_has(
+    parts: tuple[str, ...], have: list[tuple[str, ...] | None], missing: str | None
+) -> None:
+    lane = "stylize.diffusion.sd15"
+    nodes = [node(lane).model_copy(update={"parts": own}) for own in have] + [node("stylize.opencv")]
+    said = advice(lane, nodes, parts)
+    assert said == (
+        missing
+        and f"no worker that offers the model has {missing}, so images will fail; get it with `imagemill models pull "
+        f"{missing.split()[0]}`, or `imagemill models add {missing.split()[0]} SOURCE` if it is your own"
+    )

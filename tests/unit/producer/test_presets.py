@@ -59,7 +59,7 @@ def test_show_prints_a_preset_in_the_file_format(own: Path) -> None:
 
 def test_check_reports_faults_and_exits_with_2(own: Path, tmp_path: Path) -> None:
     fine = run("check")
-    assert (fine.exit_code, fine.stdout) == (0, "6 presets, all valid\n")
+    assert (fine.exit_code, fine.stdout) == (0, "8 presets, all valid\n")
     other = tmp_path / "other.yaml"
     other.write_text("a:\n  extends: turbo\n  options: {steps: 0}\nb:\n  extends: nothing\n")
     done = run("check", str(other))

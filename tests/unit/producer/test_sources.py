@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -339,6 +340,11 @@ def test_parse_returns_an_item() -> None:
     item = parse(SourceRow("stdin:1", {"source": A, "mask": B, "boxes": "0.1,0.2,0.3,0.4", "name": "cat"}), 7)
     assert (item.index, item.source, item.mask, item.name) == (7, A, B, "cat")
     assert item.boxes[0].unit == "fraction"
+    drawn = parse(SourceRow("stdin:1", {"source": A, "control_image": B}), 7)
+    assert drawn.control_image == B
+    plain = parse(SourceRow("stdin:1", {"source": A}), 7)
+    assert drawn.digest != plain.digest
+    assert plain.digest == hashlib.sha256(f"{A}\nNone\n()\nNone".encode()).hexdigest(), "as before there were control images"
 
 
 @pytest.mark.parametrize(
@@ -353,6 +359,7 @@ def test_parse_returns_an_item() -> None:
         ({"source": "https://example.com/" + "a" * 4096}, "source: "),
         ({"source": 7}, "source: "),
         ({"source": A, "mask": "here"}, "mask: "),
+        ({"source": A, "control_image": "here"}, "control_image: "),
         ({"source": A, "boxes": "1,2,3"}, "boxes.0: "),
         ({"source": A, "boxes": [[1, 2, 0, 4]]}, "boxes.0.width: "),
         ({"source": A, "name": "n" * 201}, "name: "),

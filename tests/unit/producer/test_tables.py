@@ -62,8 +62,9 @@ def test_column_for_one_url_may_hold_several_but_commas_belong_to_a_url(write: A
     ]
 
 
-def test_several_images_can_not_share_a_mask(write: Any) -> None:
-    row = only(read(write("l.csv", f'images,mask\n"{A},{B}",{A}\n')))
+@pytest.mark.parametrize("column", ["mask", "control_image"])
+def test_several_images_can_not_share_a_mask_or_control_image(column: str, write: Any) -> None:
+    row = only(read(write("l.csv", f'images,{column}\n"{A},{B}",{A}\n')))
     assert isinstance(row, BadRow)
     assert "a row for each" in row.reason
 

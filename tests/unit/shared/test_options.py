@@ -15,7 +15,7 @@ from imagemill.shared.messages import LANE
 from imagemill.shared.options.base import OPERATIONS, Box, Boxes, nearest
 from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
 from imagemill.shared.options.remove_background import OpencvRemoveBackground
-from imagemill.shared.options.stylize import OpencvStylize
+from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
 
 BOXES: TypeAdapter[tuple[Box, ...]] = TypeAdapter(Boxes)
 
@@ -99,6 +99,13 @@ def test_text_values_are_parsed() -> None:
         ("remove-background", "rembg", {"exact": "true", "long_edge": "800"}, "can't be combined with long_edge or shadow"),
         ("stylize", "opencv", {"style": "colour-transfer"}, "go together"),
         ("stylize", "opencv", {"reference": "https://example.com/r.jpg"}, "go together"),
+        ("stylize", "diffusion", {"control": "canny;tile;scribble"}, "control: value should have at most 2 items"),
+        ("stylize", "diffusion", {"control": "canny;canny:0.5"}, "control contains the same name twice"),
+        ("stylize", "diffusion", {"control": "canny:3"}, "control.0.weight: input should be less than or equal to 2"),
+        ("stylize", "diffusion", {"control": "../canny"}, "control.0.name: a name has 1 to 64 letters"),
+        ("stylize", "diffusion", {"control": "controlnet-sdxl-tile"}, "is for SDXL, unlike the model sd15-canny"),
+        ("stylize", "diffusion", {"control": "controlnet-canny", "model": "sdxl"}, "is for Stable Diffusion 1.5, unlike"),
+        ("stylize", "diffusion", {"control": "none", "control_image": "https://example.com/c.png"}, "needs a control"),
     ],
 )
 def test_wrong_option_is_refused_with_the_reason(operation: str, engine: str, options: dict[str, Any], reason: str) -> None:
@@ -185,3 +192,54 @@ def test_every_inpainting_engine_takes_the_same_masks_and_boxes() -> None:
     parsed = [parse_options("inpaint", engine, given) for engine in engines_of("inpaint")]
     assert len({str(options.model_dump(include=set(given))) for options in parsed}) == 1
     assert parse_options("inpaint", "lama", {"strategy": "resize", "tile": "512"}) == LamaInpaint(strategy="resize", tile=512)
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "weights"),
+    [
+        ({}, ["canny"], [0.8]),
+        ({"control_scale": 1.5}, ["canny"], [1.5]),
+        ({"control": "tile:0.4"}, ["tile"], [0.4]),
+        ({"control": " canny ; my-lines:1 ", "control_scale": 0.3}, ["canny", "my-lines"], [0.3, 1]),
+        ({"control": {"scribble": 0.5, "tile": None}}, ["scribble", "tile"], [0.5, 0.8]),
+        ({"control": "none"}, [], []),
+        ({"control": None}, [], []),
+        ({"control": ""}, [], []),
+    ],
+)
+def test_controls_have_their_own_weight_or_the_common_one(
+    given: dict[str, Any], names: list[str], weights: list[float]
+) -> None:
+    options = parse_options("stylize", "diffusion", given)
+    assert isinstance(options, DiffusionStylize)
+    assert ([control.name for control in options.control], options.weights) == (names, weights)
+    assert DiffusionStylize.model_validate_json(options.model_dump_json()) == options
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (25, 7.5, "unipc", None)),
+        ({"model": "sdxl"}, (25, 7.5, "unipc", None)),
+        ({"model": "my-own"}, (25, 7.5, "unipc", None)),
+        ({"model": "sdxl-turbo"}, (4, 1, "euler-trailing", 512)),
+        ({"model": "sdxl-turbo", "steps": 2, "size": 1024}, (2, 1, "euler-trailing", 1024)),
+    ],
+)
+def test_base_model_sets_what_the_job_does_not(given: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    options = parse_options("stylize", "diffusion", given)
+    assert isinstance(options, DiffusionStylize)
+    assert (options.steps, options.cfg, options.scheduler, options.size) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({}, ["controlnet-canny"]),
+        ({"model": "sdxl", "control": "lineart;mine", "loras": "red"}, ["controlnet-sdxl-scribble", "mine", "red"]),
+        ({"model": "my-own", "control": "canny;mine", "vae": "bright"}, ["mine", "bright"]),
+        ({"control": "none"}, []),
+    ],
+)
+def test_options_name_the_parts_that_a_job_needs(given: dict[str, Any], parts: list[str]) -> None:
+    assert parse_options("stylize", "diffusion", given).parts() == parts

@@ -62,12 +62,12 @@ def wrong(path: Path, text: str) -> str:
         return error.message
 
 
-def test_five_presets_ship_and_are_valid() -> None:
+def test_seven_presets_ship_and_are_valid() -> None:
     shipped = Presets()
-    assert shipped.names() == ["product-clean", "anime", "realistic", "sketch", "turbo"]
+    assert shipped.names() == ["product-clean", "anime", "realistic", "sketch", "turbo", "sdxl", "lightning"]
     assert list(shipped.faults()) == []
     parsed = {name: options(shipped.get(name)) for name in shipped.names()}
-    assert len({preset.prompt for preset in parsed.values()}) == 4, "turbo is a faster product-clean"
+    assert len({preset.prompt for preset in parsed.values()}) == 4, "three are product-clean with other models"
     assert all(shipped.get(name).description for name in parsed)
 
 
@@ -77,6 +77,23 @@ def test_turbo_takes_four_steps_without_guidance() -> None:
     assert [lora.name for lora in turbo.loras] == ["lcm-lora-sdv1-5"]
 
 
+def test_lightning_takes_four_steps_of_sdxl_without_guidance() -> None:
+    lightning = options(Presets().get("lightning"))
+    assert (lightning.model, lightning.steps, lightning.cfg, lightning.scheduler) == ("sdxl", 4, 1.0, "euler-trailing")
+    assert [lora.name for lora in lightning.loras] == ["sdxl-lightning-4step"]
+
+
+def test_preset_names_models_and_controls(own: Path) -> None:
+    own.write_text(
+        "soft:\n  extends: anime\n  options:\n    model: sdxl-turbo\n    control: {scribble: 0.5, tile: 0.3}\n"
+        "free:\n  extends: product-clean\n  options: {control: none, vae: mine}\n"
+    )
+    soft, free = (options(Presets(own).get(name)) for name in ("soft", "free"))
+    assert [(control.name, control.weight) for control in soft.control] == [("scribble", 0.5), ("tile", 0.3)]
+    assert (soft.steps, soft.scheduler, soft.size) == (28, "euler-trailing", 512), "what the preset sets stays"
+    assert (free.control, free.vae) == ((), "mine")
+
+
 def test_each_preset_has_limits_that_fit_it() -> None:
     def flags(name: str, **measures: float) -> set[str]:
         quality = Policy.model_validate(Presets().get(name).policy).quality
@@ -84,8 +101,9 @@ def test_each_preset_has_limits_that_fit_it() -> None:
         return set(beyond(Measures(**measures), quality, "stylize"))
 
     strict = [name for name in Presets().names() if flags(name, edges=0.3)]
-    assert strict == ["product-clean"]
-    assert [name for name in Presets().names() if flags(name, edges=0.22)] == ["product-clean", "realistic", "turbo"]
+    assert strict == ["product-clean", "sdxl"]
+    weak = [name for name in Presets().names() if flags(name, edges=0.22)]
+    assert weak == ["product-clean", "realistic", "turbo", "sdxl", "lightning"]
     assert flags("sketch", edges=0.1) == {"unlike"}
     assert flags("sketch", cast=99, entropy=0.3, kept=9) == set(), "grey lines on white"
     assert flags("sketch", entropy=0) == {"blank"}

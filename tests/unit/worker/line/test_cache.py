@@ -197,10 +197,12 @@ def test_key_depends_on_library_versions(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (("inpaint", {}), {"mask": "https://a.example/mask.png"}),
         (("inpaint", {"mask": "https://a.example/mask.png"}), {}),
+        (("stylize", {"engine": "diffusion"}), {"control_image": "https://a.example/lines.png"}),
+        (("stylize", {"engine": "diffusion", "control_image": "https://a.example/lines.png"}), {}),
         (("stylize", {"style": "colour-transfer", "reference": "https://a.example/sunset.jpg"}), {}),
         (("remove-background", {"engine": "rembg", "background_image": "https://a.example/beach.jpg"}), {}),
     ],
-    ids=["own mask", "job's mask", "reference", "background"],
+    ids=["own mask", "job's mask", "own control", "job's control", "reference", "background"],
 )
 def test_no_key_for_images_that_need_another_image(options: tuple[str, dict[str, Any]], item: dict[str, Any]) -> None:
     assert key(Wanted(options=options), item) is None

@@ -18,7 +18,7 @@ from imagemill.shared.errors import OperationFailed, StorageUnavailable
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.cache import Cache
 from imagemill.worker.line.pixel_budget import PixelBudget
-from imagemill.worker.operations.base import Inputs, Sample, Untouched, Work
+from imagemill.worker.operations.base import Evidence, Inputs, Sample, Spec, Untouched, Work
 from imagemill.worker.operations.inpaint.mask import Hole, find_hole
 from tests.conftest import photo
 from tests.fakes import Invert
@@ -250,6 +250,34 @@ def test_mask_counts_in_the_pixel_budget(job: LineJob, monkeypatch: pytest.Monke
     job.run(Masked(), items, kind="inpaint")
     assert job.codes() == ["done"]
     assert asked == [SIZE + math.prod(Image.open(io.BytesIO(own)).size)]
+
+
+class Controlled(Invert):
+    """Makes the item's own control image the result."""
+
+    spec = Spec("stylize", "opencv", takes_control=True)
+
+    def prepare(self, picture: Picture, inputs: Inputs[Any]) -> Any:
+        shown = picture.pixels if inputs.control is None else inputs.control
+        return Work([Sample(255 - shown, None)], plan=picture, evidence=Evidence(comparable=False))
+
+
+def test_own_control_image_is_fetched_for_an_operation_that_takes_one(job: LineJob) -> None:
+    job.server.routes |= {"/lines.png": png(np.full((10, 20, 3), 77, np.uint8)), "/bad.png": html(), "/gone.png": answers(404)}
+    own = ("/lines.png", None, "/bad.png?Signature=secret", "/gone.png")
+    items = [
+        item.model_copy(update={"control_image": url and job.server.url(url), "mask": job.server.url("/mask.png")})
+        for item, url in zip(job.photos(4), own, strict=True)
+    ]
+    job.run(Controlled(), items)
+    assert job.codes() == ["done", "done", "bad_reference", "bad_reference"]
+    assert pixels(job.rows()[0]).shape == (10, 20, 3)
+    assert (pixels(job.rows()[0]) == 77).all()
+    assert pixels(job.rows()[1]).shape == (72, 96, 3)
+    message = job.rows()[2].message or ""
+    assert "the control image" in message
+    assert "secret" not in message
+    assert job.server.hits["/mask.png"] == 0
 
 
 def test_bad_job_mask_is_fetched_once(job: LineJob) -> None:

@@ -91,12 +91,12 @@ def test_model_from_several_repositories_is_a_lane_when_all_are_complete(tmp_pat
     assert lanes(known) == [], "weights are missing"
     for part in ("unet", "vae", "text_encoder"):
         (base / part / "model.fp16.safetensors").touch()
-    assert lanes(known) == [], "the ControlNet is missing"
+    assert lanes(known) == ["stylize.diffusion.sd15"], "the ControlNet is missing"
     controlnet.mkdir()
     for name in ("config.json", "diffusion_pytorch_model.fp16.safetensors"):
         (controlnet / name).touch()
-    assert lanes(known) == ["stylize.diffusion.sd15-canny"]
-    assert missing(known) == {}
+    assert lanes(known) == ["stylize.diffusion.sd15-canny", "stylize.diffusion.sd15"]
+    assert missing(known) == {"diffusion": ["sdxl", "sdxl-turbo"]}
 
 
 def test_added_model_is_a_lane_while_its_files_are_there(tmp_path: Path) -> None:

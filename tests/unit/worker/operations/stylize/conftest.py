@@ -1,4 +1,4 @@
-"""A small pipeline with random weights and three LoRAs, and the engine that has loaded it."""
+"""Small models of each family with random weights, ControlNets and LoRAs, and the engine that has loaded one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from tests.styles import loaded
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = pipeline_folder(tmp_path_factory.getbasetemp() / "weights", checker=True)
+    folder = pipeline_folder(tmp_path_factory.getbasetemp() / "weights", controls=("canny", "tile"), checker=True)
+    pipeline_folder(folder, "sdxl", ("canny", "scribble"))
     for number, name in enumerate(("red", "green", "blue")):
         lora_file(folder / "diffusion" / "loras" / f"{name}.safetensors", folder, seed=number)
+    lora_file(folder / "diffusion" / "loras" / "xl.safetensors", folder, "sdxl")
     return folder
 
 

@@ -25,7 +25,7 @@ from tests.unit.worker.operations.conformance import scene
 
 def test_compiled_model_uses_coarser_buckets(weights: Path) -> None:
     operation = loaded(weights, compiled=True)
-    shape = prepared(operation, size=512).samples[0].data.edges.shape
+    shape = prepared(operation, size=512).samples[0].data.pixels.shape[:2]
     assert shape[::-1] == bucket((120, 90), 512, 64)
     assert all(side % 64 == 0 for side in shape)
 
@@ -37,12 +37,12 @@ def test_compiled_model_is_warmed_up_for_each_size(weights: Path, monkeypatch: p
     run = module.Pipeline._run
 
     def watched(self: module.Pipeline, canvases: list[Canvas], options: Any) -> Any:
-        shapes.append((len(canvases), canvases[0].edges.shape, options.cfg > 1))
+        shapes.append((len(canvases), canvases[0].pixels.shape[:2], options.cfg > 1))
         return run(self, canvases, options)
 
     monkeypatch.setattr(module.Pipeline, "_run", watched)
     styled(loaded(weights, compiled=True, warm_up=["64x128", "64x64"]))
-    assert compiled == ["UNet2DConditionModel", "ControlNetModel", "Decoder"]
+    assert compiled == ["UNet2DConditionModel", "Decoder", "ControlNetModel"]
     assert shapes[:4] == [(1, (128, 64), True), (1, (128, 64), False), (1, (64, 64), True), (1, (64, 64), False)]
 
 
@@ -92,7 +92,9 @@ def test_model_is_compiled_for_each_shape(weights: Path, monkeypatch: pytest.Mon
 def test_vae_works_in_tiles_for_large_images_and_when_memory_is_short(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
     plain = styled(operation)
-    pipe = operation._pipeline.current._text  # type: ignore[union-attr]
+    pipeline = operation._pipeline.current
+    assert pipeline is not None
+    pipe = pipeline._text
     assert not pipe.vae.use_tiling
     monkeypatch.setattr(module, "TILED_ABOVE", 64 * 64 - 1)
     styled(operation, scene(50, 50))
@@ -100,7 +102,7 @@ def test_vae_works_in_tiles_for_large_images_and_when_memory_is_short(weights: P
     monkeypatch.undo()
     assert np.array_equal(styled(operation), plain)
     assert not pipe.vae.use_tiling
-    assert attention(pipe) == {AttnProcessor2_0}, "torch's fused attention"
+    assert attention(pipeline) == {AttnProcessor2_0}, "torch's fused attention"
     for level in (1, 2):
         assert operation.relieve(level)
         result = styled(operation)
@@ -108,11 +110,12 @@ def test_vae_works_in_tiles_for_large_images_and_when_memory_is_short(weights: P
         assert pipe.vae.use_slicing
         assert difference(result, plain) < 3
     assert not operation.relieve(3)
-    assert AttnProcessor2_0 not in attention(pipe)
+    assert AttnProcessor2_0 not in attention(pipeline)
     assert operation.relieve(0)
     assert np.array_equal(styled(operation), plain)
-    assert attention(pipe) == {AttnProcessor2_0}
+    assert attention(pipeline) == {AttnProcessor2_0}
 
 
-def attention(pipe: Any) -> set[type]:
-    return {type(processor) for part in (pipe.unet, pipe.controlnet) for processor in part.attn_processors.values()}
+def attention(pipeline: module.Pipeline) -> set[type]:
+    parts = pipeline._text.unet, *pipeline.controlnets.networks
+    return {type(processor) for part in parts for processor in part.attn_processors.values()}

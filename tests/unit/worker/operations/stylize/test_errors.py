@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,9 +17,9 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Pixels
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.repositories import folder_of
-from imagemill.worker.operations.stylize import pipeline as module
 from imagemill.worker.operations.stylize.diffusion import Diffusion
 from tests.devices import SHORT
+from tests.pipelines import added
 from tests.styles import loaded, prepared, styled
 
 
@@ -27,9 +28,14 @@ def test_load_without_the_model_names_the_pull_command(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
+def only_sd15(weights: Path, tmp_path: Path) -> Path:
+    """A copy of the weights without the models of another family."""
+    return shutil.copytree(weights, tmp_path / "weights", ignore=shutil.ignore_patterns("*sdxl*"))
+
+
 @pytest.mark.parametrize("part", ["tokenizer", "scheduler", "text_encoder", "model_index.json"])
 def test_load_with_an_incomplete_model_names_the_pull_command(part: str, weights: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(weights, tmp_path / "weights")
+    folder = only_sd15(weights, tmp_path)
     path = folder_of(folder, repository("sd15")) / part
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ConfigurationError, match="imagemill models pull sd15-canny"):
@@ -59,8 +65,21 @@ def test_model_that_is_lost_or_damaged_later_is_unavailable(
         operation.run(work.samples)
 
 
-def test_pickle_is_never_loaded(weights: Path, tmp_path: Path) -> None:
+def test_added_model_whose_record_is_lost_later_only_fails_images(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
+    shutil.copytree(folder / "diffusion" / "sdxl", folder / "diffusion" / "shop")
+    shutil.copytree(folder / "diffusion" / "sdxl-vae", folder / "diffusion" / "shop" / "vae", dirs_exist_ok=True)
+    added(folder, "shop", "checkpoint", "sdxl")
+    operation = loaded(folder)
+    assert np.array_equal(styled(operation, model="shop"), styled(operation, model="sdxl")), "of the record's family"
+    (folder / "added" / "shop.json").unlink()
+    with pytest.raises(ModelUnavailable, match="imagemill models add shop"):
+        styled(operation, model="shop")
+    styled(operation)
+
+
+def test_pickle_is_never_loaded(weights: Path, tmp_path: Path) -> None:
+    folder = only_sd15(weights, tmp_path)
     unet = folder_of(folder, repository("sd15")) / "unet" / "diffusion_pytorch_model.safetensors"
     unet.rename(unet.with_suffix(".bin"))
     with pytest.raises(ConfigurationError):
@@ -106,24 +125,29 @@ def test_memory_errors_of_torch_become_out_of_memory(
         raise error()
 
     with monkeypatch.context() as patched:
-        patched.setattr(module.ControlNetModel, "from_pretrained", short)
+        patched.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", short)
         with pytest.raises(ModelUnavailable, match="does not fit") as caught:
             operation.run(prepared(operation).samples)
         assert caught.value.passing
+    with monkeypatch.context() as patched:
+        patched.setattr(diffusers.ControlNetModel, "from_pretrained", short)
+        with pytest.raises(OutOfMemory, match="does not fit"):
+            operation.run(prepared(operation).samples)
     styled(operation)
     monkeypatch.setattr(operation._pipeline.current._text.unet, "forward", short)  # type: ignore[union-attr]
     with pytest.raises(OutOfMemory):
         operation.run(prepared(operation).samples)
 
 
-def test_safety_checker_rejects_unsafe_images_and_must_be_installed(weights: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["sd15-canny", "sdxl"])
+def test_safety_checker_rejects_unsafe_images_and_must_be_installed(model: str, weights: Path, tmp_path: Path) -> None:
     operation = loaded(weights, safety_checker=True)
-    outputs = operation.run(prepared(operation).samples)
-    checker = operation._pipeline.current._text.safety_checker  # type: ignore[union-attr]
+    outputs = operation.run(prepared(operation, model=model).samples)
+    checker = operation._pipeline.current.checker.network  # type: ignore[union-attr]
     checker.concept_embeds_weights.data.fill_(-2.0)
-    (refused,) = operation.run(prepared(operation).samples)
+    (refused,) = operation.run(prepared(operation, model=model).samples)
     checker.concept_embeds_weights.data.fill_(2.0)
-    (passed,) = operation.run(prepared(operation).samples)
+    (passed,) = operation.run(prepared(operation, model=model).samples)
     assert isinstance(refused, UnsafeContent)
     assert not isinstance(passed, Exception)
     assert len(outputs) == 1

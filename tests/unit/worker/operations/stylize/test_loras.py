@@ -1,7 +1,8 @@
-"""LoRAs: how many stay loaded, and files that are missing, damaged or changed."""
+"""LoRAs, ControlNets and VAEs: how many stay loaded, and files that are missing, damaged, changed or don't fit."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
 
 from imagemill.shared.engines import parse_options
-from imagemill.shared.errors import OperationFailed
-from tests.pipelines import lora_file
-from tests.styles import QUICK, difference, loaded, styled
+from imagemill.shared.errors import BadReference, OperationFailed
+from tests.pipelines import added, lora_file
+from tests.styles import PHOTO, QUICK, difference, loaded, prepared, styled
 
 
 def test_least_recently_used_lora_is_dropped(weights: Path) -> None:
@@ -36,6 +37,69 @@ def test_least_recently_used_lora_is_dropped(weights: Path) -> None:
     assert difference(both, red) > 0.2
     assert np.array_equal(styled(operation), plain), "without adapters, the result is the original one"
     assert operation._pipeline.current is pipeline
+
+
+def test_least_recently_used_controlnet_is_dropped(weights: Path) -> None:
+    operation = loaded(weights, controlnets=1)
+    canny = styled(operation)
+    pipeline = operation._pipeline.current
+    assert pipeline is not None
+    assert pipeline.controlnets.loaded == ["controlnet-canny"]
+    tile = styled(operation, control="tile")
+    assert pipeline.controlnets.loaded == ["controlnet-tile"]
+    both = styled(operation, control="canny;tile")
+    assert pipeline.controlnets.loaded == ["controlnet-canny", "controlnet-tile"], "one job may need more than the limit"
+    assert np.array_equal(styled(operation, control="none"), styled(loaded(weights), control="none"))
+    assert np.array_equal(styled(operation, control="tile"), tile)
+    assert pipeline.controlnets.loaded == ["controlnet-tile"]
+    assert np.array_equal(styled(operation), canny), "dropped and reloaded"
+    assert np.array_equal(styled(operation, control="canny;tile"), both)
+    assert operation._pipeline.current is pipeline
+
+
+def test_missing_damaged_or_unsuitable_controlnet_fails_only_its_images(weights: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    operation = loaded(folder)
+    plain = styled(operation)
+    shutil.copytree(folder / "diffusion" / "controlnet-sdxl-canny", folder / "diffusion" / "liar")
+    added(folder, "liar", "controlnet", "sd15", control="canny")
+    shutil.copytree(folder / "diffusion" / "controlnet-canny", folder / "diffusion" / "depth")
+    added(folder, "depth", "controlnet", "sd15")
+    shutil.copytree(folder / "diffusion" / "controlnet-sdxl-canny", folder / "diffusion" / "large")
+    added(folder, "large", "controlnet", "sdxl", control="canny")
+    (folder / "diffusion" / "controlnet-tile" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x80\x04pickle")
+    absent = "the ControlNet {} is not on this node: run `imagemill models {}`"
+    for control, reason in {
+        "lineart": absent.format("controlnet-lineart", "pull controlnet-lineart"),
+        "scribble": absent.format("controlnet-scribble", "add controlnet-scribble SOURCE"),
+        "mine": absent.format("mine", "add mine SOURCE"),
+        "large": "the ControlNet large is for SDXL, not for Stable Diffusion 1.5",
+        "liar": "the ControlNet liar does not fit the model sd15-canny",
+        "tile": "the ControlNet controlnet-tile can't be used from",
+    }.items():
+        with pytest.raises(OperationFailed, match=re.escape(reason)):
+            styled(operation, control=f"canny;{control}")
+    with pytest.raises(BadReference, match="depth needs a control image"):
+        styled(operation, control="depth")
+    (own,) = operation.run(prepared(operation, own=PHOTO, control="depth").samples)
+    (tile,) = operation.run(prepared(operation, own=PHOTO, control="controlnet-canny").samples)
+    assert np.array_equal(own.pixels, tile.pixels), "the same network under another name"
+    assert np.array_equal(styled(operation), plain)
+
+
+def test_other_vae_is_used_and_must_fit(weights: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    for name, family in (("bright", "sd15"), ("large", "sdxl")):
+        shutil.copytree(folder / "diffusion" / "sdxl-vae", folder / "diffusion" / name)
+        added(folder, name, "vae", family)
+    operation = loaded(folder)
+    plain, fingerprint = styled(operation), operation.fingerprint(parse_options("stylize", "diffusion", QUICK))
+    assert difference(styled(operation, vae="bright"), plain) > 0.2
+    assert operation.fingerprint(parse_options("stylize", "diffusion", QUICK | {"vae": "bright"})) != fingerprint
+    for name, reason in {"large": "the VAE large is for SDXL", "none-such": "the VAE none-such is not on this node"}.items():
+        with pytest.raises(OperationFailed, match=reason):
+            styled(operation, vae=name)
+    assert np.array_equal(styled(operation), plain)
 
 
 def test_missing_or_damaged_lora_fails_only_its_images(weights: Path, tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.worker.models import added
 from imagemill.worker.models.added import Added, AddedFile
 from imagemill.worker.operations.stylize.diffusion import Diffusion
 from tests.pipelines import pipeline_folder
 from tests.styles import loaded, styled
+
+OPTIONS = DiffusionStylize()
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +71,9 @@ def test_memory_is_saved_in_the_model_that_runs(operation: Diffusion) -> None:
 
 def test_model_whose_files_were_replaced_is_loaded_anew(weights: Path, tmp_path: Path) -> None:
     operation = loaded(shutil.copytree(weights, tmp_path / "weights"))
-    before, digest = styled(operation), operation._folder("sd15-canny")
+    before, digest = styled(operation), operation.fingerprint(OPTIONS)
     shutil.rmtree(tmp_path / "weights" / "diffusion" / "sd15")
     other = pipeline_folder(tmp_path / "other", seed=7) / "diffusion" / "sd15"
     shutil.copytree(other, tmp_path / "weights" / "diffusion" / "sd15")
     assert not np.array_equal(styled(operation), before)
-    assert operation._folder("sd15-canny") != digest
+    assert operation.fingerprint(OPTIONS) != digest

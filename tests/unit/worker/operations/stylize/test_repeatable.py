@@ -17,16 +17,34 @@ from imagemill.worker.operations.stylize.pipeline import Canvas, parts
 from tests.styles import difference, loaded, prepared, styled
 from tests.unit.worker.operations.conformance import scene
 
+LONG = "a (red:1.3) shoe BREAK " + "in a shop, " * 10
+TEXT = {"mode": "text-to-image"}
+XL = {"model": "sdxl"}
+STYLES: list[dict[str, Any]] = [
+    *({"scheduler": scheduler} for scheduler in ("unipc", "ddim", "euler", "lcm")),
+    *({"scheduler": scheduler, **TEXT} for scheduler in ("unipc", "ddim", "euler-trailing", "lcm")),
+    {"control": "canny:0.9;tile:0.4", "prompt": LONG},
+    {"control": "none", "prompt": LONG},
+    {"control": "none", **TEXT},
+    {**XL, "prompt": LONG},
+    {**XL, **TEXT, "control": "scribble;canny:0.3", "loras": "xl"},
+    {**XL, "control": "none", "cfg": 1, "scheduler": "euler-trailing"},
+    {**XL, **TEXT, "control": "none"},
+]
 
-@pytest.mark.parametrize("scheduler", ["unipc", "ddim", "euler", "lcm"])
-@pytest.mark.parametrize("mode", ["image-to-image", "text-to-image"])
+
+@pytest.fixture(scope="module")
+def other(weights: Path) -> Diffusion:
+    """Another worker, with more threads."""
+    return loaded(weights, threads=3)
+
+
+@pytest.mark.parametrize("chosen", STYLES, ids=str)
 def test_result_is_identical_alone_in_any_batch_and_on_any_worker(
-    scheduler: str, mode: str, operation: Diffusion, weights: Path
+    chosen: dict[str, Any], operation: Diffusion, other: Diffusion
 ) -> None:
-    chosen = {"scheduler": scheduler, "mode": mode, "prompt": "a (red:1.3) shoe BREAK " + "in a shop, " * 10}
     works = [prepared(operation, scene(90, 120, seed=seed), index=seed, seed_policy="per-item", **chosen) for seed in range(3)]
     alone = [operation.run(work.samples)[0].pixels for work in works]
-    other = loaded(weights, threads=3)
     for worker, order in ((operation, [0, 1, 2]), (other, [2, 0, 1])):
         together = worker.run([works[place].samples[0] for place in order])
         for place, result in zip(order, together, strict=True):
@@ -65,7 +83,7 @@ def test_retry_differs_only_in_its_seed(operation: Diffusion) -> None:
     (one,), (two,) = work.samples, other.samples
     assert (one.data.seed, two.data.seed) == (2**32 - 1, 0)
     assert np.array_equal(one.data.pixels, two.data.pixels)
-    assert np.array_equal(one.data.edges, two.data.edges)
+    assert np.array_equal(one.data.controls[0], two.data.controls[0])
     assert (two.options, two.footprint, operation.group_key(two)) == (one.options, one.footprint, operation.group_key(one))
     assert (other.plan, other.evidence) == (work.plan, work.evidence)
     result = operation.finish(other, operation.run(other.samples)).pixels
@@ -76,7 +94,7 @@ def test_evidence_holds_the_edges_given_to_the_controlnet(operation: Diffusion) 
     for shape, size in (((90, 120), (56, 72)), ((50, 400), (32, 128))):  # the picture's; the bucket's
         work = prepared(operation, scene(*shape))
         assert work.evidence.comparable
-        edges, whole = work.evidence.edges, work.samples[0].data.edges
+        edges, whole = work.evidence.edges, work.samples[0].data.controls[0]
         assert edges is not None
         assert whole.shape == size
         assert edges.shape == inside((shape[1], shape[0]), size[::-1])[::-1] != size, "without the filled part of the bucket"
@@ -118,16 +136,26 @@ def test_footprint_depends_on_options_that_change_memory(operation: Diffusion) -
         {"size": 128},
         {"prompt": "shoe " * 70},
         {"negative_prompt": "a BREAK " * 5},
+        {"control": "none"},
+        {"control": "canny;tile"},
+        {"model": "sdxl", "size": 64},
     )
     samples = [sample for one in chosen for sample in prepared(operation, **one).samples]
     assert len({kind_of(operation, sample) for sample in samples}) == len(chosen)
-    (styles,) = prepared(operation, loras="red", prompt="blue", steps=3).samples
+    (styles,) = prepared(operation, loras="red", prompt="blue", steps=3, control="tile:0.3").samples
     assert kind_of(operation, styles) == kind_of(operation, samples[0])
 
 
 def test_result_in_a_real_batch_is_close_to_the_result_alone(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     operation = loaded(weights)
-    works = [prepared(operation, scene(90, 120, seed=seed)) for seed in range(4)]
+    drawings = [
+        None,
+        scene(90, 120, seed=7),
+        None,
+        scene(45, 60, seed=8),
+    ]  # some have control images of their own
+    works = [prepared(operation, scene(90, 120, seed=seed), own=own) for seed, own in enumerate(drawings)]
+    assert len({operation.group_key(work.samples[0]) for work in works}) == 1
     alone = [operation.run(work.samples)[0].pixels for work in works]
     monkeypatch.setattr(operation._pipeline.current, "_on_cpu", False)
     together = operation.run([work.samples[0] for work in works])
