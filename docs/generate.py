@@ -163,6 +163,7 @@ MANIFEST = {
     "index": "place in the submitted list, from 0",
     "source": "URL of the source image",
     "mask": "URL of the row's mask",
+    "part": "which of an image's results it is: the garment (`u2net_cloth_seg`)",
     "duplicate_of": "index of the row whose result this row shares",
     "state": "`done`, `failed` or `cancelled`",
     "output": "URL of the result",
@@ -192,7 +193,7 @@ MANIFEST = {
 
 def manifest() -> str:
     """The fields of a manifest's line, as the code that writes it makes them."""
-    item = Item(index=0, source="https://example.com/a.jpg", mask="https://example.com/m.png", duplicate_of=0)
+    item = Item(index=0, source="https://example.com/a.jpg", mask="https://example.com/m.png", part="upper", duplicate_of=0)
     optional: dict[str, Any] = {"source_format": "jpeg", "source_size": (1, 1), "output_size": (1, 1), "node": "cpu@host"}
     optional |= {"output": "file:///a.png", "code": "timeout", "message": "", "quality": Measures(), "filled": "M0,0Z"}
     job = {"operation": "stylize", "options": {"engine": "diffusion"}, "output": {"url": "file:///results"}}

@@ -21,7 +21,7 @@ from pydantic import (
 from imagemill.shared.engines import engines_of, lane_of
 from imagemill.shared.errors import Expired, RecordDamaged
 from imagemill.shared.keys import LAYOUTS, check_inside, check_key
-from imagemill.shared.options.base import Boxes, EngineOptions, Model, Operation, validation_sentence
+from imagemill.shared.options.base import Boxes, EngineOptions, Model, Operation, Points, validation_sentence
 from imagemill.shared.plain_text import shortened
 from imagemill.shared.quality import Measures, Quality
 from imagemill.shared.urls import check_output_url, check_source_url
@@ -130,6 +130,10 @@ class Item(Model):
     source: SourceUrl
     mask: SourceUrl | None = None
     boxes: Boxes = ()
+    points: Points = ()
+    part: str | None = Field(
+        None, pattern=r"^[a-z]{1,20}$", description="which of an image's results it is, such as that of the upper garment"
+    )
     name: str | None = Field(None, max_length=200, description="name of the output; by default the source's")
     key: Annotated[str, AfterValidator(check_inside)] | None = Field(
         None, max_length=1024, description="the job's template of keys with the fields filled in that only the submitter knows"
@@ -144,8 +148,8 @@ class Item(Model):
     @property
     def digest(self) -> str:
         """Hex SHA-256 of the fields that, together with the job, determine the item's result."""
-        key = "" if self.key is None else f"\n{self.key}"
-        return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{key}".encode()).hexdigest()
+        more = "".join(f"\n{value}" for value in (self.key, self.points or None, self.part) if value is not None)
+        return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{more}".encode()).hexdigest()
 
 
 LANE = re.compile(r"[a-z-]+(\.[A-Za-z0-9_-]+){1,2}")
@@ -209,6 +213,7 @@ class Row(Model):
     attempts: int = 0
     duplicate_of: int | None = None
     mask: str | None = None
+    part: str | None = None
     result: ItemResult | None = Field(None, exclude=True)
 
 
@@ -298,7 +303,13 @@ def compact(model: Item | ItemResult) -> str:
 def row(item: Item, result: ItemResult | None, unfinished: Unfinished = "pending") -> Row:
     """The public line for an item and its result, if any."""
     base: dict[str, Any] = dict(
-        item=item.id, index=item.index, source=item.source, duplicate_of=item.duplicate_of, mask=item.mask, result=result
+        item=item.id,
+        index=item.index,
+        source=item.source,
+        duplicate_of=item.duplicate_of,
+        mask=item.mask,
+        part=item.part,
+        result=result,
     )
     if result is None:
         if unfinished == "expired":
