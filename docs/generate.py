@@ -11,10 +11,10 @@ import inspect
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 import click
 import cv2
@@ -32,6 +32,7 @@ from imagemill.shared import errors
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import BadMask
 from imagemill.shared.messages import Item, ItemResult, Job, row
+from imagemill.shared.options.base import listed
 from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, Measures, Quality
 from imagemill.shared.settings import Settings
@@ -61,14 +62,18 @@ def _settings(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, ...]]:
         if isinstance(field.default, BaseModel):
             yield from _settings(type(field.default), f"{prefix}{name.upper()}__")
         else:
-            yield f"`{prefix}{name.upper()}`", _default(field), _meaning(field)
+            yield f"`{prefix}{name.upper()}`", _default(field), _meaning(field, listed(field))
 
 
 def options() -> str:
     """What `--set` takes, per operation and engine."""
     parts = []
     for engine in ENGINES:
-        rows = [(f"`{name}`", _default(field), _meaning(field)) for name, field in fields(engine.options) if name != "engine"]
+        rows = [
+            (f"`{name}`", _default(field), _meaning(field, engine.choices(name)))
+            for name, field in fields(engine.options)
+            if name != "engine"
+        ]
         about = table(("option", "default", "meaning"), rows)
         parts.append(f"## {engine.operation} with {engine.name}\n\n{_doc(engine.options)}\n\n{about}")
     return "\n\n".join(parts)
@@ -92,9 +97,8 @@ def _default(field: FieldInfo) -> str:
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
-def _meaning(field: FieldInfo) -> str:
+def _meaning(field: FieldInfo, choices: Sequence[str]) -> str:
     """A field's description, its choices and its range."""
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     text = field.description or ""
     missing = [f"`{choice}`" for choice in choices if str(choice) not in text]
     return text + (f"; one of {', '.join(f'`{choice}`' for choice in choices)}" if missing else "") + _range(field)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from pydantic.fields import FieldInfo
@@ -74,18 +74,17 @@ def _write_options(formatter: click.HelpFormatter, operation: str | None = None,
         if operation in (None, row.operation) and engine in (None, row.name):
             fields = row.options.model_fields.items()
             with formatter.section(f"Options of {row.operation} ({row.name}), for --set"):
-                formatter.write_dl([(name, _described(field)) for name, field in fields if name != "engine"])
+                formatter.write_dl([(name, _described(field, row.choices(name))) for name, field in fields if name != "engine"])
     with formatter.section("Limits of the quality check, for --limit"):
         formatter.write_dl([(limit, _limit(limit, operation)) for limit in RULES])
 
 
-def _described(field: FieldInfo) -> str:
+def _described(field: FieldInfo, choices: Sequence[str]) -> str:
     """`description (one of a, b; default a)`."""
     if isinstance(field.default, bool):
         default = "yes" if field.default else "no"
     else:
         default = "none" if field.default in (None, ()) else "empty" if field.default == "" else f"{field.default}"
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     explained = len(choices) < 2 or all(choice in f"{field.description}" for choice in choices)
     values = "" if explained else f"one of {', '.join(choices)}; "
     return f"{field.description} ({values}default {default})"

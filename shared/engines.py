@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
 from imagemill.shared.errors import InvalidOption
-from imagemill.shared.options.base import OPERATIONS, EngineOptions, Operation, nearest, validation_sentence
+from imagemill.shared.options.base import OPERATIONS, EngineOptions, Operation, listed, nearest, validation_sentence
 from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
-from imagemill.shared.options.remove_background import OpencvRemoveBackground, RembgModel, RembgRemoveBackground
+from imagemill.shared.options.remove_background import (
+    GARMENT_MODELS,
+    PROMPTED_MODELS,
+    OpencvRemoveBackground,
+    RembgRemoveBackground,
+)
 from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
 
 
@@ -24,7 +29,8 @@ class Engine:
     """One engine of one operation.
 
     `module` locates its class (`package.module:Class`), and the package extra `extra` installs that module's dependencies.
-    `models` maps each model that the options can select to its files in the catalogue of models. `lasting_notes` are the
+    `models` maps each model of the catalogue that jobs can name to its files there; jobs can also name those that the operator
+    has added (worker/models/added.py). `lasting_notes` are the
     notes that an image gets on every run: a result with any other note may be due to temporary circumstances, such as a
     missed deadline, and is never reused. `children` is how many child processes share a GPU by default: two where a GPU is so
     fast that the Python of one process can't feed it.
@@ -41,10 +47,14 @@ class Engine:
 
     @property
     def lanes(self) -> tuple[str, ...]:
-        """The kinds of work that its nodes can take: `inpaint.opencv`, or one per model: `remove-background.rembg.u2net`."""
+        """Its lanes: `inpaint.opencv`, or one for each model of the catalogue, such as `remove-background.rembg.u2net`."""
         return tuple(lane_of(self.operation, self.name, model) for model in self.models) or (
             lane_of(self.operation, self.name),
         )
+
+    def choices(self, option: str) -> tuple[str, ...]:
+        """The values that an option can take if they are listed: of `model`, those in the catalogue."""
+        return tuple(self.models) if option == "model" else listed(self.options.model_fields[option])
 
 
 def lane_of(operation: str, engine: str, model: str | None = None) -> str:
@@ -63,6 +73,27 @@ _HOLE_NOTES = frozenset(
     {"empty_mask", "large_mask"} | {f"mask_read_as:{how}" for how in ("alpha", "colour", "inverted", "levels")}
 )
 
+REMBG_MODELS = (
+    "u2net",
+    "u2netp",
+    "u2net_human_seg",
+    "silueta",
+    "isnet-general-use",
+    "isnet-anime",
+    "birefnet-general",
+    "birefnet-general-lite",
+    "birefnet-portrait",
+    "birefnet-dis",
+    "birefnet-hrsod",
+    "birefnet-cod",
+    "birefnet-massive",
+    "bria-rmbg",
+    "ben2",
+    *GARMENT_MODELS,
+    *PROMPTED_MODELS,
+)
+"""rembg's models, by rembg's names, and BEN2."""
+
 ENGINES: list[Engine] = [
     Engine(
         "remove-background",
@@ -78,7 +109,7 @@ ENGINES: list[Engine] = [
         RembgRemoveBackground,
         f"{_OPERATIONS}.remove_background.rembg:Rembg",
         "rembg",
-        {model: (model,) for model in get_args(RembgModel)},
+        {model: (f"{model}.encoder", f"{model}.decoder") if model in PROMPTED_MODELS else (model,) for model in REMBG_MODELS},
         frozenset({"empty_cutout", "enlarged", "matting_too_large", "no_shadow_found"}),
         children=2,
     ),

@@ -21,7 +21,7 @@ from pydantic import (
 from imagemill.shared.engines import engines_of, lane_of
 from imagemill.shared.errors import Expired, RecordDamaged
 from imagemill.shared.keys import LAYOUTS, check_inside, check_key
-from imagemill.shared.options.base import Boxes, EngineOptions, Model, Operation, Points, validation_sentence
+from imagemill.shared.options.base import MODEL_NAME, Boxes, EngineOptions, Model, Operation, Points, validation_sentence
 from imagemill.shared.plain_text import shortened
 from imagemill.shared.quality import Measures, Quality
 from imagemill.shared.urls import check_output_url, check_source_url
@@ -152,7 +152,7 @@ class Item(Model):
         return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{more}".encode()).hexdigest()
 
 
-LANE = re.compile(r"[a-z-]+(\.[A-Za-z0-9_-]+){1,2}")
+LANE = re.compile(rf"[a-z-]+\.[A-Za-z0-9_-]+(\.{MODEL_NAME})?")
 
 
 class WakeUp(Model):

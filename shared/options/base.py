@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from imagemill.shared.errors import InvalidOption
 from imagemill.shared.urls import shown
@@ -17,6 +18,19 @@ OPERATIONS: tuple[Operation, ...] = ("remove-background", "inpaint", "stylize")
 
 Colour = Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
 LongEdge = Annotated[int, Field(ge=16, le=65_535)]
+
+MODEL_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?"
+
+
+def check_model_name(name: str) -> str:
+    """A model's name, which is part of lanes and file names. Raises ValueError."""
+    if not re.fullmatch(MODEL_NAME, name):
+        raise ValueError("a name has 1 to 64 letters, digits and ._- and begins and ends with a letter or digit")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(check_model_name)]
+"""The name of a model in the catalogue, or of one that the operator has added."""
 
 ADDRESSES = ("mask", "reference", "background_image")
 """Options whose value is the URL of an image."""
@@ -86,6 +100,11 @@ class Box(Model):
         if self.unit == "fraction" and (self.x + self.width > 1.0001 or self.y + self.height > 1.0001):
             raise ValueError("a box in fractions must lie inside the image")
         return self
+
+
+def listed(field: FieldInfo) -> tuple[Any, ...]:
+    """The values that a field can take, if they are listed in its type."""
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
 def _split(value: Any) -> Any:

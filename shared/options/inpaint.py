@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from imagemill.shared.options.base import Boxes, EngineOptions
+from imagemill.shared.options.base import Boxes, EngineOptions, ModelName
 
 MaskFrom = Literal["auto", "luma", "alpha", "inverted"]
 """How masks are read."""
@@ -39,7 +39,7 @@ class LamaInpaint(InpaintOptions):
     """LaMa in tiles along the hole."""
 
     engine: Literal["lama"] = "lama"
-    model: Literal["lama"] = Field("lama", description="inpainting model")
+    model: ModelName = Field("lama", description="inpainting model")
     strategy: Literal["auto", "tile", "resize", "whole"] = Field(
         "auto",
         description="'tile': fill in tiles; 'auto': also guide the tiles of large holes by a pass at reduced size; "

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from imagemill.shared.options.base import Boxes, Colour, EngineOptions, LongEdge, Points
+from imagemill.shared.options.base import Boxes, Colour, EngineOptions, LongEdge, ModelName, Points
 
 
 def _original(value: Any) -> Any:
@@ -20,19 +20,6 @@ class OpencvRemoveBackground(EngineOptions):
     long_edge: LongEdge | None = Field(1600, description="longest edge of the cut-out in pixels; 'none': source size")
     feather: float = Field(1.5, ge=0, le=20, description="softness of the edge, in pixels of the result")
     background: Colour | None = Field(None, description="background colour as #rrggbb; 'none': transparent")
-
-
-RembgModel = Literal[
-    "u2net",
-    "u2netp",
-    "u2net_human_seg",
-    "silueta",
-    "isnet-general-use",
-    "isnet-anime",
-    "birefnet-general",
-    "birefnet-general-lite",
-]
-"""rembg's models that may be used commercially, by rembg's names."""
 
 
 GARMENT_MODELS = ("u2net_cloth_seg",)
@@ -52,7 +39,7 @@ class RembgRemoveBackground(EngineOptions):
     """rembg's models on ONNX Runtime."""
 
     engine: Literal["rembg"] = "rembg"
-    model: RembgModel = Field("u2net", description="model that finds the subject")
+    model: ModelName = Field("u2net", description="model that finds the subject")
     garments: Annotated[tuple[Garment, ...], BeforeValidator(_names)] = Field(
         (),
         description="garments to cut out with u2net_cloth_seg, separated by commas, with one result for each: upper, lower, "

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from imagemill.shared.options.base import EngineOptions, LongEdge, Model
+from imagemill.shared.options.base import EngineOptions, LongEdge, Model, ModelName
 
 
 class OpencvStylize(EngineOptions):
@@ -27,9 +27,6 @@ class OpencvStylize(EngineOptions):
             raise ValueError("style=colour-transfer and reference=URL go together")
         return self
 
-
-DiffusionModel = Literal["sd15-canny"]
-"""A base model and its ControlNet: Stable Diffusion 1.5 with control_v11p_sd15_canny."""
 
 MOST_TIMESTEPS = 1000
 """Stable Diffusion was trained with this many; the LCM LoRA's schedule has 50."""
@@ -63,7 +60,7 @@ class DiffusionStylize(EngineOptions):
     """Stable Diffusion 1.5 with a ControlNet that preserves the source's edges."""
 
     engine: Literal["diffusion"] = "diffusion"
-    model: DiffusionModel = Field("sd15-canny", description="base model and ControlNet")
+    model: ModelName = Field("sd15-canny", description="base model and ControlNet")
     prompt: str = Field("", max_length=2000, description="describes the result; only the first 75 CLIP tokens are used")
     negative_prompt: str = Field("", max_length=2000, description="describes what to avoid; ignored if cfg is 1")
     mode: Literal["image-to-image", "text-to-image"] = Field(

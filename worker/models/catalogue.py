@@ -79,8 +79,12 @@ WEIGHTS: tuple[Weights, ...] = (
     *_sam("sam", VIT_B, "a780f8ba09bceceaa1435724ed354848", 359 * MB, "c4218b16ec1cb09889fcd6eb7a42a7c9"),
     *_sam("sam-quant", VIT_B, "26fc0e01d2fa34ed2d3f91259118482d", 109 * MB, "45391530307d1aee79b2a1507769e6c7", 8_760_000),
     *_sam("sam-vit-l", VIT_L, "6e7c5e3e97b50a9e833e55062ae35182", 1230 * MB, "dc760a2912862c05ec3ac2658162a1b5"),
-    *_sam("sam-vit-l-quant", VIT_L, "83f7fe08c2f8b94b6d08c3e44cf1de0e", 332 * MB, "e78ca201f5ae92288945623f48088b7c", 8_760_000),
-    *_sam("sam-vit-h-quant", VIT_H, "391503beb5e5d7d1ae6f55d0cecabd50", 680 * MB, "4c86ebeecbe2e6325203b641b8702a5b", 8_760_000),
+    *_sam(
+        "sam-vit-l-quant", VIT_L, "83f7fe08c2f8b94b6d08c3e44cf1de0e", 332 * MB, "e78ca201f5ae92288945623f48088b7c", 8_760_000
+    ),
+    *_sam(
+        "sam-vit-h-quant", VIT_H, "391503beb5e5d7d1ae6f55d0cecabd50", 680 * MB, "4c86ebeecbe2e6325203b641b8702a5b", 8_760_000
+    ),
     Weights(
         name="ben2",
         engine="rembg",
@@ -118,7 +122,7 @@ class Repository:
     """A model published as a repository on the Hugging Face Hub.
 
     `revision` is the pinned commit. `files` are patterns for the files that nodes load: safetensors, small JSON and text.
-    `about_bytes` is their total size to two digits.
+    `about_bytes` is their total size to two digits. `family` is the Stable Diffusion that it is, or was trained for.
     """
 
     name: str
@@ -128,6 +132,7 @@ class Repository:
     files: tuple[str, ...]
     about_bytes: int
     engine: str = "diffusion"
+    family: str = "sd15"
     commercial: ClassVar[bool] = True
 
 
@@ -173,6 +178,9 @@ REPOSITORIES: tuple[Repository, ...] = (
         about_bytes=610 * MB,
     ),
 )
+
+CONTROLNETS = {"sd15": "controlnet-canny"}
+"""The ControlNet that draws by edges, for each family."""
 
 MODELS: dict[str, tuple[str, ...]] = {model: parts for engine in ENGINES for model, parts in engine.models.items()}
 """The catalogue entries that each model a job can select is loaded from, by name."""

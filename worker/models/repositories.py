@@ -14,8 +14,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from imagemill.worker.models import files
-from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, WEIGHTS, Repository
+from imagemill.shared.engines import ENGINES
+from imagemill.worker.models import added, files
+from imagemill.worker.models.catalogue import CONTROLNETS, MODELS, REPOSITORIES, WEIGHTS, Repository
 from imagemill.worker.models.checksums import digest, read_json, sha256_of
 
 RECORD = "imagemill.json"
@@ -48,10 +49,26 @@ def state(weights: Path, entry: Repository) -> State:
 
 
 def is_here(weights: Path, model: str) -> bool:
-    """Whether a model that jobs can select is on disk, in files that nodes can load."""
-    return all(state(weights, entry) != "missing" for entry in REPOSITORIES if entry.name in MODELS[model]) and all(
-        files.required_file(weights, entry).is_file() for entry in WEIGHTS if entry.name in MODELS[model]
+    """Whether a model that jobs can name is on disk, in files that nodes can load. Raises ConfigurationError."""
+    parts = MODELS.get(model, ())
+    if not parts:
+        record = added.find(weights, model)
+        if record is None or record.kind not in added.SELECTABLE or not record.is_here(weights):
+            return False
+        if record.kind == "checkpoint":
+            if record.family not in CONTROLNETS:
+                return False
+            parts = (CONTROLNETS[record.family],)
+    return all(state(weights, entry) != "missing" for entry in REPOSITORIES if entry.name in parts) and all(
+        files.required_file(weights, entry).is_file() for entry in WEIGHTS if entry.name in parts
     )
+
+
+def models_here(weights: Path, engine: str) -> list[str]:
+    """The models that jobs of an engine can name and that are on disk: first the catalogue's, then added ones."""
+    own = [record.name for record in added.selectable(weights, engine)]
+    models = dict.fromkeys(model for row in ENGINES if row.name == engine for model in (*row.models, *own))
+    return [model for model in models if is_here(weights, model)]
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

@@ -1,37 +1,46 @@
-"""What a node can offer: its engines, and of engines with models those models whose files are on this host."""
+"""What a node can offer: its engines, and of engines with models those models whose files are on this host.
+
+Models are in the catalogue, or the operator has added them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from multiprocessing.sharedctypes import RawArray
 
-from imagemill.shared.engines import ENGINES, Engine, split_lane
+from imagemill.shared.engines import ENGINES, Engine, lane_of, split_lane
 from imagemill.shared.options.base import nearest
 from imagemill.shared.settings import Settings
-from imagemill.worker.models.repositories import is_here
+from imagemill.worker.models.repositories import models_here
 
 
 def lanes(settings: Settings) -> list[str]:
     """The lanes (see shared/engines.py) that this node can work on."""
-    absent = missing(settings)
-    offered = [lane for name in settings.worker.engines for row in _rows(name) for lane in row.lanes]
+    here = {engine: present(settings, engine) for engine in settings.worker.engines}
     return [
-        lane
-        for operation, engine, model, lane in ((*split_lane(lane), lane) for lane in offered)
-        if operation in settings.worker.operations and model not in absent.get(engine, [])
+        lane_of(row.operation, engine, model)
+        for engine, models in here.items()
+        for row in _rows(engine)
+        if row.operation in settings.worker.operations
+        for model in (models if row.models else [None])
     ]
 
 
 def models_of(engine: str) -> list[str]:
-    """The models that the options of the engine can select; empty for an engine without models."""
+    """The models of the engine that are in the catalogue; empty for an engine without models."""
     return list(dict.fromkeys(model for row in _rows(engine) for model in row.models))
 
 
+def present(settings: Settings, engine: str) -> list[str]:
+    """The engine's models that are on this host, first those of the catalogue."""
+    return models_here(settings.weights.folder.expanduser(), engine)
+
+
 def missing(settings: Settings) -> dict[str, list[str]]:
-    """The models that are not on this host, by engine; an engine that has all of its models is left out."""
-    folder = settings.weights.folder.expanduser()
-    absent = {name: [model for model in models_of(name) if not is_here(folder, model)] for name in settings.worker.engines}
-    return {name: models for name, models in absent.items() if models}
+    """The catalogue's models that are not on this host, by engine; an engine that has all of its models is left out."""
+    here = {engine: present(settings, engine) for engine in settings.worker.engines}
+    absent = {engine: [model for model in models_of(engine) if model not in models] for engine, models in here.items()}
+    return {engine: models for engine, models in absent.items() if models}
 
 
 def children_per_gpu(settings: Settings) -> int:
@@ -44,13 +53,12 @@ def children_per_gpu(settings: Settings) -> int:
 def shortcomings(settings: Settings) -> list[tuple[str, str]]:
     """The engines that this node was set up for and can't offer at all: for each, why and how to fix it."""
     found = []
-    absent = missing(settings)
     names = sorted({row.name for row in ENGINES})
     for engine in settings.worker.engines:
         models = models_of(engine)
         if engine not in names:
             found.append((f"unknown engine {engine!r}{nearest(engine, names)}", "set IMAGEMILL_WORKER__ENGINES"))
-        elif models and absent.get(engine) == models:
+        elif models and not present(settings, engine):
             folder = settings.weights.folder.expanduser() / engine
             found.append((f"no model of the engine {engine} is in {folder}", f"imagemill models pull {models[0]}"))
         elif not any(row.operation in settings.worker.operations for row in _rows(engine)):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from imagemill.shared.errors import ConfigurationError, ModelUnavailable, OperationFailed, sentence
+from imagemill.worker.models.added import TAKEN
 
 Key = TypeVar("Key", bound=Hashable)
 Model = TypeVar("Model")
@@ -41,5 +42,12 @@ class OpenModel(Generic[Key, Model]):
 
 
 def missing_model(model: str, folder: Path) -> ConfigurationError:
-    """The error for a model that has not been downloaded."""
-    return ConfigurationError(f"model {model} is not in {folder}: run `imagemill models pull {model}`")
+    """The error for a model that has been neither downloaded nor added."""
+    return ConfigurationError(f"model {model} is not in {folder}: run {getting(model)}")
+
+
+def getting(*models: str) -> str:
+    """The commands that bring models onto this host."""
+    pulled = [model for model in models if model in TAKEN]
+    commands = [f"`imagemill models add {model} SOURCE`" for model in models if model not in TAKEN]
+    return " and ".join(commands + [f"`imagemill models pull {' '.join(pulled)}`"] * bool(pulled))

@@ -106,7 +106,9 @@ def test_every_lane_can_be_woken_up(lane: str) -> None:
     assert WakeUp.model_validate_json(WakeUp(lane=lane).model_dump_json()).lane == lane
 
 
-@pytest.mark.parametrize("lane", ["", "stylize", "stylize.", "stylize.opencv.a.b", "stylize.*", "../etc.passwd", "stylize:a.b"])
+@pytest.mark.parametrize(
+    "lane", ["", "stylize", "stylize.", "stylize.opencv.a.", "stylize.opencv..a", "stylize.*", "../etc.passwd", "stylize:a.b"]
+)
 def test_lanes_unfit_for_a_queue_are_refused(lane: str) -> None:
     with pytest.raises(ValidationError):
         WakeUp(lane=lane)

@@ -8,12 +8,12 @@ from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import ImagemillError
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.models import repositories
+from imagemill.worker.models import added, repositories
 from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Weights
 from imagemill.worker.models.checksums import digest, hash_file
 from imagemill.worker.models.files import is_current, path_of, state, variant, variant_record
 from imagemill.worker.node.checks.finding import Finding
-from imagemill.worker.node.offer import missing, models_of, shortcomings
+from imagemill.worker.node.offer import missing, models_of, present, shortcomings
 from imagemill.worker.operations.registry import create
 
 
@@ -41,16 +41,27 @@ def check_models(settings: Settings) -> Iterator[Finding]:
         yield Finding("models", "failed", problem, fix)
     missing_models = missing(settings)
     for engine in settings.worker.engines:
-        absent = missing_models.get(engine, [])
-        present = [model for model in models_of(engine) if model not in absent]
-        if present:
-            yield Finding("models", "ok", f"{engine}: {', '.join(present)}")
-        if present and absent:
+        absent, here = missing_models.get(engine, []), present(settings, engine)
+        if here and models_of(engine):
+            yield Finding("models", "ok", f"{engine}: {', '.join(here)}")
+        if here and absent:
             yield Finding("models", "ok", f"{engine}: not installed: {', '.join(absent)}", "imagemill models pull NAME")
-        names = {file for model in present for file in MODELS[model]}
+        names = {file for model in here for file in MODELS.get(model, ())}
         for weights in (weights for weights in WEIGHTS if weights.engine == engine and weights.name in names):
             yield from _check_file(weights, settings)
         yield from _incomplete(engine, settings)
+    yield from _check_added(settings)
+
+
+def _check_added(settings: Settings) -> Iterator[Finding]:
+    """Records of added models that can't be read, and added models whose files are missing or have another size."""
+    folder = settings.weights.folder.expanduser()
+    records, faults = added.everything(folder)
+    yield from (Finding("models", "warning", fault) for fault in faults)
+    for record in records:
+        if record.engine in settings.worker.engines and not record.is_here(folder):
+            found = f"files of {record.name} are missing or have changed since it was added"
+            yield Finding("models", "warning", found, f"imagemill models add {record.name} SOURCE --replace")
 
 
 def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:

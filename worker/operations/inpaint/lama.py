@@ -20,6 +20,7 @@ from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import resize
 from imagemill.worker.models.checksums import digest, with_digest
 from imagemill.worker.models.files import model_file
+from imagemill.worker.models.repositories import models_here
 from imagemill.worker.operations.base import Inputs, Operation, Sample, Spec, Untouched, Work
 from imagemill.worker.operations.inpaint.lama_model import LARGEST_BATCH, LamaModel, dtype_of
 from imagemill.worker.operations.inpaint.mask import blend, fill_mask, find_hole, reveal, shrunk
@@ -84,12 +85,13 @@ class Lama(Operation[LamaInpaint, Crop, Pixels, Plan]):
         self._model: OpenModel[tuple[Path, str], LamaModel] = OpenModel()
 
     def load(self, device: Device) -> None:
-        """Check that the model's file exists. The first `run` opens it, and raises ConfigurationError if it can't."""
+        """Check that a model is installed; ConfigurationError if none is. The first `run` opens the job's model."""
         set_up(device)
         self._device = device
         if device.gpu is None:  # batches gain nothing on a CPU, see LamaModel.run
             self.spec = replace(self.spec, max_batch=1)
-        self._path(LamaInpaint())
+        if not models_here(device.weights, self.spec.engine):
+            raise missing_model(LamaInpaint().model, device.weights)
 
     def fingerprint(self, options: LamaInpaint) -> str:
         parts = [f"{options.model} {digest(self._path(options))}", f"{dtype_of(self._device)} {torch.__version__}"]

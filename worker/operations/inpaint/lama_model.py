@@ -18,6 +18,7 @@ from imagemill.worker.hardware.torch_device import torch_device, torch_dtype
 from imagemill.worker.imaging.picture import Grey, Pixels
 from imagemill.worker.models.conversion import read
 from imagemill.worker.operations.inpaint.lama_generator import Generator
+from imagemill.worker.operations.open_model import getting
 
 LARGEST_BATCH = 8
 """Most pictures in one batch on a GPU."""
@@ -42,8 +43,8 @@ class LamaModel:
                 generator = Generator(read(path), None if self.batches else BAND).fold()
             except (ConfigurationError, ValueError) as error:
                 raise ConfigurationError(
-                    f"the model lama can't be opened from {path} ({sentence(error)}): check it with `imagemill models verify`, "
-                    "or download it again with `imagemill models pull lama`"
+                    f"the model {path.stem} can't be opened from {path} ({sentence(error)}): "
+                    f"check it with `imagemill models verify` or get it again with {getting(path.stem)}"
                 ) from error
             # The layout that oneDNN and cuDNN use, so that they need not reorder inputs and outputs.
             generator = generator.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -5,8 +5,8 @@ The network divides an image into four classes: levindabhi/cloth-segmentation, t
 
 from __future__ import annotations
 
-from functools import cache
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -20,8 +20,8 @@ from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.operations.base import Inputs
 from imagemill.worker.operations.remove_background.model_families import Family
 from imagemill.worker.operations.remove_background.onnx_model import OnnxModel, Tensor
-from imagemill.worker.operations.remove_background.session import Opened, Session, Size, by_lanczos
 from imagemill.worker.operations.remove_background.run_once import RunOnce
+from imagemill.worker.operations.remove_background.session import Opened, Session, Size, by_lanczos
 
 FAMILY = Family(768, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLASSES = {"upper": (1,), "lower": (2,), "full": (3,), "attire": (1, 2, 3)}
@@ -54,7 +54,7 @@ def _classes(output: Tensor) -> Grey:
         raise OperationFailed(f"a model of garments returns {COUNT} maps, not {output.shape}")
     if not np.isfinite(output).all():
         raise OperationFailed("the model's output is not finite")
-    return np.argmax(output, axis=0).astype(np.uint8)
+    return np.asarray(np.argmax(output, axis=0), np.uint8)
 
 
 def _shown(part: str | None) -> Grey:
@@ -68,4 +68,4 @@ def _palette(part: str | None) -> Grey:
     """What rembg's palette makes of each of 256 classes: scaling may give more than there are."""
     classes = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     classes.putpalette([int(level) for level in _shown(part)[:COUNT] for _ in range(3)])
-    return np.asarray(classes.convert("RGB").convert("L"))[0]
+    return np.asarray(classes.convert("RGB").convert("L")).reshape(-1)

@@ -13,15 +13,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 
-from imagemill.shared.errors import OperationFailed
+from imagemill.shared.errors import ConfigurationError, ModelUnavailable, OperationFailed
+from imagemill.shared.options.base import validation_sentence
 from imagemill.worker.imaging.picture import Grey, Pixels, flatten
 from imagemill.worker.imaging.scale import reduced
+from imagemill.worker.models import added
+from imagemill.worker.operations.open_model import missing_model
 from imagemill.worker.operations.remove_background.matte import Map
 
 WHOLE = 16_000_000  # most pixels scaled in one piece; Pillow takes four bytes for each
@@ -35,12 +40,16 @@ HIDDEN = 128  # grey level that the model sees in place of transparent pixels
 
 @dataclass(frozen=True)
 class Family:
-    """How input is normalised and output read. `size` is the side of both in pixels; `logits` still need a sigmoid."""
+    """How input is normalised and output read. `size` is the side of both in pixels; `logits` still need a sigmoid.
+
+    `output` is the name of the output with the matte; None stands for the first.
+    """
 
     size: int
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
     logits: bool = False
+    output: str | None = None
 
     def tensor(self, rgb: Pixels, *, as_rembg: bool = False) -> NDArray[np.float32]:
         """The model's input float32 [3, size, size] from RGB or RGBA uint8 [h, w, 3 or 4].
@@ -145,4 +154,19 @@ FAMILIES: dict[str, Family] = {
     "bria-rmbg": Family(1024, _IMAGENET, (0.229, 0.224, 0.225)),
     "ben2": Family(1024, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # as its publisher does; rembg's ben_custom subtracts 0.5
 }
-"""The family of each model, by name."""
+"""The family of each model in the catalogue, by name."""
+
+
+def family_of(weights: Path, model: str) -> Family:
+    """The family of a model in the catalogue, or of one that the operator has added. Raises ModelUnavailable."""
+    if model in FAMILIES:
+        return FAMILIES[model]
+    try:
+        record = added.find(weights, model)
+        if record is None or record.kind != "matting":
+            raise missing_model(model, weights)
+        return TypeAdapter(Family).validate_python(record.parameters)
+    except ConfigurationError as error:
+        raise ModelUnavailable(error.message) from error
+    except ValidationError as error:
+        raise ModelUnavailable(f"the record of {model} is damaged: {validation_sentence(error)}") from error

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory, sentence
 from imagemill.worker.hardware.device import Device, give_back
 from imagemill.worker.hardware.errors import is_out_of_memory
+from imagemill.worker.operations.open_model import getting
 
 Tensor = NDArray[np.float32]
 
@@ -27,15 +28,16 @@ SMALL = 512
 
 
 class Network:
-    """One opened ONNX file. Up to `abreast` runs may take place at the same time.
+    """One opened ONNX file. Up to `abreast` runs may take place at the same time. `output` names the output to use, else the
+    first.
 
     Raises ConfigurationError if the file is damaged, or if the session would run on a device other than `device`; OutOfMemory
     if the network does not fit.
     """
 
-    def __init__(self, path: Path, name: str, device: Device, abreast: int = 1) -> None:
+    def __init__(self, path: Path, name: str, device: Device, abreast: int = 1, output: str | None = None) -> None:
         self.name = name
-        self.hint = f"check it with `imagemill models verify` or download it again with `imagemill models pull {name}`"
+        self.hint = f"check it with `imagemill models verify` or get it again with {getting(name)}"
         check_there(device)
         try:
             self._session = _opened(path, device, abreast, providers(device, path, _profile(path, device)))
@@ -54,11 +56,12 @@ class Network:
             )
         self._session.disable_fallback()  # otherwise a failed run would be repeated on the CPU
         self.inputs = self._session.get_inputs()
-        self._output = self._session.get_outputs()[0].name  # the fused map; the others are intermediate maps, or unneeded
+        # Usually, the first is the fused map, and the others are intermediate maps.
+        self._output = output or self._session.get_outputs()[0].name
         give_back()  # opening takes twice the model's memory for a moment
 
     def run(self, feed: dict[str, NDArray[Any]]) -> Tensor:
-        """The first output for the inputs by name. Raises OutOfMemory and OperationFailed."""
+        """The output for the inputs by name. Raises OutOfMemory and OperationFailed."""
         try:
             (output,) = self._session.run([self._output], feed, _run_options(self._session))
         except Exception as error:
@@ -71,7 +74,7 @@ class Network:
 
 
 class OnnxModel:
-    """One opened model with an image as its only input; `size` is the side of it in pixels.
+    """One opened model with an image as its only input, whose side is `size` pixels. `output` names the output to use.
 
     On a GPU, images share batches if the model's batch axis is dynamic. On CPUs, up to `abreast` images run in parallel,
     one per run.
@@ -79,9 +82,9 @@ class OnnxModel:
     Raises what `Network` does, and ConfigurationError if the file is not a segmentation model.
     """
 
-    def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
+    def __init__(self, path: Path, name: str, device: Device, size: int, output: str | None = None) -> None:
         self.abreast = device.threads if device.provider == "cpu" and size <= SMALL else 1
-        self._network = Network(path, name, device, self.abreast)
+        self._network = Network(path, name, device, self.abreast, output)
         self._input = self._network.inputs[0]
         if len(self._network.inputs) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
             raise ConfigurationError(f"{path} is not a segmentation model with one image as input: {self._network.hint}")
@@ -89,7 +92,7 @@ class OnnxModel:
         self._threads = ThreadPoolExecutor(self.abreast, "model")
 
     def run(self, data: Sequence[Tensor], *, together: bool = True) -> list[Tensor]:
-        """The first output, float32 [1, size, size], for each of the tensors, float32 [3, size, size].
+        """The output, float32 [1, size, size], for each of the tensors, float32 [3, size, size].
 
         Without `together`, each image runs alone, as a GPU's rounding may depend on the batch. Raises OutOfMemory and
         OperationFailed.

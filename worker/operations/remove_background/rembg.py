@@ -19,9 +19,10 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
-from imagemill.worker.models.catalogue import MODELS, WEIGHTS
+from imagemill.worker.models.catalogue import MODELS
 from imagemill.worker.models.checksums import digest, with_digest
 from imagemill.worker.models.files import model_file
+from imagemill.worker.models.repositories import models_here
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.job_images import job_image
 from imagemill.worker.operations.open_model import OpenModel, missing_model
@@ -63,7 +64,7 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
 
     def __init__(self) -> None:
         self._device = Device()
-        self._model: OpenModel[tuple[tuple[Path, str], ...], Opened] = OpenModel()
+        self._model: OpenModel[tuple[Session, *tuple[tuple[Path, str], ...]], Opened] = OpenModel()
 
     def load(self, device: Device) -> None:
         """Check that a model is installed; ConfigurationError if none is. The first `run` opens the job's model."""
@@ -72,12 +73,14 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
         if device.provider == "cpu":
             # Each core runs one image at once, see onnx_model.py.
             self.spec = replace(self.spec, max_batch=PER_CORE * device.threads)
-        if not any(_file(device, weights.name).is_file() for weights in WEIGHTS if weights.engine == self.spec.engine):
+        if not models_here(device.weights, self.spec.engine):
             raise missing_model("u2net", device.weights)
 
     def fingerprint(self, options: RembgRemoveBackground) -> str:
         files = " ".join(map(digest, self._files(options)))
         parts = [f"{options.model} {files}", f"onnxruntime {onnxruntime.__version__}", f"revision {REVISION}"]
+        if options.model not in MODELS:
+            parts.append(f"{self._session(options)}")
         if options.alpha_matting:
             parts += [_version("pymatting"), _version("rembg") if options.exact else ""]
         if options.exact:
@@ -91,7 +94,7 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
     def prepare(self, picture: Picture, inputs: Inputs[RembgRemoveBackground]) -> CutOut:
         options = inputs.options
         pixels = resize(picture.pixels, fit(picture.size, self.work_edge(options)))
-        session = session_of(options.model)
+        session = self._session(options)
         data = session.data(picture, pixels, inputs)
         background = job_image("background", options.background_image, inputs.read) if options.background_image else None
         return Work([Sample(data, options)], Plan(replace(picture, pixels=pixels), background, session, inputs.item.part))
@@ -129,14 +132,18 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
         return replace(plan.picture, pixels=result)
 
     def _open(self, options: RembgRemoveBackground) -> Opened:
+        session = self._session(options)
         return self._model.get(
-            lambda: tuple(map(with_digest, self._files(options))),
-            lambda files: session_of(options.model).open([path for path, _ in files], options.model, self._device),
+            lambda: (session, *map(with_digest, self._files(options))),
+            lambda key: session.open([path for path, _ in key[1:]], options.model, self._device),
         )
+
+    def _session(self, options: RembgRemoveBackground) -> Session:
+        return session_of(self._device.weights, options.model)
 
     def _files(self, options: RembgRemoveBackground) -> list[Path]:
         """The model's files, for `exact` those that rembg uses. Raises ConfigurationError."""
-        device, names = self._device, MODELS[options.model]
+        device, names = self._device, MODELS.get(options.model, (options.model,))
         originals = [_file(device, name) for name in names]
         if not all(path.is_file() for path in originals):
             raise missing_model(options.model, device.weights)
@@ -145,9 +152,7 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
         return [model_file(device.weights, self.spec.engine, options.model, int8=device.int8)]
 
 
-def as_rembg(
-    pixels: Pixels, mask: Grey, options: RembgRemoveBackground, background: Pixels | None, notes: list[str]
-) -> Pixels:
+def as_rembg(pixels: Pixels, mask: Grey, options: RembgRemoveBackground, background: Pixels | None, notes: list[str]) -> Pixels:
     """Exactly what `rembg.remove` returns for `pixels` [h, w, 3 or 4] and its session's `mask` [h, w], bit for bit.
 
     RGBA with colours darkened where alpha is partial, or RGB on a colour; the rim is not cleaned. Cropping and background

@@ -1,7 +1,7 @@
 """rembg's `sam`: Segment Anything, which cuts out what points and boxes in an image show.
 
-One network turns the image into an embedding, a second one the embedding and the prompts into a mask: Kirillov et al., Segment
-Anything, ICCV 2023. Both are samexporter's, with an image of 684 x 1024 pixels as input, scaled to fit into its top left corner.
+One network turns the image into an embedding, a second one the embedding and the prompts into masks: Kirillov et al., Segment
+Anything, ICCV 2023. Both were made by samexporter, for a frame of 1024 x 684 pixels with the image in its top left corner.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SegmentAnything(Session):
     def rembgs_mask(self, output: Tensor, size: Size, part: str | None) -> Grey:  # noqa: ARG002
         mask = np.zeros(size[::-1], np.uint8)
         for logits in _checked(output):
-            for rows, strip in _warped(logits, np.linalg.inv(_scaling(size)), size):
+            for rows, strip in _warped(logits, _inverse(_scaling(size)), size):
                 mask[rows][strip.astype(np.float32) > 0] = 255
         return mask
 
@@ -92,7 +92,7 @@ class _Model:
         labels = np.append(one.labels, np.float32(PADDING))
         size = np.array(FRAME[::-1], np.float32)
         values = (embedding, places[None], labels[None], *nothing, size)
-        return self._decoder.run(dict(zip(DECODER, values, strict=True)))[0]
+        return np.asarray(self._decoder.run(dict(zip(DECODER, values, strict=True)))[0])
 
 
 class _Encoder:
@@ -112,7 +112,8 @@ def _prompts(inputs: Inputs[RembgRemoveBackground], size: Size) -> tuple[Tensor,
     if not points and not boxes:
         points = (Point(x=size[0] // 2, y=size[1] // 2),)
     places: list[tuple[float, float]] = []
-    for one in (*points, *boxes):
+    prompts: tuple[Point | Box, ...] = (*points, *boxes)
+    for one in prompts:
         places += _places(one, size)
     labels = [point.label for point in points] + [*CORNERS] * len(boxes)
     scale = min(FRAME[0] / size[0], FRAME[1] / size[1])
@@ -163,13 +164,15 @@ def _scaling(size: Size) -> NDArray[np.float64]:
     return np.array([[scale, 0, 0], [0, scale, 0], [0, 0, 1]])
 
 
-def _warped(
-    plane: NDArray[Any], matrix: NDArray[np.float64], size: Size
-) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+def _inverse(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.linalg.inv(matrix), np.float64)
+
+
+def _warped(plane: NDArray[Any], matrix: NDArray[np.float64], size: Size) -> Iterator[tuple[slice, NDArray[np.float64]]]:
     """`plane` [h, w] moved by `matrix` and interpolated linearly at `size`, in strips of rows; 0 outside of it."""
     from scipy.ndimage import map_coordinates  # type: ignore[import-untyped]  # only `exact` needs it
 
-    inverse = np.linalg.inv(np.vstack([matrix[:2], [0, 0, 1]]))[:2]
+    inverse = _inverse(np.vstack([matrix[:2], [0, 0, 1]]))[:2]
     step = max(1, STRIP // size[0])
     for top in range(0, size[1], step):
         x, y = np.meshgrid(np.arange(size[0]), np.arange(top, min(top + step, size[1])))

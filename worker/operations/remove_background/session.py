@@ -56,7 +56,7 @@ class Session(ABC):
 
     @abstractmethod
     def rembgs_mask(self, output: Any, size: Size, part: str | None) -> Grey:
-        """The mask of an image of `size` as rembg's session returns it, bit for bit, [height, width]. Raises OperationFailed."""
+        """The mask [h, w] of an image of `size`, bit for bit as rembg's session returns it. Raises OperationFailed."""
 
 
 def by_lanczos(matte: Grey, size: Size) -> Grey:

@@ -11,7 +11,7 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.operations.base import Inputs
 from imagemill.worker.operations.remove_background.garments import Garments
-from imagemill.worker.operations.remove_background.model_families import FAMILIES, Family, in_bytes
+from imagemill.worker.operations.remove_background.model_families import Family, family_of, in_bytes
 from imagemill.worker.operations.remove_background.onnx_model import OnnxModel, Tensor
 from imagemill.worker.operations.remove_background.segment_anything import SegmentAnything
 from imagemill.worker.operations.remove_background.session import Opened, Session, Size, by_lanczos
@@ -27,7 +27,7 @@ class Subject(Session):
         return self.family.tensor(pixels, as_rembg=inputs.options.exact)
 
     def open(self, files: Sequence[Path], name: str, device: Device) -> Opened:
-        return OnnxModel(files[0], name, device, self.family.size)
+        return OnnxModel(files[0], name, device, self.family.size, self.family.output)
 
     def matte(self, output: Tensor, size: Size, part: str | None) -> Grey:  # noqa: ARG002
         return in_bytes(self.family.matte(output))
@@ -43,6 +43,6 @@ SPECIAL: dict[str, Session] = {
 """The models that don't look for the subject, by name."""
 
 
-def session_of(model: str) -> Session:
-    """The session that uses a model."""
-    return SPECIAL.get(model) or Subject(FAMILIES[model])
+def session_of(weights: Path, model: str) -> Session:
+    """The session for a model in the catalogue, or for one that the operator has added. Raises ModelUnavailable."""
+    return SPECIAL.get(model) or Subject(family_of(weights, model))

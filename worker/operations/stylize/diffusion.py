@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
 
 import cv2
 import diffusers
@@ -14,16 +13,17 @@ import torch
 import transformers
 
 from imagemill.shared.errors import ImageError
-from imagemill.shared.options.stylize import DiffusionModel, DiffusionStylize
+from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.shared.seeds import diffusion_seed, next_seed
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.extend import extended
 from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
 from imagemill.worker.imaging.scale import fit, resize
-from imagemill.worker.models.catalogue import MODELS, repository
+from imagemill.worker.models.catalogue import CONTROLNETS, repository
 from imagemill.worker.models.checksums import digest
-from imagemill.worker.models.repositories import digest_of, folder_of, is_here, state
+from imagemill.worker.models.diffusion_models import base_of, controlnet_of
+from imagemill.worker.models.repositories import digest_of, is_here, models_here, state
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.open_model import OpenModel, missing_model
 from imagemill.worker.operations.stylize.buckets import Size, bucket, cropped, inside, laid_in, taken_out
@@ -71,9 +71,8 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         self._device = device
         if device.gpu is None:  # on the CPU, images run one by one, see pipeline.py
             self.spec = replace(self.spec, max_batch=1)
-        models = get_args(DiffusionModel)
-        if not any(is_here(device.weights, model) for model in models):
-            raise missing_model(models[0], device.weights)
+        if not models_here(device.weights, self.spec.engine):
+            raise missing_model(DiffusionStylize().model, device.weights)
         if device.diffusion.safety_checker and state(device.weights, repository(CHECKER)) == "missing":
             raise missing_model(CHECKER, device.weights)
 
@@ -157,7 +156,8 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
     def _folder(self, model: str) -> str:
         """A model's digest, computed once: a loaded model stays the same even if its files change."""
         if model not in self._folders:
-            folders = [folder_of(self._device.weights, repository(name)) for name in MODELS[model]]
+            base = base_of(self._device.weights, model)
+            folders = [base.folder, controlnet_of(self._device.weights, CONTROLNETS[base.family])]
             self._folders[model] = " ".join(map(digest_of, folders))
         return self._folders[model]
 

@@ -31,8 +31,10 @@ from imagemill.worker.hardware.errors import is_out_of_memory
 from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.hardware.torch_device import torch_device, torch_dtype
 from imagemill.worker.imaging.picture import Grey, Pixels
-from imagemill.worker.models.catalogue import MODELS, repository
+from imagemill.worker.models.catalogue import CONTROLNETS, repository
+from imagemill.worker.models.diffusion_models import base_of, controlnet_of
 from imagemill.worker.models.repositories import folder_of
+from imagemill.worker.operations.open_model import getting
 from imagemill.worker.operations.stylize.loras import Loras
 from imagemill.worker.operations.stylize.prompts import Prompts
 
@@ -178,13 +180,14 @@ class Pipeline:
         return stacked.permute(0, 3, 1, 2).to(torch.float32) / 255
 
     def _load(self, model: str, device: Device) -> Any:
-        base, controlnet = (folder_of(device.weights, repository(name)) for name in MODELS[model])
+        found = base_of(device.weights, model)
+        base, controlnet = found.folder, controlnet_of(device.weights, CONTROLNETS[found.family])
         checker = folder_of(device.weights, repository(CHECKER)) if device.diffusion.safety_checker else None
         dtype = dtype_of(device)
         for library in (diffusers, transformers):  # their messages would end up in the log; notes report what matters
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
-        names = " ".join([model, *([CHECKER] if checker else [])])
+        names = [model, *([CHECKER] if checker else [])]
         try:
             parts: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
             if checker:
@@ -201,7 +204,7 @@ class Pipeline:
         except Exception as error:  # the files may contain anything
             if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {model} does not fit into memory: {sentence(error)}") from error
-            hint = f"check it with `imagemill models verify` or download it again with `imagemill models pull {names}`"
+            hint = f"check it with `imagemill models verify` or get it again with {getting(*names)}"
             raise ConfigurationError(
                 f"the model {model} can't be loaded from {base.parent} ({sentence(error)}): {hint}"
             ) from error

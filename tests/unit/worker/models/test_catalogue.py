@@ -3,12 +3,11 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import get_args
 from urllib.parse import urlsplit
 
 import pytest
 
-from imagemill.shared.options.remove_background import RembgModel
+from imagemill.shared.engines import REMBG_MODELS
 from imagemill.worker.models.catalogue import CONVERTED, REPOSITORIES, WEIGHTS, Repository, Weights
 
 
@@ -37,4 +36,4 @@ def test_names_are_unique() -> None:
 
 def test_options_select_only_models_for_commercial_use() -> None:
     selectable = {weights.name for weights in WEIGHTS if weights.engine == "rembg" and weights.commercial}
-    assert selectable == set(get_args(RembgModel))
+    assert selectable == set(REMBG_MODELS)

@@ -18,6 +18,7 @@ from imagemill.worker.models.repositories import folder_of
 from imagemill.worker.node import offer
 from imagemill.worker.node.checks.models import check_engines, check_models
 from imagemill.worker.node.offer import children_per_gpu, lanes, missing, nothing_to_do, shortcomings
+from tests.unit.worker.models.test_added import record
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_as_many_children_share_a_gpu_as_suit_all_engines(
 
 
 def test_children_do_not_share_a_gpu_for_diffusion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offer, "is_here", lambda *_: True)
+    monkeypatch.setattr(offer, "models_here", lambda _, engine: offer.models_of(engine))
     assert children_per_gpu(settings(tmp_path, "rembg", "lama")) == 2
     assert children_per_gpu(settings(tmp_path, "rembg", "lama", "diffusion")) == 1
 
@@ -95,6 +96,31 @@ def test_model_from_several_repositories_is_a_lane_when_all_are_complete(tmp_pat
         (controlnet / name).touch()
     assert lanes(known) == ["stylize.diffusion.sd15-canny"]
     assert missing(known) == {}
+
+
+def test_added_model_is_a_lane_while_its_files_are_there(tmp_path: Path) -> None:
+    known = settings(tmp_path, "rembg", here=("u2netp",))
+    assert lanes(known) == ["remove-background.rembg.u2netp"]
+    record(tmp_path, "shop-v1.2")
+    assert lanes(known) == ["remove-background.rembg.u2netp", "remove-background.rembg.shop-v1.2"]
+    assert "shop-v1.2" not in missing(known)["rembg"]
+    (tmp_path / "rembg" / "shop-v1.2.onnx").unlink()
+    assert lanes(known) == ["remove-background.rembg.u2netp"]
+    (warned,) = (finding for finding in check_models(known) if "shop" in finding.found)
+    assert warned.found == "files of shop-v1.2 are missing or have changed since it was added"
+    assert warned.fix == "imagemill models add shop-v1.2 SOURCE --replace"
+
+
+def test_node_with_nothing_but_an_added_model_has_work_and_a_damaged_record_stops_none(tmp_path: Path) -> None:
+    known = settings(tmp_path, "rembg")
+    record(tmp_path, "shop")
+    assert nothing_to_do(known) is None
+    assert shortcomings(known) == []
+    assert next(finding.found for finding in check_models(known) if finding.state == "ok") == "rembg: shop"
+    (tmp_path / "added" / "broken.json").write_text("no JSON")
+    assert lanes(known) == ["remove-background.rembg.shop"]
+    (warned,) = (finding for finding in check_models(known) if finding.state == "warning" and "broken" in finding.found)
+    assert "broken.json is damaged" in warned.found
 
 
 def test_model_that_no_option_selects_is_no_lane(tmp_path: Path) -> None:

@@ -34,8 +34,7 @@ def model() -> Continues:
 @pytest.fixture
 def operation(model: Continues, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lama:
     (tmp_path / "lama").mkdir()
-    (tmp_path / "lama" / "lama.ckpt").write_bytes(b"never read, since the network is replaced")
-    monkeypatch.setattr(lama, "model_file", lambda *_: tmp_path / "lama" / "lama.ckpt")
+    (tmp_path / "lama" / "lama.safetensors").write_bytes(b"never read, since the network is replaced")
     monkeypatch.setattr(lama, "LamaModel", lambda *_: model)
     operation = Lama()
     operation.load(Device(gpu=0, weights=tmp_path))  # a GPU, for batches
@@ -236,7 +235,7 @@ def test_fingerprint_changes_with_weights_and_precision(
         fingerprints.append(operation.fingerprint(options))
     fp16, bf16, bf16_again = fingerprints
     assert fp16 != bf16 == bf16_again
-    (tmp_path / "lama" / "lama.ckpt").write_bytes(b"other weights, of another length")
+    (tmp_path / "lama" / "lama.safetensors").write_bytes(b"other weights, of another length")
     assert operation.fingerprint(options) != bf16
 
 
@@ -249,7 +248,7 @@ def test_model_is_reopened_only_when_its_file_changes(
     operation.run(work.samples)
     operation.run(work.samples)
     assert len(opened) == 1
-    (tmp_path / "lama" / "lama.ckpt").write_bytes(b"other weights, of another length")
+    (tmp_path / "lama" / "lama.safetensors").write_bytes(b"other weights, of another length")
     operation.run(work.samples)
     assert len(opened) == 2
 

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from imagemill.shared.engines import REMBG_MODELS
 from imagemill.shared.errors import OperationFailed
-from imagemill.shared.options.remove_background import RembgModel
 from imagemill.worker.operations.remove_background import model_families as families
 from imagemill.worker.operations.remove_background.model_families import FAMILIES, in_bytes, scaled
 from tests.unit.worker.operations.conformance import scene
@@ -51,7 +51,7 @@ def outputs(model: str) -> NDArray[np.float32]:
     return found * 150 - 100 if family.logits else found * 0.9
 
 
-@pytest.mark.parametrize("model", get_args(RembgModel))
+@pytest.mark.parametrize("model", REMBG_MODELS)
 def test_input_and_matte_of_every_model_equal_rembgs(model: str) -> None:
     pixels = scene(90, 130)
     output = outputs(model)

@@ -30,8 +30,10 @@ from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.batching import Batcher, Recipe
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.operations.remove_background import rembg as engine
+from imagemill.worker.operations.remove_background.model_families import Family
 from imagemill.worker.operations.remove_background.rembg import Rembg
 from tests.models import u2net_onnx, weights_folder
+from tests.unit.worker.models.test_added import record
 from tests.unit.worker.operations.conformance import REFERENCE, scene
 from tests.workers import ROOT, clean_environment
 
@@ -182,9 +184,9 @@ def test_open_model_is_dropped_before_another_one_is_opened(weights: Path, monke
     alive: WeakSet[Any] = WeakSet()
 
     class Watched(engine.OnnxModel):
-        def __init__(self, path: Path, name: str, device: Device, size: int) -> None:
+        def __init__(self, path: Path, name: str, device: Device, size: int, output: str | None = None) -> None:
             assert not alive, "two models are open"
-            super().__init__(path, name, device, size)
+            super().__init__(path, name, device, size, output)
             alive.add(self)
             opened.append(name)
 
@@ -197,6 +199,43 @@ def test_open_model_is_dropped_before_another_one_is_opened(weights: Path, monke
     assert np.array_equal(cut(operation, pixels, model="u2net"), first)
     assert not np.array_equal(other, first)
     assert opened == ["u2net", "isnet-anime", "u2net"]
+
+
+def test_added_model_is_used_as_its_record_says(tmp_path: Path) -> None:
+    """The same file under another name, with other parameters, is another model."""
+    u2net_onnx(tmp_path / "rembg" / "u2net.onnx", size=64)
+    u2net_onnx(tmp_path / "rembg" / "shop.onnx", size=64)
+    parameters = {"size": 64, "mean": [0.5, 0.5, 0.5], "deviation": [1, 1, 1], "logits": False}
+    family, options = (
+        Family(64, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)),
+        parse_options("remove-background", "rembg", {"model": "shop"}),
+    )
+
+    record(tmp_path, "shop", parameters=parameters)
+    operation, pixels = loaded(tmp_path), PICTURES["landscape"]
+    work = prepared(operation, pixels, model="shop")
+    assert np.array_equal(work.samples[0].data, family.tensor(pixels))
+    fused = operation.run(work.samples)[0]
+    first = operation.fingerprint(options)
+    assert operation.finish(work, [fused]).pixels.shape == (*pixels.shape[:2], 4)
+
+    record(tmp_path, "shop", parameters={**parameters, "output": "1961"})
+    work = prepared(operation, pixels, model="shop")
+    assert not np.array_equal(operation.run(work.samples)[0], fused), "it reads another output"
+    assert operation.fingerprint(options) != first
+
+
+@pytest.mark.parametrize("content", [None, "no JSON", {"kind": "vae"}, {"parameters": {"size": "large"}}], ids=str)
+def test_model_without_a_usable_record_fails_the_image_alone(tmp_path: Path, content: Any) -> None:
+    u2net_onnx(tmp_path / "rembg" / "u2net.onnx", size=64)
+    operation = loaded(tmp_path)
+    if isinstance(content, dict):
+        record(tmp_path, "shop", **content)
+    elif content is not None:
+        (tmp_path / "added").mkdir()
+        (tmp_path / "added" / "shop.json").write_text(content)
+    with pytest.raises(ModelUnavailable, match="shop"):
+        prepared(operation, PICTURES["small"], model="shop")
 
 
 def test_model_is_reopened_when_its_file_changes(tmp_path: Path) -> None:
