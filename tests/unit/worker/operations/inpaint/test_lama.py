@@ -213,7 +213,7 @@ def test_model_that_is_lost_or_damaged_later_only_fails_images(
     operation.run(work.samples)
     monkeypatch.setattr(lama, "LamaModel", LamaModel)
     operation._device = Device(weights=tmp_path)
-    path = tmp_path / "lama" / "lama.ckpt"
+    path = tmp_path / "lama" / "lama.safetensors"
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(ModelUnavailable, match=reason):
         operation.run(work.samples)
