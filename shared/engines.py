@@ -87,12 +87,11 @@ REMBG_MODELS = (
     "birefnet-hrsod",
     "birefnet-cod",
     "birefnet-massive",
-    "bria-rmbg",
     "ben2",
     *GARMENT_MODELS,
     *PROMPTED_MODELS,
 )
-"""rembg's models, by rembg's names, and BEN2."""
+"""rembg's models that may be used commercially, by rembg's names, and BEN2."""
 
 ENGINES: list[Engine] = [
     Engine(

@@ -47,7 +47,7 @@ class RembgRemoveBackground(EngineOptions):
     )
     points: Points = Field(
         (),
-        description="what sam cuts out of every image: points on it as x,y and beside it as x,y,0, separated by ;, in pixels or "
+        description="what sam cuts out of every image: points on it as x,y, beside it as x,y,0, separated by ;, in pixels or "
         "fractions; a row's own points and boxes replace those of the job; without any, it is what the centre shows",
     )
     boxes: Boxes = Field((), description="what sam cuts out of every image: rectangles around it, as x,y,width,height")

@@ -19,7 +19,8 @@ class Weights:
 
     `source` is the repository, `revision` the release's tag or the commit, and `checksum` is the publisher's `md5:...` or
     `sha256:...`. `about_bytes` is the size to three digits, for progress bars and the check for free space. Unless
-    `commercial`, the licence forbids commercial use: pulling the model takes its name and an accepted licence.
+    `commercial`, the licence forbids commercial use: pulling the model takes its name and an accepted licence, and without
+    that no node offers it.
     """
 
     name: str
@@ -179,11 +180,19 @@ REPOSITORIES: tuple[Repository, ...] = (
     ),
 )
 
+LICENSED: dict[str, Weights] = {weights.name: weights for weights in WEIGHTS if not weights.commercial}
+"""The models that jobs can select only where the operator has accepted their licence, by name."""
+
 CONTROLNETS = {"sd15": "controlnet-canny"}
 """The ControlNet that draws by edges, for each family."""
 
 MODELS: dict[str, tuple[str, ...]] = {model: parts for engine in ENGINES for model, parts in engine.models.items()}
 """The catalogue entries that each model a job can select is loaded from, by name."""
+
+
+def is_part(name: str) -> bool:
+    """Whether the catalogue entry is one of several that a model consists of, such as an encoder."""
+    return any(name in parts for parts in MODELS.values() if len(parts) > 1)
 
 
 def repository(name: str) -> Repository:

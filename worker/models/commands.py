@@ -21,7 +21,7 @@ from imagemill.shared.errors import MissingExtra, UsageError
 from imagemill.shared.options.base import nearest
 from imagemill.shared.settings import WeightsSettings, load_settings
 from imagemill.worker.models import download, files, repositories
-from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Repository, Weights
+from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Repository, Weights, is_part
 from imagemill.worker.models.checksums import read_json
 from imagemill.worker.models.files import is_current, path_of, record_variant, required_file, variant, variant_record
 from imagemill.worker.models.repositories import RECORD, folder_of
@@ -131,8 +131,11 @@ def _pull_file(entry: Weights, settings: WeightsSettings, folder: Path) -> None:
         )
     path = path_of(folder, entry)
     click.echo(f"{entry.name}: {OUTCOMES[outcome]}, checksum correct: {path}")
+    if not entry.commercial:
+        files.accept_licence(folder, entry)
     if entry.engine not in CONVERTED:
-        _free_batch_axis(entry, path)
+        if not is_part(entry.name):  # parts run one image at a time
+            _free_batch_axis(entry, path)
     elif not is_current(path, "safetensors"):
         _convert(entry, path, folder)
 

@@ -41,6 +41,16 @@ def model_file(folder: Path, engine: str, name: str, *, int8: bool = False) -> P
     return next((variant(original, kind) for kind in kinds if is_current(original, kind)), original)
 
 
+def accept_licence(folder: Path, weights: Weights) -> None:
+    """Record that the operator has accepted the licence of a model that may not be used commercially. Raises OSError."""
+    write_json(_licence_path(folder, weights), {"licence": weights.licence})
+
+
+def is_licensed(folder: Path, weights: Weights) -> bool:
+    """Whether the operator has accepted the model's licence as it is now, or need not."""
+    return weights.commercial or read_json(_licence_path(folder, weights)).get("licence") == weights.licence
+
+
 def variant(original: Path, kind: Kind) -> Path:
     """Where a variant of a published file belongs: `u2net.int8.onnx`, `lama.safetensors`."""
     if kind == "safetensors":
@@ -127,6 +137,10 @@ def verify(folder: Path, weights: Weights) -> Iterator[tuple[bool, str]]:
             yield False, f"{file} has changed since it was made: delete it and make it again"
         else:
             yield True, f"{file.name}: correct (sha256:{sha256})"
+
+
+def _licence_path(folder: Path, weights: Weights) -> Path:
+    return path_of(folder, weights).with_suffix(".licence.json")
 
 
 def _record_path(original: Path, kind: Kind) -> Path:

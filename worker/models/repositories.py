@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from imagemill.shared.engines import ENGINES
 from imagemill.worker.models import added, files
-from imagemill.worker.models.catalogue import CONTROLNETS, MODELS, REPOSITORIES, WEIGHTS, Repository
+from imagemill.worker.models.catalogue import CONTROLNETS, LICENSED, MODELS, REPOSITORIES, WEIGHTS, Repository
 from imagemill.worker.models.checksums import digest, read_json, sha256_of
 
 RECORD = "imagemill.json"
@@ -50,7 +50,9 @@ def state(weights: Path, entry: Repository) -> State:
 
 def is_here(weights: Path, model: str) -> bool:
     """Whether a model that jobs can name is on disk, in files that nodes can load. Raises ConfigurationError."""
-    parts = MODELS.get(model, ())
+    parts = (model,) if model in LICENSED else MODELS.get(model, ())
+    if model in LICENSED and not files.is_licensed(weights, LICENSED[model]):
+        return False
     if not parts:
         record = added.find(weights, model)
         if record is None or record.kind not in added.SELECTABLE or not record.is_here(weights):
@@ -66,7 +68,8 @@ def is_here(weights: Path, model: str) -> bool:
 
 def models_here(weights: Path, engine: str) -> list[str]:
     """The models that jobs of an engine can name and that are on disk: first the catalogue's, then added ones."""
-    own = [record.name for record in added.selectable(weights, engine)]
+    own = [name for name, entry in LICENSED.items() if entry.engine == engine]
+    own += [record.name for record in added.selectable(weights, engine)]
     models = dict.fromkeys(model for row in ENGINES if row.name == engine for model in (*row.models, *own))
     return [model for model in models if is_here(weights, model)]
 
