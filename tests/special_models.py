@@ -101,3 +101,13 @@ def _near(graph: Graph) -> str:
         away = graph.node("Add", away, square) if away else square
     each = graph.node("Mul", strength, graph.node("Exp", graph.node("Neg", away)))
     return graph.node("ReduceSum", each, graph.constant([1], np.int64), keepdims=1)
+
+
+def special_folder(folder: Path) -> Path:
+    """Add small files of `u2net_cloth_seg` and `sam` to `folder`, where nodes look for them, unless they are there."""
+    rembg = folder / "rembg"
+    if not (rembg / "u2net_cloth_seg.onnx").is_file():
+        garments_onnx(rembg / "u2net_cloth_seg.onnx")
+    if not (rembg / "sam.decoder.onnx").is_file():
+        sam_onnx(rembg / "sam.encoder.onnx", rembg / "sam.decoder.onnx")
+    return folder

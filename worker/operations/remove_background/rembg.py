@@ -128,7 +128,8 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
             result = compose(pixels, _at(matte, size), options, plan.background, work.notes)
         hidden = result.shape[2] == 3 or options.crop  # the check can't see the matte in the result
         moved = options.crop or options.mask_only
-        work.evidence = Evidence(comparable=not moved, alpha=matte if hidden else None)
+        absent = plan.part is not None and EMPTY in work.notes  # few photos show all garments
+        work.evidence = Evidence(comparable=not moved, alpha=matte if hidden else None, absent=absent)
         return replace(plan.picture, pixels=result)
 
     def _open(self, options: RembgRemoveBackground) -> Opened:

@@ -30,6 +30,7 @@ from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.batching import Batcher, Recipe
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.operations.remove_background import rembg as engine
+from imagemill.worker.operations.remove_background import sessions
 from imagemill.worker.operations.remove_background.model_families import Family
 from imagemill.worker.operations.remove_background.rembg import Rembg
 from tests.models import u2net_onnx, weights_folder
@@ -183,14 +184,14 @@ def test_open_model_is_dropped_before_another_one_is_opened(weights: Path, monke
     opened: list[str] = []
     alive: WeakSet[Any] = WeakSet()
 
-    class Watched(engine.OnnxModel):
+    class Watched(sessions.OnnxModel):
         def __init__(self, path: Path, name: str, device: Device, size: int, output: str | None = None) -> None:
             assert not alive, "two models are open"
             super().__init__(path, name, device, size, output)
             alive.add(self)
             opened.append(name)
 
-    monkeypatch.setattr(engine, "OnnxModel", Watched)
+    monkeypatch.setattr(sessions, "OnnxModel", Watched)
     operation, pixels = loaded(weights), PICTURES["landscape"]
     assert opened == [], "loading opens no model"
     first = cut(operation, pixels, model="u2net")
