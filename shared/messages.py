@@ -148,7 +148,9 @@ class Item(Model):
     @property
     def digest(self) -> str:
         """Hex SHA-256 of the fields that, together with the job, determine the item's result."""
-        more = "".join(f"\n{value}" for value in (self.key, self.points or None, self.part) if value is not None)
+        more = "" if self.key is None else f"\n{self.key}"
+        more += f"\npoints\n{self.points}" if self.points else ""
+        more += "" if self.part is None else f"\npart\n{self.part}"
         return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{more}".encode()).hexdigest()
 
 

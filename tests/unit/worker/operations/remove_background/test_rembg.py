@@ -48,6 +48,14 @@ PICTURES: dict[str, Pixels] = {
 }
 
 
+OTHER_MATTING = {
+    "alpha_matting": True,
+    "alpha_matting_foreground_threshold": 200,
+    "alpha_matting_background_threshold": 60,
+    "alpha_matting_erode_size": 3,
+}
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return weights_folder(tmp_path_factory.getbasetemp() / "weights", *MODELS)
@@ -104,6 +112,8 @@ def test_exact_equals_rembg(model: str, weights: Path, theirs: Any) -> None:
         ({"background": "#ff8000"}, {"bgcolor": (255, 128, 0, 255)}),
         ({"mask_only": True}, {"only_mask": True}),
         ({"alpha_matting": True}, {"alpha_matting": True}),
+        *[(same, same) for same in (OTHER_MATTING, {"post_process_mask": True}, OTHER_MATTING | {"post_process_mask": True})],
+        ({"post_process_mask": True, "mask_only": True}, {"post_process_mask": True, "only_mask": True}),
     ],
     ids=lambda chosen: next(iter(chosen)),
 )
@@ -155,6 +165,16 @@ def test_fast_path_alpha_is_close_to_rembg_on_photos(weights: Path, theirs: Any)
             pixels = np.array(image.convert("RGB"))
         alpha = cut(operation, pixels)[..., 3].astype(int)
         assert np.abs(alpha - removed(theirs, weights, "u2net", pixels)[..., 3]).mean() <= 1.5, path.name
+
+
+def test_matting_thresholds_and_post_processing_apply_unless_exact_too(weights: Path, theirs: Any) -> None:
+    operation, pixels = loaded(weights), PICTURES["landscape"]
+    usual, other = (cut(operation, pixels, **chosen)[..., 3] for chosen in ({"alpha_matting": True}, OTHER_MATTING))
+    assert np.count_nonzero(usual != other) > 100
+    smooth = cut(operation, pixels, post_process_mask=True)[..., 3]
+    assert set(np.unique(smooth)) == {0, 255}
+    expected = removed(theirs, weights, "u2net", pixels, post_process_mask=True)[..., 3]
+    assert np.count_nonzero(smooth != expected) < 0.01 * smooth.size
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
