@@ -289,13 +289,9 @@ def test_images_that_are_cut_out_already_are_still_divided(operation: Rembg) -> 
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 33), (17, 1), (1500, 2)])
 def test_images_of_any_shape_have_a_mask_of_that_shape(shape: tuple[int, int], exact: bool, operation: Rembg) -> None:
-    pixels = scene(*shape)
-    for model, output in (
-        ("sam", np.ones((1, 684, 1024), np.float32)),
-        ("u2net_cloth_seg", np.ones((4, 768, 768), np.float32)),
-    ):
-        work = prepared(operation, pixels, {"model": model, "exact": exact})
-        assert operation.finish(work, [output]).pixels.shape == (*shape, 4)
+    for model, maps in (("sam", (1, 684, 1024)), ("u2net_cloth_seg", (4, 768, 768))):
+        work = prepared(operation, scene(*shape), {"model": model, "exact": exact})
+        assert operation.finish(work, [np.ones(maps, np.float32)]).pixels.shape == (*shape, 4)
 
 
 def test_files_that_are_not_sams_are_refused(weights: Path, tmp_path: Path) -> None:
