@@ -20,6 +20,7 @@ from functools import cached_property
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
+from imagemill.producer.advice import advice
 from imagemill.producer.explaining import explained
 from imagemill.producer.sources import BadRow, SourceRow
 from imagemill.producer.submission import ListCheck, Submission, check_name, new_job_id
@@ -113,31 +114,32 @@ class Client:
         log.info("job submitted", extra=fields)
         if self._traces is not None and new:
             self._traces.record(job, "submit", began, span=span_id(job), fields=fields)
-        listening = self._wake(job, spec.lane, checked.total)
+        nodes = self._wake(job, spec.lane, checked.total)
         return Submission(
             job=job,
             total=checked.total,
             duplicates=sum(checked.duplicates.values()),
             invalid=checked.bad,
             invalid_count=checked.bad_count,
-            nodes=None if listening is None else len(listening),
+            nodes=None if nodes is None else sum(spec.lane in node.lanes for node in nodes),
+            advice=None if nodes is None else advice(spec.lane, nodes),
             before=not new,
         )
 
     def _wake(self, job: str, lane: str, images: int) -> list[Node] | None:
-        """Wake up workers for a job that is in the ledger, at most one child per image; returns the nodes of its lane if known.
+        """Wake up workers for a job that is in the ledger, at most one child per image; returns the running nodes if known.
 
         If that fails, a node does it within seconds.
         """
-        listening = None
+        nodes = None
         try:
-            listening = [node for node in self._fleet.nodes() if lane in node.lanes]
-            children = sum(node.children for node in listening)
+            nodes = self._fleet.nodes()
+            children = sum(node.children for node in nodes if lane in node.lanes)
             self._publisher.wake(lane, max(1, min(images, children)))
         except BrokerUnavailable as error:
             extra = {"action": "publish", "job": job, "reason": str(error)}
             log.warning("job recorded, but no worker was woken up; one will find it within seconds", extra=extra)
-        return listening
+        return nodes
 
     # --- following --------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from imagemill.producer.advice import advice
 from imagemill.producer.naming import shown_key
 from imagemill.producer.sources import BadRow, SourceRow
 from imagemill.producer.submission import ListCheck, check_name
@@ -53,6 +54,8 @@ class DryRun:
     lane: str = ""
     nodes: int | None = None
     """Nodes that can work on the job; None without Redis."""
+    advice: str | None = None
+    """Why none can, and what to do about it."""
     begins_in: float | None = None
     seconds: float | None = None
     """Until all is done, at the lane's present speed and behind the jobs that wait."""
@@ -89,6 +92,7 @@ def dry_run(
     computed = check.total - duplicates
     try:
         found.nodes, found.begins_in, found.seconds = client.forecast(spec, computed)
+        found.advice = advice(spec.lane, client.nodes())
     except BrokerUnavailable:
         found.nodes = None
     if fetch:
@@ -204,7 +208,7 @@ def _time(found: DryRun) -> str:
     if found.nodes is None:
         return "unknown, Redis can't be reached"
     if not found.nodes:
-        return f"unknown, no worker offers {found.lane}"
+        return f"unknown, {found.advice or 'no worker offers ' + found.lane}"
     if found.seconds is None:
         return f"unknown, no node has worked on {found.lane} yet"
     wait = f", beginning in {duration(found.begins_in)}" if found.begins_in else ""

@@ -33,6 +33,8 @@ class Submission:
     invalid_count: int
     nodes: int | None
     """Running worker nodes that can work on this job; None if Redis was lost before they could be counted."""
+    advice: str | None = None
+    """Why none can, and what to do about it."""
     before: bool = False
     """The same list was queued under this name before; nothing was queued now."""
 

@@ -18,7 +18,7 @@ from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec, local_address, option_values, quality_values
 from imagemill.producer.terminal import bad_rows, counted, make_console, say
 from imagemill.producer.times import parse_time
-from imagemill.shared.engines import ENGINES, split_lane
+from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import InvalidOption, InvalidSource
 from imagemill.shared.keys import LAYOUTS
 from imagemill.shared.messages import PRIORITIES, Format, Job, JobStatus, KeepMetadata
@@ -271,10 +271,6 @@ def _submit(client: Client, rows: Rows, spec: Job, out: Console, *, skip_invalid
     if submission.invalid_count:
         text += f"; {counted(submission.invalid_count, 'invalid row')} skipped"
     say(out, text)
-    if not submission.served:
-        model = split_lane(spec.lane)[2]
-        start = "`imagemill worker --cpu`"
-        if model:
-            start = f"`imagemill models pull {model}` and `IMAGEMILL_WORKER__ENGINES='[\"{spec.engine}\"]' imagemill worker`"
-        say(out, f"warning: no worker offers {spec.lane}; start one with {start}", "yellow")
+    if submission.advice is not None:
+        say(out, f"warning: {submission.advice}", "yellow")
     return submission

@@ -21,7 +21,8 @@ ROOMS = ("hardware", "imaging", "transfer", "models", "operations", "checking", 
 UPWARD = {
     # A checkpoint is converted and verified with the network that will run it.
     ("models.conversion", "operations.inpaint.lama_generator"),
-    # Calibration needs the engine's own preprocessing.
+    # Calibration needs the engine's own preprocessing, and so does trying out a model of one's own.
+    ("models.matting", "operations.remove_background.model_families"),
     ("models.quantize", "operations.remove_background.model_families"),
 }
 """The only imports of a module in a higher room."""

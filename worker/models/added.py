@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError
 
 from imagemill.shared.errors import ConfigurationError, sentence
 from imagemill.shared.options.base import Model, ModelName, check_model_name, validation_sentence
+from imagemill.worker.models import files
 from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, WEIGHTS
-from imagemill.worker.models.checksums import write_json
+from imagemill.worker.models.checksums import sha256_of, write_json
 
 Kind = Literal["matting", "checkpoint", "controlnet", "vae", "lora", "inpainting"]
 ENGINES: Mapping[Kind, str] = {
@@ -51,7 +52,8 @@ class AddedFile(Model):
 class Added(Model):
     """An added model: what it is, what its family needs to know about it, its files, and where and when it came from.
 
-    `family` is one that its engine knows, such as `isnet`. `parameters` belong to the family and are checked by it.
+    `family` is one that its engine knows, such as `isnet`. `parameters` belong to the family and are checked by it. `origin`
+    is the SHA-256 of the source, by which it is known when it is added again.
     """
 
     version: Literal[1] = 1
@@ -61,12 +63,19 @@ class Added(Model):
     parameters: dict[str, JsonValue] = Field(default_factory=dict)
     files: tuple[AddedFile, ...] = Field(min_length=1, max_length=1000)
     source: str = Field(max_length=1000)
+    origin: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     added: datetime
 
     @property
     def engine(self) -> str:
         """The name of the engine that uses it."""
         return ENGINES[self.kind]
+
+    @property
+    def place(self) -> str:
+        """Its file or folder, within the weights folder."""
+        first = PurePosixPath(self.files[0].path)
+        return str(first if self.kind in ("matting", "inpainting", "lora") else PurePosixPath(*first.parts[:2]))
 
     def is_here(self, weights: Path) -> bool:
         """Whether all of its files are in the weights folder, in the size that they had."""
@@ -99,14 +108,19 @@ def find(weights: Path, name: str) -> Added | None:
 def everything(weights: Path) -> tuple[list[Added], list[str]]:
     """All added models by name, and what is wrong with those records that can't be used, as sentences."""
     found, faults = [], []
-    for path in sorted((weights / "added").glob("*.json")):
+    for name in names(weights):
         try:
-            record = find(weights, path.stem)
+            record = find(weights, name)
         except ConfigurationError as error:
             faults.append(error.message)
         else:
             found += [record] if record is not None else []
     return found, faults
+
+
+def names(weights: Path) -> list[str]:
+    """The names of all added models, also of those whose records are damaged."""
+    return sorted(path.stem for path in (weights / "added").glob("*.json"))
 
 
 def selectable(weights: Path, engine: str) -> list[Added]:
@@ -119,6 +133,34 @@ def write(weights: Path, record: Added) -> None:
     path = record_path(weights, record.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record.model_dump(mode="json"))
+
+
+def describe(weights: Path, record: Added) -> dict[str, Any]:
+    """An added model with its state, path, size in bytes and current variants, and the fields that the catalogue's have."""
+    path, here = weights / record.place, record.is_here(weights)
+    own = path.suffix == ".onnx" and path.is_file()
+    return {
+        **record.model_dump(mode="json", exclude={"version", "files", "origin"}),
+        **{"engine": record.engine, "state": "there" if here else "damaged" if path.exists() else "missing"},
+        **{"path": str(path), "bytes": sum(file.size for file in record.files) if here else None},
+        **{"also": [kind for kind in files.KINDS if own and files.is_current(path, kind)], "licence": "", "revision": ""},
+    }
+
+
+def verify(weights: Path, record: Added) -> Iterator[tuple[bool, str]]:
+    """Read the files of an added model, and their variants; yield whether each is correct, and a sentence. Raises OSError."""
+    remedy, faults = f"imagemill models add {record.name} SOURCE --replace", []
+    for file in record.files:
+        path = weights / file.path
+        if not path.is_file():
+            faults.append(f"{path} is missing")
+        elif (sha256 := sha256_of(path)) != file.sha256:
+            faults.append(f"{path} has changed since it was added: its SHA-256 is {sha256}, not {file.sha256}")
+    yield from ((False, f"{fault}: {remedy}") for fault in faults)
+    if not faults:
+        yield True, f"{record.name}: correct (added {record.added:%Y-%m-%d} from {record.source})"
+    if record.kind == "matting":
+        yield from files.verify_variants(weights / record.place, record.files[0].sha256)
 
 
 @lru_cache(maxsize=256)

@@ -1,29 +1,30 @@
-"""The `imagemill models` commands: list, pull, verify, quantize."""
+"""The `imagemill models` commands: list, pull, verify, remove, quantize."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import click
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TransferSpeedColumn
 from rich.table import Table
 
-from imagemill.shared.errors import MissingExtra, UsageError
+from imagemill.shared.errors import UsageError
 from imagemill.shared.options.base import nearest
 from imagemill.shared.settings import WeightsSettings, load_settings
-from imagemill.worker.models import download, files, repositories
+from imagemill.worker.models import added, adding, download, files, repositories
+from imagemill.worker.models.added import Added
+from imagemill.worker.models.adding_commands import add
 from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Repository, Weights, is_part
 from imagemill.worker.models.checksums import read_json
-from imagemill.worker.models.files import is_current, path_of, record_variant, required_file, variant, variant_record
+from imagemill.worker.models.command_parts import free_batch_axis, needing, progress_bar
+from imagemill.worker.models.files import is_current, path_of, record_variant, required_file, variant
 from imagemill.worker.models.repositories import RECORD, folder_of
 
 COLOURS = {"there": "green", "unconverted": "yellow", "unchecked": "yellow", "damaged": "red", "missing": "dim"}
@@ -39,27 +40,34 @@ ENGINES = sorted({entry.engine for entry in _all()})
 
 @click.group()
 def models() -> None:
-    """List, pull, verify and quantise model files."""
+    """List, pull, add, verify, remove and quantise model files."""
+
+
+models.add_command(add)
 
 
 @models.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per model.")
 def list_models(as_json: bool) -> None:
-    """List every model that imagemill can use, and the state of its files.
+    """List every model that imagemill can use, and the state of its files: those in the catalogue, and those of your own.
 
     `unchecked` files were not put there by `imagemill models pull`; `imagemill models verify` checks them. Nodes can't load
     `unconverted` files; `imagemill models pull` converts them.
     """
     folder = load_settings().weights.folder.expanduser()
+    own, faults = added.everything(folder)
     rows = [files.describe(folder, entry) for entry in WEIGHTS]
     rows += [repositories.describe(folder, entry) for entry in REPOSITORIES]
+    rows += [added.describe(folder, record) for record in own]
+    for fault in faults:
+        click.secho(fault, fg="red", err=True)
     if as_json:
         for row in rows:
             click.echo(json.dumps(row))
         return
     table = Table("model", "engine", "state", "variants", "size", "licence", "source", box=box.SIMPLE, show_edge=False)
     for row in rows:
-        size = row["bytes"] or row["about_bytes"]
+        size = row["bytes"] or row.get("about_bytes", 0)
         table.add_row(
             row["name"],
             row["engine"],
@@ -67,7 +75,7 @@ def list_models(as_json: bool) -> None:
             ", ".join(row["also"]),
             f"{size / 1e6:.{0 if size >= 1e7 else 1}f} MB",
             row["licence"],
-            f"{row['source']} {row['revision'][:12]}",
+            f"{row['source']} {row['revision'][:12]}".rstrip(),
         )
     console = Console(emoji=False, highlight=False)
     (console if console.is_terminal else Console(emoji=False, highlight=False, width=200)).print(table)
@@ -121,7 +129,7 @@ def pull(names: tuple[str, ...], engine: str | None, accept_licence: bool, own_f
 
 
 def _pull_file(entry: Weights, settings: WeightsSettings, folder: Path) -> None:
-    with _progress(DownloadColumn(), TransferSpeedColumn()) as progress:
+    with progress_bar(DownloadColumn(), TransferSpeedColumn()) as progress:
         task = progress.add_task(entry.name, total=entry.about_bytes)
         outcome = download.pull(
             entry,
@@ -135,13 +143,13 @@ def _pull_file(entry: Weights, settings: WeightsSettings, folder: Path) -> None:
         files.accept_licence(folder, entry)
     if entry.engine not in CONVERTED:
         if not is_part(entry.name):  # parts run one image at a time
-            _free_batch_axis(entry, path)
+            free_batch_axis(entry.name, path)
     elif not is_current(path, "safetensors"):
         _convert(entry, path, folder)
 
 
 def _pull_repository(entry: Repository, settings: WeightsSettings, weights: Path, revision: str | None) -> None:
-    with _extra(entry.engine, entry.name):
+    with needing(entry.engine, entry.name):
         from imagemill.worker.models import hugging_face
     outcome, folder = hugging_face.pull(entry, settings, revision), folder_of(weights, entry)
     click.echo(f"{entry.name}: {OUTCOMES[outcome]}, commit {read_json(folder / RECORD)['commit']}, checksums correct: {folder}")
@@ -149,7 +157,7 @@ def _pull_repository(entry: Repository, settings: WeightsSettings, weights: Path
 
 def _convert(entry: Weights, source: Path, folder: Path) -> None:
     """Convert a file, which may contain code, to the safetensors file that nodes load."""
-    with _extra(entry.engine, f"converting {entry.name}"):
+    with needing(entry.engine, f"converting {entry.name}"):
         from imagemill.worker.models.conversion import convert
     original, target = path_of(folder, entry), required_file(folder, entry)
     parameters = convert(source, target)
@@ -159,46 +167,50 @@ def _convert(entry: Weights, source: Path, folder: Path) -> None:
     click.echo(f"{entry.name}: converted {source.name} ({parameters / 1e6:.1f} million parameters): {target}")
 
 
-def _free_batch_axis(entry: Weights, path: Path) -> None:
-    """Make a variant that takes batches; without onnx, or if a graph can't be changed, images run one by one."""
-    before = variant_record(path, "dynamic")
-    try:
-        from imagemill.worker.models.batch_axis import free
-
-        outcome = free(path)
-    except ModuleNotFoundError as error:
-        hint = "pip install 'imagemill[rembg]', then pull again"
-        click.echo(f"{entry.name}: batch axis not checked: {error.name} is not installed ({hint})", err=True)
-        return
-    record = variant_record(path, "dynamic")
-    messages = {
-        "made": f"the batch axis was fixed at 1; made a variant that takes batches ({record.get('reason')})",
-        "refused": f"the batch axis stays fixed at 1, images run one by one ({record.get('reason')})",
-        "killed": "batch axis not checked: the trial was killed, perhaps out of memory (pull again to retry)",
-    }
-    if outcome in messages and (record != before or outcome == "killed"):
-        click.echo(f"{entry.name}: {messages[outcome]}")
-
-
 @models.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 def verify(names: tuple[str, ...]) -> None:
     """Check the model files on disk, and the variants made from them, against their checksums."""
     folder = load_settings().weights.folder.expanduser()
-    entries = _select(names)
+    own, faults = added.everything(folder)
+    entries: list[Weights | Repository | Added] = [*_select(names, own)]
+    entries += [record for record in own if not names or record.name in names]
     if not names:
         entries += [entry for entry in WEIGHTS if files.state(folder, entry) != "missing"]
         entries += [entry for entry in REPOSITORIES if folder_of(folder, entry).is_dir()]
-    if not entries:
+    if not entries and not faults:
         click.echo(f"no models in {folder}")
-    findings = chain.from_iterable(
-        files.verify(folder, entry) if isinstance(entry, Weights) else repositories.verify(folder, entry) for entry in entries
-    )
+    findings = chain.from_iterable(_verified(folder, entry) for entry in entries)
     failed = False
-    for correct, finding in findings:
+    for correct, finding in chain(((False, fault) for fault in faults if not names), findings):
         click.secho(finding, fg=None if correct else "red", err=not correct)
         failed |= not correct
     sys.exit(1 if failed else 0)
+
+
+def _verified(folder: Path, entry: Weights | Repository | Added) -> Iterator[tuple[bool, str]]:
+    if isinstance(entry, Added):
+        return added.verify(folder, entry)
+    return files.verify(folder, entry) if isinstance(entry, Weights) else repositories.verify(folder, entry)
+
+
+@models.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+def remove(names: tuple[str, ...]) -> None:
+    """Delete models from this host: those that you added, and the files of those that were pulled.
+
+    Running nodes keep what they have opened.
+    """
+    folder = load_settings().weights.folder.expanduser()
+    own, _ = added.everything(folder)
+    mine = [name for name in names if name in added.names(folder)]
+    freed: dict[str, int | None] = {}
+    for entry in _select([name for name in names if name not in mine], own):
+        module = files if isinstance(entry, Weights) else repositories
+        freed[entry.name] = module.remove(folder, entry)
+    freed |= {name: adding.remove(folder, name) for name in mine}
+    for name, size in freed.items():
+        click.echo(f"{name} is not there" if size is None else f"{name}: removed, {size / 1e6:.1f} MB are free now")
 
 
 @models.command()
@@ -226,7 +238,7 @@ def quantize(name: str, images: Path, accept: float, as_json: bool) -> None:
     if not isinstance(entry, Weights) or entry.engine in CONVERTED:
         raise UsageError(f"{name} can't be quantised: it doesn't run on onnxruntime")
     folder = load_settings().weights.folder.expanduser()
-    with _progress() as progress, _extra("rembg", "quantising"):
+    with progress_bar() as progress, needing("rembg", "quantising"):
         from imagemill.worker.models.quantize import quantize as make_int8
 
         task = progress.add_task("")
@@ -247,29 +259,16 @@ def quantize(name: str, images: Path, accept: float, as_json: bool) -> None:
         sys.exit(1)
 
 
-@contextmanager
-def _extra(extra: str, purpose: str) -> Iterator[None]:
-    """Raise MissingExtra with the install command in place of ModuleNotFoundError for a missing library."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "imagemill":
-            raise  # a bug, not a missing library
-        raise MissingExtra(f"{purpose} needs {error.name}, which is not installed: pip install 'imagemill[{extra}]'") from error
+def _select(names: Iterable[str], own: Iterable[Added] = ()) -> list[Weights | Repository]:
+    """The catalogue entries that the names stand for, each once; names of `own` models are left out.
 
-
-def _select(names: Iterable[str]) -> list[Weights | Repository]:
-    """The catalogue entries that the names stand for, each once. Raises UsageError for an unknown name."""
+    Raises UsageError for an unknown name.
+    """
     entries = {entry.name: entry for entry in _all()}
-    known = [*entries, *MODELS]
+    others = {record.name for record in own}
+    known = [*dict.fromkeys((*entries, *MODELS, *others))]
     for name in names:
         if name not in known:
             raise UsageError(f"there is no model {name!r}{nearest(name, known)}")
-    return [entries[part] for part in dict.fromkeys(part for name in names for part in MODELS.get(name, (name,)))]
-
-
-def _progress(*columns: Any) -> Progress:
-    """A progress bar per task, shown only on a terminal: elsewhere it would fill logs."""
-    console = Console(stderr=True, emoji=False, highlight=False)
-    shown = (TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
-    return Progress(*shown, console=console, disable=not console.is_terminal)
+    chosen = [name for name in names if name not in others]
+    return [entries[part] for part in dict.fromkeys(part for name in chosen for part in MODELS.get(name, (name,)))]

@@ -124,9 +124,14 @@ def verify(folder: Path, weights: Weights) -> Iterator[tuple[bool, str]]:
             yield True, f"{weights.name}: correct ({sums.checksum}, sha256:{sums.sha256})"
         else:
             yield False, f"{path} is not the published file: its checksum is {sums.checksum}, not {weights.checksum}: {fix}"
+    yield from verify_variants(path, original)
+
+
+def verify_variants(path: Path, original: str | None) -> Iterator[tuple[bool, str]]:
+    """Read the variants of a file whose SHA-256 is `original`; yield for each whether it is correct, and a sentence."""
     for kind in KINDS:
         file, record = variant(path, kind), variant_record(path, kind)
-        if not file.is_file():
+        if file == path or not file.is_file():
             continue
         sha256 = hash_file(file).sha256
         if not record and original is None:
@@ -137,6 +142,18 @@ def verify(folder: Path, weights: Weights) -> Iterator[tuple[bool, str]]:
             yield False, f"{file} has changed since it was made: delete it and make it again"
         else:
             yield True, f"{file.name}: correct (sha256:{sha256})"
+
+
+def remove(folder: Path, weights: Weights) -> int | None:
+    """Delete a model's file and what was made of it; return the number of bytes freed, or None if it was not there."""
+    original, freed = path_of(folder, weights), None
+    for path in {original, required_file(folder, weights)}:
+        if path.is_file():
+            freed = (freed or 0) + path.stat().st_size
+    remove_variants(original)
+    for path in (original, sums_path(original), original.with_name(f"{original.name}.part"), _licence_path(folder, weights)):
+        path.unlink(missing_ok=True)
+    return freed
 
 
 def _licence_path(folder: Path, weights: Weights) -> Path:

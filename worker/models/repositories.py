@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imagemill.shared.engines import ENGINES
+from imagemill.shared.errors import UsageError
 from imagemill.worker.models import added, files
 from imagemill.worker.models.catalogue import CONTROLNETS, LICENSED, MODELS, REPOSITORIES, WEIGHTS, Repository
 from imagemill.worker.models.checksums import digest, read_json, sha256_of
@@ -103,6 +105,18 @@ def verify(weights: Path, entry: Repository) -> Iterator[tuple[bool, str]]:
     yield from ((False, f"{fault}: imagemill models pull {entry.name}") for fault in faults)
     if not faults:
         yield True, f"{entry.name}: correct (commit {record['commit']})"
+
+
+def remove(weights: Path, entry: Repository) -> int | None:
+    """Delete a pulled repository; return the number of bytes freed, or None if it was not there. Raises UsageError."""
+    folder = folder_of(weights, entry)
+    if not folder.is_dir():
+        return None
+    if not (folder / RECORD).is_file():
+        raise UsageError(f"{folder} was not written by `imagemill models pull`: delete it yourself if nobody needs it")
+    freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    shutil.rmtree(folder)
+    return freed
 
 
 def digest_of(folder: Path) -> str:

@@ -47,6 +47,18 @@ def test_submit_names_the_model_to_pull_when_no_worker_has_it(imagemill: Invoke)
     assert "IMAGEMILL_WORKER__ENGINES='[\"rembg\"]' imagemill worker" in " ".join(stderr.split())
 
 
+def test_submit_and_dry_run_advise_on_a_model_that_no_worker_has(imagemill: Invoke, fleet: Fleet) -> None:
+    fleet.report_node(node("remove-background.rembg.shop"))
+    flags = ("--operation", "remove-background", "--engine", "rembg", "--set", "model=shpo", "--output", "s3://results/x")
+    advice = "no worker offers remove-background.rembg.shpo, and the catalogue has no such model; did you mean 'shop'?"
+    warned = imagemill("submit", "-", *flags, stdin=GOOD).stderr
+    assert f"warning: {advice}" in " ".join(warned.split())
+    tried = imagemill("submit", "-", *flags, "--json", "--dry-run", stdin=GOOD)
+    assert json.loads(tried.stdout)["advice"] == f"{advice}; have one offer it with `imagemill models add shpo FILE`"
+    shown = imagemill("submit", "-", *flags, "--dry-run", stdin=GOOD).stdout
+    assert f"time: unknown, {advice}" in " ".join(shown.split())
+
+
 def test_submit_does_not_warn_when_a_worker_offers_the_lane(imagemill: Invoke, fleet: Fleet) -> None:
     fleet.report_node(node(LANE))
     assert "no worker" not in imagemill(*STYLIZE, stdin=GOOD).stderr

@@ -19,7 +19,7 @@ SHA256 = "0" * 64
 def record(weights: Path, name: str = "shop", **changed: Any) -> Added:
     """Write the record of an added matting model, and a file of a few bytes unless there is one."""
     path = weights / "rembg" / f"{name}.onnx"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         path.write_bytes(b"onnx")
     file = AddedFile(path=f"rembg/{name}.onnx", size=path.stat().st_size, sha256=SHA256)

@@ -1,0 +1,33 @@
+"""What to do about a job that no running node can work on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from imagemill.shared.engines import find_engine, split_lane
+from imagemill.shared.messages import Node
+
+
+def advice(lane: str, nodes: Iterable[Node]) -> str | None:
+    """Why no node can work in a lane, and the commands that help, as a sentence; None if a node can.
+
+    A model that isn't in the catalogue may be one of the user's own, or a slip: the nearest name is added.
+    """
+    offered = {offer for node in nodes for offer in node.lanes}
+    if lane in offered:
+        return None
+    operation, engine, model = split_lane(lane)
+    if not model:
+        return f"no worker offers {lane}; start one with `imagemill worker --cpu`"
+    catalogue = find_engine(operation, engine).models
+    others = {name for row, of, name in map(split_lane, offered) if (row, of) == (operation, engine)}
+    reason = f"no worker offers {lane}"
+    command = f"`imagemill models pull {model}`"
+    if model not in catalogue:
+        close = difflib.get_close_matches(model, sorted({*catalogue, *others}), n=1, cutoff=0.5)
+        reason += ", and the catalogue has no such model" + (f"; did you mean {close[0]!r}?" if close else "")
+        command = f"`imagemill models add {model} FILE`"
+    if others:
+        return f"{reason}; have one offer it with {command}"
+    return f"{reason}; start one with {command} and `IMAGEMILL_WORKER__ENGINES='[\"{engine}\"]' imagemill worker`"
