@@ -25,9 +25,8 @@ from imagemill.worker.operations.remove_background.rembg import Rembg
 from imagemill.worker.operations.remove_background.run_once import RunOnce
 from tests.special_models import special_folder
 from tests.unit.worker.operations.conformance import scene
+from tests.unit.worker.operations.remove_background.test_model_families import CUSTOM
 
-ADDED = {"u2net_custom", "dis_custom", "ben_custom", "birefnet-general-fp16"}
-"""Sessions for a file that the operator has, or has converted: `imagemill models add` takes it."""
 LEFT_OUT = {"sam_vit_h_4b8939.encoder.onnx"} | {f"sam_vit_h_4b8939.encoder_data.{part}.bin" for part in (1, 2, 3)}
 LEFT_OUT |= {"sam_vit_h_4b8939.decoder.onnx"}
 """Files of rembg's that the catalogue leaves out: the largest Segment Anything is there with 8 bits."""
@@ -96,9 +95,9 @@ def cut(operation: Rembg, pixels: Pixels, chosen: dict[str, Any], full_size: tup
 
 def test_every_session_of_rembg_is_there(theirs: Any) -> None:
     local = {name for name, session in theirs.sessions.sessions.items() if session.is_local()}
-    known = {*REMBG_MODELS, *LICENSED, *ADDED}
+    known = {*REMBG_MODELS, *LICENSED, *CUSTOM}
     assert local <= known, "rembg has a new session"
-    assert local >= ADDED
+    assert local >= CUSTOM.keys()
     assert known - local == {"ben2", *PROMPTED_MODELS} - {"sam"}
 
 
@@ -109,7 +108,7 @@ def test_every_file_of_rembg_is_in_the_catalogue_with_rembgs_checksum(theirs: An
         asked.add((url, known_hash))
 
     for name, session in theirs.sessions.sessions.items():
-        if not session.is_local() or name in ADDED:
+        if not session.is_local() or name in CUSTOM:
             continue
         module = __import__(session.__module__, fromlist=["pooch"])
         monkeypatch.setattr(module.pooch, "retrieve", retrieve)
