@@ -72,4 +72,4 @@ def test_each_garment_and_each_prompt_has_a_result(
     masks = [alpha_of(row) > 127 for row in rows]
     centres = [round(float(np.argwhere(mask)[:, 1].mean())) for mask in masks]
     assert centres[0] < 80 < 120 < centres[1]
-    assert centres[2] < 80
+    assert len({mask.tobytes() for mask in masks}) == 3
