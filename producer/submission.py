@@ -111,7 +111,9 @@ class ListCheck:
 
 def _checked(row: SourceRow, index: int, part: str | None, spec: Job, naming: Naming | None) -> Item | BadRow:
     options = spec.options
-    if not options.prompted:  # a shop's table may have a column of this name that is about something else
+    if (
+        "points" in row.fields and not options.prompted
+    ):  # a shop's table may have a column of this name that is about something else
         row = replace(row, fields={name: value for name, value in row.fields.items() if name != "points"})
     try:
         item = parse(row, index)
