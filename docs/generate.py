@@ -168,6 +168,7 @@ MANIFEST = {
     "source": "URL of the source image",
     "mask": "URL of the row's mask",
     "control_image": "URL of the row's control image",
+    "part": "which of an image's results it is: the garment (`u2net_cloth_seg`)",
     "duplicate_of": "index of the row whose result this row shares",
     "state": "`done`, `failed` or `cancelled`",
     "output": "URL of the result",
@@ -197,7 +198,7 @@ MANIFEST = {
 
 def manifest() -> str:
     """The fields of a manifest's line, as the code that writes it makes them."""
-    item = Item(index=0, source="https://example.com/a.jpg", mask="https://example.com/m.png", duplicate_of=0)
+    item = Item(index=0, source="https://example.com/a.jpg", mask="https://example.com/m.png", part="upper", duplicate_of=0)
     item = item.model_copy(update={"control_image": "https://example.com/c.png"})
     optional: dict[str, Any] = {"source_format": "jpeg", "source_size": (1, 1), "output_size": (1, 1), "node": "cpu@host"}
     optional |= {"output": "file:///a.png", "code": "timeout", "message": "", "quality": Measures(), "filled": "M0,0Z"}

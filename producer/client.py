@@ -122,7 +122,7 @@ class Client:
             invalid=checked.bad,
             invalid_count=checked.bad_count,
             nodes=None if nodes is None else sum(spec.lane in node.lanes for node in nodes),
-            advice=None if nodes is None else advice(spec.lane, nodes, spec.options.parts()),
+            advice=None if nodes is None else advice(spec.lane, nodes, spec.options.companions()),
             before=not new,
         )
 

@@ -49,6 +49,8 @@ class DryRun:
     """Rows among the invalid ones whose results would get the same name as another's."""
     outputs: list[str] = field(default_factory=list)
     """The first results' URLs, with the extension that is to be expected."""
+    parts: tuple[str, ...] = ()
+    """The results of each image, if it has several."""
     lane: str = ""
     nodes: int | None = None
     """Nodes that can work on the job; None without Redis."""
@@ -85,11 +87,12 @@ def dry_run(
     duplicates = sum(check.duplicates.values())
     accepted = check.total > 0 and (skip_invalid or not check.bad_count)
     found = DryRun(check.total, duplicates, check.bad_count, accepted, check.collisions, lane=spec.lane)
+    found.parts = spec.options.parts
     found.outputs = [_output(item, spec, job) for item in sample.first[:NAMES]]
     computed = check.total - duplicates
     try:
         found.nodes, found.begins_in, found.seconds = client.forecast(spec, computed)
-        found.advice = advice(spec.lane, client.nodes(), spec.options.parts())
+        found.advice = advice(spec.lane, client.nodes(), spec.options.companions())
     except BrokerUnavailable:
         found.nodes = None
     if fetch:
@@ -180,7 +183,8 @@ def show(out: Console, found: DryRun, bad: Sequence[BadRow]) -> None:
     """Print it for people."""
     if bad:
         bad_rows(out, bad, found.invalid)
-    text = f"dry run, nothing was queued: {counted(found.total, 'image')}"
+    text = f"dry run, nothing was queued: {counted(found.total, 'result' if found.parts else 'image')}"
+    text += f" ({', '.join(found.parts)} of each image)" if found.parts else ""
     text += f", including {counted(found.duplicates, 'duplicate')}" if found.duplicates else ""
     text += f"; {counted(found.invalid, 'invalid row')}" if found.invalid else ""
     text += f", {found.collisions:,} with the name of another" if found.collisions else ""

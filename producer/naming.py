@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 from imagemill.producer.duplicates import Firsts
 from imagemill.producer.sources import SourceRow
 from imagemill.shared.errors import InvalidSource
-from imagemill.shared.keys import KEY_FIELD, LONGEST_KEY, LONGEST_NAME, OWN_FIELDS, fill, item_name
+from imagemill.shared.keys import KEY_FIELD, LONGEST_KEY, LONGEST_NAME, OWN_FIELDS, fill, item_name, of_part
 from imagemill.shared.messages import Item, Output
 from imagemill.shared.options.base import nearest
 from imagemill.shared.urls import safe_name, safe_part
@@ -106,7 +106,7 @@ def shown_key(item: Item, template: str) -> str:
         own["name"] = item_name(item.name, item.source)
     if "{item" in key:  # takes a hash
         own["item"] = item.id
-    return fill(key, own)
+    return of_part(fill(key, own), item.part)
 
 
 def _value(field: str, item: Item, row: SourceRow) -> str:

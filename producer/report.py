@@ -29,7 +29,7 @@ MOST_FLAGGED = 100
 REMARKS = {
     "cached": "copied from an earlier result of the same image",
     "cmyk_inverted": "a CMYK JPEG without Adobe's marker, read as inverted because its inks make no sense otherwise",
-    "empty_cutout": "no subject found",
+    "empty_cutout": "no subject found, or not this garment",
     "empty_mask": "the mask is empty, so nothing was filled",
     "enlarged": "the canvas is larger than the image, which was upscaled",
     "junk_skipped": "the file has junk between its parts; the picture is complete",

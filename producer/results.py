@@ -34,15 +34,16 @@ def results(connect: Connect, job: str, form: str, failed: bool, flagged: bool, 
     """Print the result of each image, one per line."""
     if failed and flagged:
         raise UsageError("--failed and --flagged can't be combined: a failed image has no result to flag")
-    more = [name for name, wanted in (("flags", flagged), ("link", presign is not None)) if wanted]
-    table = csv.DictWriter(sys.stdout, (*COLUMNS, "notes", *more), lineterminator="\n")
-    if form == "csv":
-        table.writeheader()
     outage = Outage(make_console(stderr=True))
     with connect(load_settings()) as client:
+        columns = [*COLUMNS, *["part"] * bool(client.spec(job).options.parts)]
+        more = [name for name, wanted in (("flags", flagged), ("link", presign is not None)) if wanted]
+        table = csv.DictWriter(sys.stdout, (*columns, "notes", *more), lineterminator="\n")
+        if form == "csv":
+            table.writeheader()
         drift = outliers(outage.between(client.results(job, lost=outage))) if flagged else {}
         for row in outage.between(client.results(job, lost=outage)):
-            line = row.model_dump(mode="json", include=set(COLUMNS))
+            line = row.model_dump(mode="json", include=set(columns))
             line["notes"] = [*(row.result.notes if row.result else ())]
             if flagged:  # `blurred`, `drift:lightness`, ...
                 drifted = [f"drift:{drift[row.index].measure}"] if row.index in drift else []

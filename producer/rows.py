@@ -13,12 +13,12 @@ MAX_SHOWN = 160
 MOST_NAMED = 5
 """Skipped files that are named; all are counted."""
 SOURCE_NAMES = ("source", "url", "image")
-FIELDS = (*SOURCE_NAMES, "mask", "control_image", "boxes", "name")
+FIELDS = (*SOURCE_NAMES, "mask", "control_image", "boxes", "points", "name")
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """A row as read. `fields` may hold source, mask, control_image, boxes and name; their values are not checked yet."""
+    """A row as read. `fields` may hold source, mask, control_image, boxes, points and name, whose values aren't checked yet."""
 
     place: str
     fields: dict[str, Any]

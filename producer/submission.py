@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from imagemill.producer.duplicates import Firsts
@@ -80,21 +80,25 @@ class ListCheck:
     def _accepted(
         self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool, naming: Naming | None
     ) -> Iterator[Item]:
-        firsts = Firsts()
-        for index, row in enumerate(sources):
-            item = row if isinstance(row, BadRow) else _checked(row, index, spec, naming)
-            if isinstance(item, BadRow):
-                self.bad_count += 1
-                if len(self.bad) < MOST_BAD_ROWS:
-                    self.bad.append(item)
-                continue
-            self.total, self.size = self.total + 1, index + 1
-            original = firsts.first(item.digest, index)
-            if original != index:
-                self.duplicates[original] = self.duplicates.get(original, 0) + 1
-                item = item.model_copy(update={"duplicate_of": original})
-            if skip_invalid or not self.bad_count:
-                yield item
+        firsts, parts = Firsts(), spec.options.parts or (None,)
+        for number, row in enumerate(sources):
+            for index, part in enumerate(parts, number * len(parts)):
+                item = row if isinstance(row, BadRow) else _checked(row, index, part, spec, naming)
+                if isinstance(item, BadRow):
+                    self._count_bad(item)
+                    break
+                self.total, self.size = self.total + 1, index + 1
+                original = firsts.first(item.digest, index)
+                if original != index:
+                    self.duplicates[original] = self.duplicates.get(original, 0) + 1
+                    item = item.model_copy(update={"duplicate_of": original})
+                if skip_invalid or not self.bad_count:
+                    yield item
+
+    def _count_bad(self, row: BadRow) -> None:
+        self.bad_count += 1
+        if len(self.bad) < MOST_BAD_ROWS:
+            self.bad.append(row)
 
     def error(self) -> InvalidSource:
         """The reason why nothing was queued."""
@@ -106,10 +110,15 @@ class ListCheck:
         return InvalidSource(f"{rows}, nothing was queued: {places}{more}", self.bad)
 
 
-def _checked(row: SourceRow, index: int, spec: Job, naming: Naming | None) -> Item | BadRow:
+def _checked(row: SourceRow, index: int, part: str | None, spec: Job, naming: Naming | None) -> Item | BadRow:
     options = spec.options
+    if (
+        "points" in row.fields and not options.prompted
+    ):  # a shop's table may have a column of this name that is about something else
+        row = replace(row, fields={name: value for name, value in row.fields.items() if name != "points"})
     try:
         item = parse(row, index)
+        item = item if part is None else item.model_copy(update={"part": part})
         if naming is not None:
             item = naming.named(item, row)
     except InvalidSource as error:

@@ -266,7 +266,9 @@ def _submit(client: Client, rows: Rows, spec: Job, out: Console, *, skip_invalid
     if submission.invalid:
         bad_rows(out, submission.invalid, submission.invalid_count)
     queued = "queued already" if submission.before else "queued"
-    text = f"job {submission.job}: {counted(submission.total, 'image')} {queued}"
+    parts = spec.options.parts
+    text = f"job {submission.job}: {counted(submission.total, 'result' if parts else 'image')} {queued}"
+    text += f" ({', '.join(parts)} of each image)" if parts else ""
     if submission.duplicates:
         text += f", including {counted(submission.duplicates, 'duplicate')}"
     if submission.invalid_count:

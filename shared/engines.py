@@ -16,7 +16,12 @@ from imagemill.shared.diffusion_models import BASES
 from imagemill.shared.errors import InvalidOption
 from imagemill.shared.options.base import OPERATIONS, EngineOptions, Operation, listed, nearest, validation_sentence
 from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
-from imagemill.shared.options.remove_background import OpencvRemoveBackground, RembgRemoveBackground
+from imagemill.shared.options.remove_background import (
+    GARMENT_MODELS,
+    PROMPTED_MODELS,
+    OpencvRemoveBackground,
+    RembgRemoveBackground,
+)
 from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
 
 
@@ -78,8 +83,16 @@ REMBG_MODELS = (
     "isnet-anime",
     "birefnet-general",
     "birefnet-general-lite",
+    "birefnet-portrait",
+    "birefnet-dis",
+    "birefnet-hrsod",
+    "birefnet-cod",
+    "birefnet-massive",
+    "ben2",
+    *GARMENT_MODELS,
+    *PROMPTED_MODELS,
 )
-"""rembg's models that may be used commercially, by rembg's names."""
+"""rembg's models that may be used commercially, by rembg's names, and BEN2."""
 
 ENGINES: list[Engine] = [
     Engine(
@@ -96,7 +109,7 @@ ENGINES: list[Engine] = [
         RembgRemoveBackground,
         f"{_OPERATIONS}.remove_background.rembg:Rembg",
         "rembg",
-        {model: (model,) for model in REMBG_MODELS},
+        {model: (f"{model}.encoder", f"{model}.decoder") if model in PROMPTED_MODELS else (model,) for model in REMBG_MODELS},
         frozenset({"empty_cutout", "enlarged", "matting_too_large", "no_shadow_found"}),
         children=2,
     ),

@@ -226,7 +226,7 @@ class TooCostly(ImageError, code="too_costly"):
 
 
 class BadMask(ImageError, code="bad_mask"):
-    """The mask is missing or unreadable, or does not fit the image."""
+    """The mask is missing or unreadable, or it or a box or point does not fit the image."""
 
 
 class BadReference(ImageError, code="bad_reference"):

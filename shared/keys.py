@@ -63,6 +63,11 @@ def fill(template: str, fields: Mapping[str, str | int]) -> str:
     return KEY_FIELD.sub(value, template)
 
 
+def of_part(key: str, part: str | None) -> str:
+    """The key of one of an image's results, `shirt-upper`; the key itself if the image has one result."""
+    return key if part is None else f"{key}-{part}"
+
+
 def item_name(name: str | None, source: str) -> str:
     """What `{name}` stands for: the row's name or the source's, sanitised so that a key never leaves its prefix."""
     if name is None:

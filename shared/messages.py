@@ -21,7 +21,7 @@ from pydantic import (
 from imagemill.shared.engines import engines_of, lane_of
 from imagemill.shared.errors import Expired, RecordDamaged
 from imagemill.shared.keys import LAYOUTS, check_inside, check_key
-from imagemill.shared.options.base import MODEL_NAME, Boxes, EngineOptions, Model, Operation, validation_sentence
+from imagemill.shared.options.base import MODEL_NAME, Boxes, EngineOptions, Model, Operation, Points, validation_sentence
 from imagemill.shared.plain_text import shortened
 from imagemill.shared.quality import Measures, Quality
 from imagemill.shared.urls import check_output_url, check_source_url
@@ -131,6 +131,10 @@ class Item(Model):
     mask: SourceUrl | None = None
     control_image: SourceUrl | None = None
     boxes: Boxes = ()
+    points: Points = ()
+    part: str | None = Field(
+        None, pattern=r"^[a-z]{1,20}$", description="which of an image's results it is, such as that of the upper garment"
+    )
     name: str | None = Field(None, max_length=200, description="name of the output; by default the source's")
     key: Annotated[str, AfterValidator(check_inside)] | None = Field(
         None, max_length=1024, description="the job's template of keys with the fields filled in that only the submitter knows"
@@ -145,9 +149,11 @@ class Item(Model):
     @property
     def digest(self) -> str:
         """Hex SHA-256 of the fields that, together with the job, determine the item's result."""
-        key = "" if self.key is None else f"\n{self.key}"
-        key += "" if self.control_image is None else f"\ncontrol {self.control_image}"
-        return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{key}".encode()).hexdigest()
+        more = "" if self.key is None else f"\n{self.key}"
+        more += "" if self.control_image is None else f"\ncontrol {self.control_image}"
+        more += f"\npoints\n{self.points}" if self.points else ""
+        more += "" if self.part is None else f"\npart\n{self.part}"
+        return hashlib.sha256(f"{self.source}\n{self.mask}\n{self.boxes}\n{self.name}{more}".encode()).hexdigest()
 
     def companion(self, *, mask: bool, control: bool) -> str | None:
         """The URL of its own mask or control image, whichever the job's engine takes."""
@@ -216,6 +222,7 @@ class Row(Model):
     duplicate_of: int | None = None
     mask: str | None = None
     control_image: str | None = None
+    part: str | None = None
     result: ItemResult | None = Field(None, exclude=True)
 
 
@@ -306,7 +313,7 @@ def compact(model: Item | ItemResult) -> str:
 
 def row(item: Item, result: ItemResult | None, unfinished: Unfinished = "pending") -> Row:
     """The public line for an item and its result, if any."""
-    own = {name: getattr(item, name) for name in ("index", "source", "duplicate_of", "mask", "control_image")}
+    own = {name: getattr(item, name) for name in ("index", "source", "duplicate_of", "mask", "control_image", "part")}
     base: dict[str, Any] = {"item": item.id, **own, "result": result}
     if result is None:
         if unfinished == "expired":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -51,7 +51,7 @@ class EngineOptions(Model):
 
     engine: str
 
-    def parts(self) -> list[str]:
+    def companions(self) -> list[str]:
         """The names of the models that the job needs beside its `model`, as far as they are known without looking at those."""
         return []
 
@@ -59,9 +59,29 @@ class EngineOptions(Model):
         """The options that have no effect beside the others, and why. `submit` warns of those that were given."""
         return {}
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What each image is divided into, with a result for each; empty if an image has one result."""
+        return ()
+
+    @property
+    def prompted(self) -> bool:
+        """Whether points of a list's rows say what to look for."""
+        return False
+
+
+def _numbers(texts: Iterable[str]) -> list[float]:
+    return [float(text) if "." in text else int(text) for text in texts]
+
+
+def _unit(numbers: Sequence[Any]) -> str:
+    """Fractions of the image if all numbers are at most 1 and one of them has a decimal point, otherwise pixels."""
+    small = all(isinstance(number, int | float) and number <= 1 for number in numbers)
+    return "fraction" if small and any(isinstance(number, float) for number in numbers) else "px"
+
 
 class Box(Model):
-    """A rectangle to fill, given by its top left corner and size, in pixels or fractions of the image.
+    """A rectangle, given by its top left corner and size, in pixels or fractions of the image.
 
     Written as text `x,y,width,height` or as a JSON list of four numbers. If all four are at most 1 and at least one has a
     decimal point, they are fractions; otherwise they are pixels.
@@ -80,13 +100,12 @@ class Box(Model):
             parts: list[Any] = [part.strip() for part in value.split(",")]
             if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
                 raise ValueError(f"a box must be four numbers x,y,width,height, not {value!r}")
-            value = [float(part) if "." in part else int(part) for part in parts]
+            value = _numbers(parts)
         if not isinstance(value, list | tuple):
             return value
         if len(value) != 4:
             raise ValueError(f"a box must have four numbers x,y,width,height, not {len(value)}")
-        fractions = all(isinstance(n, int | float) and n <= 1 for n in value) and any(isinstance(n, float) for n in value)
-        return dict(zip(("x", "y", "width", "height"), value, strict=True), unit="fraction" if fractions else "px")
+        return dict(zip(("x", "y", "width", "height"), value, strict=True), unit=_unit(value))
 
     @model_validator(mode="after")
     def _fractions_inside(self) -> Box:
@@ -100,13 +119,44 @@ def listed(field: FieldInfo) -> tuple[Any, ...]:
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
-def _split_boxes(value: Any) -> Any:
+def _split(value: Any) -> Any:
     value = () if value is None else value
     return [part for part in value.split(";") if part.strip()] if isinstance(value, str) else value
 
 
-Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split_boxes)]
+Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split)]
 """Boxes as a list or as text separated by `;`; None means no boxes."""
+
+
+class Point(Model):
+    """A point in an image, in pixels or fractions of it, that lies on what is looked for (label 1) or beside it (label 0).
+
+    Written as text `x,y` or `x,y,label` or as a JSON list. If both coordinates are at most 1 and one of them has a decimal
+    point, they are fractions; otherwise they are pixels.
+    """
+
+    x: float = Field(ge=0)
+    y: float = Field(ge=0)
+    label: Literal[0, 1] = 1
+    unit: Literal["px", "fraction"] = "px"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            parts = [part.strip() for part in value.split(",")]
+            if not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
+                raise ValueError(f"a point must be two numbers x,y and perhaps a label, 0 or 1, not {value!r}")
+            value = _numbers(parts)
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) not in (2, 3):
+            raise ValueError(f"a point must have two numbers x,y and perhaps a label, not {len(value)} values")
+        return dict(zip(("x", "y", "label"), value, strict=False), unit=_unit(value[:2]))
+
+
+Points = Annotated[tuple[Point, ...], BeforeValidator(_split)]
+"""Points as a list or as text separated by `;`; None means no points."""
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from imagemill.shared.options.base import Colour, EngineOptions, LongEdge, ModelName
+from imagemill.shared.options.base import Boxes, Colour, EngineOptions, LongEdge, ModelName, Points
 
 
 def _original(value: Any) -> Any:
@@ -22,16 +22,50 @@ class OpencvRemoveBackground(EngineOptions):
     background: Colour | None = Field(None, description="background colour as #rrggbb; 'none': transparent")
 
 
+GARMENT_MODELS = ("u2net_cloth_seg",)
+"""Models that give a result for each garment."""
+PROMPTED_MODELS = ("sam", "sam-quant", "sam-vit-l", "sam-vit-l-quant", "sam-vit-h-quant")
+"""Segment Anything in several sizes, in full precision or with 8 bits, which cut out what points and boxes show."""
+
+Garment = Literal["upper", "lower", "full", "attire"]
+
+
+def _names(value: Any) -> Any:
+    value = () if value is None else value
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
 class RembgRemoveBackground(EngineOptions):
     """rembg's models on ONNX Runtime."""
 
     engine: Literal["rembg"] = "rembg"
     model: ModelName = Field("u2net", description="model that finds the subject")
+    garments: Annotated[tuple[Garment, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="garments to cut out with u2net_cloth_seg, separated by commas, with one result for each: upper, lower, "
+        "full (such as dresses), attire (all of them in one); 'none' stands for upper,lower,full",
+    )
+    points: Points = Field(
+        (),
+        description="what sam cuts out of every image: points on it as x,y, beside it as x,y,0, separated by ;, in pixels or "
+        "fractions; a row's own points and boxes replace those of the job; without any, it is what the centre shows",
+    )
+    boxes: Boxes = Field((), description="what sam cuts out of every image: rectangles around it, as x,y,width,height")
+    post_process_mask: bool = Field(False, description="smooth the mask's outline; every pixel is then opaque or transparent")
     exact: bool = Field(False, description="get exactly rembg's pixels by using its own scaling and compositing; slower")
     long_edge: Annotated[LongEdge | None, BeforeValidator(_original)] = Field(
         1600, description="longest edge of the cut-out in pixels; 'original': source size"
     )
     alpha_matting: bool = Field(False, description="refine edges such as hair and fur by closed-form matting; slow")
+    alpha_matting_foreground_threshold: int = Field(
+        240, ge=0, le=255, description="matting: pixels whose mask is above this level surely belong to the subject"
+    )
+    alpha_matting_background_threshold: int = Field(
+        10, ge=0, le=255, description="matting: pixels whose mask is below this level surely don't"
+    )
+    alpha_matting_erode_size: int = Field(
+        10, ge=0, le=100, description="matting: side in pixels of the square that both sure areas are shrunk by; 0: one pixel"
+    )
     background: Colour | None = Field(None, description="background colour as #rrggbb; 'none': transparent")
     background_image: str | None = Field(None, description="URL of a background image, which is scaled to cover")
     crop: bool = Field(False, description="crop to the subject and, if kept, its shadow")
@@ -49,6 +83,34 @@ class RembgRemoveBackground(EngineOptions):
         False,
         description="output the mask (the subject in white) instead of the cut-out; a JPEG's is a JPEG unless --format is png",
     )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.garments or (("upper", "lower", "full") if self.model in GARMENT_MODELS else ())
+
+    @property
+    def prompted(self) -> bool:
+        return self.model in PROMPTED_MODELS
+
+    @model_validator(mode="after")
+    def _check_model(self) -> RembgRemoveBackground:
+        if self.garments and self.model not in GARMENT_MODELS:
+            raise ValueError(f"garments needs model={GARMENT_MODELS[0]}")
+        if len(set(self.garments)) < len(self.garments):
+            raise ValueError("garments names one twice")
+        if (self.points or self.boxes) and not self.prompted:
+            raise ValueError(f"points and boxes need model={PROMPTED_MODELS[0]} (or {', '.join(PROMPTED_MODELS[1:])})")
+        return self
+
+    @model_validator(mode="after")
+    def _check_matting(self) -> RembgRemoveBackground:
+        fields = type(self).model_fields
+        changed = [name for name in fields if name.startswith("alpha_matting_") and getattr(self, name) != fields[name].default]
+        if changed and not self.alpha_matting:
+            raise ValueError(f"{changed[0]} needs alpha_matting=true")
+        if self.alpha_matting_background_threshold > self.alpha_matting_foreground_threshold:
+            raise ValueError("alpha_matting_background_threshold must not be above alpha_matting_foreground_threshold")
+        return self
 
     @model_validator(mode="after")
     def _check_combination(self) -> RembgRemoveBackground:

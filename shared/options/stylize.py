@@ -180,7 +180,7 @@ class DiffusionStylize(EngineOptions):
         """The weight of each control."""
         return [self.control_scale if control.weight is None else control.weight for control in self.control]
 
-    def parts(self) -> list[str]:
+    def companions(self) -> list[str]:
         base = BASES.get(self.model)
         kinds = FAMILIES[base.family].controlnets if base is not None else dict.fromkeys(FAMILIES["sd15"].controlnets)
         controlnets = [kinds.get(control.name, control.name) for control in self.control]

@@ -57,6 +57,8 @@ def check(picture: Picture, source: Picture, work: Work[Any, Any, Any], operatio
     quality, notes, evidence = spec.policy.quality, (*source.notes, *work.notes), work.evidence
     if quality.mode == "off":
         return Checked(picture, notes)
+    if evidence.absent:
+        return Checked(picture, notes, Measures())
     reference = source.pixels if evidence.comparable else None  # otherwise `finish` may have overwritten it
 
     def judged(candidate: Picture, notes: tuple[str, ...]) -> tuple[Checked, Pair]:

@@ -115,12 +115,16 @@ class Cache:
         except (ImagemillError, OSError) as error:
             self._warn(error)
             return None
-        own = {
+        own: dict[str, object] = {
             "source": hashlib.sha256(data).hexdigest(),
             "boxes": [box.model_dump() for box in item.boxes],
             "seed": item_seed(spec.options, item.index, item.source),
             "engine": engine,
         }
+        if item.points:  # most items have neither, and keep their keys of earlier versions
+            own["points"] = [point.model_dump() for point in item.points]
+        if item.part is not None:
+            own["part"] = item.part
         decides = same | _as_json(own)
         text = ", ".join(f'"{name}": {decides[name]}' for name in sorted(decides))
         digest = hashlib.sha256(f"{{{text}}}".encode()).digest()

@@ -15,11 +15,12 @@ CONVERTED = ("lama",)
 
 @dataclass(frozen=True)
 class Weights:
-    """A model published as one file of a release on GitHub.
+    """A model published as one file, of a release on GitHub or, with `hub`, of a repository on the Hugging Face Hub.
 
-    `source` is the repository, `revision` the release's tag, and `checksum` is the publisher's `md5:...` or `sha256:...`.
-    `about_bytes` is the size to three digits, for progress bars and the check for free space. Unless `commercial`, the
-    licence forbids commercial use: pulling the model takes its name and an accepted licence, and no option selects it.
+    `source` is the repository, `revision` the release's tag or the commit, and `checksum` is the publisher's `md5:...` or
+    `sha256:...`. `about_bytes` is the size to three digits, for progress bars and the check for free space. Unless
+    `commercial`, the licence forbids commercial use: pulling the model takes its name and an accepted licence, and without
+    that no node offers it.
     """
 
     name: str
@@ -31,9 +32,12 @@ class Weights:
     licence: str
     about_bytes: int
     commercial: bool = True
+    hub: bool = False
 
     @property
     def url(self) -> str:
+        if self.hub:
+            return f"https://huggingface.co/{self.source}/resolve/{self.revision}/{self.file}"
         return f"https://github.com/{self.source}/releases/download/{self.revision}/{self.file}"
 
 
@@ -43,6 +47,21 @@ def _rembg(name: str, checksum: str, licence: str, size: int, file: str | None =
     return Weights(name, "rembg", file, "danielgatis/rembg", "v0.0.0", checksum, licence, size, commercial)
 
 
+def _birefnet(name: str, checksum: str, file: str, size: int = 973 * MB) -> Weights:
+    return _rembg(f"birefnet-{name}", checksum, "MIT", size, f"BiRefNet-{file}.onnx")
+
+
+def _sam(name: str, file: str, encoder: str, size: int, decoder: str, decoder_size: int = 16_500_000) -> tuple[Weights, ...]:
+    """Segment Anything's two files in one of its sizes, with 8 bits if the name says so."""
+    end = ".quant.onnx" if name.endswith("-quant") else ".onnx"
+    return (
+        _rembg(f"{name}.encoder", f"md5:{encoder}", "Apache-2.0", size, f"{file}.encoder{end}"),
+        _rembg(f"{name}.decoder", f"md5:{decoder}", "Apache-2.0", decoder_size, f"{file}.decoder{end}"),
+    )
+
+
+VIT_B, VIT_L, VIT_H = "sam_vit_b_01ec64", "sam_vit_l_0b3195", "sam_vit_h_4b8939"
+
 WEIGHTS: tuple[Weights, ...] = (
     _rembg("u2net", "md5:60024c5c889badc19c04ad937298a77b", "Apache-2.0", 176 * MB),
     _rembg("u2netp", "md5:8e83ca70e441ab06c318d82300c84806", "Apache-2.0", 4_570_000),
@@ -50,13 +69,33 @@ WEIGHTS: tuple[Weights, ...] = (
     _rembg("silueta", "md5:55e59e0d8062d2f5d013f4725ee84782", "Apache-2.0", 44_200_000),
     _rembg("isnet-general-use", "md5:fc16ebd8b0c10d971d3513d564d01e29", "Apache-2.0", 179 * MB),
     _rembg("isnet-anime", "md5:6f184e756bb3bd901c8849220a83e38e", "Apache-2.0", 176 * MB),
-    _rembg("birefnet-general", "md5:7a35a0141cbbc80de11d9c9a28f52697", "MIT", 973 * MB, file="BiRefNet-general-epoch_244.onnx"),
-    _rembg(
-        "birefnet-general-lite",
-        "md5:4fab47adc4ff364be1713e97b7e66334",
-        "MIT",
-        224 * MB,
-        file="BiRefNet-general-bb_swin_v1_tiny-epoch_232.onnx",
+    _rembg("u2net_cloth_seg", "md5:2434d1f3cb744e0e49386c906e5a08bb", "MIT", 176 * MB),
+    _birefnet("general", "md5:7a35a0141cbbc80de11d9c9a28f52697", "general-epoch_244"),
+    _birefnet("general-lite", "md5:4fab47adc4ff364be1713e97b7e66334", "general-bb_swin_v1_tiny-epoch_232", 224 * MB),
+    _birefnet("portrait", "md5:c3a64a6abf20250d090cd055f12a3b67", "portrait-epoch_150"),
+    _birefnet("dis", "md5:2d4d44102b446f33a4ebb2e56c051f2b", "DIS-epoch_590"),
+    _birefnet("hrsod", "md5:c017ade5de8a50ff0fd74d790d268dda", "HRSOD_DHU-epoch_115"),
+    _birefnet("cod", "md5:f6d0d21ca89d287f17e7afe9f5fd3b45", "COD-epoch_125"),
+    _birefnet("massive", "md5:33e726a2136a3d59eb0fdf613e31e3e9", "massive-TR_DIS5K_TR_TEs-epoch_420"),
+    *_sam("sam", VIT_B, "a780f8ba09bceceaa1435724ed354848", 359 * MB, "c4218b16ec1cb09889fcd6eb7a42a7c9"),
+    *_sam("sam-quant", VIT_B, "26fc0e01d2fa34ed2d3f91259118482d", 109 * MB, "45391530307d1aee79b2a1507769e6c7", 8_760_000),
+    *_sam("sam-vit-l", VIT_L, "6e7c5e3e97b50a9e833e55062ae35182", 1230 * MB, "dc760a2912862c05ec3ac2658162a1b5"),
+    *_sam(
+        "sam-vit-l-quant", VIT_L, "83f7fe08c2f8b94b6d08c3e44cf1de0e", 332 * MB, "e78ca201f5ae92288945623f48088b7c", 8_760_000
+    ),
+    *_sam(
+        "sam-vit-h-quant", VIT_H, "391503beb5e5d7d1ae6f55d0cecabd50", 680 * MB, "4c86ebeecbe2e6325203b641b8702a5b", 8_760_000
+    ),
+    Weights(
+        name="ben2",
+        engine="rembg",
+        file="BEN2_Base.onnx",
+        source="PramaLLC/BEN2",
+        revision="e48a20765fb421d19dcdb0bf3cc61e802ca5ec8f",
+        checksum="sha256:22cea62108ff53b7ccc20f7a008bf30494228d84b1687f29ecbe76936a998101",
+        licence="MIT",
+        about_bytes=223 * MB,
+        hub=True,
     ),
     _rembg(
         "bria-rmbg",
@@ -239,8 +278,16 @@ REPOSITORIES: tuple[Repository, ...] = (
     ),
 )
 
+LICENSED: dict[str, Weights] = {weights.name: weights for weights in WEIGHTS if not weights.commercial}
+"""The models that jobs can select only where the operator has accepted their licence, by name."""
+
 MODELS: dict[str, tuple[str, ...]] = {model: parts for engine in ENGINES for model, parts in engine.models.items()}
 """The catalogue entries that each model a job can select is loaded from, by name."""
+
+
+def is_part(name: str) -> bool:
+    """Whether the catalogue entry is one of several that a model consists of, such as an encoder."""
+    return any(name in parts for parts in MODELS.values() if len(parts) > 1)
 
 
 def repository(name: str) -> Repository:

@@ -21,7 +21,7 @@ from imagemill.shared.settings import WeightsSettings, load_settings
 from imagemill.worker.models import added, adding, download, files, repositories
 from imagemill.worker.models.added import Added
 from imagemill.worker.models.adding_commands import add
-from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Repository, Weights
+from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Repository, Weights, is_part
 from imagemill.worker.models.checksums import read_json
 from imagemill.worker.models.command_parts import free_batch_axis, needing, progress_bar
 from imagemill.worker.models.files import is_current, path_of, record_variant, required_file, variant
@@ -139,8 +139,11 @@ def _pull_file(entry: Weights, settings: WeightsSettings, folder: Path) -> None:
         )
     path = path_of(folder, entry)
     click.echo(f"{entry.name}: {OUTCOMES[outcome]}, checksum correct: {path}")
+    if not entry.commercial:
+        files.accept_licence(folder, entry)
     if entry.engine not in CONVERTED:
-        free_batch_axis(entry.name, path)
+        if not is_part(entry.name):  # parts run one image at a time
+            free_batch_axis(entry.name, path)
     elif not is_current(path, "safetensors"):
         _convert(entry, path, folder)
 

@@ -41,6 +41,16 @@ def model_file(folder: Path, engine: str, name: str, *, int8: bool = False) -> P
     return next((variant(original, kind) for kind in kinds if is_current(original, kind)), original)
 
 
+def accept_licence(folder: Path, weights: Weights) -> None:
+    """Record that the operator has accepted the licence of a model that may not be used commercially. Raises OSError."""
+    write_json(_licence_path(folder, weights), {"licence": weights.licence})
+
+
+def is_licensed(folder: Path, weights: Weights) -> bool:
+    """Whether the operator has accepted the model's licence as it is now, or need not."""
+    return weights.commercial or read_json(_licence_path(folder, weights)).get("licence") == weights.licence
+
+
 def variant(original: Path, kind: Kind) -> Path:
     """Where a variant of a published file belongs: `u2net.int8.onnx`, `lama.safetensors`."""
     if kind == "safetensors":
@@ -141,9 +151,13 @@ def remove(folder: Path, weights: Weights) -> int | None:
         if path.is_file():
             freed = (freed or 0) + path.stat().st_size
     remove_variants(original)
-    for path in (original, sums_path(original), original.with_name(f"{original.name}.part")):
+    for path in (original, sums_path(original), original.with_name(f"{original.name}.part"), _licence_path(folder, weights)):
         path.unlink(missing_ok=True)
     return freed
+
+
+def _licence_path(folder: Path, weights: Weights) -> Path:
+    return path_of(folder, weights).with_suffix(".licence.json")
 
 
 def _record_path(original: Path, kind: Kind) -> Path:

@@ -19,7 +19,7 @@ from imagemill.shared.diffusion_models import FAMILIES
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import UsageError
 from imagemill.worker.models import added, files
-from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, WEIGHTS, Repository
+from imagemill.worker.models.catalogue import LICENSED, MODELS, REPOSITORIES, WEIGHTS, Repository
 from imagemill.worker.models.checksums import digest, read_json, sha256_of
 
 RECORD = "imagemill.json"
@@ -56,6 +56,8 @@ def state(weights: Path, entry: Repository) -> State:
 
 def is_here(weights: Path, model: str) -> bool:
     """Whether a model that jobs can name is on disk, in files that nodes can load. Raises ConfigurationError."""
+    if model in LICENSED:
+        return files.is_licensed(weights, LICENSED[model]) and files.required_file(weights, LICENSED[model]).is_file()
     if model not in MODELS:
         record = added.find(weights, model)
         if record is None or record.kind not in added.SELECTABLE or not record.is_here(weights):
@@ -74,7 +76,8 @@ def parts_of(model: str) -> tuple[str, ...]:
 
 def models_here(weights: Path, engine: str) -> list[str]:
     """The models that jobs of an engine can name and that are on disk: first the catalogue's, then added ones."""
-    own = [record.name for record in added.selectable(weights, engine)]
+    own = [name for name, entry in LICENSED.items() if entry.engine == engine]
+    own += [record.name for record in added.selectable(weights, engine)]
     models = dict.fromkeys(model for row in ENGINES if row.name == engine for model in (*row.models, *own))
     return [model for model in models if is_here(weights, model)]
 

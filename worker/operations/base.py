@@ -88,7 +88,7 @@ class Evidence:
     `recoloured`: colours were changed on purpose, so a colour cast is not a fault. `hole` [height, width], of the result's
     size, is above 0 where the image was filled. `alpha` [height, width], of any size, is the matte of a cut-out placed on
     a background. `edges` [height, width], of any size, holds the edges that the result should have (255 on 0); None means
-    those of the source.
+    those of the source. `absent`: what was looked for is not in the image, so there is nothing to judge.
     """
 
     comparable: bool = True
@@ -96,6 +96,7 @@ class Evidence:
     hole: Grey | None = None
     alpha: Grey | None = None
     edges: Grey | None = None
+    absent: bool = False
 
 
 @dataclass

@@ -16,7 +16,7 @@ from typing import IO, BinaryIO, Protocol
 from urllib.parse import quote, urlsplit
 
 from imagemill.shared.errors import NotFound, StorageFull, StorageRefused, StorageUnavailable, sentence
-from imagemill.shared.keys import fill, item_name
+from imagemill.shared.keys import fill, item_name, of_part
 from imagemill.shared.messages import Item
 from imagemill.shared.s3 import MISSING, S3Client, ensure_bucket, split, storing
 from imagemill.shared.settings import FileSettings, S3Settings
@@ -91,7 +91,8 @@ def render_key(template: str, *, job: str, item: Item, extension: str) -> str:
     The item's own key, if it has one, is the template with the submitter's fields filled in already.
     """
     own: dict[str, str | int] = {"job": job, "index": item.index, "item": item.id, "name": item_name(item.name, item.source)}
-    return f"{fill(template if item.key is None else item.key, own)}.{extension.lstrip('.')}"
+    key = fill(template if item.key is None else item.key, own)
+    return f"{of_part(key, item.part)}.{extension.lstrip('.')}"
 
 
 class S3Store:

@@ -45,6 +45,21 @@ def test_results_prints_failures_as_csv(imagemill: Invoke, ledger: Ledger) -> No
     assert row.split(",")[1:6] == ["3", "https://example.com/bad.jpg", "failed", "", "not_found"]
 
 
+def test_results_name_the_part_if_images_have_several_results(imagemill: Invoke, ledger: Ledger) -> None:
+    rembg = ("--engine", "rembg", "--set", "model=u2net_cloth_seg", "--set", "garments=upper,lower")
+    submission = ("submit", "-", "--operation", "remove-background", *rembg, "--output", "s3://results/out")
+    result = imagemill(*submission, stdin="https://example.com/a.jpg\n")
+    assert ": 2 results queued (upper, lower of each image)\n" in result.stderr
+    job = result.stdout.strip()
+    work(ledger, job)
+    assert [json.loads(line)["part"] for line in imagemill("results", job).stdout.splitlines()] == ["upper", "lower"]
+    header, *rows = imagemill("results", job, "--format", "csv").stdout.splitlines()
+    assert header.endswith(",duplicate_of,part,notes")
+    assert [row.split(",")[-2] for row in rows] == ["upper", "lower"]
+    dry = imagemill(*submission, "--dry-run", stdin="https://example.com/a.jpg\n").stdout
+    assert "dry run, nothing was queued: 2 results (upper, lower of each image)\n" in dry
+
+
 def test_results_flagged_prints_flagged_images_and_outliers(imagemill: Invoke, ledger: Ledger) -> None:
     job = submitted(imagemill, NUMBERED)
     assert imagemill("results", job, "--flagged").stdout == ""

@@ -163,11 +163,15 @@ def test_digest_depends_on_what_determines_the_result() -> None:
     others = [
         Item(index=0, source=A + "?"),
         Item(index=0, source=A, mask=A),
+        Item.model_validate({"index": 0, "source": A, "points": "1,2"}),
+        Item.model_validate({"index": 0, "source": A, "points": "1,2,0"}),
+        Item(index=0, source=A, part="upper"),
+        Item(index=0, source=A, key="upper"),
         Item(index=0, source=A, name="n"),
         Item.model_validate({"index": 0, "source": A, "boxes": "1,2,3,4"}),
         Item.model_validate({"index": 0, "source": A, "boxes": "0.1,0.2,0.3,0.4"}),
     ]
-    assert len({item.digest for item in [first, *others]}) == 6
+    assert len({item.digest for item in [first, *others]}) == 10
 
 
 def test_items_with_invalid_index_or_source_are_refused() -> None:

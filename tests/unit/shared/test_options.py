@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from imagemill.shared.engines import ENGINES, Engine, engines_of, lane_of, parse_options, split_lane
 from imagemill.shared.errors import InvalidOption
 from imagemill.shared.messages import LANE
-from imagemill.shared.options.base import OPERATIONS, Box, Boxes, nearest
+from imagemill.shared.options.base import OPERATIONS, Box, Boxes, Point, nearest
 from imagemill.shared.options.inpaint import LamaInpaint, OpencvInpaint
 from imagemill.shared.options.remove_background import OpencvRemoveBackground
 from imagemill.shared.options.stylize import DiffusionStylize, OpencvStylize
@@ -97,6 +97,20 @@ def test_text_values_are_parsed() -> None:
         ("remove-background", "rembg", {"background": "#ffffff", "background_image": "https://a.example/b.png"}, "exclude"),
         ("remove-background", "rembg", {"mask_only": "true", "shadow": "true"}, "mask_only can't be combined"),
         ("remove-background", "rembg", {"exact": "true", "long_edge": "800"}, "can't be combined with long_edge or shadow"),
+        ("remove-background", "rembg", {"garments": "upper"}, "garments needs model=u2net_cloth_seg"),
+        ("remove-background", "rembg", {"garments": "upper,hat", "model": "u2net_cloth_seg"}, "'full' or 'attire', not 'hat'"),
+        ("remove-background", "rembg", {"garments": "full,full", "model": "u2net_cloth_seg"}, "garments names one twice"),
+        ("remove-background", "rembg", {"points": "1,2"}, "points and boxes need model=sam"),
+        ("remove-background", "rembg", {"boxes": "1,2,3,4", "model": "own"}, "points and boxes need model=sam"),
+        ("remove-background", "rembg", {"points": "1", "model": "sam"}, "two numbers x,y and perhaps a label, not 1 values"),
+        ("remove-background", "rembg", {"points": "1,2,2", "model": "sam"}, "label: input should be 0 or 1"),
+        ("remove-background", "rembg", {"points": "1,-2", "model": "sam"}, "perhaps a label, 0 or 1, not '1,-2'"),
+        ("remove-background", "rembg", {"alpha_matting_erode_size": 5}, "alpha_matting_erode_size needs alpha_matting=true"),
+        (
+            *("remove-background", "rembg"),
+            {"alpha_matting": "yes", "alpha_matting_foreground_threshold": 9},
+            "alpha_matting_background_threshold must not be above alpha_matting_foreground_threshold",
+        ),
         ("stylize", "opencv", {"style": "colour-transfer"}, "go together"),
         ("stylize", "opencv", {"reference": "https://example.com/r.jpg"}, "go together"),
         ("stylize", "diffusion", {"control": "canny;tile;scribble"}, "control: value should have at most 2 items"),
@@ -162,6 +176,33 @@ def test_box_formats(given: Any, box: tuple[float, float, float, float, str]) ->
 def test_invalid_boxes_are_refused(given: Any) -> None:
     with pytest.raises(ValidationError):
         Box.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "point"),
+    [
+        ("3,4", Point(x=3, y=4)),
+        ("0.25, 1", Point(x=0.25, y=1, unit="fraction")),
+        ("0.5,0.5,0", Point(x=0.5, y=0.5, label=0, unit="fraction")),
+        ("1,1", Point(x=1, y=1)),
+        ("0.5,200,1", Point(x=0.5, y=200)),
+        ([30, 40, 0], Point(x=30, y=40, label=0)),
+        ({"x": 3, "y": 4, "unit": "fraction"}, Point(x=3, y=4, unit="fraction")),
+    ],
+)
+def test_point_is_in_pixels_or_fractions_and_on_or_beside(given: Any, point: Point) -> None:
+    parsed = Point.model_validate(given)
+    assert parsed == point
+    assert Point.model_validate_json(parsed.model_dump_json()) == point
+
+
+def test_garments_decide_about_the_results_of_an_image() -> None:
+    def parts(**given: Any) -> tuple[str, ...]:
+        return parse_options("remove-background", "rembg", given).parts
+
+    assert parts() == parts(model="sam") == parts(model="own") == ()
+    assert parts(model="u2net_cloth_seg") == parts(model="u2net_cloth_seg", garments="none") == ("upper", "lower", "full")
+    assert parts(model="u2net_cloth_seg", garments="attire, lower") == ("attire", "lower")
 
 
 @pytest.mark.parametrize("text", ["none", ""])
@@ -242,4 +283,4 @@ def test_base_model_sets_what_the_job_does_not(given: dict[str, Any], expected: 
     ],
 )
 def test_options_name_the_parts_that_a_job_needs(given: dict[str, Any], parts: list[str]) -> None:
-    assert parse_options("stylize", "diffusion", given).parts() == parts
+    assert parse_options("stylize", "diffusion", given).companions() == parts

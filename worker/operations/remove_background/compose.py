@@ -68,7 +68,12 @@ def compose(
     if empty:
         notes.append(EMPTY)
     elif options.alpha_matting:
-        alpha = _visible(pixels, matted(pixels, alpha, notes))
+        sure = (
+            options.alpha_matting_foreground_threshold,
+            options.alpha_matting_background_threshold,
+            options.alpha_matting_erode_size,
+        )
+        alpha = _visible(pixels, matted(pixels, alpha, notes, sure))
     shade = find_shadow(pixels, alpha) if options.shadow and not empty else None
     if options.shadow and shade is None and not empty:
         notes.append(NO_SHADOW)

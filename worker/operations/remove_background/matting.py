@@ -39,9 +39,18 @@ class _TimedOut(Exception):
     pass
 
 
-def matted(pixels: Pixels, alpha: Grey, notes: list[str], *, most: int = LARGEST, seconds: float = SECONDS) -> Grey:
+def matted(
+    pixels: Pixels,
+    alpha: Grey,
+    notes: list[str],
+    sure: tuple[int, int, int] = (FRONT, BACK, MARGIN),
+    *,
+    most: int = LARGEST,
+    seconds: float = SECONDS,
+) -> Grey:
     """`alpha` [h, w] with its unsure parts recomputed from `pixels` [h, w, 3 or 4], and its sure parts set to 0 or 255.
 
+    `sure` are the thresholds and the margin of `trimap`.
     Returns `alpha` itself and adds a note to `notes` if the image has more than `most` pixels or a quarter as many unsure
     ones (`matting_too_large`), after `seconds` (`matting_timed_out`), or if the solver fails (`matting_failed`).
     Unsure parts that don't touch both subject and background keep their alpha. Loading pymatting does not count towards
@@ -52,7 +61,7 @@ def matted(pixels: Pixels, alpha: Grey, notes: list[str], *, most: int = LARGEST
     if alpha.size > most:
         notes.append(TOO_LARGE)
         return alpha
-    front, back = trimap(alpha)
+    front, back = trimap(alpha, *sure)
     if pixels.shape[2] == 4:
         back |= pixels[..., 3] == 0
         front &= ~back
@@ -80,12 +89,17 @@ def matted(pixels: Pixels, alpha: Grey, notes: list[str], *, most: int = LARGEST
     return fixed
 
 
-def trimap(alpha: Grey) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which pixels are certainly subject and which are certainly background, both [h, w]; as rembg does by default."""
-    square = np.ones((MARGIN, MARGIN), np.uint8)
-    front = cv2.erode((alpha > FRONT).view(np.uint8), square, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
-    back = cv2.erode((alpha < BACK).view(np.uint8), square, borderType=cv2.BORDER_CONSTANT, borderValue=(1,))
-    return front.view(np.bool_), back.view(np.bool_)
+def trimap(
+    alpha: Grey, front: int = FRONT, back: int = BACK, margin: int = MARGIN
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which pixels are certainly subject and which are certainly background, both [h, w], as in rembg.
+
+    Alpha is above `front` or below `back` within a square of `margin` pixels; with a margin of 0, in the four neighbours.
+    """
+    near = np.ones((margin, margin), np.uint8) if margin else cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+    surely = cv2.erode((alpha > front).view(np.uint8), near, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
+    never = cv2.erode((alpha < back).view(np.uint8), near, borderType=cv2.BORDER_CONSTANT, borderValue=(1,))
+    return surely.view(np.bool_), never.view(np.bool_)
 
 
 def _between(front: NDArray[np.bool_], back: NDArray[np.bool_]) -> NDArray[np.bool_]:

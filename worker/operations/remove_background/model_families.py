@@ -141,6 +141,7 @@ def in_bytes(matte: Map) -> Grey:
 _IMAGENET = (0.485, 0.456, 0.406)
 _U2NET = Family(320, _IMAGENET, (0.229, 0.224, 0.225))
 _BIREFNET = Family(1024, _IMAGENET, (0.229, 0.224, 0.225), logits=True)
+_VARIANTS = ("general", "general-lite", "portrait", "dis", "hrsod", "cod", "massive")
 
 FAMILIES: dict[str, Family] = {
     "u2net": _U2NET,
@@ -149,8 +150,9 @@ FAMILIES: dict[str, Family] = {
     "silueta": _U2NET,
     "isnet-general-use": Family(1024, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)),
     "isnet-anime": Family(1024, _IMAGENET, (1.0, 1.0, 1.0)),
-    "birefnet-general": _BIREFNET,
-    "birefnet-general-lite": _BIREFNET,
+    **{f"birefnet-{variant}": _BIREFNET for variant in _VARIANTS},
+    "bria-rmbg": Family(1024, _IMAGENET, (0.229, 0.224, 0.225)),
+    "ben2": Family(1024, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # as its publisher does; rembg's ben_custom subtracts 0.5
 }
 """The family of each model in the catalogue, by name."""
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +27,27 @@ SMALL = 512
 """Largest input side in pixels at which CPUs run one image per core. Models with larger input take gigabytes per image."""
 
 
-class OnnxModel:
-    """One opened model; `size` is the side of its input in pixels, `output` names the output to use, else the first.
+class Network:
+    """One opened ONNX file. Up to `abreast` runs may take place at the same time. `output` names the output to use, else the
+    first.
 
-    On a GPU, images share batches if the model's batch axis is dynamic. On CPUs, up to `abreast` images run in parallel,
-    one per run.
-
-    Raises ConfigurationError if the file is damaged or not a segmentation model, DeviceUnusable if the session would run on a
-    device other than `device`, and OutOfMemory if the model does not fit.
+    Raises ConfigurationError if the file is damaged, DeviceUnusable if the session would run on a device other than `device`,
+    and OutOfMemory if the network does not fit.
     """
 
-    def __init__(self, path: Path, name: str, device: Device, size: int, output: str | None = None) -> None:
+    def __init__(self, path: Path, name: str, device: Device, abreast: int = 1, output: str | None = None) -> None:
         self.name = name
-        self.abreast = device.threads if device.provider == "cpu" and size <= SMALL else 1
+        self.hint = f"check it with `imagemill models verify` or get it again with {getting(name)}"
         check_there(device)
-        hint = f"check it with `imagemill models verify` or get it again with {getting(name)}"
         try:
-            self._session = _opened(path, device, self.abreast, providers(device, path, _profile(path, device)))
+            self._session = _opened(path, device, abreast, providers(device, path, _profile(path, device)))
         except SoftTimeLimitExceeded:
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"the model {name} does not fit into memory: {sentence(error)}") from error
-            raise ConfigurationError(f"the model {name} can't be opened from {path} ({sentence(error)}): {hint}") from error
+            message = f"the model {name} can't be opened from {path} ({sentence(error)}): {self.hint}"
+            raise ConfigurationError(message) from error
         wanted, got = NAMES[device.provider], self._session.get_providers()
         if got[0] != wanted:
             raise DeviceUnusable(
@@ -58,42 +55,56 @@ class OnnxModel:
                 f"{got[0]}: install the driver, CUDA and cuDNN that onnxruntime {onnxruntime.__version__} was built for"
             )
         self._session.disable_fallback()  # otherwise a failed run would be repeated on the CPU
-        self._input = self._session.get_inputs()[0]
+        self.inputs = self._session.get_inputs()
         # Usually, the first is the fused map, and the others are intermediate maps.
-        self._outputs = [output or self._session.get_outputs()[0].name]
-        if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
-            raise ConfigurationError(f"{path} is not a segmentation model with one image as input: {hint}")
-        self.batches = device.provider != "cpu" and not isinstance(self._input.shape[0], int)
-        self._threads = ThreadPoolExecutor(self.abreast, "model")
+        self._output = output or self._session.get_outputs()[0].name
         give_back()  # opening takes twice the model's memory for a moment
 
-    def run(self, tensors: Sequence[Tensor], *, together: bool = True) -> list[Tensor]:
-        """The first output, float32 [1, size, size], for each of the tensors, float32 [3, size, size].
-
-        Without `together`, each image runs alone, as a GPU's rounding may depend on the batch. Raises OutOfMemory and
-        OperationFailed.
-        """
-        if not tensors:
-            return []
-        with self._translated():
-            if together and self.batches:
-                return list(self._run(np.stack(tensors)))
-            return [batch[0] for batch in self._threads.map(self._run, [tensor[None] for tensor in tensors])]
-
-    def _run(self, batch: Tensor) -> Tensor:
-        (output,) = self._session.run(self._outputs, {self._input.name: batch}, _run_options(self._session))
-        return np.asarray(output, np.float32)
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
+    def run(self, feed: dict[str, NDArray[Any]]) -> Tensor:
+        """The output for the inputs by name. Raises OutOfMemory and OperationFailed."""
         try:
-            yield
+            (output,) = self._session.run([self._output], feed, _run_options(self._session))
         except Exception as error:
             if is_out_of_memory(error):
                 raise OutOfMemory(f"there was not enough memory for the model {self.name}: {sentence(error)}") from error
             if type(error).__module__.startswith("onnxruntime") or isinstance(error, RuntimeError | ValueError):
                 raise OperationFailed(f"the model {self.name} failed: {sentence(error)}") from error
             raise  # such as the task's time limit
+        return np.asarray(output, np.float32)
+
+
+class OnnxModel:
+    """One opened model with an image as its only input, whose side is `size` pixels. `output` names the output to use.
+
+    On a GPU, images share batches if the model's batch axis is dynamic. On CPUs, up to `abreast` images run in parallel,
+    one per run.
+
+    Raises what `Network` does, and ConfigurationError if the file is not a segmentation model.
+    """
+
+    def __init__(self, path: Path, name: str, device: Device, size: int, output: str | None = None) -> None:
+        self.abreast = device.threads if device.provider == "cpu" and size <= SMALL else 1
+        self._network = Network(path, name, device, self.abreast, output)
+        self._input = self._network.inputs[0]
+        if len(self._network.inputs) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
+            raise ConfigurationError(f"{path} is not a segmentation model with one image as input: {self._network.hint}")
+        self.batches = device.provider != "cpu" and not isinstance(self._input.shape[0], int)
+        self._threads = ThreadPoolExecutor(self.abreast, "model")
+
+    def run(self, data: Sequence[Tensor], *, together: bool = True) -> list[Tensor]:
+        """The output, float32 [1, size, size], for each of the tensors, float32 [3, size, size].
+
+        Without `together`, each image runs alone, as a GPU's rounding may depend on the batch. Raises OutOfMemory and
+        OperationFailed.
+        """
+        if not data:
+            return []
+        if together and self.batches:
+            return list(self._run(np.stack(data)))
+        return [batch[0] for batch in self._threads.map(self._run, [tensor[None] for tensor in data])]
+
+    def _run(self, batch: Tensor) -> Tensor:
+        return self._network.run({self._input.name: batch})
 
 
 def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:

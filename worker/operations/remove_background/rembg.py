@@ -19,6 +19,7 @@ from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.opencv import set_up, translated
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
+from imagemill.worker.models.catalogue import MODELS
 from imagemill.worker.models.checksums import digest, with_digest
 from imagemill.worker.models.files import model_file
 from imagemill.worker.models.repositories import models_here
@@ -28,8 +29,10 @@ from imagemill.worker.operations.open_model import OpenModel, file_size, missing
 from imagemill.worker.operations.remove_background.compose import compose
 from imagemill.worker.operations.remove_background.matte import EMPTY, is_cut_out
 from imagemill.worker.operations.remove_background.matting import LARGEST, TOO_LARGE
-from imagemill.worker.operations.remove_background.model_families import FAMILIES, Family, family_of, in_bytes
-from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, OnnxModel, Tensor
+from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH
+from imagemill.worker.operations.remove_background.post_processing import post_processed, rembgs_post_processed
+from imagemill.worker.operations.remove_background.session import Opened, Session, by_lanczos
+from imagemill.worker.operations.remove_background.sessions import session_of
 
 REVISION = 4
 """Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
@@ -39,18 +42,19 @@ STRIP = 512  # rows that Pillow cuts out at once
 
 @dataclass(frozen=True)
 class Plan:
-    """What `finish` needs: the picture at the result's size, the image to put behind the subject, and the model's family."""
+    """What `finish` needs: the picture at the result's size, what to put behind the subject, and how to read the output."""
 
     picture: Picture
     background: Pixels | None
-    family: Family
+    session: Session
+    part: str | None
 
 
-CutOut = Work[RembgRemoveBackground, Tensor, Plan]
+CutOut = Work[RembgRemoveBackground, Any, Plan]
 
 
-class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
-    """Opens the models that jobs ask for.
+class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
+    """Opens the models that jobs ask for. Sessions know what goes in and comes out.
 
     If a GPU ever has to wait for `prepare`, decode and run `Family.tensor` on the GPU here; nothing else depends on where
     the tensor is computed.
@@ -60,7 +64,7 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
 
     def __init__(self) -> None:
         self._device = Device()
-        self._model: OpenModel[Path, tuple[str, Family], OnnxModel] = OpenModel(file_size)
+        self._model: OpenModel[tuple[Path, ...], tuple[Any, ...], Opened] = OpenModel(lambda files: sum(map(file_size, files)))
 
     def load(self, device: Device) -> None:
         """Check that a model is installed; ConfigurationError if none is. The first `run` opens the job's model."""
@@ -73,12 +77,14 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
             raise missing_model("u2net", device.weights)
 
     def fingerprint(self, options: RembgRemoveBackground) -> str:
-        path = self._path(options)
-        parts = [f"{options.model} {digest(path)}", f"onnxruntime {onnxruntime.__version__}", f"revision {REVISION}"]
-        if options.model not in FAMILIES:
-            parts.append(f"{self._family(options)}")
+        files = " ".join(map(digest, self._files(options)))
+        parts = [f"{options.model} {files}", f"onnxruntime {onnxruntime.__version__}", f"revision {REVISION}"]
+        if options.model not in MODELS:
+            parts.append(f"{self._session(options)}")
         if options.alpha_matting:
             parts += [_version("pymatting"), _version("rembg") if options.exact else ""]
+        if options.exact:
+            parts.append(_version("scipy"))
         return ", ".join(filter(None, parts))
 
     def work_edge(self, options: RembgRemoveBackground) -> int | None:
@@ -88,73 +94,78 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
     def prepare(self, picture: Picture, inputs: Inputs[RembgRemoveBackground]) -> CutOut:
         options = inputs.options
         pixels = resize(picture.pixels, fit(picture.size, self.work_edge(options)))
-        family = self._family(options)
-        tensor = family.tensor(pixels, as_rembg=options.exact)
+        session = self._session(options)
+        data = session.data(picture, pixels, inputs)
         background = job_image("background", options.background_image, inputs.read) if options.background_image else None
-        return Work([Sample(tensor, options)], plan=Plan(replace(picture, pixels=pixels), background, family))
+        return Work([Sample(data, options)], Plan(replace(picture, pixels=pixels), background, session, inputs.item.part))
 
-    def group_key(self, sample: Sample[RembgRemoveBackground, Tensor]) -> Hashable:
+    def group_key(self, sample: Sample[RembgRemoveBackground, Any]) -> Hashable:
         return sample.options.model, sample.options.exact
 
     def together(self, options: RembgRemoveBackground) -> bool:
         return self._model.current is not None and self._model.current.batches and not options.exact
 
-    def run(self, samples: Sequence[Sample[RembgRemoveBackground, Tensor]]) -> list[Tensor]:
+    def run(self, samples: Sequence[Sample[RembgRemoveBackground, Any]]) -> list[Any]:
         options = samples[0].options  # the same model for all, thanks to the group key
         return self._open(options).run([sample.data for sample in samples], together=not options.exact)
 
     @translated("cutting out the subject")
-    def finish(self, work: CutOut, outputs: Sequence[Tensor]) -> Picture:
+    def finish(self, work: CutOut, outputs: Sequence[Any]) -> Picture:
         plan, options = work.plan, work.samples[0].options
-        matte = in_bytes(plan.family.matte(outputs[0]))
-        pixels = plan.picture.pixels
+        pixels, size = plan.picture.pixels, plan.picture.size
         if options.exact:
+            matte = plan.session.rembgs_mask(outputs[0], size, plan.part)
+            if options.post_process_mask:
+                matte = rembgs_post_processed(matte)
             result = as_rembg(pixels, matte, options, plan.background, work.notes)
-        elif is_cut_out(pixels):
+        elif is_cut_out(pixels) and not plan.session.chooses:
             matte, as_it_is = pixels[..., 3], options.model_copy(update=dict(alpha_matting=False))
             result = compose(pixels, np.full_like(matte, 255), as_it_is, plan.background, work.notes, clean_rim=False)
         else:
-            result = compose(pixels, _at(matte, plan.picture.size), options, plan.background, work.notes)
+            matte = plan.session.matte(outputs[0], size, plan.part)
+            if options.post_process_mask:
+                matte = post_processed(_at(matte, size))
+            result = compose(pixels, _at(matte, size), options, plan.background, work.notes)
         hidden = result.shape[2] == 3 or options.crop  # the check can't see the matte in the result
         moved = options.crop or options.mask_only
-        work.evidence = Evidence(comparable=not moved, alpha=matte if hidden else None)
+        absent = plan.part is not None and EMPTY in work.notes  # few photos show all garments
+        work.evidence = Evidence(comparable=not moved, alpha=matte if hidden else None, absent=absent)
         return replace(plan.picture, pixels=result)
 
-    def _open(self, options: RembgRemoveBackground) -> OnnxModel:
-        family = self._family(options)
+    def _open(self, options: RembgRemoveBackground) -> Opened:
+        session = self._session(options)
 
-        def locate() -> tuple[Path, tuple[str, Family]]:
-            path, version = with_digest(self._path(options))
-            return path, (version, family)
+        def locate() -> tuple[tuple[Path, ...], tuple[Any, ...]]:
+            paths, versions = zip(*map(with_digest, self._files(options)), strict=True)
+            return paths, (session, *versions)
 
-        return self._model.get(locate, lambda key: OnnxModel(key[0], options.model, self._device, family.size, family.output))
+        return self._model.get(locate, lambda key: session.open(key[0], options.model, self._device))
 
-    def _family(self, options: RembgRemoveBackground) -> Family:
-        return family_of(self._device.weights, options.model)
+    def _session(self, options: RembgRemoveBackground) -> Session:
+        return session_of(self._device.weights, options.model)
 
-    def _path(self, options: RembgRemoveBackground) -> Path:
-        """The model's file, for `exact` the one that rembg uses. Raises ConfigurationError."""
-        device, original = self._device, _original(self._device, options.model)
-        if not original.is_file():
+    def _files(self, options: RembgRemoveBackground) -> list[Path]:
+        """The model's files, for `exact` those that rembg uses. Raises ConfigurationError."""
+        device, names = self._device, MODELS.get(options.model, (options.model,))
+        originals = [_file(device, name) for name in names]
+        if not all(path.is_file() for path in originals):
             raise missing_model(options.model, device.weights)
-        return original if options.exact else model_file(device.weights, self.spec.engine, options.model, int8=device.int8)
+        if options.exact or len(names) > 1:
+            return originals
+        return [model_file(device.weights, self.spec.engine, options.model, int8=device.int8)]
 
 
-def as_rembg(
-    pixels: Pixels, matte: Grey, options: RembgRemoveBackground, background: Pixels | None, notes: list[str]
-) -> Pixels:
-    """Exactly what `rembg.remove` returns for `pixels` [h, w, 3 or 4] and a `matte` [size, size], bit for bit.
+def as_rembg(pixels: Pixels, mask: Grey, options: RembgRemoveBackground, background: Pixels | None, notes: list[str]) -> Pixels:
+    """Exactly what `rembg.remove` returns for `pixels` [h, w, 3 or 4] and its session's `mask` [h, w], bit for bit.
 
     RGBA with colours darkened where alpha is partial, or RGB on a colour; the rim is not cleaned. Cropping and background
     images, which rembg doesn't have, are applied afterwards.
     """
-    size = (pixels.shape[1], pixels.shape[0])
-    mask = _by_lanczos(matte, size)
     after = options.model_copy(update=dict(alpha_matting=False))
     if options.mask_only:
         return compose(np.ascontiguousarray(pixels[..., :3]), mask, after, None, notes, clean_rim=False)
     if options.alpha_matting and mask.size <= LARGEST:
-        cut = _matted(pixels, mask)
+        cut = _matted(pixels, mask, options)
     else:
         if options.alpha_matting:
             notes.append(TOO_LARGE)
@@ -165,18 +176,14 @@ def as_rembg(
     if not mask.any():
         notes.append(EMPTY)
     if options.background is not None:
-        ground = Image.new("RGBA", size, options.background)
+        ground = Image.new("RGBA", (pixels.shape[1], pixels.shape[0]), options.background)
         return np.ascontiguousarray(np.asarray(Image.alpha_composite(ground, Image.fromarray(cut)))[..., :3])
     return cut
 
 
 def _at(matte: Grey, size: tuple[int, int]) -> Grey:
     """The matte at `size`. When enlarging, bicubic is 30 times as fast as Lanczos and 0.3 of 255 off rembg's result."""
-    return _by_lanczos(matte, size) if min(size) < max(matte.shape) else resize(matte, size)
-
-
-def _by_lanczos(matte: Grey, size: tuple[int, int]) -> Grey:
-    return np.asarray(Image.fromarray(matte).resize(size, Image.Resampling.LANCZOS))
+    return by_lanczos(matte, size) if min(size) < max(matte.shape) else resize(matte, size)
 
 
 def _cut(pixels: Pixels, mask: Grey) -> Pixels:
@@ -190,12 +197,20 @@ def _cut(pixels: Pixels, mask: Grey) -> Pixels:
     return result
 
 
-def _matted(pixels: Pixels, mask: Grey) -> Pixels:
+def _matted(pixels: Pixels, mask: Grey, options: RembgRemoveBackground) -> Pixels:
     try:
         from rembg import remove  # type: ignore[import-untyped]  # takes a second and 200 MB, so only where it is needed
     except ImportError as error:
         raise MissingExtra(f"rembg's own alpha matting needs {error.name}: pip install 'imagemill[rembg]'") from error
-    return np.array(remove(Image.fromarray(pixels), alpha_matting=True, session=_FixedMask(Image.fromarray(mask))))
+    cut = remove(
+        Image.fromarray(pixels),
+        alpha_matting=True,
+        alpha_matting_foreground_threshold=options.alpha_matting_foreground_threshold,
+        alpha_matting_background_threshold=options.alpha_matting_background_threshold,
+        alpha_matting_erode_size=options.alpha_matting_erode_size,
+        session=_FixedMask(Image.fromarray(mask)),
+    )
+    return np.array(cut)
 
 
 @dataclass(frozen=True)
@@ -208,8 +223,8 @@ class _FixedMask:
         return [self.mask]
 
 
-def _original(device: Device, model: str) -> Path:
-    return device.weights / "rembg" / f"{model}.onnx"
+def _file(device: Device, name: str) -> Path:
+    return device.weights / "rembg" / f"{name}.onnx"
 
 
 @cache

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagemill.shared.messages import Job
+from imagemill.shared.quality import Measures
 from imagemill.worker.checking.measures import Pair
 from imagemill.worker.checking.quality import Checked, check, lacking, sharpened
 from imagemill.worker.imaging.picture import Picture, Pixels
@@ -46,6 +47,13 @@ def test_check_does_nothing_when_off() -> None:
     found = checked(pixels, pixels, mode="off")
     assert found.picture.pixels is pixels
     assert (found.notes, found.measures, found.beyond) == (("enlarged",), None, {})
+
+
+def test_what_is_not_in_the_image_is_no_fault() -> None:
+    empty = np.zeros((40, 30, 4), np.uint8)
+    assert checked(empty, greyish(), "remove-background").beyond
+    found = checked(empty, greyish(), "remove-background", Evidence(absent=True))
+    assert (found.notes, found.measures, found.beyond) == (("enlarged",), Measures(), {})
 
 
 @pytest.mark.parametrize(

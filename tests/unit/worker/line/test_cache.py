@@ -166,6 +166,11 @@ def test_key_depends_on_index_or_url_when_the_seed_does() -> None:
     assert url[0] == url[1] != url[2]
 
 
+def test_key_depends_on_points_and_on_the_part() -> None:
+    items = [{}, {"points": "1,2"}, {"points": "1,2,0"}, {"part": "upper"}, {"part": "lower"}]
+    assert len({key(Wanted(), item) for item in items}) == len(items)
+
+
 def test_key_depends_on_repair_and_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     policies = [{}, {"mode": "repair"}, {"mode": "repair", "most_cast": 2}, {"mode": "repair", "most_cast": 3}]
     keys = {key(Wanted(), policy={"quality": quality}) for quality in policies}

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from imagemill.shared.engines import REMBG_MODELS
-from imagemill.worker.models.catalogue import CONVERTED, REPOSITORIES, WEIGHTS, Repository, Weights
+from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Repository, Weights
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=lambda weights: weights.name)
@@ -36,4 +36,4 @@ def test_names_are_unique() -> None:
 
 def test_options_select_only_models_for_commercial_use() -> None:
     selectable = {weights.name for weights in WEIGHTS if weights.engine == "rembg" and weights.commercial}
-    assert selectable == set(REMBG_MODELS)
+    assert selectable == {file for model in REMBG_MODELS for file in MODELS[model]}

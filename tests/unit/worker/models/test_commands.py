@@ -18,10 +18,12 @@ from imagemill.producer.lazy_commands import SHORT_HELP, Commands
 from imagemill.worker.models import commands as module
 from imagemill.worker.models.catalogue import WEIGHTS, Weights, repository
 from imagemill.worker.models.files import variant
+from imagemill.worker.models.repositories import is_here, models_here
 from tests.generators import lama_checkpoint, lama_file, lama_script, lama_weights
 from tests.hub import COMMIT, Hub
 from tests.models import birefnet_like_onnx, u2net_onnx
 from tests.services.images import ImageServer, redirect
+from tests.special_models import sam_onnx
 from tests.workers import ROOT
 
 Run = Callable[..., Result]
@@ -31,9 +33,11 @@ Run = Callable[..., Result]
 def model_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Small files of three of rembg's models and of LaMa, by name."""
     folder = tmp_path_factory.mktemp("published")
+    sam_onnx(folder / "sam.encoder.onnx", folder / "sam.decoder.onnx")
     paths = {
         "u2net": u2net_onnx(folder / "u2net.onnx", size=32),
         "birefnet-general": birefnet_like_onnx(folder / "birefnet.onnx", size=64),
+        **{file.name.removesuffix(".onnx"): file for file in (folder / "sam.encoder.onnx", folder / "sam.decoder.onnx")},
         "bria-rmbg": u2net_onnx(folder / "bria.onnx", size=32, seed=1),
         "lama": lama_script(folder / "big-lama.pt"),
     }
@@ -100,15 +104,28 @@ def test_list_shows_state_and_licence_of_every_model(run: Run, published: dict[s
 
 def test_pull_of_an_engine_skips_non_commercial_models(run: Run, published: dict[str, Weights]) -> None:
     assert run("pull", "--engine", "rembg", "--accept-licence").exit_code == 0
-    assert {name for name, row in listed(run).items() if row["state"] == "there"} == {"u2net", "birefnet-general"}
+    assert {name for name, row in listed(run).items() if row["state"] == "there"} == published.keys() - {"bria-rmbg", "lama"}
+
+
+def test_model_of_two_files_is_pulled_by_its_own_name(run: Run, published: dict[str, Weights]) -> None:
+    result = run("pull", "sam")
+    assert result.exit_code == 0, result.output
+    assert [line.partition(":")[0] for line in result.stdout.splitlines()] == ["sam.encoder", "sam.decoder"]
+    assert "batch axis" not in result.output
+    rows = listed(run)
+    assert [rows[name]["state"] for name in ("sam.encoder", "sam.decoder")] == ["there"] * 2
+    assert models_here(Path(rows["sam.encoder"]["path"]).parent.parent, "rembg") == ["sam"]
 
 
 def test_non_commercial_model_is_pulled_by_name_after_accepting_its_licence(run: Run, published: dict[str, Weights]) -> None:
     refused = run("pull", "bria-rmbg")
     assert (refused.exit_code, "--accept-licence" in refused.stderr) == (2, True)
     assert listed(run)["bria-rmbg"]["state"] == "missing"
+    folder = Path(listed(run)["bria-rmbg"]["path"]).parent.parent
+    assert not is_here(folder, "bria-rmbg")
     assert run("pull", "bria-rmbg", "--accept-licence").exit_code == 0
     assert listed(run)["bria-rmbg"]["state"] == "there"
+    assert models_here(folder, "rembg") == ["bria-rmbg"]
 
 
 def test_pull_frees_a_fixed_batch_axis_and_reports_it_once(run: Run, published: dict[str, Weights]) -> None:

@@ -72,16 +72,20 @@ def test_matting_in_bands_equals_matting_the_whole_image(monkeypatch: pytest.Mon
 
 
 @settings(max_examples=25, deadline=None)
-@given(size=st.tuples(st.integers(1, 60), st.integers(1, 60)), seed=st.integers(0, 99))
-def test_trimap_equals_rembgs(size: tuple[int, int], seed: int) -> None:
+@given(
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    seed=st.integers(0, 99),
+    sure=st.just((240, 10, 10)) | st.tuples(st.integers(120, 255), st.integers(0, 120), st.integers(0, 20)),
+)
+def test_trimap_equals_rembgs(size: tuple[int, int], seed: int, sure: tuple[int, int, int]) -> None:
     from scipy.ndimage import binary_erosion
 
     drawn = cv2.resize(np.random.default_rng(seed).integers(0, 256, (3, 3), np.uint8), size, interpolation=cv2.INTER_LINEAR)
     alpha = np.where(drawn > 150, 255, np.where(drawn < 110, 0, drawn)).astype(np.uint8)
-    square = np.ones((10, 10), np.uint8)
-    front, back = trimap(alpha)
-    assert np.array_equal(front, binary_erosion(alpha > 240, structure=square))
-    assert np.array_equal(back, binary_erosion(alpha < 10, structure=square, border_value=1))
+    square = np.ones((sure[2], sure[2]), np.uint8) if sure[2] else None
+    front, back = trimap(alpha) if sure == (240, 10, 10) else trimap(alpha, *sure)
+    assert np.array_equal(front, binary_erosion(alpha > sure[0], structure=square))
+    assert np.array_equal(back, binary_erosion(alpha < sure[1], structure=square, border_value=1))
 
 
 @pytest.mark.parametrize(

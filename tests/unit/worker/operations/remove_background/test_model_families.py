@@ -8,13 +8,15 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from imagemill.shared.engines import REMBG_MODELS
 from imagemill.shared.errors import OperationFailed
+from imagemill.worker.models.matting import KINDS
 from imagemill.worker.operations.remove_background import model_families as families
-from imagemill.worker.operations.remove_background.model_families import FAMILIES, in_bytes, scaled
+from imagemill.worker.operations.remove_background.model_families import FAMILIES, Family, in_bytes, scaled
 from tests.unit.worker.operations.conformance import scene
 
 U2NET, BIREFNET = FAMILIES["u2net"], FAMILIES["birefnet-general"]
+CUSTOM = {"u2net_custom": "u2net", "dis_custom": "isnet", "ben_custom": "ben", "birefnet-general-fp16": "birefnet"}
+"""rembg's sessions for a file of one's own, and the families with which `imagemill models add` takes it."""
 BRIGHT = np.full((5, 5, 3), 240, np.uint8)
 
 
@@ -43,18 +45,17 @@ def rembgs(model: str, pixels: NDArray[np.uint8], output: NDArray[np.float32]) -
     return session.inner_session.tensor[0], np.asarray(mask)
 
 
-def outputs(model: str) -> NDArray[np.float32]:
+def outputs(family: Family) -> NDArray[np.float32]:
     """A synthetic model output [1, size, size]: probabilities, or logits for a family that needs a sigmoid."""
-    family = FAMILIES[model]
     across = np.linspace(-1, 1, family.size, dtype=np.float32)
     found = np.exp(-4 * (across[:, None] ** 2 + across**2))[None]
     return found * 150 - 100 if family.logits else found * 0.9
 
 
-@pytest.mark.parametrize("model", REMBG_MODELS)
+@pytest.mark.parametrize("model", FAMILIES.keys() - {"ben2"})
 def test_input_and_matte_of_every_model_equal_rembgs(model: str) -> None:
     pixels = scene(90, 130)
-    output = outputs(model)
+    output = outputs(FAMILIES[model])
     with np.errstate(over="ignore"):
         tensor, mask = rembgs(model, pixels, output)
     assert FAMILIES[model].tensor(pixels).tobytes() == tensor.tobytes()
@@ -62,10 +63,26 @@ def test_input_and_matte_of_every_model_equal_rembgs(model: str) -> None:
     assert np.array_equal(Image.fromarray(matte).resize((130, 90), Image.Resampling.LANCZOS), mask)
 
 
+@pytest.mark.parametrize(("session", "family"), CUSTOM.items())
+def test_families_of_added_models_equal_rembgs_custom_sessions(session: str, family: str) -> None:
+    pixels, output = scene(90, 130), outputs(KINDS[family])
+    with np.errstate(over="ignore"):
+        tensor, mask = rembgs(session, pixels, output)
+    assert KINDS[family].tensor(pixels).tobytes() == tensor.tobytes()
+    matte = in_bytes(KINDS[family].matte(output))
+    assert np.array_equal(Image.fromarray(matte).resize((130, 90), Image.Resampling.LANCZOS), mask)
+
+
+def test_ben2_gets_the_image_as_its_publisher_prepares_it() -> None:
+    pixels = np.zeros((1024, 1024, 3), np.uint8)
+    pixels[0, :256] = np.arange(256)[:, None]
+    assert np.allclose(FAMILIES["ben2"].tensor(pixels), pixels.transpose(2, 0, 1) / 255)
+
+
 @pytest.mark.parametrize("shape", [(700, 900), (900, 400), (320, 320), (1, 1), (3, 500), (600, 2)])
 def test_input_of_any_shape_equals_rembgs(shape: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-    tensor, _ = rembgs("u2net", pixels, outputs("u2net"))
+    tensor, _ = rembgs("u2net", pixels, outputs(U2NET))
     assert U2NET.tensor(pixels).tobytes() == tensor.tobytes()
 
 
@@ -116,7 +133,7 @@ def test_hidden_colours_are_ignored_except_as_rembg() -> None:
     for size in ((900, 1000), (40, 60)):
         one, other = (np.dstack([scene(*size, seed=seed), np.zeros(size, np.uint8)]) for seed in (0, 1))
         assert np.array_equal(U2NET.tensor(one), U2NET.tensor(other))
-    hidden, _ = rembgs("u2net", one, outputs("u2net"))
+    hidden, _ = rembgs("u2net", one, outputs(U2NET))
     assert np.array_equal(U2NET.tensor(one, as_rembg=True), hidden)
 
 
@@ -133,13 +150,13 @@ def test_flat_output_gives_an_empty_matte(level: float) -> None:
 
 
 def test_matte_is_stretched_to_the_full_range() -> None:
-    matte = U2NET.matte(outputs("u2net") * 0.01 + 0.4)
+    matte = U2NET.matte(outputs(U2NET) * 0.01 + 0.4)
     assert (matte.dtype, matte.shape) == (np.float32, (320, 320))
     assert (matte.min(), matte.max()) == (0, 1)
 
 
 def test_matte_does_not_depend_on_the_scale_of_the_output() -> None:
-    strong = outputs("u2net")
+    strong = outputs(U2NET)
     assert np.allclose(U2NET.matte(strong), U2NET.matte(strong * 0.1), atol=1e-5)
 
 
@@ -153,7 +170,7 @@ def test_logits_that_overflow_exp_give_0_and_1() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_non_finite_output_fails_the_image(bad: float) -> None:
-    output = outputs("u2net")
+    output = outputs(U2NET)
     output[0, 3, 3] = bad
     with pytest.raises(OperationFailed, match="not finite"):
         U2NET.matte(output)

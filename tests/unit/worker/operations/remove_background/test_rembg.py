@@ -31,6 +31,7 @@ from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.batching import Batcher, Recipe
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.operations.remove_background import rembg as engine
+from imagemill.worker.operations.remove_background import sessions
 from imagemill.worker.operations.remove_background.model_families import Family
 from imagemill.worker.operations.remove_background.rembg import Rembg
 from tests.models import u2net_onnx, weights_folder
@@ -45,6 +46,14 @@ PICTURES: dict[str, Pixels] = {
     "portrait": scene(500, 300, seed=1),
     "small": scene(30, 40, seed=2),
     "with alpha": scene(200, 260, channels=4, seed=3),
+}
+
+
+OTHER_MATTING = {
+    "alpha_matting": True,
+    "alpha_matting_foreground_threshold": 200,
+    "alpha_matting_background_threshold": 60,
+    "alpha_matting_erode_size": 3,
 }
 
 
@@ -104,6 +113,8 @@ def test_exact_equals_rembg(model: str, weights: Path, theirs: Any) -> None:
         ({"background": "#ff8000"}, {"bgcolor": (255, 128, 0, 255)}),
         ({"mask_only": True}, {"only_mask": True}),
         ({"alpha_matting": True}, {"alpha_matting": True}),
+        *[(same, same) for same in (OTHER_MATTING, {"post_process_mask": True}, OTHER_MATTING | {"post_process_mask": True})],
+        ({"post_process_mask": True, "mask_only": True}, {"post_process_mask": True, "only_mask": True}),
     ],
     ids=lambda chosen: next(iter(chosen)),
 )
@@ -157,6 +168,16 @@ def test_fast_path_alpha_is_close_to_rembg_on_photos(weights: Path, theirs: Any)
         assert np.abs(alpha - removed(theirs, weights, "u2net", pixels)[..., 3]).mean() <= 1.5, path.name
 
 
+def test_matting_thresholds_and_post_processing_apply_unless_exact_too(weights: Path, theirs: Any) -> None:
+    operation, pixels = loaded(weights), PICTURES["landscape"]
+    usual, other = (cut(operation, pixels, **chosen)[..., 3] for chosen in ({"alpha_matting": True}, OTHER_MATTING))
+    assert np.count_nonzero(usual != other) > 100
+    smooth = cut(operation, pixels, post_process_mask=True)[..., 3]
+    assert set(np.unique(smooth)) == {0, 255}
+    expected = removed(theirs, weights, "u2net", pixels, post_process_mask=True)[..., 3]
+    assert np.count_nonzero(smooth != expected) < 0.01 * smooth.size
+
+
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_result_does_not_depend_on_the_batch(dynamic: bool, tmp_path: Path) -> None:
     u2net_onnx(tmp_path / "rembg" / "u2net.onnx", dynamic=dynamic)
@@ -184,14 +205,14 @@ def test_open_model_is_dropped_before_another_one_is_opened(weights: Path, monke
     opened: list[str] = []
     alive: WeakSet[Any] = WeakSet()
 
-    class Watched(engine.OnnxModel):
+    class Watched(sessions.OnnxModel):
         def __init__(self, path: Path, name: str, device: Device, size: int, output: str | None = None) -> None:
             assert not alive, "two models are open"
             super().__init__(path, name, device, size, output)
             alive.add(self)
             opened.append(name)
 
-    monkeypatch.setattr(engine, "OnnxModel", Watched)
+    monkeypatch.setattr(sessions, "OnnxModel", Watched)
     operation, pixels = loaded(weights), PICTURES["landscape"]
     assert opened == [], "loading opens no model"
     first = cut(operation, pixels, model="u2net")
