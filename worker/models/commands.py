@@ -23,11 +23,24 @@ from imagemill.shared.settings import WeightsSettings, load_settings
 from imagemill.worker.models import download, files, repositories
 from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Repository, Weights
 from imagemill.worker.models.checksums import read_json
-from imagemill.worker.models.files import is_current, path_of, record_variant, required_file, variant, variant_record
+from imagemill.worker.models.files import Kind, is_current, path_of, record_variant, required_file, variant, variant_record
 from imagemill.worker.models.repositories import RECORD, folder_of
 
 COLOURS = {"there": "green", "unconverted": "yellow", "unchecked": "yellow", "damaged": "red", "missing": "dim"}
 OUTCOMES = {"present": "already there", "pulled": "pulled"}
+PREPARED: dict[Kind, dict[str, str]] = {
+    "fp32": {
+        "made": "the file is in half precision; made a variant in single precision for CPUs ({})",
+        "refused": "the file is in half precision and can't be converted, so CPUs run it slowly, if at all ({})",
+        "killed": "precision not checked: the trial was killed, perhaps out of memory (pull again to retry)",
+    },
+    "dynamic": {
+        "made": "the batch axis was fixed at 1; made a variant that takes batches ({})",
+        "refused": "the batch axis stays fixed at 1, images run one by one ({})",
+        "killed": "batch axis not checked: the trial was killed, perhaps out of memory (pull again to retry)",
+    },
+}
+"""What to say about each outcome of making a variant."""
 
 
 def _all() -> list[Weights | Repository]:
@@ -132,7 +145,7 @@ def _pull_file(entry: Weights, settings: WeightsSettings, folder: Path) -> None:
     path = path_of(folder, entry)
     click.echo(f"{entry.name}: {OUTCOMES[outcome]}, checksum correct: {path}")
     if entry.engine not in CONVERTED:
-        _free_batch_axis(entry, path)
+        _prepare(entry.name, path)
     elif not is_current(path, "safetensors"):
         _convert(entry, path, folder)
 
@@ -156,25 +169,29 @@ def _convert(entry: Weights, source: Path, folder: Path) -> None:
     click.echo(f"{entry.name}: converted {source.name} ({parameters / 1e6:.1f} million parameters): {target}")
 
 
-def _free_batch_axis(entry: Weights, path: Path) -> None:
-    """Make a variant that takes batches; without onnx, or if a graph can't be changed, images run one by one."""
-    before = variant_record(path, "dynamic")
-    try:
-        from imagemill.worker.models.batch_axis import free
+def _prepare(name: str, path: Path, output: str | None = None) -> None:
+    """Make the variants of an ONNX file that nodes need: in single precision for CPUs, and with a free batch axis for GPUs.
 
-        outcome = free(path)
+    `output` names the output that nodes read; None stands for the first. Without onnx, or if a graph can't be changed, nodes
+    run the file as it is.
+    """
+    before = {kind: variant_record(path, kind) for kind in PREPARED}
+    try:
+        from imagemill.worker.models import batch_axis, single_precision
+        from imagemill.worker.models.trials import tried
+
+        outcomes = {
+            "fp32": tried(path, "fp32", single_precision.make, output),
+            "dynamic": tried(path, "dynamic", batch_axis.make, output),
+        }
     except ModuleNotFoundError as error:
         hint = "pip install 'imagemill[rembg]', then pull again"
-        click.echo(f"{entry.name}: batch axis not checked: {error.name} is not installed ({hint})", err=True)
+        click.echo(f"{name}: precision and batch axis not checked: {error.name} is not installed ({hint})", err=True)
         return
-    record = variant_record(path, "dynamic")
-    messages = {
-        "made": f"the batch axis was fixed at 1; made a variant that takes batches ({record.get('reason')})",
-        "refused": f"the batch axis stays fixed at 1, images run one by one ({record.get('reason')})",
-        "killed": "batch axis not checked: the trial was killed, perhaps out of memory (pull again to retry)",
-    }
-    if outcome in messages and (record != before or outcome == "killed"):
-        click.echo(f"{entry.name}: {messages[outcome]}")
+    for kind, outcome in outcomes.items():
+        record = variant_record(path, kind)
+        if outcome in PREPARED[kind] and (record != before[kind] or outcome == "killed"):
+            click.echo(f"{name}: {PREPARED[kind][outcome].format(record.get('reason'))}")
 
 
 @models.command()

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imagemill.shared.errors import ConfigurationError, ImageError, UsageError
+from imagemill.worker.hardware.cpu import has_vnni
 from imagemill.worker.imaging.codec import decode
 from imagemill.worker.imaging.headers import probe
 from imagemill.worker.imaging.picture import Pixels
@@ -193,14 +194,6 @@ def _quantize(source: Path, target: Path, family: Family, calibration: Sequence[
         calibrate_method=CalibrationMethod.MinMax,
     )
     prepared.unlink()
-
-
-def has_vnni(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU adds 8-bit products without saturating; otherwise weights must have 7 bits."""
-    try:
-        return any(name in cpuinfo.read_text() for name in ("avx512_vnni", "avx_vnni"))
-    except OSError:
-        return False
 
 
 def _compare(source: Path, quantised: Path, family: Family, held_back: Sequence[Path], progress: Progress) -> dict[str, Any]:

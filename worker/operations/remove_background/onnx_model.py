@@ -21,6 +21,8 @@ from imagemill.worker.operations.open_model import getting
 Tensor = NDArray[np.float32]
 
 NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+"""What a model may take as input."""
 LARGEST_BATCH = 8
 """Most images in a batch on a GPU; TensorRT builds its engine for batches of one up to this many."""
 
@@ -61,7 +63,7 @@ class OnnxModel:
         self._input = self._session.get_inputs()[0]
         # Usually, the first is the fused map, and the others are intermediate maps.
         self._outputs = [output or self._session.get_outputs()[0].name]
-        if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
+        if len(self._session.get_inputs()) != 1 or len(self._input.shape) != 4 or self._input.type not in DTYPES:
             raise ConfigurationError(f"{path} is not a segmentation model with one image as input: {hint}")
         self.batches = device.provider != "cpu" and not isinstance(self._input.shape[0], int)
         self._threads = ThreadPoolExecutor(self.abreast, "model")
@@ -81,6 +83,7 @@ class OnnxModel:
             return [batch[0] for batch in self._threads.map(self._run, [tensor[None] for tensor in tensors])]
 
     def _run(self, batch: Tensor) -> Tensor:
+        batch = batch.astype(DTYPES[self._input.type], copy=False)
         (output,) = self._session.run(self._outputs, {self._input.name: batch}, _run_options(self._session))
         return np.asarray(output, np.float32)
 

@@ -135,7 +135,9 @@ class Rembg(Operation[RembgRemoveBackground, Tensor, Tensor, Plan]):
         device, original = self._device, _original(self._device, options.model)
         if not original.is_file():
             raise missing_model(options.model, device.weights)
-        return original if options.exact else model_file(device.weights, self.spec.engine, options.model, int8=device.int8)
+        if options.exact:
+            return original
+        return model_file(device.weights, self.spec.engine, options.model, int8=device.int8, cpu=device.provider == "cpu")
 
 
 def as_rembg(

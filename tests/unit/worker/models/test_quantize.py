@@ -14,7 +14,7 @@ from imagemill.shared.errors import ConfigurationError, UsageError
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.commands import models
 from imagemill.worker.models.files import model_file, record_variant, variant, variant_record
-from imagemill.worker.models.quantize import MOST, divide, has_vnni, overlap, quantize
+from imagemill.worker.models.quantize import MOST, divide, overlap, quantize
 from tests.conftest import photo
 from tests.models import u2net_onnx
 
@@ -128,12 +128,3 @@ def test_divide_refuses_too_few_images_and_limits_their_number(tmp_path: Path) -
 )  # fmt: skip
 def test_overlap_is_intersection_over_union_of_the_masks(one: list[float], other: list[float], expected: float) -> None:
     assert overlap(np.array(one, np.float32), np.array(other, np.float32)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"), [("sse avx512_vnni", True), ("avx_vnni", True), ("sse avx2", False), (None, False)]
-)
-def test_has_vnni_reads_the_flags_of_the_cpu(tmp_path: Path, flags: str | None, expected: bool) -> None:
-    if flags:
-        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
-    assert has_vnni(tmp_path / "cpuinfo") is expected
