@@ -31,6 +31,7 @@ UNSURE = 4  # at most one pixel in this many may be unsure; each costs about 2 k
 FILL = 100  # most entries per row of the preconditioner; photos need 35 to 65
 SHIFTS = (1e-4, 1e-3, 1e-2, 1e-1)  # tried in turn on the diagonal until the preconditioner exists; larger means more rounds
 PACE = 20e-6  # seconds per unsure pixel allowed for building the preconditioner, which can't be interrupted; 8e-6 is usual
+PRIOR = 0.1
 BAND = 64  # image rows per band of the matrix
 ROUNDS = 2000  # most iterations of the solver; 5 are usual
 
@@ -122,12 +123,16 @@ def _solved(
     library: Any, rgb: Pixels, fixed: Grey, unsure: NDArray[np.bool_], check: Callable[[float], None]
 ) -> NDArray[np.float64]:
     """Alpha 0..1 of the unsure pixels, in row-major order."""
+    from scipy.sparse import identity  # type: ignore[import-untyped]
+
     left, top, width, height = cv2.boundingRect(unsure.view(np.uint8))
     box = slice(max(0, top - 2), top + height + 2), slice(max(0, left - 2), left + width + 2)
     rgb, fixed, unsure = rgb[box], fixed[box], unsure[box]
     rows = _unsure_rows(library, rgb, unsure, check)
     right_side = -rows.dot(np.where(unsure, 0, fixed / 255.0).ravel())
-    matrix = rows[:, unsure.ravel()]
+    guess = fixed[unsure] / 255
+    matrix = rows[:, unsure.ravel()] + PRIOR * identity(len(guess), format="csr")
+    right_side += PRIOR * guess
     del rows  # as large as the matrix
     preconditioner = _preconditioner(library, matrix, check)
 
@@ -136,7 +141,6 @@ def _solved(
         if not np.isfinite(norm_r):
             raise ArithmeticError("the solver diverged")
 
-    guess = fixed[unsure] / 255
     return np.asarray(library.cg(matrix, right_side, x0=guess, M=preconditioner, maxiter=ROUNDS, callback=watch), np.float64)
 
 
