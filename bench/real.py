@@ -115,19 +115,19 @@ def _agreement(node: OurNode, photos: list[Photo], server: ImageServer, folder: 
     equal = [np.array_equal(photo.cut, cuts[True][photo.path.stem]) for photo in photos]
     apart = [np.abs(photo.cut[..., 3].astype(int) - cuts[False][photo.path.stem][..., 3]) for photo in photos]
     ours, theirs = [], []
-    for photo in (photo for photo in photos if photo.reference is not None):
-        expected = read(photo.reference)[..., 3]  # type: ignore[arg-type]
-        ours.append(_overlap(cuts[False][photo.path.stem][..., 3], expected))
-        theirs.append(_overlap(photo.cut[..., 3], expected))
-    name = f"real {MODEL}"
+    for photo in photos:
+        if photo.reference is not None:
+            expected = read(photo.reference)[..., 3]
+            ours.append(_overlap(cuts[False][photo.path.stem][..., 3], expected))
+            theirs.append(_overlap(photo.cut[..., 3], expected))
+    name, count, mean = f"real {MODEL}", len(photos), float(np.mean([part.mean() for part in apart]))
     return [
-        figure(f"{name}, exact: photos with rembg's very pixels, of {len(photos)}", sum(equal), "", len(photos)),
-        figure(f"{name}: mean alpha difference to rembg, of 255", float(np.mean([part.mean() for part in apart])), "", 0.5,
-               at_most=True, rounds=len(photos)),
-        figure(f"{name}: largest alpha difference to rembg, of 255", float(max(part.max() for part in apart)), rounds=len(photos)),
+        figure(f"{name}, exact: photos with rembg's very pixels, of {count}", sum(equal), "", count),
+        figure(f"{name}: mean alpha difference to rembg, of 255", mean, "", 0.5, at_most=True, rounds=count),
+        figure(f"{name}: largest alpha difference to rembg, of 255", float(max(part.max() for part in apart)), rounds=count),
         figure(f"{name}: mean IoU with the reference mattes", float(np.mean(ours)), rounds=len(ours)),
         figure("rembg: mean IoU with the reference mattes", float(np.mean(theirs)), rounds=len(theirs)),
-    ]  # fmt: skip
+    ]
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""The engine on ISNet's real weights, on machines that have them: IMAGEMILL_TEST_WEIGHTS names a folder with isnet-fp16.onnx."""
+"""The engine on ISNet's real weights, where IMAGEMILL_TEST_WEIGHTS names a folder with isnet-fp16.onnx."""
 
 from __future__ import annotations
 
