@@ -33,7 +33,7 @@ from bench.figures import Figure, figure
 from bench.nodes import OurNode, environment
 from bench.servers import Servers
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from imagemill.shared.messages import Job, Output
+from imagemill.shared.messages import Job, Output, Policy
 from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.worker.imaging.scale import resize
 from imagemill.worker.models import single_precision
@@ -135,7 +135,7 @@ def _run(
 ) -> float:
     """Seconds from submission until the last image is recorded."""
     options = RembgRemoveBackground(model=MODEL, exact=exact)
-    node.jobs.spec = Job(operation="remove-background", output=output, options=options, reuse=False)
+    node.jobs.spec = Job(operation="remove-background", output=output, options=options, policy=Policy(reuse=False))
     return node.seconds([server.url(f"/{photo.path.name}?{copy}") for copy in range(copies) for photo in photos])
 
 

@@ -1,7 +1,10 @@
 """Alpha matting: recovers the transparency of hair and fur along a matte's edge from the image's colours.
 
-Closed-form matting: Levin, Lischinski, Weiss, A Closed-Form Solution to Natural Image Matting, CVPR 2006, with
-rembg's trimap. pymatting provides the matrix and the solver. Its matrix takes 400 bytes per pixel, known or not, so it
+Closed-form matting: Levin, Lischinski, Weiss, A Closed-Form Solution to Natural Image Matting, CVPR 2006. Unlike rembg's,
+it keeps near the matte where colours don't tell subject from background, and only what the matte itself leaves open is
+computed. Photos' mattes by ISNet's real weights, laid on other backgrounds and blurred to a third and a sixth of their size,
+were the test: with rembg's trimap and without the matte's pull, results were farther from the truth than the blurred mattes
+in most cases. pymatting provides the matrix and the solver. Its matrix takes 400 bytes per pixel, known or not, so it
 is built in bands, and only the rows of unsure pixels are kept: on a portrait of 1.6 megapixels the peak is 240 MB, against
 630 MB for the bounding box of the unsure pixels in one piece. A cap and a deadline bound the whole computation.
 """
@@ -26,12 +29,12 @@ FAILED = "matting_failed"
 LARGEST = 2_560_000  # most pixels of an image; each unsure one takes about 2 kB of memory
 SECONDS = 20.0  # deadline per image
 FRONT, BACK = 240, 10  # rembg's thresholds: alpha above is certainly the subject, alpha below certainly the background
-MARGIN = 10  # rembg's: and so is every pixel this near
+MARGIN = 3  # if all in a square of this side are; rembg's 10 smears hair into a textured background
 UNSURE = 4  # at most one pixel in this many may be unsure; each costs about 2 kB and 15 us
 FILL = 100  # most entries per row of the preconditioner; photos need 35 to 65
 SHIFTS = (1e-4, 1e-3, 1e-2, 1e-1)  # tried in turn on the diagonal until the preconditioner exists; larger means more rounds
 PACE = 20e-6  # seconds per unsure pixel allowed for building the preconditioner, which can't be interrupted; 8e-6 is usual
-PRIOR = 0.1
+PRIOR = 0.01  # weight of the matte's own alpha; neighbours of like colour have about 8 in total
 BAND = 64  # image rows per band of the matrix
 ROUNDS = 2000  # most iterations of the solver; 5 are usual
 
@@ -82,7 +85,7 @@ def matted(pixels: Pixels, alpha: Grey, notes: list[str], *, most: int = LARGEST
 
 
 def trimap(alpha: Grey) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which pixels are certainly subject and which are certainly background, both [h, w]; as rembg does by default."""
+    """Which pixels are certainly subject and which are certainly background, both [h, w]."""
     square = np.ones((MARGIN, MARGIN), np.uint8)
     front = cv2.erode((alpha > FRONT).view(np.uint8), square, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
     back = cv2.erode((alpha < BACK).view(np.uint8), square, borderType=cv2.BORDER_CONSTANT, borderValue=(1,))
