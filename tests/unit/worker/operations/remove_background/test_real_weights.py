@@ -23,9 +23,12 @@ from imagemill.worker.operations.remove_background.rembg import Rembg
 MODEL, FILE = "isnet-general-use", "isnet-fp16.onnx"
 FOLDER = os.environ.get("IMAGEMILL_TEST_WEIGHTS")
 
-pytestmark = pytest.mark.skipif(
-    not FOLDER or not Path(FOLDER, FILE).is_file(), reason=f"IMAGEMILL_TEST_WEIGHTS names no folder with {FILE}"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not FOLDER or not Path(FOLDER, FILE).is_file(), reason=f"IMAGEMILL_TEST_WEIGHTS names no folder with {FILE}"
+    ),
+    pytest.mark.timeout(900),  # the network takes seconds, and importing rembg up to a minute
+]
 
 
 @pytest.fixture(scope="module")
