@@ -24,7 +24,8 @@ Ranges = dict[str, tuple[float, float]]
 """The lowest and highest value of each tensor, by name; what lies outside is clipped."""
 
 CLIPPED = {"percentile 99.9": 1e-3, "percentile 99.99": 1e-4, "min-max": 0.0}
-"""Ways of choosing ranges, the best on ISNet's real weights first: the share of an image's values that may lie outside, at each end."""
+"""Ways of choosing ranges, the best on ISNet's real weights first: the share of an image's values that may lie outside, at
+each end."""
 SAMPLES = 1024
 """About how many places of each map are sampled."""
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
