@@ -55,7 +55,8 @@ def measured(prepared: Path, images: Iterable[NDArray[np.float32]], folder: Path
     augmented = folder / "augmented.onnx"
     names = _sampling(prepared, augmented)
     session = opened(augmented)
-    lows, highs = ({way: {name: [] for name in names} for way in CLIPPED} for _ in range(2))
+    lows: dict[str, dict[str, list[float]]] = {way: {name: [] for name in names} for way in CLIPPED}
+    highs: dict[str, dict[str, list[float]]] = {way: {name: [] for name in names} for way in CLIPPED}
     for image in images:
         for name, values in zip(names, session.run(None, {session.get_inputs()[0].name: image}), strict=True):
             ends = np.quantile(values, [*CLIPPED.values(), *(1 - share for share in CLIPPED.values())])

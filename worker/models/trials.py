@@ -45,8 +45,9 @@ def tried(original: Path, kind: Kind, make: Make, output: str | None = None) -> 
     import onnxruntime  # noqa: F401
 
     record, target = variant_record(original, kind), variant(original, kind)
-    outcome: Outcome | None = record.get("outcome")
-    if outcome in get_args(Outcome) and record.get("original") == digest(original) and (outcome != "made" or target.is_file()):
+    outcome: Outcome = record.get("outcome", "refused")
+    known = outcome in get_args(Outcome) and record.get("original") == digest(original)
+    if known and (outcome != "made" or target.is_file()):
         return outcome
     with (
         TemporaryDirectory(prefix=".", dir=original.parent) as work,

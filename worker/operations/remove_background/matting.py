@@ -126,7 +126,7 @@ def _solved(
     library: Any, rgb: Pixels, fixed: Grey, unsure: NDArray[np.bool_], check: Callable[[float], None]
 ) -> NDArray[np.float64]:
     """Alpha 0..1 of the unsure pixels, in row-major order."""
-    from scipy.sparse import identity  # type: ignore[import-untyped]
+    from scipy.sparse import identity
 
     left, top, width, height = cv2.boundingRect(unsure.view(np.uint8))
     box = slice(max(0, top - 2), top + height + 2), slice(max(0, left - 2), left + width + 2)

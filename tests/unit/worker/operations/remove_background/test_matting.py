@@ -57,6 +57,19 @@ def test_matting_restores_hairs_that_the_matte_blurs() -> None:
     assert abs(result / 255 - truth).mean() < 0.25 * abs(seen / 255 - truth).mean()
 
 
+def test_matting_smears_less_into_a_texture_than_with_rembgs_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, truth, seen = furry()
+    texture = np.random.default_rng(1).integers(0, 256, (SIZE[1] // 2, SIZE[0] // 2, 3), np.uint8)
+    behind = cv2.resize(texture, SIZE, interpolation=cv2.INTER_NEAREST)
+    pixels = np.where(truth[..., None] > 0.5, pixels, behind)
+    errors = []
+    for margin, prior in ((matting.MARGIN, matting.PRIOR), (10, 0)):
+        monkeypatch.setattr(matting, "MARGIN", margin)
+        monkeypatch.setattr(matting, "PRIOR", prior)
+        errors.append(abs(run(pixels, seen)[0] / 255 - truth).mean())
+    assert errors[0] < 0.8 * errors[1]
+
+
 def test_matting_in_bands_equals_matting_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
     from pymatting import estimate_alpha_cf
 
