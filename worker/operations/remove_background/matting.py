@@ -126,7 +126,7 @@ def _solved(
     library: Any, rgb: Pixels, fixed: Grey, unsure: NDArray[np.bool_], check: Callable[[float], None]
 ) -> NDArray[np.float64]:
     """Alpha 0..1 of the unsure pixels, in row-major order."""
-    from scipy.sparse import identity
+    from scipy.sparse import identity  # type: ignore[import-untyped]
 
     left, top, width, height = cv2.boundingRect(unsure.view(np.uint8))
     box = slice(max(0, top - 2), top + height + 2), slice(max(0, left - 2), left + width + 2)
@@ -153,7 +153,7 @@ def _unsure_rows(library: Any, rgb: Pixels, unsure: NDArray[np.bool_], check: Ca
     A pixel's row only involves pixels up to two away, so a band with two more image rows on each side gives exactly what the
     whole image would.
     """
-    from scipy.sparse import csr_matrix, vstack  # type: ignore[import-untyped]
+    from scipy.sparse import csr_matrix, vstack
 
     width, bands = unsure.shape[1], []
     for top in range(0, len(unsure), BAND):
