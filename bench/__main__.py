@@ -1,9 +1,10 @@
 """Run the benchmarks and print one table; exit status 1 if a goal is missed.
 
-    python -m bench [--only NAME]... [--rounds N] [--images FOLDER]
+    python -m bench [--only NAME]... [--rounds N] [--images FOLDER] [--weights FOLDER]
 
-`cutout` needs a folder of photos with reference mattes, named as bench/cutout.py describes, from `--images` or the
-environment variable IMAGEMILL_BENCH_IMAGES. The figures are also written to bench/results.json.
+`cutout` and `real` need a folder of photos with reference mattes, named as bench/cutout.py describes, from `--images` or the
+environment variable IMAGEMILL_BENCH_IMAGES; `real` also needs a model, as bench/real.py describes, from `--weights` or
+IMAGEMILL_TEST_WEIGHTS. The figures are also written to bench/results.json.
 """
 
 from __future__ import annotations
@@ -34,20 +35,22 @@ BENCHES = (
     "stylize",
     "quality",
     "cutout",
+    "real",
     "fleet",
     "scaling",
 )
 RESULTS = Path(__file__).parent / "results.json"
-VARIABLE = "IMAGEMILL_BENCH_IMAGES"
+VARIABLES = {"images": "IMAGEMILL_BENCH_IMAGES", "weights": "IMAGEMILL_TEST_WEIGHTS"}
+NEEDED = {"cutout": ("images",), "real": ("images", "weights")}
+"""The folders that some benchmarks need, by the names of their arguments."""
 
 
-def measure(bench: str, rounds: int | None, images: Path | None) -> list[Figure]:
+def measure(bench: str, rounds: int | None, folders: dict[str, Path]) -> list[Figure]:
     """Import and run one benchmark; each needs different libraries."""
     module = importlib.import_module(f"bench.{bench}")
-    if bench == "cutout":
-        figures: list[Figure] = module.run(images)
-    else:
-        figures = module.run() if rounds is None else module.run(rounds)
+    needed = {name: folders[name] for name in NEEDED.get(bench, ())}
+    takes_rounds = rounds is not None and bench != "cutout"
+    figures: list[Figure] = module.run(*([rounds] if takes_rounds else []), **needed)
     return figures
 
 
@@ -66,20 +69,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Run the benchmarks and print one table.")
     parser.add_argument("--only", action="append", choices=BENCHES, help="run only this one; repeatable")
     parser.add_argument("--rounds", type=int, help="number of measurements, of which the median is reported")
-    parser.add_argument("--images", type=Path, help=f"photos and reference mattes for cutout; default: {VARIABLE}")
+    parser.add_argument("--images", type=Path, help=f"photos and reference mattes; default: {VARIABLES['images']}")
+    parser.add_argument("--weights", type=Path, help=f"folder of a real model; default: {VARIABLES['weights']}")
     arguments = parser.parse_args()
     if arguments.rounds is not None and arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
-    images = arguments.images or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
-    if images is not None and not images.is_dir():
-        parser.error(f"{images} is not a folder")
+    given = {name: getattr(arguments, name) or os.environ.get(variable) for name, variable in VARIABLES.items()}
+    folders = {name: Path(folder) for name, folder in given.items() if folder}
+    for folder in folders.values():
+        if not folder.is_dir():
+            parser.error(f"{folder} is not a folder")
     console, figures = Console(), []
     for bench in arguments.only or BENCHES:
-        if bench == "cutout" and images is None:
-            console.print(f"cutout skipped: set a folder of photos with --images FOLDER or {VARIABLE}.", soft_wrap=True)
+        missing = [name for name in NEEDED.get(bench, ()) if name not in folders]
+        if missing:
+            wanted = " and ".join(f"--{name} FOLDER or {VARIABLES[name]}" for name in missing)
+            console.print(f"{bench} skipped: set {wanted}.", soft_wrap=True)
             continue
         with console.status(f"measuring {bench} ..."):
-            figures += measure(bench, arguments.rounds, images)
+            figures += measure(bench, arguments.rounds, folders)
     if figures:
         console.print(make_table(figures))
         RESULTS.write_text(json.dumps(figures, indent=2) + "\n")

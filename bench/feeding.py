@@ -95,7 +95,7 @@ def _make_weights(folder: Path, files: list[bytes]) -> dict[str, Path]:
             photo = cv2.imdecode(np.frombuffer(files[number % len(files)], np.uint8), cv2.IMREAD_REDUCED_COLOR_4)
             photo = photo[10 * number :, 13 * number :]  # so that all differ
             assert cv2.imwrite(str(Path(images, f"{number}.jpg")), photo)
-        quantize("u2net", folder, Path(images), accept=0.0)
+        quantize("u2net", folder, Path(images), accept=0.0, faster=0.0)
     return {"fp32": original, "int8": model_file(folder, "rembg", "u2net", int8=True)}
 
 

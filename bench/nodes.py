@@ -45,12 +45,12 @@ class Jobs:
     """Submits jobs on one Redis, and waits for them."""
 
     def __init__(self, redis_url: str, spec: Job = SPEC) -> None:
-        self._spec, self.client = spec, Client(load_settings(redis_url=redis_url))
+        self.spec, self.client = spec, Client(load_settings(redis_url=redis_url))
 
     def submit(self, urls: list[str]) -> str:
         """Submit a job and return its id."""
         rows = (SourceRow(f"row {number}", {"source": url}) for number, url in enumerate(urls))
-        return self.client.submit(rows, self._spec).job
+        return self.client.submit(rows, self.spec).job
 
     def await_images(self, job: str) -> dict[str, float]:
         """Wait until the last image is recorded; return the mean seconds of each stage."""
@@ -97,6 +97,11 @@ class OurNode:
     def cpu(self) -> float:
         """CPU seconds that the node's processes have used so far."""
         return cpu_of(self._worker.process.pid)
+
+    def peak_memory(self) -> int:
+        """The most bytes of memory that each child has used, added up."""
+        lines = [line for child in self._worker.children() for line in Path(f"/proc/{child}/status").read_text().splitlines()]
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 class TutorialNode:

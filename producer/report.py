@@ -228,13 +228,13 @@ def _entries(model: BaseModel, without: set[str]) -> list[tuple[str, str, bool]]
 
 
 def _option(value: object) -> str:
-    """An option's value as text: URLs without their query string, boxes and LoRAs as typed."""
+    """An option's value as text: URLs without their query string, boxes, points, LoRAs and controls as typed."""
     if isinstance(value, str):
         return shown(value) if "://" in value else value
     if isinstance(value, list):
         return "; ".join(_option(part) for part in value) or "none"
     if isinstance(value, dict) and "weight" in value:
-        return f"{value['name']}:{value['weight']:g}"
+        return f"{value['name']}:{value['weight']:g}" if value["weight"] is not None else f"{value['name']}"
     if isinstance(value, dict):
         return ", ".join(f"{part:g}" for part in value.values() if isinstance(part, int | float))
     if isinstance(value, bool):

@@ -214,6 +214,15 @@ def birefnet_like_onnx(path: Path, *, width: int = 2, size: int = 1024, seed: in
     return net.save(path, ("input_image", [1, 3, size, size]), {"output_image": net.enlarge(logits, 2)}, size)
 
 
+def in_half_precision(source: Path, target: Path, *, keep_io: bool = True) -> Path:
+    """Write a model with weights and calculations in fp16 to `target`; with `keep_io`, input and output stay in fp32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16  # takes half a second
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=keep_io), target)
+    return target
+
+
 def _scene(size: int) -> NDArray[np.float32]:
     """A dark subject on a bright background with some texture, normalised: [1, 3, size, size] float32."""
     down, across = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]

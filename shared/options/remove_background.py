@@ -63,8 +63,12 @@ class RembgRemoveBackground(EngineOptions):
     alpha_matting_background_threshold: int = Field(
         10, ge=0, le=255, description="matting: pixels whose mask is below this level surely don't"
     )
-    alpha_matting_erode_size: int = Field(
-        10, ge=0, le=100, description="matting: side in pixels of the square that both sure areas are shrunk by; 0: one pixel"
+    alpha_matting_erode_size: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="matting: side in pixels of the square that both sure areas are shrunk by; 0: one pixel; "
+        "'none': rembg's 10 with exact, else 3, which smears less",
     )
     background: Colour | None = Field(None, description="background colour as #rrggbb; 'none': transparent")
     background_image: str | None = Field(None, description="URL of a background image, which is scaled to cover")

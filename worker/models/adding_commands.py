@@ -15,7 +15,7 @@ from imagemill.shared.settings import load_settings
 from imagemill.worker.models import adding
 from imagemill.worker.models.added import SELECTABLE, Added, Kind
 from imagemill.worker.models.adding import Made
-from imagemill.worker.models.command_parts import free_batch_axis, needing
+from imagemill.worker.models.command_parts import needing, prepare_variants
 from imagemill.worker.models.sources import digest_of_files, format_of
 
 OUTCOMES = {"present": "already there", "added": "added", "replaced": "replaced"}
@@ -65,7 +65,7 @@ def add(name: str, source: str, replace: bool, family: str | None, **network: An
     said = matting.Said(family, size=network.pop("input_size"), **network)
     with needing("rembg", "adding an ONNX file"):
         _add(weights, name, "matting", path, partial(matting.make, name, path, said), replace=replace, agrees=said.agrees)
-    free_batch_axis(name, weights / "rembg" / f"{name}.onnx", "add it again")
+    prepare_variants(name, weights / "rembg" / f"{name}.onnx", network.get("output"), again="add it again")
 
 
 def _add(

@@ -1,4 +1,4 @@
-"""What the `imagemill models` commands share: progress bars, missing packages, the batch axis."""
+"""What the `imagemill models` commands share: progress bars, missing packages, variants of ONNX files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from imagemill.shared.errors import MissingExtra
-from imagemill.worker.models.files import variant_record
+from imagemill.worker.models.files import Kind, variant_record
+
+PREPARED: dict[Kind, dict[str, str]] = {
+    "fp32": {
+        "made": "the file is in half precision; made a variant in single precision for CPUs ({reason})",
+        "refused": "the file is in half precision and can't be converted, so CPUs run it slowly, if at all ({reason})",
+        "killed": "precision not checked: the trial was killed, perhaps out of memory ({again} to retry)",
+    },
+    "dynamic": {
+        "made": "the batch axis was fixed at 1; made a variant that takes batches ({reason})",
+        "refused": "the batch axis stays fixed at 1, images run one by one ({reason})",
+        "killed": "batch axis not checked: the trial was killed, perhaps out of memory ({again} to retry)",
+    },
+}
+"""What to say about each outcome of making a variant."""
 
 
 @contextmanager
@@ -33,25 +47,26 @@ def progress_bar(*columns: Any) -> Progress:
     return Progress(*shown, console=console, disable=not console.is_terminal)
 
 
-def free_batch_axis(name: str, path: Path, again: str = "pull again") -> None:
-    """Make a variant that takes batches; without onnx, or if a graph can't be changed, images run one by one.
+def prepare_variants(name: str, path: Path, output: str | None = None, *, again: str = "pull again") -> None:
+    """Make the variants of an ONNX file that nodes need: in single precision for CPUs, and with a free batch axis for GPUs.
 
-    `again` is what to do to have it tried again.
+    `output` names the output that nodes read; None stands for the first. Without onnx, or if a graph can't be changed, nodes
+    run the file as it is. `again` is what to do to have it tried again.
     """
-    before = variant_record(path, "dynamic")
+    before = {kind: variant_record(path, kind) for kind in PREPARED}
     try:
-        from imagemill.worker.models.batch_axis import free
+        from imagemill.worker.models import batch_axis, single_precision
+        from imagemill.worker.models.trials import Outcome, tried
 
-        outcome = free(path)
+        outcomes: dict[Kind, Outcome] = {
+            "fp32": tried(path, "fp32", single_precision.make, output),
+            "dynamic": tried(path, "dynamic", batch_axis.make, output),
+        }
     except ModuleNotFoundError as error:
         hint = f"pip install 'imagemill[rembg]', then {again}"
-        click.echo(f"{name}: batch axis not checked: {error.name} is not installed ({hint})", err=True)
+        click.echo(f"{name}: precision and batch axis not checked: {error.name} is not installed ({hint})", err=True)
         return
-    record = variant_record(path, "dynamic")
-    messages = {
-        "made": f"the batch axis was fixed at 1; made a variant that takes batches ({record.get('reason')})",
-        "refused": f"the batch axis stays fixed at 1, images run one by one ({record.get('reason')})",
-        "killed": f"batch axis not checked: the trial was killed, perhaps out of memory ({again} to retry)",
-    }
-    if outcome in messages and (record != before or outcome == "killed"):
-        click.echo(f"{name}: {messages[outcome]}")
+    for kind, outcome in outcomes.items():
+        record = variant_record(path, kind)
+        if outcome in PREPARED[kind] and (record != before[kind] or outcome == "killed"):
+            click.echo(f"{name}: {PREPARED[kind][outcome].format(reason=record.get('reason'), again=again)}")

@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from imagemill.worker.hardware.cpu import has_vnni
 from imagemill.worker.models.catalogue import CONVERTED, Weights
 from imagemill.worker.models.checksums import digest, hash_file, read_json, remembered_sums, sums_path, write_json
 
-Kind = Literal["dynamic", "int8", "safetensors"]
-"""A variant made from a published file: with a free batch axis (models.batch_axis), with 8-bit weights (models.quantize),
-or in a format that can't contain code (models.conversion)."""
-KINDS: tuple[Kind, ...] = ("dynamic", "int8", "safetensors")
+Kind = Literal["fp32", "dynamic", "int8", "safetensors"]
+"""A variant made from a published file: in single instead of half precision (models.single_precision), with a free batch axis
+(models.batch_axis), with 8-bit weights (models.quantize), or in a format that can't contain code (models.conversion)."""
+KINDS: tuple[Kind, ...] = ("fp32", "dynamic", "int8", "safetensors")
 State = Literal["missing", "there", "unconverted", "unchecked", "damaged"]
 
 
@@ -28,17 +29,18 @@ def required_file(folder: Path, weights: Weights) -> Path:
     return variant(path, "safetensors") if weights.engine in CONVERTED else path
 
 
-def model_file(folder: Path, engine: str, name: str, *, int8: bool = False) -> Path:
-    """The file that a node loads: 8-bit if wanted and present, else with a free batch axis, else as published.
+def model_file(folder: Path, engine: str, name: str, *, int8: bool = False, cpu: bool = True) -> Path:
+    """The file that a node loads: 8-bit if wanted and present, else in single precision on a CPU, else with a free batch
+    axis, else as published.
 
-    `folder` is the weights folder. Variants of an earlier original are skipped. For `CONVERTED` engines this is always the
-    converted file, whether or not the original is still there.
+    `folder` is the weights folder. Variants of an earlier original are skipped, and so are 8-bit ones that need another
+    CPU. For `CONVERTED` engines this is always the converted file, whether or not the original is still there.
     """
     if engine in CONVERTED:
         return folder / engine / f"{name}.safetensors"
     original = folder / engine / f"{name}.onnx"
-    kinds: tuple[Kind, ...] = ("int8", "dynamic") if int8 else ("dynamic",)
-    return next((variant(original, kind) for kind in kinds if is_current(original, kind)), original)
+    kinds: dict[Kind, bool] = {"int8": int8, "fp32": cpu, "dynamic": True}
+    return next((variant(original, kind) for kind, wanted in kinds.items() if wanted and is_current(original, kind)), original)
 
 
 def accept_licence(folder: Path, weights: Weights) -> None:
@@ -59,9 +61,11 @@ def variant(original: Path, kind: Kind) -> Path:
 
 
 def is_current(original: Path, kind: Kind) -> bool:
-    """Whether the variant exists, was accepted and was made from the present original."""
+    """Whether the variant exists, was accepted, was made from the present original, and gives right results on this CPU."""
     record = variant_record(original, kind)
-    return record.get("accepted") is True and variant(original, kind).is_file() and record.get("original") == digest(original)
+    if record.get("accepted") is not True or (record.get("needs_vnni") and not has_vnni()):
+        return False
+    return variant(original, kind).is_file() and record.get("original") == digest(original)
 
 
 def variant_record(original: Path, kind: Kind) -> dict[str, Any]:

@@ -262,6 +262,24 @@ def test_options_include_output_and_loras() -> None:
     assert "attempts=3" in shown.text
 
 
+@pytest.mark.parametrize(
+    ("operation", "options", "text"),
+    [
+        ("stylize", {"engine": "diffusion", "control": "canny;tile:0.4"}, "control=canny; tile:0.4"),
+        ("stylize", {"engine": "diffusion", "control": "none"}, "control=none"),
+        (
+            "remove-background",
+            {"engine": "rembg", "model": "sam", "points": "10,20;0.5,0.25,0"},
+            "points=10, 20, 1; 0.5, 0.25, 0",
+        ),
+        ("remove-background", {"engine": "rembg", "model": "sam", "boxes": "1,2,3,4"}, "boxes=1, 2, 3, 4"),
+    ],
+)
+def test_options_are_shown_as_typed(operation: str, options: dict[str, Any], text: str) -> None:
+    job = {"operation": operation, "output": {"url": "s3://results/x"}, "options": options}
+    assert text in framed(page([done(0)], job=Job.model_validate(job)))
+
+
 @pytest.mark.parametrize(("operation", "icc"), [("inpaint", "icc=keep"), ("stylize", "icc=srgb")])
 def test_options_include_the_default_profile_of_the_operation(operation: str, icc: str) -> None:
     job = Job.model_validate({"operation": operation, "output": {"url": "s3://results/x"}})

@@ -1,7 +1,10 @@
 """Alpha matting: recovers the transparency of hair and fur along a matte's edge from the image's colours.
 
-Closed-form matting: Levin, Lischinski, Weiss, A Closed-Form Solution to Natural Image Matting, CVPR 2006, with
-rembg's trimap. pymatting provides the matrix and the solver. Its matrix takes 400 bytes per pixel, known or not, so it
+Closed-form matting: Levin, Lischinski, Weiss, A Closed-Form Solution to Natural Image Matting, CVPR 2006. Unlike rembg's,
+it keeps near the matte where colours don't tell subject from background, and only what the matte itself leaves open is
+computed. Photos' mattes by ISNet's real weights, laid on other backgrounds and blurred to a third and a sixth of their size,
+were the test: with rembg's trimap and without the matte's pull, results were farther from the truth than the blurred mattes
+in most cases. pymatting provides the matrix and the solver. Its matrix takes 400 bytes per pixel, known or not, so it
 is built in bands, and only the rows of unsure pixels are kept: on a portrait of 1.6 megapixels the peak is 240 MB, against
 630 MB for the bounding box of the unsure pixels in one piece. A cap and a deadline bound the whole computation.
 """
@@ -26,11 +29,12 @@ FAILED = "matting_failed"
 LARGEST = 2_560_000  # most pixels of an image; each unsure one takes about 2 kB of memory
 SECONDS = 20.0  # deadline per image
 FRONT, BACK = 240, 10  # rembg's thresholds: alpha above is certainly the subject, alpha below certainly the background
-MARGIN = 10  # rembg's: and so is every pixel this near
+MARGIN = 3  # if all in a square of this side are; rembg's 10 smears hair into a textured background
 UNSURE = 4  # at most one pixel in this many may be unsure; each costs about 2 kB and 15 us
 FILL = 100  # most entries per row of the preconditioner; photos need 35 to 65
 SHIFTS = (1e-4, 1e-3, 1e-2, 1e-1)  # tried in turn on the diagonal until the preconditioner exists; larger means more rounds
 PACE = 20e-6  # seconds per unsure pixel allowed for building the preconditioner, which can't be interrupted; 8e-6 is usual
+PRIOR = 0.01  # weight of the matte's own alpha; neighbours of like colour have about 8 in total
 BAND = 64  # image rows per band of the matrix
 ROUNDS = 2000  # most iterations of the solver; 5 are usual
 
@@ -43,7 +47,7 @@ def matted(
     pixels: Pixels,
     alpha: Grey,
     notes: list[str],
-    sure: tuple[int, int, int] = (FRONT, BACK, MARGIN),
+    sure: tuple[int, int, int | None] = (FRONT, BACK, None),
     *,
     most: int = LARGEST,
     seconds: float = SECONDS,
@@ -90,12 +94,14 @@ def matted(
 
 
 def trimap(
-    alpha: Grey, front: int = FRONT, back: int = BACK, margin: int = MARGIN
+    alpha: Grey, front: int = FRONT, back: int = BACK, margin: int | None = None
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which pixels are certainly subject and which are certainly background, both [h, w], as in rembg.
+    """Which pixels are certainly subject and which are certainly background, both [h, w], by rembg's rule.
 
-    Alpha is above `front` or below `back` within a square of `margin` pixels; with a margin of 0, in the four neighbours.
+    Alpha is above `front` or below `back` within a square of `margin` pixels, by default `MARGIN`; with a margin of 0, in the
+    four neighbours.
     """
+    margin = MARGIN if margin is None else margin
     near = np.ones((margin, margin), np.uint8) if margin else cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     surely = cv2.erode((alpha > front).view(np.uint8), near, borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
     never = cv2.erode((alpha < back).view(np.uint8), near, borderType=cv2.BORDER_CONSTANT, borderValue=(1,))
@@ -136,12 +142,16 @@ def _solved(
     library: Any, rgb: Pixels, fixed: Grey, unsure: NDArray[np.bool_], check: Callable[[float], None]
 ) -> NDArray[np.float64]:
     """Alpha 0..1 of the unsure pixels, in row-major order."""
+    from scipy.sparse import identity  # type: ignore[import-untyped]
+
     left, top, width, height = cv2.boundingRect(unsure.view(np.uint8))
     box = slice(max(0, top - 2), top + height + 2), slice(max(0, left - 2), left + width + 2)
     rgb, fixed, unsure = rgb[box], fixed[box], unsure[box]
     rows = _unsure_rows(library, rgb, unsure, check)
     right_side = -rows.dot(np.where(unsure, 0, fixed / 255.0).ravel())
-    matrix = rows[:, unsure.ravel()]
+    guess = fixed[unsure] / 255
+    matrix = rows[:, unsure.ravel()] + PRIOR * identity(len(guess), format="csr")
+    right_side += PRIOR * guess
     del rows  # as large as the matrix
     preconditioner = _preconditioner(library, matrix, check)
 
@@ -150,7 +160,6 @@ def _solved(
         if not np.isfinite(norm_r):
             raise ArithmeticError("the solver diverged")
 
-    guess = fixed[unsure] / 255
     return np.asarray(library.cg(matrix, right_side, x0=guess, M=preconditioner, maxiter=ROUNDS, callback=watch), np.float64)
 
 
@@ -160,7 +169,7 @@ def _unsure_rows(library: Any, rgb: Pixels, unsure: NDArray[np.bool_], check: Ca
     A pixel's row only involves pixels up to two away, so a band with two more image rows on each side gives exactly what the
     whole image would.
     """
-    from scipy.sparse import csr_matrix, vstack  # type: ignore[import-untyped]
+    from scipy.sparse import csr_matrix, vstack
 
     width, bands = unsure.shape[1], []
     for top in range(0, len(unsure), BAND):

@@ -20,6 +20,8 @@ from imagemill.worker.operations.open_model import getting
 Tensor = NDArray[np.float32]
 
 NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+"""What a model may take as input."""
 LARGEST_BATCH = 8
 """Most images in a batch on a GPU; TensorRT builds its engine for batches of one up to this many."""
 
@@ -86,7 +88,7 @@ class OnnxModel:
         self.abreast = device.threads if device.provider == "cpu" and size <= SMALL else 1
         self._network = Network(path, name, device, self.abreast, output)
         self._input = self._network.inputs[0]
-        if len(self._network.inputs) != 1 or len(self._input.shape) != 4 or self._input.type != "tensor(float)":
+        if len(self._network.inputs) != 1 or len(self._input.shape) != 4 or self._input.type not in DTYPES:
             raise ConfigurationError(f"{path} is not a segmentation model with one image as input: {self._network.hint}")
         self.batches = device.provider != "cpu" and not isinstance(self._input.shape[0], int)
         self._threads = ThreadPoolExecutor(self.abreast, "model")
@@ -104,7 +106,7 @@ class OnnxModel:
         return [batch[0] for batch in self._threads.map(self._run, [tensor[None] for tensor in data])]
 
     def _run(self, batch: Tensor) -> Tensor:
-        return self._network.run({self._input.name: batch})
+        return self._network.run({self._input.name: batch.astype(DTYPES[self._input.type], copy=False)})
 
 
 def providers(device: Device, path: Path, shapes: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:

@@ -152,7 +152,8 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
             raise missing_model(options.model, device.weights)
         if options.exact or len(names) > 1:
             return originals
-        return [model_file(device.weights, self.spec.engine, options.model, int8=device.int8)]
+        cpu = device.provider == "cpu"
+        return [model_file(device.weights, self.spec.engine, options.model, int8=device.int8, cpu=cpu)]
 
 
 def as_rembg(pixels: Pixels, mask: Grey, options: RembgRemoveBackground, background: Pixels | None, notes: list[str]) -> Pixels:
@@ -207,7 +208,7 @@ def _matted(pixels: Pixels, mask: Grey, options: RembgRemoveBackground) -> Pixel
         alpha_matting=True,
         alpha_matting_foreground_threshold=options.alpha_matting_foreground_threshold,
         alpha_matting_background_threshold=options.alpha_matting_background_threshold,
-        alpha_matting_erode_size=options.alpha_matting_erode_size,
+        alpha_matting_erode_size=10 if options.alpha_matting_erode_size is None else options.alpha_matting_erode_size,
         session=_FixedMask(Image.fromarray(mask)),
     )
     return np.array(cut)

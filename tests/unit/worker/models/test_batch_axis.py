@@ -9,10 +9,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from imagemill.worker.models import batch_axis
-from imagemill.worker.models.batch_axis import difference, free, make
+from imagemill.worker.models import batch_axis, trials
+from imagemill.worker.models.batch_axis import TOLERANCE, make
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.files import model_file, variant, variant_record
+from imagemill.worker.models.trials import Outcome, difference, tried
 from tests.models import birefnet_like_onnx, u2net_onnx
 
 SHAPE = [1, 3, 8, 8]
@@ -35,6 +36,10 @@ def graph(path: Path, *nodes: onnx.NodeProto, constants: Sequence[tuple[str, lis
 
 def batch_of(path: Path) -> int | str:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).get_inputs()[0].shape[0]
+
+
+def free(original: Path) -> Outcome:
+    return tried(original, "dynamic", make)
 
 
 def outcome_of(original: Path) -> tuple[str, str]:
@@ -60,15 +65,15 @@ def test_free_makes_a_variant_that_takes_batches_with_the_same_output(tmp_path: 
 def test_free_does_not_repeat_a_recorded_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = u2net_onnx(tmp_path / "fixed.onnx", size=32, dynamic=False)
     good = u2net_onnx(tmp_path / "good.onnx", size=32)
-    assert (free(fixed), free(good)) == ("made", "free")
-    monkeypatch.setattr(batch_axis, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("tried again"))
-    assert (free(fixed), free(good)) == ("made", "free")
+    assert (free(fixed), free(good)) == ("made", "needless")
+    monkeypatch.setattr(trials, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("tried again"))
+    assert (free(fixed), free(good)) == ("made", "needless")
 
 
 def test_killed_trial_leaves_the_original_and_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = u2net_onnx(tmp_path / "rembg" / "u2net.onnx", size=32, dynamic=False)
     with monkeypatch.context() as patch:
-        patch.setattr(batch_axis, "_prefer_as_oom_victim", exit_in_the_trial)
+        patch.setattr(trials, "_prefer_as_oom_victim", exit_in_the_trial)
         assert free(original) == "killed"
     assert not variant_record(original, "dynamic")
     assert [path for path in original.parent.iterdir() if path.suffix != ".json"] == [original]
@@ -80,7 +85,7 @@ def exit_in_the_trial() -> None:
     """End the process as the kernel does when memory runs out, once the file to try has been written."""
     import os
 
-    batch_axis.difference = lambda *_: os._exit(9)  # type: ignore[assignment]
+    batch_axis.difference = lambda *_, **__: os._exit(9)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
@@ -121,8 +126,8 @@ MEAN = helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1)
     ("nodes", "expected"),
     [
         ([ZEROS, helper.make_node("Concat", ["x", "c"], ["y"], axis=1)], "Concat"),  # can't be run with two images
-        ([MEAN, helper.make_node("Add", ["x", "m"], ["y"])], "for two images output 0 differs by"),
-        ([MEAN, helper.make_node("Relu", ["m"], ["y"])], "for two images output 0 has shape (1, 3, 8, 8)"),
+        ([MEAN, helper.make_node("Add", ["x", "m"], ["y"])], "for 2 images the output differs by"),
+        ([MEAN, helper.make_node("Relu", ["m"], ["y"])], "for 2 images the output has shape (1, 3, 8, 8)"),
     ],
     ids=["fails", "mixes", "merges"],
 )
@@ -130,6 +135,28 @@ def test_make_refuses_a_graph_whose_output_changes(tmp_path: Path, nodes: list[o
     outcome, reason = outcome_of(graph(tmp_path / "net.onnx", *nodes))
     assert outcome == "refused"
     assert expected in reason
+
+
+def test_outputs_that_nobody_reads_are_neither_compared_nor_kept(tmp_path: Path) -> None:
+    """Their sum over the batch can't be freed, but it is not what nodes read."""
+    nodes = [
+        helper.make_node("Relu", ["x"], ["y"]),
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Concat", ["x", "zeros"], ["unread"], axis=1),
+    ]
+    original = graph(tmp_path / "net.onnx", *nodes, constants=[("zeros", [0.0])])
+    model = onnx.load(original)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.zeros(SHAPE, np.float32), "zeros"))
+    for place, name in ((0, "sum"), (2, "unread")):
+        model.graph.output.insert(place, helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    onnx.save(model, original)
+    target = variant(original, "dynamic")
+    assert make(original, target, "y")[0] == "made"
+    kept = onnx.load(target).graph
+    assert [value.name for value in kept.output] == ["y"]
+    assert [node.op_type for node in kept.node] == ["Relu"]
+    assert not kept.initializer
+    assert make(original, target, None)[0] == "refused"  # then the first, `sum`, is what nodes read
 
 
 def test_free_refuses_a_file_that_is_not_a_model(tmp_path: Path) -> None:
@@ -146,5 +173,5 @@ def test_difference_is_relative_to_the_range_of_the_output(tmp_path: Path) -> No
     original = scaled("one.onnx", 1.0)
     outcome_of(scaled("close.onnx", 1.0005))
     outcome_of(scaled("far.onnx", 1.003))
-    assert difference(original, tmp_path / "close.dynamic.onnx") is None
-    assert "for one image" in str(difference(original, tmp_path / "far.dynamic.onnx"))
+    assert difference(original, tmp_path / "close.dynamic.onnx", tolerance=TOLERANCE) is None
+    assert "for one image" in str(difference(original, tmp_path / "far.dynamic.onnx", tolerance=TOLERANCE))

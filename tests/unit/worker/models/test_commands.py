@@ -141,7 +141,7 @@ def test_killed_trial_of_the_batch_axis_is_reported_and_repeated(
     run: Run, published: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("imagemill.worker.models.batch_axis.free", lambda _: "killed")
+        patch.setattr("imagemill.worker.models.trials.tried", lambda *_: "killed")
         assert "the trial was killed" in run("pull", "birefnet-general").stdout
     assert "made a variant that takes batches" in run("pull", "birefnet-general").stdout
 

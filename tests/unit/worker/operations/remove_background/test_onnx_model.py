@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from imagemill.shared.errors import ConfigurationError, OperationFailed, OutOfMemory
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH, OnnxModel, providers
-from tests.models import birefnet_like_onnx, u2net_onnx
+from tests.models import birefnet_like_onnx, in_half_precision, u2net_onnx
 
 CPU = Device(threads=1)
 GPU = Device(gpu=0, provider="cuda")
@@ -167,6 +167,13 @@ def test_damaged_file_error_names_path_and_pull_command(content: bytes | None, s
         OnnxModel(path, "u2net", CPU, 64)
     assert str(path) in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_model_that_takes_half_precision_returns_single_precision(small: Path, tmp_path: Path) -> None:
+    half = in_half_precision(small, tmp_path / "half.onnx", keep_io=False)
+    (found,), (expected,) = (OnnxModel(path, "u2net", CPU, 64).run(tensors(1)) for path in (half, small))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 @pytest.mark.parametrize("shapes", [[["b", 3]], [["b", 3, 8, 8], ["b", 1, 8, 8]]], ids=["input is not an image", "two inputs"])

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from imagemill.shared.engines import REMBG_MODELS, parse_options
-from imagemill.shared.errors import BadMask, ConfigurationError, OperationFailed
+from imagemill.shared.errors import BadMask, ModelUnavailable, OperationFailed
 from imagemill.shared.messages import Item
 from imagemill.shared.options.remove_background import PROMPTED_MODELS
 from imagemill.worker.hardware.device import Device
@@ -308,10 +308,10 @@ def test_files_that_are_not_sams_are_refused(weights: Path, tmp_path: Path) -> N
         (folder / "sam.encoder.onnx").write_bytes(first)
         (folder / "sam.decoder.onnx").write_bytes(second)
         operation.load(Device(threads=1, weights=tmp_path))
-        with pytest.raises(ConfigurationError, match=f"sam.{refused}.onnx is not Segment Anything's {refused}"):
+        with pytest.raises(ModelUnavailable, match=f"sam.{refused}.onnx is not Segment Anything's {refused}"):
             cut(operation, PICTURES["landscape"], {"model": "sam"})
     (folder / "sam.encoder.onnx").unlink()
-    with pytest.raises(ConfigurationError, match="models pull sam"):
+    with pytest.raises(ModelUnavailable, match="models pull sam"):
         cut(operation, PICTURES["landscape"], {"model": "sam"})
 
 
