@@ -162,7 +162,10 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _converted(kind: Any, tensors: Mapping[str, Tensor], config: Path) -> Any:
-    return kind.from_single_file(dict(tensors), config=str(config), local_files_only=True)
+    try:
+        return kind.from_single_file(dict(tensors), config=str(config), local_files_only=True)
+    except NotImplementedError as error:  # tensors that the file doesn't have can't be moved
+        raise ConfigurationError(f"its {kind.__name__} lacks some tensors") from error
 
 
 def _complete(model: Any, name: str) -> Any:

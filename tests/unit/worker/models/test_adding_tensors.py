@@ -112,7 +112,7 @@ def test_checkpoint_without_some_weights_is_refused(run: Run, weights: Path, tmp
     before = contents(weights)
     del tensors["model.diffusion_model.middle_block.0.in_layers.0.weight"]
     path = saved(tmp_path / "cut.safetensors", tensors)
-    refused(run, "add", "cut", path, reason=f"{path}: its unet lacks 1 of ")
+    refused(run, "add", "cut", path, reason=f"{path}: its UNet2DConditionModel lacks some tensors")
     assert contents(weights) == before
 
 
