@@ -18,7 +18,7 @@ INTERRUPTED = 130
 # Kept here so that `imagemill --help` does not import packages that a producer may not have.
 SHORT_HELP = {
     "worker": "Run a worker node: one per GPU, or one for the CPU.",
-    "models": "List, pull, verify and quantise model files.",
+    "models": "List, pull, add, verify, remove and quantise model files.",
     "tune": "Measure how large batches can be on a device, and how fast they are.",
     "exporter": "Serve metrics of the whole installation to Prometheus.",
     "flower": "Run Flower, the web page that shows nodes and their shifts.",

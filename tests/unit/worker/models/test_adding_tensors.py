@@ -1,0 +1,171 @@
+"""Stable Diffusion, LoRAs and LaMa of one's own: what is recognised, converted and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imagemill.shared.errors import ConfigurationError
+from imagemill.worker.models import added, own_diffusion
+from imagemill.worker.models.catalogue import repository
+from imagemill.worker.models.diffusion_models import base_of
+from imagemill.worker.models.repositories import folder_of, models_here
+from imagemill.worker.models.sources import header_of
+from imagemill.worker.models.tensor_names import Contents, recognise
+from tests.checkpoints import checkpoint_tensors, saved, vae_tensors
+from tests.generators import lama_checkpoint, lama_file
+from tests.pipelines import diffusers, lora_file, pipeline_folder
+from tests.unit.worker.models.test_adding_commands import Run, contents, listed, refused, run, weights
+
+__all__ = ["run", "weights"]
+
+INPUT = "model.diffusion_model.input_blocks.0.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "family"),
+    [
+        ([INPUT, "cond_stage_model.transformer.text_model.a"], "checkpoint", "sd15"),
+        ([INPUT, "conditioner.embedders.1.model.a"], "checkpoint", "sdxl"),
+        (["control_model.time_embed.0.weight"], "controlnet", "sd15"),
+        (["controlnet_cond_embedding.conv_in.weight"], "controlnet", "sd15"),
+        (["controlnet_cond_embedding.conv_in.weight", "add_embedding.linear_1.weight"], "controlnet", "sdxl"),
+        (["encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"], "vae", ""),
+        (["lora_unet_down_blocks_0_attentions_0_attn2_to_k.lora_down.weight"], "lora", "sd15"),
+        (["unet.down_blocks.0.attn1.to_k.lora_A.weight"], "lora", ""),
+        (["generator.model.1.ffc.convl2l.weight"], "inpainting", "lama"),
+    ],
+)
+def test_kind_and_family_are_told_by_the_tensors_names(names: list[str], kind: Any, family: str) -> None:
+    assert recognise(dict.fromkeys(names, (320, 4) if names[0] == INPUT else (8, 768))) == Contents(kind, family)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({INPUT: (320, 9, 3, 3)}, "its UNet is one for inpainting, with 9 input channels; expected 4"),
+        ({INPUT: (320, 8, 3, 3)}, "its UNet is one for editing by instructions, with 8 input channels; expected 4"),
+        ({INPUT: (320, 4), "cond_stage_model.model.a": (1,)}, "it is Stable Diffusion 2, which nodes can't run; expected"),
+        ({"conditioner.embedders.0.model.a": (1,)}, "it is the refiner of SDXL, which nodes can't run"),
+        ({"double_blocks.0.a": (1,)}, "it is Flux, which nodes can't run; expected a checkpoint of Stable Diffusion 1.5"),
+        ({"down_blocks.0.a": (1,)}, "it is a UNet without text encoder and VAE"),
+        ({"bert.encoder.a": (1,)}, "its tensors (bert.encoder.a, ...) are of no known model"),
+        ({}, "its tensors (none, ...) are of no known model"),
+    ],
+)
+def test_other_models_are_refused_with_what_was_expected(tensors: Any, reason: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        recognise(tensors)
+    assert reason in caught.value.message
+
+
+@pytest.mark.parametrize("cut", [4, 40, -1])
+def test_incomplete_safetensors_file_is_refused(cut: int, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", {"a": torch.zeros(8)})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ConfigurationError, match=r"is not a safetensors file, or it is damaged|by its header it should have"):
+        header_of(path)
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting a process with diffusers for each model would take seconds; the tests of ONNX files do that."""
+    monkeypatch.setattr(own_diffusion, "apart", lambda function, *arguments: function(*arguments))
+
+
+def weights_of(folder: Path, part: str) -> dict[str, Any]:
+    kind = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "controlnet": "ControlNetModel"}[part]
+    return dict(getattr(diffusers(), kind).from_pretrained(folder).state_dict())
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_checkpoint_in_one_file_becomes_what_its_folder_was(run: Run, weights: Path, tmp_path: Path) -> None:
+    other = pipeline_folder(tmp_path / "other", seed=5)
+    source = saved(tmp_path / "photo.safetensors", checkpoint_tensors(other))
+    refused(run, "add", "photo", source, reason="of sd15: run `imagemill models pull sd15` first")
+    assert contents(weights) == set()
+    pipeline_folder(weights)
+    done = run("add", "photo", source)
+    assert done.exit_code == 0, done.output
+    assert "photo: checkpoint for sd15" in done.stdout
+    assert "use it with: --operation stylize --engine diffusion --set model=photo" in done.stdout
+    base = base_of(weights, "photo")
+    for part in ("unet", "vae"):
+        assert same(weights_of(base.folder / part, part), weights_of(folder_of(other, repository("sd15")) / part, part))
+    assert (base.family, models_here(weights, "diffusion")) == ("sd15", ["sd15-canny", "photo"])
+    assert listed(run)["photo"]["state"] == "there"
+    assert run("verify", "photo").exit_code == 0
+    assert run("remove", "photo").exit_code == 0
+    assert not base.folder.exists()
+    assert models_here(weights, "diffusion") == ["sd15-canny"]
+
+
+def test_checkpoint_without_some_weights_is_refused(run: Run, weights: Path, tmp_path: Path) -> None:
+    tensors = checkpoint_tensors(pipeline_folder(weights))
+    before = contents(weights)
+    del tensors["model.diffusion_model.middle_block.0.in_layers.0.weight"]
+    path = saved(tmp_path / "cut.safetensors", tensors)
+    refused(run, "add", "cut", path, reason=f"{path}: its UNet2DConditionModel lacks some tensors")
+    assert contents(weights) == before
+
+
+def test_folder_is_taken_without_files_that_nodes_do_not_load(run: Run, weights: Path, tmp_path: Path) -> None:
+    source = folder_of(pipeline_folder(tmp_path / "other", seed=5), repository("sd15"))
+    (source / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02 pickled")
+    (source / "setup.py").write_text("print('no')")
+    (source / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["os", "system"]}))
+    done = run("add", "house", source)
+    assert done.exit_code == 0, done.output
+    taken = contents(weights)
+    assert "diffusion/house/unet/diffusion_pytorch_model.safetensors" in taken
+    assert not {name for name in taken if name.endswith((".bin", ".py"))}
+    index = json.loads((weights / "diffusion" / "house" / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
+
+
+def test_vae_is_added_and_put_into_a_checkpoint(run: Run, weights: Path, tmp_path: Path) -> None:
+    other = pipeline_folder(tmp_path / "other", seed=5)
+    theirs = folder_of(other, repository("sd15")) / "vae"
+    base = folder_of(pipeline_folder(weights), repository("sd15"))
+    assert run("add", "soft", saved(tmp_path / "vae.safetensors", vae_tensors(theirs))).exit_code == 0
+    assert same(weights_of(weights / "diffusion" / "soft", "vae"), weights_of(theirs, "vae"))
+    assert run("add", "photo", base, "--vae", "soft").exit_code == 0
+    assert same(weights_of(weights / "diffusion" / "photo" / "vae", "vae"), weights_of(theirs, "vae"))
+    refused(run, "add", "other", base, "--vae", "hard", reason="there is no VAE called hard: add it first")
+
+
+def test_controlnet_is_added_with_the_kind_of_pictures_that_it_takes(run: Run, weights: Path, tmp_path: Path) -> None:
+    source = folder_of(pipeline_folder(tmp_path / "other", seed=5), repository("controlnet-canny"))
+    assert run("add", "edges", source).exit_code == 0
+    record = added.find(weights, "edges")
+    assert record is not None
+    assert (record.kind, record.family, record.parameters) == ("controlnet", "sd15", {"control": "canny"})
+    assert same(weights_of(weights / "diffusion" / "edges", "controlnet"), weights_of(source, "controlnet"))
+
+
+def test_lora_and_lama_are_added_to_where_their_engines_look(run: Run, weights: Path, tmp_path: Path) -> None:
+    pipeline_folder(tmp_path / "other")
+    lora = lora_file(tmp_path / "style.safetensors", tmp_path / "other")
+    refused(run, "add", "house.style", lora, reason="a LoRA's name has up to 64 letters, digits and _-")
+    assert run("add", "house-style", lora).exit_code == 0
+    assert run("add", "fill", lama_checkpoint(tmp_path / "best.ckpt")).exit_code == 0
+    assert contents(weights) == {
+        *("added/house-style.json", "diffusion/loras/house-style.safetensors"),
+        *("added/fill.json", "lama/fill.safetensors"),
+    }
+    assert models_here(weights, "lama") == ["fill"]
+    refused(run, "add", "other", lama_file(tmp_path / "lama.safetensors"), "--mean", "0.5", reason="--mean is not for a file")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_lora_with_values_that_are_not_finite_is_refused(value: float, run: Run, weights: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.safetensors", {"unet.attn1.to_k.lora_A.weight": torch.full((2, 2), value)})
+    refused(run, "add", "style", path, reason="it has values that are not finite numbers")
+    assert contents(weights) == set()
