@@ -49,7 +49,8 @@ def defined() -> set[str]:
     counted = (ROOT / "worker" / "node" / "metrics.py").read_text(encoding="utf-8")
     names |= {f"imagemill_{name}" for name in re.findall(r'(?:gauge|histogram)\("(\w+)"', counted)}
     names |= {f"imagemill_{name}_total" for name in re.findall(r'counter\("(\w+)"', counted)}
-    return (names - {"imagemill_gpu_ecc_errors"}) | {"imagemill_wake_ups_republished_total", "imagemill_gpu_ecc_errors_total"}
+    parents = {"imagemill_wake_ups_republished_total", "imagemill_model_info"}
+    return (names - {"imagemill_gpu_ecc_errors"}) | {"imagemill_gpu_ecc_errors_total"} | parents
 
 
 def named(expression: str) -> set[str]:

@@ -61,25 +61,26 @@ class Lanes:
         """Put a lane into service: it is new, or its model's files are."""
         place = self._place(lane)
         if place is None:
-            place = len(self._names)
+            place = len(self.known())
             if place == MOST:
                 log.error("too many lanes; restart the node", extra={"action": "lane", "lane": lane})
                 return
             self._entries[place].name = lane.encode()
-            self._names.append(lane)
         self._entries[place].opened = time.monotonic()
 
     def withdraw(self, lane: str) -> None:
-        """Its model is gone."""
+        """Take a lane away whose model is gone."""
         place = self._place(lane)
         if place is not None:
             self._entries[place].opened = GONE
 
     def known(self) -> list[str]:
         """All lanes that this node has ever offered."""
-        while len(self._names) < MOST and self._entries[len(self._names)].opened:
-            self._names.append(self._entries[len(self._names)].name.decode())
-        return self._names
+        names = self._names
+        while len(names) < MOST and self._entries[len(names)].opened:
+            names = [*names, self._entries[len(names)].name.decode()]  # anew, since other threads do the same
+        self._names = names
+        return names
 
     # --- for all processes ----------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -88,3 +90,14 @@ def test_node_goes_on_without_lanes_beyond_the_limit(monkeypatch: pytest.MonkeyP
     lanes.offer("stylize.more")
     assert lanes.open() == [A, B]
     assert "too many lanes" in caplog.text
+
+
+def test_threads_of_a_process_agree_on_the_lanes() -> None:
+    """Each of them may be the first to see a lane that the parent has opened."""
+    parent = Lanes([A])
+    child = copy.copy(parent)  # the same memory, as after a fork
+    for number in range(200):
+        parent.offer(f"stylize.x.{number}")
+    with ThreadPoolExecutor(8) as threads:
+        seen = list(threads.map(lambda _: child.open(), range(64)))
+    assert all(lanes == parent.open() for lanes in seen)
