@@ -18,7 +18,7 @@ from typing import Any, Literal
 from imagemill.shared.errors import ConfigurationError, UsageError, sentence
 from imagemill.shared.options.base import check_model_name
 from imagemill.worker.models import added
-from imagemill.worker.models.added import ENGINES, TAKEN, Added, AddedFile, Kind
+from imagemill.worker.models.added import TAKEN, Added, AddedFile, Kind
 from imagemill.worker.models.checksums import sha256_of, sums_path, write_json
 from imagemill.worker.models.download import check_space
 from imagemill.worker.models.files import KINDS, remove_variants
@@ -62,7 +62,7 @@ def check_name(name: str) -> None:
 def add(
     weights: Path,
     name: str,
-    kind: Kind,
+    engine: str,
     make: Callable[[Path], Made],
     *,
     source: str,
@@ -84,7 +84,7 @@ def add(
             if before is not None and not replace:
                 when = f"{before.added:%Y-%m-%d}"
                 raise UsageError(f"{name} was added on {when} from {before.source}: choose another name, or add --replace")
-            with _workshop(weights / ENGINES[kind], name) as work:
+            with _workshop(weights / engine, name) as work:
                 made = make(work)
                 if (weights / made.place).exists() and before is None and not replace:
                     raise UsageError(f"{weights / made.place} is there: choose another name, or add --replace")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,17 @@ from typing import Any
 import click
 
 from imagemill.shared.engines import ENGINES
-from imagemill.shared.errors import ConfigurationError, UsageError
-from imagemill.shared.settings import load_settings
-from imagemill.worker.models import adding
-from imagemill.worker.models.added import SELECTABLE, Added, Kind
+from imagemill.shared.errors import UsageError
+from imagemill.shared.settings import WeightsSettings, load_settings
+from imagemill.worker.models import added, adding, own_diffusion
+from imagemill.worker.models.added import SELECTABLE, Added
 from imagemill.worker.models.adding import Made
 from imagemill.worker.models.command_parts import free_batch_axis, needing
-from imagemill.worker.models.sources import digest_of_files, format_of
+from imagemill.worker.models.own_diffusion import CONTROLS
+from imagemill.worker.models.sources import Format, digest_of_files, format_of
+from imagemill.worker.models.tensor_names import Contents
 
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._/-]*)?")
 OUTCOMES = {"present": "already there", "added": "added", "replaced": "replaced"}
 
 
@@ -39,52 +45,135 @@ class Numbers(click.ParamType[tuple[float, ...]]):
 @click.command()
 @click.argument("name", metavar="NAME")
 @click.argument("source", metavar="SOURCE")
-@click.option("--family", metavar="NAME", help="What kind of network it is, if that can't be recognised.")
+@click.option("--family", metavar="NAME", help="u2net, isnet, birefnet, modnet, ben, sd15 or sdxl; usually recognised.")
+@click.option("--vae", metavar="NAME", help="Put this VAE, which you have added, into the checkpoint.")
+@click.option("--control", type=click.Choice(CONTROLS), help="What pictures the ControlNet takes; usually in its name.")
+@click.option("--revision", metavar="REV", help="Commit, tag or branch, for a SOURCE on the Hugging Face Hub; default main.")
 @click.option("--input-size", type=click.IntRange(16, 4096), help="Side of the input in pixels (ONNX).")
 @click.option("--mean", type=Numbers(), metavar="R,G,B", help="What is subtracted from each channel, from 0 to 1 (ONNX).")
 @click.option("--deviation", type=Numbers(), metavar="R,G,B", help="What each channel is divided by after that (ONNX).")
 @click.option("--output", metavar="NAME", help="The output with the matte, by name or by place from 0 (ONNX).")
 @click.option("--logits/--no-logits", default=None, help="Whether the output still needs a sigmoid (ONNX).")
 @click.option("--replace", is_flag=True, help="Put it in the place of the model that has this name now.")
-def add(name: str, source: str, replace: bool, family: str | None, **network: Any) -> None:
+def add(name: str, source: str, replace: bool, **said: Any) -> None:
     """Add a model of your own, which jobs then name like any other: --set model=NAME.
 
-    SOURCE is an ONNX file of a network that cuts out subjects: u2net, isnet, birefnet, modnet or ben, or another one with
-    --mean and --deviation. It is tried out and copied; what doesn't fit is refused. Do this on each host, or once for a
-    shared folder.
+    \b
+    SOURCE is one of these:
+    - an ONNX file that cuts out subjects, of the family u2net, isnet, birefnet, modnet or ben, or any with --mean and
+      --deviation
+    - a checkpoint of Stable Diffusion 1.5 or SDXL, a ControlNet or a VAE: one file, a folder in diffusers' layout, or
+      owner/repository@revision on the Hugging Face Hub
+    - a LoRA, or LaMa's weights
+
+    It is tried out and copied; what doesn't fit is refused. Do this on each host, or once for a shared folder.
     """
-    weights, path = load_settings().weights.folder.expanduser(), Path(source)
+    settings, path = load_settings().weights, Path(source)
     adding.check_name(name)
+    addition = _Addition(settings, name, path, replace)
+    if HUB_ID.fullmatch(source) and not path.exists():
+        _only(said, "a model on the Hugging Face Hub", "family", "vae", "control", "revision")
+        addition.from_hub(said["family"], said["vae"], said["control"], said["revision"])
+        return
     kind = format_of(path)
-    if kind != "onnx":
-        raise ConfigurationError(f"{source} is not an ONNX file")
-    if not all(network["deviation"] or (1.0,)):
-        raise UsageError("--deviation can't be 0")
-    with needing("rembg", "adding an ONNX file"):
-        from imagemill.worker.models import matting
-    said = matting.Said(family, size=network.pop("input_size"), **network)
-    with needing("rembg", "adding an ONNX file"):
-        _add(weights, name, "matting", path, partial(matting.make, name, path, said), replace=replace, agrees=said.agrees)
-    free_batch_axis(name, weights / "rembg" / f"{name}.onnx", "add it again")
+    if kind == "onnx":
+        _only(said, "an ONNX file", "family", "input_size", "mean", "deviation", "output", "logits")
+        addition.onnx(said)
+    else:
+        _only(said, "a file or folder of tensors", "family", "vae", "control")
+        addition.tensors(kind, said["family"], said["vae"], said["control"])
 
 
-def _add(
-    weights: Path,
-    name: str,
-    kind: Kind,
-    path: Path,
-    make: Callable[[Path], Made],
-    *,
-    replace: bool,
-    agrees: Callable[[Added], bool] = lambda _: True,
-) -> None:
-    """Add a local file, and say what was recognised, where it is now, and how jobs name it."""
-    origin = digest_of_files(path, ())
-    where = str(path.absolute())
-    outcome, record, found = adding.add(weights, name, kind, make, source=where, origin=origin, replace=replace, agrees=agrees)
-    for line in found:
-        click.echo(f"{name}: {line}")
-    click.echo(f"{name}: {OUTCOMES[outcome]}: {weights / record.place}")
-    if outcome != "present" and kind in SELECTABLE:
-        (operation,) = (row.operation for row in ENGINES if row.name == record.engine)
-        click.echo(f"use it with: --operation {operation} --engine {record.engine} --set model={name}")
+def _only(said: dict[str, Any], what: str, *fitting: str) -> None:
+    """Raise UsageError for a flag that says nothing about such a source."""
+    for flag, value in said.items():
+        if value is not None and flag not in fitting:
+            raise UsageError(f"--{flag.replace('_', '-')} is not for {what}")
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """One use of the command, and what it prints."""
+
+    settings: WeightsSettings
+    name: str
+    path: Path
+    replace: bool
+
+    @property
+    def weights(self) -> Path:
+        return self.settings.folder.expanduser()
+
+    def onnx(self, said: dict[str, Any]) -> None:
+        if not all(said["deviation"] or (1.0,)):
+            raise UsageError("--deviation can't be 0")
+        with needing("rembg", "adding an ONNX file"):
+            from imagemill.worker.models import matting
+
+            network = {flag: said[flag] for flag in ("family", "mean", "deviation", "output", "logits")}
+            wanted = matting.Said(size=said["input_size"], **network)
+            make = partial(matting.make, self.name, self.path, wanted)
+            self._add("rembg", make, str(self.path.absolute()), digest_of_files(self.path, ()), agrees=wanted.agrees)
+        free_batch_axis(self.name, self.weights / "rembg" / f"{self.name}.onnx", "add it again")
+
+    def tensors(self, kind: Format, family: str | None, vae: str | None, control: str | None) -> None:
+        with needing("lama", "reading a checkpoint"):
+            what = own_diffusion.contents_of_folder(self.path) if kind == "folder" else own_diffusion.contents_of(self.path)
+        self._check(what, family, vae, control)
+        make = own_diffusion.from_folder if kind == "folder" else own_diffusion.from_file
+        ready = partial(make, self.name, self.path, what, self.weights, vae, control)
+        origin = digest_of_files(self.path, [self.path / file for file in what.files])
+        engine = added.ENGINES[what.kind]
+        with needing(engine, f"adding a {what.kind}"):
+            self._add(engine, ready, str(self.path.absolute()), origin, agrees=_with(vae, control))
+
+    def from_hub(self, family: str | None, vae: str | None, control: str | None, revision: str | None) -> None:
+        source, _, named = str(self.path).partition("@")
+        if named and revision:
+            raise UsageError(f"--revision can't be combined with the revision in {self.path}")
+        with needing("diffusion", "adding a model from the Hugging Face Hub"):
+            from imagemill.worker.models import hugging_face
+
+            commit, files = hugging_face.files_at(source, self.settings, named or revision or "main")
+
+            def make(work: Path) -> Made:
+                folder = hugging_face.fetched(source, commit, hugging_face.SMALL, self.settings, work)
+                what = own_diffusion.contents_of_folder(folder, files)
+                self._check(what, family, vae, control)
+                hugging_face.fetched(source, commit, what.files, self.settings, work)
+                return own_diffusion.from_folder(self.name, folder, what, self.weights, vae, control, work)
+
+            origin = hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()
+            self._add("diffusion", make, f"{source}@{commit}", origin, agrees=_with(vae, control))
+
+    def _check(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> None:
+        """Raise UsageError for words that don't fit what was recognised."""
+        if family is not None and what.family and family != what.family:
+            raise UsageError(f"{self.path} is {what.kind} of the family {what.family}, not {family}")
+        if vae is not None and what.kind != "checkpoint":
+            raise UsageError(f"--vae is for checkpoints, and {self.path} is a {what.kind}")
+        if control is not None and what.kind != "controlnet":
+            raise UsageError(f"--control is for ControlNets, and {self.path} is a {what.kind}")
+        if what.kind == "lora":
+            own_diffusion.check_lora_name(self.name)
+
+    def _add(
+        self, engine: str, make: Callable[[Path], Made], source: str, origin: str, *, agrees: Callable[[Added], bool]
+    ) -> None:
+        """Add it, and say what was recognised, where it is now, and how jobs name it."""
+        weights, name = self.weights, self.name
+        outcome, record, found = adding.add(
+            weights, name, engine, make, source=source, origin=origin, replace=self.replace, agrees=agrees
+        )
+        for line in found:
+            click.echo(f"{name}: {line}")
+        click.echo(f"{name}: {OUTCOMES[outcome]}: {weights / record.place}")
+        if outcome != "present" and record.kind in SELECTABLE:
+            (operation,) = (row.operation for row in ENGINES if row.name == record.engine)
+            click.echo(f"use it with: --operation {operation} --engine {record.engine} --set model={name}")
+
+
+def _with(vae: str | None, control: str | None) -> Callable[[Added], bool]:
+    """Whether a model that was added has this VAE and this kind of control, where they are given."""
+    given = {name: value for name, value in (("vae", vae), ("control", control)) if value is not None}
+    return lambda record: all(record.parameters.get(name) == value for name, value in given.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,31 @@ def pull(entry: Repository, settings: WeightsSettings, revision: str | None = No
     except Exception as error:
         raise _translated(error, f"{entry.source} at {asked}", folder) from error
     return "pulled"
+
+
+SMALL = ("*.json", "*/*.json", "*/*.txt")
+"""Patterns for the files of a repository that say what it is."""
+
+
+def files_at(source: str, settings: WeightsSettings, revision: str) -> tuple[str, list[str]]:
+    """The commit that a revision of any repository resolves to, and its files. Raises as `pull` does."""
+    try:
+        hub = huggingface_hub.HfApi(endpoint=mirror_url(settings) or HUB, token=False)
+        info = hub.model_info(source, revision=revision)
+    except Exception as error:
+        raise _translated(error, f"{source} at {revision}", settings.folder) from error
+    if not info.sha:
+        raise ConfigurationError(f"{source} at {revision} has no commit")
+    return info.sha, [sibling.rfilename for sibling in info.siblings or []]
+
+
+def fetched(source: str, commit: str, files: Sequence[str], settings: WeightsSettings, work: Path) -> Path:
+    """The folder below `work` with these files of a repository, checked. Raises as `pull` does."""
+    entry = Repository("fetched", source, commit, "", tuple(files), 0)
+    folder = folder_of(work, entry)
+    (folder / RECORD).unlink(missing_ok=True)  # of files that were fetched before
+    pull(entry, settings.model_copy(update={"folder": work}))
+    return folder
 
 
 def _files_at(entry: Repository, endpoint: str, revision: str) -> tuple[str, dict[str, dict[str, Any]]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from imagemill.shared.errors import ConfigurationError
 from imagemill.worker.models import conversion as module
 from imagemill.worker.models.conversion import convert, read
+from imagemill.worker.models.torch_archive import MOST
 from imagemill.worker.operations.inpaint.lama_generator import PREFIX
 from tests.generators import lama_checkpoint, lama_file, lama_script, lama_weights
 
@@ -195,7 +196,7 @@ def test_member_larger_than_its_tensor_is_not_unpacked(tmp_path: Path) -> None:
 
 def test_too_many_parts_are_refused_and_shared_parts_visited_once(tmp_path: Path) -> None:
     parts: dict[str, Any] = {FIRST: View(16, 0, (16,), (1,))}
-    broad = {**parts, **{str(number): {"inside": {}} for number in range(module.MOST)}}
+    broad = {**parts, **{str(number): {"inside": {}} for number in range(MOST)}}
     with pytest.raises(ConfigurationError, match="more parts"):
         read(archive_of(tmp_path / "broad", broad))
     for _ in range(60):  # two paths to each next part: 2**60 paths to the last

@@ -1,0 +1,270 @@
+"""Stable Diffusion checkpoints, ControlNets and VAEs of the operator's own, in the layout that nodes load.
+
+Single files are converted with diffusers' own tables; configurations and tokenizers are those of the pulled base model. All of
+it runs in a process of its own (own_process.py), and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import SingleFileComponentError, create_diffusers_clip_model_from_ldm
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from imagemill.shared.errors import ConfigurationError, sentence
+from imagemill.worker.models.sources import format_of
+from imagemill.worker.models.tensor_names import UNET, VAE
+from imagemill.worker.models.torch_archive import DAMAGED, tensors_of
+
+LARGEST = 16 * 2**30
+"""Maximum bytes of a checkpoint's tensors."""
+CONFIG, INDEX = "config.json", "model_index.json"
+UNCONVERTED = (*DAMAGED, SingleFileComponentError, AttributeError, KeyError, NotImplementedError, TypeError)
+"""Exceptions that converting and loading a file with other tensors can raise."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Diffusers' pipeline of a family, and its text encoders by their folders' names."""
+
+    pipeline: str
+    encoders: Mapping[str, type]
+
+
+FAMILIES: dict[str, Family] = {
+    "sd15": Family("StableDiffusionPipeline", {"text_encoder": CLIPTextModel}),
+    "sdxl": Family("StableDiffusionXLPipeline", {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}),
+}
+
+
+Base = tuple[Path, Path]
+"""Where configurations come from: the folder of a pulled checkpoint, and that of its family's VAE, which may be another."""
+
+
+def checkpoint_from_file(source: Path, family: str, base: Base, vae: Path | None, folder: Path) -> str:
+    """Convert a checkpoint in one file; `vae` is the folder of another VAE to use. Returns a sentence about its parts."""
+    _quiet()
+    with _translated("is no complete checkpoint"):
+        tensors = _read(source)
+        dtype = (
+            torch.float16 if all(tensors[n].dtype == torch.float16 for n in tensors if n.startswith(UNET)) else torch.float32
+        )
+        parts: dict[str, Any] = {"unet": _converted(UNet2DConditionModel, tensors, base[0] / "unet")}
+        borrowed = []
+        for name, kind in FAMILIES[family].encoders.items():
+            if any(key.startswith(("cond_stage_model.", "conditioner.embedders.")) for key in tensors):
+                parts[name] = create_diffusers_clip_model_from_ldm(
+                    kind, tensors, subfolder=name, config=str(base[0]), local_files_only=True
+                )
+            else:
+                parts[name] = kind.from_pretrained(base[0] / name, **_stored(base[0] / name))  # type: ignore[attr-defined]
+                borrowed.append(name)
+        own = any(key.startswith(VAE) for key in tensors) and base[1].parent == base[0]
+        if vae is None and own:
+            parts["vae"] = _converted(AutoencoderKL, _below(tensors, VAE), base[1])
+        else:
+            parts["vae"] = AutoencoderKL.from_pretrained(vae or base[1], **_stored(vae or base[1]))
+            borrowed += ["VAE"] if vae is None else []
+        for name, part in parts.items():
+            _save(_complete(part, name), folder / name, dtype)
+        for name in ("scheduler", *(encoder.replace("text_encoder", "tokenizer") for encoder in FAMILIES[family].encoders)):
+            shutil.copytree(base[0] / name, folder / name)
+        _write_index(folder, family)
+        _try_out(folder, family)
+    return f"parts: {', '.join(parts)}" + (f"; {', '.join(borrowed)} from {base[0].name}" if borrowed else "")
+
+
+def controlnet_from_file(source: Path, base: Base, folder: Path) -> str:
+    """Convert a ControlNet in one file, whose configuration follows from that of the base model's UNet."""
+    _quiet()
+    with _translated("is no ControlNet for this family"):
+        tensors = _read(source)
+        config = json.loads((base[0] / "unet" / CONFIG).read_text())
+        known = ControlNetModel._get_signature_keys(ControlNetModel)[0]
+        folder.mkdir()
+        wanted = {**{name: value for name, value in config.items() if name in known}, "_class_name": "ControlNetModel"}
+        (folder / CONFIG).write_text(json.dumps(wanted))
+        model = _complete(_converted(ControlNetModel, tensors, folder), "ControlNet")
+        _save(model, folder, _dtype(tensors))
+    return f"parts: ControlNet of {len(tensors)} tensors"
+
+
+def vae_from_file(source: Path, base: Base, folder: Path) -> str:
+    """Convert a VAE in one file."""
+    _quiet()
+    with _translated("is no VAE for this family"):
+        tensors = _read(source)
+        tensors = _below(tensors, VAE) or tensors
+        model = _complete(_converted(AutoencoderKL, tensors, base[1]), "VAE")
+        _save(model, folder, _dtype(tensors))
+        _try_vae(model)
+    return f"parts: VAE of {len(tensors)} tensors"
+
+
+def checkpoint_from_folder(folder: Path, family: str, vae: Path | None) -> str:
+    """Try out a checkpoint that was copied to `folder`; `vae` is the folder of another VAE to put into it."""
+    _quiet()
+    with _translated("is no complete checkpoint"):
+        if vae is not None:
+            half = any((folder / "unet").glob("*.fp16.safetensors"))
+            other = AutoencoderKL.from_pretrained(vae, **_stored(vae))
+            shutil.rmtree(folder / "vae")
+            _save(other, folder / "vae", torch.float16 if half else torch.float32)
+        _write_index(folder, family)
+        _try_out(folder, family)
+    return "parts: as in the folder"
+
+
+def part_from_folder(folder: Path, kind: str) -> str:
+    """Try out a ControlNet or VAE that was copied to `folder`."""
+    _quiet()
+    with _translated(f"is no complete {kind}"):
+        model = {"controlnet": ControlNetModel, "vae": AutoencoderKL}[kind].from_pretrained(folder, **_stored(folder))
+        _complete(model, kind)
+        if kind == "vae":
+            _try_vae(model)
+    return "parts: as in the folder"
+
+
+def lora_from_file(source: Path, target: Path) -> str:
+    """Copy a LoRA, as safetensors, if its values are finite."""
+    with _translated("is no LoRA"):
+        tensors = _read(source)
+        wrong = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+        if wrong is not None:
+            raise ConfigurationError(f"it has values that are not finite numbers, in {wrong}")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
+    return f"parts: LoRA of {len(tensors)} tensors"
+
+
+def _read(source: Path) -> dict[str, Tensor]:
+    """All tensors in a safetensors file or torch archive."""
+    if format_of(source) == "safetensors":
+        return load_file(source)
+    with source.open("rb") as file:
+        return tensors_of(file, lambda found: {name: name for name in found if not name.startswith("model_ema.")}, LARGEST)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _converted(kind: Any, tensors: Mapping[str, Tensor], config: Path) -> Any:
+    return kind.from_single_file(dict(tensors), config=str(config), local_files_only=True)
+
+
+def _complete(model: Any, name: str) -> Any:
+    """The model, if the file had all of its weights and all are finite numbers. Raises ConfigurationError."""
+    state = model.state_dict()
+    missing = [key for key, tensor in state.items() if tensor.is_meta]
+    if missing:
+        raise ConfigurationError(f"its {name} lacks {len(missing)} of {len(state)} tensors, such as {missing[0]}")
+    wrong = next((key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()), None)
+    if wrong is not None:
+        raise ConfigurationError(f"its {name} has values that are not finite numbers, in {wrong}")
+    return model
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    return torch.float16 if all(tensor.dtype == torch.float16 for tensor in tensors.values()) else torch.float32
+
+
+def _save(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a part in half precision if the file had it, as nodes find out by the files' names."""
+    variant = "fp16" if dtype == torch.float16 else None
+    model.to(dtype).save_pretrained(folder, safe_serialization=True, variant=variant)
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    half = any(folder.glob("*.fp16.safetensors"))
+    return {
+        "variant": "fp16" if half else None,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "torch_dtype": torch.float32,
+    }
+
+
+def _write_index(folder: Path, family: str) -> None:
+    """The list of a checkpoint's parts. It is never the source's own, which could name any class of any library."""
+    known = FAMILIES[family]
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("_class_name", "")
+    if not (isinstance(scheduler, str) and scheduler.endswith("Scheduler") and hasattr(diffusers, scheduler)):
+        raise ConfigurationError(f"its scheduler is {str(scheduler)[:100]!r}; expected one of diffusers")
+    parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **known.encoders}
+    index: dict[str, Any] = {
+        "_class_name": known.pipeline,
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", scheduler],
+        **{name: [kind.__module__.partition(".")[0], kind.__name__] for name, kind in parts.items()},
+        **{name.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] for name in known.encoders},
+    }
+    if family == "sd15":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _try_out(folder: Path, family: str) -> None:
+    """Load a checkpoint as nodes do, and run its parts once. Raises ConfigurationError."""
+    half = any(folder.rglob("*.fp16.safetensors"))
+    dtype = torch.bfloat16 if half else torch.float32  # which takes no more memory than the file and has the range of floats
+    arguments = {"dtype": dtype, "variant": "fp16" if half else None, "use_safetensors": True, "local_files_only": True}
+    pipe = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(folder, **arguments)
+    for name in ("unet", "vae", *FAMILIES[family].encoders):
+        _complete(getattr(pipe, name), name)
+    config = pipe.unet.config
+    if config.in_channels != 4 or pipe.vae.config.latent_channels != 4:
+        raise ConfigurationError(f"its UNet takes {config.in_channels} channels; expected 4")
+    with torch.inference_mode():
+        tokens = pipe.tokenizer("a photo", padding="max_length", max_length=77, return_tensors="pt").input_ids
+        hidden = [getattr(pipe, name)(tokens, output_hidden_states=True) for name in FAMILIES[family].encoders]
+        if family == "sdxl":
+            text = torch.cat([output.hidden_states[-2] for output in hidden], dim=-1)
+            more = {"text_embeds": hidden[1].text_embeds, "time_ids": torch.tensor([[64, 64, 0, 0, 64, 64]], dtype=dtype)}
+        else:
+            text, more = hidden[0].last_hidden_state, {}
+        noise = torch.randn((1, 4, 16, 16), generator=torch.Generator().manual_seed(0)).to(dtype)
+        denoised = pipe.unet(noise, 500, encoder_hidden_states=text, added_cond_kwargs=more).sample
+        _check(denoised, "UNet")
+    _try_vae(pipe.vae)
+
+
+def _try_vae(vae: Any) -> None:
+    with torch.inference_mode():
+        latents = torch.randn((1, vae.config.latent_channels, 8, 8), generator=torch.Generator().manual_seed(0))
+        _check(vae.decode(latents.to(vae.dtype)).sample, "VAE")
+
+
+def _check(output: Tensor, name: str) -> None:
+    if not output.isfinite().all():
+        raise ConfigurationError(f"its {name} returns values that are not finite numbers")
+    if not output.std() > 0:
+        raise ConfigurationError(f"its {name} returns the same value everywhere")
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except UNCONVERTED as error:
+        raise ConfigurationError(f"it {what}: {sentence(error)}") from error
+
+
+def _quiet() -> None:
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()

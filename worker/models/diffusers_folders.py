@@ -1,0 +1,116 @@
+"""Models of the operator's own that are folders in diffusers' layout: which of their files are taken, and a trial of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from imagemill.shared.errors import ConfigurationError, sentence
+from imagemill.worker.models.added import Kind
+
+CONFIG, INDEX = "config.json", "model_index.json"
+KINDS: dict[str, Kind] = {"ControlNetModel": "controlnet", "AutoencoderKL": "vae"}
+"""The kind of a folder that is one part alone, by the class in its configuration."""
+ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+LARGEST_JSON = 10_000_000
+"""Maximum bytes of a configuration; tokenizers have a few millions."""
+
+
+def recognise(files: Sequence[str], read: Any) -> tuple[Kind, str]:
+    """The kind and family of a folder with these files, whose configurations `read` returns by name.
+
+    Raises ConfigurationError, which says what was expected.
+    """
+    if INDEX in files:
+        return "checkpoint", _family(read(f"unet/{CONFIG}"), "UNet2DConditionModel")
+    if CONFIG not in files:
+        raise ConfigurationError(f"it has neither {INDEX} nor {CONFIG}; expected a folder in diffusers' layout")
+    config = read(CONFIG)
+    kind = KINDS.get(str(config.get("_class_name")))
+    if kind is None:
+        raise ConfigurationError(
+            f"it is {config.get('_class_name') or 'of another library'}; expected a checkpoint, a ControlNet or a VAE"
+        )
+    return kind, _family(config, "ControlNetModel") if kind == "controlnet" else ""
+
+
+def _family(config: dict[str, Any], expected: str) -> str:
+    if config.get("_class_name") != expected:
+        raise ConfigurationError(f"it has a {str(config.get('_class_name'))[:100]}; expected {expected}")
+    if config.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    if config.get("cross_attention_dim") == 1024:
+        raise ConfigurationError("it is for Stable Diffusion 2, which nodes can't run; expected 1.5 or SDXL")
+    return "sd15"
+
+
+def wanted(files: Sequence[str], kind: Kind, family: str) -> list[str]:
+    """The files of a folder that nodes need: configurations, tokenizers, and each part's weights in half precision if all
+    have that, else in full. Raises ConfigurationError if something is missing.
+    """
+    if kind != "checkpoint":
+        parts = [""]
+        chosen = []
+    else:
+        parts = [f"{name}/" for name in ("unet", "vae", *ENCODERS[family])]
+        tokenizers = tuple(f"{name.replace('text_encoder', 'tokenizer')}/" for name in ENCODERS[family])
+        chosen = [name for name in files if name.startswith(("scheduler/", *tokenizers)) and name.endswith((".json", ".txt"))]
+        for folder in ("scheduler/", *tokenizers):
+            if not any(name.startswith(folder) for name in chosen):
+                raise ConfigurationError(f"it has no {folder.rstrip('/')}")
+    half = all(_weights(files, part, half=True) for part in parts)
+    for part in parts:
+        weights = _weights(files, part, half=half)
+        if f"{part}{CONFIG}" not in files or not weights:
+            pickled = any(name.startswith(part) and name.endswith((".bin", ".pt", ".ckpt")) for name in files)
+            hint = ", only pickled ones, which can contain code: save it with safe_serialization=True" if pickled else ""
+            raise ConfigurationError(f"it has no safetensors files of its {part.rstrip('/') or 'weights'}{hint}")
+        chosen += [f"{part}{CONFIG}", *weights]
+    return sorted(set(chosen))
+
+
+def _weights(files: Sequence[str], part: str, *, half: bool) -> list[str]:
+    """The weights of a part in half or in full precision, whole or in shards with their index."""
+    own = [name for name in files if name.startswith(part) and "/" not in name[len(part) :]]
+    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+    mark = ".fp16" if half else ""
+    whole = [f"{part}{stem}{mark}.safetensors" for stem in stems if f"{part}{stem}{mark}.safetensors" in own]
+    if whole:
+        return whole[:1]
+    index = [name for name in own if name.endswith(f".safetensors.index{mark}.json")]
+    shards = [name for name in own if "-of-" in name and name.endswith(".safetensors") and (".fp16" in name) == half]
+    return [*index, *shards] if index and shards else []
+
+
+def listing(source: Path) -> list[str]:
+    """The files below a folder, three levels deep at most, with `/` between the parts of their names."""
+    found = [path for depth in ("*", "*/*") for path in source.glob(depth) if path.is_file()]
+    return sorted(str(path.relative_to(source)) for path in found)
+
+
+def reader(source: Path) -> Any:
+    """A function that reads a folder's configurations by name."""
+
+    def read(name: str) -> dict[str, Any]:
+        path = source / name
+        try:
+            if path.stat().st_size > LARGEST_JSON:
+                raise ValueError("it is too large")
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{path} can't be read: {sentence(error)}") from error
+        if not isinstance(content, dict):
+            raise ConfigurationError(f"{path} is not a configuration")
+        return content
+
+    return read
+
+
+def taken(source: Path, files: Sequence[str], target: Path) -> None:
+    """Copy the wanted files of a folder. Links are followed, as the hub's own cache consists of them. Raises OSError."""
+    for name in files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)

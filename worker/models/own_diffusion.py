@@ -1,0 +1,146 @@
+"""Makes models of the operator's own from files, folders and hub ids: for Stable Diffusion, and LaMa's weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from imagemill.shared.errors import ConfigurationError, UsageError
+from imagemill.worker.models import added, diffusers_folders
+from imagemill.worker.models.adding import Made
+from imagemill.worker.models.catalogue import REPOSITORIES, repository
+from imagemill.worker.models.diffusion_models import added_folder
+from imagemill.worker.models.download import check_space
+from imagemill.worker.models.own_process import apart
+from imagemill.worker.models.repositories import folder_of, state
+from imagemill.worker.models.sources import format_of, header_of
+from imagemill.worker.models.tensor_names import Contents
+from imagemill.worker.models.tensor_names import recognise as recognise_tensors
+
+CONTROLS = ("canny", "scribble", "lineart", "tile")
+"""Kinds of pictures that can be drawn for a ControlNet."""
+LORA_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+
+
+def contents_of(source: Path) -> Contents:
+    """What a file with tensors holds. Raises ConfigurationError."""
+    try:
+        if format_of(source) == "safetensors":
+            return recognise_tensors({name: shape for name, (_, shape) in header_of(source).items()})
+        from imagemill.worker.models.torch_archive import shapes_of
+
+        return recognise_tensors(apart(shapes_of, source))
+    except ConfigurationError as error:
+        raise ConfigurationError(error.message if str(source) in error.message else f"{source}: {error.message}") from error
+
+
+def from_file(
+    name: str, source: Path, contents: Contents, weights: Path, vae: str | None, control: str | None, work: Path
+) -> Made:
+    """A model from a file with tensors, made in the folder `work`. Raises ConfigurationError."""
+    kind, family = contents.kind, contents.family
+    check_space(work, name, source.stat().st_size)
+    parameters = {}
+    try:
+        if kind == "inpainting":
+            from imagemill.worker.models.conversion import convert
+
+            target = work / f"{name}.safetensors"
+            count = apart(convert, source, target)
+            return Made(kind, family, target, f"lama/{target.name}", {}, (f"LaMa with {count / 1e6:.1f} million parameters",))
+        from imagemill.worker.models import checkpoints
+
+        if kind == "lora":
+            target = work / f"{name}.safetensors"
+            found = apart(checkpoints.lora_from_file, source, target)
+            return Made(kind, family, target, f"diffusion/loras/{target.name}", {}, _told(kind, family, found))
+        folder = work / name
+        base = base_for(weights, family or "sd15")
+        if kind == "checkpoint":
+            parameters = {"vae": vae} if vae is not None else {}
+            found = apart(checkpoints.checkpoint_from_file, source, family, base, vae_folder(weights, vae), folder)
+        elif kind == "controlnet":
+            parameters = {"control": control or control_in(name, str(source))}
+            found = apart(checkpoints.controlnet_from_file, source, base, folder)
+        else:
+            found = apart(checkpoints.vae_from_file, source, base, folder)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{source}: {error.message}") from error
+    return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found))
+
+
+def from_folder(
+    name: str, source: Path, contents: Contents, weights: Path, vae: str | None, control: str | None, work: Path
+) -> Made:
+    """A model from a folder in diffusers' layout, made in the folder `work`. Raises ConfigurationError."""
+    from imagemill.worker.models import checkpoints
+
+    kind, family, folder, parameters = contents.kind, contents.family, work / name, {}
+    check_space(work, name, sum((source / file).stat().st_size for file in contents.files))
+    for file in contents.files:
+        if file.endswith(".safetensors"):
+            header_of(source / file)
+    diffusers_folders.taken(source, contents.files, folder)
+    try:
+        if kind == "checkpoint":
+            parameters = {"vae": vae} if vae is not None else {}
+            found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae))
+        else:
+            parameters = {"control": control or control_in(name, str(source))} if kind == "controlnet" else {}
+            found = apart(checkpoints.part_from_folder, folder, kind)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{source}: {error.message}") from error
+    return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found))
+
+
+def contents_of_folder(source: Path, files: Sequence[str] | None = None) -> Contents:
+    """What a folder holds that has, or is to have, these files. Raises ConfigurationError."""
+    try:
+        files = diffusers_folders.listing(source) if files is None else files
+        kind, family = diffusers_folders.recognise(files, diffusers_folders.reader(source))
+        return Contents(kind, family, tuple(diffusers_folders.wanted(files, kind, family)))
+    except ConfigurationError as error:
+        raise ConfigurationError(error.message if str(source) in error.message else f"{source}: {error.message}") from error
+
+
+def base_for(weights: Path, family: str) -> tuple[Path, Path]:
+    """The folders of a family's pulled checkpoint and of its VAE, for their configurations. Raises ConfigurationError."""
+    names = {entry.name for entry in REPOSITORIES}
+    if family not in names:
+        raise ConfigurationError(f"it is a model of the family {family}, which nodes of this version can't run")
+    needed = [family, *[f"{family}-vae"] * (f"{family}-vae" in names)]
+    if any(state(weights, repository(name)) == "missing" for name in needed):
+        raise ConfigurationError(
+            f"converting it takes the configuration and the tokenizer of {family}: "
+            f"run `imagemill models pull {' '.join(needed)}` first"
+        )
+    folder = folder_of(weights, repository(family))
+    own = folder / "vae"
+    return folder, own if own.is_dir() else folder_of(weights, repository(needed[-1]))
+
+
+def vae_folder(weights: Path, name: str | None) -> Path | None:
+    """The folder of a VAE that was added, by its name. Raises UsageError."""
+    if name is None:
+        return None
+    record = added.find(weights, name)
+    if record is None or record.kind != "vae":
+        raise UsageError(f"there is no VAE called {name}: add it first, with `imagemill models add {name} FILE`")
+    return added_folder(weights, name)
+
+
+def control_in(*names: str) -> str:
+    """The kind of pictures that a ControlNet takes, by its names; empty if they don't say."""
+    text = re.sub(r"[-_ ]", "", " ".join(names).lower())
+    return next((kind for kind in CONTROLS if kind in text), "")
+
+
+def check_lora_name(name: str) -> None:
+    """Raise UsageError for a name that no LoRA can have."""
+    if not re.fullmatch(LORA_NAME, name):
+        raise UsageError(f"{name!r}: a LoRA's name has up to 64 letters, digits and _-")
+
+
+def _told(kind: str, family: str, found: str) -> tuple[str, ...]:
+    return (f"{kind}{f' for {family}' if family else ''}", found)
