@@ -18,7 +18,6 @@ from imagemill.shared.errors import (
     DeviceLost,
     ImageError,
     ImagemillError,
-    MissingExtra,
     ModelUnavailable,
     StorageUnavailable,
     sentence,
@@ -123,12 +122,14 @@ class Child:
                     self._try(lane)
             except ModelUnavailable as error:
                 self.close_lane(lane, error, since)
-            except (ConfigurationError, MissingExtra, ImageError) as error:
-                if starting and isinstance(error, MissingExtra):
-                    raise
-                broken[engine] = error
+            except (DeviceLost, SoftTimeLimitExceeded):
+                raise
+            except Exception as error:
+                if starting and not isinstance(error, ConfigurationError | ImageError):
+                    raise  # later, the node has other work to do
+                broken[engine] = error if isinstance(error, ImagemillError) else _bug(lane, error)
                 self.operations.pop(engine, None)
-                self.close_lane(lane, error, since)
+                self.close_lane(lane, broken[engine], since)
                 if starting and not self._lanes.open() and not self.operations:
                     raise
 
@@ -346,6 +347,11 @@ class Child:
 
     def _store(self, spec: Job) -> Store:
         return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
+
+
+def _bug(lane: str, error: Exception) -> ConfigurationError:
+    log.exception("engine not loaded", extra={"action": "load", "lane": lane})
+    return ConfigurationError(f"its engine can't be loaded: {type(error).__name__}: {sentence(error)}")
 
 
 def _example(operation: AnyOperation, options: EngineOptions) -> Work[Any, Any, Any] | Untouched:

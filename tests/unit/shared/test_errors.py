@@ -9,10 +9,10 @@ import re
 import pytest
 
 from imagemill.shared import errors
-from imagemill.shared.errors import ImageError, ImagemillError, InvalidSource, ServiceUnavailable, UsageError, sentence
+from imagemill.shared.errors import ImageError, ImagemillError, InvalidSource, ServiceUnavailable, UsageError, leaves, sentence
 
 ALL = [value for value in vars(errors).values() if inspect.isclass(value) and issubclass(value, ImagemillError)]
-LEAVES = [kind for kind in ALL if not kind.__subclasses__()]
+LEAVES = list(leaves(ImagemillError))
 TREE = (errors.__doc__ or "").split("Each leaf")[0]
 
 

@@ -132,13 +132,20 @@ def test_engine_is_loaded_when_its_first_model_comes(site: Site, rembg: CutOut) 
     assert U2NET in child.lanes()
 
 
-def test_engine_that_can_not_be_loaded_later_closes_its_lanes(site: Site, rembg: CutOut) -> None:
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (MissingExtra("rembg is not installed"), "rembg is not installed"),
+        (AttributeError("no session"), "its engine can't be loaded: AttributeError: no session"),
+    ],
+)
+def test_engine_that_can_not_be_loaded_later_closes_its_lanes(fault: Exception, reason: str, site: Site, rembg: CutOut) -> None:
     child = child_of(site, rembg)
-    rembg.faults["engine"] = MissingExtra("rembg is not installed")
+    rembg.faults["engine"] = fault
     site.lanes.offer(U2NET), site.lanes.offer(SILUETA)
     job = site.submit(*paths(2))
     assert site.work(child) == f"{job}: 2 done", "other lanes go on"
-    assert {fault.reason for fault in site.lanes.closed().values()} == {"rembg is not installed"}
+    assert {fault.reason for fault in site.lanes.closed().values()} == {reason}
 
 
 def test_model_that_opens_and_never_works_closes_its_lane_and_fails_no_image(site: Site, rembg: CutOut) -> None:
@@ -172,3 +179,16 @@ def test_images_that_fail_on_a_model_that_works_fail(site: Site, rembg: CutOut, 
     assert site.work(child) == f"{job}: 0 done, 2 failed (operation_failed 2)"
     assert site.lanes.closed() == {}
     assert rembg.runs == ["u2net", "u2net"], "it is tried once at the start, and once more"
+
+
+def test_engine_that_needs_more_than_a_test_image_is_not_tried(
+    site: Site, rembg: CutOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needs_points(*_: Any) -> Any:
+        raise OperationFailed("no points")
+
+    put(site, "u2net")
+    monkeypatch.setattr(rembg, "prepare", needs_points)
+    child = child_of(site, rembg)
+    assert U2NET in child.lanes()
+    assert rembg.runs == []
