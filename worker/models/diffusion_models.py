@@ -53,7 +53,7 @@ def base_of(weights: Path, model: str, vae: str | None = None) -> Base:
         own = record.family
     else:
         raise OperationFailed(f"the VAE {vae} is not on this node: run {_getting(vae, entry)}")
-    _check_family(f"the VAE {vae}", own, base.family)
+    _check_family(f"the VAE {vae}", own or base.family, base.family)  # most don't say what they were trained for
     return replace(base, vae=added_folder(weights, vae))
 
 

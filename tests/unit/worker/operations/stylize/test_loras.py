@@ -89,7 +89,7 @@ def test_missing_damaged_or_unsuitable_controlnet_fails_only_its_images(weights:
 
 def test_other_vae_is_used_and_must_fit(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
-    for name, family in (("bright", "sd15"), ("large", "sdxl")):
+    for name, family in (("bright", ""), ("large", "sdxl")):
         shutil.copytree(folder / "diffusion" / "sdxl-vae", folder / "diffusion" / name)
         added(folder, name, "vae", family)
     operation = loaded(folder)
