@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,7 +225,9 @@ def _try_out(folder: Path, family: str) -> None:
     half = any(folder.rglob("*.fp16.safetensors"))
     dtype = torch.bfloat16 if half else torch.float32  # which takes no more memory than the file and has the range of floats
     arguments = {"dtype": dtype, "variant": "fp16" if half else None, "use_safetensors": True, "local_files_only": True}
-    pipe = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(folder, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about schedulers' settings, and nodes use schedulers of their own
+        pipe = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(folder, **arguments)
     for name in ("unet", "vae", *FAMILIES[family].encoders):
         _complete(getattr(pipe, name), name)
     config = pipe.unet.config
