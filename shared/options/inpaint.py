@@ -39,7 +39,7 @@ class LamaInpaint(InpaintOptions):
     """LaMa in tiles along the hole."""
 
     engine: Literal["lama"] = "lama"
-    model: ModelName = Field("lama", description="inpainting model")
+    model: ModelName = Field("lama", description="inpainting model: your own, or lama")
     strategy: Literal["auto", "tile", "resize", "whole"] = Field(
         "auto",
         description="'tile': fill in tiles; 'auto': also guide the tiles of large holes by a pass at reduced size; "

@@ -39,7 +39,7 @@ class RembgRemoveBackground(EngineOptions):
     """rembg's models on ONNX Runtime."""
 
     engine: Literal["rembg"] = "rembg"
-    model: ModelName = Field("u2net", description="model that finds the subject")
+    model: ModelName = Field("u2net", description="model that finds the subject: your own, or from the catalogue")
     garments: Annotated[tuple[Garment, ...], BeforeValidator(_names)] = Field(
         (),
         description="garments to cut out with u2net_cloth_seg, separated by commas, with one result for each: upper, lower, "

@@ -81,7 +81,10 @@ class DiffusionStylize(EngineOptions):
     """Stable Diffusion 1.5 or SDXL, with up to two ControlNets that preserve what the job chooses of the source."""
 
     engine: Literal["diffusion"] = "diffusion"
-    model: ModelName = Field("sd15-canny", description="base model; sd15-canny is sd15 with the ControlNet for canny")
+    model: ModelName = Field(
+        "sd15-canny",
+        description="base model: your own, or from the catalogue; sd15-canny is sd15 with the ControlNet for canny",
+    )
     vae: ModelName | None = Field(None, description="VAE to use instead of the base model's; 'none': its own")
     prompt: str = Field(
         "", max_length=LONGEST_PROMPT, description="describes the result; (word:1.3) weighs a word, BREAK begins a new piece"
