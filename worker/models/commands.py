@@ -27,6 +27,7 @@ from imagemill.worker.models.repositories import RECORD, folder_of
 
 if TYPE_CHECKING:  # it needs numpy
     from imagemill.worker.models.quantize import Try
+    from imagemill.worker.models.trials import Outcome
 
 COLOURS = {"there": "green", "unconverted": "yellow", "unchecked": "yellow", "damaged": "red", "missing": "dim"}
 OUTCOMES = {"present": "already there", "pulled": "pulled"}
@@ -182,7 +183,7 @@ def _prepare(name: str, path: Path, output: str | None = None) -> None:
         from imagemill.worker.models import batch_axis, single_precision
         from imagemill.worker.models.trials import tried
 
-        outcomes = {
+        outcomes: dict[Kind, Outcome] = {
             "fp32": tried(path, "fp32", single_precision.make, output),
             "dynamic": tried(path, "dynamic", batch_axis.make, output),
         }

@@ -319,7 +319,8 @@ class _Search:
             return Try(method, error=sentence(error))
 
     def _compared(self, method: str) -> Try:
-        copy, overlaps, seconds = opened(self.copy), [], ([], [])
+        copy, overlaps = opened(self.copy), []
+        seconds: tuple[list[float], list[float]] = ([], [])
         for number, tensor in enumerate(self._shown(f"comparing ({method})", self._held_back)):
             if not number:
                 self._matte(copy, tensor)  # the first run is slower
