@@ -17,6 +17,11 @@ from imagemill.shared.errors import ConfigurationError
 MINUTES = 60
 """CPU time that a trial may take."""
 
+
+class TrialDied(ConfigurationError, code=ConfigurationError.code):
+    """The process of a trial has died: it crashed, or was killed for taking too much."""
+
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -24,13 +29,13 @@ Result = TypeVar("Result")
 def apart(function: Callable[Arguments, Result], /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
     """What a module's function returns or raises, called in a new process.
 
-    Raises ConfigurationError if that process dies. The kernel kills it first if memory runs out.
+    Raises TrialDied if that process dies. The kernel kills it first if memory runs out.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_limited) as pool:
         try:
             return pool.submit(function, *arguments, **named).result()
         except BrokenProcessPool as error:
-            raise ConfigurationError(
+            raise TrialDied(
                 f"its test run crashed, ran out of memory, or took more than {MINUTES} minutes of CPU time"
             ) from error
 

@@ -6,12 +6,7 @@ cost time and memory and may have axes that can't be changed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -21,6 +16,7 @@ from numpy.typing import NDArray
 
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.files import Kind, record_variant, variant, variant_record
+from imagemill.worker.models.own_process import TrialDied, apart
 
 Outcome = Literal["needless", "made", "refused", "killed"]
 """The original is fine as it is; a variant was made; none has the same output; the trial was killed."""
@@ -49,13 +45,10 @@ def tried(original: Path, kind: Kind, make: Make, output: str | None = None) -> 
     known = outcome in get_args(Outcome) and record.get("original") == digest(original)
     if known and (outcome != "made" or target.is_file()):
         return outcome
-    with (
-        TemporaryDirectory(prefix=".", dir=original.parent) as work,
-        ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_prefer_as_oom_victim) as pool,
-    ):
+    with TemporaryDirectory(prefix=".", dir=original.parent) as work:
         try:
-            outcome, reason = pool.submit(make, original, Path(work) / target.name, output).result()
-        except BrokenProcessPool:
+            outcome, reason = apart(make, original, Path(work) / target.name, output)
+        except TrialDied:
             return "killed"
         if outcome == "made":
             (Path(work) / target.name).replace(target)
@@ -158,9 +151,3 @@ def _picture(seed: int, shape: Sequence[int]) -> NDArray[np.float32]:
     for axis, wave in enumerate(waves, start=2):
         picture += wave.reshape([-1 if n == axis else 1 for n in range(len(shape))])
     return picture
-
-
-def _prefer_as_oom_victim() -> None:
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    os.nice(5)

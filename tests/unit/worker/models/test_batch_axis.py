@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from imagemill.worker.models import batch_axis, trials
+from imagemill.worker.models import batch_axis, own_process, trials
 from imagemill.worker.models.batch_axis import TOLERANCE, make
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.files import model_file, variant, variant_record
@@ -66,14 +66,14 @@ def test_free_does_not_repeat_a_recorded_trial(tmp_path: Path, monkeypatch: pyte
     fixed = u2net_onnx(tmp_path / "fixed.onnx", size=32, dynamic=False)
     good = u2net_onnx(tmp_path / "good.onnx", size=32)
     assert (free(fixed), free(good)) == ("made", "needless")
-    monkeypatch.setattr(trials, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("tried again"))
+    monkeypatch.setattr(trials, "apart", lambda *_, **__: pytest.fail("tried again"))
     assert (free(fixed), free(good)) == ("made", "needless")
 
 
 def test_killed_trial_leaves_the_original_and_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = u2net_onnx(tmp_path / "rembg" / "u2net.onnx", size=32, dynamic=False)
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "_prefer_as_oom_victim", exit_in_the_trial)
+        patch.setattr(own_process, "_limited", exit_in_the_trial)
         assert free(original) == "killed"
     assert not variant_record(original, "dynamic")
     assert [path for path in original.parent.iterdir() if path.suffix != ".json"] == [original]
