@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from imagemill.shared.errors import MissingExtra
 from imagemill.worker.imaging.picture import Grey, Pixels
 
+REVISION = 2
+"""Raise this whenever the same image and matte give different pixels, so that cached results are not reused."""
+
 TOO_LARGE = "matting_too_large"
 TIMED_OUT = "matting_timed_out"
 FAILED = "matting_failed"

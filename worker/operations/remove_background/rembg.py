@@ -29,6 +29,7 @@ from imagemill.worker.operations.open_model import OpenModel, file_size, missing
 from imagemill.worker.operations.remove_background.compose import compose
 from imagemill.worker.operations.remove_background.matte import EMPTY, is_cut_out
 from imagemill.worker.operations.remove_background.matting import LARGEST, TOO_LARGE
+from imagemill.worker.operations.remove_background.matting import REVISION as MATTING
 from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BATCH
 from imagemill.worker.operations.remove_background.post_processing import post_processed, rembgs_post_processed
 from imagemill.worker.operations.remove_background.session import Opened, Session, by_lanczos
@@ -82,7 +83,7 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
         if options.model not in MODELS:
             parts.append(f"{self._session(options)}")
         if options.alpha_matting:
-            parts += [_version("pymatting"), _version("rembg") if options.exact else ""]
+            parts += [_version("pymatting"), _version("rembg") if options.exact else f"matting {MATTING}"]
         if options.exact:
             parts.append(_version("scipy"))
         return ", ".join(filter(None, parts))
