@@ -24,7 +24,7 @@ demo: .venv-demo/.installed
 	@.venv-demo/bin/imagemill demo $(ARGS)
 
 test: venv
-	@.venv/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@.venv/bin/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 venv: .venv/.installed
 

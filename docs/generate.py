@@ -90,6 +90,8 @@ def _default(field: FieldInfo) -> str:
         return "" if value is None else "empty"
     if isinstance(value, SecretStr):
         return f"`{value.get_secret_value()}`"
+    if isinstance(value, tuple) and any(isinstance(part, BaseModel) for part in value):
+        return f"`{'; '.join(map(str, value))}`"
     if isinstance(value, tuple):
         return f"`{json.dumps([str(part) for part in value])}`"
     if isinstance(value, bool):

@@ -84,7 +84,8 @@ def _described(field: FieldInfo, choices: Sequence[str]) -> str:
     if isinstance(field.default, bool):
         default = "yes" if field.default else "no"
     else:
-        default = "none" if field.default in (None, ()) else "empty" if field.default == "" else f"{field.default}"
+        value = "; ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "none" if field.default in (None, ()) else "empty" if value == "" else f"{value}"
     explained = len(choices) < 2 or all(choice in f"{field.description}" for choice in choices)
     values = "" if explained else f"one of {', '.join(choices)}; "
     return f"{field.description} ({values}default {default})"

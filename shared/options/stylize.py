@@ -57,6 +57,9 @@ class Control(Model):
     name: ModelName
     weight: float | None = Field(None, ge=0, le=2)
 
+    def __str__(self) -> str:
+        return self.name if self.weight is None else f"{self.name}:{self.weight:g}"
+
 
 def _split(value: Any) -> Any:
     """Names and weights from `name:0.8;other` or a mapping of names to weights; None means none."""
@@ -112,8 +115,7 @@ class DiffusionStylize(EngineOptions):
         description="fixed: the same noise for all images; per-item: by position in the list; url: by URL without its query",
     )
     control: Controls = Field(
-        "canny",
-        validate_default=True,
+        (Control(name="canny"),),
         description="what to keep of the source, one or two of canny, scribble, lineart, tile or added ControlNets, "
         "with weights: canny:0.8;tile:0.4; 'none': nothing",
     )

@@ -67,7 +67,7 @@ def test_onnx_file_is_added_used_verified_and_removed(run: Run, weights: Path, t
     assert "the batch axis was fixed at 1; made a variant that takes batches" in done.stdout
     assert contents(weights) == {
         *("added/shop-v1.2.json", "rembg/shop-v1.2.onnx"),
-        *("rembg/shop-v1.2.dynamic.onnx", "rembg/shop-v1.2.dynamic.onnx.made.json"),
+        *("rembg/shop-v1.2.dynamic.onnx", "rembg/shop-v1.2.dynamic.onnx.made.json", "rembg/shop-v1.2.fp32.onnx.made.json"),
     }
     row = listed(run)["shop-v1.2"]
     assert (row["engine"], row["state"], row["source"], row["also"]) == ("rembg", "there", str(source), ["dynamic"])

@@ -169,8 +169,8 @@ def test_missing_model_is_an_error_with_the_pull_command(tmp_path: Path, images:
 
 
 def test_model_without_image_preparation_is_refused(tmp_path: Path, images: Path) -> None:
-    with pytest.raises(UsageError, match="bria-rmbg"):
-        quantize("bria-rmbg", tmp_path, images)
+    with pytest.raises(UsageError, match="u2net_cloth_seg can't be quantised"):
+        quantize("u2net_cloth_seg", tmp_path, images)
 
 
 def test_divide_is_reproducible_and_puts_no_image_on_both_sides(images: Path) -> None:
