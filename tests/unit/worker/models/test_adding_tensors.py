@@ -99,12 +99,12 @@ def test_checkpoint_in_one_file_becomes_what_its_folder_was(run: Run, weights: P
     base = base_of(weights, "photo")
     for part in ("unet", "vae"):
         assert same(weights_of(base.folder / part, part), weights_of(folder_of(other, repository("sd15")) / part, part))
-    assert (base.family, models_here(weights, "diffusion")) == ("sd15", ["sd15-canny", "photo"])
+    assert (base.family, models_here(weights, "diffusion")) == ("sd15", ["sd15-canny", "sd15", "photo"])
     assert listed(run)["photo"]["state"] == "there"
     assert run("verify", "photo").exit_code == 0
     assert run("remove", "photo").exit_code == 0
     assert not base.folder.exists()
-    assert models_here(weights, "diffusion") == ["sd15-canny"]
+    assert models_here(weights, "diffusion") == ["sd15-canny", "sd15"]
 
 
 def test_checkpoint_without_some_weights_is_refused(run: Run, weights: Path, tmp_path: Path) -> None:
