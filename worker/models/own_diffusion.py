@@ -104,8 +104,8 @@ def from_folder(
     return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found))
 
 
-def contents_of_folder(source: Path, files: Sequence[str] | None = None) -> Contents:
-    """What a folder holds that has, or is to have, these files. Raises ConfigurationError."""
+def contents_of_folder(source: Path, files: Sequence[str] | None = None, called: str | None = None) -> Contents:
+    """What a folder holds that has, or is to have, these files; `called` as for `from_folder`. Raises ConfigurationError."""
     try:
         files = diffusers_folders.listing(source) if files is None else files
         kind, family = diffusers_folders.recognise(files, diffusers_folders.reader(source))
