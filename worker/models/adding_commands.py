@@ -140,10 +140,10 @@ class _Addition:
 
             def make(work: Path) -> Made:
                 folder = hugging_face.fetched(source, commit, hugging_face.SMALL, self.settings, work)
-                what = own_diffusion.contents_of_folder(folder, files)
+                what = own_diffusion.contents_of_folder(folder, files, source)
                 self._check(what, family, vae, control)
                 hugging_face.fetched(source, commit, what.files, self.settings, work)
-                return own_diffusion.from_folder(self.name, folder, what, self.weights, vae, control, work)
+                return own_diffusion.from_folder(self.name, folder, what, self.weights, vae, control, work, source)
 
             origin = hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()
             self._add("diffusion", make, f"{source}@{commit}", origin, agrees=_with(vae, control))

@@ -71,9 +71,19 @@ def from_file(
 
 
 def from_folder(
-    name: str, source: Path, contents: Contents, weights: Path, vae: str | None, control: str | None, work: Path
+    name: str,
+    source: Path,
+    contents: Contents,
+    weights: Path,
+    vae: str | None,
+    control: str | None,
+    work: Path,
+    called: str | None = None,
 ) -> Made:
-    """A model from a folder in diffusers' layout, made in the folder `work`. Raises ConfigurationError."""
+    """A model from a folder in diffusers' layout, made in the folder `work`. Raises ConfigurationError.
+
+    `called` is what the operator calls the source, unless that is the folder itself.
+    """
     from imagemill.worker.models import checkpoints
 
     kind, family, folder, parameters = contents.kind, contents.family, work / name, {}
@@ -87,21 +97,23 @@ def from_folder(
             parameters = {"vae": vae} if vae is not None else {}
             found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae))
         else:
-            parameters = {"control": control or control_in(name, str(source))} if kind == "controlnet" else {}
+            parameters = {"control": control or control_in(name, called or str(source))} if kind == "controlnet" else {}
             found = apart(checkpoints.part_from_folder, folder, kind)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{source}: {error.message}") from error
+        raise ConfigurationError(f"{called or source}: {error.message}") from error
     return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found))
 
 
-def contents_of_folder(source: Path, files: Sequence[str] | None = None) -> Contents:
-    """What a folder holds that has, or is to have, these files. Raises ConfigurationError."""
+def contents_of_folder(source: Path, files: Sequence[str] | None = None, called: str | None = None) -> Contents:
+    """What a folder holds that has, or is to have, these files; `called` as for `from_folder`. Raises ConfigurationError."""
     try:
         files = diffusers_folders.listing(source) if files is None else files
         kind, family = diffusers_folders.recognise(files, diffusers_folders.reader(source))
         return Contents(kind, family, tuple(diffusers_folders.wanted(files, kind, family)))
     except ConfigurationError as error:
-        raise ConfigurationError(error.message if str(source) in error.message else f"{source}: {error.message}") from error
+        raise ConfigurationError(
+            error.message if str(source) in error.message else f"{called or source}: {error.message}"
+        ) from error
 
 
 def base_for(weights: Path, family: str) -> tuple[Path, Path]:

@@ -25,6 +25,9 @@ BACKTRACK = 20
 REMEMBERED = 64
 """Most pieces that are remembered, at up to 630 kB (SDXL in fp32); a process works on a few jobs at once."""
 
+NO_MEAN = 1e-5
+"""A mean below this share of the standard deviation counts as 0."""
+
 Piece = list[tuple[int, float]]
 """Up to 75 tokens with their weights."""
 
@@ -139,15 +142,19 @@ def pieces(prompt: str, tokenizer: Any) -> list[Piece]:
 def weighted(hidden: torch.Tensor, piece: Piece) -> torch.Tensor:
     """An embedding [1, 77, width], multiplied by the weights of its tokens and scaled to its former mean.
 
-    Restoring the mean has no foundation but that results are better, and that prompts are written for it.
+    Restoring the mean has no foundation but that results are better, and that prompts are written for it. A mean near 0, as
+    of a text encoder whose last layer has no bias, is only rounding and says nothing about the scale: it is left as it is.
     """
     weights = [weight for _, weight in piece]
     if all(weight == 1 for weight in weights):
         return hidden
     factors = torch.ones(hidden.shape[1], dtype=torch.float32, device=hidden.device)
     factors[1 : len(weights) + 1] = torch.tensor(weights, device=hidden.device)
-    changed = hidden.float() * factors[:, None]
-    return (changed * (hidden.float().mean() / changed.mean())).to(hidden.dtype)
+    before = hidden.float()
+    changed = before * factors[:, None]
+    if before.mean().abs() > NO_MEAN * before.std() and changed.mean().abs() > NO_MEAN * changed.std():
+        changed = changed * (before.mean() / changed.mean())
+    return changed.to(hidden.dtype)
 
 
 @lru_cache(maxsize=16)

@@ -169,3 +169,13 @@ def test_lora_with_values_that_are_not_finite_is_refused(value: float, run: Run,
     path = saved(tmp_path / "a.safetensors", {"unet.attn1.to_k.lora_A.weight": torch.full((2, 2), value)})
     refused(run, "add", "style", path, reason="it has values that are not finite numbers")
     assert contents(weights) == set()
+
+
+def test_pickled_checkpoint_is_read_as_data(run: Run, weights: Path, tmp_path: Path) -> None:
+    tensors = checkpoint_tensors(pipeline_folder(weights))
+    positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    torch.save({"state_dict": tensors | positions, "epoch": 3, "where": Path("a")}, tmp_path / "photo.ckpt")
+    done = run("add", "photo", tmp_path / "photo.ckpt")
+    assert done.exit_code == 0, done.output
+    own = base_of(weights, "photo").folder
+    assert same(weights_of(own / "unet", "unet"), weights_of(folder_of(weights, repository("sd15")) / "unet", "unet"))

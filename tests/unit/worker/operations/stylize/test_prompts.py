@@ -15,7 +15,7 @@ from imagemill.shared.options.stylize import DiffusionStylize
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.operations.stylize import prompts as module
 from imagemill.worker.operations.stylize.pipeline import Pipeline
-from imagemill.worker.operations.stylize.prompts import BACKTRACK, LENGTH, Prompts, about_pieces, pieces
+from imagemill.worker.operations.stylize.prompts import BACKTRACK, LENGTH, Prompts, about_pieces, pieces, weighted
 from tests.pipelines import diffusers, letters
 
 FULL = "a " * LENGTH
@@ -117,6 +117,17 @@ def test_weights_multiply_embeddings_and_keep_the_mean_of_each_piece(pipe: Any) 
             scaled = one * factors[:, None]
             assert torch.allclose(other, scaled * (one.mean() / scaled.mean()), atol=1e-6)
             assert torch.allclose(other.mean(), one.mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e-9])
+@pytest.mark.parametrize("weight", [1.5, 0.0])
+def test_embeddings_with_a_mean_of_0_are_only_multiplied(mean: float, weight: float) -> None:
+    """As of a text encoder whose last layer normalises without a bias."""
+    hidden = torch.tensor([1.0, -1.0]).repeat(1, 77, 4) + mean
+    found = weighted(hidden, [(5, weight)])
+    expected = hidden.clone()
+    expected[:, 1] *= weight
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("prompt", ["([a shoe])", "(a shoe:1)", "(a shoe:1.0)"])
