@@ -61,7 +61,7 @@ def from_file(
             parameters = {"vae": vae} if vae is not None else {}
             found = apart(checkpoints.checkpoint_from_file, source, family, base, vae_folder(weights, vae), folder)
         elif kind == "controlnet":
-            parameters = {"control": control or control_in(name, str(source))}
+            parameters = {"control": control or control_in(name, source.name) or control_in(source.parent.name)}
             found = apart(checkpoints.controlnet_from_file, source, base, folder)
         else:
             found = apart(checkpoints.vae_from_file, source, base, folder)
@@ -97,7 +97,7 @@ def from_folder(
             parameters = {"vae": vae} if vae is not None else {}
             found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae))
         else:
-            parameters = {"control": control or control_in(name, called or str(source))} if kind == "controlnet" else {}
+            parameters = {"control": control or control_in(name, called or source.name)} if kind == "controlnet" else {}
             found = apart(checkpoints.part_from_folder, folder, kind)
     except ConfigurationError as error:
         raise ConfigurationError(f"{called or source}: {error.message}") from error

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from imagemill.worker.models.tensor_names import Contents, recognise
 from tests.checkpoints import checkpoint_tensors, saved, vae_tensors
 from tests.generators import lama_checkpoint, lama_file
 from tests.pipelines import diffusers, lora_file, pipeline_folder
+from tests.styles import loaded, styled
 from tests.unit.worker.models.test_adding_commands import Run, contents, listed, refused, run, weights
 
 __all__ = ["run", "weights"]
@@ -100,6 +102,9 @@ def test_checkpoint_in_one_file_becomes_what_its_folder_was(run: Run, weights: P
     for part in ("unet", "vae"):
         assert same(weights_of(base.folder / part, part), weights_of(folder_of(other, repository("sd15")) / part, part))
     assert (base.family, models_here(weights, "diffusion")) == ("sd15", ["sd15-canny", "sd15", "photo"])
+    wanted = styled(loaded(other), model="sd15", control="none")
+    assert np.array_equal(styled(loaded(weights), model="photo", control="none"), wanted)
+    assert not np.array_equal(styled(loaded(weights), model="sd15", control="none"), wanted)
     assert listed(run)["photo"]["state"] == "there"
     assert run("verify", "photo").exit_code == 0
     assert run("remove", "photo").exit_code == 0
