@@ -175,9 +175,9 @@ def _seen(model: Any) -> Seen:
         raise ConfigurationError("it has no output; expected a matte")
     (source,) = inputs
     kind = source.type.tensor_type.elem_type
-    if kind != TensorProto.FLOAT:
+    if kind not in (TensorProto.FLOAT, TensorProto.FLOAT16):
         found = TensorProto.DataType.Name(kind).lower() if kind in TensorProto.DataType.values() else "no tensor"
-        raise ConfigurationError(f"its input {source.name} takes {found}; expected 32-bit floats")
+        raise ConfigurationError(f"its input {source.name} takes {found}; expected floats of 32 or 16 bits")
     shape = _shape(source)
     if shape is None or len(shape) != 4 or shape[1] not in (0, 3):
         form = "of any shape" if shape is None else f"of the shape {_form(shape)}"
@@ -265,7 +265,8 @@ def _run(path: Path, seen: Seen, said: Said, family: Family) -> tuple[str, list[
     options.enable_cpu_mem_arena = False
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        outputs = [session.run([wanted], {seen.input: family.tensor(photo)[None]})[0] for photo in photos()]
+        kind = np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
+        outputs = [session.run([wanted], {seen.input: family.tensor(photo)[None].astype(kind)})[0] for photo in photos()]
     except Exception as error:  # onnxruntime raises anything on a graph that it can't run
         raise ConfigurationError(f"it does not run on a picture of {family.size} pixels: {sentence(error)}") from error
     for output in outputs:

@@ -21,6 +21,7 @@ from imagemill.worker.models import added
 from imagemill.worker.models.commands import models
 from imagemill.worker.operations.base import Inputs
 from imagemill.worker.operations.remove_background.rembg import Rembg
+from tests.models import in_half_precision, u2net_onnx
 from tests.networks import NO_MODELS, network
 from tests.unit.worker.models.test_added import record
 from tests.unit.worker.operations.conformance import scene
@@ -86,6 +87,18 @@ def test_onnx_file_is_added_used_verified_and_removed(run: Run, weights: Path, t
     assert (removed.exit_code, "shop-v1.2: removed" in removed.stdout) == (0, True), removed.output
     assert contents(weights) == set()
     refused(run, "remove", "shop-v1.2", reason="there is no model 'shop-v1.2'")
+
+
+@pytest.mark.parametrize("keep_io", [True, False], ids=["weights", "input too"])
+def test_file_in_half_precision_is_added_and_used(run: Run, weights: Path, tmp_path: Path, keep_io: bool) -> None:
+    full = u2net_onnx(tmp_path / "full.onnx", size=64)
+    done = run("add", "half", in_half_precision(full, tmp_path / "half.onnx", keep_io=keep_io), "--family", "u2net")
+    assert done.exit_code == 0, done.output
+    operation = Rembg()
+    operation.load(Device(threads=1, weights=weights))
+    options = parse_options("remove-background", "rembg", {"model": "half"})
+    work = operation.prepare(Picture(scene(40, 60)), Inputs(Item(index=0, source="https://a.example/1.png"), options))
+    assert operation.finish(work, operation.run(work.samples)).pixels.shape == (40, 60, 4)
 
 
 def test_another_file_of_the_same_name_needs_replace(run: Run, weights: Path, tmp_path: Path) -> None:

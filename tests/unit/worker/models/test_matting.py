@@ -108,7 +108,7 @@ def test_sigmoid_is_left_to_the_engine_only_if_the_graph_has_none(
         ({"source": taking(1, 3, 32)}, "of the shape 1 x 3 x 32; expected batch x 3 x height x width"),
         ({"source": taking(1, 3, 32, 48)}, "its input has 48 x 32 pixels; expected a square"),
         ({"source": taking(1, 3, 8192, 8192)}, "its input has 8192 x 8192 pixels; expected at most 4096"),
-        ({"source": taking(1, 3, 32, 32, kind=TensorProto.UINT8)}, "takes uint8; expected 32-bit floats"),
+        ({"source": taking(1, 3, 32, 32, kind=TensorProto.UINT8)}, "takes uint8; expected floats of 32 or 16 bits"),
         ({"channels": 2}, "its output output is 1 x 2 x 32 x 32; expected one channel, 1 x 1 x 32 x 32"),
         ({"weight": np.nan}, "has values that are not finite numbers; expected a matte"),
         ({"weight": np.inf, "sigmoid": False}, "has values that are not finite numbers; expected a matte"),
