@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,22 @@ def controlnet_from_file(source: Path, base: Base, folder: Path) -> str:
     with _translated("is no ControlNet for this family"):
         tensors = _read(source)
         config = json.loads((base[0] / "unet" / CONFIG).read_text())
-        known = ControlNetModel._get_signature_keys(ControlNetModel)[0]
+        known = signature(ControlNetModel.__init__).parameters
         folder.mkdir()
         wanted = {**{name: value for name, value in config.items() if name in known}, "_class_name": "ControlNetModel"}
+        wanted |= _hint_channels(tensors)
         (folder / CONFIG).write_text(json.dumps(wanted))
         model = _complete(_converted(ControlNetModel, tensors, folder), "ControlNet")
         _save(model, folder, _dtype(tensors))
     return f"parts: ControlNet of {len(tensors)} tensors"
+
+
+def _hint_channels(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The one part of a ControlNet's configuration that its base doesn't tell, by diffusers' names of its tensors."""
+    place = "controlnet_cond_embedding"
+    layers = [f"{place}.conv_in.weight", *(f"{place}.blocks.{number}.weight" for number in range(1, 20, 2))]
+    channels = [tensors[layer].shape[0] for layer in layers if layer in tensors]
+    return {"conditioning_embedding_out_channels": channels} if channels else {}
 
 
 def vae_from_file(source: Path, base: Base, folder: Path) -> str:

@@ -146,6 +146,21 @@ def test_vae_is_added_and_put_into_a_checkpoint(run: Run, weights: Path, tmp_pat
     refused(run, "add", "other", base, "--vae", "hard", reason="there is no VAE called hard: add it first")
 
 
+def test_controlnet_in_one_file_becomes_what_its_folder_was(run: Run, weights: Path, tmp_path: Path) -> None:
+    source = folder_of(pipeline_folder(tmp_path / "other", seed=5), repository("controlnet-canny"))
+    path = saved(tmp_path / "my_canny.safetensors", weights_of(source, "controlnet"))
+    refused(run, "add", "edges", path, reason="run `imagemill models pull sd15` first")
+    pipeline_folder(weights)
+    done = run("add", "edges", path)
+    assert done.exit_code == 0, done.output
+    record = added.find(weights, "edges")
+    assert record is not None
+    assert (record.kind, record.family, record.parameters) == ("controlnet", "sd15", {"control": "canny"})
+    assert same(weights_of(weights / "diffusion" / "edges", "controlnet"), weights_of(source, "controlnet"))
+    wanted = styled(loaded(tmp_path / "other"), model="sd15", control="canny")
+    assert not np.array_equal(styled(loaded(weights), model="sd15", control="canny"), wanted)
+
+
 def test_controlnet_is_added_with_the_kind_of_pictures_that_it_takes(run: Run, weights: Path, tmp_path: Path) -> None:
     source = folder_of(pipeline_folder(tmp_path / "other", seed=5), repository("controlnet-canny"))
     assert run("add", "edges", source).exit_code == 0
