@@ -5,7 +5,8 @@
 FOLDER of the weights holds isnet-fp16.onnx, ISNet (general use), or is a weights folder with rembg/isnet-general-use.onnx
 and its variants; if there is an 8-bit one, it is measured, too. Images are photos with reference mattes, named as in
 bench.cutout. Both sides get the same file of the model, and are timed in turn on copies of the same photos: a node from
-submission to the last record, with a store that takes 50 ms per PUT, and `rembg p` from start to end on a folder.
+submission to the last record, with a store that takes 50 ms per PUT, and `rembg p` from start to end on a folder. The latter
+needs the extra `cli` of rembg.
 """
 
 from __future__ import annotations
