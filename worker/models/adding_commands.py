@@ -47,16 +47,16 @@ class Numbers(click.ParamType[tuple[float, ...]]):
 @click.argument("source", metavar="SOURCE")
 @click.option("--family", metavar="NAME", help="u2net, isnet, birefnet, modnet, ben, sd15 or sdxl; usually recognised.")
 @click.option("--vae", metavar="NAME", help="Put this VAE, which you have added, into the checkpoint.")
-@click.option("--control", type=click.Choice(CONTROLS), help="What pictures the ControlNet takes; usually in its name.")
+@click.option("--control", type=click.Choice(CONTROLS), help="What pictures the ControlNet takes; usually told by its name.")
 @click.option("--revision", metavar="REV", help="Commit, tag or branch, for a SOURCE on the Hugging Face Hub; default main.")
 @click.option("--input-size", type=click.IntRange(16, 4096), help="Side of the input in pixels (ONNX).")
 @click.option("--mean", type=Numbers(), metavar="R,G,B", help="What is subtracted from each channel, from 0 to 1 (ONNX).")
 @click.option("--deviation", type=Numbers(), metavar="R,G,B", help="What each channel is divided by after that (ONNX).")
 @click.option("--output", metavar="NAME", help="The output with the matte, by name or by place from 0 (ONNX).")
 @click.option("--logits/--no-logits", default=None, help="Whether the output still needs a sigmoid (ONNX).")
-@click.option("--replace", is_flag=True, help="Put it in the place of the model that has this name now.")
+@click.option("--replace", is_flag=True, help="Replace the model that has this name now.")
 def add(name: str, source: str, replace: bool, **said: Any) -> None:
-    """Add a model of your own, which jobs then name like any other: --set model=NAME.
+    """Add a model of your own. Jobs name it like any other: in --set model=NAME, or in control, vae or loras.
 
     \b
     SOURCE is one of these:

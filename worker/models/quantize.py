@@ -24,6 +24,7 @@ from imagemill.worker.imaging.codec import decode
 from imagemill.worker.imaging.headers import probe
 from imagemill.worker.imaging.picture import Pixels
 from imagemill.worker.models import eight_bits, single_precision
+from imagemill.worker.models.added import TAKEN
 from imagemill.worker.models.checksums import sha256_of
 from imagemill.worker.models.eight_bits import CLIPPED, opened
 from imagemill.worker.models.files import model_file, record_variant, variant
@@ -161,7 +162,8 @@ def quantize(
     except ImagemillError as error:
         raise UsageError(f"{name} can't be quantised: imagemill doesn't know how to prepare images for it") from error
     if not original.is_file():
-        raise ConfigurationError(f"{name} is not in {original.parent}: imagemill models pull {name}")
+        remedy = f"pull {name}" if name in TAKEN else f"add {name} SOURCE --replace"
+        raise ConfigurationError(f"{name} is not in {original.parent}: imagemill models {remedy}")
     progress("reading the model", 0, 1)
     tried(original, "fp32", single_precision.make, family.output)
     source, vnni = model_file(folder, "rembg", name), has_vnni()

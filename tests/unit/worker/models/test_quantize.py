@@ -19,6 +19,7 @@ from imagemill.worker.models.quantize import MOST, divide, overlap, quantize
 from imagemill.worker.operations.remove_background.model_families import FAMILIES
 from tests.conftest import photo
 from tests.models import in_half_precision, u2net_onnx
+from tests.unit.worker.models.test_added import record
 
 SIZE = 64
 
@@ -166,6 +167,13 @@ def test_command_prints_the_table_and_the_report(weights: Path, images: Path, mo
 def test_missing_model_is_an_error_with_the_pull_command(tmp_path: Path, images: Path) -> None:
     with pytest.raises(ConfigurationError, match="imagemill models pull u2net"):
         quantize("u2net", tmp_path, images)
+
+
+def test_missing_file_of_an_added_model_is_an_error_with_the_add_command(tmp_path: Path, images: Path) -> None:
+    record(tmp_path, "shop", parameters={"size": SIZE, "mean": [0, 0, 0], "deviation": [1, 1, 1]})
+    (tmp_path / "rembg" / "shop.onnx").unlink()
+    with pytest.raises(ConfigurationError, match="imagemill models add shop SOURCE --replace"):
+        quantize("shop", tmp_path, images)
 
 
 def test_model_without_image_preparation_is_refused(tmp_path: Path, images: Path) -> None:
