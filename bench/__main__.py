@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.ending import end_on_sigterm
 from bench.figures import Figure
 
 BENCHES = (
@@ -79,6 +80,7 @@ def main() -> int:
     for folder in folders.values():
         if not folder.is_dir():
             parser.error(f"{folder} is not a folder")
+    end_on_sigterm()
     console, figures = Console(), []
     for bench in arguments.only or BENCHES:
         missing = [name for name in NEEDED.get(bench, ()) if name not in folders]

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.cutout import pairs, read
+from bench.ending import end_on_sigterm
 from bench.figures import Figure, figure
 from bench.nodes import OurNode, environment
 from bench.servers import Servers
@@ -236,6 +237,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.images is None:
         parser.error("--images FOLDER is missing: photos with reference mattes, see bench.cutout")
+    end_on_sigterm()
     for result in run(arguments.rounds, weights=arguments.weights.resolve(), images=Path(arguments.images)):
         print(json.dumps(result))
 
