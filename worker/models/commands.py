@@ -274,7 +274,7 @@ def quantize(name: str, images: Path, accept: float, faster: float | None, as_js
 def _check_quantisable(folder: Path, name: str) -> None:
     """Raise UsageError for a model that can't be quantised, whatever is in its files."""
     record = added.find(folder, name)
-    engine = record.engine if record is not None else _select((name,))[0].engine
+    engine = record.engine if record is not None else _select((name,), added.everything(folder)[0])[0].engine
     if engine != "rembg":
         raise UsageError(f"{name} can't be quantised: it doesn't run on onnxruntime")
     for model, parts in MODELS.items():

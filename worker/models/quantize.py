@@ -136,9 +136,9 @@ def _check(original: Path, name: str) -> None:
         remedy = f"pull {name}" if name in TAKEN else f"add {name} SOURCE --replace"
         raise ConfigurationError(f"{name} is not in {original.parent}: imagemill models {remedy}")
     try:
-        model = onnx.load(original, load_external_data=False)
+        model = onnx.load(original)
         reason = "" if model.graph.output else "it holds no network"
-    except Exception as error:  # noqa: BLE001  # protobuf raises anything on a file that is not its own
+    except Exception as error:  # noqa: BLE001  # onnx and protobuf raise anything on a file that is damaged
         reason = sentence(error)
     if reason:
         raise ConfigurationError(f"{original} can't be read ({reason}): check it with `imagemill models verify {name}`")
