@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +17,7 @@ from imagemill.worker.models.eight_bit_search import DYNAMIC, Progress, Reading,
 from imagemill.worker.models.files import model_file, record_variant, variant, variant_record
 from imagemill.worker.models.trials import tried
 from imagemill.worker.models.typical_images import divide
+from imagemill.worker.models.workshop import workshop
 from imagemill.worker.transfer.files import publish
 
 WORST = 0.9
@@ -102,7 +100,7 @@ def quantize(
     _check(original, name)
     progress("choosing images", 0, 1)
     calibration, held_back, passed_over = divide(images)
-    with _workshop(original) as work:
+    with _room(original) as work:
         progress("reading the model", 0, 1)
         source, vnni = _in_single_precision(folder, original, reading.family.output), has_vnni()
         wanted = Wanted(accept, min(WORST, accept), faster if faster is not None else FASTER if vnni else FASTER_WITHOUT_VNNI)
@@ -147,31 +145,17 @@ def _check(original: Path, name: str) -> None:
 
 
 @contextmanager
-def _workshop(original: Path) -> Iterator[Path]:
-    """A hidden folder for copies, for one process at a time; what a process has left that was killed is deleted first.
-
-    Raises UsageError if another process is using it, and ConfigurationError if there is no room or no permission to write.
-    """
-    folder = original.parent
-    work = folder / f".quantizing-{original.stem}"
+def _room(original: Path) -> Iterator[Path]:
+    """A folder for copies. Raises UsageError if another process is at it, ConfigurationError if nothing can be written."""
+    folder, name = original.parent, original.stem
+    check_space(folder, f"quantising {name}", 3 * original.stat().st_size)
     try:
-        check_space(folder, f"quantising {original.stem}", 3 * original.stat().st_size)
-        work.mkdir(exist_ok=True)
-        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+        with workshop(variant(original, "int8"), wait=False) as work:
+            yield work
+    except BlockingIOError as error:
+        raise UsageError(f"another process is quantising {name}") from error
     except OSError as error:
         raise ConfigurationError(f"{folder} can't be written: {sentence(error)}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise UsageError(f"another process is quantising {original.stem}") from error
-    try:
-        for path in work.iterdir():
-            path.unlink()
-        yield work
-    finally:
-        shutil.rmtree(work)
-        os.close(lock)
 
 
 def _in_single_precision(folder: Path, original: Path, output: str | None) -> Path:

@@ -275,13 +275,13 @@ def test_model_that_cannot_be_converted_to_single_precision_is_refused(weights: 
 
 
 def test_folder_that_cannot_be_written_is_told_before_the_search(weights: Path, images: Path) -> None:
-    (weights / "rembg" / ".quantizing-u2net").touch()
+    (weights / "rembg" / ".making-u2net.int8.onnx").touch()
     with pytest.raises(ConfigurationError, match="rembg can't be written: "):
         quantize("u2net", weights, images)
 
 
 def test_second_process_is_refused_and_what_a_killed_one_has_left_is_deleted(weights: Path, images: Path) -> None:
-    work = weights / "rembg" / ".quantizing-u2net"
+    work = weights / "rembg" / ".making-u2net.int8.onnx"
     work.mkdir()
     (work / "copy.onnx").write_bytes(b"half")
     other = os.open(work, os.O_RDONLY)
