@@ -103,6 +103,7 @@ def quantize(
     with _room(original) as work:
         progress("reading the model", 0, 1)
         source, vnni = _in_single_precision(folder, original, reading.family.output), has_vnni()
+        check_space(work, f"quantising {name}", 3 * source.stat().st_size)
         wanted = Wanted(accept, min(WORST, accept), faster if faster is not None else FASTER if vnni else FASTER_WITHOUT_VNNI)
         search = Search(source, work, reading, calibration, held_back, progress)
         rows, best = search.run(wanted)
@@ -148,7 +149,6 @@ def _check(original: Path, name: str) -> None:
 def _room(original: Path) -> Iterator[Path]:
     """A folder for copies. Raises UsageError if another process is at it, ConfigurationError if nothing can be written."""
     folder, name = original.parent, original.stem
-    check_space(folder, f"quantising {name}", 3 * original.stat().st_size)
     try:
         with workshop(variant(original, "int8"), wait=False) as work:
             yield work
