@@ -153,7 +153,7 @@ def _controlnet_name(name: str) -> str:
         case "controlnet_cond_embedding", ["blocks", number, end]:
             return f"input_hint_block.{2 * int(number) + 2}.{end}"
         case "controlnet_cond_embedding", [place, end]:
-            return f"input_hint_block.{ {'conv_in': 0, 'conv_out': 14}[place]}.{end}"
+            return f"input_hint_block.{ {'conv_in': 0, 'conv_out': 14}[place] }.{end}"
         case _:
             return unet_names(name)
 

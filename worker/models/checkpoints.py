@@ -102,7 +102,8 @@ def _own_vae(tensors: Mapping[str, Tensor], base: Base) -> Any:
     model = _complete(_converted(AutoencoderKL, tensors, base[1]), "VAE")
     if base[1].parent != base[0]:
         pulled = AutoencoderKL.from_pretrained(base[1], **_stored(base[1])).state_dict()
-        same = all(torch.equal(tensor, pulled[name].to(tensor.dtype)) for name, tensor in model.state_dict().items())
+        dtype = _dtype(tensors)
+        same = all(torch.equal(tensor.to(dtype), pulled[name].to(dtype)) for name, tensor in model.state_dict().items())
         model.register_to_config(force_upcast=not same)
     return model
 
@@ -138,7 +139,7 @@ def controlnet_from_file(source: Path, base: Base, folder: Path) -> str:
         model = _complete(_converted(ControlNetModel, tensors, folder), "ControlNet")
         more = sorted(tensors.keys() - model.state_dict().keys())
         if more:
-            raise ConfigurationError(f"it has {len(more)} tensors that no ControlNet of its family has, such as {more[0]}")
+            raise ConfigurationError(f"it has tensors that no ControlNet of its family has, such as {more[0]}")
         _try_controlnet(model)
         _save(model, folder, _dtype(tensors))
     return f"parts: ControlNet of {len(tensors)} tensors"
@@ -289,9 +290,10 @@ def _try_out(folder: Path, family: str) -> None:
     half = _in_half(folder)
     dtype = torch.bfloat16 if half else torch.float32  # which takes no more memory than the file and has the range of floats
     arguments = {"dtype": dtype, "variant": "fp16" if half else None, "use_safetensors": True, "local_files_only": True}
+    encoders = {name: _encoder(kind, folder / name, arguments) for name, kind in FAMILIES[family].encoders.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about schedulers' settings, and nodes use schedulers of their own
-        pipe = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(folder, **arguments)
+        pipe = getattr(diffusers, FAMILIES[family].pipeline).from_pretrained(folder, **encoders, **arguments)
     for name in ("unet", "vae", *FAMILIES[family].encoders):
         _complete(getattr(pipe, name), name)
     if pipe.vae.config.latent_channels != 4:
@@ -308,6 +310,15 @@ def _try_out(folder: Path, family: str) -> None:
         denoised = pipe.unet(noise, 500, encoder_hidden_states=text, added_cond_kwargs=more).sample
         _check(denoised, "UNet")
     _try_vae(pipe.vae)
+
+
+def _encoder(kind: Any, folder: Path, arguments: Mapping[str, Any]) -> Any:
+    """A text encoder. transformers makes up weights that are missing, and only says so. Raises ConfigurationError."""
+    variant = arguments["variant"] if _in_half(folder) else None
+    model, about = kind.from_pretrained(folder, **{**arguments, "variant": variant}, output_loading_info=True)
+    if missing := sorted(about["missing_keys"]):
+        raise ConfigurationError(f"its {folder.name} lacks tensors, such as {missing[0]}")
+    return model
 
 
 def _try_vae(vae: Any) -> None:

@@ -22,9 +22,8 @@ OTHERS = {
     "UNet2DConditionModel": "a UNet without text encoder and VAE",
 }
 """What other folders are, by that class."""
-TENSORS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
-"""Suffixes of files that can hold a whole model."""
 ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
+PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 LARGEST_JSON = 10_000_000
 """Maximum bytes of a configuration; tokenizers have a few millions."""
 
@@ -39,7 +38,7 @@ def recognise(files: Sequence[str], read: Any) -> tuple[Kind, str]:
     if INDEX in files:
         raise ConfigurationError(f"it is a {_class(read(INDEX))} without a UNet; expected Stable Diffusion 1.5 or SDXL")
     if CONFIG not in files:
-        single = next((name for name in files if name.endswith(TENSORS)), None)
+        single = next((name for name in files if name.endswith((".safetensors", *PICKLES))), None)
         hint = f", or one of its files, such as {single}" if single is not None else ""
         raise ConfigurationError(f"it has neither {INDEX} nor {CONFIG}; expected a folder in diffusers' layout{hint}")
     config = read(CONFIG)
@@ -82,7 +81,7 @@ def wanted(files: Sequence[str], kind: Kind, family: str) -> list[str]:
     for part in parts:
         weights = _weights(files, part, half=half) or _weights(files, part, half=not half)
         if f"{part}{CONFIG}" not in files or not weights:
-            pickled = any(name.startswith(part) and name.endswith(TENSORS[1:]) for name in files)
+            pickled = any(name.startswith(part) and name.endswith(PICKLES) for name in files)
             hint = ", only pickled ones, which can contain code: save it with safe_serialization=True" if pickled else ""
             raise ConfigurationError(f"it has no safetensors files of its {part.rstrip('/') or 'weights'}{hint}")
         chosen += [f"{part}{CONFIG}", *weights]
@@ -126,8 +125,11 @@ def reader(source: Path) -> Any:
     return read
 
 
-def taken(source: Path, files: Sequence[str], target: Path) -> None:
-    """Copy the wanted files of a folder. Links are followed, as the hub's own cache consists of them. Raises OSError."""
+def taken(source: Path, files: Sequence[str], target: Path, *, move: bool) -> None:
+    """Copy or move the wanted files of a folder. Links are followed, as the hub's own cache has them. Raises OSError."""
     for name in files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        if move:
+            (source / name).rename(target / name)
+        else:
+            shutil.copyfile(source / name, target / name)
