@@ -45,7 +45,9 @@ class Numbers(click.ParamType[tuple[float, ...]]):
 @click.argument("source", metavar="SOURCE")
 @click.option("--family", metavar="NAME", help="u2net, isnet, birefnet, modnet, ben, sd15 or sdxl; usually recognised.")
 @click.option("--vae", metavar="NAME", help="Put this VAE, which you have added, into the checkpoint.")
-@click.option("--control", type=click.Choice(CONTROLS), help="What pictures the ControlNet takes; usually told by its name.")
+@click.option(
+    "--control", type=click.Choice(CONTROLS), help="What is drawn of each image for the ControlNet; usually told by its name."
+)
 @click.option("--revision", metavar="REV", help="Commit, tag or branch, for a SOURCE on the Hugging Face Hub; default main.")
 @click.option("--input-size", type=click.IntRange(16, 4096), help="Side of the input in pixels (ONNX).")
 @click.option("--mean", type=Numbers(), metavar="R,G,B", help="What is subtracted from each channel, from 0 to 1 (ONNX).")
@@ -140,8 +142,8 @@ class _Addition:
             origin = hashlib.sha256(found.source.encode()).hexdigest()
             self._add("diffusion", make, found.source, origin, agrees=_with(vae, control))
 
-    def _check(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> None:
-        """Raise UsageError for words that don't fit what was recognised."""
+    def _check(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> Contents:
+        """What was recognised. Raises UsageError for words that don't fit it."""
         if family is not None and what.family and family != what.family:
             raise UsageError(f"{self.path} is {what.kind} of the family {what.family}, not {family}")
         if vae is not None and what.kind != "checkpoint":
@@ -150,6 +152,7 @@ class _Addition:
             raise UsageError(f"--control is for ControlNets, and {self.path} is a {what.kind}")
         if what.kind == "lora":
             own_diffusion.check_lora_name(self.name)
+        return what
 
     def _add(
         self, engine: str, make: Callable[[Path], Made], source: str, origin: str, *, agrees: Callable[[Added], bool]
@@ -162,9 +165,10 @@ class _Addition:
         for line in found:
             click.echo(f"{name}: {line}")
         click.echo(f"{name}: {OUTCOMES[outcome]}: {weights / record.place}")
-        if outcome != "present" and record.kind in SELECTABLE:
+        if outcome != "present" and record.kind in (*SELECTABLE, "controlnet"):
             (operation,) = (row.operation for row in ENGINES if row.name == record.engine)
-            click.echo(f"use it with: --operation {operation} --engine {record.engine} --set model={name}")
+            chosen = f"model={record.family} --set control={name}" if record.kind == "controlnet" else f"model={name}"
+            click.echo(f"use it with: --operation {operation} --engine {record.engine} --set {chosen}")
         return record
 
 

@@ -45,10 +45,10 @@ def make(
     settings: WeightsSettings,
     vae: str | None,
     control: str | None,
-    check: Callable[[Contents], None],
+    check: Callable[[Contents], Contents],
     work: Path,
 ) -> Made:
-    """A model from the hub, made in the folder `work`. `check` raises what it has against the contents.
+    """A model from the hub, made in the folder `work`. `check` returns its contents, or raises what it has against them.
 
     Raises ConfigurationError, and ServiceUnavailable if the hub stops answering; then complete files are kept for the next try.
     """
@@ -58,12 +58,10 @@ def make(
             path = hugging_face.fetched(place.repository, found.commit, [escape(place.file)], settings, download) / place.file
             if format_of(path) == "onnx":
                 raise ConfigurationError(f"{place.called} is not a file of tensors: download it and add the file")
-            contents = own_diffusion.contents_of(path, place.called)
-            check(contents)
+            contents = check(own_diffusion.contents_of(path, place.called))
             return own_diffusion.from_file(name, path, contents, weights, vae, control, work, place.called)
         folder = hugging_face.fetched(place.repository, found.commit, hugging_face.SMALL, settings, download)
-        contents = own_diffusion.contents_of_folder(folder, found.files, place.called)
-        check(contents)
+        contents = check(own_diffusion.contents_of_folder(folder, found.files, place.called))
         hugging_face.fetched(place.repository, found.commit, [*map(escape, contents.files)], settings, download)
         return own_diffusion.from_folder(name, folder, contents, weights, vae, control, work, place.called)
 

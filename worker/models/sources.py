@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from imagemill.shared.errors import ConfigurationError, sentence
 from imagemill.worker.models.checksums import sha256_of
@@ -52,7 +53,7 @@ class OnHub:
 
 def on_hub(source: str) -> OnHub | None:
     """What a source names on the Hugging Face Hub; None if it can't be that, or is rather a file's path."""
-    found = next((match for pattern in ON_HUB if (match := pattern.fullmatch(source))), None)
+    found = next((match for pattern in ON_HUB if (match := pattern.fullmatch(unquote(source)))), None)
     return (
         None
         if found is None or found["repository"].endswith(SUFFIXES)

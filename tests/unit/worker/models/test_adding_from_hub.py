@@ -69,7 +69,7 @@ def test_parts_and_checkpoints_are_added_at_the_commit_of_their_revision(
         ("https://huggingface.co/a/b", OnHub("a/b", None, None)),
         ("https://huggingface.co/a/b/tree/main", OnHub("a/b", None, "main")),
         ("https://huggingface.co/a/b/blob/main/c/d.ckpt", OnHub("a/b", "c/d.ckpt", "main")),
-        ("https://huggingface.co/a/b/resolve/v1/d.ckpt?download=true", OnHub("a/b", "d.ckpt", "v1")),
+        ("https://huggingface.co/a/b/resolve/v1/d%20e.ckpt?download=true", OnHub("a/b", "d e.ckpt", "v1")),
         ("a/d.safetensors", None),
         ("./a/b", None),
         ("/a/b", None),
