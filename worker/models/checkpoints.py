@@ -66,22 +66,35 @@ def checkpoint_from_file(source: Path, family: str, base: Base, vae: Path | None
     with _translated("is no complete checkpoint"):
         tensors = {_present_name(name): _in_16_bits(tensor) for name, tensor in _read(source).items()}
         dtype = _dtype({name: tensor for name, tensor in tensors.items() if name.startswith(UNET)})
-        parts: dict[str, Any] = {"unet": _converted(UNet2DConditionModel, tensors, base[0] / "unet")}
-        for name, kind in FAMILIES[family].encoders.items():
-            parts[name] = create_diffusers_clip_model_from_ldm(
-                kind, tensors, subfolder=name, config=str(base[0]), local_files_only=True
-            )
-        own = _below(tensors, VAE) if vae is None else {}
-        parts["vae"] = _own_vae(own, base) if own else AutoencoderKL.from_pretrained(vae or base[1], **_stored(vae or base[1]))
-        for name, part in parts.items():
+        for name, part in _parts(tensors, family, base, vae, dtype):
             _save(_complete(part, name), folder / name, dtype)
-        for name in ("scheduler", *(encoder.replace("text_encoder", "tokenizer") for encoder in FAMILIES[family].encoders)):
+        encoders = [*FAMILIES[family].encoders]
+        for name in ("scheduler", *(encoder.replace("text_encoder", "tokenizer") for encoder in encoders)):
             shutil.copytree(base[0] / name, folder / name)
-        prediction = _set_prediction(folder / "scheduler" / "scheduler_config.json", source, tensors)
+        found = f"parts: {', '.join(['unet', *encoders, 'vae'])}"
+        if vae is not None or not any(name.startswith(VAE) for name in tensors):
+            found += f"; the VAE is {_name_of(vae or base[1])}"
+        found += _set_prediction(folder / "scheduler" / "scheduler_config.json", source, tensors)
+        del tensors  # the trial needs the memory
         _write_index(folder, family)
         _try_out(folder, family)
-    borrowed = f"; the VAE is {vae.name if vae is not None else _name_of(base[1])}" if not own else ""
-    return f"parts: {', '.join(parts)}{borrowed}{prediction}"
+    return found
+
+
+def _parts(
+    tensors: Mapping[str, Tensor], family: str, base: Base, vae: Path | None, dtype: torch.dtype
+) -> Iterator[tuple[str, Any]]:
+    """The models in a checkpoint by their folders' names, one at a time, as they are large. Its weights may be incomplete."""
+    yield "unet", _converted(UNet2DConditionModel, tensors, base[0] / "unet", dtype)
+    for name, kind in FAMILIES[family].encoders.items():
+        yield (
+            name,
+            create_diffusers_clip_model_from_ldm(
+                kind, tensors, subfolder=name, config=str(base[0]), torch_dtype=dtype, local_files_only=True
+            ),
+        )
+    own = _below(tensors, VAE) if vae is None else {}
+    yield "vae", _own_vae(own, base, dtype) if own else AutoencoderKL.from_pretrained(vae or base[1], **_stored(vae or base[1]))
 
 
 def _present_name(name: str) -> str:
@@ -97,13 +110,12 @@ def _in_16_bits(tensor: Tensor) -> Tensor:
     return tensor.half() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
-def _own_vae(tensors: Mapping[str, Tensor], base: Base) -> Any:
+def _own_vae(tensors: Mapping[str, Tensor], base: Base, dtype: torch.dtype) -> Any:
     """A checkpoint's own VAE. It works in single precision if its family's was pulled from elsewhere and is another one."""
-    model = _complete(_converted(AutoencoderKL, tensors, base[1]), "VAE")
+    model = _complete(_converted(AutoencoderKL, tensors, base[1], dtype), "VAE")
     if base[1].parent != base[0]:
         pulled = AutoencoderKL.from_pretrained(base[1], **_stored(base[1])).state_dict()
-        dtype = _dtype(tensors)
-        same = all(torch.equal(tensor.to(dtype), pulled[name].to(dtype)) for name, tensor in model.state_dict().items())
+        same = all(torch.equal(tensor, pulled[name].to(dtype)) for name, tensor in model.state_dict().items())
         model.register_to_config(force_upcast=not same)
     return model
 
@@ -223,9 +235,9 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _converted(kind: Any, tensors: Mapping[str, Tensor], config: Path) -> Any:
+def _converted(kind: Any, tensors: Mapping[str, Tensor], config: Path, dtype: torch.dtype = torch.float32) -> Any:
     try:
-        return kind.from_single_file(dict(tensors), config=str(config), local_files_only=True)
+        return kind.from_single_file(dict(tensors), config=str(config), torch_dtype=dtype, local_files_only=True)
     except NotImplementedError as error:  # tensors that the file doesn't have can't be moved
         raise ConfigurationError(f"its {kind.__name__} lacks some tensors") from error
 

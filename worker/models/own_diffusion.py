@@ -171,7 +171,5 @@ def _told(kind: str, family: str, found: str, parameters: Mapping[str, str] | No
     if kind != "controlnet":
         return lines
     control = (parameters or {}).get("control")
-    drawn = (
-        f"pictures: {control}, drawn from each image" if control else "pictures: none is drawn for it, so jobs give their own"
-    )
-    return (*lines, f"{drawn} (--control says otherwise)")
+    drawn = f"{control}, drawn from each image" if control else "none is drawn for it, so jobs give their own"
+    return (*lines, f"pictures: {drawn}; --control names another kind")
