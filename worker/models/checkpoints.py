@@ -188,6 +188,15 @@ def vae_from_file(source: Path, base: Base, folder: Path) -> str:
     return f"parts: VAE of {len(tensors)} tensors"
 
 
+def unpickled(folder: Path) -> None:
+    """Replace the pickled weights in a folder, which are read as data, by safetensors files."""
+    with _translated("has weights that can't be read"):
+        for path in folder.rglob("*.bin"):
+            name = path.name.removeprefix("pytorch_") if path.name.startswith("pytorch_model") else path.name
+            save_file(_read(path), path.with_name(name).with_suffix(".safetensors"), {"format": "pt"})
+            path.unlink()
+
+
 def checkpoint_from_folder(folder: Path, family: str, vae: Path | None) -> str:
     """Try out a checkpoint that was copied to `folder`; `vae` is the folder of another VAE to put into it."""
     _quiet()

@@ -98,11 +98,15 @@ def from_folder(
     kind, family, folder, parameters = contents.kind, contents.family, work / name, {}
     size = sum((source / file).stat().st_size for file in contents.files)
     check_space(work, name, size, present=0 if called is None else size, most=LARGEST)
-    for file in contents.files:
-        if file.endswith(".safetensors"):
-            header_of(source / file)
-    diffusers_folders.taken(source, contents.files, folder, move=called is not None)
     try:
+        for file in contents.files:
+            if file.endswith(".safetensors"):
+                header_of(source / file)
+            elif file.endswith(".bin"):
+                format_of(source / file)  # refuses pickles that are no archives
+        diffusers_folders.taken(source, contents.files, folder, move=called is not None)
+        if any(file.endswith(".bin") for file in contents.files):
+            apart(checkpoints.unpickled, folder)
         if kind == "checkpoint":
             parameters = {"vae": vae} if vae is not None else {}
             found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae))
@@ -110,7 +114,7 @@ def from_folder(
             parameters = {"control": control or control_in(name, called or source.name)} if kind == "controlnet" else {}
             found = apart(checkpoints.part_from_folder, folder, kind)
     except ConfigurationError as error:
-        message = error.message.replace(f"{folder}/", "")  # where it was tried out
+        message = error.message.replace(f"{source}/", "").replace(f"{folder}/", "")
         raise ConfigurationError(f"{called or source}: {message}") from error
     return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found, parameters))
 
