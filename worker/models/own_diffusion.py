@@ -132,13 +132,16 @@ def contents_of_folder(source: Path, files: Sequence[str] | None = None, called:
 
 
 def base_for(weights: Path, family: str) -> tuple[Path, Path]:
-    """The folders of a family's pulled checkpoint and of its VAE, for their configurations. Raises ConfigurationError."""
+    """The folders of a family's pulled checkpoint and of its VAE, for their configurations.
+
+    Raises UsageError if they have to be pulled first, and ConfigurationError if there is no such family.
+    """
     names = {entry.name for entry in REPOSITORIES}
     if family not in names:
         raise ConfigurationError(f"it is a model of the family {family}, which nodes of this version can't run")
     needed = [family, *[f"{family}-vae"] * (f"{family}-vae" in names)]
     if any(state(weights, repository(name)) == "missing" for name in needed):
-        raise ConfigurationError(
+        raise UsageError(
             f"converting it takes the configuration and the tokenizer of {family}: "
             f"run `imagemill models pull {' '.join(needed)}` first"
         )

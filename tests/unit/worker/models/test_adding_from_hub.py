@@ -85,9 +85,14 @@ def test_sources_on_the_hub_are_told_from_paths(source: str, place: OnHub | None
 def test_one_file_of_a_repository_is_added(hub: Hub, run: Run, weights: Path, published: Path) -> None:
     folder = folder_of(published, repository("controlnet-canny"))
     hub.files = {"nets/canny.safetensors": (folder / "diffusion_pytorch_model.safetensors").read_bytes(), "README.md": b""}
+    source = f"{SOURCE}/nets/canny.safetensors"
+    refused(run, "add", "mine", source, reason="run `imagemill models pull sd15` first")
+    assert any(request.startswith("GET") and request.endswith("canny.safetensors") for request in hub.requests)
     pipeline_folder(weights, "sd15", ())
-    done = run("add", "mine", f"{SOURCE}/nets/canny.safetensors", "--revision", COMMIT)
+    hub.requests.clear()
+    done = run("add", "mine", source, "--revision", COMMIT)
     assert done.exit_code == 0, done.output
+    assert not any(request.startswith("GET") and request.endswith("canny.safetensors") for request in hub.requests), "kept"
     record = added.find(weights, "mine")
     assert record is not None
     assert (record.source, record.parameters) == (f"{SOURCE}/nets/canny.safetensors@{COMMIT}", {"control": "canny"})
@@ -190,3 +195,8 @@ def test_pickled_weights_of_a_repository_are_read_as_data(hub: Hub, run: Run, we
     old = {"config.json": b'{"_class_name": "AutoencoderKL"}', "diffusion_pytorch_model.bin": b"\x80\x02}q"}
     hub.files = old
     refused(run, "add", "old", SOURCE, reason=f"{SOURCE}: diffusion_pytorch_model.bin is a pickle, which can contain code")
+
+
+def test_file_outside_of_the_repository_is_refused(hub: Hub, run: Run, weights: Path) -> None:
+    hub.files = {"config.json": b"{}", "../config.json": b"{}"}
+    refused(run, "add", "mine", SOURCE, reason=f"{SOURCE} has a file outside of its folder, '../config.json'")
