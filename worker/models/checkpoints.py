@@ -7,6 +7,7 @@ it runs in a process of its own (own_process.py), and nothing is downloaded.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ from imagemill.worker.models.torch_archive import DAMAGED, tensors_of
 
 LARGEST = 16 * 2**30
 """Maximum bytes of a checkpoint's tensors."""
+LONGEST_YAML = 100_000
+"""Maximum bytes of a configuration beside a checkpoint."""
 CONFIG, INDEX = "config.json", "model_index.json"
 UNCONVERTED = (*DAMAGED, SingleFileComponentError, AttributeError, KeyError, NotImplementedError, TypeError)
 """Exceptions that converting and loading a file with other tensors can raise."""
@@ -125,12 +128,21 @@ def _name_of(vae: Path) -> str:
 
 
 def _set_prediction(config: Path, source: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Note in a scheduler's configuration that a model predicts velocity, if its file says so; also returns what to print."""
+    """Note in a scheduler's configuration that a model predicts velocity, if its file or the web UI's configuration beside it
+    says so; also returns what to print.
+    """
     metadata: Mapping[str, str] = {}
     if format_of(source) == "safetensors":
         with safe_open(source, framework="pt") as file:
             metadata = file.metadata() or {}
-    if "v_pred" not in tensors and metadata.get("modelspec.prediction_type") != "v":
+    said, beside = "", source.with_suffix(".yaml")
+    if beside.is_file() and beside.stat().st_size <= LONGEST_YAML:
+        said = beside.read_text(errors="replace")
+    if (
+        "v_pred" not in tensors
+        and metadata.get("modelspec.prediction_type") != "v"
+        and not re.search(r"""^\s*parameterization: *["']?v["']?\s*$""", said, re.MULTILINE)
+    ):
         return ""
     changes = {"prediction_type": "v_prediction", **({"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {})}
     config.write_text(json.dumps(json.loads(config.read_text()) | changes, indent=2))
@@ -147,6 +159,7 @@ def controlnet_from_file(source: Path, base: Base, folder: Path) -> str:
         folder.mkdir()
         wanted = {name: value for name, value in family_config.items() if name in known} | {"_class_name": "ControlNetModel"}
         wanted |= _hint_channels(tensors)
+        wanted["global_pool_conditions"] = "shuffle" in source.name.lower()  # as the web UI tells it: the tensors don't
         (folder / CONFIG).write_text(json.dumps(wanted))
         model = _complete(_converted(ControlNetModel, tensors, folder), "ControlNet")
         more = sorted(tensors.keys() - model.state_dict().keys())
