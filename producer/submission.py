@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from imagemill.producer.duplicates import Firsts
 from imagemill.producer.naming import Naming
 from imagemill.producer.sources import BadRow, SourceRow, parse, refused
+from imagemill.producer.without_effect import WithoutEffect
 from imagemill.shared.errors import InvalidOption, InvalidSource
 from imagemill.shared.keys import may_collide
 from imagemill.shared.messages import Item, Job
@@ -38,6 +39,8 @@ class Submission:
     """Why none can, and what to do about it."""
     before: bool = False
     """The same list was queued under this name before; nothing was queued now."""
+    warnings: tuple[str, ...] = ()
+    """Options and columns of the list that have no effect, and why; one sentence each."""
 
     @property
     def served(self) -> bool:
@@ -70,6 +73,10 @@ class ListCheck:
     """Index of an item -> its number of duplicates."""
     size: int = 0
     """Index of the last row + 1."""
+    place: str = ""
+    """Where the latest row stands in its list."""
+    warnings: tuple[str, ...] = ()
+    """What of the options and the list has no effect, once the last row was checked."""
 
     def accepted(self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool) -> Iterator[Item]:
         """The items of valid rows. After a bad row, unless `skip_invalid`, the rest is only checked, not yielded."""
@@ -80,10 +87,12 @@ class ListCheck:
     def _accepted(
         self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool, naming: Naming | None
     ) -> Iterator[Item]:
-        firsts, parts = Firsts(), spec.options.parts or (None,)
-        for number, row in enumerate(sources):
+        firsts, parts, useless = Firsts(), spec.options.parts or (None,), WithoutEffect(spec)
+        for number, given in enumerate(sources):
+            row = given if isinstance(given, BadRow) else useless.without(given)
+            self.place = row.place
             for index, part in enumerate(parts, number * len(parts)):
-                item = row if isinstance(row, BadRow) else _checked(row, index, part, spec, naming)
+                item = row if isinstance(row, BadRow) else _checked(row, index, part, spec, naming, useless.slips)
                 if isinstance(item, BadRow):
                     self._count_bad(item)
                     break
@@ -94,6 +103,7 @@ class ListCheck:
                     item = item.model_copy(update={"duplicate_of": original})
                 if skip_invalid or not self.bad_count:
                     yield item
+        self.warnings = useless.warnings()
 
     def _count_bad(self, row: BadRow) -> None:
         self.bad_count += 1
@@ -110,12 +120,10 @@ class ListCheck:
         return InvalidSource(f"{rows}, nothing was queued: {places}{more}", self.bad)
 
 
-def _checked(row: SourceRow, index: int, part: str | None, spec: Job, naming: Naming | None) -> Item | BadRow:
+def _checked(
+    row: SourceRow, index: int, part: str | None, spec: Job, naming: Naming | None, slips: Mapping[str, str]
+) -> Item | BadRow:
     options = spec.options
-    if (
-        "points" in row.fields and not options.prompted
-    ):  # a shop's table may have a column of this name that is about something else
-        row = replace(row, fields={name: value for name, value in row.fields.items() if name != "points"})
     try:
         item = parse(row, index)
         item = item if part is None else item.model_copy(update={"part": part})
@@ -124,7 +132,8 @@ def _checked(row: SourceRow, index: int, part: str | None, spec: Job, naming: Na
     except InvalidSource as error:
         return refused(row, error.message)
     if isinstance(options, InpaintOptions) and not (item.mask or item.boxes or options.mask or options.boxes):
-        return refused(row, "needs a mask or boxes, from the row or the job")
+        meant = [f"; is the column {slips[name]!r} meant to be {name!r}?" for name in ("mask", "boxes") if name in slips]
+        return refused(row, "".join(["needs a mask or boxes, from the row or the job", *meant[:1]]))
     if isinstance(options, DiffusionStylize) and item.control_image and not options.control:
         return refused(row, "has a control image, and the job has no control")
     return item

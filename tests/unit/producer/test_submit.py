@@ -106,7 +106,8 @@ def test_owner_and_times_are_passed_on(imagemill: Invoke, ledger: Ledger) -> Non
 def test_submit_json_prints_the_counts(imagemill: Invoke) -> None:
     result = imagemill(*STYLIZE, "--json", "--skip-invalid", stdin=GOOD + "ftp://example.com/c.jpg\n")
     summary = json.loads(result.stdout)
-    assert summary == {"job": summary["job"], "total": 3, "duplicates": 1, "invalid": 1, "skipped": 0}
+    told = {"advice": "no worker offers stylize.opencv; start one with `imagemill worker --cpu`", "warnings": []}
+    assert summary == {"job": summary["job"], "total": 3, "duplicates": 1, "invalid": 1, "skipped": 0, **told}
     assert "stdin:4" in result.stderr
 
 
@@ -116,7 +117,7 @@ def test_submit_wait_prints_one_json_object_and_exits_with_1_on_failures(
 ) -> None:
     result = imagemill(*STYLIZE, "--wait", "--json", stdin=rows, client=Worked)
     summary = json.loads(result.stdout)
-    assert list(summary) == ["job", "state", "total", "done", "failed", "seconds"]
+    assert list(summary) == ["job", "state", "total", "done", "failed", "seconds", "advice", "warnings"]
     assert (summary["state"], summary["total"], summary["done"], summary["failed"]) == ("done", done + failed, done, failed)
     assert result.exit_code == code
 
