@@ -24,7 +24,14 @@ USERS = {
 EVERY = frozenset({*SOURCE_NAMES, "name"})
 LOSSLESS = ("png", "webp-lossless")
 
-_ALSO = {"box": "boxes", "bbox": "boxes", "bboxes": "boxes", "boundingboxes": "boxes", "control": "control_image"}
+_ALSO = {
+    "maskimage": "mask",
+    "box": "boxes",
+    "bbox": "boxes",
+    "bboxes": "boxes",
+    "boundingboxes": "boxes",
+    "control": "control_image",
+}
 _ALIKE = {name.replace("_", ""): name for name in FIELDS if name not in EVERY} | _ALSO
 _ENDING = re.compile(r"(url|link|path|src|file)s?$")
 
@@ -82,7 +89,7 @@ class WithoutEffect:
             yield f"quality has no effect, because {output.format} is lossless"
         for limit in sorted(UNMEASURED[operation]):
             if getattr(quality, limit) is not None:
-                yield f"the limit {limit} has no effect, because it measures nothing that {operation} does"
+                yield f"the limit {limit} has no effect on {operation}"
         if quality.mode == "repair" and operation == "inpaint":
             yield "check=repair only flags, because inpaint must not change what is around the hole"
 
