@@ -223,7 +223,7 @@ def _seen(look: dict[str, Any]) -> str:
     """What an opened image and its mask are, and its error."""
     seen = [f"{look['format']}, {'×'.join(map(str, look['size']))}, {look['bytes']:,} bytes"] if "size" in look else []
     seen += [f"{name.replace('_', ' ')}: {look[name]}" for name in ("mask", "control_image") if name in look]
-    return "; ".join([*seen, *([] if look["ok"] else [look["error"]])])
+    return "; ".join([*seen, *look.get("errors", [])])
 
 
 def _time(found: DryRun) -> str:

@@ -39,7 +39,7 @@ Seen = dict[str, Any]
 def look(settings: Settings, items: Sequence[Item], spec: Job) -> list[Seen]:
     """What each image is: source, ok, format, size (width, height), bytes, and what its mask or control image is.
 
-    If a job with the same images would fail for it, `error` says so with the same code, and `ok` is false.
+    For one that a job could not use, `ok` is false, `error` is the error that the job would give it, and `errors` are all.
     """
     with closing(Network()) as network:
         fetcher = Fetcher(settings.fetch, settings.files, S3Requests(settings.s3, network), network)
@@ -107,7 +107,8 @@ class Looker:
         add(lambda: self._control(item, own))
         add(lambda: self._job_images(item))
         if errors:
-            seen |= {"ok": False, "error": "; ".join(f"{error.code}: {error.message}" for error in errors)}
+            said = [f"{error.code}: {error.message}" for error in errors]
+            seen |= {"ok": False, "error": said[0], "errors": said}
         return seen
 
     def _mask(self, item: Item, own: bytes | ImageError | None, source: bytes, picture: Picture | None) -> Seen:

@@ -19,12 +19,11 @@ from imagemill.shared.presets import Presets
 from imagemill.shared.quality import LIMITS, RULES, UNMEASURED
 from tests.unit.producer.lists import A, B, read
 
-Fields = Mapping[str, Any]
 ENGINE = {"rembg": "remove-background", "lama": "inpaint", "diffusion": "stylize"}
 SAM = "remove-background with engine=rembg and model=sam"
 
 
-def job(engine: str, options: Fields = {}, output: Fields = {}, policy: Fields = {}) -> Job:
+def job(engine: str, options: Mapping[str, Any] = {}, output: Mapping[str, Any] = {}, policy: Mapping[str, Any] = {}) -> Job:
     """A job for `engine`, or for `operation opencv`."""
     operation, _, name = engine.partition(" ")
     spec = {"operation": ENGINE.get(operation, operation), "options": {"engine": name or operation, **options}}
