@@ -161,11 +161,11 @@ def _storage(found: DryRun, items: Sequence[Item], spec: Job, total: int, comput
     sizes = [look["bytes"] for look in opened] or [size for item in items if (size := _file_size(item.source)) is not None]
     if not sizes:
         return None, None
-    mean = sum(sizes) / len(sizes)
+    mean, photos = sum(sizes) / len(sizes), total / max(1, len(found.parts))
     if not opened:
-        return round(mean * total), None
+        return round(mean * photos), None
     stored = [look["size"][0] * look["size"][1] * PER_PIXEL.get(_extension(look["source"], spec), 1) for look in opened]
-    return round(mean * total), round(sum(stored) / len(stored) * computed)
+    return round(mean * photos), round(sum(stored) / len(stored) * computed)
 
 
 def _file_size(source: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -92,7 +92,7 @@ class ListCheck:
             row = given if isinstance(given, BadRow) else useless.without(given)
             self.place = row.place
             for index, part in enumerate(parts, number * len(parts)):
-                item = row if isinstance(row, BadRow) else _checked(row, index, part, spec, naming, useless.slips)
+                item = row if isinstance(row, BadRow) else _checked(row, index, part, spec, naming)
                 if isinstance(item, BadRow):
                     self._count_bad(item)
                     break
@@ -117,12 +117,11 @@ class ListCheck:
         places = "; ".join(f"{row.place}: {row.reason}" for row in self.bad[:3])
         more = f"; and {self.bad_count - 3:,} more" if self.bad_count > 3 else ""
         rows = "1 invalid row" if self.bad_count == 1 else f"{self.bad_count:,} invalid rows"
-        return InvalidSource(f"{rows}, nothing was queued: {places}{more}", self.bad)
+        also = "".join(f"; {warning}" for warning in self.warnings)
+        return InvalidSource(f"{rows}, nothing was queued: {places}{more}{also}", self.bad, self.warnings)
 
 
-def _checked(
-    row: SourceRow, index: int, part: str | None, spec: Job, naming: Naming | None, slips: Mapping[str, str]
-) -> Item | BadRow:
+def _checked(row: SourceRow, index: int, part: str | None, spec: Job, naming: Naming | None) -> Item | BadRow:
     options = spec.options
     try:
         item = parse(row, index)
@@ -132,8 +131,7 @@ def _checked(
     except InvalidSource as error:
         return refused(row, error.message)
     if isinstance(options, InpaintOptions) and not (item.mask or item.boxes or options.mask or options.boxes):
-        meant = [f"; is the column {slips[name]!r} meant to be {name!r}?" for name in ("mask", "boxes") if name in slips]
-        return refused(row, "".join(["needs a mask or boxes, from the row or the job", *meant[:1]]))
+        return refused(row, "needs a mask or boxes, from the row or the job")
     if isinstance(options, DiffusionStylize) and item.control_image and not options.control:
         return refused(row, "has a control image, and the job has no control")
     return item

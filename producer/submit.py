@@ -144,7 +144,8 @@ def _limit(name: str, operation: str | None) -> str:
     "--dry-run",
     type=click.Choice(["list", "fetch"]),
     metavar="[=fetch]",
-    help="Queue nothing; show what would be. With =fetch also open the first 20 images and a random 20.",
+    help="Queue nothing; show what would be. With =fetch also open the first 20 images and a random 20, "
+    "with their masks and all else that a job would fetch.",
 )
 @click.option("--wait", is_flag=True, help="Show progress until the job ends.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
@@ -262,8 +263,9 @@ def _submit(client: Client, rows: Rows, spec: Job, out: Console, *, skip_invalid
         if not error.rows:
             raise
         bad_rows(out, error.rows, len(error.rows))
+        warn(out, error.warnings)
         hint = "fix them, or skip them with --skip-invalid"
-        raise InvalidSource(f"{error.message.partition(': ')[0]}; {hint}", error.rows) from error
+        raise InvalidSource(f"{error.message.partition(': ')[0]}; {hint}", error.rows, error.warnings) from error
     if submission.invalid:
         bad_rows(out, submission.invalid, submission.invalid_count)
     queued = "queued already" if submission.before else "queued"

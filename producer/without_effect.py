@@ -16,7 +16,7 @@ from imagemill.shared.quality import UNMEASURED
 _SAM = f"remove-background with engine=rembg and model={PROMPTED_MODELS[0]}"
 USERS = {
     "mask": "inpaint",
-    "boxes": f"inpaint, and for {_SAM}",
+    "boxes": f"inpaint and {_SAM}",
     "points": _SAM,
     "control_image": "stylize with engine=diffusion",
 }
@@ -52,8 +52,6 @@ class WithoutEffect:
     """Takes from the rows of a list what the job can't use, and remembers what there is to say about it."""
 
     spec: Job
-    slips: dict[str, str] = field(default_factory=dict)
-    """By field, a column of the present table whose name resembles it."""
     _filled: dict[str, Counted] = field(default_factory=dict)
     _unprompted: Counted | None = None
     _tables: dict[tuple[str, ...], str] = field(default_factory=dict)  # the columns of each, and its name
@@ -68,7 +66,6 @@ class WithoutEffect:
             self._unprompted = _one_more(self._unprompted, row)
         if row.columns is not None and (names := tuple(row.columns)) not in self._tables:
             self._tables[names] = row.place.rpartition(":")[0]
-            self.slips = dict(self._slips(names))
         unused = filled & USERS.keys() - takes
         if not unused:
             return row
@@ -98,7 +95,7 @@ class WithoutEffect:
         engine = ", ".join(filter(None, (options.engine, getattr(options, "model", None))))
         for name, rows in sorted(self._filled.items()):
             if name in USERS and name not in options.columns:
-                yield f"{name!r} in the list has no effect on {self.spec.operation} ({engine}), it is for {USERS[name]}: {rows}"
+                yield f"{name!r} in the list has no effect on {self.spec.operation} ({engine}), only on {USERS[name]}: {rows}"
         if self._unprompted is not None and not getattr(options, "points", ()) and not getattr(options, "boxes", ()):
             yield f"neither points nor boxes say what to cut out, so it will be what the centre shows: {self._unprompted}"
 
@@ -109,8 +106,8 @@ class WithoutEffect:
             options = {name: column for column in self._others(names) if (name := _option(column)) in self._options}
             if options:
                 columns, first = ", ".join(options.values()), next(iter(options))
-                reason = "which are the same for all images of a job"
-                yield f"{table}: columns don't set options ({columns}), {reason}; use --set {first}=VALUE"
+                reason = "because they are the same for all images of a job"
+                yield f"{table} can't set options in columns ({columns}), {reason}; use --set {first}=VALUE"
 
     @property
     def _options(self) -> set[str]:

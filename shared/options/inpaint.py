@@ -33,7 +33,7 @@ class InpaintOptions(EngineOptions):
 
     def ignored(self, filled: Collection[str] = ()) -> dict[str, str]:
         has_mask = self.mask is not None or "mask" in filled
-        return {} if has_mask else dict.fromkeys(("mask_from", "mask_threshold"), "there are only boxes, no masks")
+        return {} if has_mask else dict.fromkeys(("mask_from", "mask_threshold"), "there is no mask")
 
 
 class OpencvInpaint(InpaintOptions):

@@ -188,7 +188,7 @@ def test_submission_tells_what_has_no_effect(client: Client) -> None:
     ]
     assert client.submit(listed, spec).warnings == (
         "colour has no effect, because style is stylization",
-        "'mask' in the list has no effect on stylize (opencv), it is for inpaint: 1 row, list:2",
+        "'mask' in the list has no effect on stylize (opencv), only on inpaint: 1 row, list:2",
     )
     assert client.submit(rows(3), SPEC).warnings == ()
 

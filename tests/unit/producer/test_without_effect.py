@@ -71,8 +71,7 @@ def test_columns_that_the_engine_can_t_use_are_told_and_left_out(
     items = list(check.accepted(read(path), spec, skip_invalid=True))
     what = ", ".join(filter(None, (spec.options.engine, getattr(spec.options, "model", None))))
     assert [warning for warning in check.warnings if "in the list" in warning] == [
-        f"{name!r} in the list has no effect on {spec.operation} ({what}), it is for {USERS[name]}: "
-        f"2 rows, the first is {path}:3"
+        f"{name!r} in the list has no effect on {spec.operation} ({what}), only on {USERS[name]}: 2 rows, the first is {path}:3"
         for name in useless.split()
     ]
     filled = {name for name in names if getattr(items[-1], name)}
@@ -83,7 +82,7 @@ def test_what_the_engine_can_t_use_need_not_be_valid_and_makes_no_difference(tmp
     rows = f"source,points,boxes,mask\n{A},250 points,3,none\n{A},90 points,7,\n"
     check = checked(tmp_path / "list.csv", rows, job("rembg"))
     assert (check.bad, check.total, check.duplicates) == ([], 2, {0: 1})
-    told = "'mask' in the list has no effect on remove-background (rembg, u2net), it is for inpaint: 1 row, "
+    told = "'mask' in the list has no effect on remove-background (rembg, u2net), only on inpaint: 1 row, "
     assert check.warnings[1] == f"{told}{tmp_path}/list.csv:2"
 
 
@@ -118,11 +117,11 @@ def test_column_with_nearly_the_right_name_gets_a_hint(
     assert (told in check.warnings) if hint else not any("did you mean" in warning for warning in check.warnings)
 
 
-@pytest.mark.parametrize(("header", "meant"), [("masks", "mask"), ("maskUrl", "mask"), ("box", "boxes")])
-def test_row_without_mask_names_the_column_that_may_be_meant(header: str, meant: str, tmp_path: Path) -> None:
-    (bad,) = checked(path := tmp_path / "list.csv", f"source,{header}\n{A},{B}\n", job("lama")).bad
-    reason = f"needs a mask or boxes, from the row or the job; is the column {header.lower()!r} meant to be {meant!r}?"
-    assert (bad.place, bad.reason) == (f"{path}:2", reason)
+def test_refused_list_tells_the_column_that_may_be_meant(tmp_path: Path) -> None:
+    check = checked(path := tmp_path / "list.csv", f"source,masks\n{A},{B}\n", job("lama"))
+    refused, told = check.error(), f"the column 'masks' of {path} is not read; did you mean 'mask'?"
+    assert refused.warnings == check.warnings == (told,)
+    assert refused.message.endswith(f"{path}:2: needs a mask or boxes, from the row or the job; {told}")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +139,8 @@ def test_columns_named_like_options_are_told_not_to_be_read(header: str, engine:
     path = tmp_path / "list.csv"
     check = checked(path, f"source,{header}\n{A},1{',2' * header.count(',')}\n", job(engine))
     first = (told or "").split(",")[0].replace(" ", "_").replace("-", "_")
-    line = f"{path}: columns don't set options ({told}), which are the same for all images of a job; use --set {first}=VALUE"
+    reason = "because they are the same for all images of a job"
+    line = f"{path} can't set options in columns ({told}), {reason}; use --set {first}=VALUE"
     assert check.warnings == ((line,) if told else ())
 
 
@@ -195,7 +195,7 @@ THRESHOLDS = {"alpha_matting_foreground_threshold": 240, "alpha_matting_backgrou
         ("rembg", {"alpha_matting": True, **THRESHOLDS}, {}),
         ("rembg", {"alpha_matting": True, "exact": True, "mask_only": True}, {"alpha_matting": BEFORE}),
         ("inpaint opencv", {"boxes": "1,2,3,4", "mask_threshold": 9, "mask_from": "luma", "mask_dilate": 3, "radius": 4},
-         dict.fromkeys(("mask_from", "mask_threshold"), "there are only boxes, no masks")),
+         dict.fromkeys(("mask_from", "mask_threshold"), "there is no mask")),
         ("inpaint opencv", {"mask": A, "mask_threshold": 9, "mask_feather": 2, "method": "telea"}, {}),
         ("lama", {"mask": A, "strategy": "whole", "tile": 1024}, {"tile": "strategy is whole"}),
         ("lama", {"mask": A, "strategy": "resize", "tile": 512}, {}),
