@@ -37,6 +37,7 @@ LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson")
 WORKBOOKS = (".xlsx", ".xls", ".ods", ".numbers")
 _UNSEEN = "".join(map(chr, (0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF)))
 """Signs of no width, which come along when a URL is copied."""
+_FIELDS = frozenset(FIELDS)
 _WRAPPED = re.compile(r"<(.*)>|\"(.*)\"|'(.*)'")
 
 
@@ -56,7 +57,7 @@ def read_sources(
 
 def parse(row: SourceRow, index: int) -> Item:
     """Validate a row as item number `index` of its job. Raises InvalidSource with the reason."""
-    for name in row.fields.keys() - FIELDS:
+    for name in row.fields.keys() - _FIELDS:
         raise InvalidSource(_unknown(name))
     addresses = {name: percent_encoded(row.fields[name]) for name in ADDRESSES if isinstance(row.fields.get(name), str)}
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from imagemill.producer.rows import FIELDS, SOURCE_NAMES, SourceRow
 from imagemill.shared.keys import KEY_FIELD
@@ -47,29 +47,34 @@ class Counted:
         return f"1 row, {self.first}" if self.count == 1 else f"{self.count:,} rows, the first is {self.first}"
 
 
-@dataclass
 class WithoutEffect:
     """Takes from the rows of a list what the job can't use, and remembers what there is to say about it."""
 
-    spec: Job
-    _filled: dict[str, Counted] = field(default_factory=dict)
-    _unprompted: Counted | None = None
-    _tables: dict[tuple[str, ...], str] = field(default_factory=dict)  # the columns of each, and its name
+    def __init__(self, spec: Job) -> None:
+        self.spec = spec
+        self._takes = spec.options.columns
+        self._useless, self._prompted = USERS.keys() - self._takes, "points" in self._takes
+        self._rows = 0
+        self._filled: dict[str, Counted] = {}
+        self._unprompted: Counted | None = None
+        self._tables: dict[tuple[str, ...], str] = {}  # the columns of each, and its name
 
     def without(self, row: SourceRow) -> SourceRow:
         """The row without what the job can't use: a shop's table may mean something else by it."""
-        takes = self.spec.options.columns
-        filled = {name for name, value in row.fields.items() if value and name not in EVERY}
-        for name in filled:
-            self._filled[name] = _one_more(self._filled.get(name), row)
-        if "points" in takes and not filled & takes:
-            self._unprompted = _one_more(self._unprompted, row)
         if row.columns is not None and (names := tuple(row.columns)) not in self._tables:
             self._tables[names] = row.place.rpartition(":")[0]
-        unused = filled & USERS.keys() - takes
-        if not unused:
+        self._rows += 1
+        filled = row.fields.keys() - EVERY
+        if not filled and not self._prompted:
             return row
-        return replace(row, fields={name: value for name, value in row.fields.items() if name not in unused})
+        filled = {name for name in filled if row.fields[name]}
+        for name in filled:
+            self._filled[name] = _one_more(self._filled.get(name), row)
+        if self._prompted and not filled & self._takes:
+            self._unprompted = _one_more(self._unprompted, row)
+        if not filled & self._useless:
+            return row
+        return replace(row, fields={name: value for name, value in row.fields.items() if name not in self._useless})
 
     def warnings(self) -> tuple[str, ...]:
         """All there is to say, once the last row was seen."""
@@ -78,7 +83,16 @@ class WithoutEffect:
     def _of_options(self) -> Iterator[str]:
         options = self.spec.options
         ignored = options.ignored(self._filled)
+        ignored |= dict.fromkeys(self._replaced(), "each row has its own")
         yield from (f"{name} has no effect, because {reason}" for name, reason in ignored.items() if name in options.given)
+
+    def _replaced(self) -> Iterator[str]:
+        """Options that are for rows that say nothing, if there are none."""
+        if self._prompted and self._unprompted is None:
+            yield from ("points", "boxes")
+        for name in self._takes & {"mask", "control_image"} & self._filled.keys():
+            if self._filled[name].count == self._rows:
+                yield name
 
     def _of_output(self) -> Iterator[str]:
         output, quality, operation = self.spec.output, self.spec.policy.quality, self.spec.operation

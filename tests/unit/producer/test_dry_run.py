@@ -14,6 +14,8 @@ from PIL import Image
 from imagemill.producer.dry_run import FIRST, OTHERS, Sample
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.messages import Item
+from imagemill.shared.options.base import ADDRESSES
+from imagemill.worker.node.look import JOB_IMAGES
 from tests.ledgers import Ledger
 from tests.unit.producer.jobs import GOOD, LANE, STYLIZE, Invoke, node
 
@@ -172,6 +174,10 @@ def test_fetch_opens_all_that_a_job_fetches_and_fails_as_it_would(
     assert (look["place"], look["ok"]) == ("list.jsonl:1", error is None)
     assert look.get("error", "").startswith(error or "")
     assert ("error" in look) is (error is not None)
+
+
+def test_every_option_with_the_address_of_an_image_is_opened() -> None:
+    assert {*JOB_IMAGES, "mask"} == {*ADDRESSES}
 
 
 def test_fetch_tells_what_images_and_masks_are(imagemill: Invoke, ledger: Ledger, files: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from imagemill.producer.rows import FIELDS
+from imagemill.producer.rows import FIELDS, SourceRow
 from imagemill.producer.spec import job_spec
 from imagemill.producer.submission import ListCheck
 from imagemill.producer.without_effect import EVERY, USERS, resembled
@@ -230,6 +230,25 @@ def test_given_options_without_effect_are_told(
 def test_options_about_masks_count_if_a_row_has_one(tmp_path: Path) -> None:
     spec = job("lama", {"boxes": "1,2,3,4", "mask_threshold": 9})
     assert checked(tmp_path / "list.csv", f"source,mask\n{A},\n{A},{B}\n", spec).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "row", "replaced"),
+    [
+        ("lama", {"mask": B}, {"mask": A}, ["mask"]),
+        ("lama", {"boxes": "1,2,3,4"}, {"boxes": "5,6,7,8"}, []),  # both are filled
+        ("diffusion", {"control_image": B}, {"control_image": A}, ["control_image"]),
+        ("rembg", {"model": "sam", "points": "1,2", "boxes": "1,2,3,4"}, {"points": "3,4"}, ["boxes", "points"]),
+    ],
+)
+def test_option_for_rows_that_say_nothing_is_told_if_all_say_something(
+    engine: str, options: dict[str, Any], row: dict[str, str], replaced: list[str]
+) -> None:
+    for other, told in (({}, []), (row, replaced)):
+        check = ListCheck()
+        rows = [SourceRow("l:1", {"source": A, **row}), SourceRow("l:2", {"source": A, **other})]
+        list(check.accepted(rows, job(engine, options), skip_invalid=False))
+        assert sorted(check.warnings) == [f"{name} has no effect, because each row has its own" for name in told]
 
 
 def test_options_of_presets_and_of_stored_jobs_are_not_given(tmp_path: Path) -> None:
