@@ -25,7 +25,10 @@ MOST_BAD_ROWS = 1000
 
 @dataclass(frozen=True)
 class Submission:
-    """A queued job. `total` counts the accepted rows, `duplicates` those among them that share another row's result."""
+    """A queued job. `total` counts the accepted rows, `duplicates` those among them that share another row's result.
+
+    `warnings` tell which options and columns of the list have no effect, `advice` what to do if no node can work on it.
+    """
 
     job: str
     total: int

@@ -57,12 +57,13 @@ class WithoutEffect:
         self._rows = 0
         self._filled: dict[str, Counted] = {}
         self._unprompted: Counted | None = None
-        self._tables: dict[tuple[str, ...], str] = {}  # the columns of each, and its name
+        self._tables: dict[tuple[str, ...], tuple[str, str]] = {}  # the columns of each, its name, and where its images are
 
     def without(self, row: SourceRow) -> SourceRow:
         """The row without what the job can't use: a shop's table may mean something else by it."""
         if row.columns is not None and (names := tuple(row.columns)) not in self._tables:
-            self._tables[names] = row.place.rpartition(":")[0]
+            images = next((name for name, cell in row.columns.items() if str(row.fields.get("source")) in cell), "")
+            self._tables[names] = row.place.rpartition(":")[0], images
         self._rows += 1
         filled = row.fields.keys() - EVERY
         if not filled and not self._prompted:
@@ -114,10 +115,14 @@ class WithoutEffect:
             yield f"neither points nor boxes say what to cut out, so it will be what the centre shows: {self._unprompted}"
 
     def _of_tables(self) -> Iterator[str]:
-        for names, table in self._tables.items():
-            for meant, column in self._slips(names):
-                yield f"the column {column!r} of {table} is not read; did you mean {meant!r}?"
-            options = {name: column for column in self._others(names) if (name := _option(column)) in self._options}
+        keys = {match[1].strip().lower() for match in KEY_FIELD.finditer(self.spec.output.key)}
+        for names, (table, images) in self._tables.items():
+            unread = [name for name in names if name not in (*FIELDS, *keys, images)]
+            for column in unread:
+                meant = resembled(column)
+                if meant in self._takes and meant not in names and _option(column) not in self._options:
+                    yield f"the column {column!r} of {table} is not read; did you mean {meant!r}?"
+            options = {name: column for column in unread if (name := _option(column)) in self._options}
             if options:
                 columns, first = ", ".join(options.values()), next(iter(options))
                 reason = "because they are the same for all images of a job"
@@ -125,20 +130,8 @@ class WithoutEffect:
 
     @property
     def _options(self) -> set[str]:
+        """Names of options that aren't also columns."""
         return type(self.spec.options).model_fields.keys() - {"engine"} - USERS.keys()
-
-    def _others(self, names: tuple[str, ...]) -> Iterator[str]:
-        """Columns that nobody reads."""
-        keys = {match[1].strip().lower() for match in KEY_FIELD.finditer(self.spec.output.key)}
-        return (name for name in names if name not in FIELDS and name not in keys)
-
-    def _slips(self, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-        """What the job can use but the table lacks, and the column that may have it."""
-        wanted = self.spec.options.columns - {*names}
-        for column in self._others(names):
-            meant = resembled(column)
-            if meant in wanted and _option(column) not in self._options:
-                yield meant, column
 
 
 def resembled(column: str) -> str | None:

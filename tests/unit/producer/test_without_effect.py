@@ -151,6 +151,15 @@ def test_columns_that_name_results_are_in_use(tmp_path: Path) -> None:
     assert len(checked(tmp_path / "list.csv", rows, job("diffusion")).warnings) == 1
 
 
+@pytest.mark.parametrize("header", ["prompt", "mask url"])
+def test_column_with_the_images_is_in_use_whatever_its_name(header: str, tmp_path: Path) -> None:
+    (path := tmp_path / "list.csv").write_text(f'{header},sku\n"{A},{B}",7\n')
+    for engine in ("diffusion", "lama"):
+        check = ListCheck()
+        list(check.accepted(read(path), job(engine), skip_invalid=True))
+        assert check.warnings == ()
+
+
 @pytest.mark.parametrize("name", ["", "1", "name", "source", "paint", "sprints", "x" * 5000])
 def test_other_names_resemble_nothing(name: str) -> None:
     assert resembled(name) is None
