@@ -30,7 +30,7 @@ from imagemill.shared.settings import Settings
 from imagemill.shared.tracing import open_traces
 from imagemill.worker.hardware.device import Device, give_back
 from imagemill.worker.hardware.errors import DeviceUnusable, is_out_of_memory, is_sticky
-from imagemill.worker.hardware.memory import memory_of
+from imagemill.worker.hardware.memory import freeze, memory_of
 from imagemill.worker.hardware.model_memory import GPU_SHARE
 from imagemill.worker.line.batch_sizes import BatchSizes
 from imagemill.worker.line.cache import Cache
@@ -111,6 +111,7 @@ class Child:
         A model that can't be used only closes its lane, and an engine all of its lanes. Raises the error if no engine is left.
         """
         broken: dict[tuple[str, str], ImagemillError] = {}
+        loaded = len(self.operations)
         for lane in self._lanes.open():
             engine, since = engine_of(lane), time.monotonic()
             try:
@@ -132,6 +133,8 @@ class Child:
                 self.close_lane(lane, broken[engine], since)
                 if starting and not self._lanes.open() and not self.operations:
                     raise
+        if len(self.operations) > loaded:
+            freeze()
 
     def _load(self, name: str, engine: str) -> None:
         start, device = time.perf_counter(), self._device

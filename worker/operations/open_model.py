@@ -76,7 +76,7 @@ class OpenModel(Generic[Name, Version, Model]):
         if model is self.current:
             self.current = None
         del model
-        give_up_caches()
+        give_up_caches(frozen=True)
         give_back()
 
 

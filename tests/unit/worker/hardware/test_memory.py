@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
+import weakref
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -19,9 +21,31 @@ import torch
 from imagemill.shared.errors import ConfigurationError, DeviceLost
 from imagemill.worker.hardware import memory as module
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.hardware.memory import HostMemory, NvmlMemory, TorchMemory, memory_of
+from imagemill.worker.hardware.memory import HostMemory, NvmlMemory, TorchMemory, freeze, give_up_caches, memory_of
 
 GB = 10**9
+
+
+class Knot:
+    """Refers to itself, so that only the garbage collector can free it."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+def test_what_was_alive_at_a_freeze_is_only_looked_at_when_asked_for() -> None:
+    knot = Knot()
+    alive = weakref.ref(knot)
+    freeze()
+    try:
+        del knot
+        give_up_caches()
+        assert alive() is not None, "it was looked at"
+        give_up_caches(frozen=True)
+        assert alive() is None
+        assert gc.get_freeze_count(), "the rest stays frozen"
+    finally:
+        gc.unfreeze()
 
 
 # --- main memory ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -35,6 +36,12 @@ def test_engine_that_cannot_be_loaded_closes_its_lane_and_no_other(site: Site) -
     assert child.ledger.status(job).state == "done"
     with pytest.raises(ConfigurationError, match="the model can't be read"):
         site.child(make=make, operations=["remove-background"])
+
+
+def test_garbage_collector_ignores_what_is_loaded_before_the_first_task(site: Site) -> None:
+    gc.unfreeze()
+    site.child()
+    assert gc.get_freeze_count()
 
 
 def test_shift_returns_what_became_of_the_images_and_ends_the_job(site: Site) -> None:

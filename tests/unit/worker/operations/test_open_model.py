@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import NamedTuple
 
 import pytest
 
 from imagemill.shared.errors import ConfigurationError, ModelUnavailable, OperationFailed, OutOfMemory
 from imagemill.worker.hardware.errors import DeviceUnusable
+from imagemill.worker.hardware.memory import freeze
 from imagemill.worker.hardware.model_memory import ModelMemory
 from imagemill.worker.operations.open_model import OpenModel
 
@@ -111,6 +113,18 @@ def test_model_that_is_larger_than_its_file_takes_the_place_of_others() -> None:
     assert memory.taken == 5
     engine.use("cc")
     assert engine.opened == ["aa", "bb", "cc"]
+
+
+def test_closed_model_is_freed_even_if_it_refers_to_itself_and_was_there_before_the_first_task() -> None:
+    class Knot:
+        def __init__(self) -> None:
+            self.me = self
+
+    models: OpenModel[str, str, Knot] = OpenModel(len)
+    alive = weakref.ref(models.get(lambda: ("a", "1"), lambda _: Knot()))
+    freeze()
+    models.close()
+    assert alive() is None
 
 
 def test_model_is_opened_again_when_its_files_have_changed() -> None:
