@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from imagemill.shared.diffusion_models import FAMILIES
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import UsageError
 from imagemill.shared.settings import WeightsSettings, load_settings
 from imagemill.worker.models import added, adding, own_diffusion
-from imagemill.worker.models.added import SELECTABLE, Added
+from imagemill.worker.models.added import SELECTABLE, TITLES, Added
 from imagemill.worker.models.adding import Made
 from imagemill.worker.models.command_parts import needing, prepare_variants
 from imagemill.worker.models.own_diffusion import CONTROLS
@@ -121,13 +122,13 @@ class _Addition:
     def tensors(self, kind: Format, family: str | None, vae: str | None, control: str | None) -> None:
         with needing("lama", "reading a checkpoint"):
             what = own_diffusion.contents_of_folder(self.path) if kind == "folder" else own_diffusion.contents_of(self.path)
-        self._check(what, family, vae, control)
+        what = self._as_said(what, family, vae, control)
         make = own_diffusion.from_folder if kind == "folder" else own_diffusion.from_file
         ready = partial(make, self.name, self.path, what, self.weights, vae, control)
         origin = digest_of_files(self.path, [self.path / file for file in what.files])
         engine = added.ENGINES[what.kind]
-        with needing(engine, f"adding a {what.kind}"):
-            self._add(engine, ready, str(self.path.absolute()), origin, agrees=_with(vae, control))
+        with needing(engine, f"adding a {TITLES[what.kind]}"):
+            self._add(engine, ready, str(self.path.absolute()), origin, agrees=_with(family, vae, control))
 
     def from_hub(self, family: str | None, vae: str | None, control: str | None, revision: str | None) -> None:
         source, _, named = str(self.path).partition("@")
@@ -141,23 +142,26 @@ class _Addition:
             def make(work: Path) -> Made:
                 folder = hugging_face.fetched(source, commit, hugging_face.SMALL, self.settings, work)
                 what = own_diffusion.contents_of_folder(folder, files, source)
-                self._check(what, family, vae, control)
+                what = self._as_said(what, family, vae, control)
                 hugging_face.fetched(source, commit, what.files, self.settings, work)
                 return own_diffusion.from_folder(self.name, folder, what, self.weights, vae, control, work, source)
 
             origin = hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()
-            self._add("diffusion", make, f"{source}@{commit}", origin, agrees=_with(vae, control))
+            self._add("diffusion", make, f"{source}@{commit}", origin, agrees=_with(family, vae, control))
 
-    def _check(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> None:
-        """Raise UsageError for words that don't fit what was recognised."""
+    def _as_said(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> Contents:
+        """What was recognised, of the family that was said if none was. Raises UsageError for words that don't fit it."""
+        if family not in (None, what.family, *FAMILIES):
+            raise UsageError(f"there is no family {family!r} of Stable Diffusion; there are {' and '.join(FAMILIES)}")
         if family is not None and what.family and family != what.family:
-            raise UsageError(f"{self.path} is {what.kind} of the family {what.family}, not {family}")
+            raise UsageError(f"{self.path} is a {TITLES[what.kind]} of the family {what.family}, not {family}")
         if vae is not None and what.kind != "checkpoint":
-            raise UsageError(f"--vae is for checkpoints, and {self.path} is a {what.kind}")
+            raise UsageError(f"--vae is for checkpoints, and {self.path} is a {TITLES[what.kind]}")
         if control is not None and what.kind != "controlnet":
-            raise UsageError(f"--control is for ControlNets, and {self.path} is a {what.kind}")
+            raise UsageError(f"--control is for ControlNets, and {self.path} is a {TITLES[what.kind]}")
         if what.kind == "lora":
             own_diffusion.check_lora_name(self.name)
+        return replace(what, family=what.family or family or "")
 
     def _add(
         self, engine: str, make: Callable[[Path], Made], source: str, origin: str, *, agrees: Callable[[Added], bool]
@@ -176,7 +180,7 @@ class _Addition:
         return record
 
 
-def _with(vae: str | None, control: str | None) -> Callable[[Added], bool]:
-    """Whether a model that was added has this VAE and this kind of control, where they are given."""
-    given = {name: value for name, value in (("vae", vae), ("control", control)) if value is not None}
-    return lambda record: all(record.parameters.get(name) == value for name, value in given.items())
+def _with(family: str | None, vae: str | None, control: str | None) -> Callable[[Added], bool]:
+    """Whether a model that was added has this family, this VAE and this kind of control, where they are given."""
+    given = {name: value for name, value in (("family", family), ("vae", vae), ("control", control)) if value is not None}
+    return lambda record: given.items() <= {**record.parameters, "family": record.family}.items()

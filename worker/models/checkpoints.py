@@ -21,17 +21,13 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError, create_diffusers_clip_model_from_ldm
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from imagemill.shared.errors import ConfigurationError, sentence
-from imagemill.worker.models.sources import format_of
 from imagemill.worker.models.tensor_names import UNET, VAE
-from imagemill.worker.models.torch_archive import DAMAGED, tensors_of
+from imagemill.worker.models.torch_archive import DAMAGED, read
 
-LARGEST = 16 * 2**30
-"""Maximum bytes of a checkpoint's tensors."""
 CONFIG, INDEX = "config.json", "model_index.json"
 UNCONVERTED = (*DAMAGED, SingleFileComponentError, AttributeError, KeyError, NotImplementedError, TypeError)
 """Exceptions that converting and loading a file with other tensors can raise."""
@@ -59,7 +55,7 @@ def checkpoint_from_file(source: Path, family: str, base: Base, vae: Path | None
     """Convert a checkpoint in one file; `vae` is the folder of another VAE to use. Returns a sentence about its parts."""
     _quiet()
     with _translated("is no complete checkpoint"):
-        tensors = _read(source)
+        tensors = read(source)
         dtype = (
             torch.float16 if all(tensors[n].dtype == torch.float16 for n in tensors if n.startswith(UNET)) else torch.float32
         )
@@ -92,7 +88,7 @@ def controlnet_from_file(source: Path, base: Base, folder: Path) -> str:
     """Convert a ControlNet in one file, whose configuration follows from that of the base model's UNet."""
     _quiet()
     with _translated("is no ControlNet for this family"):
-        tensors = _read(source)
+        tensors = read(source)
         config = json.loads((base[0] / "unet" / CONFIG).read_text())
         known = signature(ControlNetModel.__init__).parameters
         folder.mkdir()
@@ -116,7 +112,7 @@ def vae_from_file(source: Path, base: Base, folder: Path) -> str:
     """Convert a VAE in one file."""
     _quiet()
     with _translated("is no VAE for this family"):
-        tensors = _read(source)
+        tensors = read(source)
         tensors = _below(tensors, VAE) or tensors
         model = _complete(_converted(AutoencoderKL, tensors, base[1]), "VAE")
         _save(model, folder, _dtype(tensors))
@@ -147,25 +143,6 @@ def part_from_folder(folder: Path, kind: str) -> str:
         if kind == "vae":
             _try_vae(model)
     return "parts: as in the folder"
-
-
-def lora_from_file(source: Path, target: Path) -> str:
-    """Copy a LoRA, as safetensors, if its values are finite."""
-    with _translated("is no LoRA"):
-        tensors = _read(source)
-        wrong = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-        if wrong is not None:
-            raise ConfigurationError(f"it has values that are not finite numbers, in {wrong}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
-    return f"parts: LoRA of {len(tensors)} tensors"
-
-
-def _read(source: Path) -> dict[str, Tensor]:
-    """All tensors in a safetensors file or torch archive."""
-    if format_of(source) == "safetensors":
-        return load_file(source)
-    with source.open("rb") as file:
-        return tensors_of(file, lambda found: {name: name for name in found if not name.startswith("model_ema.")}, LARGEST)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -89,6 +89,13 @@ def controlnet_of(weights: Path, family: str, control: str) -> ControlNet:
     return ControlNet(name, added_folder(weights, name), control if control in FAMILIES[family].controlnets else kind)
 
 
+def check_lora(weights: Path, family: str, name: str) -> None:
+    """Raise OperationFailed if a LoRA is known to be for another family than this one."""
+    entry, record = _entry(name, "lora"), added.find(weights, name)
+    own = entry.family if entry is not None else record.family if record is not None and record.kind == "lora" else ""
+    _check_family(f"the LoRA {name}", own or family, family)
+
+
 def added_folder(weights: Path, name: str) -> Path:
     """Where an added checkpoint, ControlNet or VAE belongs: `{weights}/diffusion/{name}`."""
     return weights / "diffusion" / name

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from imagemill.shared.errors import ConfigurationError, UsageError
 from imagemill.worker.models import added, diffusers_folders
+from imagemill.worker.models.added import Kind
 from imagemill.worker.models.adding import Made
 from imagemill.worker.models.catalogue import REPOSITORIES, repository
-from imagemill.worker.models.diffusion_models import added_folder
+from imagemill.worker.models.diffusion_models import added_folder, base_of
 from imagemill.worker.models.download import check_space
+from imagemill.worker.models.lora_names import Layers, layers_of
 from imagemill.worker.models.own_process import apart
-from imagemill.worker.models.repositories import folder_of, state
+from imagemill.worker.models.repositories import folder_of, models_here, state
 from imagemill.worker.models.sources import format_of, header_of
 from imagemill.worker.models.tensor_names import Contents
 from imagemill.worker.models.tensor_names import recognise as recognise_tensors
@@ -49,12 +51,14 @@ def from_file(
             target = work / f"{name}.safetensors"
             count = apart(convert, source, target)
             return Made(kind, family, target, f"lama/{target.name}", {}, (f"LaMa with {count / 1e6:.1f} million parameters",))
+        if kind == "lora":
+            from imagemill.worker.models import loras
+
+            target = work / f"{name}.safetensors"
+            family, found = apart(loras.from_file, source, target, family, layers_here(weights))
+            return Made(kind, family, target, f"diffusion/loras/{target.name}", {}, _told(kind, family, found))
         from imagemill.worker.models import checkpoints
 
-        if kind == "lora":
-            target = work / f"{name}.safetensors"
-            found = apart(checkpoints.lora_from_file, source, target)
-            return Made(kind, family, target, f"diffusion/loras/{target.name}", {}, _told(kind, family, found))
         folder = work / name
         base = base_for(weights, family or "sd15")
         if kind == "checkpoint":
@@ -132,6 +136,12 @@ def base_for(weights: Path, family: str) -> tuple[Path, Path]:
     return folder, own if own.is_dir() else folder_of(weights, repository(needed[-1]))
 
 
+def layers_here(weights: Path) -> list[Layers]:
+    """The layers of one checkpoint of each family that is here. Raises ConfigurationError."""
+    bases = {base.family: base.folder for base in (base_of(weights, name) for name in models_here(weights, "diffusion")[::-1])}
+    return [layers_of(folder, family) for family, folder in sorted(bases.items())]
+
+
 def vae_folder(weights: Path, name: str | None) -> Path | None:
     """The folder of a VAE that was added, by its name. Raises UsageError."""
     if name is None:
@@ -154,5 +164,5 @@ def check_lora_name(name: str) -> None:
         raise UsageError(f"{name!r}: a LoRA's name has up to 64 letters, digits and _-")
 
 
-def _told(kind: str, family: str, found: str) -> tuple[str, ...]:
-    return (f"{kind}{f' for {family}' if family else ''}", found)
+def _told(kind: Kind, family: str, found: str) -> tuple[str, ...]:
+    return (f"{added.TITLES[kind]}{f' for {family}' if family else ''}", found)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.worker.models.added import Kind
+from imagemill.worker.models.lora_names import is_lora
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,6 +32,11 @@ EXPECTED = "expected a checkpoint of Stable Diffusion 1.5 or SDXL, a ControlNet,
 
 WIDTHS = {768: "sd15", 2048: "sdxl"}
 """The family by the width of the text embeddings that a LoRA was made for."""
+TRANSFORMER = (
+    *("transformer.", "lora_transformer_", "lora_unet_double_blocks_", "lora_unet_single_blocks_", "lora_unet_joint_blocks_"),
+    *("diffusion_model.double_blocks.", "diffusion_model.joint_blocks.", "diffusion_model.layers.", "diffusion_model.blocks."),
+)
+"""Beginnings of names in LoRAs for other models."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ def recognise(tensors: Shapes) -> Contents:
             raise ConfigurationError(f"it is {other}, which nodes can't run; {EXPECTED}")
     if any(name.endswith(LAMA) for name in tensors):
         return Contents("inpainting", "lama")
-    if any(".lora_" in name or name.endswith((".alpha", ".dora_scale")) for name in tensors):
+    if is_lora(tensors):
         return Contents("lora", _lora_family(tensors))
     if any(name.startswith("control_model.") or name.startswith("input_hint_block.") for name in tensors):
         return Contents("controlnet", _family(tensors))
@@ -74,9 +82,22 @@ def _family(tensors: Shapes) -> str:
 
 
 def _lora_family(tensors: Shapes) -> str:
-    """The family that a LoRA was made for, by the width of what its layers for text take."""
+    """The family that a LoRA was made for, by its names, or the width of what its layers for text take; empty if unseen.
+
+    Raises ConfigurationError if it is another than those that nodes can run.
+    """
+    if any(name.startswith(TRANSFORMER) for name in tensors):
+        raise ConfigurationError(
+            "it is a LoRA for Flux, Stable Diffusion 3 or another transformer, which nodes can't run; "
+            "expected one for Stable Diffusion 1.5 or SDXL"
+        )
+    if any(name.startswith(("text_encoder_2.", "lora_te2_")) or "add_embedding" in name for name in tensors):
+        return "sdxl"
     for name, shape in tensors.items():
-        is_for_text = ("attn2" in name) and ("to_k" in name) and ("lora_down" in name or "lora_A" in name)
-        if is_for_text and len(shape) == 2 and shape[1] in WIDTHS:
-            return WIDTHS[shape[1]]
+        if re.search(r"attn2.*to_[kv]", name) and name.endswith(("down.weight", "lora_A.weight", "hada_w1_b")):
+            width = math.prod(shape[1:])
+            if width == 1024:
+                raise ConfigurationError("it is a LoRA for Stable Diffusion 2, which nodes can't run; expected 1.5 or SDXL")
+            if width in WIDTHS:
+                return WIDTHS[width]
     return ""

@@ -23,7 +23,7 @@ from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.models import stamps
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.checksums import digest
-from imagemill.worker.models.diffusion_models import Base, base_of, controlnet_of
+from imagemill.worker.models.diffusion_models import Base, base_of, check_lora, controlnet_of
 from imagemill.worker.models.repositories import digest_of, is_here, models_here, state
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.job_images import job_image
@@ -95,7 +95,9 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         for control in options.control:
             found = controlnet_of(weights, base.family, control.name)
             parts.append(f"{found.name} {self._digest(found.folder)}")
-        parts += [f"{lora.name} {self._adapter(find(weights, lora.name))}" for lora in options.loras]
+        for lora in options.loras:
+            check_lora(weights, base.family, lora.name)
+            parts.append(f"{lora.name} {self._adapter(find(weights, lora.name))}")
         parts += [
             f"diffusers {diffusers.__version__}",
             f"transformers {transformers.__version__}",
