@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from imagemill.worker.models.added import SELECTABLE, TITLES, Added
 from imagemill.worker.models.adding import Made
 from imagemill.worker.models.command_parts import needing, prepare_variants
 from imagemill.worker.models.own_diffusion import CONTROLS
-from imagemill.worker.models.sources import Format, digest_of_files, format_of
+from imagemill.worker.models.sources import Format, check_no_address, digest_of_files, format_of
 from imagemill.worker.models.tensor_names import Contents
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._/-]*)?")
@@ -71,8 +72,9 @@ def add(name: str, source: str, replace: bool, **said: Any) -> None:
     """
     settings, path = load_settings().weights, Path(source)
     adding.check_name(name)
+    check_no_address(source)
     addition = _Addition(settings, name, path, replace)
-    if HUB_ID.fullmatch(source) and not path.exists():
+    if HUB_ID.fullmatch(source) and not os.path.lexists(path):
         _only(said, "a model on the Hugging Face Hub", "family", "vae", "control", "revision")
         addition.from_hub(said["family"], said["vae"], said["control"], said["revision"])
         return
