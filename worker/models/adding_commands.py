@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,10 +21,9 @@ from imagemill.worker.models.added import SELECTABLE, TITLES, Added
 from imagemill.worker.models.adding import Made
 from imagemill.worker.models.command_parts import needing, prepare_variants
 from imagemill.worker.models.own_diffusion import CONTROLS
-from imagemill.worker.models.sources import Format, check_no_address, digest_of_files, format_of
+from imagemill.worker.models.sources import Format, OnHub, check_no_address, digest_of_files, format_of, on_hub
 from imagemill.worker.models.tensor_names import Contents
 
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._/-]*)?")
 OUTCOMES = {"present": "already there", "added": "added", "replaced": "replaced"}
 
 
@@ -49,7 +47,9 @@ class Numbers(click.ParamType[tuple[float, ...]]):
 @click.argument("source", metavar="SOURCE")
 @click.option("--family", metavar="NAME", help="u2net, isnet, birefnet, modnet, ben, sd15 or sdxl; usually recognised.")
 @click.option("--vae", metavar="NAME", help="Put this VAE, which you have added, into the checkpoint.")
-@click.option("--control", type=click.Choice(CONTROLS), help="What pictures the ControlNet takes; usually told by its name.")
+@click.option(
+    "--control", type=click.Choice(CONTROLS), help="What is drawn of each image for the ControlNet; usually told by its name."
+)
 @click.option("--revision", metavar="REV", help="Commit, tag or branch, for a SOURCE on the Hugging Face Hub; default main.")
 @click.option("--input-size", type=click.IntRange(16, 4096), help="Side of the input in pixels (ONNX).")
 @click.option("--mean", type=Numbers(), metavar="R,G,B", help="What is subtracted from each channel, from 0 to 1 (ONNX).")
@@ -65,19 +65,20 @@ def add(name: str, source: str, replace: bool, **said: Any) -> None:
     - an ONNX file that cuts out subjects, of the family u2net, isnet, birefnet, modnet or ben, or any with --mean and
       --deviation
     - a checkpoint of Stable Diffusion 1.5 or SDXL, a ControlNet or a VAE: one file, a folder in diffusers' layout, or
-      owner/repository@revision on the Hugging Face Hub
+      owner/repository[/file]@revision on the Hugging Face Hub
     - a LoRA, or LaMa's weights
 
     It is tried out and copied; what doesn't fit is refused. Do this on each host, or once for a shared folder.
     """
     settings, path = load_settings().weights, Path(source)
     adding.check_name(name)
-    check_no_address(source)
     addition = _Addition(settings, name, path, replace)
-    if HUB_ID.fullmatch(source) and not os.path.lexists(path):
+    place = None if os.path.lexists(path) else on_hub(source)
+    if place is not None:
         _only(said, "a model on the Hugging Face Hub", "family", "vae", "control", "revision")
-        addition.from_hub(said["family"], said["vae"], said["control"], said["revision"])
+        addition.from_hub(place, said["family"], said["vae"], said["control"], said["revision"])
         return
+    check_no_address(source)
     kind = format_of(path)
     if kind == "onnx":
         _only(said, "an ONNX file", "family", "input_size", "mean", "deviation", "output", "logits")
@@ -132,24 +133,17 @@ class _Addition:
         with needing(engine, f"adding a {TITLES[what.kind]}"):
             self._add(engine, ready, str(self.path.absolute()), origin, agrees=_with(family, vae, control))
 
-    def from_hub(self, family: str | None, vae: str | None, control: str | None, revision: str | None) -> None:
-        source, _, named = str(self.path).partition("@")
-        if named and revision:
+    def from_hub(self, place: OnHub, family: str | None, vae: str | None, control: str | None, revision: str | None) -> None:
+        if place.revision and revision:
             raise UsageError(f"--revision can't be combined with the revision in {self.path}")
         with needing("diffusion", "adding a model from the Hugging Face Hub"):
-            from imagemill.worker.models import hugging_face
+            from imagemill.worker.models import own_from_hub
 
-            commit, files = hugging_face.files_at(source, self.settings, named or revision or "main")
-
-            def make(work: Path) -> Made:
-                folder = hugging_face.fetched(source, commit, hugging_face.SMALL, self.settings, work)
-                what = own_diffusion.contents_of_folder(folder, files, source)
-                what = self._as_said(what, family, vae, control)
-                hugging_face.fetched(source, commit, what.files, self.settings, work)
-                return own_diffusion.from_folder(self.name, folder, what, self.weights, vae, control, work, source)
-
-            origin = hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()
-            self._add("diffusion", make, f"{source}@{commit}", origin, agrees=_with(family, vae, control))
+            found = own_from_hub.resolved(place, place.revision or revision or "main", self.settings)
+            check = partial(self._as_said, family=family, vae=vae, control=control)
+            make = partial(own_from_hub.make, self.name, found, self.settings, vae, control, check)
+            origin = hashlib.sha256(found.source.encode()).hexdigest()
+            self._add("diffusion", make, found.source, origin, agrees=_with(family, vae, control))
 
     def _as_said(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> Contents:
         """What was recognised, of the family that was said if none was. Raises UsageError for words that don't fit it."""
@@ -176,9 +170,10 @@ class _Addition:
         for line in found:
             click.echo(f"{name}: {line}")
         click.echo(f"{name}: {OUTCOMES[outcome]}: {weights / record.place}")
-        if outcome != "present" and record.kind in SELECTABLE:
+        if outcome != "present" and record.kind in (*SELECTABLE, "controlnet"):
             (operation,) = (row.operation for row in ENGINES if row.name == record.engine)
-            click.echo(f"use it with: --operation {operation} --engine {record.engine} --set model={name}")
+            chosen = f"model={record.family} --set control={name}" if record.kind == "controlnet" else f"model={name}"
+            click.echo(f"use it with: --operation {operation} --engine {record.engine} --set {chosen}")
         return record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -9,24 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
 from imagemill.shared.settings import WeightsSettings
 from imagemill.worker.models.catalogue import Repository
 from imagemill.worker.models.checksums import read_json, sha256_of, write_json
-from imagemill.worker.models.download import Outcome, check_space, mirror_url
+from imagemill.worker.models.download import LARGEST, MAX_BYTES, Outcome, check_space, mirror_url
 from imagemill.worker.models.repositories import RECORD, folder_of, matching, state
 
 HUB = "https://huggingface.co"
 
 
-def pull(entry: Repository, settings: WeightsSettings, revision: str | None = None) -> Outcome:
+def pull(entry: Repository, settings: WeightsSettings, revision: str | None = None, *, most: int = MAX_BYTES) -> Outcome:
     """Make sure that a repository's files are on disk; `present` means that nothing had to be downloaded.
 
-    `revision`, a commit, tag or branch, overrides the pinned commit; the commit it resolves to is recorded. Raises
-    ServiceUnavailable if the hub can't be reached (files that have arrived are kept), and ConfigurationError if it
-    doesn't have the files, if a checksum is wrong (the file is deleted) or if the folder can't be written.
+    `revision`, a commit, tag or branch, overrides the pinned commit; the commit it resolves to is recorded. `most` is the
+    maximum of bytes. Raises ServiceUnavailable if the hub can't be reached (files that have arrived are kept), and
+    ConfigurationError if it doesn't have the files, if they are too large, if a checksum is wrong (the file is deleted) or if
+    the folder can't be written.
     """
     weights = settings.folder.expanduser()
     folder, asked = folder_of(weights, entry), revision or entry.revision
@@ -37,12 +39,17 @@ def pull(entry: Repository, settings: WeightsSettings, revision: str | None = No
         commit, files = _files_at(entry, endpoint, asked)
         folder.mkdir(parents=True, exist_ok=True)
         present = sum(file["size"] or 0 for name, file in files.items() if (folder / name).is_file())
-        check_space(folder, entry.name, sum(file["size"] or 0 for file in files.values()), present=present)
+        check_space(folder, entry.name, sum(file["size"] or 0 for file in files.values()), present=present, most=most)
         (folder / RECORD).unlink(missing_ok=True)  # until the folder is complete again
         if not sys.stderr.isatty():
             huggingface_hub.utils.disable_progress_bars()
         huggingface_hub.snapshot_download(
-            entry.source, revision=commit, allow_patterns=list(files), local_dir=folder, endpoint=endpoint, token=False
+            entry.source,
+            revision=commit,
+            allow_patterns=[glob.escape(name) for name in files],
+            local_dir=folder,
+            endpoint=endpoint,
+            token=False,
         )
         checked = {name: _checked(folder / name, expected) for name, expected in files.items()}
         write_json(folder / RECORD, {"repository": entry.source, "asked": asked, "commit": commit, "files": checked})
@@ -70,11 +77,11 @@ def files_at(source: str, settings: WeightsSettings, revision: str) -> tuple[str
 
 
 def fetched(source: str, commit: str, files: Sequence[str], settings: WeightsSettings, work: Path) -> Path:
-    """The folder below `work` with these files of a repository, checked. Raises as `pull` does."""
-    entry = Repository("fetched", source, commit, "", tuple(files), 0)
+    """The folder below `work` with these files of a repository, or those that match, checked. Raises as `pull` does."""
+    entry = Repository(source, source, commit, "", tuple(files), 0)
     folder = folder_of(work, entry)
     (folder / RECORD).unlink(missing_ok=True)  # of files that were fetched before
-    pull(entry, settings.model_copy(update={"folder": work}))
+    pull(entry, settings.model_copy(update={"folder": work}), most=LARGEST)
     return folder
 
 
@@ -111,6 +118,13 @@ def _translated(error: Exception, what: str, folder: Path) -> Exception:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OSError) and error.errno is not None and status is None:
         return ConfigurationError(f"{folder} can't be written: {sentence(error)}")
+    if isinstance(error, GatedRepoError):
+        return ConfigurationError(
+            f"{what} is gated: its owners ask everybody to accept their terms, and imagemill has no account on the hub; "
+            "download it with yours, and add the folder or file"
+        )
+    if isinstance(error, RepositoryNotFoundError):  # also the answer for those that are private
+        return ConfigurationError(f"the hub has no {what}, or it is not public")
     if isinstance(error, HFValidationError) or (status is not None and status < 500 and status != 429):
         return ConfigurationError(f"the hub has no {what}: {sentence(error)}")
     from_library = type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore", "hf_xet"))  # also httpx2

@@ -42,7 +42,6 @@ OTHERS = {
     "a difference between whole checkpoints": (".diff", ".diff_b"),
     "a LoRA that also changes norms": (".w_norm", ".b_norm"),
     "a LoRA that also changes biases": (".lora_B.bias", ".lora_up.bias"),
-    "a Control-LoRA": ("lora_controlnet",),
 }
 """Relatives of LoRAs that nodes can't use, by the ends of names in them."""
 

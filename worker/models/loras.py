@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
@@ -23,7 +22,7 @@ from torch.nn.functional import pad
 from imagemill.shared.errors import ConfigurationError, sentence
 from imagemill.worker.models.checksums import read_json
 from imagemill.worker.models.lora_names import Layers, Place, diffusers_name, split
-from imagemill.worker.models.sources import format_of
+from imagemill.worker.models.sources import metadata_of
 from imagemill.worker.models.torch_archive import DAMAGED, read
 
 KEPT = (torch.float16, torch.bfloat16, torch.float32)
@@ -99,7 +98,7 @@ def _copied(source: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, Pa
         raise ConfigurationError(f"converting it takes the layers of {missing}: run `imagemill models pull {missing}` first")
     for layer, parts in layers.items():
         _pair(layer, parts)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, _metadata(source))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata_of(source) or None)
     return (
         f"parts: LoRA of {len(layers)} layers, not compared with those of a checkpoint, as none "
         f"{f'of {family} ' if family else ''}is here: run `imagemill models pull {missing}` and add it again to be sure"
@@ -251,13 +250,5 @@ def _scales(source: Path, tensors: Mapping[str, Tensor]) -> Scales:
         if not config:
             raise ConfigurationError(f"its scale is in {PEFT_CONFIG}, which is missing beside it")
         return Scales(config)
-    config = json.loads((_metadata(source) or {}).get(METADATA, "{}"))
+    config = json.loads(metadata_of(source).get(METADATA, "{}"))
     return Scales(config if isinstance(config, dict) else {})
-
-
-def _metadata(source: Path) -> dict[str, str] | None:
-    if format_of(source) != "safetensors":
-        return None
-    with safe_open(source, "pt") as file:
-        metadata: dict[str, str] | None = file.metadata()
-    return metadata

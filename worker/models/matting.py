@@ -239,7 +239,11 @@ def _family(seen: Seen, said: Said) -> tuple[str, Family, str]:
         return MATTES[mattes], KINDS[MATTES[mattes]], f"it returns {mattes} mattes"
     side = seen.shape[2]
     if len(seen.outputs) == 1 and seen.bounded and side in SIZES:
-        return SIZES[side], KINDS[SIZES[side]], f"it takes {side} pixels and ends in {BOUNDED[next(iter(seen.bounded.values()))]}"
+        return (
+            SIZES[side],
+            KINDS[SIZES[side]],
+            f"it takes {side} pixels and ends in {BOUNDED[next(iter(seen.bounded.values()))]}",
+        )
     raise ConfigurationError(
         f"can't tell which family it is (input {_form(seen.shape)}, {len(seen.outputs)} outputs): "
         f"add --family with one of {', '.join(KINDS)}, or --mean and --deviation"

@@ -4,24 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import stat
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from imagemill.shared.errors import ConfigurationError, UsageError, sentence
 from imagemill.worker.models.checksums import sha256_of
 
 Format = Literal["onnx", "safetensors", "torch", "folder"]
 
+REPOSITORY = r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+ON_HUB = (
+    re.compile(rf"{REPOSITORY}(/(?P<file>[^@]+))?(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII),
+    re.compile(
+        rf"https://huggingface\.co/{REPOSITORY}(/(tree|blob|resolve)/(?P<revision>[^/?]+)(/(?P<file>[^?]+))?)?/?(\?.*)?",
+        re.ASCII,
+    ),
+)
+"""What names something on the Hugging Face Hub: ids as imagemill takes them, and the addresses of pages and files there."""
+
+SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin", ".onnx")
+"""How the names of models in one file end."""
 HEAD = 512
 """Bytes at a file's beginning that tell what it is."""
 LONGEST_HEADER = 100_000_000
 """Maximum bytes of a safetensors header, as in the safetensors library."""
 EXPECTED = "expected an ONNX file, a safetensors file, a torch checkpoint or a folder in diffusers' layout"
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """A repository on the Hugging Face Hub, or one `file` in it; the revision is None unless it was given with them."""
+
+    repository: str
+    file: str | None
+    revision: str | None
+
+    @property
+    def called(self) -> str:
+        """What the operator calls it."""
+        return f"{self.repository}/{self.file}" if self.file else self.repository
+
+
+def on_hub(source: str) -> OnHub | None:
+    """What a source names on the Hugging Face Hub; None if it can't be that, or is rather a file's path."""
+    found = next((match for pattern in ON_HUB if (match := pattern.fullmatch(unquote(source)))), None)
+    return (
+        None
+        if found is None or found["repository"].endswith(SUFFIXES)
+        else OnHub(found["repository"], found["file"], found["revision"])
+    )
 
 
 def format_of(source: Path) -> Format:
@@ -38,7 +75,7 @@ def format_of(source: Path) -> Format:
             return "torch"
     except FileNotFoundError as error:
         if source.is_symlink():
-            raise ConfigurationError(f"{source} is a link to {os.readlink(source)}, which is not there") from error
+            raise ConfigurationError(f"{source} is a link to {source.readlink()}, which is not there") from error
         raise ConfigurationError(f"there is no file {source}") from error
     except OSError as error:
         raise ConfigurationError(f"{source} can't be read: {sentence(error)}") from error
@@ -53,8 +90,7 @@ def format_of(source: Path) -> Format:
 def check_no_address(source: str) -> None:
     """Raise UsageError for a SOURCE that is a URL."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
-        hub = " or name it owner/repository" if "://huggingface.co/" in source or "://hf.co/" in source else ""
-        raise UsageError(f"{source} is a URL, and SOURCE is a file or folder on this host: download it first{hub}")
+        raise UsageError(f"{source} is a URL; expected a file or folder on this host: download it first")
 
 
 def no_model(head: bytes) -> str | None:
@@ -113,6 +149,15 @@ def header_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if 8 + length + end != size:
         raise ConfigurationError(f"{path} has {size} bytes, and by its header it should have {8 + length + end}: get it again")
     return tensors
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; empty for any other file. For files that `header_of` has read."""
+    if format_of(path) != "safetensors":
+        return {}
+    with path.open("rb") as file:
+        found = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
+    return found if isinstance(found, dict) else {}
 
 
 def digest_of_files(root: Path, files: Iterable[Path]) -> str:

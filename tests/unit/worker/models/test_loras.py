@@ -379,7 +379,7 @@ WIDE = TO_K + ".lora_down.weight"
         ({f"{TO_Q}.a1.weight": (2, 4)}, "it is a GLoRA"),
         ({f"{TO_Q}.diff": (32, 32)}, "it is a difference between whole checkpoints"),
         ({f"{TO_Q}.w_norm": (32,)}, "it is a LoRA that also changes norms"),
-        ({"lora_controlnet": (0,), "input_hint_block.0.weight": (16, 3)}, "it is a Control-LoRA"),
+        ({"lora_controlnet": (0,), "input_hint_block.0.weight": (16, 3)}, "it is a control LoRA"),
         ({WIDE: (4, 1024)}, "it is a LoRA for Stable Diffusion 2, which nodes can't run; expected 1.5 or SDXL"),
         ({"transformer.single_blocks.0.lora_A.weight": (4, 8)}, "it is a LoRA for Flux, Stable Diffusion 3 or another"),
         ({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": (4, 8)}, "it is a LoRA for Flux"),
@@ -401,7 +401,8 @@ def test_relatives_and_loras_of_other_models_are_refused_by_name(
 
 def test_family_is_found_said_and_compared_with_a_jobs_model(run: Run, weights: Path, tmp_path: Path) -> None:
     pipeline_folder(pipeline_folder(weights), "sdxl", ())
-    save_file(pair(TO_K, into=64), tmp_path / "a.safetensors")
+    (layers,) = (layers for layers in layers_here(weights) if layers.family == "sdxl")
+    save_file(pair(TO_K, into=layers.shapes[layers.found["unet", TO_K.removeprefix("lora_unet_")]][1]), tmp_path / "a.safetensors")
     refused(run, "add", "style", tmp_path / "a.safetensors", "--family", "sd15", reason="and in sd15 that has 32 x 32")
     refused(run, "add", "style", tmp_path / "a.safetensors", "--family", "sd3", reason="there are sd15 and sdxl")
     done = run("add", "style", tmp_path / "a.safetensors")
