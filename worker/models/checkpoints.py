@@ -94,7 +94,7 @@ def _in_16_bits(tensor: Tensor) -> Tensor:
 
 
 def _own_vae(tensors: Mapping[str, Tensor], base: Base) -> Any:
-    """A checkpoint's own VAE. It works in single precision if its family's was pulled from elsewhere and is another one."""
+    """An own VAE. It works in single precision if its family's was pulled from elsewhere and is another one."""
     model = _complete(_converted(AutoencoderKL, tensors, base[1]), "VAE")
     if base[1].parent != base[0]:
         pulled = AutoencoderKL.from_pretrained(base[1], **_stored(base[1])).state_dict()
@@ -162,7 +162,7 @@ def vae_from_file(source: Path, base: Base, folder: Path) -> str:
     with _translated("is no VAE for this family"):
         tensors = read(source)
         tensors = _below(tensors, VAE) or tensors
-        model = _complete(_converted(AutoencoderKL, tensors, base[1]), "VAE")
+        model = _own_vae(tensors, base)
         _save(model, folder, _dtype(tensors))
         _try_vae(model)
     return f"parts: VAE of {len(tensors)} tensors"

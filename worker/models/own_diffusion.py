@@ -16,7 +16,7 @@ from imagemill.worker.models.download import LARGEST, check_space
 from imagemill.worker.models.lora_names import Layers, layers_of
 from imagemill.worker.models.own_process import apart
 from imagemill.worker.models.repositories import folder_of, models_here, state
-from imagemill.worker.models.sources import format_of, header_of
+from imagemill.worker.models.sources import format_of, header_of, metadata_of
 from imagemill.worker.models.tensor_names import Contents
 from imagemill.worker.models.tensor_names import recognise as recognise_tensors
 
@@ -68,16 +68,18 @@ def from_file(
             return Made(kind, family, target, f"diffusion/loras/{target.name}", {}, _told(kind, family, found))
         from imagemill.worker.models import checkpoints
 
-        folder = work / name
-        base = base_for(weights, family or "sd15")
+        folder, why = work / name, ""
+        if kind == "vae" and not family:
+            family, why = _family_of_vae(weights, name, Path(called or source), metadata_of(source))
+        base = base_for(weights, family)
         if kind == "checkpoint":
             parameters = {"vae": vae} if vae is not None else {}
-            found = apart(checkpoints.checkpoint_from_file, source, family, base, vae_folder(weights, vae), folder)
+            found = apart(checkpoints.checkpoint_from_file, source, family, base, vae_folder(weights, vae, family), folder)
         elif kind == "controlnet":
             parameters = {"control": control or control_in(name, source.name) or control_in(Path(called or source).parent.name)}
             found = apart(checkpoints.controlnet_from_file, source, base, folder)
         else:
-            found = apart(checkpoints.vae_from_file, source, base, folder)
+            found = apart(checkpoints.vae_from_file, source, base, folder) + why
     except ConfigurationError as error:
         raise ConfigurationError(f"{called or source}: {error.message}") from error
     return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found, parameters))
@@ -109,7 +111,7 @@ def from_folder(
     try:
         if kind == "checkpoint":
             parameters = {"vae": vae} if vae is not None else {}
-            found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae))
+            found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae, family))
         else:
             parameters = {"control": control or control_in(name, called or source.name)} if kind == "controlnet" else {}
             found = apart(checkpoints.part_from_folder, folder, kind)
@@ -153,13 +155,26 @@ def layers_here(weights: Path) -> list[Layers]:
     return [layers_of(folder, family) for family, folder in sorted(bases.items())]
 
 
-def vae_folder(weights: Path, name: str | None) -> Path | None:
-    """The folder of a VAE that was added, by its name. Raises UsageError."""
+def _family_of_vae(weights: Path, name: str, source: Path, metadata: Mapping[str, str]) -> tuple[str, str]:
+    """The family of a VAE in one file, and why: the tensors of SD 1.5's and SDXL's have the same names and shapes."""
+    told = " ".join((name, source.parent.name, source.name, metadata.get("modelspec.architecture", ""))).lower()
+    if re.search(r"xl(?![a-z])|stable-diffusion-xl", told):
+        return "sdxl", "; for SDXL by its name (--family sd15 says otherwise)"
+    here = {base.family for base in (base_of(weights, model) for model in models_here(weights, "diffusion"))}
+    if here == {"sdxl"}:
+        return "sdxl", "; for SDXL, as no other family is here (--family sd15 says otherwise)"
+    return "sd15", "; for Stable Diffusion 1.5, as its name doesn't say SDXL (--family sdxl says otherwise)"
+
+
+def vae_folder(weights: Path, name: str | None, family: str) -> Path | None:
+    """The folder of a VAE that was added, by its name, for a checkpoint of this family. Raises UsageError."""
     if name is None:
         return None
     record = added.find(weights, name)
     if record is None or record.kind != "vae":
         raise UsageError(f"there is no VAE called {name}: add it first, with `imagemill models add {name} FILE`")
+    if record.family not in ("", family):
+        raise UsageError(f"the VAE {name} is for {record.family}, and the checkpoint is {family}")
     return added_folder(weights, name)
 
 

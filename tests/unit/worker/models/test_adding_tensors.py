@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,25 @@ def test_kind_and_family_are_told_by_the_tensors_names(names: list[str], kind: A
         ({"control_model.a.attn2.to_k.weight": (1, 1024)}, "it is for Stable Diffusion 2, which nodes can't run"),
         ({"down_blocks.0.a": (1,)}, "it is a UNet without text encoder and VAE"),
         ({"bert.encoder.a": (1,)}, "its tensors (bert.encoder.a, ...) are of no known model"),
-        ({}, "its tensors (none, ...) are of no known model"),
+        ({}, "it has no tensors with names, like a hypernetwork, which nodes can't run; expected a checkpoint"),
+        ({"string_to_param.*": (2, 768)}, "it is a textual inversion, which nodes can't run; expected"),
+        ({"<cat-toy>": (768,)}, "it is a textual inversion"),
+        ({"clip_g": (8, 1280), "clip_l": (8, 768)}, "it is a textual inversion"),
+        ({"encoder.conv_in.weight": (8, 3, 3, 3), "decoder.conv_in.weight": (8, 16, 3, 3)}, "it is a VAE with 16 channels, as"),
+        ({"encoder.layers.0.weight": (8, 3), "decoder.layers.1.weight": (8, 4)}, "it is TAESD, a VAE for previews"),
+        ({"0.weight": (8, 3), "1.conv.0.weight": (8, 8)}, "it is TAESD, a VAE for previews"),
+        ({"encoder.conv_in.weight": (8, 3), "decoder.condition_encoder.layers.0.weight": (8, 4)}, "it is an asymmetric VAE"),
+        ({"synthesis.first_stage.conv_first.conv.weight": (8, 4)}, "it is MAT"),
+        ({"encoder.b512.fromrgb.weight": (8, 4), "synthesis.b4.conv.weight": (8, 4)}, "it is MI-GAN"),
+        (
+            {"gen_state_dict.model.1.ffc.convl2l.weight": (64, 4), "str_state_dict.rel_pos_emb.weight": (8, 8)},
+            "it is a LaMa that also wants to know where the mask is",
+        ),
+        (
+            {"stage1.rebnconvin.conv_s1.weight": (64, 3)},
+            "a network that cuts out subjects, but not its graph; expected an ONNX",
+        ),
+        ({"bb.layers.0.weight": (8,), "squeeze_module.0.conv_in.weight": (8, 8)}, "expected an ONNX file: export it"),
     ],
 )
 def test_other_models_are_refused_with_what_was_expected(tensors: Any, reason: str) -> None:
@@ -162,6 +182,83 @@ def test_vae_is_added_and_put_into_a_checkpoint(run: Run, weights: Path, tmp_pat
     assert run("add", "photo", base, "--vae", "soft").exit_code == 0
     assert same(weights_of(weights / "diffusion" / "photo" / "vae", "vae"), weights_of(theirs, "vae"))
     refused(run, "add", "other", base, "--vae", "hard", reason="there is no VAE called hard: add it first")
+
+
+VAE_FILES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "original names": lambda tensors: tensors,
+    "of a checkpoint": lambda tensors: {f"first_stage_model.{name}": tensor for name, tensor in tensors.items()},
+    "with a loss": lambda tensors: (
+        tensors | {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.ones(3)}
+    ),
+    "with averages": lambda tensors: tensors | {f"model_ema.{name.replace('.', '')}": part for name, part in tensors.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint to add in `other`, and those of both families in `here`."""
+    folder = tmp_path_factory.mktemp("published")
+    pipeline_folder(folder / "other", seed=5)
+    pipeline_folder(pipeline_folder(folder / "here"), "sdxl", ())
+    return folder
+
+
+@pytest.mark.parametrize("kind", [*VAE_FILES, "diffusers' names"])
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_vae_in_one_file_becomes_what_its_folder_was(
+    kind: str, suffix: str, run: Run, weights: Path, published: Path, tmp_path: Path
+) -> None:
+    theirs = folder_of(published / "other", repository("sd15")) / "vae"
+    shutil.copytree(published / "here", weights)
+    tensors = VAE_FILES[kind](vae_tensors(theirs)) if kind in VAE_FILES else weights_of(theirs, "vae")
+    path = tmp_path / f"soft.{suffix}"
+    if suffix == "ckpt":
+        torch.save({"state_dict": tensors, "epoch": 3}, path)
+    done = run("add", "soft", path if suffix == "ckpt" else saved(path, tensors))
+    assert done.exit_code == 0, done.output
+    assert same(weights_of(weights / "diffusion" / "soft", "vae"), weights_of(theirs, "vae"))
+
+
+def test_family_of_a_vae_is_said_or_told_by_its_name_and_its_factor_follows(
+    run: Run, weights: Path, published: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(published / "here", weights)
+    base = weights / "diffusion" / "sdxl" / "vae"
+    config = json.loads((base / "config.json").read_text()) | {"scaling_factor": 0.13025}
+    (base / "config.json").write_text(json.dumps(config))
+    path = saved(tmp_path / "soft.safetensors", vae_tensors(base))
+    shutil.copy(path, tmp_path / "sdxl_soft.safetensors")
+    for name, words, family in (
+        ("a", [path], "sd15"),
+        ("b", [path, "--family", "sdxl"], "sdxl"),
+        ("c", [tmp_path / "sdxl_soft.safetensors"], "sdxl"),
+        ("d", [tmp_path / "sdxl_soft.safetensors", "--family", "sd15"], "sd15"),
+        ("e", [base], "sdxl"),
+    ):
+        done = run("add", name, *words)
+        assert (done.exit_code, f"{name}: VAE for {family}" in done.stdout) == (0, True), done.output
+        factor = json.loads((weights / "diffusion" / name / "config.json").read_text())["scaling_factor"]
+        assert factor == {"sd15": 0.18215, "sdxl": 0.13025}[family]
+    refused(run, "add", "f", base, "--family", "sd15", reason="is a VAE of the family sdxl, not sd15")
+    photo = folder_of(weights, repository("sd15"))
+    refused(run, "add", "photo", photo, "--vae", "b", reason="the VAE b is for sdxl, and the checkpoint is sd15")
+    refused(run, "add", "a", path, "--family", "sdxl", reason="choose another name, or add --replace")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"latent_channels": 16}, "it is a VAE with 16 channels, as Flux and Stable Diffusion 3 have; expected 4"),
+        ({"_class_name": "AutoencoderTiny"}, "it is TAESD, a VAE for previews; expected a checkpoint, a ControlNet or a VAE"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "it is an asymmetric VAE; expected"),
+        ({"_class_name": "ConsistencyDecoderVAE"}, "it is a consistency decoder; expected"),
+    ],
+    ids=str,
+)
+def test_folder_with_another_vae_is_refused(config: dict[str, Any], reason: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"} | config))
+    refused(run, "add", "soft", tmp_path / "vae", reason=reason)
 
 
 def test_controlnet_in_one_file_becomes_what_its_folder_was(run: Run, weights: Path, tmp_path: Path) -> None:

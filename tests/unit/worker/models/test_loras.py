@@ -402,7 +402,9 @@ def test_relatives_and_loras_of_other_models_are_refused_by_name(
 def test_family_is_found_said_and_compared_with_a_jobs_model(run: Run, weights: Path, tmp_path: Path) -> None:
     pipeline_folder(pipeline_folder(weights), "sdxl", ())
     (layers,) = (layers for layers in layers_here(weights) if layers.family == "sdxl")
-    save_file(pair(TO_K, into=layers.shapes[layers.found["unet", TO_K.removeprefix("lora_unet_")]][1]), tmp_path / "a.safetensors")
+    save_file(
+        pair(TO_K, into=layers.shapes[layers.found["unet", TO_K.removeprefix("lora_unet_")]][1]), tmp_path / "a.safetensors"
+    )
     refused(run, "add", "style", tmp_path / "a.safetensors", "--family", "sd15", reason="and in sd15 that has 32 x 32")
     refused(run, "add", "style", tmp_path / "a.safetensors", "--family", "sd3", reason="there are sd15 and sdxl")
     done = run("add", "style", tmp_path / "a.safetensors")
