@@ -34,8 +34,9 @@ TITLES: Mapping[str, str] = {
     "vae": "VAE",
     "lora": "LoRA",
     "inpainting": "inpainting model",
+    "checker": "safety checker",
 }
-"""What people call each kind."""
+"""What people call each kind, with that of the catalogue which can't be added."""
 
 SELECTABLE: tuple[Kind, ...] = ("matting", "checkpoint", "inpainting")
 """The kinds that a job can name as its `model`; each of them is a lane."""

@@ -65,7 +65,8 @@ def _family(config: dict[str, Any], expected: str) -> str:
 def _family_of_vae(config: dict[str, Any]) -> str:
     """The family by the factor of a VAE's latents; empty if there is none, or another."""
     check_vae(config.get("latent_channels", 4))
-    return {0.18215: "sd15", 0.13025: "sdxl"}.get(config.get("scaling_factor"), "")
+    factors: dict[Any, str] = {0.18215: "sd15", 0.13025: "sdxl"}
+    return factors.get(config.get("scaling_factor"), "")
 
 
 def _class(config: dict[str, Any]) -> str:

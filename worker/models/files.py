@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imagemill.worker.hardware.cpu import has_vnni
-from imagemill.worker.models.catalogue import CONVERTED, Weights
+from imagemill.worker.models.catalogue import CONVERTED, WEIGHTS, Weights
 from imagemill.worker.models.checksums import digest, hash_file, read_json, remembered_sums, sums_path, write_json
 
 Kind = Literal["fp32", "dynamic", "int8", "safetensors"]
@@ -66,6 +66,20 @@ def is_current(original: Path, kind: Kind) -> bool:
     if record.get("accepted") is not True or (record.get("needs_vnni") and not has_vnni()):
         return False
     return variant(original, kind).is_file() and record.get("original") == digest(original)
+
+
+def perhaps_half(folder: Path) -> list[str]:
+    """The catalogue's ONNX models whose files are half as large as published and were never looked at by pull.
+
+    Such a file is in half precision, most likely, and somebody has put it there. Telling for sure takes a library that nodes
+    do without.
+    """
+    found = []
+    for weights in (weights for weights in WEIGHTS if weights.engine not in CONVERTED):
+        path = path_of(folder, weights)
+        if path.is_file() and not variant_record(path, "fp32"):
+            found += [weights.name] * (0.45 < path.stat().st_size / weights.about_bytes < 0.55)
+    return found
 
 
 def variant_record(original: Path, kind: Kind) -> dict[str, Any]:

@@ -7,7 +7,7 @@ it ends in a sigmoid. Then it runs on a made-up photo.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ LARGEST_SIDE = 4096
 """Maximum side of a network's input, in pixels."""
 PROBABLE = 0.05
 """How far below 0 a matte may reach without being taken for logits, as a share of its maximum; resizing overshoots."""
+ALIKE = 1e-2
+"""By how much a matte may differ in a batch, as a share of its range."""
 PASSING = frozenset({"Identity", "Cast", "Resize", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Slice", "Clip", "Upsample"})
 """Nodes that change a matte's form, but not what its values mean."""
 BOUNDED = {"Sigmoid": "a sigmoid", "HardSigmoid": "a sigmoid", "Tanh": "a tanh"}
@@ -280,7 +282,8 @@ def _run(path: Path, seen: Seen, said: Said, family: Family) -> tuple[str, list[
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         kind = np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
-        outputs = [session.run([wanted], {seen.input: family.tensor(photo)[None].astype(kind)})[0] for photo in photos()]
+        pictures = [family.tensor(photo)[None].astype(kind) for photo in photos()]
+        outputs = [session.run([wanted], {seen.input: picture})[0] for picture in pictures]
     except Exception as error:  # onnxruntime raises anything on a graph that it can't run
         raise ConfigurationError(_reason(error, f"it does not run on a picture of {family.size} pixels")) from error
     for output in outputs:
@@ -293,7 +296,24 @@ def _run(path: Path, seen: Seen, said: Said, family: Family) -> tuple[str, list[
             )
         if output.shape[-1] != output.shape[-2] or output.shape[-1] < family.size // 32:
             raise ConfigurationError(f"its output {wanted} is {_form(output.shape)}; expected a square matte of the picture")
-    return wanted, [np.asarray(output[0], np.float32) for output in outputs]
+    mattes = [np.asarray(output[0], np.float32) for output in outputs]
+    if not seen.shape[0]:
+        _check_batch(lambda: session.run([wanted], {seen.input: np.concatenate(pictures)})[0], mattes)
+    return wanted, mattes
+
+
+def _check_batch(run: Callable[[], Any], mattes: Sequence[NDArray[np.float32]]) -> None:
+    """Raise ConfigurationError if a network with a free batch axis doesn't give the same for both pictures at once."""
+    try:
+        together = np.asarray(run(), np.float32)
+        same = np.allclose(together, np.stack(mattes), rtol=ALIKE, atol=ALIKE * max(map(np.ptp, mattes)), equal_nan=True)
+        reason = "" if same else ": it returns something else then"
+    except Exception as error:  # noqa: BLE001  # what works for one picture was exported for one
+        reason = _reason(error, "")
+    if reason:
+        raise ConfigurationError(
+            f"its graph takes any number of pictures, but fails with two; export it with a batch of 1{reason}"
+        )
 
 
 def _reason(error: Exception, otherwise: str) -> str:

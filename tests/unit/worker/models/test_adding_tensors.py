@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.worker.models import added, own_diffusion
@@ -20,7 +22,7 @@ from imagemill.worker.models.repositories import folder_of, models_here
 from imagemill.worker.models.sources import header_of
 from imagemill.worker.models.tensor_names import Contents, recognise
 from tests.checkpoints import checkpoint_tensors, saved, vae_tensors
-from tests.generators import lama_checkpoint, lama_file
+from tests.generators import lama_checkpoint, lama_file, lama_script, lama_weights
 from tests.pipelines import diffusers, lora_file, pipeline_folder
 from tests.styles import loaded, styled
 from tests.unit.worker.models.test_adding_commands import Run, contents, listed, refused, run, weights
@@ -243,6 +245,11 @@ def test_family_of_a_vae_is_said_or_told_by_its_name_and_its_factor_follows(
     photo = folder_of(weights, repository("sd15"))
     refused(run, "add", "photo", photo, "--vae", "b", reason="the VAE b is for sdxl, and the checkpoint is sd15")
     refused(run, "add", "a", path, "--family", "sdxl", reason="choose another name, or add --replace")
+    assert run("verify", *"abcde").exit_code == 0
+    (weights / "diffusion" / "a" / "config.json").write_text("{}")
+    refused(run, "verify", "a", reason="config.json has changed since it was added", status=1)
+    assert run("remove", *"abcde").exit_code == 0
+    assert contents(weights) == {str(file.relative_to(published / "here")) for file in (published / "here").rglob("*.*[jt]*")}
 
 
 @pytest.mark.parametrize(
@@ -297,6 +304,36 @@ def test_lora_and_lama_are_added_to_where_their_engines_look(run: Run, weights: 
     }
     assert models_here(weights, "lama") == ["fill"]
     refused(run, "add", "other", lama_file(tmp_path / "lama.safetensors"), "--mean", "0.5", reason="--mean is not for a file")
+
+
+def lama_in_a_dictionary(path: Path) -> Path:
+    """A pickle in which the generator has another name, as other tools train it."""
+    tensors = {name.removeprefix("generator."): tensor for name, tensor in lama_weights().items()}
+    torch.save({"gen_state_dict": tensors, "dis_state_dict": {"0.weight": torch.ones(3)}}, path)
+    return path
+
+
+def zipped_lama(path: Path) -> Path:
+    """An archive with the checkpoint in a folder, as it is published."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(lama_checkpoint(path.with_name("best.ckpt")), "big-lama/models/best.ckpt")
+    return path
+
+
+@pytest.mark.parametrize("written", [lama_checkpoint, lama_script, lama_file, lama_in_a_dictionary, zipped_lama])
+def test_lama_is_added_in_each_format_that_it_is_passed_around_in(
+    written: Any, run: Run, weights: Path, tmp_path: Path
+) -> None:
+    suffix = ".safetensors" if written is lama_file else ".pt"
+    done = run("add", "fill", written(tmp_path / f"big-lama{suffix}"))
+    assert (done.exit_code, "fill: LaMa with" in done.stdout) == (0, True), done.output
+    made = load_file(weights / "lama" / "fill.safetensors")
+    assert same(made, {name: tensor for name, tensor in lama_weights().items() if name in made})
+    assert {name for name in lama_weights() if "num_batches" not in name} <= made.keys()
+    assert listed(run)["fill"]["kind"] == "inpainting"
+    assert run("verify", "fill").exit_code == 0
+    assert run("remove", "fill").exit_code == 0
+    assert contents(weights) == set()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -195,6 +195,35 @@ def test_file_that_is_too_new_for_the_runtime_is_refused(change: Any, what: str,
         recognised(path, family="isnet")
 
 
+def _only_for_one(model: Any) -> None:
+    """As exported with a batch of 1, and then said to take any."""
+    shape = onnx.numpy_helper.from_array(np.array([1, 1, 32, 32], np.int64), "form")
+    model.graph.initializer.append(shape)
+    model.graph.node[-1].CopyFrom(helper.make_node("Reshape", ["matte", "form"], ["output"]))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def _mixing(model: Any) -> None:
+    """Each picture's matte is the mean of all."""
+    model.graph.node[-1].CopyFrom(helper.make_node("ReduceMean", ["matte"], ["mean"], axes=[0], keepdims=1))
+    model.graph.node.append(helper.make_node("Expand", ["mean", "form"], ["output"]))
+    model.graph.node.insert(0, helper.make_node("Shape", ["map"], ["form"]))
+    model.graph.node.append(model.graph.node.pop(0))
+    nodes = sorted(model.graph.node, key=lambda node: ["Conv", "Sigmoid", "Shape", "ReduceMean", "Expand"].index(node.op_type))
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+@pytest.mark.parametrize("change", [_only_for_one, _mixing])
+def test_free_batch_axis_that_does_not_hold_what_it_promises_is_refused(change: Any, tmp_path: Path) -> None:
+    path = edited(tmp_path / "a.onnx", change)
+    with pytest.raises(
+        ConfigurationError, match="takes any number of pictures, but fails with two; export it with a batch of 1: "
+    ):
+        recognised(path, family="isnet")
+
+
 def ending(kind: str, **attributes: Any) -> Any:
     """Replaces a network's sigmoid by one more node."""
 
