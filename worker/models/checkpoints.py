@@ -7,6 +7,7 @@ it runs in a process of its own (own_process.py), and nothing is downloaded.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from diffusers.loaders.single_file_utils import (
     convert_controlnet_checkpoint,
     create_diffusers_clip_model_from_ldm,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -33,6 +35,8 @@ from imagemill.worker.models.sources import metadata_of
 from imagemill.worker.models.tensor_names import UNET, VAE
 from imagemill.worker.models.torch_archive import DAMAGED, read
 
+LONGEST_YAML = 100_000
+"""Maximum bytes of a configuration beside a checkpoint."""
 CONFIG, INDEX = "config.json", "model_index.json"
 UNCONVERTED = (*DAMAGED, SingleFileComponentError, AttributeError, KeyError, NotImplementedError, TypeError)
 """Exceptions that converting and loading a file with other tensors can raise."""
@@ -62,22 +66,35 @@ def checkpoint_from_file(source: Path, family: str, base: Base, vae: Path | None
     with _translated("is no complete checkpoint"):
         tensors = {_present_name(name): _in_16_bits(tensor) for name, tensor in read(source).items()}
         dtype = _dtype({name: tensor for name, tensor in tensors.items() if name.startswith(UNET)})
-        parts: dict[str, Any] = {"unet": _converted(UNet2DConditionModel, tensors, base[0] / "unet")}
-        for name, kind in FAMILIES[family].encoders.items():
-            parts[name] = create_diffusers_clip_model_from_ldm(
-                kind, tensors, subfolder=name, config=str(base[0]), local_files_only=True
-            )
-        own = _below(tensors, VAE) if vae is None else {}
-        parts["vae"] = _own_vae(own, base) if own else AutoencoderKL.from_pretrained(vae or base[1], **_stored(vae or base[1]))
-        for name, part in parts.items():
+        for name, part in _parts(tensors, family, base, vae, dtype):
             _save(_complete(part, name), folder / name, dtype)
-        for name in ("scheduler", *(encoder.replace("text_encoder", "tokenizer") for encoder in FAMILIES[family].encoders)):
+        encoders = [*FAMILIES[family].encoders]
+        for name in ("scheduler", *(encoder.replace("text_encoder", "tokenizer") for encoder in encoders)):
             shutil.copytree(base[0] / name, folder / name)
-        prediction = _set_prediction(folder / "scheduler" / "scheduler_config.json", source, tensors)
+        found = f"parts: {', '.join(['unet', *encoders, 'vae'])}"
+        if vae is not None or not any(name.startswith(VAE) for name in tensors):
+            found += f"; the VAE is {_name_of(vae or base[1])}"
+        found += _set_prediction(folder / "scheduler" / "scheduler_config.json", source, tensors)
+        del tensors  # the trial needs the memory
         _write_index(folder, family)
         _try_out(folder, family)
-    borrowed = f"; the VAE is {vae.name if vae is not None else _name_of(base[1])}" if not own else ""
-    return f"parts: {', '.join(parts)}{borrowed}{prediction}"
+    return found
+
+
+def _parts(
+    tensors: Mapping[str, Tensor], family: str, base: Base, vae: Path | None, dtype: torch.dtype
+) -> Iterator[tuple[str, Any]]:
+    """The models in a checkpoint by their folders' names, one at a time, as they are large. Its weights may be incomplete."""
+    yield "unet", _converted(UNet2DConditionModel, tensors, base[0] / "unet", dtype)
+    for name, kind in FAMILIES[family].encoders.items():
+        yield (
+            name,
+            create_diffusers_clip_model_from_ldm(
+                kind, tensors, subfolder=name, config=str(base[0]), torch_dtype=dtype, local_files_only=True
+            ),
+        )
+    own = _below(tensors, VAE) if vae is None else {}
+    yield "vae", _own_vae(own, base, dtype) if own else AutoencoderKL.from_pretrained(vae or base[1], **_stored(vae or base[1]))
 
 
 def _present_name(name: str) -> str:
@@ -93,13 +110,12 @@ def _in_16_bits(tensor: Tensor) -> Tensor:
     return tensor.half() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
-def _own_vae(tensors: Mapping[str, Tensor], base: Base) -> Any:
+def _own_vae(tensors: Mapping[str, Tensor], base: Base, dtype: torch.dtype) -> Any:
     """An own VAE. It works in single precision if its family's was pulled from elsewhere and is another one."""
-    model = _complete(_converted(AutoencoderKL, tensors, base[1]), "VAE")
+    model = _complete(_converted(AutoencoderKL, tensors, base[1], dtype), "VAE")
     if base[1].parent != base[0]:
         pulled = AutoencoderKL.from_pretrained(base[1], **_stored(base[1])).state_dict()
-        dtype = _dtype(tensors)
-        same = all(torch.equal(tensor.to(dtype), pulled[name].to(dtype)) for name, tensor in model.state_dict().items())
+        same = all(torch.equal(tensor, pulled[name].to(dtype)) for name, tensor in model.state_dict().items())
         model.register_to_config(force_upcast=not same)
     return model
 
@@ -109,8 +125,17 @@ def _name_of(vae: Path) -> str:
 
 
 def _set_prediction(config: Path, source: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Note in a scheduler's configuration that a model predicts velocity, if its file says so; also returns what to print."""
-    if "v_pred" not in tensors and metadata_of(source).get("modelspec.prediction_type") != "v":
+    """Note in a scheduler's configuration that a model predicts velocity, if its file or the web UI's configuration beside it
+    says so; also returns what to print.
+    """
+    said, beside = "", source.with_suffix(".yaml")
+    if beside.is_file() and beside.stat().st_size <= LONGEST_YAML:
+        said = beside.read_text(errors="replace")
+    if (
+        "v_pred" not in tensors
+        and metadata_of(source).get("modelspec.prediction_type") != "v"
+        and not re.search(r"""^\s*parameterization: *["']?v["']?\s*$""", said, re.MULTILINE)
+    ):
         return ""
     changes = {"prediction_type": "v_prediction", **({"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {})}
     config.write_text(json.dumps(json.loads(config.read_text()) | changes, indent=2))
@@ -127,6 +152,7 @@ def controlnet_from_file(source: Path, base: Base, folder: Path) -> str:
         folder.mkdir()
         wanted = {name: value for name, value in family_config.items() if name in known} | {"_class_name": "ControlNetModel"}
         wanted |= _hint_channels(tensors)
+        wanted["global_pool_conditions"] = "shuffle" in source.name.lower()  # as the web UI tells it: the tensors don't
         (folder / CONFIG).write_text(json.dumps(wanted))
         model = _complete(_converted(ControlNetModel, tensors, folder), "ControlNet")
         more = sorted(tensors.keys() - model.state_dict().keys())
@@ -162,10 +188,20 @@ def vae_from_file(source: Path, base: Base, folder: Path) -> str:
     with _translated("is no VAE for this family"):
         tensors = read(source)
         tensors = _below(tensors, VAE) or tensors
-        model = _own_vae(tensors, base)
-        _save(model, folder, _dtype(tensors))
-        _try_vae(model)
+        dtype = _dtype(tensors)
+        model = _own_vae(tensors, base, dtype)
+        _save(model, folder, dtype)
+        _try_vae(model.float())  # SDXL's overflows in half precision
     return f"parts: VAE of {len(tensors)} tensors"
+
+
+def unpickled(folder: Path) -> None:
+    """Replace the pickled weights in a folder, which are read as data, by safetensors files."""
+    with _translated("has weights that can't be read"):
+        for path in folder.rglob("*.bin"):
+            name = path.name.removeprefix("pytorch_") if path.name.startswith("pytorch_model") else path.name
+            save_file(read(path), path.with_name(name).with_suffix(".safetensors"), {"format": "pt"})
+            path.unlink()
 
 
 def checkpoint_from_folder(folder: Path, family: str, vae: Path | None) -> str:
@@ -196,9 +232,9 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _converted(kind: Any, tensors: Mapping[str, Tensor], config: Path) -> Any:
+def _converted(kind: Any, tensors: Mapping[str, Tensor], config: Path, dtype: torch.dtype = torch.float32) -> Any:
     try:
-        return kind.from_single_file(dict(tensors), config=str(config), local_files_only=True)
+        return kind.from_single_file(dict(tensors), config=str(config), torch_dtype=dtype, local_files_only=True)
     except NotImplementedError as error:  # tensors that the file doesn't have can't be moved
         raise ConfigurationError(f"its {kind.__name__} lacks some tensors") from error
 

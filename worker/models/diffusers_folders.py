@@ -10,6 +10,7 @@ from typing import Any
 
 from imagemill.shared.errors import ConfigurationError, sentence
 from imagemill.worker.models.added import Kind
+from imagemill.worker.models.sources import TENSORS
 from imagemill.worker.models.tensor_names import check_unet, check_vae
 
 CONFIG, INDEX = "config.json", "model_index.json"
@@ -26,7 +27,6 @@ OTHERS = {
 }
 """What other folders are, by that class."""
 ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
-PICKLES = (".ckpt", ".pth", ".pt", ".bin")
 LARGEST_JSON = 10_000_000
 """Maximum bytes of a configuration; tokenizers have a few millions."""
 
@@ -41,7 +41,7 @@ def recognise(files: Sequence[str], read: Any) -> tuple[Kind, str]:
     if INDEX in files:
         raise ConfigurationError(f"it is a {_class(read(INDEX))} without a UNet; expected Stable Diffusion 1.5 or SDXL")
     if CONFIG not in files:
-        single = next((name for name in files if name.endswith((".safetensors", ".onnx", *PICKLES))), None)
+        single = next((name for name in files if name.endswith((*TENSORS, ".onnx"))), None)
         hint = f", or one of its files, such as {single}" if single is not None else ""
         raise ConfigurationError(f"it has neither {INDEX} nor {CONFIG}; expected a folder in diffusers' layout{hint}")
     config = read(CONFIG)
@@ -75,7 +75,8 @@ def _class(config: dict[str, Any]) -> str:
 
 def wanted(files: Sequence[str], kind: Kind, family: str) -> list[str]:
     """The files of a folder that nodes need: configurations, tokenizers, and each part's weights in half precision if all
-    have that, else in full if it has that. Raises ConfigurationError if something is missing.
+    have that, else in full if it has that; pickled ones where there are no others. Raises ConfigurationError if something is
+    missing.
     """
     if kind != "checkpoint":
         parts = [""]
@@ -89,11 +90,10 @@ def wanted(files: Sequence[str], kind: Kind, family: str) -> list[str]:
                 raise ConfigurationError(f"it has no {folder.rstrip('/')}")
     half = all(_weights(files, part, half=True) for part in parts)
     for part in parts:
-        weights = _weights(files, part, half=half) or _weights(files, part, half=not half)
-        if f"{part}{CONFIG}" not in files or not weights:
-            pickled = any(name.startswith(part) and name.endswith(PICKLES) for name in files)
-            hint = ", only pickled ones, which can contain code: save it with safe_serialization=True" if pickled else ""
-            raise ConfigurationError(f"it has no safetensors files of its {part.rstrip('/') or 'weights'}{hint}")
+        weights = _weights(files, part, half=half) or _weights(files, part, half=not half) or _pickled(files, part)
+        for what, some in (("configuration", f"{part}{CONFIG}" in files), ("weights", weights)):
+            if not some:
+                raise ConfigurationError(f"it has no {what}{f' of its {part[:-1]}' if part else ''}")
         chosen += [f"{part}{CONFIG}", *weights]
     return sorted(set(chosen))
 
@@ -109,6 +109,12 @@ def _weights(files: Sequence[str], part: str, *, half: bool) -> list[str]:
     index = [name for name in own if name.endswith(f".safetensors.index{mark}.json")]
     shards = [name for name in own if "-of-" in name and name.endswith(".safetensors") and (".fp16" in name) == half]
     return [*index, *shards] if index and shards else []
+
+
+def _pickled(files: Sequence[str], part: str) -> list[str]:
+    """The pickled weights of a part in one file, in half precision if there are such."""
+    names = (f"{part}{stem}{mark}.bin" for mark in (".fp16", "") for stem in ("diffusion_pytorch_model", "pytorch_model"))
+    return [name for name in names if name in files][:1]
 
 
 def listing(source: Path) -> list[str]:

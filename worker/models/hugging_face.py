@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import ModelInfo
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
@@ -73,7 +74,7 @@ def files_at(source: str, settings: WeightsSettings, revision: str) -> tuple[str
         raise _translated(error, f"{source} at {revision}", settings.folder) from error
     if not info.sha:
         raise ConfigurationError(f"{source} at {revision} has no commit")
-    return info.sha, [sibling.rfilename for sibling in info.siblings or []]
+    return info.sha, [*_siblings(info)]
 
 
 def fetched(source: str, commit: str, files: Sequence[str], settings: WeightsSettings, work: Path) -> Path:
@@ -89,7 +90,7 @@ def _files_at(entry: Repository, endpoint: str, revision: str) -> tuple[str, dic
     """The commit that a revision resolves to, and size and checksum of each file to load: SHA-256 in LFS, else git's."""
     hub = huggingface_hub.HfApi(endpoint=endpoint, token=False)
     info = hub.model_info(entry.source, revision=revision, files_metadata=True)
-    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    siblings = _siblings(info)
     missing = [pattern for pattern in entry.files if not matching(siblings, [pattern])]
     if not info.sha or any(pattern.endswith(".safetensors") for pattern in missing):
         raise ConfigurationError(f"{entry.source} at {revision} has no {', '.join(missing) or 'commit'}")
@@ -98,6 +99,14 @@ def _files_at(entry: Repository, endpoint: str, revision: str) -> tuple[str, dic
         file.rfilename: {"size": file.size, "hub": f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"}
         for file in chosen
     }
+
+
+def _siblings(info: ModelInfo) -> dict[str, Any]:
+    """What the hub says about each file of a repository, by name. Raises ConfigurationError if one would lie elsewhere."""
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    if wrong := [name for name in siblings if name.startswith("/") or ".." in name.split("/")]:
+        raise ConfigurationError(f"{info.id} has a file outside of its folder, {wrong[0]!r}")
+    return siblings
 
 
 def _checked(path: Path, expected: dict[str, Any]) -> dict[str, Any]:

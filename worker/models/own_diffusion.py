@@ -104,11 +104,15 @@ def from_folder(
     kind, family, folder, parameters = contents.kind, contents.family, work / name, {}
     size = sum((source / file).stat().st_size for file in contents.files)
     check_space(work, name, size, present=0 if called is None else size, most=LARGEST)
-    for file in contents.files:
-        if file.endswith(".safetensors"):
-            header_of(source / file)
-    diffusers_folders.taken(source, contents.files, folder, move=called is not None)
     try:
+        for file in contents.files:
+            if file.endswith(".safetensors"):
+                header_of(source / file)
+            elif file.endswith(".bin"):
+                format_of(source / file)  # refuses pickles that are no archives
+        diffusers_folders.taken(source, contents.files, folder, move=called is not None)
+        if any(file.endswith(".bin") for file in contents.files):
+            apart(checkpoints.unpickled, folder)
         if kind == "checkpoint":
             parameters = {"vae": vae} if vae is not None else {}
             found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae, family))
@@ -116,7 +120,7 @@ def from_folder(
             parameters = {"control": control or control_in(name, called or source.name)} if kind == "controlnet" else {}
             found = apart(checkpoints.part_from_folder, folder, kind)
     except ConfigurationError as error:
-        message = error.message.replace(f"{folder}/", "")  # where it was tried out
+        message = error.message.replace(f"{source}/", "").replace(f"{folder}/", "")
         raise ConfigurationError(f"{called or source}: {message}") from error
     return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found, parameters))
 
@@ -134,13 +138,16 @@ def contents_of_folder(source: Path, files: Sequence[str] | None = None, called:
 
 
 def base_for(weights: Path, family: str) -> tuple[Path, Path]:
-    """The folders of a family's pulled checkpoint and of its VAE, for their configurations. Raises ConfigurationError."""
+    """The folders of a family's pulled checkpoint and of its VAE, for their configurations.
+
+    Raises UsageError if they have to be pulled first, and ConfigurationError if there is no such family.
+    """
     names = {entry.name for entry in REPOSITORIES}
     if family not in names:
         raise ConfigurationError(f"it is a model of the family {family}, which nodes of this version can't run")
     needed = [family, *[f"{family}-vae"] * (f"{family}-vae" in names)]
     if any(state(weights, repository(name)) == "missing" for name in needed):
-        raise ConfigurationError(
+        raise UsageError(
             f"converting it takes the configuration and the tokenizer of {family}: "
             f"run `imagemill models pull {' '.join(needed)}` first"
         )
@@ -196,7 +203,5 @@ def _told(kind: Kind, family: str, found: str, parameters: Mapping[str, str] | N
     if kind != "controlnet":
         return lines
     control = (parameters or {}).get("control")
-    drawn = (
-        f"pictures: {control}, drawn from each image" if control else "pictures: none is drawn for it, so jobs give their own"
-    )
-    return (*lines, f"{drawn} (--control says otherwise)")
+    drawn = f"{control}, drawn from each image" if control else "none is drawn for it, so jobs give their own"
+    return (*lines, f"pictures: {drawn}; --control names another kind")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
-from imagemill.shared.errors import ConfigurationError, ServiceUnavailable
+from imagemill.shared.errors import ConfigurationError, ServiceUnavailable, UsageError
 from imagemill.shared.settings import WeightsSettings
 from imagemill.worker.models import hugging_face, own_diffusion
 from imagemill.worker.models.adding import Made
@@ -50,7 +50,8 @@ def make(
 ) -> Made:
     """A model from the hub, made in the folder `work`. `check` returns its contents, or raises what it has against them.
 
-    Raises ConfigurationError, and ServiceUnavailable if the hub stops answering; then complete files are kept for the next try.
+    Raises ConfigurationError, UsageError if something has to be done first, and ServiceUnavailable if the hub stops answering;
+    after the latter two, complete files are kept for the next try.
     """
     place, weights = found.place, settings.folder.expanduser()
     with _kept_for_retry(work.with_name(f".fetching-{name}")) as download:
@@ -68,10 +69,10 @@ def make(
 
 @contextmanager
 def _kept_for_retry(folder: Path) -> Iterator[Path]:
-    """A folder for downloads, which is deleted unless the download was interrupted."""
+    """A folder for downloads, which is deleted unless the same command can succeed later."""
     try:
         yield folder
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UsageError):
         raise
     except ServiceUnavailable as error:
         raise ServiceUnavailable(f"{error.message}; complete files are kept in {folder} until you try again") from error

@@ -28,8 +28,8 @@ ON_HUB = (
 )
 """What names something on the Hugging Face Hub: ids as imagemill takes them, and the addresses of pages and files there."""
 
-SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin", ".onnx")
-"""How the names of models in one file end."""
+TENSORS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+"""How the names of files with tensors end."""
 HEAD = 512
 """Bytes at a file's beginning that tell what it is."""
 LONGEST_HEADER = 100_000_000
@@ -56,7 +56,7 @@ def on_hub(source: str) -> OnHub | None:
     found = next((match for pattern in ON_HUB if (match := pattern.fullmatch(unquote(source)))), None)
     return (
         None
-        if found is None or found["repository"].endswith(SUFFIXES)
+        if found is None or found["repository"].endswith((*TENSORS, ".onnx"))
         else OnHub(found["repository"], found["file"], found["revision"])
     )
 

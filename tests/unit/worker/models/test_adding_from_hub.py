@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from imagemill.worker.models import added
 from imagemill.worker.models.catalogue import repository
@@ -83,9 +85,14 @@ def test_sources_on_the_hub_are_told_from_paths(source: str, place: OnHub | None
 def test_one_file_of_a_repository_is_added(hub: Hub, run: Run, weights: Path, published: Path) -> None:
     folder = folder_of(published, repository("controlnet-canny"))
     hub.files = {"nets/canny.safetensors": (folder / "diffusion_pytorch_model.safetensors").read_bytes(), "README.md": b""}
+    source = f"{SOURCE}/nets/canny.safetensors"
+    refused(run, "add", "mine", source, reason="run `imagemill models pull sd15` first")
+    assert any(request.startswith("GET") and request.endswith("canny.safetensors") for request in hub.requests)
     pipeline_folder(weights, "sd15", ())
-    done = run("add", "mine", f"{SOURCE}/nets/canny.safetensors", "--revision", COMMIT)
+    hub.requests.clear()
+    done = run("add", "mine", source, "--revision", COMMIT)
     assert done.exit_code == 0, done.output
+    assert not any(request.startswith("GET") and request.endswith("canny.safetensors") for request in hub.requests), "kept"
     record = added.find(weights, "mine")
     assert record is not None
     assert (record.source, record.parameters) == (f"{SOURCE}/nets/canny.safetensors@{COMMIT}", {"control": "canny"})
@@ -166,12 +173,30 @@ def test_what_the_hub_does_not_have_is_named_and_nothing_is_left(
     assert not weights.exists() or contents(weights) == set()
 
 
-def test_gated_and_pickled_repositories_are_refused(hub: Hub, run: Run, weights: Path, published: Path) -> None:
+def test_gated_repository_is_refused(hub: Hub, run: Run, weights: Path, published: Path) -> None:
     put(hub, folder_of(published, repository("controlnet-canny")))
     hub.gated = True
     refused(run, "add", "mine", SOURCE, reason=f"{SOURCE} at {COMMIT} is gated: its owners ask everybody to accept their terms")
-    hub.gated = False
-    hub.files["diffusion_pytorch_model.bin"] = hub.files.pop("diffusion_pytorch_model.safetensors")
-    reason = f"{SOURCE}: it has no safetensors files of its weights, only pickled ones, which can contain code"
-    refused(run, "add", "mine", SOURCE, reason=reason)
     assert contents(weights) == set()
+
+
+def test_pickled_weights_of_a_repository_are_read_as_data(hub: Hub, run: Run, weights: Path, published: Path) -> None:
+    folder = folder_of(published, repository("sd15"))
+    put(hub, folder)
+    for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+        pickled = io.BytesIO()
+        torch.save(load(hub.files.pop(f"{part}.safetensors")), pickled)
+        hub.files[f"{part.replace('/model', '/pytorch_model')}.bin"] = pickled.getvalue()
+    assert run("add", "mine", SOURCE).exit_code == 0
+    taken = {name.removeprefix("diffusion/mine/") for name in contents(weights)}
+    assert {"vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"} <= taken
+    assert not any(name.endswith(".bin") for name in taken)
+    assert same(weights_of(weights / "diffusion" / "mine" / "vae", "vae"), weights_of(folder / "vae", "vae"))
+    old = {"config.json": b'{"_class_name": "AutoencoderKL"}', "diffusion_pytorch_model.bin": b"\x80\x02}q"}
+    hub.files = old
+    refused(run, "add", "old", SOURCE, reason=f"{SOURCE}: diffusion_pytorch_model.bin is a pickle, which can contain code")
+
+
+def test_file_outside_of_the_repository_is_refused(hub: Hub, run: Run, weights: Path) -> None:
+    hub.files = {"config.json": b"{}", "../config.json": b"{}"}
+    refused(run, "add", "mine", SOURCE, reason=f"{SOURCE} has a file outside of its folder, '../config.json'")

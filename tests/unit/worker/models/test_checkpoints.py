@@ -105,17 +105,21 @@ def without(beginning: str, tensors: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize(
-    ("names", "metadata", "changes"),
+    ("names", "metadata", "beside", "changes"),
     [
-        ([], {"modelspec.prediction_type": "epsilon"}, {}),
-        ([], {"modelspec.prediction_type": "v"}, {"prediction_type": "v_prediction"}),
-        (["v_pred"], None, {"prediction_type": "v_prediction"}),
-        (["v_pred", "ztsnr"], None, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+        ([], {"modelspec.prediction_type": "epsilon"}, "model:\n  params:\n    parameterization: eps\n", {}),
+        ([], {"modelspec.prediction_type": "v"}, "", {"prediction_type": "v_prediction"}),
+        ([], None, 'model:\n  params:\n    parameterization: "v"\n    b: 1', {"prediction_type": "v_prediction"}),
+        (["v_pred"], None, "", {"prediction_type": "v_prediction"}),
+        (["v_pred", "ztsnr"], None, "", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
     ],
 )
-def test_velocity_is_predicted_if_the_file_says_so(names: list[str], metadata: Any, changes: Any, tmp_path: Path) -> None:
+def test_velocity_is_predicted_if_the_file_says_so(
+    names: list[str], metadata: Any, beside: str, changes: Any, tmp_path: Path
+) -> None:
     tensors, config = dict.fromkeys(names, torch.zeros(0)), tmp_path / "scheduler_config.json"
     save_file(dict(tensors), tmp_path / "a.safetensors", metadata)
+    (tmp_path / "a.yaml").write_text(beside)
     config.write_text(json.dumps({"prediction_type": "epsilon", "steps_offset": 1}))
     told = checkpoints._set_prediction(config, tmp_path / "a.safetensors", tensors)
     assert told == ("; it predicts velocity" if changes else "")
@@ -130,6 +134,7 @@ def test_controlnet_by_its_original_names_gives_the_bytes_of_its_folder(
     folder = published / "diffusion" / CONTROLNETS[family]
     named = {f"{prefix}{name.removeprefix('control_model.')}": value for name, value in controlnet_tensors(folder).items()}
     told = done(run, "add", "mine", saved(tmp_path / "control_canny.safetensors", named))
+    assert not json.loads((weights / "diffusion" / "mine" / "config.json").read_text())["global_pool_conditions"]
     assert f"mine: ControlNet for {family}\n" in told
     assert "mine: pictures: canny, drawn from each image" in told
     assert f"use it with: --operation stylize --engine diffusion --set model={family} --set control=mine\n" in told
@@ -138,6 +143,14 @@ def test_controlnet_by_its_original_names_gives_the_bytes_of_its_folder(
     wanted = styled(operation, model=family, control="canny")
     assert np.array_equal(styled(operation, model=family, control="mine"), wanted)
     assert not np.array_equal(styled(operation, model=family, control="none"), wanted)
+
+
+def test_controlnet_for_shuffled_pictures_is_told_by_its_file(run: Run, weights: Path, published: Path, tmp_path: Path) -> None:
+    pipeline_folder(weights, "sd15", ())
+    named = controlnet_tensors(published / "diffusion" / CONTROLNETS["sd15"])
+    told = done(run, "add", "mine", saved(tmp_path / "control_v11e_sd15_shuffle.safetensors", named))
+    assert "mine: pictures: none is drawn for it, so jobs give their own; --control names another kind\n" in told
+    assert json.loads((weights / "diffusion" / "mine" / "config.json").read_text())["global_pool_conditions"]
 
 
 @pytest.mark.parametrize(

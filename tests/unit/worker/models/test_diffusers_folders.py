@@ -87,12 +87,28 @@ INDEX = ["unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_
             [*names(*(f"{name}.fp16" for name in WHOLE[1:]), *SHARDS), *INDEX],
             [*names(*(f"{name}.fp16" for name in WHOLE[1:]), *SHARDS[2:]), INDEX[1]],
         ),
+        ([*names(*WHOLE[:2]), "text_encoder/pytorch_model.bin"], [*names(*WHOLE[:2]), "text_encoder/pytorch_model.bin"]),
     ],
-    ids=["full", "half", "half in part", "mixed", "shards", "shards in half"],
+    ids=["full", "half", "half in part", "mixed", "shards", "shards in half", "pickled in part"],
 )
 def test_each_part_is_taken_once_in_half_precision_if_all_have_it(files: list[str], taken: list[str]) -> None:
     more = ["README.md", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors", "photo.safetensors"]
     assert wanted([*files, *more], "checkpoint", "sd15") == sorted(taken)
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("scheduler/a.json", "it has no scheduler"),
+        ("tokenizer/a.json", "it has no tokenizer"),
+        ("vae/config.json", "it has no configuration of its vae"),
+        ("unet/diffusion_pytorch_model.safetensors", "it has no weights of its unet"),
+    ],
+)
+def test_missing_file_is_named(missing: str, reason: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        wanted([name for name in names(*WHOLE) if name != missing], "checkpoint", "sd15")
+    assert caught.value.message == reason
 
 
 @pytest.mark.parametrize("part", ["text_encoder/model", "vae/diffusion_pytorch_model"])
