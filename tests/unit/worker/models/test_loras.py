@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from imagemill.shared.errors import ConfigurationError, OperationFailed
+from imagemill.shared.errors import ConfigurationError, ModelUnavailable
 from imagemill.worker.models import added, loras
 from imagemill.worker.models.lora_names import Layers, Place, layers_of
 from imagemill.worker.models.own_diffusion import contents_of, layers_here
@@ -413,7 +413,7 @@ def test_family_is_found_said_and_compared_with_a_jobs_model(run: Run, weights: 
     assert record is not None
     assert record.family == "sdxl"
     prepared(loaded(weights), loras="style", model="sdxl", control="none")
-    with pytest.raises(OperationFailed, match=r"the LoRA style is for SDXL, not for Stable Diffusion 1\.5"):
+    with pytest.raises(ModelUnavailable, match=r"the LoRA style is for SDXL, not for Stable Diffusion 1\.5"):
         loaded(weights).fingerprint(prepared(loaded(weights), loras="style", control="none").samples[0].options)
 
 
