@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imagemill.shared.errors import ConfigurationError, UsageError
+from imagemill.shared.options.stylize import LORA_NAME
 from imagemill.worker.models import added, diffusers_folders
 from imagemill.worker.models.added import Kind
 from imagemill.worker.models.adding import Made
@@ -22,7 +23,6 @@ from imagemill.worker.models.tensor_names import recognise as recognise_tensors
 
 CONTROLS = ("canny", "scribble", "lineart", "tile")
 """Kinds of pictures that can be drawn for a ControlNet."""
-LORA_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 
 def contents_of(source: Path, called: str | None = None) -> Contents:

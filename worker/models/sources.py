@@ -72,11 +72,18 @@ def format_of(source: Path) -> Format:
         with source.open("rb") as file:
             head = file.read(HEAD)
         if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                names = archive.namelist()
+            if not any(name.endswith(("data.pkl", ".ckpt")) for name in names):
+                inside = f" with {names[0][:200]}" if names else " with nothing"
+                raise ConfigurationError(f"{source} is a zip archive{inside} in it: unpack it first; {EXPECTED}")
             return "torch"
     except FileNotFoundError as error:
         if source.is_symlink():
             raise ConfigurationError(f"{source} is a link to {source.readlink()}, which is not there") from error
         raise ConfigurationError(f"there is no file {source}") from error
+    except zipfile.BadZipFile:
+        return "torch"  # reading its tensors says what is wrong
     except OSError as error:
         raise ConfigurationError(f"{source} can't be read: {sentence(error)}") from error
     wrong = no_model(head)

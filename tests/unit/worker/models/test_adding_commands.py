@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,11 @@ def test_source_that_is_not_there_is_named(run: Run, tmp_path: Path) -> None:
     refused(run, "add", "shop", "https://models.example/a.onnx", reason="is a URL; expected a file or folder on this host")
     refused(run, "add", "shop", "s3://models/a.onnx", reason="is a URL; expected a file or folder on this host")
     refused(run, "add", "shop", tmp_path / ("a" * 300), reason="can't be read: ")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("model/a.onnx", b"onnx")
+    refused(
+        run, "add", "shop", tmp_path / "a.zip", reason="is a zip archive with model/a.onnx in it: unpack it first; expected"
+    )
     os.mkfifo(tmp_path / "pipe")
     refused(run, "add", "shop", tmp_path / "pipe", reason="is not a regular file")
 
