@@ -41,7 +41,7 @@ def recognise(files: Sequence[str], read: Any) -> tuple[Kind, str]:
     if INDEX in files:
         raise ConfigurationError(f"it is a {_class(read(INDEX))} without a UNet; expected Stable Diffusion 1.5 or SDXL")
     if CONFIG not in files:
-        single = next((name for name in files if name.endswith((*TENSORS, ".onnx"))), None)
+        single = next((name for ends in (TENSORS, ".onnx") for name in files if name.endswith(ends)), None)
         hint = f", or one of its files, such as {single}" if single is not None else ""
         raise ConfigurationError(f"it has neither {INDEX} nor {CONFIG}; expected a folder in diffusers' layout{hint}")
     config = read(CONFIG)

@@ -120,11 +120,11 @@ def state(folder: Path, weights: Weights) -> State:
 
 
 def describe(folder: Path, weights: Weights) -> dict[str, Any]:
-    """A model's catalogue entry with its state, path, size in bytes and current variants."""
+    """A model's catalogue entry with its kind, state, path, size in bytes and current variants, and no family."""
     original, path = path_of(folder, weights), required_file(folder, weights)
     also = [kind for kind in KINDS if original.is_file() and is_current(original, kind)]
     size = path.stat().st_size if path.is_file() else None
-    row = {**asdict(weights), "url": weights.url}
+    row = {**asdict(weights), "url": weights.url, "kind": weights.kind, "family": ""}
     return {**row, "state": state(folder, weights), "path": str(path), "bytes": size, "also": also}
 
 

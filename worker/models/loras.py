@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +45,8 @@ class Scales:
     def of(self, place: Place, rank: int) -> float:
         """The factor of a layer's weights; 1 where the configuration says nothing."""
         patterns = self._get(place, "alpha_pattern") or {}
-        alpha = next((alpha for end, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", place.name)), None)
-        alpha = self._get(place, "lora_alpha") if alpha is None else alpha
+        own = [alpha for end, alpha in patterns.items() if f".{place.name}".endswith(f".{end.removeprefix('^')}")]
+        alpha = own[0] if own else self._get(place, "lora_alpha")
         return 1.0 if alpha is None else float(alpha) / (rank**0.5 if self._get(place, "use_rslora") else rank)
 
     def _get(self, place: Place, key: str) -> Any:
@@ -99,9 +98,10 @@ def _copied(source: Path, tensors: Mapping[str, Tensor], layers: Mapping[str, Pa
     for layer, parts in layers.items():
         _pair(layer, parts)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, metadata_of(source) or None)
+    none = f"none of {family}" if family else "none"
     return (
-        f"parts: LoRA of {len(layers)} layers, not compared with those of a checkpoint, as none "
-        f"{f'of {family} ' if family else ''}is here: run `imagemill models pull {missing}` and add it again to be sure"
+        f"parts: LoRA of {len(layers)} layers, not compared with those of a checkpoint, as {none} is here: "
+        f"to be sure, run `imagemill models pull {missing}`, remove this and add it again"
     )
 
 

@@ -420,7 +420,9 @@ def test_family_is_found_said_and_compared_with_a_jobs_model(run: Run, weights: 
 def test_without_a_checkpoint_a_lora_is_kept_as_it_is(run: Run, weights: Path, tmp_path: Path) -> None:
     save_file(pair() | {f"{TO_Q}.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
     done = run("add", "style", tmp_path / "a.safetensors")
-    assert (done.exit_code, "run `imagemill models pull sd15` and add it again" in done.stdout) == (0, True), done.output
+    assert (done.exit_code, "run `imagemill models pull sd15`, remove this and add it again" in done.stdout) == (0, True), (
+        done.output
+    )
     kept = load_file(weights / "diffusion" / "loras" / "style.safetensors")
     assert kept.keys() == load_file(tmp_path / "a.safetensors").keys()
     save_file({f"{TO_Q}.{role}": part for role, part in loha((32, 32), 2)[0].items()}, tmp_path / "b.safetensors")
