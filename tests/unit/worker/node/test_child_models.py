@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from imagemill.shared.errors import ConfigurationError, MissingExtra, ModelUnavailable, OperationFailed
+from imagemill.shared.errors import (
+    ConfigurationError,
+    ImageError,
+    MissingExtra,
+    ModelUnavailable,
+    OperationFailed,
+    UnsafeContent,
+)
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import Item, Job
 from imagemill.worker.hardware.device import Device
@@ -33,6 +40,8 @@ class CutOut(Invert):
 
     def __init__(self) -> None:
         self.faults: dict[str, Exception] = {}
+        self.spoilt: dict[str, ImageError] = {}
+        """What the images of a model come to."""
         self.runs: list[str] = []
 
     def load(self, device: Device) -> None:
@@ -41,6 +50,8 @@ class CutOut(Invert):
 
     def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         self.runs.append(samples[0].options.model)
+        if samples[0].options.model in self.spoilt:
+            return [self.spoilt[samples[0].options.model]] * len(samples)
         if samples[0].options.model in self.faults:
             raise self.faults[samples[0].options.model]
         return super().run(samples)
@@ -96,6 +107,26 @@ def test_model_that_does_not_work_at_the_start_closes_its_lane_only(
     assert rembg.runs == ["u2net", "silueta"], "the next one is tried"
     (line,) = (record for record in caplog.records if record.message == "lane out of service")
     assert (line.levelname, vars(line)["lane"], vars(line)["reason"]) == ("ERROR", U2NET, reason)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            OperationFailed("its output is not finite"),
+            "its output is not finite: check the model with `imagemill models verify`",
+        ),
+        (UnsafeContent("the safety checker rejected the result"), None),
+    ],
+)
+def test_model_whose_results_are_no_images_closes_its_lane(
+    error: ImageError, reason: str | None, site: Site, rembg: CutOut
+) -> None:
+    """But what the safety checker thinks of a test image is not the model's fault."""
+    put(site, "u2net")
+    rembg.spoilt["u2net"] = error
+    child_of(site, rembg)
+    assert [fault.reason for fault in site.lanes.closed().values()] == ([reason] if reason else [])
 
 
 def test_node_stays_when_all_of_its_models_are_damaged(site: Site, rembg: CutOut) -> None:

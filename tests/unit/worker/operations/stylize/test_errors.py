@@ -14,6 +14,7 @@ import torch
 
 from imagemill.shared.errors import ConfigurationError, ModelUnavailable, OperationFailed, OutOfMemory, UnsafeContent
 from imagemill.worker.hardware.device import Device
+from imagemill.worker.hardware.torch_device import bytes_of
 from imagemill.worker.imaging.picture import Pixels
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.repositories import folder_of
@@ -170,6 +171,9 @@ def test_safety_checker_rejects_unsafe_images_and_must_be_installed(model: str, 
     operation = loaded(weights, safety_checker=True)
     outputs = operation.run(prepared(operation, model=model).samples)
     checker = operation._pipeline.current.checker.network  # type: ignore[union-attr]
+    plain = loaded(weights)
+    plain.run(prepared(plain, model=model).samples)
+    assert operation._pipeline.memory.taken == plain._pipeline.memory.taken + bytes_of(checker)
     checker.concept_embeds_weights.data.fill_(-2.0)
     (refused,) = operation.run(prepared(operation, model=model).samples)
     checker.concept_embeds_weights.data.fill_(2.0)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from imagemill.shared.engines import parse_options
 from imagemill.shared.errors import BadReference, ModelUnavailable
+from imagemill.worker.hardware.torch_device import bytes_of
 from tests.pipelines import added, lora_file
 from tests.styles import PHOTO, QUICK, difference, loaded, prepared, styled
 
@@ -49,11 +50,16 @@ def test_least_recently_used_controlnet_is_dropped(weights: Path) -> None:
     assert pipeline.controlnets.loaded == ["controlnet-canny"]
     tile = styled(operation, control="tile")
     assert pipeline.controlnets.loaded == ["controlnet-tile"]
+    memory, one = operation._pipeline.memory, operation._pipeline.memory.taken
     both = styled(operation, control="canny;tile")
     assert pipeline.controlnets.loaded == ["controlnet-canny", "controlnet-tile"], "one job may need more than the limit"
+    assert memory.taken == one + bytes_of(pipeline.controlnets.networks[0])
+    styled(operation, control="canny;tile", loras="red")
+    assert memory.taken == pipeline.bytes > one + bytes_of(pipeline.controlnets.networks[0]), "LoRAs count, too"
     assert np.array_equal(styled(operation, control="none"), styled(loaded(weights), control="none"))
     assert np.array_equal(styled(operation, control="tile"), tile)
     assert pipeline.controlnets.loaded == ["controlnet-tile"]
+    assert one < memory.taken < one + bytes_of(pipeline.controlnets.networks[0]), "one ControlNet, and a LoRA that is idle"
     assert np.array_equal(styled(operation), canny), "dropped and reloaded"
     assert np.array_equal(styled(operation, control="canny;tile"), both)
     assert operation._pipeline.current is pipeline
