@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -192,6 +193,20 @@ def test_model_that_opens_and_never_works_closes_its_lane_and_fails_no_image(sit
     rembg.faults.clear()
     site.lanes.offer(SILUETA)
     assert site.work(child) == f"{job}: 2 done"
+
+
+def test_fingerprint_is_unknown_on_a_node_that_can_not_have_made_the_results(site: Site, rembg: CutOut) -> None:
+    """Such as that of a manifest which a node writes that has only a damaged copy of the job's LoRA."""
+    child = child_of(site, rembg)
+    child.operations["stylize", "diffusion"] = rembg
+    options = {"engine": "diffusion", "loras": "red", "control": "none"}
+    spec = Job.model_validate({"operation": "stylize", "options": options, "output": {"url": site.folder.as_uri()}})
+    assert child._fingerprint(spec) is None
+    site.parts.offer("red")
+    assert child._fingerprint(spec) == rembg.fingerprint(spec.options)
+    error = ModelUnavailable.of_part("red", "it is cut off")
+    child.report_fault(spec.lane, error, time.monotonic())
+    assert child._fingerprint(spec) is None
 
 
 def test_images_that_fail_on_a_model_that_works_fail(site: Site, rembg: CutOut, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from imagemill.shared.errors import ModelUnavailable
 from imagemill.shared.messages import Node
+from imagemill.worker.node import left_jobs
 from imagemill.worker.node.offered import Offered
 from imagemill.worker.node.parts import Lack, Parts
 from tests.unit.worker.node.feeding import LANE, Feeding, Steady
@@ -124,6 +125,20 @@ def test_job_waits_for_a_missing_part_and_goes_on_when_it_comes(feeding: Feeding
         assert caplog.messages == ["job left to other nodes"]
         feeding.node_parts.offer("red")
         feeding.check_done(job, 20)
+
+
+@pytest.mark.integration
+def test_it_is_said_again_until_the_job_is_over(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(left_jobs, "REPEAT_SECONDS", 0.0)
+    job = feeding.submit(20, model="sd15", loras="red")
+    with feeding.shift():
+        for _ in range(2):
+            wait_until(lambda: feeding.ledger.status(job).why == LACKS, "it is said")
+            feeding.raw.delete(f"imagemill:job:{job}:wait")
+        assert len(feeding.ledger.sizes) == 1, "the job is not taken again for that"
+        feeding.ledger.cancel(job)
+        wait_until(lambda: not feeding.feeder._unable, "the job is forgotten")
+    assert [due.job for due in feeding.manifests] == [job]
 
 
 @pytest.mark.integration
