@@ -304,9 +304,7 @@ class Child:
         return self._parts.lack(context.spec.lane, context.companions)
 
     def why_waiting(self, context: Context, lack: Lack) -> str | None:
-        """Why a job waits that this node can't work on; None if another one can, or does."""
-        if self.ledger.status(context.job).running:
-            return None
+        """Why a job waits that this node can't work on; None if another one can."""
         return lack.shown(self.node, context.spec.lane, context.companions, self.fleet.nodes())
 
     def roomy(self) -> bool:
@@ -363,9 +361,13 @@ class Child:
         return dict(state=status.state, done=status.done, failed=status.failed, seconds=status.seconds)
 
     def _fingerprint(self, spec: Job) -> str | None:
-        """Everything that determines this job's results on this node; None if it can't be determined any more."""
+        """Everything that determines this job's results; None if it can't be determined any more, or not on this node."""
+        operation = self.operations[spec.operation, spec.engine]
         try:
-            return self.operations[spec.operation, spec.engine].fingerprint(spec.options)
+            lack = self._parts.lack(spec.lane, operation.companions(spec.options))
+            if lack is not None:  # another node has made the results
+                raise ConfigurationError(f"this node {lack.what}: {lack.why}")
+            return operation.fingerprint(spec.options)
         except (ImagemillError, OSError) as error:
             log.warning("fingerprint unknown", extra={"action": "manifest", "reason": sentence(error)})
             return None

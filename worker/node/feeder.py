@@ -201,11 +201,11 @@ class Feeder:
         leases += manifests
         if not leases:
             return
-        renewal = self._ledger.renew(self._child, self._jobs.lanes(), leases)
+        renewal = self._ledger.renew(self._child, self._jobs.lanes(), leases, self._avoided())
         for due, verdict in zip(manifests, renewal.verdicts[len(self._held) :], strict=True):
             if verdict == "lost":
                 due.stop.set()
-        mine = renewal.urgent in (*(held.share.job for held in self._held), *self._avoided())
+        mine = renewal.urgent in [held.share.job for held in self._held]
         for held, verdict in zip(self._held, renewal.verdicts, strict=False):
             if verdict in ("stop", "lost"):
                 self._story.stopped(held, verdict)

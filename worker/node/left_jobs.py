@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from imagemill.shared.errors import JobNotFound, JobUnreadable
 from imagemill.shared.ledger.leasing import WAIT_SECONDS, WorkLedger
 from imagemill.worker.line.context import Context
 from imagemill.worker.node.parts import Lack
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 
 REPEAT_SECONDS = WAIT_SECONDS - 5.0
 """After this time it is said again why a job waits, if it is still there."""
-MOST_LACKS = 1000
+ACTIVE = ("queued", "running", "paused")
 
 
 class LeftJobs:
@@ -30,12 +31,12 @@ class LeftJobs:
 
     def current(self) -> list[str]:
         """The jobs that it leaves now. One that lacked something is taken again as soon as that is there."""
-        for job, (context, _) in list(self._lacks.items()):
-            if job in self._until and self._jobs.lack(context) is None:
-                del self._lacks[job]
-                self._until = {other: until for other, until in self._until.items() if other != job}
         now = time.monotonic()
-        self._until = {job: until for job, until in self._until.items() if until > now}
+        over = [job for job, until in self._until.items() if until <= now and not self._still_lacks(job)]
+        over += [job for job, (context, _) in self._lacks.items() if self._jobs.lack(context) is None]
+        for job in over:
+            self._lacks.pop(job, None)
+        self._until = {job: until for job, until in self._until.items() if job not in over}
         return list(self._until)
 
     def leave(self, job: str, seconds: float) -> None:
@@ -44,13 +45,24 @@ class LeftJobs:
 
     def leave_for(self, lack: Lack, context: Context) -> None:
         """Leave a job to others until what is lacking is here, and say so if they can't work on it, either."""
-        if self._lacks.get(context.job, (None, None))[1] != lack:
-            fields = {"action": "feed", **context.log_fields, "reason": f"this node {lack.what}: {lack.why}"}
-            log.warning("job left to other nodes", extra=fields)
-        if len(self._lacks) >= MOST_LACKS:
-            self._lacks.clear()
+        fields = {"action": "feed", **context.log_fields, "reason": f"this node {lack.what}: {lack.why}"}
+        log.warning("job left to other nodes", extra=fields)
         self._lacks[context.job] = context, lack
-        self.leave(context.job, REPEAT_SECONDS)
-        reason = self._jobs.why_waiting(context, lack)
-        if reason is not None:
+        self._still_lacks(context.job)
+
+    def _still_lacks(self, job: str) -> bool:
+        """Say again why a job waits; False if it lacks nothing, or nothing of it is to be done any more but its manifest."""
+        if job not in self._lacks:
+            return False
+        try:
+            return self._report(*self._lacks[job])
+        except (JobNotFound, JobUnreadable):
+            return False
+
+    def _report(self, context: Context, lack: Lack) -> bool:
+        status = self._ledger.status(context.job)
+        reason = None if status.running else self._jobs.why_waiting(context, lack)
+        if reason is not None and status.state in ACTIVE:
             self._ledger.report_wait(context.job, reason)
+        self.leave(context.job, REPEAT_SECONDS)
+        return status.state in ACTIVE

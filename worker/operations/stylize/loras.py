@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -72,7 +73,9 @@ class Loras:
                 str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True, use_safetensors=True
             )
         except Exception as error:  # the file may contain anything
-            self._drop([name])
+            with warnings.catch_warnings():  # peft says which adapter is active now, which `use` sets anyway
+                warnings.simplefilter("ignore")
+                self._drop([name])
             if isinstance(error, SoftTimeLimitExceeded):
                 raise
             if is_out_of_memory(error):

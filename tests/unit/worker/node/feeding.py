@@ -98,8 +98,10 @@ class WatchedLedger(Ledger):
         self.sizes: list[int] = []
         self.renewals = 0
 
-    def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
-        renewal = super().renew(child, lanes, leases)
+    def renew(
+        self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue], avoid: Sequence[str] = ()
+    ) -> Renewal:
+        renewal = super().renew(child, lanes, leases, avoid)
         self.renewals += 1
         return renewal
 
