@@ -35,10 +35,10 @@ def advice(lane: str, nodes: Iterable[Node], parts: Iterable[str] = ()) -> str |
 
 
 def _missing(parts: Iterable[str], nodes: Iterable[Node]) -> str | None:
-    """What to do about LoRAs, ControlNets and VAEs that none of the nodes has. Nodes of older versions may have them all."""
+    """What to do about LoRAs, ControlNets and VAEs that no node can use. Nodes of older versions may have them all."""
     known = [node.parts for node in nodes]
     missing = [part for part in parts if not any(have is None or part in have for have in known)]
     if not missing:
         return None
     commands = f"`imagemill models pull {missing[0]}`, or `imagemill models add {missing[0]} SOURCE` if it is your own"
-    return f"no worker that offers the model has {' or '.join(missing)}, so images will fail; get it with {commands}"
+    return f"no worker that offers the model has {' or '.join(missing)}, so the job waits; get it with {commands}"

@@ -246,7 +246,7 @@ class UnsafeContent(ImageError, code="unsafe_content"):
 
 
 class ModelUnavailable(ImageError, code="model_unavailable", retryable=True):
-    """The worker can't use the model that the job asks for: it is missing, damaged or not for this device.
+    """The worker can't use a model that the job asks for: it is missing, damaged or not for this device.
 
     No image fails because of it: the node takes no more work that needs the model until its files change, and the images go to
     other nodes or wait. `imagemill fleet` says why.
@@ -254,6 +254,17 @@ class ModelUnavailable(ImageError, code="model_unavailable", retryable=True):
 
     passing = False
     """Whether it may work later with the same files, because memory was short."""
+    part = ""
+    """The LoRA, ControlNet or VAE that can't be used, if it is not the job's `model` itself."""
+    misfit = False
+    """Whether that part may be sound, and only can't be used with this model."""
+
+    @classmethod
+    def of_part(cls, part: str, message: str, *, misfit: bool = False, passing: bool = False) -> ModelUnavailable:
+        """The error for a LoRA, ControlNet or VAE."""
+        error = cls(message)
+        error.part, error.misfit, error.passing = part, misfit, passing
+        return error
 
 
 class OutOfMemory(ImageError, code="out_of_memory"):

@@ -273,9 +273,9 @@ class Node(Model):
     lanes: tuple[str, ...] = ()
     children: int
     ready: bool
-    parts: tuple[str, ...] | None = Field(None, description="the LoRAs, ControlNets and VAEs on its host")
+    parts: tuple[str, ...] | None = Field(None, description="the LoRAs, ControlNets and VAEs that it can use")
     lacks: tuple[str, ...] = Field((), description="why it does not offer everything it is configured for")
-    faults: dict[str, str] = Field({}, description="lanes out of service, and why")
+    faults: dict[str, str] = Field({}, description="lanes, LoRAs, ControlNets and VAEs out of service, and why")
     busy: int = Field(0, description="children that work on images")
     problem: str = Field("", description="why it can't work: its engines don't load, or a child hangs")
     gone: bool = Field(False, description="its process has ended because of the problem; it is shown until it is started again")

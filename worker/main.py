@@ -90,7 +90,7 @@ class Worker:
             lanes=tuple(self.lanes.open()),
             children=sender.concurrency,
             ready=False,
-            parts=self.lookout.parts,
+            parts=tuple(self.lookout.parts.open()),
             lacks=self.lookout.lacks,
         )
         gpu = self.settings.worker.gpu
@@ -146,6 +146,7 @@ class Worker:
                 seat=f"{node}/{index}",
                 name=child_name(node, index, os.getppid(), os.getpid()),
                 lanes=self.lanes,
+                parts=self.lookout.parts,
                 publisher=Publisher(self.app),
                 stopping=self.children.stopping,
                 moved=lambda working: self.children.moved(index, working=working),

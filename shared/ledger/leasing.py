@@ -179,10 +179,13 @@ class WorkLedger(ReadLedger):
                 put_aside(self._redis, f"{key(job, 'packs')} {number}", reason_of(error), raw, seconds=self._ttl)
             return []
 
-    def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
-        """Extend leases, and learn what has changed."""
+    def renew(
+        self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue], avoid: Sequence[str] = ()
+    ) -> Renewal:
+        """Extend leases, and learn what has changed. It is never the turn of jobs to `avoid`: it can't work on them."""
         named = [part for lease in leases for part in (lease.job, _named(lease))]
-        urgent, lane, *verdicts = self._script("renew", child, self._lease_ms, json.dumps(list(lanes)), *named)
+        asked = json.dumps({"lanes": list(lanes), "avoid": list(avoid)})
+        urgent, lane, *verdicts = self._script("renew", child, self._lease_ms, asked, *named)
         return Renewal(urgent.decode() or None, lane.decode(), [verdict.decode() for verdict in verdicts])
 
     def give_back(self, share: Share, child: str, *, kept: Sequence[int] = (), returned: Sequence[int] = ()) -> bool:

@@ -41,10 +41,13 @@ MOST_TIMESTEPS = 1000
 MOST_LCM_TIMESTEPS = 50
 
 
+LORA_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+
+
 class Lora(Model):
     """A LoRA adapter, by file name, with its weight."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")
+    name: str = Field(pattern=LORA_NAME)
     weight: float = Field(1.0, ge=-4, le=4)
 
 
@@ -190,9 +193,10 @@ class DiffusionStylize(EngineOptions):
         """The weight of each control."""
         return [self.control_scale if control.weight is None else control.weight for control in self.control]
 
-    def companions(self) -> list[str]:
-        base = BASES.get(self.model)
-        kinds = FAMILIES[base.family].controlnets if base is not None else dict.fromkeys(FAMILIES["sd15"].controlnets)
+    def companions(self, family: str | None = None) -> list[str]:
+        """The same; `family` is that of a model of the operator's own."""
+        family = BASES[self.model].family if self.model in BASES else family
+        kinds = FAMILIES[family].controlnets if family is not None else dict.fromkeys(FAMILIES["sd15"].controlnets)
         controlnets = [kinds.get(control.name, control.name) for control in self.control]
         return [name for name in (*controlnets, self.vae, *(lora.name for lora in self.loras)) if name is not None]
 

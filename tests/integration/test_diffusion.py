@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from PIL import Image
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
-from tests.conftest import environment_for, photo
-from tests.integration.jobs import cli, local_path
+from imagemill.producer.sources import SourceRow
+from tests.conftest import client_for, environment_for, photo
+from tests.integration.jobs import cli, local_path, spec
 from tests.pipelines import lora_file, pipeline_folder
 from tests.services.images import ImageServer
-from tests.workers import WorkerProcess
+from tests.workers import WorkerProcess, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -73,16 +75,39 @@ def test_preset_gives_an_image_the_same_pixels_in_every_job(
     assert "sd15-canny " in line["fingerprint"]
 
 
-def test_missing_style_fails_and_names_the_lora(
+def test_job_with_a_missing_lora_waits_for_the_node_that_has_it(
     worker: WorkerProcess, environment: dict[str, str], images: ImageServer, tmp_path: Path
 ) -> None:
-    images.routes["/a.png"] = photo(1)
-    source = [images.url("/a.png")]
-    (row,) = submitted(environment, tmp_path, source, "--preset", "anime", "--set", "loras=my-style:0.8")
-    assert row["code"] == "operation_failed"
-    assert "the LoRA my-style is not on this node" in row["message"]
-    (row,) = submitted(environment, tmp_path, source, "--preset", "anime")
-    assert row["state"] == "done"
+    """One of two nodes has no LoRA at first, and then a damaged one. Another job goes on there, and no image fails."""
+    images.routes |= {f"/{number}.png": photo(number) for number in range(4)}
+    rows = [SourceRow(path, {"source": images.url(path)}) for path in images.routes]
+    options = {"engine": "diffusion", "size": 64, "steps": 2}
+    weights = Path(environment["IMAGEMILL_WEIGHTS__FOLDER"])
+    lora = weights / "diffusion" / "loras" / "my-style.safetensors"
+    whole = tmp_path / "weights"
+    with client_for(environment["IMAGEMILL_REDIS_URL"]) as client:
+        submission = client.submit(rows, spec("stylize", tmp_path, **options, loras={"my-style": 0.8}))
+        assert str(submission.advice).startswith("no worker that offers the model has my-style, so the job waits; get it with")
+        plain = client.submit(rows, spec("stylize", tmp_path, **options)).job
+        assert client.wait(plain, timeout=60).done == 4
+
+        def why() -> str:
+            return str(client.explain([client.status(submission.job)])[0].why)
+
+        (node,) = client.nodes()
+        assert why() == f"{node.node} lacks my-style: run `imagemill models add my-style SOURCE`"
+        lora.write_text("<html>not found</html>")
+        wait_until(
+            lambda: f"{node.node} can't use my-style: the LoRA my-style can't be used from {lora}" in why(), "it is damaged"
+        )
+        wait_until(lambda: "my-style" in client.nodes()[0].faults, "the fleet is told")
+        shutil.copytree(weights, whole)
+        lora_file(whole / "diffusion" / "loras" / "my-style.safetensors", whole)
+        with WorkerProcess({**environment, "IMAGEMILL_WEIGHTS__FOLDER": str(whole)}, tmp_path) as other:
+            other.wait_ready()
+            status = client.wait(submission.job, timeout=60)
+        assert (status.state, status.done, status.failed) == ("done", 4, 0)
+        assert {row.attempts for row in client.results(submission.job)} == {1}
 
 
 def test_flagged_result_is_repeated_with_the_next_seed_and_the_better_one_kept(

@@ -53,31 +53,40 @@ class ModelMemory:
         """An open model is used again."""
         self._open.move_to_end(key)
 
-    def make_room(self, size: int) -> None:
-        """Drop models until one more of so many bytes fits, or none is left."""
-        while self._open and self.taken + size > (self.limit or 0):
-            self._drop()
+    def make_room(self, size: int, keep: Hashable = None) -> None:
+        """Drop models until one more of so many bytes fits, or none is left but the one to keep."""
+        while self.taken + size > (self.limit or 0) and self._drop(keep):
+            pass
 
     def opened(self, key: Hashable, size: int, drop: Callable[[], None]) -> None:
         """A model has been opened; `drop` closes it. Others go if it is larger than expected."""
         self.loads += 1
         self._open[key] = size, drop
-        while len(self._open) > 1 and self.taken > (self.limit or 0):
-            self._drop()
+        self.make_room(0, key)
+
+    def resized(self, key: Hashable, size: int) -> None:
+        """An open model takes so many bytes by now. Others go if there is no room for that."""
+        self._open[key] = size, self._open[key][1]
+        self.make_room(0, key)
 
     def close(self, key: Hashable) -> None:
         """Drop a model that can't be used any more, if it is open."""
         if key in self._open:
             self._open.pop(key)[1]()
 
-    def clear(self) -> bool:
-        """Drop all models; returns whether there were any."""
-        any_open = bool(self._open)
-        while self._open:
-            self._drop()
-        return any_open
+    def clear(self, keep: Hashable = None) -> bool:
+        """Drop all models but the one to keep; returns whether there were any."""
+        dropped = self._drop(keep)
+        while self._drop(keep):
+            pass
+        return dropped
 
-    def _drop(self) -> None:
-        _, (_, drop) = self._open.popitem(last=False)
+    def _drop(self, keep: Hashable) -> bool:
+        """Drop the model that was used least recently; returns whether there was one beside the one to keep."""
+        key = next((key for key in self._open if key != keep), None)
+        if key is None:
+            return False
+        _, drop = self._open.pop(key)
         self._dropped_at = time.monotonic()
         drop()
+        return True

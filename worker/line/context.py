@@ -21,7 +21,10 @@ from imagemill.worker.transfer.store import Store
 
 @dataclass(frozen=True)
 class Context:
-    """What the images of one job share on their way down the line. `stop` ends it: nothing more of the job is begun."""
+    """What the images of one job share on their way down the line. `stop` ends it: nothing more of the job is begun.
+
+    `companions` are the names of the models that it needs beside its `model`.
+    """
 
     job: str
     spec: Job
@@ -33,6 +36,7 @@ class Context:
     max_pixels: int
     stop: Event
     cache: Cache | None = None
+    companions: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -48,17 +52,23 @@ class Context:
         budget: PixelBudget,
         cache: Cache | None = None,
     ) -> Context:
-        """A job's context, with references of its own."""
+        """A job's context, with references of its own. Raises ModelUnavailable."""
         most, stop = settings.worker.max_pixels, Event()
         fetcher = fetcher.within(Readable.of(settings.s3, spec.output.url))
         references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop, budget=budget)
         recipe = Recipe(operation, sizes, cap(spec.policy, operation.spec), spec.options.model_dump_json())
-        return cls(job, spec, recipe, fetcher, references, store, budget, most, stop, cache)
+        companions = tuple(operation.companions(spec.options))
+        return cls(job, spec, recipe, fetcher, references, store, budget, most, stop, cache, companions)
 
     @property
     def log_fields(self) -> dict[str, Any]:
         """What log lines say of the job."""
         return {"job": self.job, "owner": self.spec.policy.owner}
+
+    @property
+    def needs(self) -> list[tuple[str, str]]:
+        """The models without which nothing of the job can run: its lane's, and each companion with that one."""
+        return [(self.spec.lane, part) for part in ("", *self.companions)]
 
     @property
     def operation(self) -> AnyOperation:

@@ -68,8 +68,9 @@ class DeviceLoop:
         self.waits = Waits()
         self.starving_since: float | None = None
         """Since when, on the monotonic clock, the device has had nothing to run."""
-        self.faults: dict[str, tuple[ModelUnavailable, float]] = {}
-        """Lanes whose model could not be used, why, and when the attempt began (monotonic): nothing more of them is begun."""
+        self.faults: dict[tuple[str, str], tuple[ModelUnavailable, float]] = {}
+        """Models that could not be used, as (lane, part) with an empty part for the lane's own, why, and when the attempt began
+        (monotonic). No image that needs one of them is begun."""
         self._ready: SimpleQueue[ImageInFlight | None] = SimpleQueue()
         self._batcher: Batcher[ImageInFlight] = Batcher(batch_wait)
         self._running, self._counting = Lock(), Lock()
@@ -211,7 +212,7 @@ class DeviceLoop:
         outputs = [(output, len(part) if together else 1) for part in run.parts for output in part]
         unavailable = self._unavailable(lane, [output for output, _ in outputs])
         if unavailable is not None:
-            self.faults[lane] = unavailable, run.since
+            self.faults[lane, unavailable.part] = unavailable, run.since
             outputs = [(unavailable, 1)] * len(batch)
         computed = 0
         for slot, (output, size) in zip(batch, outputs, strict=True):
@@ -237,7 +238,7 @@ class DeviceLoop:
 
     def _begin(self, image: ImageInFlight) -> bool:
         """Whether the device should run this image; if not, its pixels are freed."""
-        if image.context.stop.is_set() or image.context.spec.lane in self.faults:
+        if image.context.stop.is_set() or (self.faults and any(need in self.faults for need in image.context.needs)):
             image.withdraw()
         begun = image.move("begun")
         if not begun:

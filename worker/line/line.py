@@ -149,7 +149,7 @@ class Line:
     def _prepare(self, image: ImageInFlight) -> None:
         since, outcome = time.monotonic(), advance(image, stages.BEFORE_DEVICE)
         if isinstance(outcome, Failed) and isinstance(outcome.error, ModelUnavailable):
-            self.device.faults[image.context.spec.lane] = outcome.error, since
+            self.device.faults[image.context.spec.lane, outcome.error.part] = outcome.error, since
         self._prepared(image, outcome)
 
     def _prepared(self, image: ImageInFlight, outcome: Outcome | None) -> None:

@@ -27,6 +27,17 @@ ENGINES: Mapping[Kind, str] = {
 }
 """The engine that uses each kind of model."""
 
+TITLES: Mapping[str, str] = {
+    "matting": "matting model",
+    "checkpoint": "checkpoint",
+    "controlnet": "ControlNet",
+    "vae": "VAE",
+    "lora": "LoRA",
+    "inpainting": "inpainting model",
+    "checker": "safety checker",
+}
+"""What people call each kind, with that of the catalogue which can't be added."""
+
 SELECTABLE: tuple[Kind, ...] = ("matting", "checkpoint", "inpainting")
 """The kinds that a job can name as its `model`; each of them is a lane."""
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from imagemill.shared.diffusion_models import FAMILIES
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import UsageError
 from imagemill.shared.settings import WeightsSettings, load_settings
 from imagemill.worker.models import added, adding, own_diffusion
-from imagemill.worker.models.added import SELECTABLE, Added
+from imagemill.worker.models.added import SELECTABLE, TITLES, Added
 from imagemill.worker.models.adding import Made
 from imagemill.worker.models.command_parts import needing, prepare_variants
 from imagemill.worker.models.own_diffusion import CONTROLS
-from imagemill.worker.models.sources import Format, OnHub, digest_of_files, format_of, on_hub
+from imagemill.worker.models.sources import Format, OnHub, check_no_address, digest_of_files, format_of, on_hub
 from imagemill.worker.models.tensor_names import Contents
 
 OUTCOMES = {"present": "already there", "added": "added", "replaced": "replaced"}
@@ -71,11 +73,12 @@ def add(name: str, source: str, replace: bool, **said: Any) -> None:
     settings, path = load_settings().weights, Path(source)
     adding.check_name(name)
     addition = _Addition(settings, name, path, replace)
-    place = None if path.exists() else on_hub(source)
+    place = None if os.path.lexists(path) else on_hub(source)
     if place is not None:
         _only(said, "a model on the Hugging Face Hub", "family", "vae", "control", "revision")
         addition.from_hub(place, said["family"], said["vae"], said["control"], said["revision"])
         return
+    check_no_address(source)
     kind = format_of(path)
     if kind == "onnx":
         _only(said, "an ONNX file", "family", "input_size", "mean", "deviation", "output", "logits")
@@ -122,13 +125,13 @@ class _Addition:
     def tensors(self, kind: Format, family: str | None, vae: str | None, control: str | None) -> None:
         with needing("lama", "reading a checkpoint"):
             what = own_diffusion.contents_of_folder(self.path) if kind == "folder" else own_diffusion.contents_of(self.path)
-        self._check(what, family, vae, control)
+        what = self._as_said(what, family, vae, control)
         make = own_diffusion.from_folder if kind == "folder" else own_diffusion.from_file
         ready = partial(make, self.name, self.path, what, self.weights, vae, control)
         origin = digest_of_files(self.path, [self.path / file for file in what.files])
         engine = added.ENGINES[what.kind]
-        with needing(engine, f"adding a {what.kind}"):
-            self._add(engine, ready, str(self.path.absolute()), origin, agrees=_with(vae, control))
+        with needing(engine, f"adding a {TITLES[what.kind]}"):
+            self._add(engine, ready, str(self.path.absolute()), origin, agrees=_with(family, vae, control))
 
     def from_hub(self, place: OnHub, family: str | None, vae: str | None, control: str | None, revision: str | None) -> None:
         if place.revision and revision:
@@ -137,22 +140,24 @@ class _Addition:
             from imagemill.worker.models import own_from_hub
 
             found = own_from_hub.resolved(place, place.revision or revision or "main", self.settings)
-            check = partial(self._check, family=family, vae=vae, control=control)
+            check = partial(self._as_said, family=family, vae=vae, control=control)
             make = partial(own_from_hub.make, self.name, found, self.settings, vae, control, check)
             origin = hashlib.sha256(found.source.encode()).hexdigest()
-            self._add("diffusion", make, found.source, origin, agrees=_with(vae, control))
+            self._add("diffusion", make, found.source, origin, agrees=_with(family, vae, control))
 
-    def _check(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> Contents:
-        """What was recognised. Raises UsageError for words that don't fit it."""
+    def _as_said(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> Contents:
+        """What was recognised, of the family that was said if none was. Raises UsageError for words that don't fit it."""
+        if family not in (None, what.family, *FAMILIES):
+            raise UsageError(f"there is no family {family!r} of Stable Diffusion; there are {' and '.join(FAMILIES)}")
         if family is not None and what.family and family != what.family:
-            raise UsageError(f"{self.path} is {what.kind} of the family {what.family}, not {family}")
+            raise UsageError(f"{self.path} is a {TITLES[what.kind]} of the family {what.family}, not {family}")
         if vae is not None and what.kind != "checkpoint":
-            raise UsageError(f"--vae is for checkpoints, and {self.path} is a {what.kind}")
+            raise UsageError(f"--vae is for checkpoints, and {self.path} is a {TITLES[what.kind]}")
         if control is not None and what.kind != "controlnet":
-            raise UsageError(f"--control is for ControlNets, and {self.path} is a {what.kind}")
+            raise UsageError(f"--control is for ControlNets, and {self.path} is a {TITLES[what.kind]}")
         if what.kind == "lora":
             own_diffusion.check_lora_name(self.name)
-        return what
+        return replace(what, family=what.family or family or "")
 
     def _add(
         self, engine: str, make: Callable[[Path], Made], source: str, origin: str, *, agrees: Callable[[Added], bool]
@@ -172,7 +177,7 @@ class _Addition:
         return record
 
 
-def _with(vae: str | None, control: str | None) -> Callable[[Added], bool]:
-    """Whether a model that was added has this VAE and this kind of control, where they are given."""
-    given = {name: value for name, value in (("vae", vae), ("control", control)) if value is not None}
-    return lambda record: all(record.parameters.get(name) == value for name, value in given.items())
+def _with(family: str | None, vae: str | None, control: str | None) -> Callable[[Added], bool]:
+    """Whether a model that was added has this family, this VAE and this kind of control, where they are given."""
+    given = {name: value for name, value in (("family", family), ("vae", vae), ("control", control)) if value is not None}
+    return lambda record: given.items() <= {**record.parameters, "family": record.family}.items()

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from imagemill.shared.errors import sentence
-from imagemill.worker.models.trials import Outcome, difference, inputs_of, keep_output
+from imagemill.worker.models.trials import Outcome, changed, difference, inputs_of
 
 TOLERANCE = 1e-3
 """Largest permitted difference, as a share of an output's range: a quarter of one of 255 grey levels."""
@@ -23,22 +22,23 @@ BATCH = "batch"
 
 def make(original: Path, target: Path, output: str | None = None) -> tuple[Outcome, str]:
     """Write the model with a free batch axis to `target` if needed; return the outcome and its reason."""
-    import onnx
+    return changed(
+        original,
+        target,
+        output,
+        _free,
+        lambda: difference(original, target, tolerance=TOLERANCE, counts=(1, 2), output=output),
+        needless="the batch axis is free",
+        made=f"same output within {TOLERANCE:g} of its range, for one image and for two",
+    )
 
-    try:
-        model = onnx.load(original)
-        if all(value.type.tensor_type.shape.dim[0].dim_value != 1 for value in inputs_of(model)):
-            return "needless", "the batch axis is free"
-        keep_output(model, output)
-        _rewrite(model)
-        onnx.save(model, target)
-        del model
-        reason = difference(original, target, tolerance=TOLERANCE, counts=(1, 2), output=output)
-    except Exception as error:  # noqa: BLE001  # onnx and onnxruntime raise anything on a graph that they can't handle
-        reason = sentence(error)
-    if reason is not None:
-        return "refused", reason
-    return "made", f"same output within {TOLERANCE:g} of its range, for one image and for two"
+
+def _free(model: Any) -> bool:
+    """Free the batch axis in place, unless it is free."""
+    if all(value.type.tensor_type.shape.dim[0].dim_value != 1 for value in inputs_of(model)):
+        return False
+    _rewrite(model)
+    return True
 
 
 def _rewrite(model: Any) -> None:

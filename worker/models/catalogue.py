@@ -35,6 +35,11 @@ class Weights:
     hub: bool = False
 
     @property
+    def kind(self) -> str:
+        """What it is for, as of an added model."""
+        return "inpainting" if self.engine == "lama" else "matting"
+
+    @property
     def url(self) -> str:
         if self.hub:
             return f"https://huggingface.co/{self.source}/resolve/{self.revision}/{self.file}"

@@ -26,18 +26,15 @@ from diffusers.loaders.single_file_utils import (
     convert_controlnet_checkpoint,
     create_diffusers_clip_model_from_ldm,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from imagemill.shared.errors import ConfigurationError, sentence
-from imagemill.worker.models.sources import format_of
+from imagemill.worker.models.sources import metadata_of
 from imagemill.worker.models.tensor_names import UNET, VAE
-from imagemill.worker.models.torch_archive import DAMAGED, tensors_of
+from imagemill.worker.models.torch_archive import DAMAGED, read
 
-LARGEST = 16 * 2**30
-"""Maximum bytes of a checkpoint's tensors."""
 LONGEST_YAML = 100_000
 """Maximum bytes of a configuration beside a checkpoint."""
 CONFIG, INDEX = "config.json", "model_index.json"
@@ -67,7 +64,7 @@ def checkpoint_from_file(source: Path, family: str, base: Base, vae: Path | None
     """Convert a checkpoint in one file; `vae` is the folder of another VAE to use. Returns a sentence about its parts."""
     _quiet()
     with _translated("is no complete checkpoint"):
-        tensors = {_present_name(name): _in_16_bits(tensor) for name, tensor in _read(source).items()}
+        tensors = {_present_name(name): _in_16_bits(tensor) for name, tensor in read(source).items()}
         dtype = _dtype({name: tensor for name, tensor in tensors.items() if name.startswith(UNET)})
         for name, part in _parts(tensors, family, base, vae, dtype):
             _save(_complete(part, name), folder / name, dtype)
@@ -114,7 +111,7 @@ def _in_16_bits(tensor: Tensor) -> Tensor:
 
 
 def _own_vae(tensors: Mapping[str, Tensor], base: Base, dtype: torch.dtype) -> Any:
-    """A checkpoint's own VAE. It works in single precision if its family's was pulled from elsewhere and is another one."""
+    """An own VAE. It works in single precision if its family's was pulled from elsewhere and is another one."""
     model = _complete(_converted(AutoencoderKL, tensors, base[1], dtype), "VAE")
     if base[1].parent != base[0]:
         pulled = AutoencoderKL.from_pretrained(base[1], **_stored(base[1])).state_dict()
@@ -131,16 +128,12 @@ def _set_prediction(config: Path, source: Path, tensors: Mapping[str, Tensor]) -
     """Note in a scheduler's configuration that a model predicts velocity, if its file or the web UI's configuration beside it
     says so; also returns what to print.
     """
-    metadata: Mapping[str, str] = {}
-    if format_of(source) == "safetensors":
-        with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
     said, beside = "", source.with_suffix(".yaml")
     if beside.is_file() and beside.stat().st_size <= LONGEST_YAML:
         said = beside.read_text(errors="replace")
     if (
         "v_pred" not in tensors
-        and metadata.get("modelspec.prediction_type") != "v"
+        and metadata_of(source).get("modelspec.prediction_type") != "v"
         and not re.search(r"""^\s*parameterization: *["']?v["']?\s*$""", said, re.MULTILINE)
     ):
         return ""
@@ -153,7 +146,7 @@ def controlnet_from_file(source: Path, base: Base, folder: Path) -> str:
     """Convert a ControlNet in one file, whose configuration follows from that of the base model's UNet."""
     _quiet()
     with _translated("is no ControlNet for this family"):
-        tensors, family_config = _read(source), json.loads((base[0] / "unet" / CONFIG).read_text())
+        tensors, family_config = read(source), json.loads((base[0] / "unet" / CONFIG).read_text())
         tensors = _controlnet_tensors(tensors, family_config)
         known = signature(ControlNetModel.__init__).parameters
         folder.mkdir()
@@ -193,11 +186,12 @@ def vae_from_file(source: Path, base: Base, folder: Path) -> str:
     """Convert a VAE in one file."""
     _quiet()
     with _translated("is no VAE for this family"):
-        tensors = _read(source)
+        tensors = read(source)
         tensors = _below(tensors, VAE) or tensors
-        model = _complete(_converted(AutoencoderKL, tensors, base[1]), "VAE")
-        _save(model, folder, _dtype(tensors))
-        _try_vae(model)
+        dtype = _dtype(tensors)
+        model = _own_vae(tensors, base, dtype)
+        _save(model, folder, dtype)
+        _try_vae(model.float())  # SDXL's overflows in half precision
     return f"parts: VAE of {len(tensors)} tensors"
 
 
@@ -206,7 +200,7 @@ def unpickled(folder: Path) -> None:
     with _translated("has weights that can't be read"):
         for path in folder.rglob("*.bin"):
             name = path.name.removeprefix("pytorch_") if path.name.startswith("pytorch_model") else path.name
-            save_file(_read(path), path.with_name(name).with_suffix(".safetensors"), {"format": "pt"})
+            save_file(read(path), path.with_name(name).with_suffix(".safetensors"), {"format": "pt"})
             path.unlink()
 
 
@@ -232,25 +226,6 @@ def part_from_folder(folder: Path, kind: str) -> str:
         _complete(model, kind)
         (_try_vae if kind == "vae" else _try_controlnet)(model)
     return "parts: as in the folder"
-
-
-def lora_from_file(source: Path, target: Path) -> str:
-    """Copy a LoRA, as safetensors, if its values are finite."""
-    with _translated("is no LoRA"):
-        tensors = _read(source)
-        wrong = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
-        if wrong is not None:
-            raise ConfigurationError(f"it has values that are not finite numbers, in {wrong}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
-    return f"parts: LoRA of {len(tensors)} tensors"
-
-
-def _read(source: Path) -> dict[str, Tensor]:
-    """All tensors in a safetensors file or torch archive."""
-    if format_of(source) == "safetensors":
-        return load_file(source)
-    with source.open("rb") as file:
-        return tensors_of(file, lambda found: {name: name for name in found if not name.startswith("model_ema.")}, LARGEST)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from imagemill.shared.errors import UsageError
 from imagemill.shared.options.base import nearest
 from imagemill.shared.settings import WeightsSettings, load_settings
 from imagemill.worker.models import added, adding, download, files, repositories
-from imagemill.worker.models.added import Added
+from imagemill.worker.models.added import TITLES, Added
 from imagemill.worker.models.adding_commands import add
 from imagemill.worker.models.catalogue import CONVERTED, MODELS, REPOSITORIES, WEIGHTS, Repository, Weights, is_part
 from imagemill.worker.models.checksums import read_json
@@ -52,7 +52,7 @@ models.add_command(add)
 @models.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per model.")
 def list_models(as_json: bool) -> None:
-    """List every model that imagemill can use, and the state of its files: those in the catalogue, and those of your own.
+    """List every model that imagemill can use, what it is, and the state of its files: the catalogue's, and your own.
 
     `unchecked` files were not put there by `imagemill models pull`; `imagemill models verify` checks them. Nodes can't load
     `unconverted` files; `imagemill models pull` converts them.
@@ -68,11 +68,15 @@ def list_models(as_json: bool) -> None:
         for row in rows:
             click.echo(json.dumps(row))
         return
-    table = Table("model", "engine", "state", "variants", "size", "licence", "source", box=box.SIMPLE, show_edge=False)
+    table = Table(
+        "model", "kind", "family", "engine", "state", "variants", "size", "licence", "source", box=box.SIMPLE, show_edge=False
+    )
     for row in rows:
         size = row["bytes"] or row.get("about_bytes", 0)
         table.add_row(
             row["name"],
+            TITLES[row["kind"]],
+            row["family"],
             row["engine"],
             f"[{COLOURS[row['state']]}]{row['state']}[/]",
             ", ".join(row["also"]),

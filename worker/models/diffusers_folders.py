@@ -11,7 +11,7 @@ from typing import Any
 from imagemill.shared.errors import ConfigurationError, sentence
 from imagemill.worker.models.added import Kind
 from imagemill.worker.models.sources import TENSORS
-from imagemill.worker.models.tensor_names import check_unet
+from imagemill.worker.models.tensor_names import check_unet, check_vae
 
 CONFIG, INDEX = "config.json", "model_index.json"
 KINDS: dict[str, Kind] = {"ControlNetModel": "controlnet", "AutoencoderKL": "vae"}
@@ -21,6 +21,9 @@ OTHERS = {
     "ControlNetUnionModel": "a union ControlNet",
     "ControlNetModel_Union": "a union ControlNet",
     "UNet2DConditionModel": "a UNet without text encoder and VAE",
+    "AutoencoderTiny": "TAESD, a VAE for previews",
+    "AsymmetricAutoencoderKL": "an asymmetric VAE",
+    "ConsistencyDecoderVAE": "a consistency decoder",
 }
 """What other folders are, by that class."""
 ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
@@ -38,7 +41,7 @@ def recognise(files: Sequence[str], read: Any) -> tuple[Kind, str]:
     if INDEX in files:
         raise ConfigurationError(f"it is a {_class(read(INDEX))} without a UNet; expected Stable Diffusion 1.5 or SDXL")
     if CONFIG not in files:
-        single = next((name for name in files if name.endswith(TENSORS)), None)
+        single = next((name for ends in (TENSORS, ".onnx") for name in files if name.endswith(ends)), None)
         hint = f", or one of its files, such as {single}" if single is not None else ""
         raise ConfigurationError(f"it has neither {INDEX} nor {CONFIG}; expected a folder in diffusers' layout{hint}")
     config = read(CONFIG)
@@ -46,7 +49,7 @@ def recognise(files: Sequence[str], read: Any) -> tuple[Kind, str]:
     if kind is None:
         what = OTHERS.get(_class(config)) or _class(config) if "_class_name" in config else "of another library"
         raise ConfigurationError(f"it is {what}; expected a checkpoint, a ControlNet or a VAE")
-    return kind, _family(config, "ControlNetModel") if kind == "controlnet" else ""
+    return kind, _family(config, "ControlNetModel") if kind == "controlnet" else _family_of_vae(config)
 
 
 def _family(config: dict[str, Any], expected: str) -> str:
@@ -57,6 +60,13 @@ def _family(config: dict[str, Any], expected: str) -> str:
     if config.get("encoder_hid_dim_type") is not None:
         raise ConfigurationError("its prompts are not read by CLIP alone; expected Stable Diffusion 1.5 or SDXL")
     return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
+
+
+def _family_of_vae(config: dict[str, Any]) -> str:
+    """The family by the factor of a VAE's latents; empty if there is none, or another."""
+    check_vae(config.get("latent_channels", 4))
+    factors: dict[Any, str] = {0.18215: "sd15", 0.13025: "sdxl"}
+    return factors.get(config.get("scaling_factor"), "")
 
 
 def _class(config: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imagemill.shared.diffusion_models import FAMILIES
-from imagemill.shared.errors import ConfigurationError, OperationFailed
+from imagemill.shared.errors import ConfigurationError, ModelUnavailable
 from imagemill.worker.models import added
 from imagemill.worker.models.catalogue import MODELS, REPOSITORIES, Repository, RepositoryKind, repository
 from imagemill.worker.models.repositories import folder_of, state
@@ -41,19 +41,19 @@ class ControlNet:
 def base_of(weights: Path, model: str, vae: str | None = None) -> Base:
     """The checkpoint of a model that a job can name, with another VAE if it names one.
 
-    Raises ConfigurationError if there is no such model, and OperationFailed if there is no such VAE or it doesn't fit.
+    Raises ConfigurationError if there is no such model, and ModelUnavailable if there is no such VAE or it doesn't fit.
     """
     base = _checkpoint(weights, model)
     if vae is None:
         return base
-    entry, record = _entry(vae, "vae"), added.find(weights, vae)
+    entry, record = _entry(vae, "vae"), _record(weights, vae)
     if entry is not None and state(weights, entry) != "missing":
         own = entry.family
     elif record is not None and record.kind == "vae":
         own = record.family
     else:
-        raise OperationFailed(f"the VAE {vae} is not on this node: run {_getting(vae, entry)}")
-    _check_family(f"the VAE {vae}", own or base.family, base.family)  # most don't say what they were trained for
+        raise ModelUnavailable.of_part(vae, f"the VAE {vae} is not on this node: run {_getting(vae, entry)}")
+    _check_family("VAE", vae, own or base.family, base.family)  # most don't say what they were trained for
     return replace(base, vae=added_folder(weights, vae))
 
 
@@ -73,20 +73,27 @@ def _checkpoint(weights: Path, model: str) -> Base:
 def controlnet_of(weights: Path, family: str, control: str) -> ControlNet:
     """The ControlNet for a base model of this family that a job names, by a kind of control or by its own name.
 
-    The record of an added one names the kind of pictures that it takes in its parameter `control`. Raises OperationFailed if
+    The record of an added one names the kind of pictures that it takes in its parameter `control`. Raises ModelUnavailable if
     there is no such ControlNet on this node, or if it is for another family.
     """
     name = FAMILIES[family].controlnets.get(control, control)
     entry = _entry(name, "controlnet")
-    record = added.find(weights, name) if entry is None else None
+    record = _record(weights, name) if entry is None else None
     if entry is not None and state(weights, entry) != "missing":
         own, kind = entry.family, _kind_in_catalogue(name)
     elif record is not None and record.kind == "controlnet":
         own, kind = record.family, str(record.parameters.get("control", ""))
     else:
-        raise OperationFailed(f"the ControlNet {name} is not on this node: run {_getting(name, entry)}")
-    _check_family(f"the ControlNet {name}", own, family)
+        raise ModelUnavailable.of_part(name, f"the ControlNet {name} is not on this node: run {_getting(name, entry)}")
+    _check_family("ControlNet", name, own, family)
     return ControlNet(name, added_folder(weights, name), control if control in FAMILIES[family].controlnets else kind)
+
+
+def check_lora(weights: Path, family: str, name: str) -> None:
+    """Raise ModelUnavailable if a LoRA is known to be for another family than this one."""
+    entry, record = _entry(name, "lora"), _record(weights, name)
+    own = entry.family if entry is not None else record.family if record is not None and record.kind == "lora" else ""
+    _check_family("LoRA", name, own or family, family)
 
 
 def added_folder(weights: Path, name: str) -> Path:
@@ -98,14 +105,23 @@ def _entry(name: str, kind: RepositoryKind) -> Repository | None:
     return next((entry for entry in REPOSITORIES if (entry.name, entry.kind) == (name, kind)), None)
 
 
+def _record(weights: Path, part: str) -> added.Added | None:
+    """The record of an added part. Raises ModelUnavailable if it is damaged."""
+    try:
+        return added.find(weights, part)
+    except ConfigurationError as error:
+        raise ModelUnavailable.of_part(part, error.message) from error
+
+
 def _getting(name: str, entry: Repository | None) -> str:
     return f"`imagemill models pull {name}`" if entry is not None else f"`imagemill models add {name} SOURCE`"
 
 
-def _check_family(what: str, own: str, wanted: str) -> None:
+def _check_family(kind: str, name: str, own: str, wanted: str) -> None:
     if own != wanted:
         trained = FAMILIES[own].title if own in FAMILIES else own
-        raise OperationFailed(f"{what} is for {trained}, not for {FAMILIES[wanted].title}")
+        reason = f"the {kind} {name} is for {trained}, not for {FAMILIES[wanted].title}"
+        raise ModelUnavailable.of_part(name, reason, misfit=True)
 
 
 def _kind_in_catalogue(name: str) -> str:

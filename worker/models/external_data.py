@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from imagemill.shared.errors import ConfigurationError
+from imagemill.worker.models.sources import HEAD, no_model
 
 MOST = 2**31 - 2**20
 """Maximum bytes of an ONNX file in one piece, as protobuf can't write more."""
@@ -47,6 +48,10 @@ def _length(tensor: Any, folder: Path) -> int:
         raise ConfigurationError(f"its weights are said to lie in {name[:200]!r}; expected a file in its own folder")
     if not path.is_file():
         raise ConfigurationError(f"its weights are in {name[:200]}, which is missing in {folder}")
+    with path.open("rb") as file:
+        wrong = no_model(file.read(HEAD)) if path.stat().st_size < HEAD else None
+    if wrong is not None:
+        raise ConfigurationError(f"{path} {wrong}; expected its weights")
     offset, length = _number(values.get("offset", "0")), _number(values.get("length", ""))
     size = path.stat().st_size
     length = size - offset if length is None and offset is not None else length

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from imagemill.worker.hardware.cpu import has_vnni
-from imagemill.worker.models.catalogue import CONVERTED, Weights
+from imagemill.worker.models.catalogue import CONVERTED, WEIGHTS, Weights
 from imagemill.worker.models.checksums import digest, hash_file, read_json, remembered_sums, sums_path, write_json
 
 Kind = Literal["fp32", "dynamic", "int8", "safetensors"]
@@ -68,6 +68,20 @@ def is_current(original: Path, kind: Kind) -> bool:
     return variant(original, kind).is_file() and record.get("original") == digest(original)
 
 
+def perhaps_half(folder: Path) -> list[str]:
+    """The catalogue's ONNX models whose files are half as large as published and were never looked at by pull.
+
+    Such a file is in half precision, most likely, and somebody has put it there. Telling for sure takes a library that nodes
+    do without.
+    """
+    found = []
+    for weights in (weights for weights in WEIGHTS if weights.engine not in CONVERTED):
+        path = path_of(folder, weights)
+        if path.is_file() and not variant_record(path, "fp32"):
+            found += [weights.name] * (0.45 < path.stat().st_size / weights.about_bytes < 0.55)
+    return found
+
+
 def variant_record(original: Path, kind: Kind) -> dict[str, Any]:
     """The record of the last attempt to make a variant; empty if there was none."""
     return read_json(_record_path(original, kind))
@@ -106,11 +120,11 @@ def state(folder: Path, weights: Weights) -> State:
 
 
 def describe(folder: Path, weights: Weights) -> dict[str, Any]:
-    """A model's catalogue entry with its state, path, size in bytes and current variants."""
+    """A model's catalogue entry with its kind, state, path, size in bytes and current variants, and no family."""
     original, path = path_of(folder, weights), required_file(folder, weights)
     also = [kind for kind in KINDS if original.is_file() and is_current(original, kind)]
     size = path.stat().st_size if path.is_file() else None
-    row = {**asdict(weights), "url": weights.url}
+    row = {**asdict(weights), "url": weights.url, "kind": weights.kind, "family": ""}
     return {**row, "state": state(folder, weights), "path": str(path), "bytes": size, "also": also}
 
 

@@ -6,7 +6,8 @@ it ends in a sigmoid. Then it runs on a made-up photo.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,13 @@ SIZES = {320: "u2net", 1024: "isnet"}
 LARGEST_SIDE = 4096
 """Maximum side of a network's input, in pixels."""
 PROBABLE = 0.05
-"""By how much a matte may leave 0 to 1 without being taken for logits; resizing overshoots."""
+"""How far below 0 a matte may reach without being taken for logits, as a share of its maximum; resizing overshoots."""
+ALIKE = 1e-2
+"""By how much a matte may differ in a batch, as a share of its range."""
 PASSING = frozenset({"Identity", "Cast", "Resize", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Slice", "Clip", "Upsample"})
 """Nodes that change a matte's form, but not what its values mean."""
+BOUNDED = {"Sigmoid": "a sigmoid", "HardSigmoid": "a sigmoid", "Tanh": "a tanh"}
+"""Nodes after which no sigmoid is needed: mattes are stretched to 0 to 1, wherever they begin and end."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,16 @@ class Said:
 
 @dataclass(frozen=True)
 class Seen:
-    """A graph's input and outputs; a length of 0 is free. `parts` are the names of its nodes, weights and input."""
+    """A graph's input and outputs; a length of 0 is free. `parts` are the names of its nodes, weights and input.
+
+    `bounded` are the outputs that end in one of `BOUNDED`, with its name.
+    """
 
     input: str
     shape: tuple[int, ...]
     outputs: dict[str, tuple[int, ...] | None]
     parts: str
-    sigmoid: frozenset[str]
+    bounded: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,7 @@ def recognise(path: Path, said: Said, folder: Path) -> Recognised:
             f"family: {name} ({reason})",
             f"input: {seen.input}, {size} x {size} pixels ({where}), mean {_list(family.mean)}, "
             f"deviation {_list(family.deviation)}",
-            f"output: {output} of {len(seen.outputs)}, {'logits' if logits else 'a matte from 0 to 1'} ({why})",
+            f"output: {output} of {len(seen.outputs)}, {'logits' if logits else 'a matte'} ({why})",
         ),
     )
 
@@ -179,17 +187,20 @@ def _seen(model: Any) -> Seen:
         found = TensorProto.DataType.Name(kind).lower() if kind in TensorProto.DataType.values() else "no tensor"
         raise ConfigurationError(f"its input {source.name} takes {found}; expected floats of 32 or 16 bits")
     shape = _shape(source)
-    if shape is None or len(shape) != 4 or shape[1] not in (0, 3):
+    last = shape is not None and len(shape) == 4 and shape[3] == 3 != shape[1]
+    if shape is None or len(shape) != 4 or shape[1] not in (0, 3) or last:
         form = "of any shape" if shape is None else f"of the shape {_form(shape)}"
-        hint = "; this one has its channels last" if shape is not None and len(shape) == 4 and shape[3] == 3 else ""
+        hint = "; this one has its channels last" if last else ""
         raise ConfigurationError(
             f"its input {source.name} is {form}; expected batch x 3 x height x width, an RGB picture{hint}"
         )
+    if shape[0] > 1:
+        raise ConfigurationError(f"it takes {shape[0]} pictures at a time; expected one, or any number of them")
     producers = {name: node for node in model.graph.node for name in node.output}
     outputs = {value.name: _shape(value) for value in model.graph.output}
     parts = "\n".join([source.name, *weights, *(node.name for node in model.graph.node)])
-    sigmoid = frozenset(name for name in outputs if _ends_in_sigmoid(producers, name))
-    return Seen(source.name, shape, outputs, parts, sigmoid)
+    bounded = {name: end for name in outputs if (end := _end(producers, name)) in BOUNDED}
+    return Seen(source.name, shape, outputs, parts, bounded)
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -203,13 +214,14 @@ def _form(shape: Sequence[int]) -> str:
     return " x ".join(str(length or "?") for length in shape)
 
 
-def _ends_in_sigmoid(producers: dict[str, Any], name: str) -> bool:
+def _end(producers: dict[str, Any], name: str) -> str:
+    """The kind of the last node that changes what an output's values mean; empty if there is none."""
     for _ in range(len(producers)):
         node = producers.get(name)
         if node is None or node.op_type not in PASSING or not node.input:
-            return node is not None and node.op_type in ("Sigmoid", "HardSigmoid")
+            return "" if node is None else str(node.op_type)
         name = node.input[0]
-    return False
+    return ""
 
 
 def _family(seen: Seen, said: Said) -> tuple[str, Family, str]:
@@ -228,8 +240,12 @@ def _family(seen: Seen, said: Said) -> tuple[str, Family, str]:
     if mattes in MATTES:
         return MATTES[mattes], KINDS[MATTES[mattes]], f"it returns {mattes} mattes"
     side = seen.shape[2]
-    if len(seen.outputs) == 1 and seen.sigmoid and side in SIZES:
-        return SIZES[side], KINDS[SIZES[side]], f"it takes {side} pixels and ends in a sigmoid"
+    if len(seen.outputs) == 1 and seen.bounded and side in SIZES:
+        return (
+            SIZES[side],
+            KINDS[SIZES[side]],
+            f"it takes {side} pixels and ends in {BOUNDED[next(iter(seen.bounded.values()))]}",
+        )
     raise ConfigurationError(
         f"can't tell which family it is (input {_form(seen.shape)}, {len(seen.outputs)} outputs): "
         f"add --family with one of {', '.join(KINDS)}, or --mean and --deviation"
@@ -266,9 +282,10 @@ def _run(path: Path, seen: Seen, said: Said, family: Family) -> tuple[str, list[
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         kind = np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
-        outputs = [session.run([wanted], {seen.input: family.tensor(photo)[None].astype(kind)})[0] for photo in photos()]
+        pictures = [family.tensor(photo)[None].astype(kind) for photo in photos()]
+        outputs = [session.run([wanted], {seen.input: picture})[0] for picture in pictures]
     except Exception as error:  # onnxruntime raises anything on a graph that it can't run
-        raise ConfigurationError(f"it does not run on a picture of {family.size} pixels: {sentence(error)}") from error
+        raise ConfigurationError(_reason(error, f"it does not run on a picture of {family.size} pixels")) from error
     for output in outputs:
         if not isinstance(output, np.ndarray) or not np.issubdtype(output.dtype, np.floating):
             raise ConfigurationError(f"its output {wanted} has no floats; expected a matte")
@@ -279,18 +296,46 @@ def _run(path: Path, seen: Seen, said: Said, family: Family) -> tuple[str, list[
             )
         if output.shape[-1] != output.shape[-2] or output.shape[-1] < family.size // 32:
             raise ConfigurationError(f"its output {wanted} is {_form(output.shape)}; expected a square matte of the picture")
-    return wanted, [np.asarray(output[0], np.float32) for output in outputs]
+    mattes = [np.asarray(output[0], np.float32) for output in outputs]
+    if not seen.shape[0]:
+        _check_batch(lambda: session.run([wanted], {seen.input: np.concatenate(pictures)})[0], mattes)
+    return wanted, mattes
+
+
+def _check_batch(run: Callable[[], Any], mattes: Sequence[NDArray[np.float32]]) -> None:
+    """Raise ConfigurationError if a network with a free batch axis doesn't give the same for both pictures at once."""
+    try:
+        together = np.asarray(run(), np.float32)
+        same = np.allclose(together, np.stack(mattes), rtol=ALIKE, atol=ALIKE * max(map(np.ptp, mattes)), equal_nan=True)
+        reason = "" if same else ": it returns something else then"
+    except Exception as error:  # noqa: BLE001  # what works for one picture was exported for one
+        reason = _reason(error, "")
+    if reason:
+        raise ConfigurationError(
+            f"its graph takes any number of pictures, but fails with two; export it with a batch of 1{reason}"
+        )
+
+
+def _reason(error: Exception, otherwise: str) -> str:
+    """Why onnxruntime refuses a model, without the places in its own code."""
+    import onnxruntime
+
+    text = str(error)
+    if newest := re.search(r"max supported (IR version): (\d+)|till (opset) (\d+)", text):
+        kind, number = (part for part in newest.groups() if part)
+        return f"it is too new: onnxruntime {onnxruntime.__version__} runs models up to {kind} {number}; export it for that"
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from .*? failed:)?", "", text.strip())
+    return f"{otherwise}: {text.splitlines()[0][:300] if text else type(error).__name__}"
 
 
 def _logits(seen: Seen, said: Said, output: str, mattes: Sequence[NDArray[np.float32]]) -> tuple[bool, str]:
     """Whether an output needs a sigmoid, and the reason."""
     if said.logits is not None:
         return said.logits, "as you said"
-    if output in seen.sigmoid:
-        return False, "it ends in a sigmoid"
+    if output in seen.bounded:
+        return False, f"it ends in {BOUNDED[seen.bounded[output]]}"
     low, high = min(float(matte.min()) for matte in mattes), max(float(matte.max()) for matte in mattes)
-    inside = low >= -PROBABLE and high <= 1 + PROBABLE
-    return not inside, f"it lies between {low:.3g} and {high:.3g} for a made-up photo"
+    return low < -PROBABLE * max(high, 1), f"it lies between {low:.3g} and {high:.3g} for a made-up photo"
 
 
 def _check(mattes: Sequence[NDArray[np.float32]], output: str) -> None:

@@ -7,20 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imagemill.shared.errors import ConfigurationError, UsageError
+from imagemill.shared.options.stylize import LORA_NAME
 from imagemill.worker.models import added, diffusers_folders
+from imagemill.worker.models.added import Kind
 from imagemill.worker.models.adding import Made
 from imagemill.worker.models.catalogue import REPOSITORIES, repository
-from imagemill.worker.models.diffusion_models import added_folder
+from imagemill.worker.models.diffusion_models import added_folder, base_of
 from imagemill.worker.models.download import LARGEST, check_space
+from imagemill.worker.models.lora_names import Layers, layers_of
 from imagemill.worker.models.own_process import apart
-from imagemill.worker.models.repositories import folder_of, state
-from imagemill.worker.models.sources import format_of, header_of
+from imagemill.worker.models.repositories import folder_of, models_here, state
+from imagemill.worker.models.sources import format_of, header_of, metadata_of
 from imagemill.worker.models.tensor_names import Contents
 from imagemill.worker.models.tensor_names import recognise as recognise_tensors
 
 CONTROLS = ("canny", "scribble", "lineart", "tile")
 """Kinds of pictures that can be drawn for a ControlNet."""
-LORA_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 
 def contents_of(source: Path, called: str | None = None) -> Contents:
@@ -58,22 +60,26 @@ def from_file(
             target = work / f"{name}.safetensors"
             count = apart(convert, source, target)
             return Made(kind, family, target, f"lama/{target.name}", {}, (f"LaMa with {count / 1e6:.1f} million parameters",))
+        if kind == "lora":
+            from imagemill.worker.models import loras
+
+            target = work / f"{name}.safetensors"
+            family, found = apart(loras.from_file, source, target, family, layers_here(weights))
+            return Made(kind, family, target, f"diffusion/loras/{target.name}", {}, _told(kind, family, found))
         from imagemill.worker.models import checkpoints
 
-        if kind == "lora":
-            target = work / f"{name}.safetensors"
-            found = apart(checkpoints.lora_from_file, source, target)
-            return Made(kind, family, target, f"diffusion/loras/{target.name}", {}, _told(kind, family, found))
-        folder = work / name
-        base = base_for(weights, family or "sd15")
+        folder, why = work / name, ""
+        if kind == "vae" and not family:
+            family, why = _family_of_vae(weights, name, Path(called or source), metadata_of(source))
+        base = base_for(weights, family)
         if kind == "checkpoint":
             parameters = {"vae": vae} if vae is not None else {}
-            found = apart(checkpoints.checkpoint_from_file, source, family, base, vae_folder(weights, vae), folder)
+            found = apart(checkpoints.checkpoint_from_file, source, family, base, vae_folder(weights, vae, family), folder)
         elif kind == "controlnet":
             parameters = {"control": control or control_in(name, source.name) or control_in(Path(called or source).parent.name)}
             found = apart(checkpoints.controlnet_from_file, source, base, folder)
         else:
-            found = apart(checkpoints.vae_from_file, source, base, folder)
+            found = apart(checkpoints.vae_from_file, source, base, folder) + why
     except ConfigurationError as error:
         raise ConfigurationError(f"{called or source}: {error.message}") from error
     return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found, parameters))
@@ -109,7 +115,7 @@ def from_folder(
             apart(checkpoints.unpickled, folder)
         if kind == "checkpoint":
             parameters = {"vae": vae} if vae is not None else {}
-            found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae))
+            found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae, family))
         else:
             parameters = {"control": control or control_in(name, called or source.name)} if kind == "controlnet" else {}
             found = apart(checkpoints.part_from_folder, folder, kind)
@@ -150,13 +156,32 @@ def base_for(weights: Path, family: str) -> tuple[Path, Path]:
     return folder, own if own.is_dir() else folder_of(weights, repository(needed[-1]))
 
 
-def vae_folder(weights: Path, name: str | None) -> Path | None:
-    """The folder of a VAE that was added, by its name. Raises UsageError."""
+def layers_here(weights: Path) -> list[Layers]:
+    """The layers of one checkpoint of each family that is here. Raises ConfigurationError."""
+    bases = {base.family: base.folder for base in (base_of(weights, name) for name in models_here(weights, "diffusion")[::-1])}
+    return [layers_of(folder, family) for family, folder in sorted(bases.items())]
+
+
+def _family_of_vae(weights: Path, name: str, source: Path, metadata: Mapping[str, str]) -> tuple[str, str]:
+    """The family of a VAE in one file, and why: the tensors of SD 1.5's and SDXL's have the same names and shapes."""
+    told = " ".join((name, source.parent.name, source.name, metadata.get("modelspec.architecture", ""))).lower()
+    if re.search(r"xl(?![a-z])|stable-diffusion-xl", told):
+        return "sdxl", "; for SDXL by its name (--family sd15 says otherwise)"
+    here = {base.family for base in (base_of(weights, model) for model in models_here(weights, "diffusion"))}
+    if here == {"sdxl"}:
+        return "sdxl", "; for SDXL, as no other family is here (--family sd15 says otherwise)"
+    return "sd15", "; for Stable Diffusion 1.5, as its name doesn't say SDXL (--family sdxl says otherwise)"
+
+
+def vae_folder(weights: Path, name: str | None, family: str) -> Path | None:
+    """The folder of a VAE that was added, by its name, for a checkpoint of this family. Raises UsageError."""
     if name is None:
         return None
     record = added.find(weights, name)
     if record is None or record.kind != "vae":
         raise UsageError(f"there is no VAE called {name}: add it first, with `imagemill models add {name} FILE`")
+    if record.family not in ("", family):
+        raise UsageError(f"the VAE {name} is for {record.family}, and the checkpoint is {family}")
     return added_folder(weights, name)
 
 
@@ -172,9 +197,9 @@ def check_lora_name(name: str) -> None:
         raise UsageError(f"{name!r}: a LoRA's name has up to 64 letters, digits and _-")
 
 
-def _told(kind: str, family: str, found: str, parameters: Mapping[str, str] | None = None) -> tuple[str, ...]:
+def _told(kind: Kind, family: str, found: str, parameters: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """Sentences about what was recognised. For a ControlNet, the last says which pictures it takes."""
-    lines = (f"{kind}{f' for {family}' if family else ''}", found)
+    lines = (f"{added.TITLES[kind]}{f' for {family}' if family else ''}", found)
     if kind != "controlnet":
         return lines
     control = (parameters or {}).get("control")

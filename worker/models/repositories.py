@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from imagemill.shared.diffusion_models import FAMILIES
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import UsageError
+from imagemill.shared.options.stylize import LORA_NAME
 from imagemill.worker.models import added, files
 from imagemill.worker.models.catalogue import LICENSED, MODELS, REPOSITORIES, WEIGHTS, Repository
 from imagemill.worker.models.checksums import digest, read_json, sha256_of
@@ -87,8 +89,15 @@ def parts_here(weights: Path) -> list[str]:
     kinds = ("lora", "controlnet", "vae")
     found = [entry.name for entry in REPOSITORIES if entry.kind in kinds and state(weights, entry) != "missing"]
     found += [record.name for record in added.everything(weights)[0] if record.kind in kinds and record.is_here(weights)]
-    found += [path.stem for path in (weights / "diffusion" / "loras").glob("*.safetensors")]
+    own = [path.stem for path in (weights / "diffusion" / "loras").glob("*.safetensors")]
+    found += [name for name in own if re.fullmatch(LORA_NAME, name)]
     return sorted(set(found))
+
+
+def places_of(weights: Path, part: str) -> list[Path]:
+    """Where the files of a LoRA, ControlNet or VAE are: a folder, a file, or the record of one that the operator has added."""
+    own = weights / "diffusion"
+    return [own / part, own / "loras" / f"{part}.safetensors", added.record_path(weights, part)]
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

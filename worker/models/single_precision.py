@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from imagemill.shared.errors import sentence
-from imagemill.worker.models.trials import Outcome, difference, graphs_of, keep_output
+from imagemill.worker.models.trials import Outcome, changed, difference, graphs_of
 
 TOLERANCE = 1e-2
 """Largest permitted difference, as a share of an output's range: half precision adds up to 7e-4 in ISNet's real weights."""
@@ -20,21 +19,15 @@ TOLERANCE = 1e-2
 
 def make(original: Path, target: Path, output: str | None = None) -> tuple[Outcome, str]:
     """Write the model in single precision to `target` if needed; return the outcome and its reason."""
-    import onnx
-
-    try:
-        model = onnx.load(original)
-        if not _widen(model):
-            return "needless", "the model is in single precision"
-        keep_output(model, output)
-        onnx.save(model, target)
-        del model
-        reason = difference(original, target, tolerance=TOLERANCE, output=output)
-    except Exception as error:  # noqa: BLE001  # onnx and onnxruntime raise anything on a graph that they can't handle
-        reason = sentence(error)
-    if reason is not None:
-        return "refused", reason
-    return "made", f"same output within {TOLERANCE:g} of its range"
+    return changed(
+        original,
+        target,
+        output,
+        _widen,
+        lambda: difference(original, target, tolerance=TOLERANCE, output=output),
+        needless="the model is in single precision",
+        made=f"same output within {TOLERANCE:g} of its range",
+    )
 
 
 def _widen(model: Any) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
-from imagemill.shared.errors import ConfigurationError, sentence
+from imagemill.shared.errors import ConfigurationError, UsageError, sentence
 from imagemill.worker.models.checksums import sha256_of
 
 Format = Literal["onnx", "safetensors", "torch", "folder"]
@@ -72,12 +72,21 @@ def format_of(source: Path) -> Format:
         with source.open("rb") as file:
             head = file.read(HEAD)
         if zipfile.is_zipfile(source):
+            with zipfile.ZipFile(source) as archive:
+                names = archive.namelist()
+            if not any(name.endswith(("data.pkl", ".ckpt")) for name in names):
+                inside = f" with {names[0][:200]}" if names else " with nothing"
+                raise ConfigurationError(f"{source} is a zip archive{inside} in it: unpack it first; {EXPECTED}")
             return "torch"
     except FileNotFoundError as error:
+        if source.is_symlink():
+            raise ConfigurationError(f"{source} is a link to {source.readlink()}, which is not there") from error
         raise ConfigurationError(f"there is no file {source}") from error
+    except zipfile.BadZipFile:
+        return "torch"  # reading its tensors says what is wrong
     except OSError as error:
         raise ConfigurationError(f"{source} can't be read: {sentence(error)}") from error
-    wrong = _no_model(head)
+    wrong = no_model(head)
     if wrong is not None:
         raise ConfigurationError(f"{source} {wrong}; {EXPECTED}")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
@@ -85,7 +94,13 @@ def format_of(source: Path) -> Format:
     return "onnx"
 
 
-def _no_model(head: bytes) -> str | None:
+def check_no_address(source: str) -> None:
+    """Raise UsageError for a SOURCE that is a URL."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
+        raise UsageError(f"{source} is a URL; expected a file or folder on this host: download it first")
+
+
+def no_model(head: bytes) -> str | None:
     """What a file is that is no model, by its first bytes; None if it may be one."""
     start = head.lstrip().lower()
     if not head:
@@ -102,6 +117,14 @@ def _no_model(head: bytes) -> str | None:
         return "is a GGUF file, which nodes can't load"
     if head.startswith((b"\x1f\x8b", b"BZh", b"7z\xbc\xaf", b"Rar!", b"\xfd7zXZ")):
         return "is a compressed archive: unpack it first"
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8")) or head[8:12] == b"WEBP":
+        return "is an image"
+    if head.startswith(b"\x89HDF"):
+        return "is an HDF5 file, as Keras writes them"
+    if head[4:8] == b"TFL3":
+        return "is a TensorFlow Lite file"
+    if head[257:262] == b"ustar":
+        return "is a tar archive: unpack it first"
     if not head.strip(bytes(range(32, 127)) + b"\t\r\n\f"):
         return "is a text file"
     return None
@@ -115,6 +138,10 @@ def header_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
+            wrong = no_model(file.read(HEAD))
+            if wrong is not None:
+                raise ConfigurationError(f"{path} {wrong}")
+            file.seek(0)
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(LONGEST_HEADER, size - 8):
                 raise ValueError(f"its header would have {length} bytes")
@@ -129,6 +156,15 @@ def header_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if 8 + length + end != size:
         raise ConfigurationError(f"{path} has {size} bytes, and by its header it should have {8 + length + end}: get it again")
     return tensors
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; empty for any other file. For files that `header_of` has read."""
+    if format_of(path) != "safetensors":
+        return {}
+    with path.open("rb") as file:
+        found = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
+    return found if isinstance(found, dict) else {}
 
 
 def digest_of_files(root: Path, files: Iterable[Path]) -> str:

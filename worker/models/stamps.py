@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR
 
 Stamp = tuple[tuple[str, int, int, int], ...]
 """Path, size, modification time in nanoseconds and inode of each file."""
@@ -18,6 +19,19 @@ def stamp(folder: Path, name: str) -> Stamp:
     """
     tops = (entry for entry in _entries(folder) if entry.name == name or entry.name.startswith(f"{name}."))
     return tuple(sorted(_of(entry) for top in tops for entry in _files(top)))
+
+
+def stamp_at(*places: Path) -> Stamp:
+    """The same of files, and of whatever is in folders; nothing of those that are not there."""
+    found = []
+    for place in places:
+        with suppress(OSError):
+            status = place.stat()
+            if S_ISDIR(status.st_mode):
+                found += [_of(inner) for entry in _entries(place) for inner in _files(entry)]
+            else:
+                found.append((str(place), status.st_size, status.st_mtime_ns, status.st_ino))
+    return tuple(sorted(found))
 
 
 def size(folder: Path, name: str) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.worker.models.added import Kind
+from imagemill.worker.models.lora_names import is_lora
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -25,10 +28,16 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "AuraFlow": ("double_layers.",),
     "Lumina": ("cap_embedder.",),
     "Stable Cascade": ("clip_txt_mapper.", "clip_txt_pooled_mapper."),
-    "a textual inversion": ("emb_params", "clip_l", "clip_g"),
+    "a textual inversion": ("emb_params", "clip_l", "clip_g", "string_to_param."),
     "an upscaler": ("conv_first.",),
     "a T2I adapter": ("adapter.", "body."),
     "an IP adapter": ("ip_adapter.", "image_proj."),
+    "TAESD, a VAE for previews": ("decoder.layers.", "1.conv.0.", "3.conv.0."),
+    "an asymmetric VAE": ("decoder.condition_encoder.",),
+    "a consistency decoder": ("decoder_unet.",),
+    "MAT": ("synthesis.first_stage.",),
+    "MI-GAN": ("synthesis.b",),
+    "a LaMa that also wants to know where the mask is": ("str_state_dict.",),
     "a motion module": ("down_blocks.0.motion_modules.",),
     "a control LoRA": ("lora_controlnet",),
     "a ControlNet-LLLite": ("lllite_",),
@@ -36,6 +45,8 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "the difference of a ControlNet from a checkpoint": ("difference",),
 }
 """Models that nodes can't run, by the beginnings of names in them, after `model.diffusion_model.` if there is that."""
+MATTING = ("rebnconv", "squeeze_module.", "lr_branch.", "multifieldcrossatt.", "image_encoder.blocks.")
+"""Parts of names in the weights of networks that cut out subjects."""
 EXPECTED = "expected a checkpoint of Stable Diffusion 1.5 or SDXL, a ControlNet, a VAE, a LoRA or LaMa"
 
 ENCODERS: dict[str, dict[str, str]] = {
@@ -50,6 +61,11 @@ UNFIT_WIDTHS = {1024: "Stable Diffusion 2", 1280: "the refiner of SDXL"}
 """Models that nodes can't run, by the width of their text embeddings."""
 WIDTHS = {768: "sd15", 2048: "sdxl"}
 """The family by the width of the text embeddings that a LoRA was made for."""
+TRANSFORMER = (
+    *("transformer.", "lora_transformer_", "lora_unet_double_blocks_", "lora_unet_single_blocks_", "lora_unet_joint_blocks_"),
+    *("diffusion_model.double_blocks.", "diffusion_model.joint_blocks.", "diffusion_model.layers.", "diffusion_model.blocks."),
+)
+"""Beginnings of names in LoRAs for other models."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ def recognise(tensors: Shapes) -> Contents:
             raise ConfigurationError(f"it is {other}, which nodes can't run; {EXPECTED}")
     if any(name.endswith(LAMA) for name in tensors):
         return Contents("inpainting", "lama")
-    if any(".lora_" in name or name.endswith((".alpha", ".dora_scale")) for name in tensors):
+    if is_lora(tensors):
         return Contents("lora", _lora_family(tensors))
     if any(name.startswith("control_model.") or name.startswith("input_hint_block.") for name in tensors):
         check_width(_width(tensors))
@@ -79,10 +95,20 @@ def recognise(tensors: Shapes) -> Contents:
     if any(name.startswith(UNET) for name in tensors):
         return Contents("checkpoint", _whole(tensors))
     if any(name.startswith((VAE, "encoder.")) for name in tensors) and any("decoder." in name for name in tensors):
+        inputs = [shape for name, shape in tensors.items() if name.endswith("decoder.conv_in.weight") and len(shape) == 4]
+        check_vae(inputs[0][1] if inputs else 4)
         return Contents("vae", "")
+    if any(part in name for name in tensors for part in MATTING):
+        raise ConfigurationError(
+            "it has the weights of a network that cuts out subjects, but not its graph; expected an ONNX file: export it"
+        )
+    if tensors and all("." not in name and shape[-1:] in ((768,), (1024,), (1280,)) for name, shape in tensors.items()):
+        raise ConfigurationError(f"it is a textual inversion, which nodes can't run; {EXPECTED}")
+    if not tensors:
+        raise ConfigurationError(f"it has no tensors with names, like a hypernetwork, which nodes can't run; {EXPECTED}")
     if any(name.startswith("down_blocks.") for name in tensors):
         raise ConfigurationError(f"it is a UNet without text encoder and VAE; {EXPECTED}")
-    some = ", ".join(sorted(tensors)[:3]) or "none"
+    some = ", ".join(sorted(tensors)[:3])
     raise ConfigurationError(f"its tensors ({some}, ...) are of no known model; {EXPECTED}")
 
 
@@ -99,6 +125,14 @@ def check_width(width: int | None) -> None:
     if width in UNFIT_WIDTHS:
         raise ConfigurationError(
             f"it is for {UNFIT_WIDTHS[width]}, which nodes can't run; expected Stable Diffusion 1.5 or SDXL"
+        )
+
+
+def check_vae(channels: int) -> None:
+    """Raise ConfigurationError for the VAE of another model, by the channels of its latents."""
+    if channels != 4:
+        raise ConfigurationError(
+            f"it is a VAE with {channels} channels, as Flux and Stable Diffusion 3 have; expected 4, as for 1.5 and SDXL"
         )
 
 
@@ -126,9 +160,22 @@ def _family(tensors: Shapes) -> str:
 
 
 def _lora_family(tensors: Shapes) -> str:
-    """The family that a LoRA was made for, by the width of what its layers for text take."""
+    """The family that a LoRA was made for, by its names, or the width of what its layers for text take; empty if unseen.
+
+    Raises ConfigurationError if it is another than those that nodes can run.
+    """
+    if any(name.startswith(TRANSFORMER) for name in tensors):
+        raise ConfigurationError(
+            "it is a LoRA for Flux, Stable Diffusion 3 or another transformer, which nodes can't run; "
+            "expected one for Stable Diffusion 1.5 or SDXL"
+        )
+    if any(name.startswith(("text_encoder_2.", "lora_te2_")) or "add_embedding" in name for name in tensors):
+        return "sdxl"
     for name, shape in tensors.items():
-        is_for_text = ("attn2" in name) and ("to_k" in name) and ("lora_down" in name or "lora_A" in name)
-        if is_for_text and len(shape) == 2 and shape[1] in WIDTHS:
-            return WIDTHS[shape[1]]
+        if re.search(r"attn2.*to_[kv]", name) and name.endswith(("down.weight", "lora_A.weight", "hada_w1_b")):
+            width = math.prod(shape[1:])
+            if width == 1024:
+                raise ConfigurationError("it is a LoRA for Stable Diffusion 2, which nodes can't run; expected 1.5 or SDXL")
+            if width in WIDTHS:
+                return WIDTHS[width]
     return ""

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from imagemill.shared.errors import ConfigurationError, sentence
@@ -28,6 +29,8 @@ from imagemill.worker.models.inert_pickle import read as read_pickle
 
 LARGEST_ARCHIVE = 4 * 2**30
 """Maximum bytes of a checkpoint inside another archive, which may include training state."""
+LARGEST = 16 * 2**30
+"""Maximum bytes of a checkpoint's tensors."""
 MOST = 20_000
 """Maximum number of parts of a model: the published checkpoint has a few thousand."""
 LONGEST = 500
@@ -70,6 +73,14 @@ def tensors_of(file: IO[bytes], choose: Chosen, most: int, *, inside_another: bo
             if not zipfile.is_zipfile(checkpoint):
                 raise Unreadable(f"{inside[0].filename} inside is not a checkpoint from torch 1.6 or later")
             return tensors_of(checkpoint, choose, most, inside_another=True)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """All tensors in a safetensors file or an archive, but those of a checkpoint's average. Raises as `tensors_of` does."""
+    if not zipfile.is_zipfile(path):
+        return load_file(path)
+    with path.open("rb") as file:
+        return tensors_of(file, lambda found: {name: name for name in found if not name.startswith("model_ema.")}, LARGEST)
 
 
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:

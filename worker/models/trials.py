@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from imagemill.shared.errors import sentence
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.files import Kind, record_variant, variant, variant_record
 from imagemill.worker.models.own_process import TrialDied, apart
@@ -55,6 +56,35 @@ def tried(original: Path, kind: Kind, make: Make, output: str | None = None) -> 
             publish(work / target.name, target)
     record_variant(original, kind, accepted=outcome == "made", details={"outcome": outcome, "reason": reason})
     return outcome
+
+
+def changed(
+    original: Path,
+    target: Path,
+    output: str | None,
+    change: Callable[[Any], bool | int],
+    compare: Callable[[], str | None],
+    *,
+    needless: str,
+    made: str,
+) -> tuple[Outcome, str]:
+    """Write a copy of a model, with only the output that nodes read, that `change` has changed; it returns whether it has.
+
+    Returns the outcome and its reason: `needless`, `made`, or what `compare` has found to differ.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(original)
+        keep_output(model, output)
+        if not change(model):
+            return "needless", needless
+        onnx.save(model, target)
+        del model
+        reason = compare()
+    except Exception as error:  # noqa: BLE001  # onnx and onnxruntime raise anything on a graph that they can't handle
+        reason = sentence(error)
+    return ("made", made) if reason is None else ("refused", reason)
 
 
 def difference(

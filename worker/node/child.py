@@ -20,6 +20,7 @@ from imagemill.shared.errors import (
     ImagemillError,
     ModelUnavailable,
     StorageUnavailable,
+    UnsafeContent,
     sentence,
 )
 from imagemill.shared.fleet import Fleet
@@ -41,8 +42,9 @@ from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records, Tally
 from imagemill.worker.line.stopped import Stopped
 from imagemill.worker.node.feeder import Feeder
-from imagemill.worker.node.lanes import Lanes
 from imagemill.worker.node.metrics import child_meter
+from imagemill.worker.node.offered import Offered
+from imagemill.worker.node.parts import Lack, Parts
 from imagemill.worker.node.shares import engine_of
 from imagemill.worker.operations.base import AnyOperation, Untouched, Work
 from imagemill.worker.operations.registry import create
@@ -78,7 +80,8 @@ class Child:
         node: str,
         seat: str,
         name: str,
-        lanes: Lanes,
+        lanes: Offered,
+        parts: Offered,
         publisher: Publisher,
         stopping: Callable[[], bool],
         moved: Callable[[bool], None] = lambda _working: None,
@@ -91,7 +94,7 @@ class Child:
         self.network = Network()
         self.s3 = S3Requests(settings.s3, self.network)
         self.fetcher = Fetcher(settings.fetch, settings.files, self.s3, self.network)
-        self._lanes, self._device = lanes, device
+        self._lanes, self._parts, self._device = lanes, Parts(parts), device
         self.operations: dict[tuple[str, str], AnyOperation] = {}
         self.sizes: dict[tuple[str, str], BatchSizes] = {}
         self.traces = open_traces(settings)
@@ -157,7 +160,12 @@ class Child:
         try:
             work = _example(operation, parse_options(name, engine, given))
             if not isinstance(work, Untouched):
-                operation.finish(work, operation.run(work.samples))
+                outputs = operation.run(work.samples)
+                fault = next((each for each in outputs if isinstance(each, ImageError)), None)
+                if fault is not None and not isinstance(fault, UnsafeContent):
+                    raise fault
+                if fault is None:
+                    operation.finish(work, outputs)
         except (DeviceLost, DeviceUnusable, ModelUnavailable, SoftTimeLimitExceeded):
             raise
         except Exception as error:  # a model may return anything
@@ -285,8 +293,22 @@ class Child:
         """Take a lane out of service for all children, because its model could not be used in an attempt since then."""
         passing = isinstance(error, ModelUnavailable) and error.passing
         if self._lanes.close(lane, error.message, since, passing=passing):
-            fix = "free memory; the node tries again" if passing else "repair or replace its files; the node notices"
-            log.error("lane out of service", extra={"action": "lane", "lane": lane, "reason": error.message, "fix": fix})
+            _log_fault("lane out of service", lane, error.message, passing=passing)
+
+    def report_fault(self, lane: str, error: ModelUnavailable, since: float) -> None:
+        """Take what is at fault out of service: the lane, or a LoRA, ControlNet or VAE that a job names beside its model."""
+        if not error.part:
+            self.close_lane(lane, error, since)
+        elif self._parts.close(lane, error, since):
+            _log_fault("part out of service", lane, error.message, passing=error.passing, part=error.part)
+
+    def lack(self, context: Context) -> Lack | None:
+        """What a job needs beside its model and this node has not got, or can't use."""
+        return self._parts.lack(context.spec.lane, context.companions)
+
+    def why_waiting(self, context: Context, lack: Lack) -> str | None:
+        """Why a job waits that this node can't work on; None if another one can."""
+        return lack.shown(self.node, context.spec.lane, context.companions, self.fleet.nodes())
 
     def roomy(self) -> bool:
         """Whether models need not take turns, because all that are asked for stay open."""
@@ -342,15 +364,24 @@ class Child:
         return dict(state=status.state, done=status.done, failed=status.failed, seconds=status.seconds)
 
     def _fingerprint(self, spec: Job) -> str | None:
-        """Everything that determines this job's results on this node; None if it can't be determined any more."""
+        """Everything that determines this job's results; None if it can't be determined any more, or not on this node."""
+        operation = self.operations[spec.operation, spec.engine]
         try:
-            return self.operations[spec.operation, spec.engine].fingerprint(spec.options)
+            lack = self._parts.lack(spec.lane, operation.companions(spec.options))
+            if lack is not None:  # another node has made the results
+                raise ConfigurationError(f"this node {lack.what}: {lack.why}")
+            return operation.fingerprint(spec.options)
         except (ImagemillError, OSError) as error:
             log.warning("fingerprint unknown", extra={"action": "manifest", "reason": sentence(error)})
             return None
 
     def _store(self, spec: Job) -> Store:
         return open_store(spec.output.url, s3=self.s3, files=self.settings.files, s3_settings=self.settings.s3)
+
+
+def _log_fault(message: str, lane: str, reason: str, *, passing: bool, **fields: str) -> None:
+    fix = "free memory; the node tries again" if passing else "repair or replace its files; the node notices"
+    log.error(message, extra={"action": "lane", "lane": lane, **fields, "reason": reason, "fix": fix})
 
 
 def _bug(lane: str, error: Exception) -> ConfigurationError:

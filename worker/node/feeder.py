@@ -19,6 +19,7 @@ from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import Failed, ImageInFlight
 from imagemill.worker.line.line import Line
 from imagemill.worker.node.appetite import Appetite
+from imagemill.worker.node.left_jobs import LeftJobs
 from imagemill.worker.node.manifests import SKIP_SECONDS, Manifests
 from imagemill.worker.node.shares import Held, Jobs, ahead, engine_of
 from imagemill.worker.node.story import Story
@@ -73,9 +74,9 @@ class Feeder:
         self._siblings = siblings
         self._stopping, self._appetite = stopping, Appetite(self.line, jobs.grows, seconds=seconds)
         self._held: list[Held] = []
-        self._manifests = Manifests(ledger, jobs, self.line, avoid=self._avoid)
         self._contexts: dict[str, tuple[float, Context]] = {}
-        self._unable: dict[str, float] = {}  # jobs that this child can't work on, until when
+        self._unable = LeftJobs(ledger, jobs)
+        self._manifests = Manifests(ledger, jobs, self.line, avoid=self._unable.leave)
         self._opened: dict[tuple[str, str], tuple[str, float]] = {}  # by engine, the latest lane, and since when
         self._overtaken = False
         self._ask_at = self._renew_at = self._report_at = self._progress_at = 0.0
@@ -200,11 +201,11 @@ class Feeder:
         leases += manifests
         if not leases:
             return
-        renewal = self._ledger.renew(self._child, self._jobs.lanes(), leases)
+        renewal = self._ledger.renew(self._child, self._jobs.lanes(), leases, self._avoided())
         for due, verdict in zip(manifests, renewal.verdicts[len(self._held) :], strict=True):
             if verdict == "lost":
                 due.stop.set()
-        mine = renewal.urgent in (*(held.share.job for held in self._held), *self._avoided())
+        mine = renewal.urgent in [held.share.job for held in self._held]
         for held, verdict in zip(self._held, renewal.verdicts, strict=False):
             if verdict in ("stop", "lost"):
                 self._story.stopped(held, verdict)
@@ -232,15 +233,17 @@ class Feeder:
                 self._ledger.report_wait(job, reason)
 
     def _close_lanes(self) -> None:
-        """Take lanes whose model can't be used out of service, and give their images back."""
+        """Take models that can't be used out of service, and give back the images that need them."""
         faults = dict(self.line.device.faults)
-        for lane, (error, since) in faults.items():
-            self._jobs.close_lane(lane, error, since)
+        for (lane, _), (error, since) in faults.items():
+            self._jobs.report_fault(lane, error, since)
+        lanes = self._jobs.lanes() if self._held else []
         for held in self._held:
-            if held.lane in faults or held.lane not in self._jobs.lanes():
+            faulty = any(need in faults for need in held.context.needs)
+            if faulty or held.lane not in lanes or self._jobs.lack(held.context) is not None:
                 self._withdraw(held.left())
-        for lane in faults:
-            del self.line.device.faults[lane]
+        for need in faults:
+            del self.line.device.faults[need]
 
     def _withdraw(self, images: Iterable[ImageInFlight]) -> None:
         """Take images that are not begun out of the line."""
@@ -312,9 +315,8 @@ class Feeder:
 
     def _avoided(self) -> list[str]:
         """The jobs that this child can't work on at the moment: what they need does not respond."""
-        now, full = time.monotonic(), self.line.outages.full
-        self._unable = {job: until for job, until in self._unable.items() if until > now}
-        return [*self._unable, *(job for job, (_, context) in self._contexts.items() if full(context.store.service))]
+        full = self.line.outages.full
+        return [*self._unable.current(), *(job for job, (_, context) in self._contexts.items() if full(context.store.service))]
 
     def _lanes_now(self, current: dict[tuple[str, str], str]) -> list[str]:
         """The lanes to take work from, given that of each engine. Where it can't keep all models open, another's work waits."""
@@ -349,6 +351,11 @@ class Feeder:
         if self.line.outages.full(context.store.service):
             self._refuse(share)
             return
+        lack = self._jobs.lack(context)
+        if lack is not None:
+            self._refuse(share)
+            self._unable.leave_for(lack, context)
+            return
         first = bool(self._held) and (share.fresh or share.rank < min(held.share.rank for held in self._held))
         images = [
             ImageInFlight(item, context, first=first, deaths=share.deaths, share=f"{share.number}") for item in share.items
@@ -370,10 +377,7 @@ class Feeder:
     def _refuse(self, share: Share, seconds: float = UNABLE_SECONDS) -> None:
         """Give a share back, and leave its job to others for a while."""
         self._ledger.give_back(share, self._child, returned=sorted(share.indexes))
-        self._avoid(share.job, seconds)
-
-    def _avoid(self, job: str, seconds: float) -> None:
-        self._unable = {**self._unable, job: time.monotonic() + seconds}  # anew, since another thread may read it
+        self._unable.leave(share.job, seconds)
 
     def _give_up(self, images: list[ImageInFlight]) -> None:
         """Record images that have used up their attempts. Each had the last one alone, and never less than two: the first time,

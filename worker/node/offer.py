@@ -10,8 +10,8 @@ from imagemill.shared.options.base import nearest
 from imagemill.shared.settings import Settings
 from imagemill.worker.models import added, repositories
 from imagemill.worker.models.catalogue import REPOSITORIES
-from imagemill.worker.models.repositories import models_here, parts_here, parts_of
-from imagemill.worker.models.stamps import Stamp, stamp
+from imagemill.worker.models.repositories import models_here, parts_here, parts_of, places_of
+from imagemill.worker.models.stamps import Stamp, stamp, stamp_at
 
 
 def lanes(settings: Settings) -> list[str]:
@@ -36,9 +36,12 @@ def present(settings: Settings, engine: str) -> list[str]:
     return models_here(settings.weights.folder.expanduser(), engine)
 
 
-def parts(settings: Settings) -> tuple[str, ...]:
-    """The LoRAs, ControlNets and VAEs on this host, which jobs can name beside a model."""
-    return tuple(parts_here(settings.weights.folder.expanduser()) if "diffusion" in settings.worker.engines else ())
+def parts(settings: Settings) -> dict[str, Stamp]:
+    """The LoRAs, ControlNets and VAEs on this host, which jobs can name beside a model, with their files as they are now."""
+    if "diffusion" not in settings.worker.engines:
+        return {}
+    weights = settings.weights.folder.expanduser()
+    return {name: stamp_at(*places_of(weights, name)) for name in parts_here(weights)}
 
 
 def missing(settings: Settings) -> dict[str, list[str]]:

@@ -26,9 +26,9 @@ from imagemill.shared.ledger.repair import is_damage
 from imagemill.shared.messages import Node
 from imagemill.shared.queues import queue_name
 from imagemill.shared.settings import WorkerSettings
-from imagemill.worker.node.lanes import Lanes
 from imagemill.worker.node.lookout import Lookout
 from imagemill.worker.node.metrics import ParentMeter
+from imagemill.worker.node.offered import Offered
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Parent:
     sweep_at: float = 0.0
 
     @property
-    def lanes(self) -> Lanes:
+    def lanes(self) -> Offered:
         return self.lookout.lanes
 
     def wait_for_children(self) -> None:
@@ -232,7 +232,7 @@ class Parent:
             self.meter.died(pid)
             level = logging.INFO if self.children.stopping() and not lost else logging.WARNING
             log.log(level, "child died", extra={"action": "bury", "child": index, "died": pid, **_lost(lost)})
-        self.lookout.look()
+        self.lookout.tick()
         if self.lookout.changed():
             self.report_at = 0.0
         if self._report_due():
@@ -268,11 +268,12 @@ class Parent:
 
     def _report(self, *, ready: bool) -> None:
         """Report the node. It exits if another has taken its name while this one was silent; restarted, it takes another."""
-        lanes, faults = self.lanes.open(), {lane: fault.reason for lane, fault in self.lanes.closed().items()}
+        lanes, parts = self.lanes.open(), self.lookout.parts.open()
+        closed = {**self.lanes.closed(), **self.lookout.parts.closed()}
+        faults = {name: fault.reason for name, fault in closed.items()}
         problem = self.children.reason() or self.children.hung(self.settings.lease_seconds, self.settings.stall_limit)
         changes: dict[str, Any] = {"ready": ready, "lanes": tuple(lanes), "lacks": self.lookout.lacks, "faults": faults}
-        changes["parts"] = self.lookout.parts
-        changes |= {"busy": self.children.busy(), "problem": problem}
+        changes |= {"parts": tuple(parts), "busy": self.children.busy(), "problem": problem}
         self.meter.offers(lanes)
         if not self.fleet.report_node(self.node.model_copy(update=changes)):
             fields = {"action": "name", "node": self.node.node}
@@ -331,7 +332,7 @@ class Housekeeping(bootsteps.StartStopStep):
             self._timer.cancel()
 
 
-def _listen(consumer: Any, lanes: Lanes) -> None:
+def _listen(consumer: Any, lanes: Offered) -> None:
     """Take the wake-ups of the lanes in service; those of others are for other nodes."""
     served = lanes.open()
     for lane in lanes.known():

@@ -14,6 +14,7 @@ from imagemill.shared.ledger.leasing import ManifestDue, Share
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import ImageInFlight
 from imagemill.worker.line.pixel_budget import PixelBudget
+from imagemill.worker.node.parts import Lack
 
 
 def engine_of(lane: str) -> tuple[str, str]:
@@ -33,8 +34,16 @@ class Jobs(Protocol):
     def lanes(self) -> list[str]:
         """The lanes that this child can work in now."""
 
-    def close_lane(self, lane: str, error: ModelUnavailable, since: float) -> None:
-        """Take a lane out of service, unless its model's files have changed `since` (monotonic) the attempt to use it began."""
+    def report_fault(self, lane: str, error: ModelUnavailable, since: float) -> None:
+        """Take a lane out of service, or a part that was used in it, unless its files have changed `since` (monotonic) the
+        attempt to use it began.
+        """
+
+    def lack(self, context: Context) -> Lack | None:
+        """What a job needs beside its model and this node has not got, or can't use."""
+
+    def why_waiting(self, context: Context, lack: Lack) -> str | None:
+        """Why a job waits that this node can't work on; None if another one can."""
 
     def roomy(self) -> bool:
         """Whether models need not take turns, because all that are asked for stay open."""

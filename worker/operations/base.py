@@ -162,6 +162,10 @@ class Operation(ABC, Generic[Options, Data, Output, Plan]):
         Raises OSError or an ImagemillError if it can't be determined.
         """
 
+    def companions(self, options: Options) -> Sequence[str]:
+        """The names of the models that a job needs beside its `model`. Raises ModelUnavailable if they depend on that."""
+        return options.companions()
+
     @abstractmethod
     def prepare(self, picture: Picture, inputs: Inputs[Options]) -> Work[Options, Data, Plan] | Untouched:
         """CPU work before the device step: sizes, masks, tiles. Raises an ImageError."""

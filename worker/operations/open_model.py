@@ -16,13 +16,14 @@ from imagemill.worker.models.added import TAKEN
 Name = TypeVar("Name", bound=Hashable)
 Version = TypeVar("Version", bound=Hashable)
 Model = TypeVar("Model")
+Part = TypeVar("Part")
 
 
 class OpenModel(Generic[Name, Version, Model]):
     """Keeps an engine's models open, as many as the child's `memory` for models allows. For use in one thread.
 
     `size` tells how many bytes a model takes that is not open yet, by its name. An open model may know better, and say so
-    as `bytes`.
+    as `bytes`; it may also load parts later, with `load_part`.
     """
 
     def __init__(self, size: Callable[[Name], int]) -> None:
@@ -30,6 +31,7 @@ class OpenModel(Generic[Name, Version, Model]):
         self.current: Model | None = None
         """The one that was used last."""
         self._size = size
+        self._key: Hashable = None  # of the model in use, in the memory
         self._open: dict[Name, tuple[Version, Model]] = {}
 
     def get(self, locate: Callable[[], tuple[Name, Version]], load: Callable[[tuple[Name, Version]], Model]) -> Model:
@@ -41,8 +43,9 @@ class OpenModel(Generic[Name, Version, Model]):
         self.current = None
         try:
             name, version = locate()
+            self._key = key = id(self), name
             if name in self._open and self._open[name][0] != version:
-                self.memory.close((id(self), name))
+                self.memory.close(key)
             if name not in self._open:
                 self._make_room_and_load((name, version), load)
         except DeviceUnusable:
@@ -50,9 +53,28 @@ class OpenModel(Generic[Name, Version, Model]):
         except (ConfigurationError, OperationFailed, OSError) as error:
             reason = f"the model can't be read: {sentence(error)}" if isinstance(error, OSError) else error.message
             raise ModelUnavailable(reason) from error
-        self.memory.used((id(self), name))
+        self.memory.used(key)
         _, self.current = self._open[name]
         return self.current
+
+    def load_part(self, part: str, size: int, load: Callable[[], Part]) -> Part:
+        """Load a part of so many bytes for the model in use, for which others are closed if need be.
+
+        Raises ModelUnavailable if there is not enough memory for it even so.
+        """
+        self.measure()
+        self.memory.make_room(size, self._key)
+        loaded = _loaded(load)
+        if isinstance(loaded, OutOfMemory) and self.memory.clear(self._key):
+            loaded = _loaded(load)
+        if isinstance(loaded, OutOfMemory):
+            raise ModelUnavailable.of_part(part, loaded.message, misfit=True, passing=True)
+        return loaded
+
+    def measure(self) -> None:
+        """The model in use may have become larger or smaller, as parts of it were loaded or dropped."""
+        if self.current is not None and hasattr(self.current, "bytes"):
+            self.memory.resized(self._key, self.current.bytes)
 
     def close(self) -> None:
         """Close all of them."""
@@ -61,9 +83,9 @@ class OpenModel(Generic[Name, Version, Model]):
 
     def _make_room_and_load(self, key: tuple[Name, Version], load: Callable[[tuple[Name, Version]], Model]) -> None:
         self.memory.make_room(self._size(key[0]))
-        model = _loaded(key, load)
+        model = _loaded(lambda: load(key))
         if isinstance(model, OutOfMemory) and self.memory.clear():
-            model = _loaded(key, load)
+            model = _loaded(lambda: load(key))
         if isinstance(model, OutOfMemory):
             unavailable = ModelUnavailable(model.message)
             unavailable.passing = True
@@ -80,10 +102,10 @@ class OpenModel(Generic[Name, Version, Model]):
         give_back()
 
 
-def _loaded(key: tuple[Name, Version], load: Callable[[tuple[Name, Version]], Model]) -> Model | OutOfMemory:
-    """The model, or the error without the frames that hold what was loaded of it."""
+def _loaded(load: Callable[[], Part]) -> Part | OutOfMemory:
+    """What was loaded, or the error without the frames that hold some of it."""
     try:
-        return load(key)
+        return load()
     except OutOfMemory as error:
         error.__cause__ = error.__context__ = None
         failure = error.with_traceback(None)

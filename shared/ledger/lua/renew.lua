@@ -1,13 +1,21 @@
--- ARGV child, lease in ms, its lanes as JSON, then job, share number or 'manifest NUMBER', ...: extend leases. Returns the job whose
--- turn it is, or '', its lane, and for each lease 'ok'; 'yield': give back what is not fetched yet, for the sake of that job;
--- 'stop': begin nothing more of this job; or 'lost'.
-local child, ends, lanes = ARGV[1], now_ms() + ARGV[2], cjson.decode(ARGV[3])
+-- ARGV child, lease in ms, its lanes and the jobs that it can't work on as JSON, then job, share number or 'manifest NUMBER', ...:
+-- extend leases. Returns the job whose turn it is, or '', its lane, and for each lease 'ok'; 'yield': give back what is not fetched
+-- yet, for the sake of that job; 'stop': begin nothing more of this job; or 'lost'.
+local child, ends, ask = ARGV[1], now_ms() + ARGV[2], cjson.decode(ARGV[3])
+local lanes, avoid = ask.lanes, {}
+for _, job in ipairs(ask.avoid) do avoid[job] = true end
 ring(now_ms())
+
+local function first_of(line)
+  for _, job in ipairs(redis.call('ZRANGE', waiting(line), 0, #ask.avoid)) do
+    if not avoid[job] then return job end
+  end
+end
 
 local function find_urgent()
   for rank, priority in ipairs(PRIORITIES) do
-    for _, owner in ipairs(order(lanes, priority, 4)) do
-      local job = redis.call('ZRANGE', waiting({lane = owner[2], priority = priority, owner = owner[3]}), 0, 0)[1]
+    for _, owner in ipairs(order(lanes, priority, 4 + #ask.avoid)) do
+      local job = first_of({lane = owner[2], priority = priority, owner = owner[3]})
       if job and read(job).left > 0 then
         -- An owner who already has images at work waits for the next share.
         return {job = job, lane = owner[2], rank = rank, owner = owner[3], served = redis.call('HEXISTS', RUNNING, owner[3]) == 1}

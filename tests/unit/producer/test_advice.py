@@ -67,6 +67,6 @@ def test_advice_names_parts_that_no_node_of_the_lane_has(
     said = advice(lane, nodes, parts)
     assert said == (
         missing
-        and f"no worker that offers the model has {missing}, so images will fail; get it with `imagemill models pull "
+        and f"no worker that offers the model has {missing}, so the job waits; get it with `imagemill models pull "
         f"{missing.split()[0]}`, or `imagemill models add {missing.split()[0]} SOURCE` if it is your own"
     )

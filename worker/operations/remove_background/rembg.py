@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,7 +22,7 @@ from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.models.catalogue import MODELS
 from imagemill.worker.models.checksums import digest, with_digest
-from imagemill.worker.models.files import model_file
+from imagemill.worker.models.files import model_file, perhaps_half
 from imagemill.worker.models.repositories import models_here
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.job_images import job_image
@@ -34,6 +35,8 @@ from imagemill.worker.operations.remove_background.onnx_model import LARGEST_BAT
 from imagemill.worker.operations.remove_background.post_processing import post_processed, rembgs_post_processed
 from imagemill.worker.operations.remove_background.session import Opened, Session, by_lanczos
 from imagemill.worker.operations.remove_background.sessions import session_of
+
+log = logging.getLogger(__name__)
 
 REVISION = 4
 """Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
@@ -76,6 +79,10 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
             self.spec = replace(self.spec, max_batch=PER_CORE * device.threads)
         if not models_here(device.weights, self.spec.engine):
             raise missing_model("u2net", device.weights)
+        for model in perhaps_half(device.weights) if device.provider == "cpu" else ():
+            fix = f"run `imagemill models pull {model}`, or for a file of your own, `imagemill models add NAME FILE`"
+            reason = f"CPUs run that slowly: {fix}"
+            log.warning("model seems to be in half precision", extra={"action": "load", "model": model, "reason": reason})
 
     def fingerprint(self, options: RembgRemoveBackground) -> str:
         files = " ".join(map(digest, self._files(options)))

@@ -23,8 +23,8 @@ from imagemill.worker.imaging.scale import fit, resize
 from imagemill.worker.models import stamps
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.checksums import digest
-from imagemill.worker.models.diffusion_models import Base, base_of, controlnet_of
-from imagemill.worker.models.repositories import digest_of, is_here, models_here, state
+from imagemill.worker.models.diffusion_models import Base, base_of, check_lora, controlnet_of
+from imagemill.worker.models.repositories import digest_of, folder_of, is_here, models_here, state
 from imagemill.worker.operations.base import Evidence, Inputs, Operation, Sample, Spec, Work
 from imagemill.worker.operations.job_images import job_image
 from imagemill.worker.operations.open_model import OpenModel, missing_model
@@ -72,7 +72,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
 
     def __init__(self) -> None:
         self._device = Device()
-        self._pipeline: OpenModel[Base, str, Pipeline] = OpenModel(_size)
+        self._pipeline: OpenModel[Base, str, Pipeline] = OpenModel(self._size)
         self._relief = 0
         self._palettes = Palettes()
         self._digests: dict[Path, tuple[stamps.Stamp, str]] = {}
@@ -95,7 +95,9 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         for control in options.control:
             found = controlnet_of(weights, base.family, control.name)
             parts.append(f"{found.name} {self._digest(found.folder)}")
-        parts += [f"{lora.name} {self._adapter(find(weights, lora.name))}" for lora in options.loras]
+        for lora in options.loras:
+            check_lora(weights, base.family, lora.name)
+            parts.append(f"{lora.name} {self._adapter(find(weights, lora.name))}")
         parts += [
             f"diffusers {diffusers.__version__}",
             f"transformers {transformers.__version__}",
@@ -103,6 +105,9 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         ]
         parts += ["compiled"] * self._device.compile + ["safety_checker"] * self._device.diffusion.safety_checker
         return ", ".join([*parts, f"revision {REVISION}"])
+
+    def companions(self, options: DiffusionStylize) -> Sequence[str]:
+        return options.companions(self._family(options))
 
     def work_edge(self, options: DiffusionStylize) -> int | None:
         """The result's longest edge, or the longest edge of a bucket if that is longer."""
@@ -139,7 +144,10 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         options = samples[0].options  # the same for all, thanks to the group key
         pipeline = self._open(options)
         pipeline.relieve(self._relief)
-        return pipeline.run([sample.data for sample in samples], options)
+        try:
+            return pipeline.run([sample.data for sample in samples], options)
+        finally:
+            self._pipeline.measure()
 
     def relieve(self, level: int) -> bool:
         if level > len(RELIEFS):
@@ -164,20 +172,26 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
     def _load(self, options: DiffusionStylize) -> Pipeline:
         if not is_here(self._device.weights, options.model):
             raise missing_model(options.model, self._device.weights)
-        return Pipeline(options.model, self._device, options.vae)
+        return Pipeline(options.model, self._device, self._pipeline.load_part, options.vae)
 
-    def _base(self, options: DiffusionStylize) -> Base:
+    def _size(self, base: Base) -> int:
+        """Bytes of a base model's files, and of the safety checker's if it is in use."""
+        weights, folders = self._device.weights, base.folders
+        folders += [folder_of(weights, repository(CHECKER))] * self._device.diffusion.safety_checker
+        return sum(stamps.size(folder.parent, folder.name) for folder in folders)
+
+    def _family(self, options: DiffusionStylize) -> str:
         try:
-            return base_of(self._device.weights, options.model, options.vae)
+            return base_of(self._device.weights, options.model).family
         except ConfigurationError as error:  # it was here when the node began to offer it
             raise ModelUnavailable(error.message) from error
 
     def _side(self, options: DiffusionStylize) -> int:
-        return options.size or FAMILIES[self._base(options).family].side
+        return options.size or FAMILIES[self._family(options)].side
 
     def _controls(self, rgb: Pixels, own: Pixels | None, options: DiffusionStylize) -> tuple[Pixels | Grey, ...]:
         """The picture of each control; the first may be the submitter's `own`. Raises BadReference."""
-        weights, family = self._device.weights, self._base(options).family
+        weights, family = self._device.weights, self._family(options)
         pictures: list[Pixels | Grey] = [] if own is None else [own]
         for control in options.control[len(pictures) :]:
             kind = controlnet_of(weights, family, control.name).kind
@@ -196,7 +210,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
         return laid_in(resize(flatten(cropped(picture, size), UNDRAWN), inside(size, room)), room)
 
     def _footprint(self, room: Size, options: DiffusionStylize) -> str:
-        family, controls = self._base(options).family, len(options.control)
+        family, controls = self._family(options), len(options.control)
         parts = [f"{room[0]}x{room[1]} {dtype_of(self._device)}"]
         parts += ["guided"] * (options.cfg > 1)
         parts += ["alone"] * options.deterministic  # then a batch takes no more memory than one image
@@ -206,7 +220,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
 
     def _version(self, options: DiffusionStylize) -> tuple[Base, str]:
         """A base model, and the digests of its folders."""
-        base = self._base(options)
+        base = base_of(self._device.weights, options.model, options.vae)
         return base, " ".join(map(self._digest, base.folders))
 
     def _digest(self, folder: Path) -> str:
@@ -234,11 +248,6 @@ def _work(sample: Sample[DiffusionStylize, Canvas], plan: Plan, evidence: Eviden
         return _work(replace(sample, data=replace(canvas, seed=next_seed(canvas.seed))), plan, evidence)
 
     return Work([sample], plan=plan, evidence=evidence, retry=retry)
-
-
-def _size(base: Base) -> int:
-    """Bytes of a base model's files."""
-    return sum(stamps.size(folder.parent, folder.name) for folder in base.folders)
 
 
 def _evidence(shown: Pixels, own: Pixels | None, size: Size, options: DiffusionStylize) -> Evidence:

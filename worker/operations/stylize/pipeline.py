@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -21,13 +22,22 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from imagemill.shared.errors import ConfigurationError, ImageError, OperationFailed, OutOfMemory, UnsafeContent, sentence
+from imagemill.shared.errors import (
+    ConfigurationError,
+    ImageError,
+    ModelUnavailable,
+    OperationFailed,
+    OutOfMemory,
+    UnsafeContent,
+    sentence,
+)
 from imagemill.shared.options.stylize import Control, DiffusionStylize
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.hardware.errors import is_out_of_memory
 from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.hardware.torch_device import bytes_of, torch_device, torch_dtype
 from imagemill.worker.imaging.picture import Grey, Pixels
+from imagemill.worker.models.added import TAKEN
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.diffusion_models import base_of, controlnet_of
 from imagemill.worker.models.repositories import folder_of
@@ -35,7 +45,7 @@ from imagemill.worker.operations.open_model import getting
 from imagemill.worker.operations.stylize.architecture import Architecture
 from imagemill.worker.operations.stylize.controlnets import ControlNets
 from imagemill.worker.operations.stylize.latents import Latents
-from imagemill.worker.operations.stylize.loading import from_disk
+from imagemill.worker.operations.stylize.loading import LoadPart, check_finite, from_disk
 from imagemill.worker.operations.stylize.loras import Loras
 from imagemill.worker.operations.stylize.prompts import Prompts
 from imagemill.worker.operations.stylize.safety import SafetyChecker
@@ -61,6 +71,8 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 """Their classes, and what differs from the model's own configuration."""
 
+LATENT_CHANNELS = 4
+"""Of all families."""
 ARCHITECTURES: dict[str, Architecture] = {"sd15": SD15, "sdxl": SDXL}
 CHECKER = "sd15-safety-checker"
 
@@ -87,32 +99,38 @@ class Styled:
 class Pipeline:
     """One loaded base model, with its own VAE or another, and the ControlNets and LoRAs that jobs need. For one thread.
 
-    Raises ConfigurationError if its files are missing, damaged or of another kind, or if torch can't use the device, and
+    ControlNets and LoRAs are loaded with `load_part`, which makes room for them. Raises ConfigurationError if the model's
+    files are missing, damaged or of another kind, or if torch can't use the device, ModelUnavailable if the VAE's are, and
     OutOfMemory if the model does not fit.
     """
 
-    def __init__(self, model: str, device: Device, vae: str | None = None) -> None:
+    def __init__(self, model: str, device: Device, load_part: LoadPart, vae: str | None = None) -> None:
         self._device, self._dtype = torch_device(device, model), dtype_of(device)
         self._on_cpu, self._compiled = device.gpu is None, device.compile
         self._model, self._base = model, base_of(device.weights, model, vae)
         self._architecture = ARCHITECTURES[self._base.family]
-        self._text = self._load(device)
+        self._text = self._load(device, vae)
         own = self._text.scheduler.config
         self._schedulers = {name: kind.from_config(own, **changes) for name, (kind, changes) in SCHEDULERS.items()}
         self._latents = Latents(self._text.vae, self._dtype)
         self.prompts = Prompts(self._text)
-        self.loras = Loras(self._text, device.weights, device.diffusion.loras, self.prompts.forget)
+        self.loras = Loras(self._text, device.weights, device.diffusion.loras, load_part, self.prompts.forget)
         self._relieved = 0
-        self.bytes = sum(bytes_of(part) for part in self._text.components.values() if isinstance(part, torch.nn.Module))
         self._find = partial(controlnet_of, device.weights, self._base.family)
-        width = self._text.unet.config.cross_attention_dim
-        limit = device.diffusion.controlnets
-        self.controlnets = ControlNets(model, width, self._dtype, limit, self._find, self._place)
+        unet, limit = self._text.unet.config, device.diffusion.controlnets
+        self.controlnets = ControlNets(model, unet, self._dtype, limit, self._find, load_part, self._place)
         if self._compiled:
             for part in (self._text.unet, self._text.vae.decoder):
                 _compile(part)
             for size in device.diffusion.warm_up:
                 self._warm_up(*map(int, size.split("x")))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all that is loaded: the model with its LoRAs, ControlNets, and the safety checker."""
+        parts = [part for part in self._text.components.values() if isinstance(part, torch.nn.Module)]
+        checker = [self.checker.network] if self.checker else []
+        return sum(map(bytes_of, [*parts, *self.controlnets.networks, *checker]))
 
     def run(self, canvases: Sequence[Canvas], options: DiffusionStylize) -> list[Styled | ImageError]:
         """Each canvas in the style of the options, or the error of that image alone. All canvases must have the same size.
@@ -163,8 +181,16 @@ class Pipeline:
         images = (made.float().nan_to_num() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         refused = self.checker.refuses(images) if self.checker else [False] * len(canvases)
         return [
-            _checked(image, finite=fine, refused=unsafe) for image, fine, unsafe in zip(images, finite, refused, strict=True)
+            self._checked(image, options, finite=fine, refused=unsafe)
+            for image, fine, unsafe in zip(images, finite, refused, strict=True)
         ]
+
+    def _checked(self, image: Pixels, options: DiffusionStylize, *, finite: bool, refused: bool) -> Styled | ImageError:
+        if not finite:
+            return OperationFailed(f"the model's output is not finite: {self._suspects(options)}")
+        if refused:
+            return UnsafeContent("the safety checker rejected the result for this image")
+        return Styled(image)
 
     def _pipe(self, options: DiffusionStylize) -> Any:
         """diffusers' pipeline for a job's mode and controls: a shell around the same parts, which keeps no ControlNet alive."""
@@ -213,7 +239,7 @@ class Pipeline:
         try:
             for control in usual:
                 self._find(control.name)
-        except OperationFailed:
+        except ModelUnavailable:
             return ()
         return usual
 
@@ -248,22 +274,22 @@ class Pipeline:
     def _slice_attention(self, part: Any) -> None:
         part.set_attention_slice("auto" if self._relieved > 1 else None)
 
-    def _load(self, device: Device) -> Any:
+    def _load(self, device: Device, vae: str | None) -> Any:
         checker = folder_of(device.weights, repository(CHECKER)) if device.diffusion.safety_checker else None
         for library in (diffusers, transformers):  # their messages would end up in the log; notes report what matters
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
         base = self._base
         try:
-            self.checker = SafetyChecker(checker, self._dtype, self._device) if checker else None
             parts = dict(self._architecture.arguments)
             if base.vae is not None:
-                parts["vae"] = AutoencoderKL.from_pretrained(base.vae, **from_disk(base.vae, self._dtype))
+                parts["vae"] = self._load_vae(base.vae, vae)
+            self.checker = SafetyChecker(checker, self._dtype, self._device) if checker else None
             pipe = self._architecture.text_to_image.from_pretrained(base.folder, **parts, **from_disk(base.folder, self._dtype))
             if self._architecture.vae_overflows and pipe.vae.config.force_upcast and self._dtype == torch.float16:
                 pipe.vae.to(torch.float32)
             pipe.to(self._device)
-        except SoftTimeLimitExceeded:
+        except (ModelUnavailable, SoftTimeLimitExceeded):
             raise
         except Exception as error:  # the files may contain anything
             if is_out_of_memory(error):
@@ -278,6 +304,31 @@ class Pipeline:
             for part in (pipe.unet, pipe.vae):
                 part.to(memory_format=torch.channels_last)
         return pipe
+
+    def _load_vae(self, folder: Path, part: str | None) -> Any:
+        """A VAE of its own folder: `part` if the job has named it, or else the model's."""
+        try:
+            vae = AutoencoderKL.from_pretrained(folder, **from_disk(folder, self._dtype))
+            check_finite(vae)
+        except Exception as error:  # the files may contain anything
+            if part is None or isinstance(error, SoftTimeLimitExceeded) or is_out_of_memory(error):
+                raise
+            raise ModelUnavailable.of_part(part, f"the VAE {part} can't be used from {folder}: {sentence(error)}") from error
+        if part is not None and vae.config.latent_channels != LATENT_CHANNELS:
+            reason = (
+                f"the VAE {part} does not fit: its latents have {vae.config.latent_channels} channels, not {LATENT_CHANNELS}"
+            )
+            raise ModelUnavailable.of_part(part, reason, misfit=True)
+        return vae
+
+    def _suspects(self, options: DiffusionStylize) -> str:
+        """What of a job may be the cause of values that are not finite; of the catalogue's files, none is."""
+        loras = [lora.name for lora in options.loras]
+        files = [name for name in (self._model, *options.companions(self._base.family)) if name not in {*TAKEN, *loras}]
+        known = "overflow in half precision" if self._dtype == torch.float16 else "be damaged"
+        causes = [f"the weight of {' or '.join(loras)} may be too high"] * bool(loras)
+        causes += ["cfg may be too high"] * (options.cfg > 1) + [f"{' or '.join(files)} may {known}"] * bool(files)
+        return ", or ".join(causes) or "the prompt's weights may be too high"
 
 
 def dtype_of(device: Device) -> torch.dtype:
@@ -296,14 +347,6 @@ def parts(count: int, largest: int) -> Iterator[slice]:
 
 def _compile(part: Any) -> None:
     part.compile(dynamic=False, recompile_limit=MOST_SHAPES, isolate_recompiles=True)
-
-
-def _checked(image: Pixels, *, finite: bool, refused: bool) -> Styled | ImageError:
-    if not finite:
-        return OperationFailed("the model's output is not finite: a LoRA's weight or cfg may be too high")
-    if refused:
-        return UnsafeContent("the safety checker rejected the result for this image")
-    return Styled(image)
 
 
 @contextmanager

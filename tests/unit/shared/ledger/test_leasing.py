@@ -10,7 +10,7 @@ import redis
 
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from imagemill.shared.errors import BrokerUnavailable
-from imagemill.shared.ledger.leasing import ManifestDue, Record, Recorded, Share, WorkLedger
+from imagemill.shared.ledger.leasing import ManifestDue, Record, Recorded, Renewal, Share, WorkLedger
 from imagemill.shared.ledger.scripts import key
 from imagemill.shared.ledger.submitting import SubmitLedger
 from tests.ledgers import Ledger
@@ -140,6 +140,18 @@ def test_share_yields_to_a_higher_priority(producer: SubmitLedger, worker: WorkL
     assert worker.renew(CHILD, [], shares).verdicts == ["ok", "ok"]  # a child that can't work on it
     assert take(worker, room=10).job == urgent
     assert worker.renew(CHILD, [LANE], shares).verdicts == ["ok", "ok"]
+
+
+@pytest.mark.parametrize("owner", ["ann", "bob"])
+def test_job_that_the_child_can_not_work_on_keeps_none_behind_it_waiting(
+    owner: str, producer: SubmitLedger, worker: WorkLedger
+) -> None:
+    low = make_job(producer, 10, owner="ann", priority="low")
+    share = take(worker, room=2)
+    stuck = make_job(producer, 10, owner="ann", priority="high")
+    assert worker.renew(CHILD, [LANE], [share], [stuck]) == Renewal(low, LANE, ["ok"])
+    behind = make_job(producer, 10, owner=owner, priority="high")
+    assert worker.renew(CHILD, [LANE], [share], [stuck]) == Renewal(behind, LANE, ["yield"])
 
 
 def test_share_yields_to_an_owner_who_has_nothing_at_work(producer: SubmitLedger, worker: WorkLedger) -> None:

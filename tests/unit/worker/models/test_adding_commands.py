@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,20 @@ def test_file_that_is_no_model_is_refused_and_leaves_nothing(
     assert not weights.exists()
 
 
+def test_pointer_to_a_file_in_git_lfs_is_seen_wherever_weights_are(run: Run, weights: Path, tmp_path: Path) -> None:
+    pointer = NO_MODELS["is a Git LFS pointer"]
+    path = network(tmp_path / "net" / "a.onnx", outside="a.onnx.data")
+    (path.parent / "a.onnx.data").write_bytes(pointer)
+    refused(run, "add", "shop", path, "--family", "isnet", reason="a.onnx.data is a Git LFS pointer and not the file itself")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(pointer)
+    refused(run, "add", "shop", tmp_path / "vae", reason="model.safetensors is a Git LFS pointer and not the file itself")
+    (tmp_path / "net" / "config.txt").write_text("a folder with an ONNX file")
+    refused(run, "add", "shop", tmp_path / "net", reason="or one of its files, such as a.onnx")
+    assert contents(weights) == set()
+
+
 def test_network_that_does_not_fit_is_refused_and_leaves_what_was_there(run: Run, weights: Path, tmp_path: Path) -> None:
     record(weights, "other")
     before = contents(weights)
@@ -146,6 +161,9 @@ def test_network_that_does_not_fit_is_refused_and_leaves_what_was_there(run: Run
         ("../a", "a name has 1 to 64 letters, digits and ._-"),
         ("shop.dynamic", "is the name of files that imagemill makes itself"),
         ("shop.int8", "is the name of files that imagemill makes itself"),
+        ("shop photo", "a name has 1 to 64 letters, digits and ._-"),
+        ("a" * 65, "a name has 1 to 64 letters, digits and ._-"),
+        ("", "a name has 1 to 64 letters, digits and ._-"),
         ("loras", "is the name of files that imagemill makes itself"),
     ],
 )
@@ -171,6 +189,18 @@ def test_wrong_values_are_usage_errors(words: tuple[str, str], reason: str, run:
 
 def test_source_that_is_not_there_is_named(run: Run, tmp_path: Path) -> None:
     refused(run, "add", "shop", tmp_path / "none.onnx", reason=f"there is no file {tmp_path}/none.onnx")
+    (tmp_path / "link").symlink_to(tmp_path / "gone.onnx")
+    refused(
+        run, "add", "shop", tmp_path / "link", reason=f"{tmp_path}/link is a link to {tmp_path}/gone.onnx, which is not there"
+    )
+    refused(run, "add", "shop", "https://models.example/a.onnx", reason="is a URL; expected a file or folder on this host")
+    refused(run, "add", "shop", "s3://models/a.onnx", reason="is a URL; expected a file or folder on this host")
+    refused(run, "add", "shop", tmp_path / ("a" * 300), reason="can't be read: ")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("model/a.onnx", b"onnx")
+    refused(
+        run, "add", "shop", tmp_path / "a.zip", reason="is a zip archive with model/a.onnx in it: unpack it first; expected"
+    )
     os.mkfifo(tmp_path / "pipe")
     refused(run, "add", "shop", tmp_path / "pipe", reason="is not a regular file")
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from imagemill.shared.errors import ConfigurationError
 from imagemill.worker.models import added, own_diffusion
@@ -18,7 +22,7 @@ from imagemill.worker.models.repositories import folder_of, models_here
 from imagemill.worker.models.sources import header_of
 from imagemill.worker.models.tensor_names import Contents, recognise
 from tests.checkpoints import checkpoint_tensors, saved, vae_tensors
-from tests.generators import lama_checkpoint, lama_file
+from tests.generators import lama_checkpoint, lama_file, lama_script, lama_weights
 from tests.pipelines import diffusers, lora_file, pipeline_folder
 from tests.styles import loaded, styled
 from tests.unit.worker.models.test_adding_commands import Run, contents, listed, refused, run, weights
@@ -74,7 +78,25 @@ def test_kind_and_family_are_told_by_the_tensors_names(names: list[str], kind: A
         ({"control_model.a.attn2.to_k.weight": (1, 1024)}, "it is for Stable Diffusion 2, which nodes can't run"),
         ({"down_blocks.0.a": (1,)}, "it is a UNet without text encoder and VAE"),
         ({"bert.encoder.a": (1,)}, "its tensors (bert.encoder.a, ...) are of no known model"),
-        ({}, "its tensors (none, ...) are of no known model"),
+        ({}, "it has no tensors with names, like a hypernetwork, which nodes can't run; expected a checkpoint"),
+        ({"string_to_param.*": (2, 768)}, "it is a textual inversion, which nodes can't run; expected"),
+        ({"<cat-toy>": (768,)}, "it is a textual inversion"),
+        ({"clip_g": (8, 1280), "clip_l": (8, 768)}, "it is a textual inversion"),
+        ({"encoder.conv_in.weight": (8, 3, 3, 3), "decoder.conv_in.weight": (8, 16, 3, 3)}, "it is a VAE with 16 channels, as"),
+        ({"encoder.layers.0.weight": (8, 3), "decoder.layers.1.weight": (8, 4)}, "it is TAESD, a VAE for previews"),
+        ({"0.weight": (8, 3), "1.conv.0.weight": (8, 8)}, "it is TAESD, a VAE for previews"),
+        ({"encoder.conv_in.weight": (8, 3), "decoder.condition_encoder.layers.0.weight": (8, 4)}, "it is an asymmetric VAE"),
+        ({"synthesis.first_stage.conv_first.conv.weight": (8, 4)}, "it is MAT"),
+        ({"encoder.b512.fromrgb.weight": (8, 4), "synthesis.b4.conv.weight": (8, 4)}, "it is MI-GAN"),
+        (
+            {"gen_state_dict.model.1.ffc.convl2l.weight": (64, 4), "str_state_dict.rel_pos_emb.weight": (8, 8)},
+            "it is a LaMa that also wants to know where the mask is",
+        ),
+        (
+            {"stage1.rebnconvin.conv_s1.weight": (64, 3)},
+            "a network that cuts out subjects, but not its graph; expected an ONNX",
+        ),
+        ({"bb.layers.0.weight": (8,), "squeeze_module.0.conv_in.weight": (8, 8)}, "expected an ONNX file: export it"),
     ],
 )
 def test_other_models_are_refused_with_what_was_expected(tensors: Any, reason: str) -> None:
@@ -164,6 +186,88 @@ def test_vae_is_added_and_put_into_a_checkpoint(run: Run, weights: Path, tmp_pat
     refused(run, "add", "other", base, "--vae", "hard", reason="there is no VAE called hard: add it first")
 
 
+VAE_FILES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "original names": lambda tensors: tensors,
+    "of a checkpoint": lambda tensors: {f"first_stage_model.{name}": tensor for name, tensor in tensors.items()},
+    "with a loss": lambda tensors: (
+        tensors | {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.ones(3)}
+    ),
+    "with averages": lambda tensors: tensors | {f"model_ema.{name.replace('.', '')}": part for name, part in tensors.items()},
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint to add in `other`, and those of both families in `here`."""
+    folder = tmp_path_factory.mktemp("published")
+    pipeline_folder(folder / "other", seed=5)
+    pipeline_folder(pipeline_folder(folder / "here"), "sdxl", ())
+    return folder
+
+
+@pytest.mark.parametrize("kind", [*VAE_FILES, "diffusers' names"])
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_vae_in_one_file_becomes_what_its_folder_was(
+    kind: str, suffix: str, run: Run, weights: Path, published: Path, tmp_path: Path
+) -> None:
+    theirs = folder_of(published / "other", repository("sd15")) / "vae"
+    shutil.copytree(published / "here", weights)
+    tensors = VAE_FILES[kind](vae_tensors(theirs)) if kind in VAE_FILES else weights_of(theirs, "vae")
+    path = tmp_path / f"soft.{suffix}"
+    if suffix == "ckpt":
+        torch.save({"state_dict": tensors, "epoch": 3}, path)
+    done = run("add", "soft", path if suffix == "ckpt" else saved(path, tensors))
+    assert done.exit_code == 0, done.output
+    assert same(weights_of(weights / "diffusion" / "soft", "vae"), weights_of(theirs, "vae"))
+
+
+def test_family_of_a_vae_is_said_or_told_by_its_name_and_its_factor_follows(
+    run: Run, weights: Path, published: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(published / "here", weights)
+    base = weights / "diffusion" / "sdxl" / "vae"
+    config = json.loads((base / "config.json").read_text()) | {"scaling_factor": 0.13025}
+    (base / "config.json").write_text(json.dumps(config))
+    path = saved(tmp_path / "soft.safetensors", vae_tensors(base))
+    shutil.copy(path, tmp_path / "sdxl_soft.safetensors")
+    for name, words, family in (
+        ("a", [path], "sd15"),
+        ("b", [path, "--family", "sdxl"], "sdxl"),
+        ("c", [tmp_path / "sdxl_soft.safetensors"], "sdxl"),
+        ("d", [tmp_path / "sdxl_soft.safetensors", "--family", "sd15"], "sd15"),
+        ("e", [base], "sdxl"),
+    ):
+        done = run("add", name, *words)
+        assert (done.exit_code, f"{name}: VAE for {family}" in done.stdout) == (0, True), done.output
+        factor = json.loads((weights / "diffusion" / name / "config.json").read_text())["scaling_factor"]
+        assert factor == {"sd15": 0.18215, "sdxl": 0.13025}[family]
+    refused(run, "add", "f", base, "--family", "sd15", reason="is a VAE of the family sdxl, not sd15")
+    photo = folder_of(weights, repository("sd15"))
+    refused(run, "add", "photo", photo, "--vae", "b", reason="the VAE b is for sdxl, and the checkpoint is sd15")
+    refused(run, "add", "a", path, "--family", "sdxl", reason="choose another name, or add --replace")
+    assert run("verify", *"abcde").exit_code == 0
+    (weights / "diffusion" / "a" / "config.json").write_text("{}")
+    refused(run, "verify", "a", reason="config.json has changed since it was added", status=1)
+    assert run("remove", *"abcde").exit_code == 0
+    assert contents(weights) == {str(file.relative_to(published / "here")) for file in (published / "here").rglob("*.*[jt]*")}
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"latent_channels": 16}, "it is a VAE with 16 channels, as Flux and Stable Diffusion 3 have; expected 4"),
+        ({"_class_name": "AutoencoderTiny"}, "it is TAESD, a VAE for previews; expected a checkpoint, a ControlNet or a VAE"),
+        ({"_class_name": "AsymmetricAutoencoderKL"}, "it is an asymmetric VAE; expected"),
+        ({"_class_name": "ConsistencyDecoderVAE"}, "it is a consistency decoder; expected"),
+    ],
+    ids=str,
+)
+def test_folder_with_another_vae_is_refused(config: dict[str, Any], reason: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"} | config))
+    refused(run, "add", "soft", tmp_path / "vae", reason=reason)
+
+
 def test_controlnet_in_one_file_becomes_what_its_folder_was(run: Run, weights: Path, tmp_path: Path) -> None:
     source = folder_of(pipeline_folder(tmp_path / "other", seed=5), repository("controlnet-canny"))
     path = saved(tmp_path / "my_canny.safetensors", weights_of(source, "controlnet"))
@@ -200,6 +304,36 @@ def test_lora_and_lama_are_added_to_where_their_engines_look(run: Run, weights: 
     }
     assert models_here(weights, "lama") == ["fill"]
     refused(run, "add", "other", lama_file(tmp_path / "lama.safetensors"), "--mean", "0.5", reason="--mean is not for a file")
+
+
+def lama_in_a_dictionary(path: Path) -> Path:
+    """A pickle in which the generator has another name, as other tools train it."""
+    tensors = {name.removeprefix("generator."): tensor for name, tensor in lama_weights().items()}
+    torch.save({"gen_state_dict": tensors, "dis_state_dict": {"0.weight": torch.ones(3)}}, path)
+    return path
+
+
+def zipped_lama(path: Path) -> Path:
+    """An archive with the checkpoint in a folder, as it is published."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(lama_checkpoint(path.with_name("best.ckpt")), "big-lama/models/best.ckpt")
+    return path
+
+
+@pytest.mark.parametrize("written", [lama_checkpoint, lama_script, lama_file, lama_in_a_dictionary, zipped_lama])
+def test_lama_is_added_in_each_format_that_it_is_passed_around_in(
+    written: Any, run: Run, weights: Path, tmp_path: Path
+) -> None:
+    suffix = ".safetensors" if written is lama_file else ".pt"
+    done = run("add", "fill", written(tmp_path / f"big-lama{suffix}"))
+    assert (done.exit_code, "fill: LaMa with" in done.stdout) == (0, True), done.output
+    made = load_file(weights / "lama" / "fill.safetensors")
+    assert same(made, {name: tensor for name, tensor in lama_weights().items() if name in made})
+    assert {name for name in lama_weights() if "num_batches" not in name} <= made.keys()
+    assert listed(run)["fill"]["kind"] == "inpainting"
+    assert run("verify", "fill").exit_code == 0
+    assert run("remove", "fill").exit_code == 0
+    assert contents(weights) == set()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -135,7 +135,7 @@ def test_controlnet_by_its_original_names_gives_the_bytes_of_its_folder(
     named = {f"{prefix}{name.removeprefix('control_model.')}": value for name, value in controlnet_tensors(folder).items()}
     told = done(run, "add", "mine", saved(tmp_path / "control_canny.safetensors", named))
     assert not json.loads((weights / "diffusion" / "mine" / "config.json").read_text())["global_pool_conditions"]
-    assert f"mine: controlnet for {family}\n" in told
+    assert f"mine: ControlNet for {family}\n" in told
     assert "mine: pictures: canny, drawn from each image" in told
     assert f"use it with: --operation stylize --engine diffusion --set model={family} --set control=mine\n" in told
     assert same(weights_of(weights / "diffusion" / "mine", "controlnet"), weights_of(folder, "controlnet"))

@@ -5,6 +5,7 @@ import json
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from imagemill.producer.lazy_commands import SHORT_HELP, Commands
+from imagemill.worker.models import added
 from imagemill.worker.models import commands as module
+from imagemill.worker.models.added import TITLES, Added, AddedFile
 from imagemill.worker.models.catalogue import WEIGHTS, Weights, repository
 from imagemill.worker.models.files import variant
 from imagemill.worker.models.repositories import is_here, models_here
@@ -100,6 +103,30 @@ def test_list_shows_state_and_licence_of_every_model(run: Run, published: dict[s
     for name, words in {"u2net": ["there", "Apache-2.0"], "bria-rmbg": ["missing", "non-commercial"]}.items():
         (line,) = [line for line in table.splitlines() if line.split()[:1] == [name]]
         assert all(word in line for word in words), line
+
+
+def test_list_shows_kind_and_family_of_every_model(run: Run, published: dict[str, Weights], tmp_path: Path) -> None:
+    folder = tmp_path / "weights" / "rembg"
+    folder.mkdir(parents=True)
+    (folder / "shop.onnx").write_bytes(b"onnx")
+    file = AddedFile(path="rembg/shop.onnx", size=4, sha256="0" * 64)
+    when = datetime(2026, 1, 1, tzinfo=UTC)
+    shop = Added(name="shop", kind="matting", family="isnet", files=(file,), source="a.onnx", added=when)
+    added.write(tmp_path / "weights", shop)
+    wanted = {
+        "u2net": ("matting", ""),
+        "lama": ("inpainting", ""),
+        "sdxl-vae": ("vae", "sdxl"),
+        "controlnet-canny": ("controlnet", "sd15"),
+        "sd15-safety-checker": ("checker", "sd15"),
+        "shop": ("matting", "isnet"),
+    }
+    rows, table = listed(run), run("list").stdout
+    assert {name: (rows[name]["kind"], rows[name]["family"]) for name in wanted} == wanted
+    for name, (kind, family) in wanted.items():
+        (line,) = [line for line in table.splitlines() if line.split()[:1] == [name]]
+        assert f" {TITLES[kind]} " in line
+        assert not family or f" {family} " in line
 
 
 def test_pull_of_an_engine_skips_non_commercial_models(run: Run, published: dict[str, Weights]) -> None:

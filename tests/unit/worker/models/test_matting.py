@@ -105,6 +105,8 @@ def test_sigmoid_is_left_to_the_engine_only_if_the_graph_has_none(
         ({"source": taking(1, 1, 32, 32)}, "its input input is of the shape 1 x 1 x 32 x 32; expected batch x 3 x height"),
         ({"source": taking(1, 4, 32, 32)}, "1 x 4 x 32 x 32; expected batch x 3 x height x width, an RGB picture"),
         ({"source": taking(1, 32, 32, 3)}, "an RGB picture; this one has its channels last"),
+        ({"source": taking("n", "height", "width", 3)}, "an RGB picture; this one has its channels last"),
+        ({"source": taking(4, 3, 32, 32)}, "it takes 4 pictures at a time; expected one, or any number of them"),
         ({"source": taking(1, 3, 32)}, "of the shape 1 x 3 x 32; expected batch x 3 x height x width"),
         ({"source": taking(1, 3, 32, 48)}, "its input has 48 x 32 pixels; expected a square"),
         ({"source": taking(1, 3, 8192, 8192)}, "its input has 8192 x 8192 pixels; expected at most 4096"),
@@ -174,6 +176,86 @@ def test_other_graph_is_refused(change: Any, reason: str, tmp_path: Path) -> Non
     with pytest.raises(ConfigurationError) as caught:
         recognised(edited(tmp_path / "a.onnx", change), family="isnet")
     assert reason in caught.value.message
+
+
+def _newer_ir(model: Any) -> None:
+    model.ir_version = 99
+
+
+def _newer_opset(model: Any) -> None:
+    model.opset_import[0].version = 99
+
+
+@pytest.mark.parametrize(("change", "what"), [(_newer_ir, "IR version"), (_newer_opset, "opset")])
+def test_file_that_is_too_new_for_the_runtime_is_refused(change: Any, what: str, tmp_path: Path) -> None:
+    path = edited(tmp_path / "a.onnx", change)
+    with pytest.raises(
+        ConfigurationError, match=rf"^it is too new: onnxruntime .* runs models up to {what} \d+; export it for"
+    ):
+        recognised(path, family="isnet")
+
+
+def _only_for_one(model: Any) -> None:
+    """As exported with a batch of 1, and then said to take any."""
+    shape = onnx.numpy_helper.from_array(np.array([1, 1, 32, 32], np.int64), "form")
+    model.graph.initializer.append(shape)
+    model.graph.node[-1].CopyFrom(helper.make_node("Reshape", ["matte", "form"], ["output"]))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+def _mixing(model: Any) -> None:
+    """Each picture's matte is the mean of all."""
+    model.graph.node[-1].CopyFrom(helper.make_node("ReduceMean", ["matte"], ["mean"], axes=[0], keepdims=1))
+    model.graph.node.append(helper.make_node("Expand", ["mean", "form"], ["output"]))
+    model.graph.node.insert(0, helper.make_node("Shape", ["map"], ["form"]))
+    model.graph.node.append(model.graph.node.pop(0))
+    nodes = sorted(model.graph.node, key=lambda node: ["Conv", "Sigmoid", "Shape", "ReduceMean", "Expand"].index(node.op_type))
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
+
+
+@pytest.mark.parametrize("change", [_only_for_one, _mixing])
+def test_free_batch_axis_that_does_not_hold_what_it_promises_is_refused(change: Any, tmp_path: Path) -> None:
+    path = edited(tmp_path / "a.onnx", change)
+    with pytest.raises(
+        ConfigurationError, match="takes any number of pictures, but fails with two; export it with a batch of 1: "
+    ):
+        recognised(path, family="isnet")
+
+
+def ending(kind: str, **attributes: Any) -> Any:
+    """Replaces a network's sigmoid by one more node."""
+
+    def change(model: Any) -> None:
+        model.graph.node[1].CopyFrom(helper.make_node(kind, ["map"], ["matte"], **attributes))
+
+    return change
+
+
+def _times_255(model: Any) -> None:
+    weight = onnx.numpy_helper.from_array(np.array(255, np.float32), "most")
+    model.graph.initializer.append(weight)
+    model.graph.node[-1].CopyFrom(helper.make_node("Mul", ["matte", "most"], ["output"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (_times_255, "for a made-up photo"),
+        (ending("Tanh"), "it ends in a tanh"),
+        (ending("HardSigmoid"), "it ends in a sigmoid"),
+        (ending("AveragePool", kernel_shape=[2, 2], strides=[2, 2]), "for a made-up photo"),
+    ],
+    ids=["0 to 255", "-1 to 1", "hard", "half the size"],
+)
+def test_matte_of_another_range_or_size_is_stretched(change: Any, why: str, tmp_path: Path) -> None:
+    path = edited(tmp_path / "a.onnx", change)
+    if why.startswith("for"):  # only brightness, which is never negative
+        found = recognised(path, mean=(0.0,) * 3, deviation=(1.0,) * 3)
+    else:
+        found = recognised(path, family="isnet")
+    assert (found.parameters.logits, why in found.found[2]) == (False, True), found
 
 
 @pytest.mark.parametrize("content", [b"\x08\x08\x12\x07pytorch"[:-3], b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(64)], ids=len)

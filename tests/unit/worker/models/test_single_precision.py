@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -8,10 +9,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from imagemill.worker.hardware.device import Device
 from imagemill.worker.models import batch_axis, single_precision
 from imagemill.worker.models.files import Kind, model_file, record_variant, variant
 from imagemill.worker.models.single_precision import make
 from imagemill.worker.models.trials import Make, tried
+from imagemill.worker.operations.remove_background.rembg import Rembg
 from tests.models import in_half_precision, u2net_onnx
 
 SIZE = 64
@@ -113,3 +116,19 @@ def test_model_whose_output_would_change_keeps_its_precision(tmp_path: Path) -> 
 def test_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(b"not a model")
     assert make(tmp_path / "net.onnx", tmp_path / "new.onnx")[0] == "refused"
+
+
+@pytest.mark.parametrize(("provider", "warned"), [("cpu", ["isnet-general-use"]), ("cuda", [])])
+def test_node_on_a_cpu_says_which_files_would_run_slowly(
+    provider: Any, warned: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "rembg").mkdir()
+    for name, size in (("u2netp", 4_570_000), ("isnet-general-use", 90_000_000)):
+        with (tmp_path / "rembg" / f"{name}.onnx").open("wb") as file:
+            file.truncate(size)  # sparse
+    Rembg().load(Device(threads=1, weights=tmp_path, provider=provider))
+    assert [record.__dict__["model"] for record in caplog.records] == warned
+    record_variant(tmp_path / "rembg" / "isnet-general-use.onnx", "fp32", accepted=False, details={"outcome": "refused"})
+    caplog.clear()
+    Rembg().load(Device(threads=1, weights=tmp_path, provider=provider))
+    assert not caplog.records

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from imagemill.shared.errors import ModelUnavailable, StorageUnavailable
 from imagemill.shared.ledger.leasing import ManifestDue, Renewal, Request, Share
-from imagemill.shared.messages import Item, ItemResult, Job, Row
+from imagemill.shared.messages import Item, ItemResult, Job, Node, Row
 from imagemill.shared.settings import FetchSettings, FileSettings, S3Settings, Settings, WorkerSettings
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes
@@ -24,6 +24,8 @@ from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.records import Records
 from imagemill.worker.line.speed import Speed
 from imagemill.worker.node.feeder import Feeder
+from imagemill.worker.node.offered import Offered
+from imagemill.worker.node.parts import Lack, Parts
 from imagemill.worker.operations.base import Inputs, Sample, Work
 from imagemill.worker.transfer.fetch import Fetcher
 from imagemill.worker.transfer.network import Network
@@ -96,8 +98,10 @@ class WatchedLedger(Ledger):
         self.sizes: list[int] = []
         self.renewals = 0
 
-    def renew(self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue]) -> Renewal:
-        renewal = super().renew(child, lanes, leases)
+    def renew(
+        self, child: str, lanes: Sequence[str], leases: Sequence[Share | ManifestDue], avoid: Sequence[str] = ()
+    ) -> Renewal:
+        renewal = super().renew(child, lanes, leases, avoid)
         self.renewals += 1
         return renewal
 
@@ -120,6 +124,10 @@ class Feeding:
         self.operation, self.sizes = Turnstile(), BatchSizes()
         self.stopping = threading.Event()
         self.offered = list(lanes)
+        self.node_parts = Offered()
+        self.parts = Parts(self.node_parts)
+        self.nodes: list[Node] = []
+        """The fleet."""
         self.repaired = False
         """Whether the files of a lane have been replaced by the time when it is to be closed."""
         self.has_room = False
@@ -180,9 +188,17 @@ class Feeding:
     def lanes(self) -> list[str]:
         return self.offered
 
-    def close_lane(self, lane: str, error: ModelUnavailable, since: float) -> None:
-        if not self.repaired:
+    def report_fault(self, lane: str, error: ModelUnavailable, since: float) -> None:
+        if error.part:
+            self.parts.close(lane, error, since)
+        elif not self.repaired:
             self.offered = [other for other in self.offered if other != lane]
+
+    def lack(self, context: Context) -> Lack | None:
+        return self.parts.lack(context.spec.lane, context.companions)
+
+    def why_waiting(self, context: Context, lack: Lack) -> str | None:
+        return lack.shown("cpu@a", context.spec.lane, context.companions, self.nodes)
 
     def roomy(self) -> bool:
         return self.has_room
@@ -196,12 +212,23 @@ class Feeding:
     # --- what the tests do and see ---
 
     def submit(
-        self, count: int, *, model: str | None = None, folder: str = "", hosts: Sequence[str] = ("127.0.0.1",), **policy: Any
+        self,
+        count: int,
+        *,
+        model: str | None = None,
+        loras: str = "",
+        folder: str = "",
+        hosts: Sequence[str] = ("127.0.0.1",),
+        **policy: Any,
     ) -> str:
-        """A job of `count` images, from these hosts in turn, on opencv or a model of rembg, with results in this folder."""
+        """A job of `count` images, from these hosts in turn, on opencv or a model of rembg or, with `loras`, of diffusion, with
+        results in this folder.
+        """
         job = next(NAMES)
         work: dict[str, Any] = {"operation": "stylize"}
-        if model is not None:
+        if loras:
+            work["options"] = {"engine": "diffusion", "model": model, "loras": loras, "control": "none"}
+        elif model is not None:
             work = {"operation": "remove-background", "options": {"engine": "rembg", "model": model}}
         output = {"url": (self.folder / folder).as_uri(), "format": "png"}
         self.ledger.open_job(job, Job.model_validate({**work, "output": output, "policy": policy}))

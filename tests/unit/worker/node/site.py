@@ -16,8 +16,8 @@ from imagemill.shared.settings import FetchSettings, FileSettings, Settings, Wei
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.node import child as module
 from imagemill.worker.node.child import Child
-from imagemill.worker.node.lanes import Lanes
 from imagemill.worker.node.offer import lanes
+from imagemill.worker.node.offered import Offered
 from imagemill.worker.operations.base import Sample
 from tests.conftest import photo
 from tests.devices import FakeGpu
@@ -81,10 +81,9 @@ class Site:
         )
         node = f"gpu0@{uuid.uuid4().hex[:8]}"
         who = dict(node=node, seat=f"{node}/0", name=f"{node}/0/17")
-        self.lanes = Lanes(lanes(settings))
-        self.children.append(
-            Child(settings, Device(), **who, lanes=self.lanes, publisher=self.publisher, stopping=lambda: False)
-        )
+        self.lanes, self.parts = Offered(lanes(settings)), Offered()
+        shared: Any = dict(lanes=self.lanes, parts=self.parts, publisher=self.publisher)
+        self.children.append(Child(settings, Device(), **who, **shared, stopping=lambda: False))
         return self.children[-1]
 
     def submit(self, *paths: str, owner: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from imagemill.shared.errors import ConfigurationError, MissingExtra, ModelUnavailable, OperationFailed
+from imagemill.shared.errors import (
+    ConfigurationError,
+    ImageError,
+    MissingExtra,
+    ModelUnavailable,
+    OperationFailed,
+    UnsafeContent,
+)
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import Item, Job
 from imagemill.worker.hardware.device import Device
@@ -33,6 +41,8 @@ class CutOut(Invert):
 
     def __init__(self) -> None:
         self.faults: dict[str, Exception] = {}
+        self.spoilt: dict[str, ImageError] = {}
+        """What the images of a model come to."""
         self.runs: list[str] = []
 
     def load(self, device: Device) -> None:
@@ -41,6 +51,8 @@ class CutOut(Invert):
 
     def run(self, samples: Sequence[Sample[Any, Any]]) -> list[Any]:
         self.runs.append(samples[0].options.model)
+        if samples[0].options.model in self.spoilt:
+            return [self.spoilt[samples[0].options.model]] * len(samples)
         if samples[0].options.model in self.faults:
             raise self.faults[samples[0].options.model]
         return super().run(samples)
@@ -96,6 +108,26 @@ def test_model_that_does_not_work_at_the_start_closes_its_lane_only(
     assert rembg.runs == ["u2net", "silueta"], "the next one is tried"
     (line,) = (record for record in caplog.records if record.message == "lane out of service")
     assert (line.levelname, vars(line)["lane"], vars(line)["reason"]) == ("ERROR", U2NET, reason)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            OperationFailed("its output is not finite"),
+            "its output is not finite: check the model with `imagemill models verify`",
+        ),
+        (UnsafeContent("the safety checker rejected the result"), None),
+    ],
+)
+def test_model_whose_results_are_no_images_closes_its_lane(
+    error: ImageError, reason: str | None, site: Site, rembg: CutOut
+) -> None:
+    """But what the safety checker thinks of a test image is not the model's fault."""
+    put(site, "u2net")
+    rembg.spoilt["u2net"] = error
+    child_of(site, rembg)
+    assert [fault.reason for fault in site.lanes.closed().values()] == ([reason] if reason else [])
 
 
 def test_node_stays_when_all_of_its_models_are_damaged(site: Site, rembg: CutOut) -> None:
@@ -161,6 +193,20 @@ def test_model_that_opens_and_never_works_closes_its_lane_and_fails_no_image(sit
     rembg.faults.clear()
     site.lanes.offer(SILUETA)
     assert site.work(child) == f"{job}: 2 done"
+
+
+def test_fingerprint_is_unknown_on_a_node_that_can_not_have_made_the_results(site: Site, rembg: CutOut) -> None:
+    """Such as that of a manifest which a node writes that has only a damaged copy of the job's LoRA."""
+    child = child_of(site, rembg)
+    child.operations["stylize", "diffusion"] = rembg
+    options = {"engine": "diffusion", "loras": "red", "control": "none"}
+    spec = Job.model_validate({"operation": "stylize", "options": options, "output": {"url": site.folder.as_uri()}})
+    assert child._fingerprint(spec) is None
+    site.parts.offer("red")
+    assert child._fingerprint(spec) == rembg.fingerprint(spec.options)
+    error = ModelUnavailable.of_part("red", "it is cut off")
+    child.report_fault(spec.lane, error, time.monotonic())
+    assert child._fingerprint(spec) is None
 
 
 def test_images_that_fail_on_a_model_that_works_fail(site: Site, rembg: CutOut, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from imagemill.shared.settings import Settings
 from imagemill.worker.node import lookout as module
 from imagemill.worker.node.lookout import Lookout
+from tests.pipelines import added
 from tests.unit.worker.models.test_added import record
+from tests.workers import wait_until
 
 U2NET, U2NETP = (f"remove-background.rembg.{model}" for model in ("u2net", "u2netp"))
 
@@ -120,3 +123,81 @@ def test_operations_that_the_node_does_not_do_are_not_offered(tmp_path: Path) ->
     put(tmp_path, "u2net")
     lookout.look(), lookout.look()
     assert lookout.lanes.open() == []
+
+
+def lora(folder: Path, name: str, content: bytes = b"1") -> Path:
+    path = folder / "diffusion" / "loras" / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def test_parts_come_change_and_go_as_models_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    lookout = lookout_for(tmp_path, "diffusion")
+    path = lora(tmp_path, "red")
+    lora(tmp_path, "no name that a job can give")
+    lookout.look()
+    assert lookout.parts.open() == [], "it may still be being copied"
+    lookout.look()
+    assert lookout.changed()
+    assert lookout.parts.open() == ["red"]
+    lookout.parts.close("red", "it is damaged", time.monotonic())
+    lookout.look(), lookout.look()
+    assert (lookout.parts.open(), lookout.parts.closed()["red"].reason) == ([], "it is damaged")
+    lora(tmp_path, "red", b"good")
+    lookout.look(), lookout.look()
+    assert lookout.parts.open() == ["red"]
+    path.unlink()
+    lookout.look()
+    assert lookout.parts.open() == []
+    assert [record.getMessage() for record in caplog.records] == ["part found", "part replaced", "part gone"]
+
+
+@pytest.mark.parametrize("file", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_any_file_of_an_added_controlnet_counts(file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "diffusion" / "mine"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (folder / name).write_bytes(b"12")
+    added(tmp_path, "mine", "controlnet", "sd15")
+    lookout = lookout_for(tmp_path, "diffusion")
+    lookout.parts.close("mine", "it is damaged", time.monotonic())
+    (folder / file).write_bytes(b"21")
+    lookout.look(), lookout.look()
+    assert lookout.parts.open() == ["mine"]
+    (folder / file).unlink()
+    lookout.look()
+    assert lookout.parts.open() == []
+
+
+def test_drive_that_hangs_stops_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The parent goes on, looks once at a time, and says what is wrong until the drive is back."""
+    lookout = lookout_for(tmp_path)
+    put(tmp_path, "u2net")
+    hangs, looks, genuine = threading.Event(), list[int](), module.lanes
+
+    def slowly(settings: Settings) -> list[str]:
+        looks.append(len(looks))
+        assert hangs.wait(60)
+        return genuine(settings)
+
+    monkeypatch.setattr(module, "lanes", slowly)
+    monkeypatch.setattr(module, "HUNG_SECONDS", 0.0)
+    lookout.tick()
+    wait_until(lambda: looks, "a look has begun")
+    lookout.tick(), lookout.tick()
+    assert looks == [0]
+    assert lookout.changed()
+    assert lookout.lacks[-1] == f"the folder {tmp_path} does not respond, so changes in it go unnoticed"
+    assert [record.message for record in caplog.records] == ["weights folder does not respond"]
+    hangs.set()
+
+    def offered() -> bool:
+        lookout.tick()
+        return lookout.lanes.open() == [U2NET]
+
+    wait_until(offered, "the model is offered")
+    assert lookout.lacks == ()

@@ -104,6 +104,12 @@ def test_lane_out_of_service_is_reported_with_the_reason_at_once(ledger: Ledger,
     parent.tick()
     (node,) = fleet.nodes()
     assert (node.lanes, node.faults) == ((LANE,), {})
+    for name in ("red", "blue"):
+        parent.lookout.parts.offer(name)
+    parent.lookout.parts.close("red", "the LoRA is damaged", time.monotonic())
+    parent.tick()
+    (node,) = fleet.nodes()
+    assert (node.parts, node.faults) == (("blue",), {"red": "the LoRA is damaged"})
 
 
 def test_owner_weights_are_written_to_the_ledger(ledger: Ledger, fleet: Fleet, raw: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import pytest
 
@@ -21,7 +21,8 @@ FAULTS = [
 ]
 
 
-class Net(NamedTuple):
+@dataclass
+class Net:
     """A model that takes as many bytes as its name has letters, or as many as `bytes` says."""
 
     name: str
@@ -158,3 +159,53 @@ def test_model_that_does_not_fit_alone_is_unavailable_for_a_while(before: list[s
     assert caught.value.passing
     engine.faults = []
     assert engine.use("x").name == "x"
+
+
+def grow(engine: Engine, size: int, fail: int = 0) -> None:
+    """Load a part for the model in use, after it has found no memory `fail` times."""
+    faults, net = [OutOfMemory("the ControlNet does not fit into memory")] * fail, engine.models.current
+    assert net is not None
+
+    def load() -> int:
+        if faults:
+            raise faults.pop()
+        return size
+
+    net.bytes += engine.models.load_part("mine", size, load)
+    engine.models.measure()
+
+
+def test_parts_that_a_model_loads_later_take_the_place_of_other_models() -> None:
+    memory = ModelMemory(8)
+    one, other = Engine(memory), Engine(memory)
+    one.use("aa"), one.use("bb"), other.use("cc")
+    grow(other, 2)
+    assert memory.taken == 8
+    grow(other, 1)
+    assert memory.taken == 7, "the model that was used least recently is closed"
+    assert other.models.current is not None, "and not the one in use, however large it becomes"
+    grow(other, 20)
+    assert memory.taken == 25
+    other.models.current.bytes = 2  # its parts are dropped
+    other.models.measure()
+    one.use("aa"), one.use("bb")
+    assert memory.taken == 6
+
+
+def test_room_is_made_before_a_part_is_loaded() -> None:
+    memory = ModelMemory(4)
+    engine = Engine(memory)
+    engine.use("aa"), engine.use("bb")
+    assert engine.models.load_part("mine", 2, lambda: memory.taken) == 2
+
+
+def test_other_models_are_closed_when_a_part_finds_no_memory() -> None:
+    memory = ModelMemory(100)
+    engine = Engine(memory)
+    engine.use("aa"), engine.use("bb")
+    grow(engine, 1, fail=1)
+    assert memory.taken == 3
+    with pytest.raises(ModelUnavailable, match="the ControlNet does not fit") as caught:
+        grow(engine, 1, fail=1)
+    assert (caught.value.part, caught.value.passing, caught.value.misfit) == ("mine", True, True)
+    assert engine.use("bb").bytes == 3, "the model itself stays"

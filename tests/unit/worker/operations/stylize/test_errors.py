@@ -14,10 +14,12 @@ import torch
 
 from imagemill.shared.errors import ConfigurationError, ModelUnavailable, OperationFailed, OutOfMemory, UnsafeContent
 from imagemill.worker.hardware.device import Device
+from imagemill.worker.hardware.torch_device import bytes_of
 from imagemill.worker.imaging.picture import Pixels
 from imagemill.worker.models.catalogue import repository
 from imagemill.worker.models.repositories import folder_of
 from imagemill.worker.operations.stylize.diffusion import Diffusion
+from imagemill.worker.operations.stylize.latents import Latents
 from tests.devices import SHORT
 from tests.pipelines import added
 from tests.styles import loaded, prepared, styled
@@ -110,6 +112,30 @@ def test_non_finite_output_fails_only_its_image(weights: Path, monkeypatch: pyte
     assert np.array_equal(good.pixels, operation_pixels(loaded(operation._device.weights)))
 
 
+@pytest.mark.parametrize(
+    ("chosen", "causes"),
+    [
+        ({}, "cfg may be too high"),
+        ({"loras": "red;blue:2"}, "the weight of red or blue may be too high, or cfg may be too high"),
+        ({"loras": "red", "cfg": 1}, "the weight of red may be too high"),
+        ({"vae": "bright", "cfg": 1}, "bright may be damaged"),
+        ({"vae": "bright", "control": "mine;canny"}, "cfg may be too high, or mine or bright may be damaged"),
+        ({"cfg": 1}, "the prompt's weights may be too high"),
+    ],
+)
+def test_output_that_is_not_finite_names_what_the_job_uses(
+    chosen: dict[str, Any], causes: str, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    for name, source, kind in (("bright", "sdxl-vae", "vae"), ("mine", "controlnet-tile", "controlnet")):
+        shutil.copytree(folder / "diffusion" / source, folder / "diffusion" / name)
+        added(folder, name, kind, "sd15", control="tile")  # type: ignore[arg-type]
+    operation = loaded(folder)
+    monkeypatch.setattr(Latents, "decoded", lambda _, latents: latents[:, :3] * float("nan"))
+    (bad,) = operation.run(prepared(operation, **chosen).samples)
+    assert str(bad) == f"the model's output is not finite: {causes}"
+
+
 def operation_pixels(operation: Diffusion) -> Pixels:
     result: Pixels = operation.run(prepared(operation).samples)[0].pixels
     return result
@@ -131,8 +157,9 @@ def test_memory_errors_of_torch_become_out_of_memory(
         assert caught.value.passing
     with monkeypatch.context() as patched:
         patched.setattr(diffusers.ControlNetModel, "from_pretrained", short)
-        with pytest.raises(OutOfMemory, match="does not fit"):
+        with pytest.raises(ModelUnavailable, match="does not fit") as caught:
             operation.run(prepared(operation).samples)
+        assert (caught.value.part, caught.value.passing) == ("controlnet-canny", True)
     styled(operation)
     monkeypatch.setattr(operation._pipeline.current._text.unet, "forward", short)  # type: ignore[union-attr]
     with pytest.raises(OutOfMemory):
@@ -144,6 +171,9 @@ def test_safety_checker_rejects_unsafe_images_and_must_be_installed(model: str, 
     operation = loaded(weights, safety_checker=True)
     outputs = operation.run(prepared(operation, model=model).samples)
     checker = operation._pipeline.current.checker.network  # type: ignore[union-attr]
+    plain = loaded(weights)
+    plain.run(prepared(plain, model=model).samples)
+    assert operation._pipeline.memory.taken == plain._pipeline.memory.taken + bytes_of(checker)
     checker.concept_embeds_weights.data.fill_(-2.0)
     (refused,) = operation.run(prepared(operation, model=model).samples)
     checker.concept_embeds_weights.data.fill_(2.0)

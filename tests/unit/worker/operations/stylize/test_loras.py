@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
+from safetensors.torch import load_file, save_file
 
 from imagemill.shared.engines import parse_options
-from imagemill.shared.errors import BadReference, OperationFailed
+from imagemill.shared.errors import BadReference, ModelUnavailable
+from imagemill.worker.hardware.torch_device import bytes_of
 from tests.pipelines import added, lora_file
 from tests.styles import PHOTO, QUICK, difference, loaded, prepared, styled
 
@@ -47,17 +50,22 @@ def test_least_recently_used_controlnet_is_dropped(weights: Path) -> None:
     assert pipeline.controlnets.loaded == ["controlnet-canny"]
     tile = styled(operation, control="tile")
     assert pipeline.controlnets.loaded == ["controlnet-tile"]
+    memory, one = operation._pipeline.memory, operation._pipeline.memory.taken
     both = styled(operation, control="canny;tile")
     assert pipeline.controlnets.loaded == ["controlnet-canny", "controlnet-tile"], "one job may need more than the limit"
+    assert memory.taken == one + bytes_of(pipeline.controlnets.networks[0])
+    styled(operation, control="canny;tile", loras="red")
+    assert memory.taken == pipeline.bytes > one + bytes_of(pipeline.controlnets.networks[0]), "LoRAs count, too"
     assert np.array_equal(styled(operation, control="none"), styled(loaded(weights), control="none"))
     assert np.array_equal(styled(operation, control="tile"), tile)
     assert pipeline.controlnets.loaded == ["controlnet-tile"]
+    assert one < memory.taken < one + bytes_of(pipeline.controlnets.networks[0]), "one ControlNet, and a LoRA that is idle"
     assert np.array_equal(styled(operation), canny), "dropped and reloaded"
     assert np.array_equal(styled(operation, control="canny;tile"), both)
     assert operation._pipeline.current is pipeline
 
 
-def test_missing_damaged_or_unsuitable_controlnet_fails_only_its_images(weights: Path, tmp_path: Path) -> None:
+def test_missing_damaged_or_unsuitable_controlnet_is_named(weights: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(weights, tmp_path / "weights")
     operation = loaded(folder)
     plain = styled(operation)
@@ -67,18 +75,17 @@ def test_missing_damaged_or_unsuitable_controlnet_fails_only_its_images(weights:
     added(folder, "depth", "controlnet", "sd15")
     shutil.copytree(folder / "diffusion" / "controlnet-sdxl-canny", folder / "diffusion" / "large")
     added(folder, "large", "controlnet", "sdxl", control="canny")
-    (folder / "diffusion" / "controlnet-tile" / "diffusion_pytorch_model.safetensors").write_bytes(b"\x80\x04pickle")
     absent = "the ControlNet {} is not on this node: run `imagemill models {}`"
-    for control, reason in {
-        "lineart": absent.format("controlnet-lineart", "pull controlnet-lineart"),
-        "scribble": absent.format("controlnet-scribble", "add controlnet-scribble SOURCE"),
-        "mine": absent.format("mine", "add mine SOURCE"),
-        "large": "the ControlNet large is for SDXL, not for Stable Diffusion 1.5",
-        "liar": "the ControlNet liar does not fit the model sd15-canny",
-        "tile": "the ControlNet controlnet-tile can't be used from",
-    }.items():
-        with pytest.raises(OperationFailed, match=re.escape(reason)):
+    for control, part, reason in (
+        ("lineart", "controlnet-lineart", absent.format("controlnet-lineart", "pull controlnet-lineart")),
+        ("scribble", "controlnet-scribble", absent.format("controlnet-scribble", "add controlnet-scribble SOURCE")),
+        ("mine", "mine", absent.format("mine", "add mine SOURCE")),
+        ("large", "large", "the ControlNet large is for SDXL, not for Stable Diffusion 1.5"),
+        ("liar", "liar", "the ControlNet liar does not fit the model sd15-canny: another cross_attention_dim"),
+    ):
+        with pytest.raises(ModelUnavailable, match=re.escape(reason)) as caught:
             styled(operation, control=f"canny;{control}")
+        assert (caught.value.part, caught.value.misfit) == (part, part in ("large", "liar"))
     with pytest.raises(BadReference, match="depth needs a control image"):
         styled(operation, control="depth")
     (own,) = operation.run(prepared(operation, own=PHOTO, control="depth").samples)
@@ -97,22 +104,79 @@ def test_other_vae_is_used_and_must_fit(weights: Path, tmp_path: Path) -> None:
     assert difference(styled(operation, vae="bright"), plain) > 0.2
     assert operation.fingerprint(parse_options("stylize", "diffusion", QUICK | {"vae": "bright"})) != fingerprint
     for name, reason in {"large": "the VAE large is for SDXL", "none-such": "the VAE none-such is not on this node"}.items():
-        with pytest.raises(OperationFailed, match=reason):
+        with pytest.raises(ModelUnavailable, match=reason) as caught:
             styled(operation, vae=name)
+        assert (caught.value.part, caught.value.misfit) == (name, name == "large")
     assert np.array_equal(styled(operation), plain)
 
 
-def test_missing_or_damaged_lora_fails_only_its_images(weights: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(weights, tmp_path / "weights")
-    operation = loaded(folder)
+@pytest.mark.filterwarnings("ignore:Adapter xl was active")
+def test_missing_or_unsuitable_lora_is_named(weights: Path) -> None:
+    operation = loaded(weights)
     plain, red = styled(operation), styled(operation, loras="red")
-    with pytest.raises(OperationFailed, match="the LoRA none is not on this node"):
-        styled(operation, loras="red;none")
-    (folder / "diffusion" / "loras" / "bad.safetensors").write_bytes(b"\x80\x04pickle")
-    with pytest.raises(OperationFailed, match="the LoRA bad can't be used"):
-        styled(operation, loras="red;bad")
-    assert np.array_equal(styled(operation), plain), "the previous style is not left active"
+    for name, reason in {"none": "the LoRA none is not on this node", "xl": "the LoRA xl can't be used"}.items():
+        with pytest.raises(ModelUnavailable, match=reason) as caught:
+            styled(operation, loras=f"red;{name}")
+        assert (caught.value.part, caught.value.misfit) == (name, name == "xl")
+        assert np.array_equal(styled(operation), plain), "the previous style is not left active"
     assert np.array_equal(styled(operation, loras="red"), red)
+
+
+def spoil(file: Path) -> None:
+    """One weight is not a number."""
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "part", "place"),
+    [
+        ({"loras": "red"}, "red", "loras/red.safetensors"),
+        ({"control": "tile"}, "controlnet-tile", "controlnet-tile/diffusion_pytorch_model.safetensors"),
+        ({"vae": "bright"}, "bright", "bright/diffusion_pytorch_model.safetensors"),
+    ],
+    ids=["LoRA", "ControlNet", "VAE"],
+)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_text("<html>not found</html>"),
+        lambda file: file.write_bytes(file.read_bytes()[:-100]),
+        spoil,
+        lambda file: file.unlink(),
+    ],
+    ids=["text", "cut off", "not a number", "file missing"],
+)
+def test_damaged_part_is_to_blame_and_not_the_model(
+    damage: Callable[[Path], object], chosen: dict[str, str], part: str, place: str, weights: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "weights"
+    (folder / "diffusion" / "loras").mkdir(parents=True)
+    (folder / "added").mkdir()
+    for name in ("sd15", "controlnet-canny", "controlnet-tile"):
+        shutil.copytree(weights / "diffusion" / name, folder / "diffusion" / name)
+    shutil.copytree(weights / "diffusion" / "sdxl-vae", folder / "diffusion" / "bright")
+    shutil.copy(weights / "diffusion" / "loras" / "red.safetensors", folder / "diffusion" / "loras")
+    for name, kind in (("bright", "vae"), ("controlnet-tile", "controlnet")):
+        added(folder, name, kind, "sd15", control="tile")  # type: ignore[arg-type]
+    operation = loaded(folder)
+    damage(folder / "diffusion" / place)
+    work = prepared(operation, **chosen)
+    with pytest.raises(ModelUnavailable, match=part) as caught:
+        operation.run(work.samples)
+    assert (caught.value.part, caught.value.misfit) == (part, False)
+    styled(operation, control="none")
+
+
+def test_damaged_record_of_a_part_is_not_the_models_fault(weights: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(weights, tmp_path / "weights")
+    (folder / "added").mkdir(exist_ok=True)
+    for name, chosen in {"broken-net": {"control": "broken-net"}, "broken-vae": {"vae": "broken-vae"}}.items():
+        (folder / "added" / f"{name}.json").write_text("{")
+        with pytest.raises(ModelUnavailable, match="is damaged") as caught:
+            styled(loaded(folder), **chosen)
+        assert caught.value.part == name
 
 
 def test_soft_time_limit_is_not_reported_as_a_lora_error(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

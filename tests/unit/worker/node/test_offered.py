@@ -1,4 +1,4 @@
-"""The lanes of a node, as its processes share them."""
+"""What a node offers, as its processes share it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from imagemill.worker.node import lanes as module
-from imagemill.worker.node.lanes import Lanes
+from imagemill.worker.node import offered as module
+from imagemill.worker.node.offered import Offered
 
 A, B = "stylize.opencv", "remove-background.rembg.my.model-1.5"
 
@@ -20,7 +20,7 @@ def now() -> float:
 
 
 def test_lanes_are_open_until_they_are_closed_and_open_again_with_other_files() -> None:
-    lanes = Lanes([A, B])
+    lanes = Offered([A, B])
     assert lanes.open() == [A, B]
     assert lanes.close(B, "the model is damaged", now())
     assert (lanes.open(), lanes.closed()[B].reason) == ([A], "the model is damaged")
@@ -32,7 +32,7 @@ def test_lanes_are_open_until_they_are_closed_and_open_again_with_other_files() 
 
 
 def test_fault_of_files_that_have_been_replaced_meanwhile_closes_nothing() -> None:
-    lanes = Lanes([A])
+    lanes = Offered([A])
     began = now()
     lanes.offer(A)
     assert not lanes.close(A, "the old file was damaged", began)
@@ -40,7 +40,7 @@ def test_fault_of_files_that_have_been_replaced_meanwhile_closes_nothing() -> No
 
 
 def test_lane_whose_model_is_gone_is_neither_open_nor_out_of_service() -> None:
-    lanes = Lanes([A, B])
+    lanes = Offered([A, B])
     lanes.close(A, "damaged", now())
     for lane in (A, B):
         lanes.withdraw(lane)
@@ -51,25 +51,25 @@ def test_lane_whose_model_is_gone_is_neither_open_nor_out_of_service() -> None:
 
 
 def test_unknown_lane_can_not_be_closed() -> None:
-    assert not Lanes([A]).close(B, "damaged", now())
+    assert not Offered([A]).close(B, "damaged", now())
 
 
 @pytest.mark.parametrize("passing", [True, False])
 def test_fault_for_want_of_memory_says_when_to_try_again(passing: bool) -> None:
-    lanes = Lanes([A])
+    lanes = Offered([A])
     lanes.close(A, "no memory", now(), passing=passing)
     assert (lanes.closed()[A].again is not None) is passing
 
 
 def test_long_reason_is_cut_between_characters() -> None:
-    lanes = Lanes([A])
+    lanes = Offered([A])
     lanes.close(A, "ä" * 1000, now())
     assert set(lanes.closed()[A].reason) == {"ä"}
 
 
 def test_all_processes_see_what_one_of_them_does() -> None:
     """The parent opens lanes that its children did not know when they were forked; a child closes them."""
-    lanes = Lanes([A])
+    lanes = Offered([A])
     told, tell = os.pipe()
     child = os.fork()
     if child == 0:
@@ -86,15 +86,15 @@ def test_all_processes_see_what_one_of_them_does() -> None:
 
 def test_node_goes_on_without_lanes_beyond_the_limit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(module, "MOST", 2)
-    lanes = Lanes([A, B])
+    lanes = Offered([A, B])
     lanes.offer("stylize.more")
     assert lanes.open() == [A, B]
-    assert "too many lanes" in caplog.text
+    assert "too many models" in caplog.text
 
 
 def test_threads_of_a_process_agree_on_the_lanes() -> None:
     """Each of them may be the first to see a lane that the parent has opened."""
-    parent = Lanes([A])
+    parent = Offered([A])
     child = copy.copy(parent)  # the same memory, as after a fork
     for number in range(200):
         parent.offer(f"stylize.x.{number}")
