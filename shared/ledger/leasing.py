@@ -232,6 +232,10 @@ class WorkLedger(ReadLedger):
         """Report why images of a job wait on some worker; forgotten unless it is repeated."""
         self._redis.set(key(job, "wait"), reason, ex=WAIT_SECONDS)
 
+    def end_wait(self, job: str) -> None:
+        """What has been reported is no longer so."""
+        self._redis.delete(key(job, "wait"))
+
     def report_rate(self, lane: str, child: str, images_per_second: float) -> None:
         """Report how many images per second a child computes; forgotten with its node. `child` is NODE/NUMBER."""
         self._redis.hset(f"imagemill:rates:{lane}", child, f"{images_per_second:.4g}")

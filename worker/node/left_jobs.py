@@ -33,7 +33,13 @@ class LeftJobs:
         """The jobs that it leaves now. One that lacked something is taken again as soon as that is there."""
         now = time.monotonic()
         over = [job for job, until in self._until.items() if until <= now and not self._still_lacks(job)]
-        over += [job for job, (context, _) in self._lacks.items() if self._jobs.lack(context) is None]
+        for job, (context, known) in list(self._lacks.items()):
+            lack = self._jobs.lack(context)
+            if lack is None:
+                self._ledger.end_wait(job)
+                over.append(job)
+            elif lack != known:
+                self.leave_for(lack, context)
         for job in over:
             self._lacks.pop(job, None)
         self._until = {job: until for job, until in self._until.items() if job not in over}

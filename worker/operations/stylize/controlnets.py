@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from diffusers import ControlNetModel, MultiControlNetModel
 
 from imagemill.shared.errors import ModelUnavailable, OutOfMemory, sentence
 from imagemill.worker.hardware.errors import is_out_of_memory
+from imagemill.worker.hardware.memory import give_up_caches
 from imagemill.worker.models import stamps
 from imagemill.worker.models.diffusion_models import ControlNet
 from imagemill.worker.operations.stylize.loading import LoadPart, check_finite, from_disk
@@ -64,12 +65,24 @@ class ControlNets:
             del self._loaded[name]
         for each in found:
             if each.name not in self._loaded:
-                size = stamps.size(each.folder.parent, each.folder.name)
-                network = self._load_part(each.name, size, partial(self._load, each))
-                self._loaded[each.name] = network, versions[each.name]
+                self._loaded[each.name] = self._with_room(each, versions), versions[each.name]
             self._loaded.move_to_end(each.name)
         networks = [self._loaded[each.name][0] for each in found]
         return networks[0] if len(networks) == 1 else MultiControlNetModel(networks)
+
+    def _with_room(self, found: ControlNet, needed: Collection[str]) -> Any:
+        """Load a ControlNet, if need be in the place of those that are not needed now."""
+        size, load = stamps.size(found.folder.parent, found.folder.name), partial(self._load, found)
+        idle = [name for name in self._loaded if name not in needed]
+        try:
+            return self._load_part(found.name, size, load)
+        except ModelUnavailable as error:
+            if not (error.passing and idle):
+                raise
+        for name in idle:
+            del self._loaded[name]
+        give_up_caches()
+        return self._load_part(found.name, size, load)
 
     def _load(self, found: ControlNet) -> Any:
         try:

@@ -172,7 +172,7 @@ class Diffusion(Operation[DiffusionStylize, Canvas, Styled, Plan]):
     def _load(self, options: DiffusionStylize) -> Pipeline:
         if not is_here(self._device.weights, options.model):
             raise missing_model(options.model, self._device.weights)
-        return Pipeline(options.model, self._device, self._pipeline.load_part, options.vae)
+        return Pipeline(options.model, self._device, options.vae, self._pipeline.load_part)
 
     def _size(self, base: Base) -> int:
         """Bytes of a base model's files, and of the safety checker's if it is in use."""

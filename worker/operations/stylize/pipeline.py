@@ -45,7 +45,7 @@ from imagemill.worker.operations.open_model import getting
 from imagemill.worker.operations.stylize.architecture import Architecture
 from imagemill.worker.operations.stylize.controlnets import ControlNets
 from imagemill.worker.operations.stylize.latents import Latents
-from imagemill.worker.operations.stylize.loading import LoadPart, check_finite, from_disk
+from imagemill.worker.operations.stylize.loading import LoadPart, check_finite, from_disk, load_at_once
 from imagemill.worker.operations.stylize.loras import Loras
 from imagemill.worker.operations.stylize.prompts import Prompts
 from imagemill.worker.operations.stylize.safety import SafetyChecker
@@ -104,7 +104,7 @@ class Pipeline:
     OutOfMemory if the model does not fit.
     """
 
-    def __init__(self, model: str, device: Device, load_part: LoadPart, vae: str | None = None) -> None:
+    def __init__(self, model: str, device: Device, vae: str | None = None, load_part: LoadPart = load_at_once) -> None:
         self._device, self._dtype = torch_device(device, model), dtype_of(device)
         self._on_cpu, self._compiled = device.gpu is None, device.compile
         self._model, self._base = model, base_of(device.weights, model, vae)

@@ -33,6 +33,7 @@ CALLS: dict[str, Callable[[Ledger], Any]] = {
     "repair": lambda ledger: ledger.repair(),
     "relink": lambda ledger: ledger.relink(),
     "condemn": lambda ledger: ledger.condemn("job-lost", "damaged"),
+    "end_wait": lambda ledger: ledger.end_wait("job-lost"),
     "report_wait": lambda ledger: ledger.report_wait("job-lost", "no connection"),
     "spec": lambda ledger: ledger.spec("job-lost"),
     "status": lambda ledger: ledger.status("job-lost"),

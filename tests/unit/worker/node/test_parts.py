@@ -114,7 +114,7 @@ def feeding(feeding: Feeding) -> Feeding:
 def test_job_waits_for_a_missing_part_and_goes_on_when_it_comes(feeding: Feeding, caplog: pytest.LogCaptureFixture) -> None:
     """The job behind it is done meanwhile, and nobody takes the job again and again."""
     caplog.set_level(logging.WARNING, "imagemill.worker.node.left_jobs")
-    job, other = feeding.submit(20, model="sd15", loras="red"), feeding.submit(20)
+    job, other = feeding.submit(20, model="sd15", loras="red;blue"), feeding.submit(20)
     with feeding.shift():
         feeding.check_done(other, 20)
         status = feeding.ledger.status(job)
@@ -124,6 +124,9 @@ def test_job_waits_for_a_missing_part_and_goes_on_when_it_comes(feeding: Feeding
         assert len(feeding.ledger.sizes) == shares
         assert caplog.messages == ["job left to other nodes"]
         feeding.node_parts.offer("red")
+        wait_until(lambda: feeding.ledger.status(job).why == LACKS.replace("red", "blue"), "it still lacks another")
+        feeding.node_parts.offer("blue")
+        wait_until(lambda: feeding.ledger.status(job).why is None, "it does not wait any more")
         feeding.check_done(job, 20)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 from billiard.exceptions import SoftTimeLimitExceeded
@@ -63,6 +64,25 @@ def test_least_recently_used_controlnet_is_dropped(weights: Path) -> None:
     assert np.array_equal(styled(operation), canny), "dropped and reloaded"
     assert np.array_equal(styled(operation, control="canny;tile"), both)
     assert operation._pipeline.current is pipeline
+
+
+def test_idle_controlnets_make_room_for_one_that_finds_no_memory(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation = loaded(weights)
+    styled(operation)
+    pipeline = operation._pipeline.current
+    assert pipeline is not None
+    load = diffusers.ControlNetModel.from_pretrained
+
+    def short(*arguments: Any, **more: Any) -> Any:
+        if pipeline.controlnets.loaded:
+            raise MemoryError
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(diffusers.ControlNetModel, "from_pretrained", short)
+    styled(operation, control="tile")
+    assert pipeline.controlnets.loaded == ["controlnet-tile"]
+    with pytest.raises(ModelUnavailable, match="the ControlNet controlnet-canny does not fit into memory"):
+        styled(operation, control="tile;canny")
 
 
 def test_missing_damaged_or_unsuitable_controlnet_is_named(weights: Path, tmp_path: Path) -> None:
