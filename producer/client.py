@@ -304,7 +304,7 @@ class Client:
     def _steered(self, job: str, changed: bool, what: str) -> JobStatus:
         status = self._ledger.status(job)
         if not changed:
-            raise UsageError(f"job {job} is {status.state}; only jobs that wait or run can be {what}")
+            raise UsageError(f"job {job} is {status.state}; only waiting or running jobs can be {what}")
         return status
 
     def link(self, row: Row, seconds: int) -> str:

@@ -62,5 +62,7 @@ def _look_at_clock(response: Any = None, **_: Any) -> int | None:
         return None
     _Shifted.skew = skew
     seconds = round(skew.total_seconds())
-    log.warning("the S3 server's clock differs; requests are signed by it", extra={"action": "clock", "seconds": seconds})
+    log.warning(
+        "the S3 server's clock differs; requests are signed with its time", extra={"action": "clock", "seconds": seconds}
+    )
     return 0

@@ -42,13 +42,13 @@ def check_output_url(url: str) -> str:
     """`s3://bucket/prefix` or `file:///folder` without a trailing slash. Raises ValueError for any other URL."""
     parts = _split(url, OUTPUT_SCHEMES)
     if parts.query or parts.fragment:
-        raise ValueError("an output URL may contain no ? or #")
+        raise ValueError("an output URL may not contain ? or #")
     if parts.scheme == "s3" and not BUCKET.fullmatch(parts.netloc):
         raise ValueError(f"{parts.netloc!r} is not a bucket name")
     if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path.startswith("/")):
         raise ValueError("a folder URL must be of the form file:///absolute/path")
     if ".." in parts.path.split("/"):
-        raise ValueError("an output URL may contain no ..")
+        raise ValueError("an output URL may not contain ..")
     return url.rstrip("/")
 
 

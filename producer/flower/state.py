@@ -115,7 +115,7 @@ class History(Events):  # type: ignore[misc]
         try:
             restore(state, json.loads(Path(self.db).read_bytes()))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.error("Flower's history in %s can't be read and is put aside as %s.damaged: %s", self.db, self.db, error)
+            log.error("Flower's history in %s can't be read; it was renamed to %s.damaged: %s", self.db, self.db, error)
             Path(self.db).replace(f"{self.db}.damaged")
             return Tasks()
         return state

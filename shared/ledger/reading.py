@@ -321,7 +321,7 @@ def _seconds(fields: Mapping[str, bytes], name: str) -> float | None:
         return None
     seconds = float(fields[name]) / 1000
     if not 0 <= seconds < LAST_SECOND:
-        raise ValueError(f"{name} is no time")
+        raise ValueError(f"{name} is not a time")
     return seconds
 
 

@@ -90,7 +90,7 @@ class DiffusionStylize(EngineOptions):
     )
     vae: ModelName | None = Field(None, description="VAE to use instead of the base model's; 'none': its own")
     prompt: str = Field(
-        "", max_length=LONGEST_PROMPT, description="describes the result; (word:1.3) weighs a word, BREAK begins a new piece"
+        "", max_length=LONGEST_PROMPT, description="describes the result; (word:1.3) weights a word, BREAK starts a new piece"
     )
     negative_prompt: str = Field(
         "", max_length=LONGEST_PROMPT, description="describes what to avoid, with the same syntax; ignored if cfg is 1"
@@ -119,7 +119,7 @@ class DiffusionStylize(EngineOptions):
         description="what to keep of the source, one or two of canny, scribble, lineart, tile or added ControlNets, "
         "with weights: canny:0.8;tile:0.4; 'none': nothing",
     )
-    control_scale: float = Field(0.8, ge=0, le=2, description="weight of controls that have none of their own")
+    control_scale: float = Field(0.8, ge=0, le=2, description="weight of controls that don't have one")
     control_image: str | None = Field(
         None, description="URL of a control picture for all images, in place of the first one drawn from the source"
     )

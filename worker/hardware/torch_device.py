@@ -24,7 +24,7 @@ def require_cuda(user: str, device: str) -> None:
         version = torch.version.cuda
         built = f"for CUDA {version}, which the driver must support" if version else "without CUDA"
         raise DeviceUnusable(
-            f"{user} was to run on {device}, but the installed torch can't: it is built {built}; fix this or use --cpu"
+            f"{user} should run on {device}, but the installed torch can't: it was built {built}; fix this or use --cpu"
         )
 
 

@@ -233,7 +233,7 @@ def _too_much(rgb: Pixels) -> str:
     return (
         f"a drawing in {often} colours"
         if 2 < often <= MOST_COLOURS and codes.max() > HALF * codes.sum()
-        else "a picture, or soft not only at its edges"
+        else "a picture, or soft beyond its edges"
     )
 
 

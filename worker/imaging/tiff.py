@@ -101,7 +101,7 @@ def _layout(page: Page) -> Layout:
     _refuse_if(
         (bool(formats & _FORMATS.keys()), f"{bits}-bit {_FORMATS.get(max(formats), '')} samples"),
         (not formats <= {1, 4}, f"samples of format {max(formats)}"),
-        (meaning == -1, "no statement of what their samples mean (photometric interpretation)"),
+        (meaning == -1, "no photometric interpretation, which says what samples mean,"),
         (colours == 0, _OTHER_COLOURS.get(meaning, f"colours of kind {meaning} (photometric interpretation)")),
         (len(depths) > 1, f"samples of {' and '.join(map(str, sorted(depths)))} bits"),
         (bits not in _BITS, f"{bits}-bit samples"),

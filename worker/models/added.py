@@ -178,5 +178,5 @@ def _read(path: Path, mtime_ns: int, inode: int) -> Added:  # noqa: ARG001  # th
     if record.name != path.stem:
         raise ConfigurationError(f"{path} is the record of another model, {record.name}: {remedy}")
     if record.name in TAKEN:
-        raise ConfigurationError(f"{path}: {record.name} is in imagemill's own catalogue by now: add it under another name")
+        raise ConfigurationError(f"{path}: {record.name} is now in imagemill's own catalogue: add it under another name")
     return record

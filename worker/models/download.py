@@ -60,7 +60,7 @@ def url_of(weights: Weights, settings: WeightsSettings) -> str:
 def check_space(folder: Path, name: str, size: int, *, present: int = 0) -> None:
     """Raise ConfigurationError if `size` bytes are too many for a model, or don't fit on the disk; `present` are there."""
     if size > MAX_BYTES:
-        raise ConfigurationError(f"{name} has {size / 1e9:.0f} GB, more than any model has: this is not the pinned one")
+        raise ConfigurationError(f"{name} has {size / 1e9:.0f} GB, more than any model: this is not the pinned one")
     free, needed = shutil.disk_usage(folder).free, size - present + SPARE
     if free < needed:
         message = f"{folder} has {free / 1e6:.0f} MB free and {name} needs {needed / 1e6:.0f} MB"
@@ -170,7 +170,9 @@ class _Download:
                 while block := _read(answer):
                     if self.size + len(block) > (MAX_BYTES if total is None else total):
                         self._discard()
-                        raise ConfigurationError(f"{shown(self.url)} sends more than it announced, or than any model has")
+                        raise ConfigurationError(
+                            f"{shown(self.url)} sends more than it announced, or more than any model needs"
+                        )
                     file.write(block)
                     self.hasher.update(block)
                     self.size += len(block)
@@ -204,7 +206,7 @@ class _Download:
             if span and int(span[1]) == self.size:
                 return int(span[2])
             self._discard()
-            raise _Interrupted("the server sends another range than requested")
+            raise _Interrupted("the server sent a different range from the one requested")
         self._discard()
         length = answer.headers.get("Content-Length", "")
         return int(length) if length.isdecimal() else None

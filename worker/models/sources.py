@@ -52,7 +52,7 @@ def _no_model(head: bytes) -> str | None:
     if not head:
         return "is empty"
     if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer and not the file itself: run `git lfs pull` where it is from, or download the file"
+        return "is a Git LFS pointer and not the file itself: run `git lfs pull` where it came from, or download the file"
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, perhaps about the model or an error: download the file itself"
     if head.startswith(b"PK"):
@@ -88,7 +88,7 @@ def header_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not a safetensors file, or it is damaged: {sentence(error)}") from error
     if 8 + length + end != size:
-        raise ConfigurationError(f"{path} has {size} bytes, and by its header it should have {8 + length + end}: get it again")
+        raise ConfigurationError(f"{path} has {size} bytes, but its header says {8 + length + end}: get it again")
     return tensors
 
 

@@ -41,7 +41,7 @@ def check_nodes(settings: Settings, wait: float = WAIT_SECONDS, only: str | None
             which = f"no node {only} is" if only else "no node is"
             yield Finding("worker", "failed", f"{which} running on this host", "look at the worker's log")
         for node in frozen:
-            yield Finding("worker", "failed", f"{node.node} does not report any more", "restart the node")
+            yield Finding("worker", "failed", f"{node.node} has stopped reporting", "restart the node")
         answered = _canaries(settings, fleet, [node.node for node in nodes if _is_idle(node)], wait)
         if only is None:
             yield from _missing_gpus(fleet)
@@ -86,7 +86,7 @@ def _finding(node: Node, *, ran: bool | None, wait: float) -> Finding:
     if ran:
         return Finding("worker", "ok", f"{node.node} ran a task")
     if node.busy == node.children:
-        return Finding("worker", "ok", f"{node.node} is busy and makes progress")
+        return Finding("worker", "ok", f"{node.node} is busy and making progress")
     return Finding("worker", "failed", f"{node.node} did not run a task within {wait:g} s", "restart the node")
 
 

@@ -133,7 +133,7 @@ def main() -> None:
         start_http_server(int(port), host, registry)
     except OSError as error:
         fields = dict(action="metrics", node=node, host=host, port=port, reason=sentence(error))
-        log.error("metrics not served; the node works without", extra=fields)
+        log.error("metrics not served; the node works without them", extra=fields)
     sys.stdin.buffer.read()
     shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
 

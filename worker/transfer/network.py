@@ -256,7 +256,7 @@ class Network:
             try:
                 self.loop.run_forever()
             except BaseException:  # what asyncio lets pass: SystemExit and KeyboardInterrupt of a task
-                log.exception("the event loop goes on", extra={"action": "network"})
+                log.exception("error in the event loop, which carries on", extra={"action": "network"})
         self._multi.close()
         self._s3.close()
         for handle in self._idle:

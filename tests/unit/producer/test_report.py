@@ -130,7 +130,7 @@ def test_expired_images_are_a_group_that_a_retry_may_help() -> None:
     late = [row(Item(index=n, source=f"{A}{n}.jpg"), None, "expired") for n in range(2)]
     shown = page(late, changes={"state": "failed"})
     assert "expired 2 images, retry may help" in shown.text
-    assert "the deadline passed before this image was begun" in shown.text
+    assert "the deadline passed before this image began" in shown.text
     assert "failed, 2 failed" not in shown.text
 
 

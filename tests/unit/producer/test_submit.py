@@ -155,8 +155,8 @@ def test_invalid_rows_are_listed_and_nothing_is_queued(imagemill: Invoke, ledger
         (["--name", "two words"], "a name has 1 to 64 letters, digits and ._- and starts with a letter or digit"),
         (["--name", "../up"], "unlike '../up'"),
         (["--until", "tomorrow"], "--until takes a time such as "),
-        (["--until", "2020-01-01T08:00"], "the deadline (until) must lie ahead, but 2020-01-01 08:00 has passed"),
-        (["--until", "1h", "--not-before", "2h"], "must lie after the begin (not before)"),
+        (["--until", "2020-01-01T08:00"], "the deadline (until) must be in the future, but 2020-01-01 08:00 has passed"),
+        (["--until", "1h", "--not-before", "2h"], "must be later than the start (not before)"),
         (["--output", "./out", "--expire-days", "3"], "--expire-days needs an --output of s3://bucket/prefix"),
     ],
 )

@@ -52,7 +52,7 @@ def test_outcome_says_why_a_job_waits() -> None:
 
 
 def test_jobs_table_leaves_out_columns_that_would_be_empty() -> None:
-    over, waits = status(100, state="done"), {"state": "queued", "why": "behind 60 images of others", "position": 2}
+    over, waits = status(100, state="done"), {"state": "queued", "why": "behind 60 images of other jobs", "position": 2}
     assert [word in printed(terminal.jobs_table([over])) for word in ("owner", "waiting", "ahead")] == [False] * 3
     text = printed(terminal.jobs_table([over, over.model_copy(update=waits), over.model_copy(update={"owner": "ann"})]))
     assert [word in text for word in ("owner", "ann", f"queued, {waits['why']}", "2 jobs")] == [True] * 4
@@ -61,7 +61,12 @@ def test_jobs_table_leaves_out_columns_that_would_be_empty() -> None:
 def test_status_table_shows_the_forecast() -> None:
     facts = {"owner": "ann", "waiting": 90, "running": 7, "position": 0, "ahead": 40, "starts": 1e9, "ends": 2e9, "until": 3e9}
     text = " ".join(printed(terminal.status_table(status(3).model_copy(update=facts))).split())
-    for part in ("owner ann", "running 7 waiting 90", "position next, 40 images of others before it ends", "ends about 2033"):
+    for part in (
+        "owner ann",
+        "running 7 waiting 90",
+        "position next, 40 images of other jobs before it ends",
+        "ends about 2033",
+    ):
         assert part in text
     text = printed(terminal.status_table(status(100, state="done")))
     assert [word in text for word in ("owner", "waiting", "position", "deadline")] == [False] * 4

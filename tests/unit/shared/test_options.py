@@ -94,7 +94,12 @@ def test_text_values_are_parsed() -> None:
         ("remove-background", "opencv", {"long_edge": "15"}, "greater than or equal to 16"),
         ("remove-background", "rembg", {"crop": "true", "canvas": "8001"}, "less than or equal to 8000"),
         ("remove-background", "rembg", {"canvas": "800"}, "canvas needs crop=true"),
-        ("remove-background", "rembg", {"background": "#ffffff", "background_image": "https://a.example/b.png"}, "exclude"),
+        (
+            "remove-background",
+            "rembg",
+            {"background": "#ffffff", "background_image": "https://a.example/b.png"},
+            "can't be combined",
+        ),
         ("remove-background", "rembg", {"mask_only": "true", "shadow": "true"}, "mask_only can't be combined"),
         ("remove-background", "rembg", {"exact": "true", "long_edge": "800"}, "can't be combined with long_edge or shadow"),
         ("remove-background", "rembg", {"garments": "upper"}, "garments needs model=u2net_cloth_seg"),

@@ -89,7 +89,7 @@ def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:
     if options.mask_dilate:
         mask = _dilated(mask, options.mask_dilate)
     if mask.all():
-        raise BadMask("the mask and boxes cover the whole image, which leaves nothing to fill it from")
+        raise BadMask("the mask and boxes cover the whole image, leaving nothing to fill it from")
     return mask
 
 

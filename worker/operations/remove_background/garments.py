@@ -51,7 +51,7 @@ class Garments(Session):
 def _classes(output: Tensor) -> Grey:
     """The likeliest class of each pixel, [h, w], from the network's output [4, h, w]."""
     if output.ndim != 3 or len(output) != COUNT:
-        raise OperationFailed(f"a model of garments returns {COUNT} maps, not {output.shape}")
+        raise OperationFailed(f"a garment model returns {COUNT} maps, not {output.shape}")
     if not np.isfinite(output).all():
         raise OperationFailed("the model's output is not finite")
     return np.asarray(np.argmax(output, axis=0), np.uint8)

@@ -83,7 +83,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_torch_without_a_usable_gpu_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigurationError, match=r"was to run on the GPU, but .*use --cpu"):
+    with pytest.raises(ConfigurationError, match=r"should run on the GPU, but .*use --cpu"):
         memory_of(Device(gpu=0), "torch")
 
 
