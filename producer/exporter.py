@@ -1,4 +1,4 @@
-"""`imagemill exporter`: what Redis knows of the whole installation, for Prometheus."""
+"""`imagemill exporter`: what Redis knows about the whole installation, for Prometheus."""
 
 from __future__ import annotations
 

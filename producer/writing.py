@@ -1,4 +1,4 @@
-"""What becomes of a list that breaks off while it is written to the ledger."""
+"""What happens to a list whose writing to the ledger breaks off."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Writing:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None:
             return
-        if not self._keep or isinstance(error, InvalidSource):  # the list will be another once it is valid
+        if not self._keep or isinstance(error, InvalidSource):  # the list will be a different one once it is valid
             self._discard()
         if isinstance(error, BrokerUnavailable):
             raise BrokerUnavailable(f"{error.message}; {self._outcome()}") from error

@@ -29,7 +29,7 @@ REASONS = {
     "eof occurred in violation": "it closed the connection: it wants a client certificate, or refuses this one",
     "wrong version number": "it does not use TLS on this port; the URL should begin with redis, not rediss",
 }
-"""What OpenSSL's messages mean, in lower case; the first that occurs counts."""
+"""What OpenSSL's messages (in lower case) mean; the first match counts."""
 
 
 def connect(url: str, **changes: Any) -> Any:

@@ -38,7 +38,7 @@ ItemState = Literal["pending", "done", "failed", "cancelled"]
 LONGEST_OUTPUT, LONGEST_KEY = 2048, 1024
 """Characters of an output URL, and of a template for names below it. S3 allows 1,024 bytes for both together."""
 LONGEST_MESSAGE, LONGEST_NOTE, MOST_NOTES = 1000, 60, 20
-"""Of a result. Some of it is said by strangers, and all of it is kept in Redis."""
+"""Of a result. Strangers supply some of it, and all of it is kept in Redis."""
 SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_url)]
 
 Profile = Literal["srgb", "keep"]

@@ -36,7 +36,7 @@ MOST_JOBS = 200
 MOST_ENTRIES = 10_000
 """Entries of a key that one look reads."""
 LARGEST = 2**53
-"""No number of the ledger is larger; Lua could not count on."""
+"""No number in the ledger is larger, or Lua could not count any further."""
 MOST_ROWS = 10**9
 HASHES = ("latest", "weights", "running", "children", "speed", "nodes", "node-children", "memory")
 ZSETS = ("alarms", "leased", "jobs")
@@ -98,7 +98,7 @@ class Repairing(Scripts):
 
 
 class Repair:
-    """One look at the ledger. `lua` are the scripts `condemn`, `relink`, `unline` and `take_out`."""
+    """One inspection of the ledger. `lua` are the scripts `condemn`, `relink`, `unline` and `take_out`."""
 
     def __init__(self, client: Any, lua: Lua, *, lease_ms: int, rise_ms: int, seconds: int) -> None:
         self._redis, self._lua = client, lua
@@ -283,7 +283,7 @@ class Repair:
         return None
 
     def relink(self) -> None:
-        """After damage, see to it that no job is missing from the keys that jobs share."""
+        """After damage, make sure that no job is missing from the keys that jobs share."""
         names: set[str] = set()
         for raw in self._redis.scan_iter("imagemill:job:*", count=1000, _type="hash"):
             job = _text(raw).removeprefix("imagemill:job:")

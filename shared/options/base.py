@@ -52,11 +52,11 @@ class EngineOptions(Model):
     engine: str
 
     def companions(self) -> list[str]:
-        """The names of the models that the job needs beside its `model`, as far as they are known without looking at those."""
+        """The names of the models that the job needs besides its `model`, as far as they are known without opening it."""
         return []
 
     def ignored(self) -> dict[str, str]:
-        """The options that have no effect beside the others, and why. `submit` warns of those that were given."""
+        """The options that have no effect, given the others, and why. `submit` warns about those that were given."""
         return {}
 
     @property
@@ -129,7 +129,7 @@ Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split)]
 
 
 class Point(Model):
-    """A point in an image, in pixels or fractions of it, that lies on what is looked for (label 1) or beside it (label 0).
+    """A point in an image, in pixels or fractions of it, that lies on the subject (label 1) or outside it (label 0).
 
     Written as text `x,y` or `x,y,label` or as a JSON list. If both coordinates are at most 1 and one of them has a decimal
     point, they are fractions; otherwise they are pixels.

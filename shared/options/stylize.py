@@ -34,7 +34,7 @@ class OpencvStylize(EngineOptions):
 
 
 LONGEST_PROMPT = 2000
-"""Characters. They are about 450 tokens of English, or six pieces, and nothing of them is cut."""
+"""Characters. They are about 450 tokens of English, or six pieces, and none of it is cut."""
 
 MOST_TIMESTEPS = 1000
 """Stable Diffusion was trained with this many; the LCM LoRA's schedule has 50."""
@@ -51,7 +51,7 @@ class Lora(Model):
 class Control(Model):
     """What a result keeps of its source: a kind of control, or a ControlNet by name, with its weight.
 
-    Without a weight of its own, it has that of `control_scale`.
+    Without a weight, it uses `control_scale`.
     """
 
     name: ModelName
@@ -77,11 +77,11 @@ Loras = Annotated[tuple[Lora, ...], BeforeValidator(_split), Field(max_length=8)
 """Adapters as a list, a mapping, or text separated by `;`."""
 
 Controls = Annotated[tuple[Control, ...], BeforeValidator(_split), Field(max_length=2)]
-"""The same of controls."""
+"""The same for controls."""
 
 
 class DiffusionStylize(EngineOptions):
-    """Stable Diffusion 1.5 or SDXL, with up to two ControlNets that preserve what the job chooses of the source."""
+    """Stable Diffusion 1.5 or SDXL, with up to two ControlNets that keep what the job chooses of the source."""
 
     engine: Literal["diffusion"] = "diffusion"
     model: ModelName = Field(
