@@ -19,7 +19,7 @@ def torch_device(device: Device, model: str) -> torch.device:
 
 
 def require_cuda(user: str, device: str) -> None:
-    """Raise DeviceUnusable if torch can't use a GPU; `user` and `device` name who was to run where."""
+    """Raise DeviceUnusable if torch can't use a GPU; `user` and `device` name what should run where."""
     if not torch.cuda.is_available():
         version = torch.version.cuda
         built = f"for CUDA {version}, which the driver must support" if version else "without CUDA"

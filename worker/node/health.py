@@ -4,9 +4,9 @@ A node watches its own children and reports every 5 s what it sees:
 
 - A child that shows no sign of life for `lease_seconds` does not run; its work goes to others anyway.
 - A child that works is healthy as long as its device moves on. One batch may take `stall_limit` seconds, ten minutes by
-  default: on a CPU an honest batch of Stable Diffusion takes several, and after `time_limit` its process is killed.
-- A node that has an idle child proves with a canary task that messages arrive. One whose children are all busy need not:
-  the canary would wait for the end of a shift.
+  default: on a CPU a normal batch of Stable Diffusion takes several, and after `time_limit` its process is killed.
+- A node that has an idle child proves with a canary task that messages arrive. One whose children are all busy doesn't have
+to: the canary would wait for the end of a shift.
 
 A node that still loads its engines is not healthy yet; container runtimes have a start period for that.
 """

@@ -17,15 +17,15 @@ LONGEST_NAME, LONGEST_REASON = 201, 600
 """Bytes, with a zero at the end."""
 GONE = -1.0
 AGAIN_SECONDS = 300.0
-"""After this time, a model that was too large for the memory that was left is tried again."""
+"""After this time, a model that did not fit into the free memory is tried again."""
 
 
 class _Entry(ctypes.Structure):
     """One lane. Times are by the monotonic clock, which all processes of a host share; 0 means never.
 
     Only the parent writes `name`, once, and then `opened`, which is `GONE` while the node does not offer the lane. A process
-    that finds that its model can't be used writes `reason`, `again` and then `failed`: when the attempt began. So a fault of
-    files that have been replaced meanwhile changes nothing.
+    that finds that its model can't be used writes `reason`, `again` and then `failed`: when the attempt began. So a fault in
+    files that have been replaced in the meantime changes nothing.
     """
 
     _fields_ = (

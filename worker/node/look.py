@@ -21,7 +21,7 @@ from imagemill.worker.transfer.s3_requests import S3Requests
 AT_ONCE = 8
 """Images that are fetched at the same time."""
 FILLED = 128
-"""Levels of a mask from here on count as filled."""
+"""Mask levels from here on count as filled."""
 
 
 def look(settings: Settings, items: Sequence[Item], spec: Job) -> list[dict[str, Any]]:
@@ -71,7 +71,7 @@ class Looker:
 
     def _describe(self, data: bytes) -> dict[str, Any]:
         header = codec.probe(data, max_pixels=self._max_pixels)
-        codec.decode(data, header)  # finds what is damaged behind the header
+        codec.decode(data, header)  # finds damage behind the header
         return {"format": header.format, "size": header.size, "bytes": len(data)}
 
     def _describe_mask(self, data: bytes) -> dict[str, Any]:

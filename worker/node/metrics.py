@@ -95,7 +95,7 @@ class ParentMeter:
             self._wakes.inc(count)
 
     def died(self, pid: int) -> None:
-        """A child has died: its gauges say nothing any more, its counters stay."""
+        """A child has died: its gauges mean nothing any more; its counters stay."""
         if self._wakes is not None:
             from prometheus_client.multiprocess import mark_process_dead
 
@@ -103,7 +103,7 @@ class ParentMeter:
 
 
 def child_meter(operations: Sequence[str]) -> Meter:
-    """What a child counts with that carries out these operations."""
+    """The counters of a child that carries out these operations."""
     return PrometheusMeter(operations) if FOLDER in os.environ else Meter()
 
 

@@ -1,4 +1,4 @@
-"""Checks of Redis and of what it knows: set-aside entries and nodes."""
+"""Checks of Redis and of what it knows: entries set aside, and nodes."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _explain_refusal(where: str, password: str | None, user: str) -> tuple[str, 
 
 
 def _saves(client: Any) -> bool | None:
-    """Whether Redis takes snapshots; None if it does not tell, as with managed services."""
+    """Whether Redis takes snapshots; None if it doesn't say, as with managed services."""
     with suppress(redis.ResponseError):
         return bool(client.config_get("save").get("save"))
     return None

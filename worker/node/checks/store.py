@@ -26,7 +26,7 @@ PROBE = ".imagemill-doctor"
 LATEST_JOBS = 20
 """Jobs whose outputs are checked if none is named."""
 INSIDE = (".local", ".localdomain", ".internal", ".lan", ".home.arpa", ".intranet", ".svc")
-"""Ends of names that no public name server knows."""
+"""Endings of names that no public name server knows."""
 
 
 def check_s3(settings: Settings, outputs: Mapping[str, State]) -> Iterator[Finding]:

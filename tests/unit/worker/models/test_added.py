@@ -90,4 +90,4 @@ def test_file_that_is_no_record_is_reported(tmp_path: Path, content: str) -> Non
 def test_name_that_the_catalogue_has_by_now_is_reported(tmp_path: Path) -> None:
     record(tmp_path, "u2netp")
     found, (fault,) = added.everything(tmp_path)
-    assert (found, "u2netp is in imagemill's own catalogue by now" in fault) == ([], True)
+    assert (found, "u2netp is now in imagemill's own catalogue" in fault) == ([], True)
