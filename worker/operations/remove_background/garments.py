@@ -25,7 +25,7 @@ from imagemill.worker.operations.remove_background.session import Opened, Sessio
 
 FAMILY = Family(768, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLASSES = {"upper": (1,), "lower": (2,), "full": (3,), "attire": (1, 2, 3)}
-"""The network's classes that each part consists of; 0 is everything else."""
+"""The network's classes that make up each part; 0 is everything else."""
 COUNT = 4
 
 
