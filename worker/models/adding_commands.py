@@ -1,4 +1,4 @@
-"""The command `imagemill models add`, for models of the operator's own."""
+"""The command `imagemill models add`, for the operator's own models."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def add(name: str, source: str, replace: bool, **said: Any) -> None:
 
 
 def _only(said: dict[str, Any], what: str, *fitting: str) -> None:
-    """Raise UsageError for a flag that says nothing about such a source."""
+    """Raise UsageError for a flag that does not apply to this kind of source."""
     for flag, value in said.items():
         if value is not None and flag not in fitting:
             raise UsageError(f"--{flag.replace('_', '-')} is not for {what}")
@@ -152,7 +152,7 @@ class _Addition:
             self._add("diffusion", make, f"{source}@{commit}", origin, agrees=_with(vae, control))
 
     def _check(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> None:
-        """Raise UsageError for words that don't fit what was recognised."""
+        """Raise UsageError for flags that don't fit what was recognised."""
         if family is not None and what.family and family != what.family:
             raise UsageError(f"{self.path} is {what.kind} of the family {what.family}, not {family}")
         if vae is not None and what.kind != "checkpoint":

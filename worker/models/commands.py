@@ -1,4 +1,4 @@
-"""The `imagemill models` commands: list, pull, verify, remove, quantize."""
+"""The `imagemill models` commands: add, list, pull, verify, remove, quantize."""
 
 from __future__ import annotations
 

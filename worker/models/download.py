@@ -1,4 +1,4 @@
-"""Download of a model file: resumed after an interruption, hashed on arrival, and published only if its checksum matches."""
+"""Downloads a model file: resumed after an interruption, hashed on arrival, and published only if its checksum matches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from imagemill.worker.models.files import path_of, remove_variants
 from imagemill.worker.transfer.files import publish
 
 MAX_BYTES = 8 * 2**30
-"""Far more than any model in the catalogue has: a server that sends more is sending something else."""
+"""Far more than any model in the catalogue: a server that sends more is sending something else."""
 SPARE = 64 * 2**20
 """Bytes of disk space that a download leaves free."""
 TIMEOUT = 60.0
@@ -220,7 +220,7 @@ def _read(answer: Any) -> bytes:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, since releases redirect to a file store, but never from https to http or to another scheme."""
+    """Follows redirects, because releases redirect to a file store, but never from https to http or to another scheme."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         allowed = ("https",) if urlsplit(req.full_url).scheme == "https" else ("http", "https")

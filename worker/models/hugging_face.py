@@ -1,4 +1,4 @@
-"""Download of a repository from the Hugging Face Hub: pinned to a commit, checked against the hub's checksums, recorded."""
+"""Downloads a repository from the Hugging Face Hub: pinned to a commit, checked against the hub's checksums, recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator gives as a model: a file in one of the known formats, a folder, or something that is no model."""
+"""What an operator gives as a model: a file in one of the known formats, a folder, or something that is not a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from imagemill.worker.models.checksums import sha256_of
 Format = Literal["onnx", "safetensors", "torch", "folder"]
 
 HEAD = 512
-"""Bytes at a file's beginning that tell what it is."""
+"""Bytes at the beginning of a file that show what it is."""
 LONGEST_HEADER = 100_000_000
 """Maximum bytes of a safetensors header, as in the safetensors library."""
 EXPECTED = "expected an ONNX file, a safetensors file, a torch checkpoint or a folder in diffusers' layout"
@@ -47,7 +47,7 @@ def format_of(source: Path) -> Format:
 
 
 def _no_model(head: bytes) -> str | None:
-    """What a file is that is no model, by its first bytes; None if it may be one."""
+    """What a file is if it is not a model, by its first bytes; None if it may be one."""
     start = head.lstrip().lower()
     if not head:
         return "is empty"
