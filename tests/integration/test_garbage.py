@@ -100,7 +100,7 @@ def write(raw: Any, name: str, kind: str, field: bytes, value: bytes, score: flo
 @pytest.mark.parametrize("name", SHARED)
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["string", "hash", "list", "set", "zset", "stream"]), value=CONTENT, score=SCORES)
-def test_honest_job_is_done_beside_garbage_in_shared_keys(
+def test_good_job_is_done_despite_garbage_in_shared_keys(
     system: System, name: str, kind: str, value: bytes, score: float
 ) -> None:
     write(system.raw, f"imagemill:{name}", kind, b"ann", value, score)
@@ -110,7 +110,7 @@ def test_honest_job_is_done_beside_garbage_in_shared_keys(
 @pytest.mark.parametrize("part", PARTS)
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["string", "hash", "list", "zset"]), field=st.sampled_from(FIELDS), value=CONTENT, score=SCORES)
-def test_honest_job_is_done_beside_a_damaged_one(
+def test_good_job_is_done_despite_a_damaged_one(
     system: System, part: str, kind: str, field: str, value: bytes, score: float
 ) -> None:
     rows = [SourceRow(f"row {n}", {"source": system.source}) for n in range(40)]

@@ -196,7 +196,7 @@ def test_page_of_several_jobs_begins_with_an_overview() -> None:
     assert shown.all("section", "id") == ["job-1", "job-2"]
 
 
-def test_comparison_shows_the_other_engines_result_beside_its_own_labelled() -> None:
+def test_comparison_shows_the_other_engines_result_next_to_its_own_with_labels() -> None:
     rows = [done(0), done(1)]
     job = Job.model_validate(
         {

@@ -80,7 +80,7 @@ def test_submit_does_not_warn_when_a_worker_offers_the_lane(imagemill: Invoke, f
         ("--operation remove-background --engine rembg --set margin=0.1 --set crop=true", None),
     ],
 )
-def test_submit_warns_of_options_that_have_no_effect(imagemill: Invoke, flags: str, warning: str | None) -> None:
+def test_submit_warns_about_options_that_have_no_effect(imagemill: Invoke, flags: str, warning: str | None) -> None:
     result = imagemill("submit", "-", *flags.split(), "--output", "s3://results/x", "--dry-run=list", stdin=GOOD)
     assert result.exit_code == 0
     assert (warning in result.stderr.splitlines()) if warning else "no effect" not in result.stderr

@@ -41,7 +41,7 @@ MODELLED = [engine for engine in ENGINES if engine.models]
 
 @pytest.mark.parametrize("engine", MODELLED, ids=lambda engine: engine.name)
 @pytest.mark.parametrize("name", ["a", "7", "u2nett", "Shop_cutouts-v1.2", "x" * 64])
-def test_a_model_of_one_s_own_may_have_any_plain_name(engine: Engine, name: str) -> None:
+def test_own_model_may_have_any_plain_name(engine: Engine, name: str) -> None:
     options = parse_options(engine.operation, engine.name, {"model": name})
     assert options.model == name  # type: ignore[attr-defined]
     lane = lane_of(engine.operation, engine.name, name)
@@ -195,7 +195,7 @@ def test_invalid_boxes_are_refused(given: Any) -> None:
         ({"x": 3, "y": 4, "unit": "fraction"}, Point(x=3, y=4, unit="fraction")),
     ],
 )
-def test_point_is_in_pixels_or_fractions_and_on_or_beside(given: Any, point: Point) -> None:
+def test_point_is_in_pixels_or_fractions_and_on_or_off_the_subject(given: Any, point: Point) -> None:
     parsed = Point.model_validate(given)
     assert parsed == point
     assert Point.model_validate_json(parsed.model_dump_json()) == point

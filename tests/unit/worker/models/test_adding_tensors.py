@@ -42,7 +42,7 @@ INPUT = "model.diffusion_model.input_blocks.0.0.weight"
         (["generator.model.1.ffc.convl2l.weight"], "inpainting", "lama"),
     ],
 )
-def test_kind_and_family_are_told_by_the_tensors_names(names: list[str], kind: Any, family: str) -> None:
+def test_kind_and_family_are_recognised_by_the_tensors_names(names: list[str], kind: Any, family: str) -> None:
     assert recognise(dict.fromkeys(names, (320, 4) if names[0] == INPUT else (8, 768))) == Contents(kind, family)
 
 
