@@ -1,4 +1,4 @@
-"""Garbage of every shape in every key and queue of a running node: it goes on, and an honest job is done."""
+"""Garbage of every shape in every key and queue of a running node: it carries on, and a good job is done."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class System:
         return node_queue(name)
 
     def check_job(self) -> None:
-        """An honest job is done. What nodes offer may be unknown when it is submitted."""
+        """A good job is done. What nodes offer may be unknown when it is submitted."""
         job = self.client.submit([SourceRow("row 0", {"source": self.source})], spec("stylize", self.folder)).job
         assert self.client.wait(job, timeout=120).state == "done"
         assert [row.state for row in self.client.results(job)] == ["done"]

@@ -1,4 +1,4 @@
-"""Text of strangers, for terminals, logs and spreadsheets."""
+"""Untrusted text, for terminals, logs and spreadsheets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""URLs of Redis: what they may contain, and what becomes of it for redis-py and Celery."""
+"""URLs of Redis: what they may contain, and how redis-py and Celery get it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ BUCKET = "clocks"
 
 @pytest.fixture(params=[timedelta(hours=1), timedelta(hours=-1), timedelta(days=400)], ids=str)
 def client(request: pytest.FixtureRequest, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client on a host whose clock is so much fast."""
+    """A client on a host whose clock is fast by this much."""
     right = compat.get_current_datetime
 
     def wrong(*arguments: Any, **more: Any) -> datetime:

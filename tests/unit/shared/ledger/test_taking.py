@@ -31,7 +31,7 @@ pytestmark = pytest.mark.integration
 
 
 def report(fleet: Fleet, worker: WorkLedger, rates: dict[str, float], lane: str = LANE) -> None:
-    """Nodes with one child each, which compute so many images per second."""
+    """Nodes with one child each, which compute this many images per second."""
     for child in rates:
         node = child.partition("/")[0]
         fleet.report_node(Node(node=node, host="a", pid=1, device="cpu", lanes=(lane,), children=1, ready=True))

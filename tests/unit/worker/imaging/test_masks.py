@@ -1,4 +1,4 @@
-"""Reading masks: one hole as people draw it, and what is refused because it isn't plain."""
+"""Reading masks: holes as people draw them, and what is refused because it isn't clear."""
 
 from __future__ import annotations
 

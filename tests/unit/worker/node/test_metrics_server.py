@@ -1,4 +1,4 @@
-"""What a node tells of its GPU, read from a stand-in for NVIDIA's library."""
+"""What a node reports about its GPU, read from a stand-in for NVIDIA's library."""
 
 from __future__ import annotations
 

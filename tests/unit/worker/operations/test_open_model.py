@@ -1,4 +1,4 @@
-"""The models that engines keep open, and what becomes of errors."""
+"""The models that engines keep open, and what happens to errors."""
 
 from __future__ import annotations
 
