@@ -55,10 +55,10 @@ def duration(seconds: float) -> str:
 
 
 def bad_rows(out: Console, rows: Sequence[BadRow], count: int) -> None:
-    """List the first invalid rows with place and reason, then how many more of the `count` there are."""
+    """List the first invalid rows with place, reason and text, then how many more of the `count` there are."""
     say(out, "invalid rows:", "yellow")
     for row in rows[:MOST_BAD_ROWS]:
-        say(out, f"  {row.place}: {row.reason}" + (f": {row.text}" if row.text else ""))
+        say(out, f"  {row.place}: {row.reason}" + (f": {row.text}" if row.text not in row.reason else ""))
     if count > MOST_BAD_ROWS:
         say(out, f"  and {count - MOST_BAD_ROWS:,} more")
 

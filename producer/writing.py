@@ -48,5 +48,6 @@ class Writing:
         try:
             self._ledger.discard(self._job)
         except BrokerUnavailable as error:
-            extra = {"action": "discard", "job": self._job, "error": str(error)}
-            log.warning("unfinished list not discarded; it will expire", extra=extra)
+            if self.images:
+                extra = {"action": "discard", "job": self._job, "error": str(error)}
+                log.warning("unfinished list not discarded; it will expire", extra=extra)

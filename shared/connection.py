@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,9 @@ REASONS = {
     "wrong version number": "it does not use TLS on this port; the URL should begin with redis, not rediss",
 }
 """What OpenSSL's messages (in lower case) mean; the first match counts."""
+
+CONNECTING = re.compile(r"^Error (?:-?\d+ )?connecting to (\S+)\. (.)(.*?)\.?$")
+"""redis-py's message when it can't connect: host and port, and the reason of the operating system."""
 
 
 def connect(url: str, **changes: Any) -> Any:
@@ -102,7 +106,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MasterNotFoundError):
         name = str(error).partition(" : ")[0].removeprefix("No master found for ")
         return f"no Sentinel {'can be asked: ' + reason if reason else f'knows where the primary {name} is'}"
-    return f"{reason} ({sentence(error)})" if reason else sentence(error)
+    said = CONNECTING.sub(lambda match: f"can't connect to {match[1]}: {match[2].lower()}{match[3]}", sentence(error))
+    return f"{reason} ({said})" if reason else said
 
 
 def now_ms(client: Any) -> int:

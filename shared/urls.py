@@ -59,7 +59,8 @@ def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
         raise ValueError("the URL is not valid text; percent-encode what is not UTF-8")
     parts = urlsplit(url)
     if parts.scheme not in schemes or url[0] == " ":  # urlsplit skips leading spaces, other parsers don't
-        raise ValueError("the URL must start with " + " or ".join(f"{scheme}://" for scheme in schemes))
+        *others, last = (f"{scheme}://" for scheme in schemes)
+        raise ValueError(f"the URL must start with {', '.join(others)} or {last}")
     _ = parts.port  # raises ValueError outside 0-65535
     return parts
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from imagemill.producer import terminal
+from imagemill.producer.rows import BadRow
 from imagemill.producer.terminal import counted, duration
 from tests.unit.producer.jobs import node, status
 
@@ -32,6 +33,16 @@ def test_duration_is_written_in_the_two_largest_units(seconds: float, text: str)
 @pytest.mark.parametrize(("number", "text"), [(0, "0 images"), (1, "1 image"), (12_000, "12,000 images")])
 def test_count_has_thousands_separators_and_a_plural(number: int, text: str) -> None:
     assert counted(number, "image") == text
+
+
+def test_text_of_a_bad_row_is_shown_unless_the_reason_quotes_it() -> None:
+    out = io.StringIO()
+    rows = [BadRow("a.txt:1", "not a URL, not 'cat'", "cat"), BadRow("a.txt:2", "needs a mask", "https://example.com/a.jpg")]
+    terminal.bad_rows(Console(file=out, width=160), rows, 2)
+    assert out.getvalue().splitlines()[1:] == [
+        "  a.txt:1: not a URL, not 'cat'",
+        "  a.txt:2: needs a mask: https://example.com/a.jpg",
+    ]
 
 
 def test_outcome_is_one_line() -> None:

@@ -41,7 +41,7 @@ def test_source_urls_are_accepted_unchanged(url: str) -> None:
         ("", "must start with"),
         ("a.jpg", "must start with"),
         ("//example.com/a.jpg", "must start with"),
-        ("ftp://example.com/a.jpg", "must start with"),
+        ("ftp://example.com/a.jpg", "must start with http://, https://, s3:// or file://"),
         ("javascript:alert(1)", "must start with"),
         ("data:image/png;base64,AA==", "must start with"),
         (" https://example.com/a.jpg", "must start with"),
