@@ -2,9 +2,9 @@
 
     python -m bench [--only NAME]... [--rounds N] [--images FOLDER] [--weights FOLDER]
 
-`cutout` and `real` need a folder of photos with reference mattes, named as bench/cutout.py describes, from `--images` or the
-environment variable IMAGEMILL_BENCH_IMAGES; `real` also needs a model, as bench/real.py describes, from `--weights` or
-IMAGEMILL_TEST_WEIGHTS. The figures are also written to bench/results.json.
+`cutout` and `real` need a folder of photos with reference mattes (`real` also takes photos alone), named as bench/cutout.py
+describes, from `--images` or the environment variable IMAGEMILL_BENCH_IMAGES; `real` also needs a model, as bench/real.py
+describes, from `--weights` or IMAGEMILL_TEST_WEIGHTS. The figures are also written to bench/results.json.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.ending import end_on_sigterm
 from bench.figures import Figure
 
 BENCHES = (
@@ -41,6 +42,7 @@ BENCHES = (
 )
 RESULTS = Path(__file__).parent / "results.json"
 VARIABLES = {"images": "IMAGEMILL_BENCH_IMAGES", "weights": "IMAGEMILL_TEST_WEIGHTS"}
+OWN = "With your own model and photos, as bench/real.py describes: --only real --weights FOLDER --images FOLDER."
 NEEDED = {"cutout": ("images",), "real": ("images", "weights")}
 """The folders that some benchmarks need, by the names of their arguments."""
 
@@ -66,7 +68,7 @@ def make_table(figures: list[Figure]) -> Table:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Run the benchmarks and print one table.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Run the benchmarks and print one table.", epilog=OWN)
     parser.add_argument("--only", action="append", choices=BENCHES, help="run only this one; repeatable")
     parser.add_argument("--rounds", type=int, help="number of measurements, of which the median is reported")
     parser.add_argument("--images", type=Path, help=f"photos and reference mattes; default: {VARIABLES['images']}")
@@ -79,6 +81,7 @@ def main() -> int:
     for folder in folders.values():
         if not folder.is_dir():
             parser.error(f"{folder} is not a folder")
+    end_on_sigterm()
     console, figures = Console(), []
     for bench in arguments.only or BENCHES:
         missing = [name for name in NEEDED.get(bench, ()) if name not in folders]

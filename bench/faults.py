@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import signal
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import fault_nodes, fault_processes, fault_redis, fault_soak, fault_transfer
+from bench.ending import end_on_sigterm
 from bench.fault_run import FaultRun, Row
 
 ROWS: list[Row] = [*fault_processes.ROWS, *fault_redis.ROWS, *fault_nodes.ROWS, *fault_transfer.ROWS, *fault_soak.ROWS]
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="smaller counts, to try a row out")
     arguments = parser.parse_args()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left running
+    end_on_sigterm()
     console, told = Console(), []
     console.print(f"seed {seed}")
     for row in ROWS:

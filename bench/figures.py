@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from bench.ending import end_on_sigterm
+
 Figure = dict[str, Any]
 """`name`, `value`, `unit`, `goal` (or None), `holds` (None without a goal) and `rounds`."""
 
@@ -50,5 +52,6 @@ def over_rounds(rounds: Sequence[Sequence[Measured]]) -> list[Figure]:
 
 def print_figures(run: Callable[..., list[Figure]]) -> None:
     """Run a benchmark with the number of rounds from the command line, and print a line of JSON per figure."""
+    end_on_sigterm()
     for result in run(*(int(argument) for argument in sys.argv[1:2])):
         print(json.dumps(result))

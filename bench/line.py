@@ -49,6 +49,7 @@ import cv2
 import psutil
 from skimage import data
 
+from bench.ending import end_on_sigterm
 from bench.figures import Figure, Measured, over_rounds
 from bench.line_node import Jobs, Node, Spy
 from bench.nodes import cpu_of
@@ -304,6 +305,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="seconds of work per case")
     parser.add_argument("rounds", type=int, nargs="?", default=1)
     arguments = parser.parse_args()
+    end_on_sigterm()
     print(HEADER, flush=True)
     for _ in range(arguments.rounds):
         for result in measure_all([case for case in CASES if case.name in (arguments.only or [case.name])], arguments.seconds):

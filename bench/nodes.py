@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from imagemill.producer.sources import SourceRow
 from imagemill.shared.messages import Job, Output
 from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.shared.settings import load_settings
+from imagemill.worker.node.parting import STARTER
 from tests.workers import ROOT, WorkerProcess, clean_environment, wait_until
 
 SPEC = Job(
@@ -114,6 +116,7 @@ class TutorialNode:
         self._environment = clean_environment(
             TUTORIAL_REDIS=redis_url, TUTORIAL_S3=servers.s3, U2NET_HOME=str(home), MODEL_CHECKSUM_DISABLED="1", **KEYS
         )
+        self._environment[STARTER] = str(os.getpid())
         self._log, self._keys = folder / "tutorial.log", itertools.count()
         self._redis_url = redis_url
 

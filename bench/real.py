@@ -3,10 +3,10 @@
     python -m bench.real --weights FOLDER --images FOLDER [--rounds N]
 
 FOLDER of the weights holds isnet-fp16.onnx, ISNet (general use), or is a weights folder with rembg/isnet-general-use.onnx
-and its variants; if there is an 8-bit one, it is measured, too. Images are photos with reference mattes, named as in
-bench.cutout. Both sides get the same file of the model, and are timed in turn on copies of the same photos: a node from
-submission to the last record, with a store that takes 50 ms per PUT, and `rembg p` from start to end on a folder. The latter
-needs the extra `cli` of rembg.
+and its variants; if there is an 8-bit one, it is measured, too. Images are photos, with reference mattes if you have them,
+named as in bench.cutout. Both sides get the same file of the model, and are timed in turn on copies of the same photos: a
+node from submission to the last record, with a store that takes 50 ms per PUT, and `rembg p` from start to end on a folder.
+The latter needs the extra `cli` of rembg.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.cutout import pairs, read
+from bench.ending import end_on_sigterm
 from bench.figures import Figure, figure
 from bench.nodes import OurNode, environment
 from bench.servers import Servers
@@ -64,6 +65,8 @@ def run(rounds: int = ROUNDS, *, weights: Path, images: Path) -> list[Figure]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         weights = _installed(weights, folder)
         photos = [Photo(*pair) for pair in pairs(images)]
+        if not photos:
+            raise SystemExit(f"{images} has no photos whose names bench.cutout takes")
         rembg = _environment_of_rembg(weights, folder)
         _cut_by_rembg(photos, rembg, folder)
         server = stack.enter_context(ImageServer({f"/{photo.path.name}": photo.path.read_bytes() for photo in photos}))
@@ -122,13 +125,17 @@ def _agreement(node: OurNode, photos: list[Photo], server: ImageServer, folder: 
             ours.append(_overlap(cuts[False][photo.path.stem][..., 3], expected))
             theirs.append(_overlap(photo.cut[..., 3], expected))
     name, count, mean = f"real {MODEL}", len(photos), float(np.mean([part.mean() for part in apart]))
-    return [
+    figures = [
         figure(f"{name}, exact: photos with rembg's very pixels, of {count}", sum(equal), "", count),
         figure(f"{name}: mean alpha difference to rembg, of 255", mean, "", 0.5, at_most=True, rounds=count),
         figure(f"{name}: largest alpha difference to rembg, of 255", float(max(part.max() for part in apart)), rounds=count),
-        figure(f"{name}: mean IoU with the reference mattes", float(np.mean(ours)), rounds=len(ours)),
-        figure("rembg: mean IoU with the reference mattes", float(np.mean(theirs)), rounds=len(theirs)),
     ]
+    for side, overlaps in ((name, ours), ("rembg", theirs)):
+        if overlaps:
+            figures.append(
+                figure(f"{side}: mean IoU with the reference mattes", float(np.mean(overlaps)), rounds=len(overlaps))
+            )
+    return figures
 
 
 def _run(
@@ -235,7 +242,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
     if arguments.images is None:
-        parser.error("--images FOLDER is missing: photos with reference mattes, see bench.cutout")
+        parser.error("--images FOLDER is missing: photos, and reference mattes if you have them, see bench.cutout")
+    end_on_sigterm()
     for result in run(arguments.rounds, weights=arguments.weights.resolve(), images=Path(arguments.images)):
         print(json.dumps(result))
 

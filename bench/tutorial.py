@@ -16,6 +16,9 @@ import requests
 from celery import Celery
 from PIL import Image
 
+from imagemill.worker.node.parting import die_with_supervisor
+
+die_with_supervisor()  # with the benchmark
 app = Celery("tutorial", broker=os.environ["TUTORIAL_REDIS"], backend=os.environ["TUTORIAL_REDIS"], set_as_current=False)
 _sessions: list[Any] = []
 

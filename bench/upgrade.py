@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.ending import end_on_sigterm
 from imagemill.producer.embedded_redis import EmbeddedRedis
 from tests.conftest import client_for, environment_for, photo
 from tests.faults.jobs import check_complete
@@ -126,6 +127,7 @@ def main() -> int:
     parser.add_argument("--old", metavar="REV", required=True, help="git revision of the other version")
     parser.add_argument("--images", type=int, default=200, help="images per job")
     arguments = parser.parse_args()
+    end_on_sigterm()
     console, failed = Console(), False
     with tempfile.TemporaryDirectory(prefix="imagemill-upgrade-") as folder:
         old = Path(folder) / "old"

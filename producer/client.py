@@ -88,7 +88,8 @@ class Client:
 
         Nothing is queued until the last row is checked. If rows are invalid and not skipped, or none is valid,
         InvalidSource is raised with the first 1000 invalid rows in `rows`. A row with the same source, mask,
-        control image, boxes and name as an earlier one shares its result. An interrupted list (an error, Ctrl-C) is discarded.
+        control image, boxes, points and name as an earlier one shares its result. An interrupted list (an error, Ctrl-C)
+        is discarded.
 
         `name` becomes the job's id. Under a name, an interrupted list is kept for an hour: submit the same list with the same
         name again to continue. If all of it is queued, nothing is queued twice. The times of the first submission stay.
@@ -124,6 +125,7 @@ class Client:
             nodes=None if nodes is None else sum(spec.lane in node.lanes for node in nodes),
             advice=None if nodes is None else advice(spec.lane, nodes, spec.options.companions()),
             before=not new,
+            warnings=checked.warnings,
         )
 
     def _wake(self, job: str, lane: str, images: int) -> list[Node] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
@@ -56,12 +57,15 @@ class DryRun:
     """Nodes that can work on the job; None without Redis."""
     advice: str | None = None
     """Why none can, and what to do about it."""
+    warnings: tuple[str, ...] = ()
+    """Options and columns of the list that have no effect, and why."""
     begins_in: float | None = None
     seconds: float | None = None
     """Until all is done, at the lane's present speed and behind the jobs that wait."""
     source_bytes: int | None = None
     output_bytes: int | None = None
     looked_at: list[dict[str, Any]] = field(default_factory=list)
+    """What the opened images are, or the error that a job would give them."""
 
 
 def dry_run(
@@ -82,13 +86,17 @@ def dry_run(
     check_times(spec.policy)
     job = "{job}" if name is None else check_name(name)
     check, sample = ListCheck(), Sample()
+    named: list[Item] = []
     for item in check.accepted(rows, spec, skip_invalid=True):
-        sample.add(item)
+        if item.duplicate_of is None:
+            named += [item] * (len(named) < NAMES)
+            if item.part in (None, *spec.options.parts[:1]):  # one result of each image
+                sample.add(item, check.place)
     duplicates = sum(check.duplicates.values())
     accepted = check.total > 0 and (skip_invalid or not check.bad_count)
     found = DryRun(check.total, duplicates, check.bad_count, accepted, check.collisions, lane=spec.lane)
-    found.parts = spec.options.parts
-    found.outputs = [_output(item, spec, job) for item in sample.first[:NAMES]]
+    found.parts, found.warnings = spec.options.parts, check.warnings
+    found.outputs = [_output(item, spec, job) for item in named]
     computed = check.total - duplicates
     try:
         found.nodes, found.begins_in, found.seconds = client.forecast(spec, computed)
@@ -96,7 +104,8 @@ def dry_run(
     except BrokerUnavailable:
         found.nodes = None
     if fetch:
-        found.looked_at = _look(settings, sample.items, spec)
+        looks = _look(settings, sample.items, spec)
+        found.looked_at = [{"place": place, **look} for place, look in zip(sample.places, looks, strict=True)]
     found.source_bytes, found.output_bytes = _storage(found, sample.items, spec, check.total, computed)
     return found, check.bad
 
@@ -105,25 +114,30 @@ class Sample:
     """The first images of a list, and a random choice of the others."""
 
     def __init__(self) -> None:
-        self.first: list[Item] = []
-        self._others: list[Item] = []
+        self._chosen: list[tuple[Item, str]] = []  # the first ones, then the others
         self._seen, self._random = 0, random.Random()  # noqa: S311  # not for secrets
 
-    def add(self, item: Item) -> None:
-        """Consider the next image, unless it shares the result of an earlier one."""
-        if item.duplicate_of is not None:
-            return
-        if len(self.first) < FIRST:
-            self.first.append(item)
-            return
+    def add(self, item: Item, place: str = "") -> None:
+        """Consider the next image, which is at this place of its list."""
         self._seen += 1
-        place = len(self._others) if self._seen <= OTHERS else self._random.randrange(self._seen)
-        self._others[place : place + 1] = [item] if place < OTHERS else self._others[place : place + 1]
+        if self._seen <= FIRST + OTHERS:
+            self._chosen.append((item, place))
+        elif (other := self._random.randrange(self._seen - FIRST)) < OTHERS:
+            self._chosen[FIRST + other] = item, place
 
     @property
     def items(self) -> list[Item]:
         """The sample in the list's order."""
-        return self.first + sorted(self._others, key=lambda item: item.index)
+        return [item for item, _ in self._in_order]
+
+    @property
+    def places(self) -> list[str]:
+        """Where each of them stands in its list."""
+        return [place for _, place in self._in_order]
+
+    @property
+    def _in_order(self) -> list[tuple[Item, str]]:
+        return sorted(self._chosen, key=lambda chosen: chosen[0].index)
 
 
 def _output(item: Item, spec: Job, job: str) -> str:
@@ -147,11 +161,11 @@ def _storage(found: DryRun, items: Sequence[Item], spec: Job, total: int, comput
     sizes = [look["bytes"] for look in opened] or [size for item in items if (size := _file_size(item.source)) is not None]
     if not sizes:
         return None, None
-    mean = sum(sizes) / len(sizes)
+    mean, photos = sum(sizes) / len(sizes), total / max(1, len(found.parts))
     if not opened:
-        return round(mean * total), None
+        return round(mean * photos), None
     stored = [look["size"][0] * look["size"][1] * PER_PIXEL.get(_extension(look["source"], spec), 1) for look in opened]
-    return round(mean * total), round(sum(stored) / len(stored) * computed)
+    return round(mean * photos), round(sum(stored) / len(stored) * computed)
 
 
 def _file_size(source: str) -> int | None:
@@ -198,10 +212,18 @@ def show(out: Console, found: DryRun, bad: Sequence[BadRow]) -> None:
     hint = " (--dry-run=fetch gives an estimate)" if found.output_bytes is None and not found.looked_at else ""
     say(out, f"storage: reads {_bytes(found.source_bytes)}, writes {_bytes(found.output_bytes)}{hint}")
     for look in found.looked_at:
-        size = "×".join(map(str, look["size"])) if "size" in look else ""
-        seen = f"{look['format']}, {size}, {look['bytes']:,} bytes" if size else look["error"]
-        mask = f"; mask: {look['mask']}" if "mask" in look else ""
-        say(out, f"  {shown(look['source'])}: {seen}{mask}", "" if look["ok"] else "yellow")
+        place = f"{look['place']}: " if look["place"].rpartition(":")[2].isdecimal() else ""  # otherwise it is the source
+        say(out, f"  {place}{shown(look['source'])}: {_seen(look)}", "" if look["ok"] else "yellow")
+    if codes := Counter(look["error"].partition(":")[0] for look in found.looked_at if not look["ok"]):
+        reasons = ", ".join(f"{count:,} {code}" for code, count in codes.most_common())
+        say(out, f"{codes.total():,} of the {counted(len(found.looked_at), 'opened image')} would fail: {reasons}", "yellow")
+
+
+def _seen(look: dict[str, Any]) -> str:
+    """What an opened image and its mask are, and its error."""
+    seen = [f"{look['format']}, {'×'.join(map(str, look['size']))}, {look['bytes']:,} bytes"] if "size" in look else []
+    seen += [f"{name.replace('_', ' ')}: {look[name]}" for name in ("mask", "control_image") if name in look]
+    return "; ".join([*seen, *look.get("errors", [])])
 
 
 def _time(found: DryRun) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NoReturn, TypeAlias, TypeVar
 
 import click
@@ -101,10 +102,10 @@ class Following:
         self.last = last
         self._notable: dict[int, ItemResult] = {}  # failed and flagged images; a retried image is reported more than once
 
-    def to_the_end(self, client: Client, *, as_json: bool = False) -> NoReturn:
+    def to_the_end(self, client: Client, *, as_json: bool = False, also: Mapping[str, object] = {}) -> NoReturn:
         """Exit with 0 if every image is done, with 1 otherwise, after Ctrl-C with 130.
 
-        With `as_json`, the latest known status comes last on stdout, whatever has ended this.
+        With `as_json`, the latest known status comes last on stdout, with what it is to say `also`, whatever has ended this.
         """
         try:
             last = self.follow(client)
@@ -115,7 +116,8 @@ class Following:
             code = INTERRUPTED
         finally:
             if as_json and self.last is not None:
-                click.echo(self.last.model_dump_json(include={"job", "state", "total", "done", "failed", "seconds"}))
+                status = self.last.model_dump(mode="json", include={"job", "state", "total", "done", "failed", "seconds"})
+                click.echo(json.dumps({**status, **also}))
         sys.exit(code)
 
     def follow(self, client: Client) -> JobStatus:

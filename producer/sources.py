@@ -23,6 +23,7 @@ from imagemill.producer.folders import file_url, read_folder, read_prefix
 from imagemill.producer.lines import MAX_LINE, Lines
 from imagemill.producer.rows import FIELDS, MAX_SHOWN, SOURCE_NAMES, BadRow, Rows, Skipped, SourceRow, cut, refused
 from imagemill.producer.tables import is_header, read_table, table_rows
+from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import InvalidSource
 from imagemill.shared.image_files import HEAD, IMAGE_EXTENSIONS, looks_like_image
 from imagemill.shared.messages import Item
@@ -36,6 +37,7 @@ LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson")
 WORKBOOKS = (".xlsx", ".xls", ".ods", ".numbers")
 _UNSEEN = "".join(map(chr, (0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF)))
 """Zero-width characters, which get copied along with URLs."""
+_FIELDS = frozenset(FIELDS)
 _WRAPPED = re.compile(r"<(.*)>|\"(.*)\"|'(.*)'")
 
 
@@ -55,11 +57,21 @@ def read_sources(
 
 def parse(row: SourceRow, index: int) -> Item:
     """Validate a row as item number `index` of its job. Raises InvalidSource with the reason."""
+    for name in row.fields.keys() - _FIELDS:
+        raise InvalidSource(_unknown(name))
     addresses = {name: percent_encoded(row.fields[name]) for name in ADDRESSES if isinstance(row.fields.get(name), str)}
     try:
         return Item(index=index, **row.fields | addresses)
     except ValidationError as error:
         raise InvalidSource(validation_sentence(error)) from error
+
+
+def _unknown(name: str) -> str:
+    """Why a row may not have this field."""
+    option = name.replace("-", "_")
+    if option not in FIELDS and any(option in engine.options.model_fields for engine in ENGINES):
+        return f"unknown field {name!r}; options are the same for all images of a job: use --set {option}=VALUE"
+    return f"unknown field {name[:40]!r}{nearest(name[:40], list(FIELDS))}"
 
 
 def _reader(source: str, s3: Callable[[], Any], column: str | None, skipped: Skipped) -> Callable[[], Rows]:
@@ -162,7 +174,7 @@ def _json_row(place: str, line: str) -> SourceRow | BadRow:
     fields = {name: content for name, content in value.items() if content is not None and content != ""}
     for name in fields:
         if name not in FIELDS:
-            return BadRow(place, f"unknown field {name[:40]!r}{nearest(name[:40], list(FIELDS))}", cut(line))
+            return BadRow(place, _unknown(name), cut(line))
     named = [name for name in SOURCE_NAMES if name in fields]
     if len(named) != 1:
         reason = f"both {named[0]!r} and {named[1]!r} name the image" if named else "no field 'source' with the image's URL"

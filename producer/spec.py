@@ -31,10 +31,13 @@ def job_spec(
     into the spec. Raises InvalidOption with the reason, and with the nearest valid name for a misspelt one.
     """
     operation, engine = work_of(operation, engine, preset)
+    given = set(options)
     if preset is not None:
         options = {**_addresses({**preset.options}), **options}
         output, policy = _merged(preset.output, output), _merged(preset.policy, policy)
-    fields = {"operation": operation, "options": parse_options(operation, engine, options)}
+    parsed = parse_options(operation, engine, options)
+    parsed = type(parsed).model_construct(given, **dict(parsed))  # a preset's values were not given
+    fields = {"operation": operation, "options": parsed}
     return Job.model_validate(
         {**fields, "output": _validated(Output, "output", output), "policy": _validated(Policy, "policy", policy)}
     )

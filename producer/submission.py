@@ -6,12 +6,13 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from imagemill.producer.duplicates import Firsts
 from imagemill.producer.naming import Naming
 from imagemill.producer.sources import BadRow, SourceRow, parse, refused
+from imagemill.producer.without_effect import WithoutEffect
 from imagemill.shared.errors import InvalidOption, InvalidSource
 from imagemill.shared.keys import may_collide
 from imagemill.shared.messages import Item, Job
@@ -24,7 +25,10 @@ MOST_BAD_ROWS = 1000
 
 @dataclass(frozen=True)
 class Submission:
-    """A queued job. `total` counts the accepted rows, `duplicates` those among them that share another row's result."""
+    """A queued job. `total` counts the accepted rows, `duplicates` those among them that share another row's result.
+
+    `warnings` tell which options and columns of the list have no effect, `advice` what to do if no node can work on it.
+    """
 
     job: str
     total: int
@@ -38,6 +42,8 @@ class Submission:
     """Why none can, and what to do about it."""
     before: bool = False
     """The same list was queued under this name before; nothing was queued now."""
+    warnings: tuple[str, ...] = ()
+    """Options and columns of the list that have no effect, and why; one sentence each."""
 
     @property
     def served(self) -> bool:
@@ -70,6 +76,10 @@ class ListCheck:
     """Index of an item -> its number of duplicates."""
     size: int = 0
     """Index of the last row + 1."""
+    place: str = ""
+    """Where the latest row stands in its list."""
+    warnings: tuple[str, ...] = ()
+    """What of the options and the list has no effect, once the last row was checked."""
 
     def accepted(self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool) -> Iterator[Item]:
         """The items of valid rows. After a bad row, unless `skip_invalid`, the rest is only checked, not yielded."""
@@ -80,8 +90,10 @@ class ListCheck:
     def _accepted(
         self, sources: Iterable[SourceRow | BadRow], spec: Job, skip_invalid: bool, naming: Naming | None
     ) -> Iterator[Item]:
-        firsts, parts = Firsts(), spec.options.parts or (None,)
-        for number, row in enumerate(sources):
+        firsts, parts, useless = Firsts(), spec.options.parts or (None,), WithoutEffect(spec)
+        for number, given in enumerate(sources):
+            row = given if isinstance(given, BadRow) else useless.without(given)
+            self.place = row.place
             for index, part in enumerate(parts, number * len(parts)):
                 item = row if isinstance(row, BadRow) else _checked(row, index, part, spec, naming)
                 if isinstance(item, BadRow):
@@ -94,6 +106,7 @@ class ListCheck:
                     item = item.model_copy(update={"duplicate_of": original})
                 if skip_invalid or not self.bad_count:
                     yield item
+        self.warnings = useless.warnings()
 
     def _count_bad(self, row: BadRow) -> None:
         self.bad_count += 1
@@ -107,15 +120,12 @@ class ListCheck:
         places = "; ".join(f"{row.place}: {row.reason}" for row in self.bad[:3])
         more = f"; and {self.bad_count - 3:,} more" if self.bad_count > 3 else ""
         rows = "1 invalid row" if self.bad_count == 1 else f"{self.bad_count:,} invalid rows"
-        return InvalidSource(f"{rows}, nothing was queued: {places}{more}", self.bad)
+        also = "".join(f"; {warning}" for warning in self.warnings)
+        return InvalidSource(f"{rows}, nothing was queued: {places}{more}{also}", self.bad, self.warnings)
 
 
 def _checked(row: SourceRow, index: int, part: str | None, spec: Job, naming: Naming | None) -> Item | BadRow:
     options = spec.options
-    if (
-        "points" in row.fields and not options.prompted
-    ):  # a shop's table may have a column of this name that is about something else
-        row = replace(row, fields={name: value for name, value in row.fields.items() if name != "points"})
     try:
         item = parse(row, index)
         item = item if part is None else item.model_copy(update={"part": part})

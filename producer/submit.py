@@ -16,7 +16,7 @@ from imagemill.producer.results import expire
 from imagemill.producer.rows import Rows, Skipped
 from imagemill.producer.sources import read_sources
 from imagemill.producer.spec import job_spec, local_address, option_values, quality_values
-from imagemill.producer.terminal import bad_rows, counted, make_console, say
+from imagemill.producer.terminal import bad_rows, counted, make_console, say, warn
 from imagemill.producer.times import parse_time
 from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import InvalidOption, InvalidSource
@@ -146,7 +146,8 @@ def _limit(name: str, operation: str | None) -> str:
     "--dry-run",
     type=click.Choice(["list", "fetch"]),
     metavar="[=fetch]",
-    help="Show what would be queued, without queuing it. With =fetch, also open the first 20 images and a random 20.",
+    help="Show what would be queued, without queuing it. With =fetch, also open the first 20 images and a random 20, "
+    "with their masks and everything else that a job would fetch.",
 )
 @click.option("--wait", is_flag=True, help="Show progress until the job ends.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
@@ -191,9 +192,6 @@ def submit(
     options = option_values(flags["settings"], flags["mask"])
     spec = job_spec(flags["operation"], flags["engine"], options, files, policy, look)
     out = make_console(stderr=True)
-    for option, reason in spec.options.ignored().items():
-        if option in options:
-            say(out, f"warning: {option} has no effect, because {reason}", "yellow")
     with connect(configured) as client:
         skipped = Skipped()
         rows = read_sources(sources, s3=client.s3, column=flags["column"], skipped=skipped)
@@ -208,12 +206,14 @@ def submit(
         _tell_skipped(out, skipped)
         if not as_json:
             click.echo(submission.job)
+        told = {"advice": submission.advice, "warnings": submission.warnings}
         if wait:
-            Following(submission.job, out, last=_as_queued(submission, spec)).to_the_end(client, as_json=as_json)
+            following = Following(submission.job, out, last=_as_queued(submission, spec))
+            following.to_the_end(client, as_json=as_json, also=told)
         elif as_json:
             counts = {"total": submission.total, "duplicates": submission.duplicates, "invalid": submission.invalid_count}
             counts["skipped"] = skipped.count
-            click.echo(json.dumps({"job": submission.job, **counts}))
+            click.echo(json.dumps({"job": submission.job, **counts, **told}))
 
 
 def _as_queued(submission: Submission, spec: Job) -> JobStatus:
@@ -249,6 +249,7 @@ def _try(
 
     with out.status("reading the list"):
         found, bad = dry_run.dry_run(client, settings, rows, spec, **how)
+    warn(out, found.warnings, found.advice if found.nodes else None)  # what `show` tells instead of the time
     if as_json:
         click.echo(json.dumps(dry_run.as_json(found, bad)))
     else:
@@ -264,8 +265,9 @@ def _submit(client: Client, rows: Rows, spec: Job, out: Console, *, skip_invalid
         if not error.rows:
             raise
         bad_rows(out, error.rows, len(error.rows))
+        warn(out, error.warnings)
         hint = "fix them, or skip them with --skip-invalid"
-        raise InvalidSource(f"{error.message.partition(': ')[0]}; {hint}", error.rows) from error
+        raise InvalidSource(f"{error.message.partition(': ')[0]}; {hint}", error.rows, error.warnings) from error
     if submission.invalid:
         bad_rows(out, submission.invalid, submission.invalid_count)
     queued = "queued already" if submission.before else "queued"
@@ -277,6 +279,5 @@ def _submit(client: Client, rows: Rows, spec: Job, out: Console, *, skip_invalid
     if submission.invalid_count:
         text += f"; {counted(submission.invalid_count, 'invalid row')} skipped"
     say(out, text)
-    if submission.advice is not None:
-        say(out, f"warning: {submission.advice}", "yellow")
+    warn(out, submission.warnings, submission.advice)
     return submission

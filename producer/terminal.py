@@ -41,6 +41,12 @@ def say(out: Console, text: str, style: str = "") -> None:
     out.print(plain(text, style), soft_wrap=True)
 
 
+def warn(out: Console, warnings: Iterable[str], advice: str | None = None) -> None:
+    """Print what has no effect on a job, and what to do so that nodes can work on it, if anything."""
+    for warning in (*warnings, *([] if advice is None else [advice])):
+        say(out, f"warning: {warning}", "yellow")
+
+
 def counted(number: int, word: str) -> str:
     """`1 image`, `5 images`."""
     return f"{number:,} {word}" + ("" if number == 1 else "s")

@@ -28,9 +28,9 @@ class Writing:
         if error is None:
             return
         if not self._keep or isinstance(error, InvalidSource):  # the list will be a different one once it is valid
-            self._discard()
+            self._discard(after=error)
         if isinstance(error, BrokerUnavailable):
-            raise BrokerUnavailable(f"{error.message}; {self._outcome()}") from error
+            raise BrokerUnavailable(f"{error.message.rstrip('.')}; {self._outcome()}") from error
 
     def _outcome(self) -> str:
         """What is queued."""
@@ -44,10 +44,10 @@ class Writing:
             f"submit the same list with the same name {hour} to continue"
         )
 
-    def _discard(self) -> None:
+    def _discard(self, after: BaseException) -> None:
         try:
             self._ledger.discard(self._job)
         except BrokerUnavailable as error:
-            if self.images:
-                extra = {"action": "discard", "job": self._job, "error": str(error)}
-                log.warning("unfinished list not discarded; it will expire", extra=extra)
+            extra = {"action": "discard", "job": self._job, "error": str(error)}
+            level = logging.INFO if isinstance(after, BrokerUnavailable) else logging.WARNING  # an outage is reported anyway
+            log.log(level, "unfinished list not discarded; it will expire", extra=extra)

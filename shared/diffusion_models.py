@@ -66,6 +66,12 @@ BASES: dict[str, Base] = {
 """By the name that jobs give. `sd15-canny` is `sd15` on nodes that also have the ControlNet of the default control."""
 
 
+def kind_of_control(name: str) -> str | None:
+    """The kind of pictures that a control takes, named by its kind or by a ControlNet in the catalogue; None for any other."""
+    named = [kind for family in FAMILIES.values() for kind, known in family.controlnets.items() if name in (kind, known)]
+    return named[0] if named else None
+
+
 def family_of_controlnet(name: str) -> str | None:
     """The family of a ControlNet in the catalogue; None for any other name."""
     return next((key for key, family in FAMILIES.items() if name in family.controlnets.values()), None)

@@ -150,6 +150,13 @@ def find_engine(operation: str, name: str) -> Engine:
     return engines[name]
 
 
+def _elsewhere(operation: str, option: str) -> str:
+    """`; it is an option of stylize (diffusion)` if another engine has it, those of the same operation first; else nothing."""
+    rows = [row for row in ENGINES if option != "engine" and option in row.options.model_fields]
+    rows = [row for row in rows if row.operation == operation] or rows
+    return f"; it is an option of {' and '.join(f'{row.operation} ({row.name})' for row in rows)}" if rows else ""
+
+
 def parse_options(operation: str, engine: str, given: Mapping[str, Any]) -> EngineOptions:
     """A job's options from a mapping of names to values, which may be text.
 
@@ -160,7 +167,8 @@ def parse_options(operation: str, engine: str, given: Mapping[str, Any]) -> Engi
     names = [name for name in model.model_fields if name != "engine"]
     for name in given:
         if name not in names:
-            raise InvalidOption(f"{operation} ({engine}) has no option {name!r}{nearest(name, names)}")
+            hint = _elsewhere(operation, name) or nearest(name, names)
+            raise InvalidOption(f"{operation} ({engine}) has no option {name!r}{hint}")
     values = {name: None if isinstance(value, str) and value.lower() == "none" else value for name, value in given.items()}
     try:
         return model.model_validate(values)

@@ -71,12 +71,13 @@ class InvalidPreset(UsageError, code="invalid_preset"):
 class InvalidSource(UsageError, code="invalid_source"):
     """The list of images can't be read, or some of its rows are not image URLs.
 
-    Fix these rows, or skip them with --skip-invalid. `rows` holds the first bad ones (imagemill.producer.sources.BadRow).
+    Fix these rows, or skip them with --skip-invalid. `rows` holds the first bad ones (imagemill.producer.sources.BadRow), and
+    `warnings` what else there is to say about the list, such as columns whose names look like slips.
     """
 
-    def __init__(self, message: str, rows: Iterable[Any] = ()) -> None:
+    def __init__(self, message: str, rows: Iterable[Any] = (), warnings: Iterable[str] = ()) -> None:
         super().__init__(message)
-        self.rows = tuple(rows)  # in __dict__, which pickling keeps
+        self.rows, self.warnings = tuple(rows), tuple(warnings)  # in __dict__, which pickling keeps
 
 
 class JobNotFound(UsageError, code="job_not_found"):

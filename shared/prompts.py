@@ -37,7 +37,15 @@ _MARKS = re.compile(
     re.VERBOSE,
 )
 _BREAK = re.compile(r"\bBREAK\b")
-_NETWORK = re.compile(r"<(\w+):([^>]+)>")
+_NETWORK = re.compile(r"<\s*(\w+)\s*:([^<>]+)>")
+_EMBEDDING = re.compile(
+    r"(?<![\w-])(embedding:\s*[\w.-]+|(easy|fast|ng_?deep|verybadimage)negative[\w.-]*|negativexl\w*|bad-?hands?-?v?\d"
+    r"|bad_prompt\w*|bad-(artist|image|picture)[\w-]*)",
+    re.IGNORECASE,
+)
+"""ComfyUI's syntax, and well-known names: A1111 takes any name of an embedding for one, and has no mark for them."""
+_WILDCARD = re.compile(r"__[\w/*.-]+?__|\{[^{}]*\|[^{}]*\}")
+_PARAMETERS = re.compile(r"\bNegative prompt:|\bSteps: \d+, Sampler:")
 _LATER = re.compile(r":\s*([+-]?[.\d]+)\s*$")
 _NUMBER = re.compile(r":\s*([+-]?(?:\d*\.){2}[.\d]*)\s*\)")
 
@@ -88,10 +96,13 @@ def parse(prompt: str) -> list[list[Span]]:
 
 def check(prompt: str) -> None:
     """Raise ValueError, with a sentence that says what to write instead, for what is not supported."""
-    if network := _NETWORK.search(prompt):
-        if network[1] not in ("lora", "lyco"):
-            raise ValueError(f"{network[0]} would load another model, which is not supported")
-        raise ValueError(f"{network[0]} must be given as an option, loras={':'.join(network[2].split(':')[:2])}")
+    _check_networks(prompt)
+    if embedding := _EMBEDDING.search(prompt):
+        raise ValueError(f"{embedding[0]!r} is an embedding (textual inversion), which is not supported; leave it out")
+    if wildcard := _WILDCARD.search(prompt):
+        raise ValueError(f"{wildcard[0]} would be replaced at random, which is not supported; write the words themselves")
+    if parameters := _PARAMETERS.search(prompt):
+        raise ValueError(f"{parameters[0]!r} and what follows is not part of the prompt; give it as options of its own")
     if re.search(r"\bAND\b", prompt):
         raise ValueError("several prompts joined by AND are not supported; write the word in lowercase")
     _check_square_brackets(prompt)
@@ -114,6 +125,18 @@ def _sections(texts: list[str | None], weights: list[float]) -> list[list[Span]]
         elif text := "".join(text or "" for text, _ in run):
             sections[-1].append(Span(text, weight))
     return sections
+
+
+def _check_networks(prompt: str) -> None:
+    """Raise ValueError for <lora:name:0.8> and its like."""
+    networks = list(_NETWORK.finditer(prompt))
+    for network in networks:
+        if network[1].lower() not in ("lora", "lyco"):
+            raise ValueError(f"{network[0]} would load another model, which is not supported; leave it out")
+    if networks:
+        loras = [":".join(part.strip() for part in network[2].split(":")[:2]) for network in networks]
+        written = ", ".join(network[0] for network in networks)
+        raise ValueError(f"{written} must be given as an option, loras={';'.join(loras)}")
 
 
 def _check_square_brackets(prompt: str) -> None:

@@ -89,6 +89,14 @@ LIMITS: dict[Operation, dict[str, float]] = {
 }
 """Default limits, lenient enough that every flagged result deserves a look."""
 
+_CUT_OUTS = frozenset({"least_opaque", "most_opaque", "most_faint"})
+UNMEASURED: dict[Operation, frozenset[str]] = {
+    "remove-background": frozenset({"most_step", "least_edges"}),
+    "inpaint": frozenset({"most_cast", "least_edges"}) | _CUT_OUTS,
+    "stylize": frozenset({"most_step"}) | _CUT_OUTS,
+}
+"""Limits of what results of the operation never have, such as a hole's border."""
+
 
 class Rule(NamedTuple):
     """A limit's measure, its flag, and the flag in words."""

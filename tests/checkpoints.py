@@ -37,8 +37,18 @@ UNET = {
     "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
     "up_blocks.1.resnets.0": "output_blocks.2.0",
     "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 """Beginnings of names in diffusers, of the small UNet with two levels of one layer, and in Stability's checkpoints."""
+OPENCLIP = {
+    "self_attn.": "attn.",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+"""Parts of names in transformers and in OpenCLIP."""
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
@@ -85,21 +95,67 @@ def vae_tensors(folder: Path) -> dict[str, Any]:
     return {**tensors, **{name: tensors[name][:, :, None, None] for name in linear}}
 
 
-def checkpoint_tensors(weights: Path) -> dict[str, Any]:
-    """All weights of the small `sd15` in the weights folder, by the names that a checkpoint in one file has."""
+def checkpoint_tensors(weights: Path, model: str = "sd15") -> dict[str, Any]:
+    """All weights of the small `sd15` or `sdxl` in the weights folder, by the names that a checkpoint in one file has."""
     from transformers import CLIPTextModel
 
-    base = folder_of(weights, repository("sd15"))
+    base = folder_of(weights, repository(model))
     unet = diffusers().UNet2DConditionModel.from_pretrained(base, subfolder="unet").state_dict()
     text = CLIPTextModel.from_pretrained(base / "text_encoder").state_dict()
+    encoder = "cond_stage_model" if model == "sd15" else "conditioner.embedders.0"
     return {
         **{f"model.diffusion_model.{unet_names(name)}": tensor for name, tensor in unet.items()},
         **{f"first_stage_model.{name}": tensor for name, tensor in vae_tensors(base / "vae").items()},
-        **{
-            f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": tensor
-            for name, tensor in text.items()
-        },
+        **{f"{encoder}.transformer.text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in text.items()},
+        **(_second_text_tensors(base / "text_encoder_2") if model == "sdxl" else {}),
     }
+
+
+def _second_text_tensors(folder: Path) -> dict[str, Any]:
+    """The weights of SDXL's second text encoder by the names of OpenCLIP, which has queries, keys and values in one."""
+    import torch
+    from transformers import CLIPTextModelWithProjection
+
+    state = CLIPTextModelWithProjection.from_pretrained(folder).state_dict()
+    found = {
+        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "ln_final.weight": state["text_model.final_layer_norm.weight"],
+        "ln_final.bias": state["text_model.final_layer_norm.bias"],
+        "text_projection": state["text_projection.weight"].T,
+        "logit_scale": torch.tensor(4.6),
+    }
+    for name, tensor in state.items():
+        if name.startswith("text_model.encoder.layers."):
+            layer, _, part = name.removeprefix("text_model.encoder.layers.").partition(".")
+            for theirs, ours in OPENCLIP.items():
+                part = part.replace(theirs, ours)
+            found[f"transformer.resblocks.{layer}.{part}"] = tensor
+    for name in [name for name in found if ".q_proj." in name]:
+        merged = torch.cat([found.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"])
+        found[name.replace(".q_proj.", ".in_proj_")] = merged
+    return {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in found.items()}
+
+
+def controlnet_tensors(folder: Path) -> dict[str, Any]:
+    """A small ControlNet's weights by the names of the web UI's files."""
+    state = diffusers().ControlNetModel.from_pretrained(folder).state_dict()
+    return {f"control_model.{_controlnet_name(name)}": tensor for name, tensor in state.items()}
+
+
+def _controlnet_name(name: str) -> str:
+    part, _, rest = name.partition(".")
+    match part, rest.split("."):
+        case "controlnet_down_blocks", [number, end]:
+            return f"zero_convs.{number}.0.{end}"
+        case "controlnet_mid_block", [end]:
+            return f"middle_block_out.0.{end}"
+        case "controlnet_cond_embedding", ["blocks", number, end]:
+            return f"input_hint_block.{2 * int(number) + 2}.{end}"
+        case "controlnet_cond_embedding", [place, end]:
+            return f"input_hint_block.{ {'conv_in': 0, 'conv_out': 14}[place] }.{end}"
+        case _:
+            return unet_names(name)
 
 
 def saved(path: Path, tensors: dict[str, Any]) -> Path:

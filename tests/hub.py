@@ -16,10 +16,13 @@ LARGE = (".safetensors", ".bin", ".ckpt")
 
 
 class Hub:
-    """Runs while entered. `files` can be changed meanwhile; `altered` content is served in place of a file's own."""
+    """Runs while entered. All of this can be changed meanwhile: `files`, `commit`, to which the branch `main` points, and what
+    goes wrong: `altered` content is served in place of a file's own, `broken` files give an error, `gated` ones are refused.
+    """
 
     def __init__(self, source: str, files: Mapping[str, bytes]) -> None:
         self.source, self.files, self.altered = source, dict(files), dict[str, bytes]()
+        self.commit, self.broken, self.gated = COMMIT, set[str](), False
         self.requests: list[str] = []
 
     def __enter__(self) -> Hub:
@@ -39,7 +42,7 @@ class Hub:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Request)
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         return self
@@ -53,16 +56,26 @@ class Hub:
         """Answer one request and log it in `requests`."""
         path = unquote(urlsplit(request.path).path)
         self.requests.append(f"{request.command} {path}")
-        revisions = ("main", COMMIT)
+        if self.source not in path:
+            return self._send(request, b"{}", {"X-Error-Code": "RepoNotFound"}, body, status=401)
+        revisions = ("main", self.commit)
         for revision in revisions:
             if path == f"/api/models/{self.source}/revision/{revision}":
                 return self._send(request, json.dumps(self._info()).encode(), {"Content-Type": "application/json"}, body)
             if path == f"/api/models/{self.source}/tree/{revision}":
                 return self._send(request, json.dumps(self._tree()).encode(), {"Content-Type": "application/json"}, body)
             name = path.removeprefix(f"/{self.source}/resolve/{revision}/")
+            if name in self.files and self.gated:
+                return self._send(request, b"{}", {"X-Error-Code": "GatedRepo"}, body, status=401)
+            if name in self.broken and body:
+                return self._send(request, b"{}", {}, body, status=500)
             if name in self.files:
                 data = self.altered.get(name, self.files[name])
-                headers = {"ETag": f'"{self._etag(name)}"', "X-Repo-Commit": COMMIT, "Content-Type": "application/octet-stream"}
+                headers = {
+                    "ETag": f'"{self._etag(name)}"',
+                    "X-Repo-Commit": self.commit,
+                    "Content-Type": "application/octet-stream",
+                }
                 return self._send(request, data, headers, body)
         self._send(request, b"{}", {"X-Error-Code": "RevisionNotFound"}, body, status=404)
         return None
@@ -90,7 +103,14 @@ class Hub:
             if name.endswith(LARGE):
                 sibling["lfs"] = {"sha256": self._etag(name), "size": len(data), "pointerSize": 130}
             siblings.append(sibling)
-        return {"id": self.source, "modelId": self.source, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+        return {
+            "id": self.source,
+            "modelId": self.source,
+            "sha": self.commit,
+            "siblings": siblings,
+            "tags": [],
+            "private": False,
+        }
 
     def _tree(self) -> list[dict[str, Any]]:
         tree = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Scale:
     unet: dict[str, Any]
     vae: dict[str, Any]
     text: dict[str, Any]
+    second_text: dict[str, Any] = field(default_factory=dict)
 
 
 SMALL = Scale(
@@ -54,7 +55,7 @@ SMALL = Scale(
 SMALL_SDXL = Scale(
     unet=SMALL.unet
     | dict(
-        cross_attention_dim=64,  # of both text encoders together
+        cross_attention_dim=32 + 48,  # of both text encoders
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 32,  # six sizes and the pooled prompt
@@ -62,7 +63,8 @@ SMALL_SDXL = Scale(
         transformer_layers_per_block=(1, 2),
     ),
     vae=SMALL.vae,
-    text=SMALL.text | dict(projection_dim=32),
+    text=SMALL.text,
+    second_text=SMALL.text | dict(hidden_size=48, projection_dim=32),
 )
 FULL = Scale(
     unet=dict(cross_attention_dim=768),
@@ -154,7 +156,7 @@ def _sd15(unet: Any, scale: Scale) -> Any:
 def _sdxl(unet: Any, scale: Scale) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    config = CLIPTextConfig(eos_token_id=1, bos_token_id=0, pad_token_id=1, **scale.text)
+    config = CLIPTextConfig(eos_token_id=1, bos_token_id=0, pad_token_id=1, **scale.second_text)
     return diffusers().StableDiffusionXLPipeline(
         **_shared_parts(unet, scale),
         text_encoder_2=CLIPTextModelWithProjection(config),

@@ -1,7 +1,11 @@
-"""Small ONNX models with the inputs and outputs of rembg's special ones: garments, and Segment Anything's two networks."""
+"""Small ONNX models with the inputs and outputs of rembg's special ones: garments, and Segment Anything's two networks.
+
+And one that finds what is bright, of few nodes, where the structure of a real network doesn't matter.
+"""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +60,19 @@ def garments_onnx(path: Path, *, size: int = 768) -> None:
     maps = graph.node("Conv", small, graph.constant(np.reshape(colours, (4, 3, 1, 1))), graph.constant([-1.5, 0, 0, 0]))
     result = graph.resized(maps, graph.constant([1, 4, size, size], np.int64))
     graph.save(path, {"input": ["batch", 3, size, size]}, {"output": result, "side": maps})
+
+
+def bright_onnx(path: Path, *, size: int) -> Path:
+    """Four convolutions: a matte [batch, 1, size, size] that is 1 where the image is bright, and a side output."""
+    graph, random, tensor = Graph(), np.random.default_rng(0), "input"
+    maps = [3, 24, 24, 24, 1]
+    for before, after in pairwise(maps):
+        weights: NDArray[np.float64] = random.uniform(0, 2 / (9 * before), (after, before, 3, 3))
+        tensor = graph.node("Conv", tensor, graph.constant(weights), graph.constant([0.1] * after), pads=[1] * 4)
+        tensor = graph.node("Relu" if after > 1 else "Sigmoid", tensor)
+    side = graph.node("AveragePool", tensor, kernel_shape=[8, 8], strides=[8, 8])
+    graph.save(path, {"input": ["batch", 3, size, size]}, {"matte": tensor, "side": side})
+    return path
 
 
 def sam_onnx(encoder: Path, decoder: Path) -> None:

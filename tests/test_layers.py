@@ -23,7 +23,8 @@ UPWARD = {
     ("models.conversion", "operations.inpaint.lama_generator"),
     # Calibration needs the engine's own preprocessing, and so does trying out a model of one's own.
     ("models.matting", "operations.remove_background.model_families"),
-    ("models.quantize", "operations.remove_background.model_families"),
+    ("models.eight_bit_search", "operations.remove_background.garments"),
+    ("models.eight_bit_search", "operations.remove_background.model_families"),
 }
 """The only imports of a module in a higher room."""
 

@@ -16,6 +16,7 @@ import psutil
 from imagemill.shared.connection import connect
 from imagemill.shared.errors import BrokerUnavailable
 from imagemill.shared.fleet import NODE_SECONDS, Fleet
+from imagemill.worker.node.parting import STARTER
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0
@@ -73,10 +74,11 @@ class WorkerProcess:
                     self.fleet.forget_node(node)
 
     def start(self) -> None:
-        """Start the process; `wait_ready` waits until it takes tasks."""
+        """Start the process; `wait_ready` waits until it takes tasks. It ends with this process, however that ends."""
+        environment = {**self.environment, STARTER: str(os.getpid())}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, env=self.environment, cwd=self.log.parent, stdout=log, stderr=log, start_new_session=True
+                self.command, env=environment, cwd=self.log.parent, stdout=log, stderr=log, start_new_session=True
             )
 
     def wait_ready(self, seconds: float = PATIENCE) -> WorkerProcess:

@@ -7,13 +7,14 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from threading import Thread
 from typing import Any
 
-from billiard import current_process
+from billiard import current_process, util
 from celery import Celery, signals
 from celery.utils.nodenames import host_format
 
@@ -101,6 +102,8 @@ class Worker:
             self.node = take_name(before_the_fork, node)
         describe_process(node=self.node.node, gpu=self.settings.worker.gpu)
         sender.hostname = self.node.node  # before Celery passes it on
+        # Billiard makes a folder for its shared memory, whose files have no names; a killed node would leave it, always empty.
+        util.get_temp_dir = tempfile.gettempdir
         self._metrics_server = metrics.start_counting(self.settings, self.node.node)
         own = node_queue(self.node.node)
         for queue in queues([own]):

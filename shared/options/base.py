@@ -55,19 +55,30 @@ class EngineOptions(Model):
         """The names of the models that the job needs besides its `model`, as far as they are known without opening it."""
         return []
 
-    def ignored(self) -> dict[str, str]:
-        """The options that have no effect, given the others, and why. `submit` warns about those that were given."""
+    def ignored(self, filled: Collection[str] = ()) -> dict[str, str]:  # noqa: ARG002
+        """The options that have no effect, given the others, and why. `submit` warns about those that were given.
+
+        `filled` are the columns in which the list says something.
+        """
         return {}
+
+    @property
+    def given(self) -> set[str]:
+        """The options that were set. A job from Redis has them all: then those that differ from the default."""
+        fields = type(self).model_fields
+        if len(self.model_fields_set) < len(fields):
+            return self.model_fields_set
+        return {name for name, field in fields.items() if getattr(self, name) != field.default}
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns of a list that this job uses, besides those of the image and its name."""
+        return frozenset()
 
     @property
     def parts(self) -> tuple[str, ...]:
         """What each image is divided into, with a result for each; empty if an image has one result."""
         return ()
-
-    @property
-    def prompted(self) -> bool:
-        """Whether points of a list's rows say what to look for."""
-        return False
 
 
 def _numbers(texts: Iterable[str]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -25,6 +26,14 @@ class InpaintOptions(EngineOptions):
     mask_threshold: int = Field(127, ge=0, le=254, description="mask pixels above this value are filled")
     mask_dilate: int = Field(0, ge=0, le=200, description="pixels by which to enlarge the hole")
     mask_feather: int = Field(0, ge=0, le=200, description="width in pixels of the blend around the hole")
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset({"mask", "boxes"})
+
+    def ignored(self, filled: Collection[str] = ()) -> dict[str, str]:
+        has_mask = self.mask is not None or "mask" in filled
+        return {} if has_mask else dict.fromkeys(("mask_from", "mask_threshold"), "there is no mask")
 
 
 class OpencvInpaint(InpaintOptions):
@@ -52,3 +61,6 @@ class LamaInpaint(InpaintOptions):
         if self.strategy == "whole" and self.tile != type(self).model_fields["tile"].default:
             raise ValueError("strategy=whole ignores tile: omit one of them")
         return self
+
+    def ignored(self, filled: Collection[str] = ()) -> dict[str, str]:
+        return super().ignored(filled) | ({"tile": "strategy is whole"} if self.strategy == "whole" else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -93,8 +94,8 @@ class RembgRemoveBackground(EngineOptions):
         return self.garments or (("upper", "lower", "full") if self.model in GARMENT_MODELS else ())
 
     @property
-    def prompted(self) -> bool:
-        return self.model in PROMPTED_MODELS
+    def columns(self) -> frozenset[str]:
+        return frozenset({"points", "boxes"} if self.model in PROMPTED_MODELS else ())
 
     @model_validator(mode="after")
     def _check_model(self) -> RembgRemoveBackground:
@@ -102,7 +103,7 @@ class RembgRemoveBackground(EngineOptions):
             raise ValueError(f"garments needs model={GARMENT_MODELS[0]}")
         if len(set(self.garments)) < len(self.garments):
             raise ValueError("garments names one twice")
-        if (self.points or self.boxes) and not self.prompted:
+        if (self.points or self.boxes) and not self.columns:
             raise ValueError(f"points and boxes need model={PROMPTED_MODELS[0]} (or {', '.join(PROMPTED_MODELS[1:])})")
         return self
 
@@ -129,5 +130,12 @@ class RembgRemoveBackground(EngineOptions):
             raise ValueError("exact works at the source's size and can't be combined with long_edge or shadow")
         return self
 
-    def ignored(self) -> dict[str, str]:
-        return {} if self.crop else {"margin": "crop is false"}
+    def ignored(self, filled: Collection[str] = ()) -> dict[str, str]:  # noqa: ARG002
+        matting = [name for name in type(self).model_fields if name.startswith("alpha_matting")]
+        ignored = {} if self.crop else {"margin": "crop is false"}
+        ignored |= {"long_edge": "exact works at the source's size"} if self.exact else {}
+        if not self.alpha_matting:
+            ignored |= dict.fromkeys(matting[1:], "alpha_matting is false")
+        elif self.exact and self.mask_only:
+            ignored |= dict.fromkeys(matting, "with exact, mask_only shows the mask before matting")
+        return ignored

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from imagemill.shared.diffusion_models import BASES, FAMILIES, family_of_controlnet
+from imagemill.shared.diffusion_models import BASES, FAMILIES, family_of_controlnet, kind_of_control
 from imagemill.shared.options.base import STORED, EngineOptions, LongEdge, Model, ModelName
 from imagemill.shared.prompts import check
 
@@ -29,7 +29,7 @@ class OpencvStylize(EngineOptions):
             raise ValueError("style=colour-transfer and reference=URL go together")
         return self
 
-    def ignored(self) -> dict[str, str]:
+    def ignored(self, filled: Collection[str] = ()) -> dict[str, str]:  # noqa: ARG002
         return {} if self.style == "pencil-sketch" else {"colour": f"style is {self.style}"}
 
 
@@ -59,6 +59,11 @@ class Control(Model):
 
     def __str__(self) -> str:
         return self.name if self.weight is None else f"{self.name}:{self.weight:g}"
+
+    @property
+    def kind(self) -> str | None:
+        """The kind of its pictures; None for a ControlNet of the operator's own, which only nodes know."""
+        return kind_of_control(self.name)
 
 
 def _split(value: Any) -> Any:
@@ -191,11 +196,18 @@ class DiffusionStylize(EngineOptions):
         controlnets = [kinds.get(control.name, control.name) for control in self.control]
         return [name for name in (*controlnets, self.vae, *(lora.name for lora in self.loras)) if name is not None]
 
-    def ignored(self) -> dict[str, str]:
+    @property
+    def columns(self) -> frozenset[str]:
+        return frozenset({"control_image"})
+
+    def ignored(self, filled: Collection[str] = ()) -> dict[str, str]:  # noqa: ARG002
         ignored = {"negative_prompt": "cfg is 1"} if self.cfg == 1 else {}
         ignored |= {"strength": "mode is text-to-image"} if self.mode == "text-to-image" else {}
         if all(control.weight is not None for control in self.control):
             ignored["control_scale"] = "every control has its own weight" if self.control else "control is none"
+        drawn = self.control[1:] if self.control_image is not None else self.control
+        if all(control.kind not in ("canny", None) for control in drawn):
+            ignored |= dict.fromkeys(("canny_low", "canny_high"), "no canny edges are drawn")
         return ignored
 
     @property

@@ -44,13 +44,16 @@ def test_images_of_a_killed_child_are_handed_out_at_once(
 def test_job_completes_on_another_node_when_a_node_is_killed(
     environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path, gate: Path
 ) -> None:
-    with WorkerProcess(environment, tmp_path, fake="Gated", name="first") as first:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    with WorkerProcess({**environment, "TMPDIR": str(temporary)}, tmp_path, fake="Gated", name="first") as first:
         first.wait_ready()
         job = submit(client, images, tmp_path, 12)
         wait_for_gate(gate, 3)
         with WorkerProcess(environment, tmp_path, fake="Gated", name="second") as second:
             second.wait_ready()
             first.kill()
+            assert not list(temporary.iterdir())
             (gate / "open").touch()
             check_complete(client, job, 12, tmp_path)
 

@@ -21,6 +21,7 @@ from imagemill.shared.ledger.leasing import ManifestDue, Request, Share
 from imagemill.shared.ledger.submitting import SubmitLedger
 from imagemill.shared.messages import ItemResult, Job, Node, Output, Row
 from imagemill.shared.options.inpaint import OpencvInpaint
+from imagemill.shared.options.stylize import OpencvStylize
 from imagemill.shared.settings import S3Settings, Settings
 from tests.conftest import client_for
 from tests.ledgers import Ledger
@@ -177,6 +178,19 @@ def test_duplicates_are_processed_once_and_share_the_result(client: Client, ledg
     assert [row.duplicate_of for row in found[40:]] == [0, 1, None]
     assert [row.output for row in found[40:]] == [found[0].output, None, "s3://results/sketches/42.png"]
     assert [row.code for row in found[40:]] == [None, "not_found", None]
+
+
+def test_submission_tells_what_has_no_effect(client: Client) -> None:
+    spec = SPEC.model_copy(update={"options": OpencvStylize(colour=True)})
+    listed = [
+        SourceRow("list:1", {"source": "https://example.com/0.jpg"}),
+        SourceRow("list:2", {"source": "https://example.com/1.jpg", "mask": "s3://masks/1.png"}),
+    ]
+    assert client.submit(listed, spec).warnings == (
+        "colour has no effect, because style is stylization",
+        "'mask' in the list has no effect on stylize (opencv), only on inpaint: 1 row, list:2",
+    )
+    assert client.submit(rows(3), SPEC).warnings == ()
 
 
 def test_inpaint_requires_a_mask_or_boxes(client: Client) -> None:

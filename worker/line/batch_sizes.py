@@ -140,6 +140,11 @@ class BatchSizes:
             size = min(size, STEPS[min(peaks, 2)] * known.fits)
         return max(1, size)
 
+    def growth(self, kind: str, most: int) -> float:
+        """How many times the largest batch so far the next one may be; 1 if none was measured, or larger ones are no faster."""
+        fits = self._kinds[kind].fits if kind in self._kinds and self.memory.grows else 0
+        return max(1.0, self.limit(kind, most) / fits) if fits else 1.0
+
     def relief(self, kind: str) -> int:
         """The relief level at which to run one sample of a kind; 0 if it fits without, or if that should be tried again."""
         known = self._kinds.get(kind)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any, Protocol
 
 from imagemill.shared.errors import ImageError, ModelUnavailable, OutOfMemory
+from imagemill.worker.line.batch_sizes import kind_of
 from imagemill.worker.line.batching import Batcher, Recipe, Slot, run_parts
 from imagemill.worker.line.context import Context
 from imagemill.worker.line.image import ImageInFlight, Outcome
@@ -45,6 +47,15 @@ class Around(Protocol):
 
     blame: Callable[[str], ModelUnavailable | None]
     """Why the model of a lane is to blame if all images of a batch have failed; None if it isn't."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The outputs of a batch, in the parts in which it ran, when it began (monotonic), and how long it took."""
+
+    parts: list[list[Any]]
+    since: float
+    seconds: float
 
 
 class DeviceLoop:
@@ -115,7 +126,12 @@ class DeviceLoop:
             if not isinstance(self._turn, nullcontext):
                 self._waited("turn", time.perf_counter() - start)
             self._take_in_ready()
-            self._run_batch(*self._batcher.take())
+            recipe, slots = self._batcher.take()
+            batch = [slot for slot in slots if self._begin(slot.owner)]
+            run = self._run_batch(recipe, batch) if batch else None
+        if run is not None:
+            self._go_on(recipe, batch, run)  # only now, so that a sibling's batch need not wait for it
+        self._line.changed()
 
     def clear(self, *, begun: bool = False) -> None:
         """Drop withdrawn images that wait for a device that nobody is running; with `begun`, also those that ran in part."""
@@ -179,31 +195,29 @@ class DeviceLoop:
     def _add(self, image: ImageInFlight, context: Context) -> None:
         self._batcher.add(image, image.work.samples, context.recipe, first=image.first)
 
-    def _run_batch(self, recipe: Recipe, batch: list[Slot[ImageInFlight]]) -> None:
-        """One batch on the device. Images that now have all of their outputs go on."""
-        batch = [slot for slot in batch if self._begin(slot.owner)]
-        if not batch:
-            self._line.changed()
-            return
+    def _run_batch(self, recipe: Recipe, batch: list[Slot[ImageInFlight]]) -> _Run:
+        """Run one batch on the device."""
         self.starving_since = None
-        start, since, lane = time.perf_counter(), time.monotonic(), batch[0].owner.context.spec.lane
+        start, since = time.perf_counter(), time.monotonic()
         parts = list(run_parts(recipe.operation, [slot.sample for slot in batch], recipe.sizes))
-        busy = time.perf_counter() - start
-        self.waits.add("busy", busy)
-        self._meter.ran(recipe, [len(part) for part in parts], busy)
+        return _Run(parts, since, time.perf_counter() - start)
+
+    def _go_on(self, recipe: Recipe, batch: list[Slot[ImageInFlight]], run: _Run) -> None:
+        """Images that now have all of their outputs go on."""
+        lane = batch[0].owner.context.spec.lane
+        self.waits.add("busy", run.seconds)
+        self._meter.ran(recipe, [len(part) for part in run.parts], run.seconds)
         together = recipe.operation.together(batch[0].owner.context.spec.options)
-        outputs = [(output, len(part) if together else 1) for part in parts for output in part]
-        if all(isinstance(output, ImageError) and not isinstance(output, OutOfMemory) for output, _ in outputs):
-            unavailable = next((output for output, _ in outputs if isinstance(output, ModelUnavailable)), None)
-            unavailable = unavailable or self._line.blame(lane)
-            if unavailable is not None:
-                self.faults[lane] = unavailable, since
-                outputs = [(unavailable, 1)] * len(batch)
+        outputs = [(output, len(part) if together else 1) for part in run.parts for output in part]
+        unavailable = self._unavailable(lane, [output for output, _ in outputs])
+        if unavailable is not None:
+            self.faults[lane] = unavailable, run.since
+            outputs = [(unavailable, 1)] * len(batch)
         computed = 0
         for slot, (output, size) in zip(batch, outputs, strict=True):
             image = slot.owner
             image.batch = max(size, image.batch)
-            image.spent("run", busy / len(batch))
+            image.spent("run", run.seconds / len(batch))
             image.missing -= 1
             if isinstance(output, ImageError):
                 image.failure = output
@@ -212,8 +226,14 @@ class DeviceLoop:
             if image.missing == 0:
                 computed += image.failure is None and not image.has_result  # a second attempt doesn't count
                 self._line.computed(image)
-        self._speed.ran(lane, computed, len(batch), busy)
-        self._line.changed()
+        growth = recipe.sizes.growth(kind_of(recipe.operation, batch[0].sample), recipe.most)
+        self._speed.ran(lane, computed, len(batch), run.seconds, growth)
+
+    def _unavailable(self, lane: str, outputs: Sequence[object]) -> ModelUnavailable | None:
+        """Why the lane's model is to blame, if all outputs of a batch are errors and it is."""
+        if not all(isinstance(output, ImageError) and not isinstance(output, OutOfMemory) for output in outputs):
+            return None
+        return next((output for output in outputs if isinstance(output, ModelUnavailable)), None) or self._line.blame(lane)
 
     def _begin(self, image: ImageInFlight) -> bool:
         """Whether the device should run this image; if not, its pixels are freed."""

@@ -1,7 +1,7 @@
-"""Images that another image needs: a job's mask or reference, fetched once per context, and an item's own mask or control.
+"""Downloads of a job: its images, and what they need: the job's mask or reference, fetched once, an item's own mask or control.
 
-They are downloaded together with the image itself (`bring`, `bring_mask`), so that no thread has to wait for the network, and
-decoded when they are needed.
+The latter are downloaded together with the image itself (`bring`, `bring_mask`), so that no thread has to wait for the network,
+and decoded when they are needed.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class References:
         self._lock = Lock()
         self._pictures: dict[str, Future[Picture]] = {}
         self._masks: dict[str, Future[Mask]] = {}
+        self._coming: dict[str, asyncio.Future[Fetched]] = {}  # for the loop's thread
         self._brought: dict[str, asyncio.Task[bytes]] = {}  # for the loop's thread, and read by others when they are done
 
     def of(self, options: EngineOptions) -> set[str]:
@@ -68,6 +69,29 @@ class References:
                 coming.append(self._brought[url])
         if coming:
             await asyncio.wait(coming)
+
+    async def bring_source(self, url: str, attempts: int) -> Fetched:
+        """Download an image. Give its room back to the fetcher's `room`.
+
+        Items of one image, such as its garments, are neighbours: those that ask while it is coming share the file. Each counts
+        it in `room`, as it cannot know who drops it last. Raises an ImageError.
+        """
+        if (coming := self._coming.get(url)) is not None:
+            fetched = await asyncio.shield(coming)
+            self._fetcher.room.take(fetched.room)
+            return fetched
+        coming = self._coming[url] = asyncio.get_running_loop().create_future()
+        try:
+            fetched = await self._fetcher.fetch(url, attempts=attempts, stop=self._stop)
+            coming.set_result(fetched)
+            return fetched
+        except ImageError as error:
+            coming.set_exception(error)
+            coming.exception()  # asyncio logs those that nobody looks at
+            raise
+        finally:
+            coming.cancel()  # unless it is done
+            del self._coming[url]
 
     async def bring_mask(self, url: str) -> Fetched | ImageError:
         """Download an item's own mask or control image. Give its room back to the fetcher's `mask_room`."""

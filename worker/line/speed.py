@@ -18,6 +18,7 @@ class _Lane:
     seconds: float = 0.0
     samples: float = 0.0
     fastest: float = 0.0
+    growth: float = 1.0
     batch: int = 0
     computed: int = 0
 
@@ -45,8 +46,11 @@ class Speed:
         with self._lock:
             self._since = None
 
-    def ran(self, lane: str, images: int, batch: int, busy: float) -> None:
-        """A batch of `batch` samples has run for `busy` seconds, which completed `images` images."""
+    def ran(self, lane: str, images: int, batch: int, busy: float, growth: float = 1.0) -> None:
+        """A batch of `batch` samples has run for `busy` seconds, which completed `images` images.
+
+        The next one may be `growth` times as large as any so far.
+        """
         with self._lock:
             now = self._clock()
             seconds, self._since = now - (now if self._since is None else self._since), now
@@ -55,7 +59,7 @@ class Speed:
             known.images, known.seconds = known.images * fading + images, known.seconds * fading + seconds
             known.samples, self._latest = known.samples * fading + batch, lane
             known.fastest = max(known.fastest * fading, batch / busy if busy > 0 else 0.0)
-            known.batch, known.computed = batch, known.computed + images
+            known.batch, known.computed, known.growth = batch, known.computed + images, growth
 
     def rates(self) -> dict[str, float]:
         """Images per second of each lane in which an image has been computed."""
@@ -66,11 +70,15 @@ class Speed:
         """Images per second of a lane that the device could take from this child, judging by its fastest recent batch; 0 if
         unknown.
 
-        That is more than it computes while it has to wait or batches are not full. By default, of the latest lane.
+        That is more than it computes while it has to wait or batches are not full. While batches still grow, it assumes that
+        the next one takes no longer: otherwise a fast device would wait for downloads after each step. By default, of the
+        latest lane.
         """
         with self._lock:
             known = self._lanes.get(lane or self._latest or "")
-            return known.fastest * known.images / known.samples / self._siblings if known and known.samples else 0.0
+            if known is None or not known.samples:
+                return 0.0
+            return known.growth * known.fastest * known.images / known.samples / self._siblings
 
     def computed(self, lane: str) -> int:
         """Images of a lane computed so far."""

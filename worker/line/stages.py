@@ -40,7 +40,7 @@ async def fetch(image: ImageInFlight, context: Context) -> None:
         raise Stopped
     with image.timed("fetch"):
         attempts = max(1, context.spec.policy.attempts - image.tries)
-        image.hold(await context.fetcher.fetch(image.item.source, attempts=attempts, stop=context.stop))
+        image.hold(await context.references.bring_source(image.item.source, attempts))
         companion = image.item.companion(mask=context.operation.spec.needs_mask, control=context.operation.spec.takes_control)
         if companion is not None:
             image.hold_mask(await context.references.bring_mask(companion))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,9 @@ from imagemill.worker.models.added import SELECTABLE, Added
 from imagemill.worker.models.adding import Made
 from imagemill.worker.models.command_parts import needing, prepare_variants
 from imagemill.worker.models.own_diffusion import CONTROLS
-from imagemill.worker.models.sources import Format, digest_of_files, format_of
+from imagemill.worker.models.sources import Format, OnHub, digest_of_files, format_of, on_hub
 from imagemill.worker.models.tensor_names import Contents
 
-HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._/-]*)?")
 OUTCOMES = {"present": "already there", "added": "added", "replaced": "replaced"}
 
 
@@ -48,7 +46,9 @@ class Numbers(click.ParamType[tuple[float, ...]]):
 @click.option("--family", metavar="NAME", help="u2net, isnet, birefnet, modnet, ben, sd15 or sdxl; usually recognised.")
 @click.option("--vae", metavar="NAME", help="Build this VAE, which you have already added, into the checkpoint.")
 @click.option(
-    "--control", type=click.Choice(CONTROLS), help="What pictures the ControlNet takes; usually recognised by its name."
+    "--control",
+    type=click.Choice(CONTROLS),
+    help="What to draw from each image for the ControlNet; usually recognised by its name.",
 )
 @click.option("--revision", metavar="REV", help="Commit, tag or branch, for a SOURCE on the Hugging Face Hub; default main.")
 @click.option("--input-size", type=click.IntRange(16, 4096), help="Side of the input in pixels (ONNX).")
@@ -65,8 +65,8 @@ def add(name: str, source: str, replace: bool, **said: Any) -> None:
     - an ONNX file that cuts out subjects, of the family u2net, isnet,
       birefnet, modnet or ben, or any other with --mean and --deviation
     - a checkpoint of Stable Diffusion 1.5 or SDXL, a ControlNet or a VAE:
-      one file, a folder in diffusers' layout, or owner/repository@revision
-      on the Hugging Face Hub
+      one file, a folder in diffusers' layout, or
+      owner/repository[/file]@revision on the Hugging Face Hub
     - a LoRA, or LaMa's weights
 
     The model is tried out and copied; one that doesn't fit is refused. Run this on each host, or once for a shared folder.
@@ -74,9 +74,10 @@ def add(name: str, source: str, replace: bool, **said: Any) -> None:
     settings, path = load_settings().weights, Path(source)
     adding.check_name(name)
     addition = _Addition(settings, name, path, replace)
-    if HUB_ID.fullmatch(source) and not path.exists():
+    place = None if path.exists() else on_hub(source)
+    if place is not None:
         _only(said, "a model on the Hugging Face Hub", "family", "vae", "control", "revision")
-        addition.from_hub(said["family"], said["vae"], said["control"], said["revision"])
+        addition.from_hub(place, said["family"], said["vae"], said["control"], said["revision"])
         return
     kind = format_of(path)
     if kind == "onnx":
@@ -132,27 +133,20 @@ class _Addition:
         with needing(engine, f"adding a {what.kind}"):
             self._add(engine, ready, str(self.path.absolute()), origin, agrees=_with(vae, control))
 
-    def from_hub(self, family: str | None, vae: str | None, control: str | None, revision: str | None) -> None:
-        source, _, named = str(self.path).partition("@")
-        if named and revision:
+    def from_hub(self, place: OnHub, family: str | None, vae: str | None, control: str | None, revision: str | None) -> None:
+        if place.revision and revision:
             raise UsageError(f"--revision can't be combined with the revision in {self.path}")
         with needing("diffusion", "adding a model from the Hugging Face Hub"):
-            from imagemill.worker.models import hugging_face
+            from imagemill.worker.models import own_from_hub
 
-            commit, files = hugging_face.files_at(source, self.settings, named or revision or "main")
+            found = own_from_hub.resolved(place, place.revision or revision or "main", self.settings)
+            check = partial(self._check, family=family, vae=vae, control=control)
+            make = partial(own_from_hub.make, self.name, found, self.settings, vae, control, check)
+            origin = hashlib.sha256(found.source.encode()).hexdigest()
+            self._add("diffusion", make, found.source, origin, agrees=_with(vae, control))
 
-            def make(work: Path) -> Made:
-                folder = hugging_face.fetched(source, commit, hugging_face.SMALL, self.settings, work)
-                what = own_diffusion.contents_of_folder(folder, files, source)
-                self._check(what, family, vae, control)
-                hugging_face.fetched(source, commit, what.files, self.settings, work)
-                return own_diffusion.from_folder(self.name, folder, what, self.weights, vae, control, work, source)
-
-            origin = hashlib.sha256(f"{source}@{commit}".encode()).hexdigest()
-            self._add("diffusion", make, f"{source}@{commit}", origin, agrees=_with(vae, control))
-
-    def _check(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> None:
-        """Raise UsageError for flags that don't fit what was recognised."""
+    def _check(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> Contents:
+        """What was recognised. Raises UsageError for flags that don't fit it."""
         if family is not None and what.family and family != what.family:
             raise UsageError(f"{self.path} is {what.kind} of the family {what.family}, not {family}")
         if vae is not None and what.kind != "checkpoint":
@@ -161,6 +155,7 @@ class _Addition:
             raise UsageError(f"--control is for ControlNets, and {self.path} is a {what.kind}")
         if what.kind == "lora":
             own_diffusion.check_lora_name(self.name)
+        return what
 
     def _add(
         self, engine: str, make: Callable[[Path], Made], source: str, origin: str, *, agrees: Callable[[Added], bool]
@@ -173,9 +168,10 @@ class _Addition:
         for line in found:
             click.echo(f"{name}: {line}")
         click.echo(f"{name}: {OUTCOMES[outcome]}: {weights / record.place}")
-        if outcome != "present" and record.kind in SELECTABLE:
+        if outcome != "present" and record.kind in (*SELECTABLE, "controlnet"):
             (operation,) = (row.operation for row in ENGINES if row.name == record.engine)
-            click.echo(f"use it with: --operation {operation} --engine {record.engine} --set model={name}")
+            chosen = f"model={record.family} --set control={name}" if record.kind == "controlnet" else f"model={name}"
+            click.echo(f"use it with: --operation {operation} --engine {record.engine} --set {chosen}")
         return record
 
 

@@ -28,7 +28,7 @@ from imagemill.worker.models.files import is_current, path_of, record_variant, r
 from imagemill.worker.models.repositories import RECORD, folder_of
 
 if TYPE_CHECKING:  # it needs numpy
-    from imagemill.worker.models.quantize import Try
+    from imagemill.worker.models.eight_bit_search import Try
 
 COLOURS = {"there": "green", "unconverted": "yellow", "unchecked": "yellow", "damaged": "red", "missing": "dim"}
 OUTCOMES = {"present": "already there", "pulled": "pulled"}
@@ -235,7 +235,7 @@ def remove(names: tuple[str, ...]) -> None:
     type=click.FloatRange(0, 1),
     default=0.97,
     show_default=True,
-    help="Minimum mean IoU between the 8-bit model's masks and the original's; no image may have less than 0.9.",
+    help="Minimum mean IoU between the 8-bit model's masks and the original's; none may be below 0.9.",
 )
 @click.option(
     "--faster",
@@ -251,10 +251,8 @@ def quantize(name: str, images: Path, accept: float, faster: float | None, as_js
     IMAGEMILL_ONNX__INT8=true. Exits with status 1 if no variant is good enough.
     """
     folder = load_settings().weights.folder.expanduser()
-    if added.find(folder, name) is None:
-        (entry, *_) = _select((name,))
-        if not isinstance(entry, Weights) or entry.engine in CONVERTED:
-            raise UsageError(f"{name} can't be quantised: it doesn't run on onnxruntime")
+    _check_quantisable(folder, name)
+    original = folder / "rembg" / f"{name}.onnx"
     with progress_bar() as progress, needing("rembg", "quantising"):
         from imagemill.worker.models.quantize import quantize as make_int8
 
@@ -273,10 +271,27 @@ def quantize(name: str, images: Path, accept: float, faster: float | None, as_js
         _print_tries(report.tried)
         click.echo(report.summary())
     if not report.accepted:
-        click.secho(f"rejected: {report.shortcoming()}; nothing was kept", fg="red", err=True)
+        kept = "the earlier 8-bit model stays" if is_current(original, "int8") else "nothing was kept"
+        click.secho(f"rejected: {report.shortcoming()}; {kept}", fg="red", err=True)
         sys.exit(1)
-    made = variant(folder / "rembg" / f"{name}.onnx", "int8")
+    made = variant(original, "int8")
     click.echo(f"accepted: {made}; nodes use it if IMAGEMILL_ONNX__INT8=true", err=as_json)
+
+
+def _check_quantisable(folder: Path, name: str) -> None:
+    """Raise UsageError for a model that can't be quantised, whatever is in its files."""
+    record = added.find(folder, name)
+    engine = record.engine if record is not None else _select((name,), added.everything(folder)[0])[0].engine
+    if engine != "rembg":
+        raise UsageError(f"{name} can't be quantised: it doesn't run on onnxruntime")
+    for model, parts in MODELS.items():
+        if len(parts) > 1 and name in (model, *parts):
+            if model.endswith("-quant"):
+                raise UsageError(f"{name} has 8 bits already")
+            raise UsageError(
+                f"{name} can't be quantised, since its masks depend on points and boxes; "
+                f"{model}-quant is the same model with 8 bits: imagemill models pull {model}-quant"
+            )
 
 
 def _print_tries(rows: Iterable[Try]) -> None:

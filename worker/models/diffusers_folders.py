@@ -10,10 +10,19 @@ from typing import Any
 
 from imagemill.shared.errors import ConfigurationError, sentence
 from imagemill.worker.models.added import Kind
+from imagemill.worker.models.sources import TENSORS
+from imagemill.worker.models.tensor_names import check_unet
 
 CONFIG, INDEX = "config.json", "model_index.json"
 KINDS: dict[str, Kind] = {"ControlNetModel": "controlnet", "AutoencoderKL": "vae"}
 """The kind of a folder that is one part alone, by the class in its configuration."""
+OTHERS = {
+    "T2IAdapter": "a T2I adapter",
+    "ControlNetUnionModel": "a union ControlNet",
+    "ControlNetModel_Union": "a union ControlNet",
+    "UNet2DConditionModel": "a UNet without text encoder and VAE",
+}
+"""What other folders are, by that class."""
 ENCODERS = {"sd15": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
 LARGEST_JSON = 10_000_000
 """Maximum bytes of a configuration; tokenizers have a few millions."""
@@ -24,32 +33,40 @@ def recognise(files: Sequence[str], read: Any) -> tuple[Kind, str]:
 
     Raises ConfigurationError, which says what was expected.
     """
-    if INDEX in files:
+    if f"unet/{CONFIG}" in files:
         return "checkpoint", _family(read(f"unet/{CONFIG}"), "UNet2DConditionModel")
+    if INDEX in files:
+        raise ConfigurationError(f"it is a {_class(read(INDEX))} without a UNet; expected Stable Diffusion 1.5 or SDXL")
     if CONFIG not in files:
-        raise ConfigurationError(f"it has neither {INDEX} nor {CONFIG}; expected a folder in diffusers' layout")
+        single = next((name for name in files if name.endswith(TENSORS)), None)
+        hint = f", or one of its files, such as {single}" if single is not None else ""
+        raise ConfigurationError(f"it has neither {INDEX} nor {CONFIG}; expected a folder in diffusers' layout{hint}")
     config = read(CONFIG)
     kind = KINDS.get(str(config.get("_class_name")))
     if kind is None:
-        raise ConfigurationError(
-            f"it is {config.get('_class_name') or 'of another library'}; expected a checkpoint, a ControlNet or a VAE"
-        )
+        what = OTHERS.get(_class(config)) or _class(config) if "_class_name" in config else "of another library"
+        raise ConfigurationError(f"it is {what}; expected a checkpoint, a ControlNet or a VAE")
     return kind, _family(config, "ControlNetModel") if kind == "controlnet" else ""
 
 
 def _family(config: dict[str, Any], expected: str) -> str:
     if config.get("_class_name") != expected:
-        raise ConfigurationError(f"it has a {str(config.get('_class_name'))[:100]}; expected {expected}")
-    if config.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    if config.get("cross_attention_dim") == 1024:
-        raise ConfigurationError("it is for Stable Diffusion 2, which nodes can't run; expected 1.5 or SDXL")
-    return "sd15"
+        raise ConfigurationError(f"it has a {_class(config)}; expected {expected}")
+    channels, width = config.get("in_channels", 4), config.get("cross_attention_dim")
+    check_unet(channels, width if isinstance(width, int) else None)
+    if config.get("encoder_hid_dim_type") is not None:
+        raise ConfigurationError("its prompts are not read by CLIP alone; expected Stable Diffusion 1.5 or SDXL")
+    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd15"
+
+
+def _class(config: dict[str, Any]) -> str:
+    return str(config.get("_class_name"))[:100]
 
 
 def wanted(files: Sequence[str], kind: Kind, family: str) -> list[str]:
     """The files of a folder that nodes need: configurations, tokenizers, and each part's weights in half precision if all
-    have that, else in full. Raises ConfigurationError if something is missing.
+    have that, else in full if it has that; pickled ones where there are no others. Raises ConfigurationError if something is
+    missing.
     """
     if kind != "checkpoint":
         parts = [""]
@@ -63,11 +80,10 @@ def wanted(files: Sequence[str], kind: Kind, family: str) -> list[str]:
                 raise ConfigurationError(f"it has no {folder.rstrip('/')}")
     half = all(_weights(files, part, half=True) for part in parts)
     for part in parts:
-        weights = _weights(files, part, half=half)
-        if f"{part}{CONFIG}" not in files or not weights:
-            pickled = any(name.startswith(part) and name.endswith((".bin", ".pt", ".ckpt")) for name in files)
-            hint = ", only pickled ones, which can contain code: save it with safe_serialization=True" if pickled else ""
-            raise ConfigurationError(f"it has no safetensors files of its {part.rstrip('/') or 'weights'}{hint}")
+        weights = _weights(files, part, half=half) or _weights(files, part, half=not half) or _pickled(files, part)
+        for what, some in (("configuration", f"{part}{CONFIG}" in files), ("weights", weights)):
+            if not some:
+                raise ConfigurationError(f"it has no {what}{f' of its {part[:-1]}' if part else ''}")
         chosen += [f"{part}{CONFIG}", *weights]
     return sorted(set(chosen))
 
@@ -83,6 +99,12 @@ def _weights(files: Sequence[str], part: str, *, half: bool) -> list[str]:
     index = [name for name in own if name.endswith(f".safetensors.index{mark}.json")]
     shards = [name for name in own if "-of-" in name and name.endswith(".safetensors") and (".fp16" in name) == half]
     return [*index, *shards] if index and shards else []
+
+
+def _pickled(files: Sequence[str], part: str) -> list[str]:
+    """The pickled weights of a part in one file, in half precision if there are such."""
+    names = (f"{part}{stem}{mark}.bin" for mark in (".fp16", "") for stem in ("diffusion_pytorch_model", "pytorch_model"))
+    return [name for name in names if name in files][:1]
 
 
 def listing(source: Path) -> list[str]:
@@ -109,8 +131,11 @@ def reader(source: Path) -> Any:
     return read
 
 
-def taken(source: Path, files: Sequence[str], target: Path) -> None:
-    """Copy the wanted files of a folder. Links are followed, as the hub's own cache consists of them. Raises OSError."""
+def taken(source: Path, files: Sequence[str], target: Path, *, move: bool) -> None:
+    """Copy or move the wanted files of a folder. Links are followed, as the hub's own cache has them. Raises OSError."""
     for name in files:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+        if move:
+            (source / name).rename(target / name)
+        else:
+            shutil.copyfile(source / name, target / name)

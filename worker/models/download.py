@@ -25,6 +25,8 @@ from imagemill.worker.transfer.files import publish
 
 MAX_BYTES = 8 * 2**30
 """Far more than any model in the catalogue: a server that sends more is sending something else."""
+LARGEST = 32 * 2**30
+"""Far more bytes than any model has that nodes can run; SDXL in full precision has 14 GB."""
 SPARE = 64 * 2**20
 """Bytes of disk space that a download leaves free."""
 TIMEOUT = 60.0
@@ -57,10 +59,10 @@ def url_of(weights: Weights, settings: WeightsSettings) -> str:
     return weights.url if mirror is None else mirror + urlsplit(weights.url).path
 
 
-def check_space(folder: Path, name: str, size: int, *, present: int = 0) -> None:
-    """Raise ConfigurationError if `size` bytes are too many for a model, or don't fit on the disk; `present` are there."""
-    if size > MAX_BYTES:
-        raise ConfigurationError(f"{name} has {size / 1e9:.0f} GB, more than any model: this is not the pinned one")
+def check_space(folder: Path, name: str, size: int, *, present: int = 0, most: int = MAX_BYTES) -> None:
+    """Raise ConfigurationError if `size` bytes are more than `most`, or don't fit on the disk; `present` are there."""
+    if size > most:
+        raise ConfigurationError(f"{name} has {size / 1e9:.0f} GB, more than any model that nodes can run")
     free, needed = shutil.disk_usage(folder).free, size - present + SPARE
     if free < needed:
         message = f"{folder} has {free / 1e6:.0f} MB free and {name} needs {needed / 1e6:.0f} MB"

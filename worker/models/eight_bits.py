@@ -10,6 +10,7 @@ sampled on a grid, and every way of choosing ranges is computed in the same pass
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.worker.models.trials import keep_output
+from imagemill.worker.models.trials import graphs_of, inputs_of, keep_output
 
 Ranges = dict[str, tuple[float, float]]
 """The lowest and highest value of each tensor, by name; what lies outside is clipped."""
@@ -30,14 +31,27 @@ SAMPLES = 1024
 """About how many places of each map are sampled."""
 WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 """Kinds of nodes that take nearly all the time, and gain from 8 bits."""
+OF_8_BITS = re.compile("[Qq]uantize|QLinear|Integer|NBits")
+"""What kinds of nodes are called that calculate with few bits, or change to or from them."""
 
 
-def prepare(source: Path, target: Path, output: str | None) -> None:
-    """Optimise a model, infer its shapes, and give every node a name; only `output`, else the first, is kept."""
+def is_quantised(model: Any) -> bool:
+    """Whether a model calculates with 8 bits already, or with fewer."""
+    return any(OF_8_BITS.search(node.op_type) for graph in graphs_of(model.graph) for node in graph.node)
+
+
+def prepare(source: Path, target: Path, output: str | None, side: int) -> None:
+    """Optimise a model, infer its shapes, and give every node a name; only `output`, else the first, is kept.
+
+    Its input gets this `side` in pixels if its sides are free, so that the shapes of all maps are known.
+    """
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     model = onnx.load(source)
+    for value in inputs_of(model):
+        for length in value.type.tensor_type.shape.dim[2:]:
+            length.dim_value = length.dim_value or side
     keep_output(model, output)
     onnx.save(model, target)
     quant_pre_process(target, target, skip_symbolic_shape=True)  # only transformers with free lengths need symbolic shapes

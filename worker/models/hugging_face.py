@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -9,24 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import ModelInfo
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from imagemill.shared.errors import ConfigurationError, ImagemillError, ServiceUnavailable, sentence
 from imagemill.shared.settings import WeightsSettings
 from imagemill.worker.models.catalogue import Repository
 from imagemill.worker.models.checksums import read_json, sha256_of, write_json
-from imagemill.worker.models.download import Outcome, check_space, mirror_url
+from imagemill.worker.models.download import LARGEST, MAX_BYTES, Outcome, check_space, mirror_url
 from imagemill.worker.models.repositories import RECORD, folder_of, matching, state
 
 HUB = "https://huggingface.co"
 
 
-def pull(entry: Repository, settings: WeightsSettings, revision: str | None = None) -> Outcome:
+def pull(entry: Repository, settings: WeightsSettings, revision: str | None = None, *, most: int = MAX_BYTES) -> Outcome:
     """Make sure that a repository's files are on disk; `present` means that nothing had to be downloaded.
 
-    `revision`, a commit, tag or branch, overrides the pinned commit; the commit it resolves to is recorded. Raises
-    ServiceUnavailable if the hub can't be reached (files that have arrived are kept), and ConfigurationError if it
-    doesn't have the files, if a checksum is wrong (the file is deleted) or if the folder can't be written.
+    `revision`, a commit, tag or branch, overrides the pinned commit; the commit it resolves to is recorded. `most` is the
+    maximum of bytes. Raises ServiceUnavailable if the hub can't be reached (files that have arrived are kept), and
+    ConfigurationError if it doesn't have the files, if they are too large, if a checksum is wrong (the file is deleted) or if
+    the folder can't be written.
     """
     weights = settings.folder.expanduser()
     folder, asked = folder_of(weights, entry), revision or entry.revision
@@ -37,12 +40,17 @@ def pull(entry: Repository, settings: WeightsSettings, revision: str | None = No
         commit, files = _files_at(entry, endpoint, asked)
         folder.mkdir(parents=True, exist_ok=True)
         present = sum(file["size"] or 0 for name, file in files.items() if (folder / name).is_file())
-        check_space(folder, entry.name, sum(file["size"] or 0 for file in files.values()), present=present)
+        check_space(folder, entry.name, sum(file["size"] or 0 for file in files.values()), present=present, most=most)
         (folder / RECORD).unlink(missing_ok=True)  # until the folder is complete again
         if not sys.stderr.isatty():
             huggingface_hub.utils.disable_progress_bars()
         huggingface_hub.snapshot_download(
-            entry.source, revision=commit, allow_patterns=list(files), local_dir=folder, endpoint=endpoint, token=False
+            entry.source,
+            revision=commit,
+            allow_patterns=[glob.escape(name) for name in files],
+            local_dir=folder,
+            endpoint=endpoint,
+            token=False,
         )
         checked = {name: _checked(folder / name, expected) for name, expected in files.items()}
         write_json(folder / RECORD, {"repository": entry.source, "asked": asked, "commit": commit, "files": checked})
@@ -66,15 +74,15 @@ def files_at(source: str, settings: WeightsSettings, revision: str) -> tuple[str
         raise _translated(error, f"{source} at {revision}", settings.folder) from error
     if not info.sha:
         raise ConfigurationError(f"{source} at {revision} has no commit")
-    return info.sha, [sibling.rfilename for sibling in info.siblings or []]
+    return info.sha, [*_siblings(info)]
 
 
 def fetched(source: str, commit: str, files: Sequence[str], settings: WeightsSettings, work: Path) -> Path:
-    """The folder below `work` with these files of a repository, checked. Raises as `pull` does."""
-    entry = Repository("fetched", source, commit, "", tuple(files), 0)
+    """The folder below `work` with these files of a repository, or those that match, checked. Raises as `pull` does."""
+    entry = Repository(source, source, commit, "", tuple(files), 0)
     folder = folder_of(work, entry)
     (folder / RECORD).unlink(missing_ok=True)  # of files that were fetched before
-    pull(entry, settings.model_copy(update={"folder": work}))
+    pull(entry, settings.model_copy(update={"folder": work}), most=LARGEST)
     return folder
 
 
@@ -82,7 +90,7 @@ def _files_at(entry: Repository, endpoint: str, revision: str) -> tuple[str, dic
     """The commit that a revision resolves to, and size and checksum of each file to load: SHA-256 in LFS, else git's."""
     hub = huggingface_hub.HfApi(endpoint=endpoint, token=False)
     info = hub.model_info(entry.source, revision=revision, files_metadata=True)
-    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    siblings = _siblings(info)
     missing = [pattern for pattern in entry.files if not matching(siblings, [pattern])]
     if not info.sha or any(pattern.endswith(".safetensors") for pattern in missing):
         raise ConfigurationError(f"{entry.source} at {revision} has no {', '.join(missing) or 'commit'}")
@@ -91,6 +99,14 @@ def _files_at(entry: Repository, endpoint: str, revision: str) -> tuple[str, dic
         file.rfilename: {"size": file.size, "hub": f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"}
         for file in chosen
     }
+
+
+def _siblings(info: ModelInfo) -> dict[str, Any]:
+    """What the hub says about each file of a repository, by name. Raises ConfigurationError if one would lie elsewhere."""
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+    if wrong := [name for name in siblings if name.startswith("/") or ".." in name.split("/")]:
+        raise ConfigurationError(f"{info.id} has a file outside of its folder, {wrong[0]!r}")
+    return siblings
 
 
 def _checked(path: Path, expected: dict[str, Any]) -> dict[str, Any]:
@@ -111,6 +127,13 @@ def _translated(error: Exception, what: str, folder: Path) -> Exception:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, OSError) and error.errno is not None and status is None:
         return ConfigurationError(f"{folder} can't be written: {sentence(error)}")
+    if isinstance(error, GatedRepoError):
+        return ConfigurationError(
+            f"{what} is gated: its owners ask everybody to accept their terms, and imagemill has no account on the hub; "
+            "download it with yours, and add the folder or file"
+        )
+    if isinstance(error, RepositoryNotFoundError):  # also the answer for those that are private
+        return ConfigurationError(f"the hub has no {what}, or it is not public")
     if isinstance(error, HFValidationError) or (status is not None and status < 500 and status != 429):
         return ConfigurationError(f"the hub has no {what}: {sentence(error)}")
     from_library = type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore", "hf_xet"))  # also httpx2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imagemill.shared.errors import ConfigurationError, UsageError
@@ -11,7 +11,7 @@ from imagemill.worker.models import added, diffusers_folders
 from imagemill.worker.models.adding import Made
 from imagemill.worker.models.catalogue import REPOSITORIES, repository
 from imagemill.worker.models.diffusion_models import added_folder
-from imagemill.worker.models.download import check_space
+from imagemill.worker.models.download import LARGEST, check_space
 from imagemill.worker.models.own_process import apart
 from imagemill.worker.models.repositories import folder_of, state
 from imagemill.worker.models.sources import format_of, header_of
@@ -23,8 +23,8 @@ CONTROLS = ("canny", "scribble", "lineart", "tile")
 LORA_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 
 
-def contents_of(source: Path) -> Contents:
-    """What a file with tensors holds. Raises ConfigurationError."""
+def contents_of(source: Path, called: str | None = None) -> Contents:
+    """What a file with tensors holds; `called` is what the operator calls it if not by its path. Raises ConfigurationError."""
     try:
         if format_of(source) == "safetensors":
             return recognise_tensors({name: shape for name, (_, shape) in header_of(source).items()})
@@ -32,15 +32,24 @@ def contents_of(source: Path) -> Contents:
 
         return recognise_tensors(apart(shapes_of, source))
     except ConfigurationError as error:
-        raise ConfigurationError(error.message if str(source) in error.message else f"{source}: {error.message}") from error
+        raise ConfigurationError(
+            error.message if str(source) in error.message else f"{called or source}: {error.message}"
+        ) from error
 
 
 def from_file(
-    name: str, source: Path, contents: Contents, weights: Path, vae: str | None, control: str | None, work: Path
+    name: str,
+    source: Path,
+    contents: Contents,
+    weights: Path,
+    vae: str | None,
+    control: str | None,
+    work: Path,
+    called: str | None = None,
 ) -> Made:
     """A model from a file with tensors, made in the folder `work`. Raises ConfigurationError."""
     kind, family = contents.kind, contents.family
-    check_space(work, name, source.stat().st_size)
+    check_space(work, name, source.stat().st_size, most=LARGEST)
     parameters = {}
     try:
         if kind == "inpainting":
@@ -61,13 +70,13 @@ def from_file(
             parameters = {"vae": vae} if vae is not None else {}
             found = apart(checkpoints.checkpoint_from_file, source, family, base, vae_folder(weights, vae), folder)
         elif kind == "controlnet":
-            parameters = {"control": control or control_in(name, source.name) or control_in(source.parent.name)}
+            parameters = {"control": control or control_in(name, source.name) or control_in(Path(called or source).parent.name)}
             found = apart(checkpoints.controlnet_from_file, source, base, folder)
         else:
             found = apart(checkpoints.vae_from_file, source, base, folder)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{source}: {error.message}") from error
-    return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found))
+        raise ConfigurationError(f"{called or source}: {error.message}") from error
+    return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found, parameters))
 
 
 def from_folder(
@@ -82,17 +91,22 @@ def from_folder(
 ) -> Made:
     """A model from a folder in diffusers' layout, made in the folder `work`. Raises ConfigurationError.
 
-    `called` is what the operator calls the source, unless that is the folder itself.
+    `called` is what the operator calls the source, unless that is the folder itself: then its files are moved, not copied.
     """
     from imagemill.worker.models import checkpoints
 
     kind, family, folder, parameters = contents.kind, contents.family, work / name, {}
-    check_space(work, name, sum((source / file).stat().st_size for file in contents.files))
-    for file in contents.files:
-        if file.endswith(".safetensors"):
-            header_of(source / file)
-    diffusers_folders.taken(source, contents.files, folder)
+    size = sum((source / file).stat().st_size for file in contents.files)
+    check_space(work, name, size, present=0 if called is None else size, most=LARGEST)
     try:
+        for file in contents.files:
+            if file.endswith(".safetensors"):
+                header_of(source / file)
+            elif file.endswith(".bin"):
+                format_of(source / file)  # refuses pickles that are no archives
+        diffusers_folders.taken(source, contents.files, folder, move=called is not None)
+        if any(file.endswith(".bin") for file in contents.files):
+            apart(checkpoints.unpickled, folder)
         if kind == "checkpoint":
             parameters = {"vae": vae} if vae is not None else {}
             found = apart(checkpoints.checkpoint_from_folder, folder, family, vae_folder(weights, vae))
@@ -100,8 +114,9 @@ def from_folder(
             parameters = {"control": control or control_in(name, called or source.name)} if kind == "controlnet" else {}
             found = apart(checkpoints.part_from_folder, folder, kind)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{called or source}: {error.message}") from error
-    return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found))
+        message = error.message.replace(f"{source}/", "").replace(f"{folder}/", "")
+        raise ConfigurationError(f"{called or source}: {message}") from error
+    return Made(kind, family, folder, f"diffusion/{name}", parameters, _told(kind, family, found, parameters))
 
 
 def contents_of_folder(source: Path, files: Sequence[str] | None = None, called: str | None = None) -> Contents:
@@ -117,13 +132,16 @@ def contents_of_folder(source: Path, files: Sequence[str] | None = None, called:
 
 
 def base_for(weights: Path, family: str) -> tuple[Path, Path]:
-    """The folders of a family's pulled checkpoint and of its VAE, for their configurations. Raises ConfigurationError."""
+    """The folders of a family's pulled checkpoint and of its VAE, for their configurations.
+
+    Raises UsageError if they have to be pulled first, and ConfigurationError if there is no such family.
+    """
     names = {entry.name for entry in REPOSITORIES}
     if family not in names:
         raise ConfigurationError(f"it is a model of the family {family}, which nodes of this version can't run")
     needed = [family, *[f"{family}-vae"] * (f"{family}-vae" in names)]
     if any(state(weights, repository(name)) == "missing" for name in needed):
-        raise ConfigurationError(
+        raise UsageError(
             f"converting it takes the configuration and the tokenizer of {family}: "
             f"run `imagemill models pull {' '.join(needed)}` first"
         )
@@ -154,5 +172,11 @@ def check_lora_name(name: str) -> None:
         raise UsageError(f"{name!r}: a LoRA's name has up to 64 letters, digits and _-")
 
 
-def _told(kind: str, family: str, found: str) -> tuple[str, ...]:
-    return (f"{kind}{f' for {family}' if family else ''}", found)
+def _told(kind: str, family: str, found: str, parameters: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Sentences about what was recognised. For a ControlNet, the last says which pictures it takes."""
+    lines = (f"{kind}{f' for {family}' if family else ''}", found)
+    if kind != "controlnet":
+        return lines
+    control = (parameters or {}).get("control")
+    drawn = f"{control}, drawn from each image" if control else "none is drawn for it, so jobs give their own"
+    return (*lines, f"pictures: {drawn}; --control names another kind")

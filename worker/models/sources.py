@@ -4,22 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
 import zipfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 from imagemill.shared.errors import ConfigurationError, sentence
 from imagemill.worker.models.checksums import sha256_of
 
 Format = Literal["onnx", "safetensors", "torch", "folder"]
 
+REPOSITORY = r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+ON_HUB = (
+    re.compile(rf"{REPOSITORY}(/(?P<file>[^@]+))?(@(?P<revision>[A-Za-z0-9][\w./-]*))?", re.ASCII),
+    re.compile(
+        rf"https://huggingface\.co/{REPOSITORY}(/(tree|blob|resolve)/(?P<revision>[^/?]+)(/(?P<file>[^?]+))?)?/?(\?.*)?",
+        re.ASCII,
+    ),
+)
+"""What names something on the Hugging Face Hub: ids as imagemill takes them, and the addresses of pages and files there."""
+
+TENSORS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+"""How the names of files with tensors end."""
 HEAD = 512
 """Bytes at the beginning of a file that show what it is."""
 LONGEST_HEADER = 100_000_000
 """Maximum bytes of a safetensors header, as in the safetensors library."""
 EXPECTED = "expected an ONNX file, a safetensors file, a torch checkpoint or a folder in diffusers' layout"
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """A repository on the Hugging Face Hub, or one `file` in it; the revision is None unless it was given with them."""
+
+    repository: str
+    file: str | None
+    revision: str | None
+
+    @property
+    def called(self) -> str:
+        """What the operator calls it."""
+        return f"{self.repository}/{self.file}" if self.file else self.repository
+
+
+def on_hub(source: str) -> OnHub | None:
+    """What a source names on the Hugging Face Hub; None if it can't be that, or is rather a file's path."""
+    found = next((match for pattern in ON_HUB if (match := pattern.fullmatch(unquote(source)))), None)
+    return (
+        None
+        if found is None or found["repository"].endswith((*TENSORS, ".onnx"))
+        else OnHub(found["repository"], found["file"], found["revision"])
+    )
 
 
 def format_of(source: Path) -> Format:

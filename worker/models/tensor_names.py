@@ -18,15 +18,36 @@ LAMA = "model.1.ffc.convl2l.weight"
 OTHERS: dict[str, tuple[str, ...]] = {
     "Stable Diffusion 2": ("cond_stage_model.model.",),
     "the refiner of SDXL": ("conditioner.embedders.0.model.",),
-    "Stable Diffusion 3": ("joint_blocks.", "model.diffusion_model.joint_blocks."),
-    "Flux": ("double_blocks.", "model.diffusion_model.double_blocks."),
+    "Playground 2.5": ("edm_mean",),
+    "Stable Diffusion 3": ("joint_blocks.",),
+    "Chroma": ("distilled_guidance_layer.",),
+    "Flux": ("double_blocks.",),
+    "AuraFlow": ("double_layers.",),
+    "Lumina": ("cap_embedder.",),
+    "Stable Cascade": ("clip_txt_mapper.", "clip_txt_pooled_mapper."),
     "a textual inversion": ("emb_params", "clip_l", "clip_g"),
-    "a T2I adapter": ("adapter.", "body.0.resnets."),
+    "an upscaler": ("conv_first.",),
+    "a T2I adapter": ("adapter.", "body."),
     "an IP adapter": ("ip_adapter.", "image_proj."),
+    "a motion module": ("down_blocks.0.motion_modules.",),
+    "a control LoRA": ("lora_controlnet",),
+    "a ControlNet-LLLite": ("lllite_",),
+    "a union ControlNet": ("task_embedding", "control_type_proj.", "control_add_embedding.", "spatial_ch_projs."),
+    "the difference of a ControlNet from a checkpoint": ("difference",),
 }
-"""Models that nodes can't run, by the beginnings of names in them."""
+"""Models that nodes can't run, by the beginnings of names in them, after `model.diffusion_model.` if there is that."""
 EXPECTED = "expected a checkpoint of Stable Diffusion 1.5 or SDXL, a ControlNet, a VAE, a LoRA or LaMa"
 
+ENCODERS: dict[str, dict[str, str]] = {
+    "sd15": {"text encoder": "cond_stage_model.transformer."},
+    "sdxl": {
+        "first text encoder": "conditioner.embedders.0.transformer.",
+        "second text encoder": "conditioner.embedders.1.model.",
+    },
+}
+"""The text encoders of a checkpoint in one file, by the beginnings of their names."""
+UNFIT_WIDTHS = {1024: "Stable Diffusion 2", 1280: "the refiner of SDXL"}
+"""Models that nodes can't run, by the width of their text embeddings."""
 WIDTHS = {768: "sd15", 2048: "sdxl"}
 """The family by the width of the text embeddings that a LoRA was made for."""
 
@@ -43,28 +64,59 @@ class Contents:
 def recognise(tensors: Shapes) -> Contents:
     """What a file with these tensors is. Raises ConfigurationError, which says what was found and what was expected."""
     for other, beginnings in OTHERS.items():
-        if any(name.startswith(beginnings) for name in tensors):
+        if any(name.removeprefix(UNET).startswith(beginnings) for name in tensors):
             raise ConfigurationError(f"it is {other}, which nodes can't run; {EXPECTED}")
     if any(name.endswith(LAMA) for name in tensors):
         return Contents("inpainting", "lama")
     if any(".lora_" in name or name.endswith((".alpha", ".dora_scale")) for name in tensors):
         return Contents("lora", _lora_family(tensors))
     if any(name.startswith("control_model.") or name.startswith("input_hint_block.") for name in tensors):
+        check_width(_width(tensors))
         return Contents("controlnet", _family(tensors))
     if "controlnet_cond_embedding.conv_in.weight" in tensors:
+        check_width(_width(tensors))
         return Contents("controlnet", "sdxl" if any(name.startswith("add_embedding.") for name in tensors) else "sd15")
     if any(name.startswith(UNET) for name in tensors):
-        channels = tensors.get(INPUT, (0, 4))[1]
-        if channels != 4:
-            use = {9: "for inpainting", 8: "for editing by instructions"}.get(channels, "of another kind")
-            raise ConfigurationError(f"its UNet is one {use}, with {channels} input channels; expected 4")
-        return Contents("checkpoint", _family(tensors))
+        return Contents("checkpoint", _whole(tensors))
     if any(name.startswith((VAE, "encoder.")) for name in tensors) and any("decoder." in name for name in tensors):
         return Contents("vae", "")
     if any(name.startswith("down_blocks.") for name in tensors):
         raise ConfigurationError(f"it is a UNet without text encoder and VAE; {EXPECTED}")
     some = ", ".join(sorted(tensors)[:3]) or "none"
     raise ConfigurationError(f"its tensors ({some}, ...) are of no known model; {EXPECTED}")
+
+
+def check_unet(channels: int, width: int | None) -> None:
+    """Raise ConfigurationError for the UNet of another model, by its input channels and the width of the text embeddings."""
+    if channels != 4:
+        use = {7: "for upscaling", 8: "for editing by instructions", 9: "for inpainting"}.get(channels, "of another kind")
+        raise ConfigurationError(f"its UNet is one {use}, with {channels} input channels; expected 4")
+    check_width(width)
+
+
+def check_width(width: int | None) -> None:
+    """Raise ConfigurationError for text embeddings of another model, by their width."""
+    if width in UNFIT_WIDTHS:
+        raise ConfigurationError(
+            f"it is for {UNFIT_WIDTHS[width]}, which nodes can't run; expected Stable Diffusion 1.5 or SDXL"
+        )
+
+
+def _whole(tensors: Shapes) -> str:
+    """The family of a checkpoint. Raises ConfigurationError if it is of another model, or if text encoders are missing."""
+    if INPUT not in tensors:
+        raise ConfigurationError(f"it is a diffusion model without a UNet, which nodes can't run; {EXPECTED}")
+    check_unet(tensors[INPUT][1], _width(tensors))
+    family = _family(tensors)
+    for encoder, beginning in ENCODERS[family].items():
+        if not any(name.startswith(beginning) for name in tensors):
+            raise ConfigurationError(f"it has a UNet and no {encoder}; expected a checkpoint that has both")
+    return family
+
+
+def _width(tensors: Shapes) -> int | None:
+    """The width of the text embeddings that a network takes, if that can be told."""
+    return next((shape[1] for name, shape in tensors.items() if name.endswith("attn2.to_k.weight") and len(shape) == 2), None)
 
 
 def _family(tensors: Shapes) -> str:

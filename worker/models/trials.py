@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,6 +16,8 @@ from numpy.typing import NDArray
 from imagemill.worker.models.checksums import digest
 from imagemill.worker.models.files import Kind, record_variant, variant, variant_record
 from imagemill.worker.models.own_process import TrialDied, apart
+from imagemill.worker.models.workshop import workshop
+from imagemill.worker.transfer.files import publish
 
 Outcome = Literal["needless", "made", "refused", "killed"]
 """The original is fine as it is; a variant was made; none has the same output; the trial was killed."""
@@ -46,13 +47,13 @@ def tried(original: Path, kind: Kind, make: Make, output: str | None = None) -> 
     known = outcome in get_args(Outcome) and record.get("original") == digest(original)
     if known and (outcome != "made" or target.is_file()):
         return outcome
-    with TemporaryDirectory(prefix=".", dir=original.parent) as work:
+    with workshop(target) as work:
         try:
-            outcome, reason = apart(make, original, Path(work) / target.name, output)
+            outcome, reason = apart(make, original, work / target.name, output)
         except TrialDied:
             return "killed"
         if outcome == "made":
-            (Path(work) / target.name).replace(target)
+            publish(work / target.name, target)
     record_variant(original, kind, accepted=outcome == "made", details={"outcome": outcome, "reason": reason})
     return outcome
 

@@ -8,7 +8,7 @@ from imagemill.worker.line.image import ImageInFlight
 from imagemill.worker.line.line import Line
 from imagemill.worker.node.shares import Held, ahead
 
-FIRST_IMAGES, FIRST_OF_BATCHES = 2, 8
+FIRST_IMAGES, FIRST_OF_BATCHES = 2, 16
 """Images taken ahead before it is known how fast they are computed: enough for a first batch where larger batches are faster.
 After that, the more it has computed, the more it takes."""
 GROWTH = 16

@@ -14,6 +14,8 @@ from PIL import Image
 from imagemill.producer.dry_run import FIRST, OTHERS, Sample
 from imagemill.shared.fleet import Fleet
 from imagemill.shared.messages import Item
+from imagemill.shared.options.base import ADDRESSES
+from imagemill.worker.node.look import JOB_IMAGES
 from tests.ledgers import Ledger
 from tests.unit.producer.jobs import GOOD, LANE, STYLIZE, Invoke, node
 
@@ -86,35 +88,125 @@ def test_works_without_redis(imagemill: Invoke, monkeypatch: pytest.MonkeyPatch)
     assert "time: unknown, Redis can't be reached" in result.stdout
 
 
-def test_fetch_opens_images_and_masks(
-    imagemill: Invoke, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that may be read, with files of each kind, beside one that may not."""
+    (folder := tmp_path / "in").mkdir()
+    monkeypatch.setenv("IMAGEMILL_FILES__READ_ROOTS", json.dumps([str(folder)]))
+    half = Image.new("L", (20, 10))
+    half.paste(255, (0, 0, 10, 10))
+    half.save(folder / "half.png")
+    (folder / "good.png").write_bytes(png((20, 10), "red"))
+    (folder / "tall.png").write_bytes(png((10, 20), 255, "L"))
+    (folder / "bad.png").write_bytes(b"no image")
+    (tmp_path / "hidden.png").write_bytes(png((20, 10), "red"))
+    return folder
+
+
+def opened(imagemill: Invoke, folder: Path, rows: list[dict[str, Any]], job: str, *options: str) -> list[dict[str, Any]]:
+    """What `--dry-run=fetch` says of a list's rows; values and options that end with .png are files of the folder."""
+    lines = [{name: address(folder, value) for name, value in row.items()} for row in rows]
+    Path("list.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in lines))
+    pairs = [option.split("=") for option in options]
+    settings = [part for name, value in pairs for part in ("--set", f"{name}={address(folder, value)}")]
+    where = ("--output", "s3://results/out", "--dry-run=fetch")
+    looks: list[dict[str, Any]] = tried(imagemill, "submit", "list.jsonl", *job.split(), *settings, *where)["looked_at"]
+    return looks
+
+
+def address(folder: Path, value: str) -> str:
+    return (folder / value).resolve().as_uri() if value.endswith(".png") else value
+
+
+INPAINT = "--operation inpaint"
+SAM = "--operation remove-background --engine rembg --set model=sam"
+REMBG = "--operation remove-background --engine rembg"
+DIFFUSION = "--operation stylize --engine diffusion"
+COLOURS = "--operation stylize"
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "error"),
+    [
+        ({"source": "good.png"}, [COLOURS], None),
+        ({"source": "bad.png"}, [COLOURS], "not_an_image: "),
+        ({"source": "none.png"}, [COLOURS], "not_found: "),
+        ({"source": "../hidden.png"}, [COLOURS], "forbidden_address: "),
+        # masks and boxes
+        ({"source": "good.png", "mask": "half.png"}, [INPAINT], None),
+        ({"source": "good.png"}, [INPAINT, "mask=half.png"], None),
+        ({"source": "good.png", "mask": "../hidden.png"}, [INPAINT], "bad_mask: the mask file:"),
+        ({"source": "good.png", "mask": "none.png"}, [INPAINT], "bad_mask: the mask file:"),
+        ({"source": "good.png", "mask": "bad.png"}, [INPAINT], "bad_mask: the mask file:"),
+        ({"source": "good.png"}, [INPAINT, "mask=none.png"], "bad_mask: the mask file:"),
+        ({"source": "good.png", "mask": "good.png"}, [INPAINT], "bad_mask: the mask file:"),
+        ({"source": "good.png", "mask": "tall.png"}, [INPAINT], "bad_mask: the mask is 10x20 but the image is 20x10"),
+        ({"source": "good.png", "boxes": "30,0,5,5"}, [INPAINT], "bad_mask: the box 30,0,5,5 lies outside the image"),
+        ({"source": "good.png", "boxes": "0,0,20,10"}, [INPAINT], "bad_mask: the mask and boxes cover the whole image"),
+        ({"source": "bad.png", "mask": "none.png"}, [INPAINT], "not_an_image: "),
+        # points
+        ({"source": "good.png", "points": "3,4", "boxes": "1,2,3,4"}, [SAM], None),
+        ({"source": "good.png", "points": "3,40"}, [SAM], "bad_mask: the point 3,40 lies outside the image"),
+        ({"source": "good.png"}, [SAM, "boxes=99,0,3,3"], "bad_mask: the box 99,0,3,3 lies outside the image"),
+        # control images, references and backgrounds
+        ({"source": "good.png", "control_image": "tall.png"}, [DIFFUSION], None),
+        ({"source": "good.png", "control_image": "none.png"}, [DIFFUSION], "bad_reference: the control image file:"),
+        ({"source": "good.png", "control_image": "bad.png"}, [DIFFUSION], "bad_reference: the control image file:"),
+        ({"source": "good.png"}, [DIFFUSION, "control_image=none.png"], "bad_reference: the control image file:"),
+        ({"source": "good.png", "control_image": "tall.png"}, [DIFFUSION, "control_image=none.png"], None),
+        ({"source": "good.png"}, [DIFFUSION, "reference=bad.png"], "bad_reference: the reference file:"),
+        ({"source": "good.png"}, [COLOURS, "style=colour-transfer", "reference=good.png"], None),
+        (
+            {"source": "good.png"},
+            [COLOURS, "style=colour-transfer", "reference=none.png"],
+            "bad_reference: the reference file:",
+        ),
+        ({"source": "good.png"}, [REMBG, "background_image=good.png"], None),
+        ({"source": "good.png"}, [REMBG, "background_image=../hidden.png"], "bad_reference: the background file:"),
+        # what the engine can't use is not fetched
+        ({"source": "good.png", "mask": "none.png", "control_image": "none.png"}, [COLOURS], None),
+    ],
+)
+def test_fetch_opens_all_that_a_job_fetches_and_fails_as_it_would(
+    imagemill: Invoke, files: Path, row: dict[str, Any], flags: list[str], error: str | None
 ) -> None:
-    monkeypatch.setenv("IMAGEMILL_FILES__READ_ROOTS", json.dumps([str(tmp_path / "in")]))
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/good.png").write_bytes(png((20, 10), "red"))
-    (tmp_path / "in/bad.png").write_bytes(b"no image")
-    (tmp_path / "mask.png").write_bytes(png((1, 1), 255, "L"))
-    (tmp_path / "in/mask.png").write_bytes(png((20, 10), 255, "L"))
-    rows = [
-        {"source": (tmp_path / "in" / name).as_uri(), "mask": (tmp_path / mask).as_uri()}
-        for name, mask in (("good.png", "in/mask.png"), ("bad.png", "in/mask.png"), ("good.png", "mask.png"))
-    ]
-    Path("list.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    inpaint = ("submit", "--dry-run=fetch", "list.jsonl", "--operation", "inpaint", "--output", "s3://results/out")
-    found = tried(imagemill, *inpaint)
-    good, bad, hidden = found["looked_at"]
+    (look,) = opened(imagemill, files, [row], *flags)
+    assert (look["place"], look["ok"]) == ("list.jsonl:1", error is None)
+    assert look.get("error", "").startswith(error or "")
+    assert ("error" in look) is (error is not None)
+
+
+def test_every_option_with_the_address_of_an_image_is_opened() -> None:
+    assert {*JOB_IMAGES, "mask"} == {*ADDRESSES}
+
+
+def test_fetch_tells_what_images_and_masks_are(imagemill: Invoke, ledger: Ledger, files: Path) -> None:
+    rows = [{"source": "good.png", "mask": "half.png"}, {"source": "bad.png", "mask": "none.png"}]
+    good, bad = opened(imagemill, files, rows, INPAINT)
     assert good == {
-        "source": rows[0]["source"],
+        "place": "list.jsonl:1",
+        "source": (files / "good.png").as_uri(),
         "ok": True,
         "format": "png",
         "size": [20, 10],
         "bytes": len(png((20, 10), "red")),
-        "mask": "fills 100.0% of 20×10 pixels",
+        "mask": "fills 50.0% of 20×10 pixels",
     }
-    assert (bad["ok"], bad["error"].partition(":")[0]) == (False, "not_an_image")
-    assert (hidden["ok"], hidden["mask"].partition(":")[0]) == (False, "forbidden_address")
-    assert found["output_bytes"] == 1080
+    assert [error.partition(":")[0] for error in bad["errors"]] == ["not_an_image", "bad_mask"]
+    assert bad["error"] == bad["errors"][0]
+    shown = imagemill("submit", "list.jsonl", *INPAINT.split(), "--output", "s3://results/out", "--dry-run=fetch")
+    lines = shown.stdout.splitlines()
+    assert lines[-3] == f"  list.jsonl:1: {good['source']}: png, 20×10, {good['bytes']} bytes; mask: {good['mask']}"
+    assert lines[-2].startswith(f"  list.jsonl:2: {bad['source']}: not_an_image: ")
+    assert lines[-1] == "1 of the 2 opened images would fail: 1 not_an_image"
     assert ledger.jobs() == []
+    (own,) = opened(imagemill, files, [{"source": "good.png", "control_image": "tall.png"}], DIFFUSION)
+    assert own["control_image"] == "10×20 pixels"
+
+
+def test_fetch_opens_an_image_once_for_all_of_its_garments(imagemill: Invoke, files: Path) -> None:
+    looks = opened(imagemill, files, [{"source": "good.png"}, {"source": "half.png"}], REMBG, "model=u2net_cloth_seg")
+    assert [look["place"] for look in looks] == ["list.jsonl:1", "list.jsonl:2"]
 
 
 def test_sample_holds_the_first_images_and_some_of_the_others() -> None:

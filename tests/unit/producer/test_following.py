@@ -164,7 +164,7 @@ def test_results_survive_a_lost_connection_without_gaps_or_repeats(
 def counts(stdout: str) -> tuple[str, int, int, int]:
     """The object on stdout, which is all that is there."""
     told = json.loads(stdout)
-    assert set(told) == {"job", "state", "total", "done", "failed", "seconds"}
+    assert set(told) == {"job", "state", "total", "done", "failed", "seconds", "advice", "warnings"}
     return told["state"], told["total"], told["done"], told["failed"]
 
 

@@ -150,6 +150,9 @@ def test_url_field_has_three_names(write: Any, name: str) -> None:
     ("line", "reason"),
     [
         (json.dumps({"source": A, "maks": B}), "unknown field 'maks'; did you mean 'mask'?"),
+        (json.dumps({"source": A, "control-image": B}), "unknown field 'control-image'; did you mean 'control_image'?"),
+        (json.dumps({"source": A, "prompt": "x"}), "options are the same for all images of a job: use --set prompt=VALUE"),
+        (json.dumps({"source": A, "mask-from": "x"}), "unknown field 'mask-from'; options are the same"),
         (json.dumps({"mask": B}), "no field 'source'"),
         (json.dumps({"source": A, "url": B}), "both 'source' and 'url' name the image"),
         ("[1, 2]", "a JSON object or string"),
@@ -363,6 +366,9 @@ def test_parse_returns_an_item() -> None:
         ({"source": A, "boxes": "1,2,3"}, "boxes.0: "),
         ({"source": A, "boxes": [[1, 2, 0, 4]]}, "boxes.0.width: "),
         ({"source": A, "name": "n" * 201}, "name: "),
+        ({"source": A, "masks": B}, "unknown field 'masks'; did you mean 'mask'?"),
+        ({"source": A, "index": 3}, "unknown field 'index'"),
+        ({"source": A, "seed": 3}, "unknown field 'seed'; options are the same for all images of a job"),
     ],
 )
 def test_parse_reports_the_invalid_field(fields: dict[str, Any], field: str) -> None:

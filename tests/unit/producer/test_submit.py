@@ -64,6 +64,48 @@ def test_submit_does_not_warn_when_a_worker_offers_the_lane(imagemill: Invoke, f
     assert "no worker" not in imagemill(*STYLIZE, stdin=GOOD).stderr
 
 
+def test_submit_warns_of_what_has_no_effect_once(imagemill: Invoke, ledger: Ledger, fleet: Fleet) -> None:
+    fleet.report_node(node("inpaint.opencv"))
+    Path("list.csv").write_text("source,masks,points\nhttps://example.com/a.jpg,s3://m/a.png,7\n")
+    flags = ("submit", "list.csv", "--operation", "inpaint", "--output", "s3://results/x", "--set", "mask-from=luma")
+    warnings = [
+        "mask_from has no effect, because there is no mask",
+        "'points' in the list has no effect on inpaint (opencv), only on remove-background with engine=rembg and model=sam: "
+        "1 row, list.csv:2",
+        "the column 'masks' of list.csv is not read; did you mean 'mask'?",
+    ]
+    told = [f"warning: {warning}" for warning in warnings]
+    queued = imagemill(*flags, "--set", "boxes=1,2,3,4", "--json")
+    assert queued.stderr.splitlines()[1:] == told
+    assert json.loads(queued.stdout)["warnings"] == warnings
+    tried = imagemill(*flags, "--set", "boxes=1,2,3,4", "--json", "--dry-run")
+    assert (tried.stderr.splitlines(), json.loads(tried.stdout)["warnings"]) == (told, warnings)
+    refused = imagemill(*flags)
+    assert refused.stderr.splitlines() == [
+        "invalid rows:",
+        "  list.csv:2: needs a mask or boxes, from the row or the job: https://example.com/a.jpg",
+        *told,
+        "error (invalid_source): 1 invalid row, nothing was queued; fix them, or skip them with --skip-invalid",
+    ]
+    assert len(ledger.jobs()) == 1
+
+
+def test_submit_without_redis_says_so_in_one_line(imagemill: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEMILL_REDIS_URL", "redis://127.0.0.1:1/0")
+    (line,) = imagemill(*STYLIZE, stdin=GOOD).stderr.splitlines()
+    assert line.startswith("error (broker_unavailable): Redis: ")
+    assert line.endswith("Connection refused; nothing was queued")
+
+
+def test_dry_run_names_a_part_that_no_node_has(imagemill: Invoke, fleet: Fleet) -> None:
+    fleet.report_node(node("stylize.diffusion.sd15").model_copy(update={"parts": ("controlnet-canny",)}))
+    flags = ("--operation", "stylize", "--engine", "diffusion", "--set", "model=sd15", "--set", "loras=ink")
+    for more in ([], ["--dry-run"]):
+        stderr = imagemill("submit", "-", *flags, *more, "--output", "s3://results/x", stdin=GOOD).stderr
+        (warning,) = (line for line in stderr.splitlines() if line.startswith("warning: "))
+        assert "ink" in warning
+
+
 @pytest.mark.parametrize(
     ("flags", "warning"),
     [
@@ -106,7 +148,8 @@ def test_owner_and_times_are_passed_on(imagemill: Invoke, ledger: Ledger) -> Non
 def test_submit_json_prints_the_counts(imagemill: Invoke) -> None:
     result = imagemill(*STYLIZE, "--json", "--skip-invalid", stdin=GOOD + "ftp://example.com/c.jpg\n")
     summary = json.loads(result.stdout)
-    assert summary == {"job": summary["job"], "total": 3, "duplicates": 1, "invalid": 1, "skipped": 0}
+    told = {"advice": "no worker offers stylize.opencv; start one with `imagemill worker --cpu`", "warnings": []}
+    assert summary == {"job": summary["job"], "total": 3, "duplicates": 1, "invalid": 1, "skipped": 0, **told}
     assert "stdin:4" in result.stderr
 
 
@@ -116,7 +159,7 @@ def test_submit_wait_prints_one_json_object_and_exits_with_1_on_failures(
 ) -> None:
     result = imagemill(*STYLIZE, "--wait", "--json", stdin=rows, client=Worked)
     summary = json.loads(result.stdout)
-    assert list(summary) == ["job", "state", "total", "done", "failed", "seconds"]
+    assert list(summary) == ["job", "state", "total", "done", "failed", "seconds", "advice", "warnings"]
     assert (summary["state"], summary["total"], summary["done"], summary["failed"]) == ("done", done + failed, done, failed)
     assert result.exit_code == code
 

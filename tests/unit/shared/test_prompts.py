@@ -129,7 +129,21 @@ def test_any_text_can_be_read(prompt: str) -> None:
         ("shoe <lora:flat:0.8>", "<lora:flat:0.8> must be given as an option, loras=flat:0.8"),
         ("shoe <lora:flat>", "<lora:flat> must be given as an option, loras=flat"),
         ("<lyco:flat:1:0.5>", "<lyco:flat:1:0.5> must be given as an option, loras=flat:1"),
-        ("<hypernet:x:1>", "<hypernet:x:1> would load another model, which is not supported"),
+        ("<LoRA: flat : 0.8 >", "<LoRA: flat : 0.8 > must be given as an option, loras=flat:0.8"),
+        ("a <lora:flat:0.8> b <lora:ink>", "<lora:flat:0.8>, <lora:ink> must be given as an option, loras=flat:0.8;ink"),
+        ("<hypernet:x:1>", "<hypernet:x:1> would load another model, which is not supported; leave it out"),
+        ("<lora:flat:1> <embedding:x>", "<embedding:x> would load another model"),
+        ("embedding:mine, shoe", "'embedding:mine' is an embedding (textual inversion), which is not supported; leave it out"),
+        ("(embedding:my-style.v2:1.2)", "'embedding:my-style.v2' is an embedding"),
+        ("blurry, EasyNegative", "'EasyNegative' is an embedding"),
+        ("(bad-hands-5:1.3)", "'bad-hands-5' is an embedding"),
+        ("bad_prompt_version2", "'bad_prompt_version2' is an embedding"),
+        ("ng_deepnegative_v1_75t, badhandv4", "'ng_deepnegative_v1_75t' is an embedding"),
+        ("a __colour__ shoe", "__colour__ would be replaced at random, which is not supported; write the words themselves"),
+        ("__styles/*__", "__styles/*__ would be replaced"),
+        ("a {red|blue} shoe", "{red|blue} would be replaced"),
+        ("shoe\nNegative prompt: blurry", "'Negative prompt:' and what follows is not part of the prompt; give it as options"),
+        ("shoe Steps: 20, Sampler: Euler a", "'Steps: 20, Sampler:' and what follows"),
         ("(shoe:11)", "weights must be from -10 to 10, but 'shoe' has 11"),
         ("((shoe:-5):3)", "weights must be from -10 to 10, but 'shoe' has -15"),
         ("(" * 300 + "shoe", "weights must be from -10 to 10, but 'shoe' has 2.6"),
@@ -148,7 +162,23 @@ def test_what_is_not_supported_is_refused_with_a_reason(prompt: str, reason: str
 
 
 @pytest.mark.parametrize(
-    "prompt", [r"\[cat|dog\]", r"\[a:b:0.5\]", "[shoe] 3:4", "(a|b:1.2)", "sand, ANDY and", "a <3 b> c", "<b>"]
+    "prompt",
+    [
+        r"\[cat|dog\]",
+        r"\[a:b:0.5\]",
+        "[shoe] 3:4",
+        "(a|b:1.2)",
+        "sand, ANDY and",
+        "a <3 b> c",
+        "<b>",
+        "bad hands, bad artist",
+        "a negative image",
+        "__ __",
+        "snake__case",
+        "{red}, a|b",
+        "steps: 20",
+        "embedding",
+    ],
 )
 def test_text_that_only_resembles_unsupported_syntax_is_accepted(prompt: str) -> None:
     assert parse_options("stylize", "diffusion", {"prompt": prompt}).model_dump()["prompt"] == prompt

@@ -8,7 +8,7 @@ from imagemill.shared.engines import ENGINES
 from imagemill.shared.errors import ImagemillError
 from imagemill.shared.settings import Settings
 from imagemill.worker.hardware.device import Device
-from imagemill.worker.models.catalogue import CONVERTED, MODELS, WEIGHTS, Weights
+from imagemill.worker.models.catalogue import CONVERTED, MODELS, WEIGHTS, Weights, is_part
 from imagemill.worker.models.checksums import digest, hash_file
 from imagemill.worker.models.files import is_current, path_of, state, variant, variant_record
 from imagemill.worker.node.checks.finding import Finding
@@ -56,7 +56,8 @@ def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:
     name, folder = weights.name, settings.weights.folder.expanduser()
     if _is_damaged(weights, settings):
         yield Finding("models", "warning", f"{name} is damaged, or not the published file", f"imagemill models pull {name}")
-    if settings.onnx.int8 and weights.engine not in CONVERTED and not is_current(path_of(folder, weights), "int8"):
+    quantisable = weights.engine not in CONVERTED and not is_part(name)
+    if settings.onnx.int8 and quantisable and not is_current(path_of(folder, weights), "int8"):
         fix = f"imagemill models quantize {name} --images FOLDER, or unset IMAGEMILL_ONNX__INT8"
         yield Finding("models", "warning", f"{name} has no 8-bit version, so it runs in 32 bits", fix)
 

@@ -18,6 +18,7 @@ from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels
 from imagemill.worker.operations.base import Inputs
+from imagemill.worker.operations.remove_background.matte import Map
 from imagemill.worker.operations.remove_background.model_families import Family
 from imagemill.worker.operations.remove_background.onnx_model import OnnxModel, Tensor
 from imagemill.worker.operations.remove_background.run_once import RunOnce
@@ -46,6 +47,12 @@ class Garments(Session):
     def rembgs_mask(self, output: Tensor, size: Size, part: str | None) -> Grey:
         """rembg scales the classes as if they were shades of grey: between background and `full` lies a rim of `upper`."""
         return np.asarray(cv2.LUT(by_lanczos(_classes(output), size), _palette(part)), np.uint8)
+
+
+def masks(output: Tensor) -> Map:
+    """The mask of each garment, float32 [3, h, w] of 0 and 1, from the network's output [4, h, w]. Raises OperationFailed."""
+    found = _classes(output)
+    return np.stack([found == garment for garment in range(1, COUNT)]).astype(np.float32)
 
 
 def _classes(output: Tensor) -> Grey:

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from imagemill.shared.errors import BadMask, ConfigurationError, OperationFailed
-from imagemill.shared.options.base import Box, Point
+from imagemill.shared.errors import ConfigurationError, OperationFailed
 from imagemill.shared.options.remove_background import RembgRemoveBackground
 from imagemill.worker.hardware.device import Device
 from imagemill.worker.imaging.picture import Grey, Picture, Pixels, flatten
@@ -23,11 +22,12 @@ from imagemill.worker.imaging.scale import resize
 from imagemill.worker.operations.base import Inputs
 from imagemill.worker.operations.remove_background.model_families import HIDDEN
 from imagemill.worker.operations.remove_background.onnx_model import Network, Tensor
+from imagemill.worker.operations.remove_background.prompts import prompts_of
 from imagemill.worker.operations.remove_background.run_once import RunOnce
 from imagemill.worker.operations.remove_background.session import Opened, Session, Size
 
 FRAME = (1024, 684)  # width and height of the encoder's input
-BESIDE, CORNERS, PADDING = 0, (2, 3), -1  # labels: a point beside the object, a box's corners, and one that counts for nothing
+PADDING = -1  # the label of a point that counts for nothing
 STRIP = 1 << 20  # pixels of a mask that are interpolated at once
 DECODER = ("image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input", "orig_im_size")
 
@@ -107,30 +107,9 @@ class _Encoder:
 
 def _prompts(inputs: Inputs[RembgRemoveBackground], size: Size) -> tuple[Tensor, Tensor]:
     """Places in the frame and labels of an image of `size`, as rembg calculates them. Raises BadMask."""
-    row, job = inputs.item, inputs.options
-    points, boxes = (row.points, row.boxes) if row.points or row.boxes else (job.points, job.boxes)
-    if not points and not boxes:
-        points = (Point(x=size[0] // 2, y=size[1] // 2),)
-    places: list[tuple[float, float]] = []
-    prompts: tuple[Point | Box, ...] = (*points, *boxes)
-    for one in prompts:
-        places += _places(one, size)
-    labels = [point.label for point in points] + [*CORNERS] * len(boxes)
+    places, labels = prompts_of(inputs, size)
     scale = min(FRAME[0] / size[0], FRAME[1] / size[1])
     return (np.array(places).astype(np.float32) * np.float64(scale)).astype(np.float32), np.array(labels, np.float32)
-
-
-def _places(one: Point | Box, size: Size) -> list[tuple[float, float]]:
-    """A point, or the corners of a box, in pixels of the image."""
-    across, down = size if one.unit == "fraction" else (1, 1)
-    numbers = (one.x, one.y) if isinstance(one, Point) else (one.x, one.y, one.width, one.height)
-    if one.x * across > size[0] or one.y * down > size[1]:
-        what = f"the {type(one).__name__.lower()} {','.join(f'{number:g}' for number in numbers)}"
-        raise BadMask(f"{what} lies outside the image, which is {size[0]}x{size[1]}")
-    corner = one.x * across, one.y * down
-    if isinstance(one, Point):
-        return [corner]
-    return [corner, ((one.x + one.width) * across, (one.y + one.height) * down)]
 
 
 def _fitted(size: Size) -> Size:

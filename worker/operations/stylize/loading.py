@@ -10,5 +10,5 @@ import torch
 
 def from_disk(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `from_pretrained`: local safetensors only, in half precision if they were pulled in it."""
-    half = any(folder.rglob("*.fp16.safetensors"))
+    half = any(folder.rglob("*.fp16*.safetensors"))
     return dict(dtype=dtype, variant="fp16" if half else None, use_safetensors=True, local_files_only=True)

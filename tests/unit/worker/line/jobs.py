@@ -6,7 +6,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -72,10 +72,17 @@ class LineJob:
         return self.items([f"/{n}.png" for n in range(count)])
 
     def line(
-        self, *, node: str = "here", changed: Callable[[], object] = lambda: None, workers: int = 8, **settings: Any
+        self,
+        *,
+        node: str = "here",
+        changed: Callable[[], object] = lambda: None,
+        workers: int = 8,
+        turn: AbstractContextManager[Any] | None = None,
+        **settings: Any,
     ) -> Line:
         """A new line."""
-        line = Line(settings_for(**settings), Records(self.ledger, node), self.network, changed, threads=workers)
+        records = Records(self.ledger, node)
+        line = Line(settings_for(**settings), records, self.network, changed, threads=workers, turn=turn)
         self.lines.append(line)
         return line
 

@@ -58,6 +58,18 @@ def test_measured_peaks_allow_larger_steps() -> None:
     assert operation.sizes == [1, 4, 64, 64, 64]
 
 
+def test_growth_is_how_much_larger_the_next_batch_may_be() -> None:
+    gpu = FakeGpu(100_000)
+    operation, sizes = Hungry(gpu, each=10, base=50), BatchSizes(gpu)
+    growths = [sizes.growth(KIND, 32)]
+    for _ in range(3):
+        work(operation, sizes, 1, most=32)
+        growths.append(sizes.growth(KIND, 32))
+    assert growths == [1, 4, 8, 1]
+    assert sizes.growth(KIND, 4) == 1, "another job's batches may not be as large"
+    assert BatchSizes(known={KIND: Known(fits=1)}).growth(KIND, 32) == 1, "on a CPU, larger batches are no faster"
+
+
 def test_without_peaks_sizes_only_double() -> None:
     gpu = FakeGpu(1000, blind=True)
     operation, sizes = Hungry(gpu, each=1), BatchSizes(gpu)

@@ -35,6 +35,20 @@ def test_each_image_gets_its_own_result_and_exactly_one_record(operation: type[I
     assert (status.done, status.failed) == (20, 0)
 
 
+def test_items_of_one_image_are_fetched_together(job: LineJob) -> None:
+    line, images = job.begin(Invert(), job.items([{"source": "/a.png", "part": part} for part in ("upper", "lower", "full")]))
+
+    def slow(handler: Handler) -> None:
+        wait_until(lambda: all(image.place == "fetching" for image in images), "all are being fetched")
+        reply(handler, 200, photo(0))
+
+    job.server.routes["/a.png"] = slow
+    drain(line, images)
+    assert job.codes() == ["done"] * 3
+    assert job.server.hits["/a.png"] == 1
+    assert job.context.fetcher.room.used == 0
+
+
 def test_images_done_by_two_children_are_recorded_once(job: LineJob) -> None:
     items = job.photos(4)
     for node, counted in (("here", 4), ("there", 0)):

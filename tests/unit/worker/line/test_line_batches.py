@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ import pytest
 from imagemill.shared.errors import DeviceLost
 from imagemill.worker.imaging.picture import Picture
 from imagemill.worker.line.batch_sizes import BatchSizes, Known
+from imagemill.worker.line.image import ImageInFlight
 from imagemill.worker.operations.base import Inputs, Sample, Spec, Work
 from tests.conftest import photo
 from tests.devices import DEAD, FakeGpu
 from tests.fakes import Invert
 from tests.services.images import Handler, reply
-from tests.unit.worker.line.jobs import SIZE, Gate, LineJob
+from tests.unit.worker.line.jobs import SIZE, Gate, LineJob, drain
 from tests.workers import wait_until
 
 
@@ -59,6 +61,30 @@ def test_record_holds_the_batch_size_that_went_through_the_model(together: bool,
     assert operation.sizes == [3, 3]
     batches = [row.result.batch for row in job.rows() if row.result]
     assert batches == [3 if together else 1] * 6
+
+
+def test_child_that_shares_the_device_waits_only_while_the_other_one_uses_it(job: LineJob) -> None:
+    """Not while the images of the other one's batch are passed on."""
+    events: list[str] = []
+
+    class Turn(AbstractContextManager[None]):
+        def __enter__(self) -> None:
+            events.append("begin")
+
+        def __exit__(self, *error: object) -> None:
+            events.append("end")
+
+    items, operation = job.photos(2), Sized(room=8)
+    line = job.line(turn=Turn(), wait=60)
+    computed = line.computed
+
+    def passed_on(image: ImageInFlight) -> None:
+        events.append("passed on")
+        computed(image)
+
+    line.computed = passed_on  # type: ignore[method-assign]
+    drain(line, job.join(line, operation, items, sizes=operation.known))
+    assert events == ["begin", "end", "passed on", "passed on"]
 
 
 def test_slow_image_does_not_hold_up_the_others(job: LineJob) -> None:

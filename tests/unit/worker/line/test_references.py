@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import io
 import threading
@@ -15,7 +16,7 @@ from imagemill.shared.settings import FetchSettings, FileSettings
 from imagemill.worker.line.pixel_budget import PixelBudget
 from imagemill.worker.line.references import References
 from imagemill.worker.line.stopped import Stopped
-from imagemill.worker.transfer.fetch import Fetcher, cut_short
+from imagemill.worker.transfer.fetch import Fetched, Fetcher, cut_short
 from imagemill.worker.transfer.network import Network
 from tests.conftest import photo
 from tests.services.images import Handler, ImageServer, failing, html, reply
@@ -50,6 +51,39 @@ def test_reference_is_fetched_once_for_concurrent_requests(references: Reference
         first, *others = (one.result(60) for one in asked)
     assert all(other is first for other in others)
     assert (first.size, images.hits["/a.png"]) == ((96, 72), 1)
+
+
+@pytest.mark.parametrize("found", [True, False], ids=["found", "failing"])
+def test_items_of_one_image_share_its_download(
+    found: bool, fetcher: Fetcher, references: References, images: ImageServer
+) -> None:
+    go_on, url = threading.Event(), images.url("/a.png")
+
+    def slow(handler: Handler) -> None:
+        go_on.wait(60)
+        reply(handler, 200 if found else 404, photo(1))
+
+    async def items() -> list[Fetched | BaseException]:
+        coming = [asyncio.create_task(references.bring_source(url, 1)) for _ in range(3)]
+        await asyncio.sleep(0)  # all have asked
+        go_on.set()
+        return await asyncio.gather(*coming, return_exceptions=True)
+
+    images.routes["/a.png"] = slow
+    files = fetcher.network.call(items())
+    assert images.hits["/a.png"] == 1
+    if not found:
+        assert [type(file) for file in files] == [NotFound] * 3
+        assert fetcher.room.used == 0
+        return
+    datas = [file.data for file in files if isinstance(file, Fetched)]
+    assert datas[0] == photo(1)
+    assert datas[1] is datas[2] is datas[0]
+    assert fetcher.room.used == 3 * len(photo(1))
+    for _ in files:
+        fetcher.room.release(len(photo(1)))
+    fetcher.network.call(references.bring_source(url, 1))
+    assert images.hits["/a.png"] == 2, "nothing is kept when nobody asks"
 
 
 def test_kept_references_count_in_the_pixel_budget(fetcher: Fetcher, images: ImageServer) -> None:

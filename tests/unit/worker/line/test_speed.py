@@ -108,6 +108,18 @@ def test_pace_is_what_the_device_could_do_if_it_never_waited_and_batches_were_fu
     assert speed.pace("b") == 0
 
 
+def test_pace_expects_the_next_batch_to_be_larger_while_batches_grow() -> None:
+    clock = Clock()
+    speed = Speed(clock, siblings=2)
+    speed.resume()
+    paces = []
+    for batch, growth in ((1, 4), (4, 8), (32, 1)):
+        clock.now += 0.1
+        speed.ran("a", batch, batch, 0.1, growth)
+        paces.append(speed.pace())
+    assert paces == [pytest.approx(each, rel=0.02) for each in (20, 160, 160)]
+
+
 def test_pace_counts_images_not_samples() -> None:
     """An image may have several tiles, of which only the last completes it."""
     clock = Clock()

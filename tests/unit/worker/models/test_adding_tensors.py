@@ -25,15 +25,19 @@ from tests.unit.worker.models.test_adding_commands import Run, contents, listed,
 
 __all__ = ["run", "weights"]
 
-INPUT = "model.diffusion_model.input_blocks.0.0.weight"
+UNET, INPUT = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0.weight"
+XL_TEXT, HINT = "conditioner.embedders.0.transformer.a", "controlnet_cond_embedding.conv_in.weight"
 
 
 @pytest.mark.parametrize(
     ("names", "kind", "family"),
     [
         ([INPUT, "cond_stage_model.transformer.text_model.a"], "checkpoint", "sd15"),
-        ([INPUT, "conditioner.embedders.1.model.a"], "checkpoint", "sdxl"),
+        ([INPUT, "cond_stage_model.transformer.embeddings.a"], "checkpoint", "sd15"),
+        ([INPUT, "conditioner.embedders.0.transformer.a", "conditioner.embedders.1.model.a"], "checkpoint", "sdxl"),
         (["control_model.time_embed.0.weight"], "controlnet", "sd15"),
+        (["time_embed.0.weight", "input_hint_block.0.weight"], "controlnet", "sd15"),
+        (["control_model.input_hint_block.0.weight", "control_model.label_emb.0.0.weight"], "controlnet", "sdxl"),
         (["controlnet_cond_embedding.conv_in.weight"], "controlnet", "sd15"),
         (["controlnet_cond_embedding.conv_in.weight", "add_embedding.linear_1.weight"], "controlnet", "sdxl"),
         (["encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"], "vae", ""),
@@ -53,7 +57,21 @@ def test_kind_and_family_are_recognised_by_the_tensors_names(names: list[str], k
         ({INPUT: (320, 8, 3, 3)}, "its UNet is one for editing by instructions, with 8 input channels; expected 4"),
         ({INPUT: (320, 4), "cond_stage_model.model.a": (1,)}, "it is Stable Diffusion 2, which nodes can't run; expected"),
         ({"conditioner.embedders.0.model.a": (1,)}, "it is the refiner of SDXL, which nodes can't run"),
+        ({INPUT: (320, 4)}, "it has a UNet and no text encoder; expected a checkpoint that has both"),
+        ({INPUT: (320, 4), XL_TEXT: (1,)}, "it has a UNet and no second text encoder; expected a checkpoint that has both"),
+        ({INPUT: (320, 4), f"{UNET}label_emb.0.0.weight": (1,)}, "it has a UNet and no first text encoder"),
+        ({INPUT: (320, 4), f"{UNET}middle_block.1.a.attn2.to_k.weight": (1, 1024)}, "it is for Stable Diffusion 2, which"),
+        ({INPUT: (384, 4), f"{UNET}middle_block.1.a.attn2.to_k.weight": (1, 1280)}, "it is for the refiner of SDXL, which"),
+        ({INPUT: (320, 4), XL_TEXT: (1,), "edm_mean": (4,)}, "it is Playground 2.5, which nodes can't run"),
         ({"double_blocks.0.a": (1,)}, "it is Flux, which nodes can't run; expected a checkpoint of Stable Diffusion 1.5"),
+        ({f"{UNET}joint_blocks.0.a": (1,), "first_stage_model.a": (1,)}, "it is Stable Diffusion 3, which nodes can't run"),
+        ({f"{UNET}cap_embedder.0.weight": (1,)}, "it is Lumina, which nodes can't run"),
+        ({f"{UNET}blocks.0.a": (1,)}, "it is a diffusion model without a UNet, which nodes can't run; expected"),
+        ({"lora_controlnet": (0,), "input_hint_block.0.weight": (1,)}, "it is a control LoRA, which nodes can't run"),
+        ({"body.0.block1.weight": (1,), "conv_in.weight": (1,)}, "it is a T2I adapter, which nodes can't run"),
+        ({"task_embedding": (1,), HINT: (1,)}, "it is a union ControlNet, which nodes can't run"),
+        ({HINT: (1,), "mid_block.a.attn2.to_k.weight": (1, 1024)}, "it is for Stable Diffusion 2, which nodes can't run"),
+        ({"control_model.a.attn2.to_k.weight": (1, 1024)}, "it is for Stable Diffusion 2, which nodes can't run"),
         ({"down_blocks.0.a": (1,)}, "it is a UNet without text encoder and VAE"),
         ({"bert.encoder.a": (1,)}, "its tensors (bert.encoder.a, ...) are of no known model"),
         ({}, "its tensors (none, ...) are of no known model"),
@@ -192,8 +210,9 @@ def test_lora_with_values_that_are_not_finite_is_refused(value: float, run: Run,
 
 
 def test_pickled_checkpoint_is_read_as_data(run: Run, weights: Path, tmp_path: Path) -> None:
-    tensors = checkpoint_tensors(pipeline_folder(weights))
-    positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}
+    named = checkpoint_tensors(pipeline_folder(weights))
+    tensors = {name.replace(".text_model.", "."): tensor for name, tensor in named.items()}  # as in the first checkpoints
+    positions = {"cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)[None]}
     torch.save({"state_dict": tensors | positions, "epoch": 3, "where": Path("a")}, tmp_path / "photo.ckpt")
     done = run("add", "photo", tmp_path / "photo.ckpt")
     assert done.exit_code == 0, done.output

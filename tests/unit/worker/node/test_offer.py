@@ -193,6 +193,9 @@ def test_doctor_warns_when_an_8_bit_model_is_missing(tmp_path: Path) -> None:
     variant(original, "int8").touch()
     record_variant(original, "int8", accepted=True, details={})
     assert missing_version not in [finding.found for finding in check_models(known)]
+    for part in ("encoder", "decoder"):
+        (tmp_path / "rembg" / f"sam.{part}.onnx").touch()
+    assert not [finding.found for finding in check_models(known) if "8-bit" in finding.found], "sam can't be quantised"
 
 
 def test_doctor_reads_a_file_that_is_new_or_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from imagemill.worker.operations import registry
 def test_create_returns_the_engine_that_the_row_names(row: Engine) -> None:
     spec = registry.create(row.operation, row.name).spec
     assert (spec.name, spec.engine) == (row.operation, row.name)
+    columns = row.options().columns
+    assert (spec.needs_mask, spec.takes_control) == ("mask" in columns, "control_image" in columns)
 
 
 def test_create_returns_a_new_instance_each_time() -> None:
