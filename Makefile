@@ -5,10 +5,10 @@
 # make docs         builds the documentation into site/; make docs-serve shows it while you write
 # make bench        runs the benchmarks
 # make gpu-wheels   collects what `python3 -m bench.gpu` needs on a machine with a GPU and no network
-# make locks        writes the hashes of all packages that the images install, after a change to their versions
+# make locks        writes the hashes of all packages that the images install; run it after changing their versions
 # make sbom         lists these packages in sbom/, as CycloneDX
-# make pin-images   writes the digests of the images of others into .env
-# make clean        removes everything that these create
+# make pin-images   writes the digests of third-party images into .env
+# make clean        removes everything that these targets create
 #
 # ARGS is passed on: make demo ARGS="--images ~/photos", make test ARGS="tests/unit -x"
 # Another Python version: make test PYTHON=python3.12

@@ -196,7 +196,7 @@ def disk_full(run: FaultRun) -> str:
 
 
 ROWS = [
-    Row("s3-down", f"{STORED}; the status says why it waits", s3_down, s3=True),
+    Row("s3-down", f"{STORED}; the status says why it is waiting", s3_down, s3=True),
     Row("s3-slow", STORED, s3_slow, s3=True),
     Row("s3-busy", STORED, s3_busy, s3=True),
     Row("s3-reset", STORED, s3_reset, s3=True),

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pulls the images of others that docker-compose.yml names by tag, and writes each with its digest into .env.
-# `make pin-images` calls this. Run it again to move to what the tags stand for today.
+# Pulls the third-party images that docker-compose.yml names by tag, and writes each with its digest into .env.
+# `make pin-images` calls this. Run it again to move to what the tags mean today.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -f .env ] || { echo "there is no .env: copy deploy/.env.example to .env and fill it in" >&2; exit 1; }

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs the compose files for GPUs where there are none.
+# Runs the compose files for GPUs on a machine without any.
 #
 #   deploy/try-compose.sh [IMAGES]      tests eight containers, then one container with eight nodes; 400 images per job
 #   deploy/try-compose.sh start         starts eight containers, with Prometheus and Grafana, and leaves them running
-#   deploy/try-compose.sh stop          removes all that is left
+#   deploy/try-compose.sh stop          removes everything
 #
-# The nodes run the opencv engines, and a stand-in for nvidia-smi lists the GPUs. Everything else is as in production, but the
-# reservation of devices, which needs NVIDIA's container toolkit. The project is called imagemill-try and has its own volumes;
+# The nodes run the opencv engines, and a stand-in for nvidia-smi lists the GPUs. Everything else is as in production, except
+# for the reservation of devices, which needs NVIDIA's container toolkit. The project is called imagemill-try and has its own volumes;
 # a test takes any free ports and removes everything. It needs Docker with compose, 4 GB of memory, and ten minutes.
 #
 #   COMPOSE="docker compose"      the command to call

@@ -1,4 +1,4 @@
-"""Submit a folder of photos from Python and print what became of each.
+"""Submit a folder of photos from Python, and print each result.
 
     python examples/submit.py PHOTOS RESULTS
 

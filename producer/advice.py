@@ -12,7 +12,7 @@ from imagemill.shared.messages import Node
 def advice(lane: str, nodes: Iterable[Node], parts: Iterable[str] = ()) -> str | None:
     """Why no node can work in a lane, or has the `parts` that a job needs, and the commands that help; None if one can.
 
-    A model that isn't in the catalogue may be one of the user's own, or a slip: the nearest name is added.
+    A model that isn't in the catalogue may be the user's own, or a typo, so the nearest name is suggested.
     """
     nodes = list(nodes)
     offered = {offer for node in nodes for offer in node.lanes}

@@ -39,7 +39,7 @@ def _connect(settings: Settings) -> Client:
 def main(ctx: click.Context) -> None:
     """Retouch images in bulk: image URLs in, retouched images out.
 
-    Settings are read from IMAGEMILL_... variables or a .env file, S3 keys from the AWS variables.
+    Settings come from IMAGEMILL_... variables or a .env file, and S3 keys from the AWS variables.
     """
     ctx.obj = ctx.obj or _connect
 
@@ -49,7 +49,7 @@ def main(ctx: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def status(connect: Connect, job: str, as_json: bool) -> None:
-    """Show a job's progress, its place in line and when it should end."""
+    """Show a job's progress, place in line and expected end."""
     with connect(load_settings()) as client:
         (found,) = client.explain([client.status(job)])
         unserved = client.unserved([found])
@@ -60,7 +60,7 @@ def status(connect: Connect, job: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--dead", is_flag=True, help="List what in Redis could not be read and was set aside instead.")
+@click.option("--dead", is_flag=True, help="Instead, list what could not be read in Redis and was set aside.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_obj
 def jobs(connect: Connect, dead: bool, as_json: bool) -> None:
@@ -92,7 +92,10 @@ def _show_dead(letters: list[DeadLetter], as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_obj
 def fleet(connect: Connect, as_json: bool) -> None:
-    """List the running worker nodes: what each offers, how fast it is, and what it lacks."""
+    """List the running worker nodes.
+
+    Shows what each node offers and lacks, and how fast it is.
+    """
     with connect(load_settings()) as client:
         nodes, memory, gpus = client.nodes(), client.memory(), client.gpus()
         rates = client.rates(nodes)
@@ -132,7 +135,7 @@ def cancel(connect: Connect, job: str) -> None:
 @click.argument("job")
 @click.pass_obj
 def pause(connect: Connect, job: str) -> None:
-    """Begin nothing more of a job until it is resumed; images already being processed are finished."""
+    """Pause a job; images already being processed will finish."""
     with connect(load_settings()) as client:
         say(make_console(stderr=True), f"job {job} {outcome(client.pause(job))}")
 
@@ -159,20 +162,22 @@ def priority(connect: Connect, job: str, level: Priority) -> None:
 @main.command()
 @click.option("--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A folder of your own photos.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("demo-output"), show_default=True)
-@click.option("--count", type=click.IntRange(min=1), help="Photos per job; default all built-in ones, or 24 of --images.")
+@click.option("--count", type=click.IntRange(min=1), help="Photos per job; default: all built-in ones, or 24 from --images.")
 @click.option(
     "--engine",
     type=click.Choice(["auto", "opencv", "rembg"]),
     default="auto",
     show_default=True,
-    help="What cuts out; auto is both if the model u2netp (4.6 MB) can be downloaded, otherwise opencv.",
+    help="Engine for cut-outs; auto uses both if the model u2netp (4.6 MB) can be downloaded, otherwise opencv.",
 )
-@click.option("--offline", is_flag=True, help="Download nothing: use u2netp only if it is already here.")
+@click.option("--offline", is_flag=True, help="Download nothing; use u2netp only if it is already here.")
 @click.option("--keep", is_flag=True, help="Keep Redis, the worker and the photo server running until Ctrl-C.")
 def demo(out: Path, **options: Any) -> None:
-    """Try every operation on this machine; everything it needs is started and stopped.
+    """Try every operation on this machine.
 
-    The jobs process real photos and a few deliberately bad URLs; results and report.html are written to --out.
+    Starts everything it needs, and stops it again at the end.
+
+    The jobs process real photos and a few deliberately bad URLs. Results and report.html go to --out.
     """
     from imagemill.producer.demo import Options, run
 

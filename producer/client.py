@@ -162,7 +162,7 @@ class Client:
         return [job if job.over else explained(job, turns[job.lane], lineups[job.lane].speed, offered, faults) for job in jobs]
 
     def forecast(self, spec: Job, images: int) -> tuple[int, float | None, float | None]:
-        """The nodes that could work on a new job of so many images, and the seconds until it would begin and end, if known."""
+        """The nodes that could work on a new job of this many images, and the seconds until its start and end, if known."""
         nodes, lineup = sum(spec.lane in node.lanes for node in self.nodes()), self._ledger.lineup(spec.lane)
         owner = spec.policy.owner or "~new"  # no name may start with ~
         weight = next((job.weight for job in lineup.jobs if job.owner == owner), 1.0)
@@ -283,7 +283,7 @@ class Client:
         return images
 
     def cancel(self, job: str) -> JobStatus:
-        """Cancel a job: nothing more of it is begun, and it is over as soon as nothing of it runs."""
+        """Cancel a job: no more of its images begin, and it is over as soon as none is running."""
         self._ledger.cancel(job)
         return self._ledger.status(job)
 
@@ -306,7 +306,7 @@ class Client:
     def _steered(self, job: str, changed: bool, what: str) -> JobStatus:
         status = self._ledger.status(job)
         if not changed:
-            raise UsageError(f"job {job} is {status.state}; only jobs that wait or run can be {what}")
+            raise UsageError(f"job {job} is {status.state}; only waiting or running jobs can be {what}")
         return status
 
     def link(self, row: Row, seconds: int) -> str:

@@ -189,7 +189,7 @@ def _watch_all(client: Client, jobs: Collection[str], worker: WorkerProcess, con
 
 
 def _pages(client: Client, jobs: Mapping[str, str]) -> list[JobPage]:
-    """The jobs in the report's order; the model's cut-outs have opencv's beside them."""
+    """The jobs in the report's order; the model's cut-outs are shown next to opencv's."""
     rows = {use: list(client.results(job)) for use, job in jobs.items()}
     opencvs = {row.source: row.output for row in rows.get("opencv", ()) if row.output}
     pages = []

@@ -86,7 +86,7 @@ class _Process:
         with self._log.open("wb") as file:
             self._process = subprocess.Popen(  # noqa: S603  # our own program, no shell
                 [sys.executable, "-m", "imagemill.producer.cli", *arguments],
-                cwd=folder,  # where there is no .env file of the user's
+                cwd=folder,  # where the user has no .env file
                 env={**kept, **settings},
                 stdin=subprocess.DEVNULL,
                 stdout=file,

@@ -32,7 +32,7 @@ FIRST, OTHERS = 20, 20
 NAMES = 5
 """Output names that are shown."""
 PER_PIXEL = {"png": 1.8, "jpg": 0.4, "webp": 0.2, "avif": 0.15}
-"""Bytes per pixel of usual results, for an estimate; photos with much detail need twice that."""
+"""Bytes per pixel of typical results, for an estimate; very detailed photos need twice that."""
 EXTENSIONS = {"jpeg": "jpg", "webp-lossless": "webp"}
 UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -49,7 +49,7 @@ class DryRun:
     collisions: int = 0
     """Rows among the invalid ones whose results would get the same name as another's."""
     outputs: list[str] = field(default_factory=list)
-    """The first results' URLs, with the extension that is to be expected."""
+    """The first results' URLs, with the expected extension."""
     parts: tuple[str, ...] = ()
     """The results of each image, if it has several."""
     lane: str = ""

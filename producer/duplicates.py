@@ -18,7 +18,7 @@ class Firsts:
 
     def first(self, digest: str, index: int) -> int:
         """The index of the first row that had this hex digest: `index` itself, or an earlier one."""
-        number = int(digest[:16], 16) - 2**63  # 64 bits, signed as SQLite wants them
+        number = int(digest[:16], 16) - 2**63  # 64 bits, signed, as in SQLite
         if number in self._known or len(self._known) < self._in_memory:
             return self._known.setdefault(number, index)
         new = self._file.execute("INSERT OR IGNORE INTO firsts VALUES (?, ?) RETURNING place", (number, index)).fetchone()

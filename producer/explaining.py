@@ -42,4 +42,4 @@ def _why(job: JobStatus, turn: Turn | None, lanes: Collection[str], faults: Mapp
     if turn.begins < 1:
         return "next in line"
     low = "low priority, " if job.priority == "low" else ""
-    return f"{low}behind {round(turn.begins):,} images of others"
+    return f"{low}behind {round(turn.begins):,} images of other jobs"

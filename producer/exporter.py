@@ -1,4 +1,4 @@
-"""`imagemill exporter`: what Redis knows of the whole installation, for Prometheus."""
+"""`imagemill exporter`: what Redis knows about the whole installation, for Prometheus."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ class Installation(Collector):
         except ServiceUnavailable as error:
             up = 0.0
             log.warning("Redis not read", extra={"action": "export", "reason": error.message})
-        yield one("imagemill_redis_up", "1 if Redis answers, 0 if not.", up)
+        yield one("imagemill_redis_up", "1 if Redis responds, 0 if not.", up)
         yield from found
 
     def _load(self, nodes: list[Node]) -> Iterator[GaugeMetricFamily]:
         load = self._ledger.load()
         waiting = GaugeMetricFamily("imagemill_images_waiting", "Images to be handed out.", labels=LOAD_LABELS)
-        running = GaugeMetricFamily("imagemill_images_running", "Images that workers have at hand.", labels=LOAD_LABELS)
+        running = GaugeMetricFamily("imagemill_images_running", "Images that workers have taken.", labels=LOAD_LABELS)
         oldest = GaugeMetricFamily(
             "imagemill_oldest_waiting_seconds",
             "How long ago the oldest job with images to hand out was submitted, due or retried.",
@@ -67,8 +67,10 @@ class Installation(Collector):
             running.add_metric(labels, row.running)
             oldest.add_metric(labels, row.oldest)
         yield from (waiting, running, oldest)
-        yield one("imagemill_unfinished_jobs", "Jobs with images that wait or run.", load.jobs)
-        yield one("imagemill_lease_overdue_seconds", "By how much the oldest lease has outlived its time.", load.overdue)
+        yield one("imagemill_unfinished_jobs", "Jobs with waiting or running images.", load.jobs)
+        yield one(
+            "imagemill_lease_overdue_seconds", "How long ago the oldest lease should have ended; 0 is normal.", load.overdue
+        )
         yield from self._lanes(load, nodes)
 
     def _lanes(self, load: Load, nodes: list[Node]) -> Iterator[GaugeMetricFamily]:
@@ -85,7 +87,7 @@ class Installation(Collector):
             speeds[child.rpartition("/")[0], lane] += rate
         speed = GaugeMetricFamily(
             "imagemill_node_images_per_second",
-            "Images per second that a node's children have reported, in lanes with work.",
+            "Images per second reported by a node's children, in lanes with work.",
             labels=["node", "lane"],
         )
         alive = {node.node for node in nodes}
@@ -96,7 +98,9 @@ class Installation(Collector):
 
     def _nodes(self, nodes: list[Node]) -> Iterator[GaugeMetricFamily]:
         ready = GaugeMetricFamily(
-            "imagemill_node_ready", "1 for a node that takes work, 0 for one that loads.", labels=["node", "host", "device"]
+            "imagemill_node_ready",
+            "1 for a node that takes work, 0 for one that is still loading.",
+            labels=["node", "host", "device"],
         )
         for node in nodes:
             ready.add_metric([node.node, node.host, node.device], float(node.ready))
@@ -152,7 +156,7 @@ def bounded(rows: list[LaneLoad]) -> list[LaneLoad]:
 @click.option("--port", default=9808, show_default=True, type=click.IntRange(1, 65535), help="Port to listen on.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 def exporter(port: int, host: str) -> None:
-    """Serve metrics of the whole installation to Prometheus."""
+    """Serve the whole installation's metrics to Prometheus."""
     registry = CollectorRegistry()
     registry.register(Installation(load_settings()))
     stopped = threading.Event()

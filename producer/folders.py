@@ -1,4 +1,4 @@
-"""The images in folders and under S3 prefixes, by their names, or by their content where a name tells nothing."""
+"""The images in folders and under S3 prefixes, recognised by name, or by content if the name says nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from imagemill.shared.image_files import HEAD, IMAGE_EXTENSIONS, RAW_EXTENSIONS,
 from imagemill.shared.s3 import list_objects, read_head
 
 MOST_OPENED = 1000
-"""Objects of a prefix that are opened because their names tell nothing: a request each, of about 20 ms."""
+"""Objects of a prefix that are opened because their names say nothing, at one request of about 20 ms each."""
 
 
 def read_folder(folder: str, skipped: Skipped) -> Rows:
@@ -90,7 +90,7 @@ def _raw(name: str) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    """The beginning of a file; nothing of one that can't be read, or is no file."""
+    """The beginning of a file; empty if it can't be read or is not a file."""
     try:
         if not path.is_file():  # opening a pipe would wait for a writer
             return b""

@@ -19,10 +19,10 @@ INTERRUPTED = 130
 SHORT_HELP = {
     "worker": "Run a worker node: one per GPU, or one for the CPU.",
     "models": "List, pull, add, verify, remove and quantise model files.",
-    "tune": "Measure how large batches can be on a device, and how fast they are.",
-    "exporter": "Serve metrics of the whole installation to Prometheus.",
-    "flower": "Run Flower, the web page that shows nodes and their shifts.",
-    "doctor": "Find problems with Redis, S3, disk and GPU, and how to fix them.",
+    "tune": "Measure how large batches can be, and how fast they run.",
+    "exporter": "Serve the whole installation's metrics to Prometheus.",
+    "flower": "Run Flower, a web page that shows nodes and their shifts.",
+    "doctor": "Find problems with Redis, S3, disk and GPU, and their fixes.",
 }
 
 

@@ -1,4 +1,4 @@
-"""The lines of a list as text, one at a time, whichever program wrote them."""
+"""The lines of a list as text, one at a time, whatever program wrote them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Lines:
 
     UTF-8 and UTF-16 are read, with or without a byte order mark, and lines that end with a carriage return only. With
     `urls`, a line may be a `file://` URL with a name that is not UTF-8; it is percent-encoded. In a `table`, whose URLs are
-    ASCII, lines that are not UTF-8 are read as Windows-1252, as spreadsheets write it, unless others have shown to be UTF-8.
+    ASCII, lines that are not UTF-8 are read as Windows-1252, as spreadsheets write it, unless others turned out to be UTF-8.
     """
 
     def __init__(self, name: str, stream: BinaryIO, *, urls: bool = False, table: bool = False) -> None:

@@ -20,9 +20,9 @@ SHOWN_OTHERWISE = {"time", "level", "logger", "pid", "message", "node", "gpu", "
 @click.argument("places", nargs=-1, required=True, metavar="FILE|FOLDER...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
 def logs(job: str, places: Sequence[str], as_json: bool) -> None:
-    """Tell the story of a job from log files of nodes.
+    """Tell the story of a job from the nodes' log files.
 
-    FILE may also be a pattern, gzipped, or - for stdin; the lines of all nodes are merged by time. Nodes write such files with
+    FILE may be a pattern, gzipped, or - for stdin. Lines from all nodes are merged by time. Nodes write these files with
     IMAGEMILL_LOG_JSON=true.
     """
     found = Found()

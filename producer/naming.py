@@ -28,7 +28,7 @@ class Naming:
     """Names the items of a list and finds those with the same name, in bounded memory.
 
     Names are compared without the result's extension, which is known only once an image is opened: a.png and a.jpg may both
-    become a.png. In folders, capitals and small letters count as the same, because they are on many file systems.
+    become a.png. In folders, case is ignored, because many file systems ignore it.
     """
 
     def __init__(self, output: Output) -> None:
@@ -72,7 +72,7 @@ class Naming:
             raise InvalidSource(f"a part of its output name would be longer than {LONGEST_NAME} bytes; use another --key")
 
     def _check_original(self, item: Item, name: str) -> None:
-        """The result must not take the place of its source, whatever its extension."""
+        """The result must not overwrite its source, whatever its extension."""
         source = item.source.rpartition("/")[0] + "/" + item.source.rpartition("/")[2].rpartition(".")[0]
         if _comparable(source) == _comparable(f"{self._output}/{name}"):
             raise InvalidSource("its result would replace the image itself; choose another --output, --layout or --key")

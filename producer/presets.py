@@ -18,7 +18,10 @@ from imagemill.shared.settings import load_settings
 
 @click.group()
 def presets() -> None:
-    """List, show and check presets: the built-in ones and your own (IMAGEMILL_PRESETS)."""
+    """List, show and check presets.
+
+    Presets are built in, or your own (IMAGEMILL_PRESETS).
+    """
 
 
 @presets.command("list")
@@ -41,7 +44,7 @@ def list_presets(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show_preset(name: str, as_json: bool) -> None:
-    """Print a preset with all its options, in the format of a preset file."""
+    """Print a preset with all its options, as in a preset file."""
     found = Presets(load_settings().presets).get(name).resolved()
     if as_json:
         click.echo(json.dumps({"name": name, **found}, ensure_ascii=False))
@@ -52,7 +55,10 @@ def show_preset(name: str, as_json: bool) -> None:
 @presets.command()
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def check(file: Path | None) -> None:
-    """Check the built-in presets together with FILE or, without it, your own. Exits with 2 if one is invalid."""
+    """Check the presets in FILE or, by default, your own.
+
+    The built-in presets are checked too. Exits with status 2 if any preset is invalid.
+    """
     known = Presets(file or load_settings().presets)
     faults = list(known.faults())
     for fault in faults:

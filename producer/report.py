@@ -28,15 +28,15 @@ MOST_FLAGGED = 100
 
 REMARKS = {
     "cached": "copied from an earlier result of the same image",
-    "cmyk_inverted": "a CMYK JPEG without Adobe's marker, read as inverted because its inks make no sense otherwise",
+    "cmyk_inverted": "a CMYK JPEG without Adobe's marker, read as inverted because its colours would make no sense otherwise",
     "empty_cutout": "no subject found, or not this garment",
     "empty_mask": "the mask is empty, so nothing was filled",
-    "enlarged": "the canvas is larger than the image, which was upscaled",
+    "enlarged": "the canvas is larger than the image, so the image was upscaled",
     "junk_skipped": "the file has junk between its parts; the picture is complete",
     "large_mask": "the mask covers more than 30 % of the image",
     "mask_read_as:alpha": "the mask was read from its transparency",
     "mask_read_as:colour": "the coloured part of the mask was filled",
-    "mask_read_as:inverted": "the dark part of the mask was filled, as the bright part covers nearly all of it",
+    "mask_read_as:inverted": "the dark part of the mask was filled, because the bright part covers nearly all of it",
     "mask_read_as:levels": "the mask is neither black nor white; its brighter part was filled",
     "matting_failed": "alpha matting failed; the edge is unrefined",
     "matting_timed_out": "alpha matting took too long; the edge is unrefined",

@@ -27,8 +27,10 @@ COLUMNS = ("item", "index", "source", "state", "output", "code", "message", "att
 @click.argument("job")
 @click.option("--format", "form", type=click.Choice(["jsonl", "csv"]), default="jsonl", show_default=True)
 @click.option("--failed", is_flag=True, help="Only failed images.")
-@click.option("--flagged", is_flag=True, help="Only images flagged by the check or unlike the others, with their flags.")
-@click.option("--presign", type=int, metavar="SECONDS", help="Add a public link to each result in S3, valid this long.")
+@click.option(
+    "--flagged", is_flag=True, help="Only images that the check flagged or that look unlike the others, with their flags."
+)
+@click.option("--presign", type=int, metavar="SECONDS", help="Add a public link to each result in S3, valid for this long.")
 @click.pass_obj
 def results(connect: Connect, job: str, form: str, failed: bool, flagged: bool, presign: int | None) -> None:
     """Print the result of each image, one per line."""
@@ -67,12 +69,13 @@ def _cell(value: object) -> object:
 @click.argument("job")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File to write; default JOB.html.")
 @click.option("--most", type=click.IntRange(min=0), default=200, show_default=True, help="Maximum number of images shown.")
-@click.option("--no-links", is_flag=True, help="Leave the pictures out, and with them all links to images.")
+@click.option("--no-links", is_flag=True, help="Leave out the pictures and all links to images.")
 @click.pass_obj
 def report(connect: Connect, job: str, out: Path | None, most: int, no_links: bool) -> None:
-    """Write an HTML page about a job: before and after, failures, timings.
+    """Write an HTML page about a job.
 
-    Links to images in S3 are valid for seven days, for everybody who has the page.
+    It shows images before and after, failures and timings. Its links to images in S3 work for seven days, for anyone who has
+    the page.
     """
     from imagemill.producer.report import JobPage, render  # imports Jinja
 

@@ -42,7 +42,7 @@ Rows = Iterator[SourceRow | BadRow]
 
 @dataclass
 class Skipped:
-    """What was found in folders and under prefixes and is no image: how many, and the names of the first."""
+    """Files in folders and under prefixes that are not images: how many, and the names of the first."""
 
     count: int = 0
     names: list[str] = field(default_factory=list)

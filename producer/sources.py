@@ -36,7 +36,7 @@ ADDRESSES = ("source", "mask", "control_image")
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson")
 WORKBOOKS = (".xlsx", ".xls", ".ods", ".numbers")
 _UNSEEN = "".join(map(chr, (0x200B, 0x200E, 0x200F, 0x2060, 0xFEFF)))
-"""Signs of no width, which come along when a URL is copied."""
+"""Zero-width characters, which get copied along with URLs."""
 _FIELDS = frozenset(FIELDS)
 _WRAPPED = re.compile(r"<(.*)>|\"(.*)\"|'(.*)'")
 
@@ -46,8 +46,8 @@ def read_sources(
 ) -> Rows:
     """Stream the rows of all `sources` in order; `s3` returns the client that lists prefixes.
 
-    A source is `-` (stdin), a list (.txt, .csv, .tsv, .jsonl, .ndjson), a folder, an `s3://bucket/prefix`, an image's URL, or
-    an image's path. `column` names a table's column with the images. Files in folders that are no images are counted in
+    A source is `-` (stdin), a list (.txt, .csv, .tsv, .jsonl, .ndjson), a folder, an `s3://bucket/prefix`, an image's URL,
+    or an image's path. `column` names a table's column with the images. Files in folders that are not images are counted in
     `skipped`. Raises InvalidSource immediately if a source does not exist, and during iteration if it can't be read.
     """
     found = Skipped() if skipped is None else skipped
@@ -151,7 +151,7 @@ def _read_lines(name: str, source: AbstractContextManager[BinaryIO], kind: Line 
 
 
 def _text_row(place: str, line: str) -> SourceRow:
-    """A URL or path, without what comes along when lists are copied from mails, web pages and programs."""
+    """A URL or path, without what gets copied along from e-mails, web pages and programs."""
     if line.isprintable() and line[0] not in "<\"'" and line[-1] not in ",;" and "&amp;" not in line:
         return SourceRow(place, {"source": line})
     line = line.strip(_UNSEEN + " \t").rstrip(",;")

@@ -16,7 +16,7 @@ from imagemill.shared.errors import UsageError
 WRAPPERS = ("log", "MESSAGE")
 """Where Docker's json-file driver and journald put a line."""
 DISORDER = 1000
-"""Lines of one file within which an earlier one may come later."""
+"""How many lines out of order a file may be."""
 
 Line = dict[str, Any]
 
@@ -101,7 +101,7 @@ def parse(text: str) -> Line | None:
 
 
 def _ordered(lines: Iterable[Line]) -> Iterator[Line]:
-    """The lines by time, if none is later than it should be by more than a few."""
+    """The lines by time, if none is more than a few lines out of order."""
     waiting: list[tuple[str, int, Line]] = []
     for number, line in enumerate(lines):
         heapq.heappush(waiting, (_time(line), number, line))

@@ -136,5 +136,5 @@ def _checked(row: SourceRow, index: int, part: str | None, spec: Job, naming: Na
     if isinstance(options, InpaintOptions) and not (item.mask or item.boxes or options.mask or options.boxes):
         return refused(row, "needs a mask or boxes, from the row or the job")
     if isinstance(options, DiffusionStylize) and item.control_image and not options.control:
-        return refused(row, "has a control image, and the job has no control")
+        return refused(row, "has a control image, but the job has no control")
     return item

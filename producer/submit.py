@@ -111,24 +111,26 @@ def _limit(name: str, operation: str | None) -> str:
 @click.option(
     "--icc",
     type=click.Choice(["srgb", "keep"]),
-    help="Convert to sRGB, or keep the source's profile; default srgb, inpaint: keep.",
+    help="Convert to sRGB, or keep the source's profile; default srgb, or keep for inpaint.",
 )
 @click.option(
     "--metadata",
     type=click.Choice(get_args(KeepMetadata)),
-    help="Which EXIF, XMP and IPTC results get: all, creator and rights, or none; default copyright.",
+    help="What EXIF, XMP and IPTC to keep: all, creator and rights only, or none; default copyright.",
 )
-@click.option("--column", metavar="NAME", help="The column of a table that holds the images; default: by name or content.")
+@click.option("--column", metavar="NAME", help="The table's column with the images; default: found by name or content.")
 @click.option("--key", metavar="TEMPLATE", help="File names of the results; default {job}/{index:06d}-{name}.")
 @click.option(
     "--layout",
     type=click.Choice([*LAYOUTS]),
-    help="Instead of --key: original names (flat), also folders (tree), or numbered names (indexed, the default).",
+    help="Instead of --key: original names (flat), names and folders (tree), or numbered names (indexed, the default).",
 )
 @click.option("--priority", type=click.Choice(PRIORITIES), help="Which jobs go first; default normal.")
-@click.option("--owner", metavar="NAME", help="Who the job is for; owners take turns.")
-@click.option("--not-before", metavar="TIME", help="Begin no earlier: 2026-11-29T08:00, or from now: 90s, 30m, 2h, 1d.")
-@click.option("--until", metavar="TIME", help="Deadline: images that have not begun by then fail as expired.")
+@click.option("--owner", metavar="NAME", help="Whom the job is for; owners take turns.")
+@click.option(
+    "--not-before", metavar="TIME", help="Begin no earlier than 2026-11-29T08:00, or than 90s, 30m, 2h or 1d from now."
+)
+@click.option("--until", metavar="TIME", help="Deadline, likewise; images that haven't begun by then fail as expired.")
 @click.option("--batch", type=click.Choice(["quality", "throughput"]), help="Small batches, or large ones; default throughput.")
 @click.option("--fresh", is_flag=True, help="Compute every image again instead of reusing earlier results.")
 @click.option(
@@ -144,8 +146,8 @@ def _limit(name: str, operation: str | None) -> str:
     "--dry-run",
     type=click.Choice(["list", "fetch"]),
     metavar="[=fetch]",
-    help="Queue nothing; show what would be. With =fetch also open the first 20 images and a random 20, "
-    "with their masks and all else that a job would fetch.",
+    help="Show what would be queued, without queuing it. With =fetch, also open the first 20 images and a random 20, "
+    "with their masks and everything else that a job would fetch.",
 )
 @click.option("--wait", is_flag=True, help="Show progress until the job ends.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
@@ -174,7 +176,7 @@ def submit(
     """Queue images for retouching.
 
     SOURCE is a list (.txt, .csv, .jsonl), - for stdin, a folder, s3://bucket/prefix, or an image's URL or path. Lists may be
-    tables, as spreadsheets and shops write them.
+    tables exported from spreadsheets and shops.
     """
     if flags["layout"] is not None:
         if flags["key"] is not None:

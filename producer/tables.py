@@ -21,7 +21,7 @@ OTHER_NAMES = frozenset(
     for thing in ("image", "picture", "photo", "img", "main image", "base image")
     for part in ("", " src", " url", " link", " path", "s", " urls", "s url")
 )
-"""Names that shops and feeds give to the column with the images, in small letters, with spaces for other signs."""
+"""Names that shops and feeds give to the column with the images, in lower case, with spaces for other characters."""
 SAMPLE = 20
 """Rows that are looked at if no name tells which column holds the images."""
 _ADDRESS = re.compile(r"(?:https?|s3|file)://", re.IGNORECASE)
@@ -82,7 +82,7 @@ def is_header(line: str) -> bool:
 
 
 def _delimiter(header: str) -> str:
-    """Whichever sign makes columns of the header; of several, the one that makes a column of images, then the first."""
+    """The delimiter that splits the header into columns; of several, preferably one that yields a column of images."""
     found = sorted((sign for sign in DELIMITERS if sign in header), key=header.find)
     return next((sign for sign in found if _known(next(csv.reader([header], delimiter=sign), []))), (*found, ",")[0])
 

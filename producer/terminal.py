@@ -61,10 +61,10 @@ def duration(seconds: float) -> str:
 
 
 def bad_rows(out: Console, rows: Sequence[BadRow], count: int) -> None:
-    """List the first invalid rows with place and reason, then how many more of the `count` there are."""
+    """List the first invalid rows with place, reason and text, then how many more of the `count` there are."""
     say(out, "invalid rows:", "yellow")
     for row in rows[:MOST_BAD_ROWS]:
-        say(out, f"  {row.place}: {row.reason}" + (f": {row.text}" if row.text else ""))
+        say(out, f"  {row.place}: {row.reason}" + (f": {row.text}" if row.text not in row.reason else ""))
     if count > MOST_BAD_ROWS:
         say(out, f"  and {count - MOST_BAD_ROWS:,} more")
 
@@ -126,14 +126,14 @@ def status_table(status: JobStatus) -> Table:
     position = None
     if status.position is not None:
         position = f"{counted(status.position, 'job')} ahead" if status.position else "next"
-        position += f", {counted(status.ahead, 'image')} of others before it ends" if status.ahead else ""
+        position += f", {counted(status.ahead, 'image')} of other jobs before it ends" if status.ahead else ""
     duplicates = f", including {counted(status.duplicates, 'duplicate')}" if status.duplicates else ""
     rows: list[tuple[str, str | Text | None]] = [
         ("job", plain(status.job)),
         ("operation", plain(f"{status.operation} ({status.engine})")),
         ("owner", plain(status.owner) if status.owner else None),
         ("state", Text(status.state, style=STYLES.get(status.state, ""))),
-        ("why it waits", plain(status.why) if status.why else None),
+        ("why it is waiting", plain(status.why) if status.why else None),
         ("images", f"{status.total:,}{duplicates}"),
         ("done", f"{status.done:,}"),
         ("failed", _failures(status)),

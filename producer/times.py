@@ -32,10 +32,10 @@ def check_times(policy: Policy) -> None:
         return
     deadline = policy.until.timestamp()
     if deadline <= time.time():
-        raise InvalidOption(f"the deadline (until) must lie ahead, but {written(deadline)} has passed")
+        raise InvalidOption(f"the deadline (until) must be in the future, but {written(deadline)} has passed")
     if policy.not_before is not None and deadline <= policy.not_before.timestamp():
         begin = written(policy.not_before.timestamp())
-        raise InvalidOption(f"the deadline (until), {written(deadline)}, must lie after the begin (not before), {begin}")
+        raise InvalidOption(f"the deadline (until), {written(deadline)}, must be later than the start (not before), {begin}")
 
 
 def written(seconds: float) -> str:

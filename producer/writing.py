@@ -1,4 +1,4 @@
-"""What becomes of a list that breaks off while it is written to the ledger."""
+"""What happens to a list whose writing to the ledger breaks off."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Writing:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None:
             return
-        if not self._keep or isinstance(error, InvalidSource):  # the list will be another once it is valid
+        if not self._keep or isinstance(error, InvalidSource):  # the list will be a different one once it is valid
             self._discard(after=error)
         if isinstance(error, BrokerUnavailable):
             raise BrokerUnavailable(f"{error.message.rstrip('.')}; {self._outcome()}") from error
@@ -49,5 +49,5 @@ class Writing:
             self._ledger.discard(self._job)
         except BrokerUnavailable as error:
             extra = {"action": "discard", "job": self._job, "error": str(error)}
-            level = logging.INFO if isinstance(after, BrokerUnavailable) else logging.WARNING  # an outage is told anyway
+            level = logging.INFO if isinstance(after, BrokerUnavailable) else logging.WARNING  # an outage is reported anyway
             log.log(level, "unfinished list not discarded; it will expire", extra=extra)

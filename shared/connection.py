@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,20 +17,23 @@ from imagemill.shared.errors import BrokerUnavailable, sentence
 from imagemill.shared.redis_url import RedisUrl
 
 REASONS = {
-    "hostname mismatch": "its certificate is for another host name than the one in the URL",
-    "ip address mismatch": "its certificate is for another address than the one in the URL",
+    "hostname mismatch": "its certificate does not match the host name in the URL",
+    "ip address mismatch": "its certificate does not match the address in the URL",
     "certificate has expired": "its certificate has expired, or this host's clock is wrong",
     "certificate is not yet valid": "its certificate is not valid yet, or this host's clock is wrong",
-    "certificate verify failed": "its certificate is from a CA unknown to this host; ssl_ca_certs in the URL can name yours",
+    "certificate verify failed": "its certificate is from a CA that this host doesn't know; set ssl_ca_certs in the URL",
     "alert certificate required": "it asks for a client certificate; name yours with ssl_certfile and ssl_keyfile in the URL",
     "alert handshake failure": "it asks for a client certificate; name yours with ssl_certfile and ssl_keyfile in the URL",
-    "alert unknown ca": "it refuses the client certificate: not signed by a CA that it knows",
+    "alert unknown ca": "it refuses the client certificate: it doesn't know the CA that signed it",
     "alert certificate": "it refuses the client certificate",
     "alert bad certificate": "it refuses the client certificate",
-    "eof occurred in violation": "it ended the connection; it asks for a client certificate, or refuses this one",
+    "eof occurred in violation": "it closed the connection: it wants a client certificate, or refuses this one",
     "wrong version number": "it does not use TLS on this port; the URL should begin with redis, not rediss",
 }
-"""What OpenSSL's messages mean, in lower case; the first that occurs counts."""
+"""What OpenSSL's messages (in lower case) mean; the first match counts."""
+
+CONNECTING = re.compile(r"^Error (?:-?\d+ )?connecting to (\S+)\. (.)(.*?)\.?$")
+"""redis-py's message when it can't connect: host and port, and the reason of the operating system."""
 
 
 def connect(url: str, **changes: Any) -> Any:
@@ -102,7 +106,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, MasterNotFoundError):
         name = str(error).partition(" : ")[0].removeprefix("No master found for ")
         return f"no Sentinel {'can be asked: ' + reason if reason else f'knows where the primary {name} is'}"
-    return f"{reason} ({sentence(error)})" if reason else sentence(error)
+    said = CONNECTING.sub(lambda match: f"can't connect to {match[1]}: {match[2].lower()}{match[3]}", sentence(error))
+    return f"{reason} ({said})" if reason else said
 
 
 def now_ms(client: Any) -> int:

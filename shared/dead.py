@@ -1,4 +1,4 @@
-"""Dead letters: what in Redis could not be read, set aside so that nobody stumbles over it again.
+"""Dead letters: entries in Redis that could not be read, set aside so that nothing trips over them again.
 
 `imagemill:dead` is a list of JSON objects, newest first: the time, where the entry was, the reason, and its beginning. It holds
 the latest 1,000 and expires. lua/common.lua writes the same entries.
@@ -56,7 +56,7 @@ def _push(client: Any, entry: str, seconds: int) -> None:
 
 
 def take_out(client: Any, name: str, field: bytes, raw: bytes, reason: str) -> None:
-    """Move a field of a hash to the dead letters; once, even if several readers come across it."""
+    """Move a field of a hash to the dead letters, once, even if several readers find it."""
     if client.hdel(name, field):
         put_aside(client, f"{name} {field.decode(errors='backslashreplace')}", reason, raw)
 
@@ -67,7 +67,7 @@ def reason_of(error: ValueError) -> str:
 
 
 def version_of(raw: bytes | str) -> int:
-    """The version that a JSON row names, 0 if none: a newer one is not damaged, and left alone."""
+    """The version named in a JSON row, or 0. A row of a newer version is not damaged; leave it alone."""
     try:
         row = json.loads(raw)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The families of Stable Diffusion, and the base models in the catalogue: what producers and workers both know of them.
+"""The families of Stable Diffusion, and the base models in the catalogue: what both producers and workers need to know.
 
 A new family takes a row here and a module in worker/operations/stylize/.
 """
@@ -48,7 +48,7 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Base:
-    """A base model: its family, its entries in the catalogue, and the options that jobs get where they set none."""
+    """A base model: its family, its entries in the catalogue, and the options that jobs get unless they set them."""
 
     family: str
     parts: tuple[str, ...]

@@ -30,11 +30,10 @@ class Engine:
     """One engine of one operation.
 
     `module` locates its class (`package.module:Class`), and the package extra `extra` installs that module's dependencies.
-    `models` maps each model of the catalogue that jobs can name to its files there; jobs can also name those that the operator
-    has added (worker/models/added.py). `lasting_notes` are the
-    notes that an image gets on every run: a result with any other note may be due to temporary circumstances, such as a
-    missed deadline, and is never reused. `children` is how many child processes share a GPU by default: two where a GPU is so
-    fast that the Python of one process can't feed it.
+    `models` maps each model in the catalogue to its files there; jobs can also name models that the operator has added
+    (worker/models/added.py). `lasting_notes` are the notes that an image gets on every run: a result with any other note may
+    be due to temporary circumstances, such as a missed deadline, and is never reused. `children` is how many child processes
+    share a GPU by default: two if the engine is too fast on a GPU for one Python process to feed.
     """
 
     operation: Operation
@@ -54,7 +53,7 @@ class Engine:
         )
 
     def choices(self, option: str) -> tuple[str, ...]:
-        """The values that an option can take if they are listed: of `model`, those in the catalogue."""
+        """The values that an option can take, if they are listed; for `model`, those in the catalogue."""
         return tuple(self.models) if option == "model" else listed(self.options.model_fields[option])
 
 

@@ -85,14 +85,14 @@ class JobNotFound(UsageError, code="job_not_found"):
 
 
 class JobUnreadable(UsageError, code="job_unreadable"):
-    """The job's record in Redis is damaged, or a newer version of imagemill has written it.
+    """The job's record in Redis is damaged, or was written by a newer version of imagemill.
 
     `imagemill jobs --dead` shows what was damaged. For a newer version, update this installation.
     """
 
 
 class JobNewer(JobUnreadable, code="job_newer"):
-    """A newer version of imagemill has submitted the job.
+    """A newer version of imagemill submitted the job.
 
     Update this installation.
     """
@@ -106,9 +106,9 @@ class MissingExtra(UsageError, code="missing_extra"):
 
 
 class NameTaken(UsageError, code="name_taken"):
-    """There is a job of this name with another list or other options.
+    """Another job has this name, with a different list or different options.
 
-    A name can be used again for the same list with the same options, to continue a submission that broke off.
+    Reuse a name only with the same list and options, to continue a submission that broke off.
     """
 
 
@@ -138,7 +138,7 @@ class DeviceLost(ImagemillError, code="device_lost", retryable=True):
 class ImageError(ImagemillError, code="image_error"):
     """One image failed; the job's other images are not affected.
 
-    `tries` is how often the failed step was tried.
+    `tries` is how many times the failed step was tried.
     """
 
     tries: int = 1
@@ -205,7 +205,7 @@ class NotAnImage(ImageError, code="not_an_image"):
 
 
 class UnsupportedFormat(ImageError, code="unsupported_format"):
-    """The file is an image whose layout or colours imagemill doesn't read, such as floats or HDR.
+    """The file is an image whose layout or colours imagemill doesn't read, such as HDR or floating-point samples.
 
     The message says what it is. The documentation lists what is read.
     """
@@ -220,14 +220,14 @@ class TooManyPixels(ImageError, code="too_many_pixels"):
 
 
 class TooCostly(ImageError, code="too_costly"):
-    """Reading the file would take far more time or memory than its pixels warrant; most such files are made to do harm.
+    """Reading the file would take far more time or memory than its pixels warrant; most files like this are made to do harm.
 
-    If it is an honest file, save it again as an ordinary PNG or JPEG.
+    If yours is genuine, save it again as an ordinary PNG or JPEG.
     """
 
 
 class BadMask(ImageError, code="bad_mask"):
-    """The mask is missing or unreadable, or it or a box or point does not fit the image."""
+    """The mask is missing or unreadable, or the mask, a box or a point does not fit the image."""
 
 
 class BadReference(ImageError, code="bad_reference"):
@@ -286,7 +286,7 @@ class StorageFull(ImageError, code="storage_full", retryable=True):
 
 
 class StorageRefused(ImageError, code="storage_refused"):
-    """The result may not be stored here: no such bucket, no permission, or a folder that is not allowed.
+    """The store refuses the result: no such bucket, no permission, or a folder that is not allowed.
 
     Allow folders with IMAGEMILL_FILES__WRITE_ROOTS.
     """
@@ -297,7 +297,7 @@ class WorkerLost(ImageError, code="worker_lost"):
 
 
 class Expired(ImageError, code="expired", retryable=True):
-    """The job's deadline passed before this image was begun."""
+    """The job's deadline passed before this image began."""
 
 
 class RecordDamaged(ImageError, code="record_damaged"):

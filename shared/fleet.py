@@ -30,7 +30,7 @@ from imagemill.shared.settings import Settings
 NODE_SECONDS = 20
 """A node counts as dead when its latest report is older."""
 GONE_SECONDS = 150
-"""How long a node that ended because of a problem is shown: longer than the pause before its next start, and its start."""
+"""How long to show a node that a problem has ended: longer than the pause before its restart and the restart itself."""
 FORGET_SECONDS = 3600
 MEMORY_SECONDS = 3600
 CANARY_SECONDS = 600
@@ -96,7 +96,7 @@ return swept
 
 @dataclass(frozen=True)
 class Holder:
-    """The latest report under a name, and for how many seconds nothing came after it."""
+    """The latest report under a name, and the seconds since then."""
 
     node: Node
     silent: float
@@ -179,7 +179,7 @@ class Fleet(Connected):
         return [node for node in found if now - node.seen >= NODE_SECONDS and not node.gone]
 
     def report_gpus(self, report: HostGpus, process: str) -> None:
-        """Report the GPUs that a supervisor sees; `process` tells it from others of its host."""
+        """Report the GPUs that a supervisor sees; `process` distinguishes it from others on its host."""
         report = report.model_copy(update={"seen": now_ms(self._redis) / 1000})
         self._redis.hset("imagemill:gpus", f"{report.host}/{process}", report.model_dump_json())
         self._redis.expire("imagemill:gpus", FORGET_SECONDS)
@@ -189,9 +189,9 @@ class Fleet(Connected):
         self._redis.hdel("imagemill:gpus", f"{host}/{process}")
 
     def gpus(self) -> dict[str, tuple[int | None, int]]:
-        """By host, the number of GPUs expected (None: not set) and present, by what nodes and supervisors report.
+        """By host, the number of GPUs expected (None: not set) and present, as nodes and supervisors report.
 
-        Each of several containers of a host sees one GPU; they are told apart by their UUIDs.
+        If each of a host's containers sees one GPU, UUIDs tell the GPUs apart.
         """
         now = now_ms(self._redis) / 1000
         nodes, supervisors = self.nodes(), self._readable("imagemill:gpus", HostGpus.model_validate_json)

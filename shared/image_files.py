@@ -1,4 +1,4 @@
-"""The kinds of image files that are read: their extensions, and how their first bytes tell them."""
+"""The image formats that are read: their extensions, and how to recognise them by their first bytes."""
 
 from __future__ import annotations
 

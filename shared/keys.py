@@ -41,7 +41,7 @@ def check_inside(key: str) -> str:
     if key.startswith("/") or ".." in key.split("/"):
         raise ValueError("a key must stay below the output URL: no leading / and no ..")
     if CONTROL.search(key) or NO_TEXT.search(key):
-        raise ValueError("a key may contain no control characters")
+        raise ValueError("a key may not contain control characters")
     return key
 
 

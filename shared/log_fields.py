@@ -1,4 +1,4 @@
-"""Fields that log lines have without being told: those of this process, and those of the work that a thread is doing."""
+"""Fields that every log line gets: those of this process, and those of the work that its thread is doing."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ ItemState = Literal["pending", "done", "failed", "cancelled"]
 LONGEST_OUTPUT, LONGEST_KEY = 2048, 1024
 """Characters of an output URL, and of a template for names below it. S3 allows 1,024 bytes for both together."""
 LONGEST_MESSAGE, LONGEST_NOTE, MOST_NOTES = 1000, 60, 20
-"""Of a result. Some of it is said by strangers, and all of it is kept in Redis."""
+"""Of a result. Strangers supply some of it, and all of it is kept in Redis."""
 SourceUrl = Annotated[str, Field(max_length=4096), AfterValidator(check_source_url)]
 
 Profile = Literal["srgb", "keep"]
@@ -238,17 +238,19 @@ class JobStatus(Model):
     done: int
     failed: int
     duplicates: int
-    waiting: int = Field(0, description="images that are still to be handed out")
-    running: int = Field(0, description="images that workers have at hand")
+    waiting: int = Field(0, description="images not handed out yet")
+    running: int = Field(0, description="images that workers have taken")
     priority: Priority
     owner: str | None = Field(None, description="who it is for")
-    not_before: float | None = Field(None, description="when it may begin, while that lies ahead")
+    not_before: float | None = Field(None, description="when it may begin, if that is in the future")
     until: float | None = Field(None, description="its deadline")
-    position: int | None = Field(None, description="number of jobs that get their turn earlier (`Client.explain`)")
-    ahead: int | None = Field(None, description="images of others that are handed out before its last (`Client.explain`)")
-    why: str | None = Field(None, description="why it waits, in a few words (mostly from `Client.explain`)")
-    starts: float | None = Field(None, description="when it began, or will by a forecast (`Client.explain`)")
-    ends: float | None = Field(None, description="when it will end by a forecast (`Client.explain`)")
+    position: int | None = Field(None, description="number of jobs that come first (`Client.explain`)")
+    ahead: int | None = Field(
+        None, description="images of other jobs that are handed out before its last one (`Client.explain`)"
+    )
+    why: str | None = Field(None, description="why it is waiting, in a few words (mostly from `Client.explain`)")
+    starts: float | None = Field(None, description="when it began or, by forecast, will begin (`Client.explain`)")
+    ends: float | None = Field(None, description="when it will end, by forecast (`Client.explain`)")
     output: str
     manifest: str | None = Field(None, description="URL of manifest.jsonl, once the job is over")
     created: float
@@ -268,17 +270,17 @@ class Node(Model):
     node: str
     host: str
     pid: int
-    process: str = Field("", description="tells its parent process from all others, on any host")
+    process: str = Field("", description="identifies its parent process across all hosts")
     device: str
     lanes: tuple[str, ...] = ()
     children: int
     ready: bool
     parts: tuple[str, ...] | None = Field(None, description="the LoRAs, ControlNets and VAEs that it can use")
-    lacks: tuple[str, ...] = Field((), description="why it does not offer everything it is configured for")
+    lacks: tuple[str, ...] = Field((), description="why it doesn't offer everything it is configured for")
     faults: dict[str, str] = Field({}, description="lanes, LoRAs, ControlNets and VAEs out of service, and why")
-    busy: int = Field(0, description="children that work on images")
+    busy: int = Field(0, description="children that are working on images")
     problem: str = Field("", description="why it can't work: its engines don't load, or a child hangs")
-    gone: bool = Field(False, description="its process has ended because of the problem; it is shown until it is started again")
+    gone: bool = Field(False, description="its process has ended because of the problem; shown until it starts again")
     gpu: str = Field("", description="the UUID of its GPU if known, otherwise its own name; empty on a CPU")
     expected_gpus: int | None = Field(None, description="GPUs that its host must have")
     seen: float = 0.0
@@ -317,7 +319,7 @@ def row(item: Item, result: ItemResult | None, unfinished: Unfinished = "pending
     base: dict[str, Any] = {"item": item.id, **own, "result": result}
     if result is None:
         if unfinished == "expired":
-            return Row(state="failed", code=Expired.code, message="the deadline passed before this image was begun", **base)
+            return Row(state="failed", code=Expired.code, message="the deadline passed before this image began", **base)
         if unfinished == "damaged":
             return Row(state="failed", code=RecordDamaged.code, message="the job's record in Redis was damaged", **base)
         return Row(state=unfinished, **base)

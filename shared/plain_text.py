@@ -1,11 +1,11 @@
-"""Text of strangers, made harmless for a terminal, a text log or a spreadsheet. JSON keeps it as it is."""
+"""Untrusted text, made harmless for a terminal, a text log or a spreadsheet. JSON keeps it as it is."""
 
 from __future__ import annotations
 
 import unicodedata
 
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Categories of characters that move the cursor, turn the direction of text, end a line, or are no text."""
+"""Categories of characters that move the cursor, turn the direction of text, end a line, or are not text."""
 FORMULA = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}", "\N{FULLWIDTH COMMERCIAL AT}")
 
 

@@ -58,7 +58,7 @@ def work_of(operation: str | None, engine: str | None, preset: Preset | None) ->
     """
     if preset is None:
         if operation is None:
-            raise UsageError(f"an operation is required: --operation {', '.join(OPERATIONS)}, or --preset NAME")
+            raise UsageError(f"name an operation ({', '.join(OPERATIONS)}) with --operation, or use --preset NAME")
         return operation, engine or "opencv"
     for name, value, required in (("operation", operation, preset.operation), ("engine", engine, preset.engine)):
         if value is not None and value != required:

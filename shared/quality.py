@@ -53,7 +53,9 @@ class Quality(Model):
 class Measures(Model):
     """Measures of a result scaled to 512 pixels, rounded to three digits; None if a measure does not apply."""
 
-    sharpness: float | None = Field(None, description="variance of the brightness's Laplacian; when inpainting, in the hole")
+    sharpness: float | None = Field(
+        None, description="variance of the Laplacian of the brightness; when inpainting, in the hole"
+    )
     kept: float | None = Field(
         None, description="sharpness relative to the source; when inpainting, to the hole's surroundings"
     )

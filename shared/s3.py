@@ -143,7 +143,7 @@ def _check_endpoint(url: str) -> None:
     if not fits:
         raise errors.ConfigurationError(
             f"S3 at {shown_server(url)}: expected a URL such as https://HOST:PORT, without keys: "
-            "those belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            "those belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
 
 
@@ -242,7 +242,7 @@ def translate(error: Exception, what: str) -> errors.ImageError:
     if code in MISSING or status in (404, 410):
         return errors.NotFound(f"{what} does not exist")
     if code == SKEWED:
-        return errors.ServerError(f"{what}: the clocks of this host and of the S3 server differ too much ({code})")
+        return errors.ServerError(f"{what}: this host's clock and the S3 server's differ too much ({code})")
     if code in DENIED or status in (401, 403):
         return errors.AccessDenied(f"{what}: the S3 server refuses access ({code or status})")
     if code == "RequestTimeout" or status == 408:
@@ -263,7 +263,7 @@ def _from_client(error: Exception, what: str) -> errors.ImageError:
     if isinstance(error, boto.SSLError):
         reason = WHY_NO_TLS.search(str(error))
         why = f" ({reason[0].strip()})" if reason else ""
-        return errors.Unreachable(f"{what}: no TLS connection to the S3 server; AWS_CA_BUNDLE names a CA of your own{why}")
+        return errors.Unreachable(f"{what}: no TLS connection to the S3 server; AWS_CA_BUNDLE can name your own CA{why}")
     network = boto.ConnectionError | boto.HTTPClientError
     if isinstance(error, network | boto.IncompleteReadError | boto.ChecksumError | boto.FlexibleChecksumError):
         return errors.Unreachable(f"{what}: no connection to the S3 server, or it was lost ({type(error).__name__})")

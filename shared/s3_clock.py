@@ -1,4 +1,4 @@
-"""Signs requests to S3 by the server's clock where this host's is wrong: S3 refuses requests that are 15 minutes off.
+"""Signs requests to S3 with the server's time if this host's clock is wrong: S3 refuses requests that are 15 minutes off.
 
 AWS's other SDKs do the same; botocore leaves it to the host. Without it, a host with a wrong clock would hold its images until
 they fail, although any other host could store them.
@@ -16,9 +16,9 @@ from botocore import auth, compat
 log = logging.getLogger(__name__)
 
 MOST_APART = timedelta(minutes=5)
-"""What needs no correction; servers tolerate 15 minutes."""
+"""Differences up to this need no correction; servers tolerate 15 minutes."""
 FURTHEST = timedelta(days=36_525)
-"""A date that is further off is no clock's."""
+"""A date further off than this doesn't come from a clock."""
 TOO_FAR_APART = ("RequestTimeTooSkewed", "403")
 """The codes of such a refusal: replies to HEAD have only their status."""
 
@@ -44,13 +44,13 @@ class _LinkSigner(_Shifted, auth.S3SigV4QueryAuth):  # type: ignore[misc]
 
 
 def follow_server(client: Any) -> None:
-    """Have this client sign by the server's clock once the server has refused a request and its clock differs."""
+    """Have this client sign with the server's time once the server has refused a request because its clock differs."""
     auth.AUTH_TYPE_MAPS |= {"s3v4": _Signer, "s3v4-query": _LinkSigner}
     client.meta.events.register("needs-retry.s3", _look_at_clock)
 
 
 def _look_at_clock(response: Any = None, **_: Any) -> int | None:
-    """0, for another attempt at once, if the server has refused a request because we have signed it for another time."""
+    """0 (try again at once) if the server refused a request because we signed it with the wrong time."""
     code = response[1].get("Error", {}).get("Code") if response else None
     if response is None or code not in TOO_FAR_APART or "date" not in response[0].headers:
         return None
@@ -62,5 +62,7 @@ def _look_at_clock(response: Any = None, **_: Any) -> int | None:
         return None
     _Shifted.skew = skew
     seconds = round(skew.total_seconds())
-    log.warning("the S3 server's clock differs; requests are signed by it", extra={"action": "clock", "seconds": seconds})
+    log.warning(
+        "the S3 server's clock differs; requests are signed with its time", extra={"action": "clock", "seconds": seconds}
+    )
     return 0

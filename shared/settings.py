@@ -101,10 +101,12 @@ class S3Settings(Group):
     create_bucket: bool = Field(False, description="create the output bucket if it does not exist")
     read_buckets: Annotated[tuple[str, ...], LIST] = Field(
         (),
-        description='what lists may name as sources: buckets, or folders such as "photos/in", or "*"; JSON list, read by the '
+        description='what lists may use as sources: buckets, or folders such as "photos/in", or "*"; JSON list, read by the '
         "workers; empty: the bucket of the job's output",
     )
-    connections: int = Field(32, ge=1, description="connections per process of boto3, which does what libcurl does not")
+    connections: int = Field(
+        32, ge=1, description="connections per process for boto3, which makes the requests that libcurl doesn't"
+    )
 
 
 class FetchSettings(Group):
@@ -113,8 +115,8 @@ class FetchSettings(Group):
     connect_timeout: float = Field(5.0, gt=0, description="seconds to establish a connection")
     total_timeout: float = Field(60.0, gt=0, description="seconds for one download, including redirects")
     max_bytes: int = Field(64 * 2**20, gt=0, description="largest image file, in bytes")
-    memory: int = Field(256 * 2**20, gt=0, description="most bytes of downloaded files in memory per child process")
-    max_redirects: int = Field(5, ge=0, description="most redirects to follow")
+    memory: int = Field(256 * 2**20, gt=0, description="maximum size of downloaded files in memory per child process, in bytes")
+    max_redirects: int = Field(5, ge=0, description="maximum number of redirects to follow")
     allow_hosts: Annotated[tuple[str, ...], LIST] = Field((), description="hosts allowed to have private addresses; JSON list")
     allow_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], LIST] = Field(
         (), description="private networks to allow; JSON list"
@@ -129,9 +131,9 @@ class FetchSettings(Group):
         '{"cdn.example.com": {"Authorization": "Bearer ..."}}',
     )
     threads: int = Field(
-        256, ge=1, le=4096, description="most downloads at a time per child process, and as many again from slow hosts"
+        256, ge=1, le=4096, description="maximum downloads at a time per child process, plus as many from slow hosts"
     )
-    per_host: int = Field(256, ge=1, le=4096, description="most downloads at a time from one host per child process")
+    per_host: int = Field(256, ge=1, le=4096, description="maximum downloads at a time from one host per child process")
 
 
 class FileSettings(Group):
@@ -156,8 +158,8 @@ class OnnxSettings(Group):
     provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
         "auto", description="execution provider; auto: cuda on a node with a GPU, otherwise cpu"
     )
-    gpu_mem_limit: int | None = Field(None, gt=0, description="most GPU memory per session, in bytes; empty: no limit")
-    int8: bool = Field(False, description="use the 8-bit models that `imagemill models quantize` has created")
+    gpu_mem_limit: int | None = Field(None, gt=0, description="maximum GPU memory per session, in bytes; empty: no limit")
+    int8: bool = Field(False, description="use the 8-bit models that `imagemill models quantize` made")
 
 
 class TorchSettings(Group):
@@ -174,7 +176,7 @@ class DiffusionSettings(Group):
     """Stable Diffusion."""
 
     warm_up: Annotated[tuple[WarmSize, ...], LIST] = Field(
-        ("512x512",), description="sizes (WIDTHxHEIGHT) for which models are compiled when a node starts; JSON list"
+        ("512x512",), description="sizes (WIDTHxHEIGHT) to compile models for when a node starts; JSON list"
     )
     loras: int = Field(8, ge=1, le=64, description="LoRAs kept in memory; the least recently used is dropped first")
     controlnets: int = Field(3, ge=1, le=16, description="ControlNets kept in memory; the least recently used is dropped first")
@@ -193,33 +195,35 @@ class WorkerSettings(Group):
     )
     operations: Annotated[tuple[Operation, ...], LIST] = Field(OPERATIONS, description="operations to offer; JSON list")
     engines: Annotated[tuple[str, ...], LIST] = Field(("opencv",), description="engines to load; JSON list")
-    max_pixels: int = Field(64_000_000, gt=0, description="most pixels in an image; larger ones are rejected undecoded")
-    look_ahead: int = Field(128_000_000, gt=0, description="most decoded pixels in memory per child process")
+    max_pixels: int = Field(
+        64_000_000, gt=0, description="maximum pixels in an image; larger ones are refused before they are decoded"
+    )
+    look_ahead: int = Field(128_000_000, gt=0, description="maximum decoded pixels in memory per child process")
     batch_wait: float = Field(0.05, ge=0, le=60, description="seconds that a batch on a GPU waits for more images")
-    store_threads: int = Field(256, ge=1, le=4096, description="most uploads at a time per child process")
+    store_threads: int = Field(256, ge=1, le=4096, description="maximum uploads at a time per child process")
     reuse: bool = Field(True, description="remember results and copy them when the same image is requested again")
     lease_seconds: float = Field(
         20.0, ge=2, description="seconds without a heartbeat before a child's work is handed to others"
     )
     share_seconds: float = Field(3.0, gt=0, description="seconds of work that a child process takes at a time")
     shift_seconds: float = Field(60.0, gt=0, description="seconds after which a task ends and the next one continues")
-    time_limit: float = Field(1800.0, gt=0, description="most seconds per task; a minute later its process is killed")
+    time_limit: float = Field(1800.0, gt=0, description="maximum seconds per task; a minute later its process is killed")
     soft_shutdown: float = Field(
         60.0, ge=0, description="seconds to finish current images after SIGQUIT (after SIGTERM they are always finished)"
     )
     metrics_port: int | None = Field(None, ge=1, le=65535, description="port on which the node serves its metrics; empty: none")
     metrics_host: str = Field("127.0.0.1", description="address on which the node serves its metrics")
     stall_limit: float = Field(
-        600.0, gt=0, description="seconds in one batch after which a node counts as hung; longer than the longest honest batch"
+        600.0, gt=0, description="seconds on one batch after which a node counts as hung; must exceed the longest real batch"
     )
     expect_gpus: int | None = Field(None, ge=0, description="GPUs that this host must have; empty: those that are found")
     model_memory: int | None = Field(
         None,
         ge=0,
-        description="most bytes of open models per child process; the least recently used is closed first. Empty: half of its "
-        "part of the GPU, or its part of a quarter of main memory",
+        description="maximum size of open models per child process, in bytes; the least recently used is closed first. "
+        "Empty: half of its part of the GPU or, on a CPU, its part of a quarter of main memory",
     )
-    load_timeout: float = Field(600.0, gt=0, description="most seconds to load the engines")
+    load_timeout: float = Field(600.0, gt=0, description="maximum seconds to load the engines")
 
 
 class Settings(BaseSettings):
@@ -238,18 +242,18 @@ class Settings(BaseSettings):
 
     redis_url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="URL of Redis, or of its Sentinels")
     expire_days: float = Field(7.0, gt=0, description="days after which Redis forgets a job")
-    low_priority_hours: float = Field(1.0, gt=0, description="hours after which a job of low priority moves up to normal")
+    low_priority_hours: float = Field(1.0, gt=0, description="hours after which a low-priority job moves up to normal")
     owner_weights: Annotated[dict[str, PositiveFloat], OBJECT] = Field(
         {},
         description="share of the nodes that each owner gets, relative to 1 for all others; JSON object, read by the workers",
     )
     log_json: bool = Field(False, description="write logs as JSON lines")
-    log_level: LogLevel = Field("INFO", description="least severe messages to log")
+    log_level: LogLevel = Field("INFO", description="lowest level of messages to log")
     tracing: bool = Field(
         False, description="send OpenTelemetry traces to the collector that the OTEL_EXPORTER_OTLP_... variables name"
     )
-    trace_images: int = Field(1, ge=0, description="images of each share that get spans of their own in a trace")
-    presets: Path | None = Field(None, description="file with your own presets, which add to or override those that ship")
+    trace_images: int = Field(1, ge=0, description="images per share that get their own spans in a trace")
+    presets: Path | None = Field(None, description="file with your own presets, which add to or override the built-in ones")
     s3: S3Settings = S3Settings()
     fetch: FetchSettings = FetchSettings()
     files: FileSettings = FileSettings()

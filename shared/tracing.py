@@ -1,6 +1,6 @@
 """OpenTelemetry traces: one per job. Its id and that of its first span follow from the job's name, so all processes agree.
 
-Off by default; then this module imports nothing of OpenTelemetry. (redis-py does, if it is installed.)
+Off by default; then this module does not import OpenTelemetry. (redis-py does, if it is installed.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def span_id(*names: object) -> int:
 
 
 class Traces:
-    """Records spans that are over. Sends them from a thread of its own, so make one per process, after the fork."""
+    """Records spans that are over. Sends them from its own thread, so make one per process, after the fork."""
 
     def __init__(self, exporter: SpanExporter | None = None, *, images: int = 1) -> None:
         from opentelemetry.sdk.resources import Resource
@@ -52,7 +52,7 @@ class Traces:
 
         self.images = images
         self._ids, self._lock = Ids(), Lock()
-        resource = Resource.create({"service.name": "imagemill"})  # OTEL_SERVICE_NAME goes before
+        resource = Resource.create({"service.name": "imagemill"})  # OTEL_SERVICE_NAME takes precedence
         self._provider = TracerProvider(id_generator=self._ids, resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("imagemill")

@@ -42,13 +42,13 @@ def check_output_url(url: str) -> str:
     """`s3://bucket/prefix` or `file:///folder` without a trailing slash. Raises ValueError for any other URL."""
     parts = _split(url, OUTPUT_SCHEMES)
     if parts.query or parts.fragment:
-        raise ValueError("an output URL may contain no ? or #")
+        raise ValueError("an output URL may not contain ? or #")
     if parts.scheme == "s3" and not BUCKET.fullmatch(parts.netloc):
         raise ValueError(f"{parts.netloc!r} is not a bucket name")
     if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or not parts.path.startswith("/")):
         raise ValueError("a folder URL must be of the form file:///absolute/path")
     if ".." in parts.path.split("/"):
-        raise ValueError("an output URL may contain no ..")
+        raise ValueError("an output URL may not contain ..")
     return url.rstrip("/")
 
 
@@ -59,7 +59,8 @@ def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
         raise ValueError("the URL is not valid text; percent-encode what is not UTF-8")
     parts = urlsplit(url)
     if parts.scheme not in schemes or url[0] == " ":  # urlsplit skips leading spaces, other parsers don't
-        raise ValueError("the URL must start with " + " or ".join(f"{scheme}://" for scheme in schemes))
+        *others, last = (f"{scheme}://" for scheme in schemes)
+        raise ValueError(f"the URL must start with {', '.join(others)} or {last}")
     _ = parts.port  # raises ValueError outside 0-65535
     return parts
 

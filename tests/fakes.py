@@ -143,7 +143,7 @@ class Gated(Invert):
 
 
 class Hangs(Invert):
-    """A white image takes for ever; on the soft time limit it gives up."""
+    """A white image takes forever; at the soft time limit, it gives up."""
 
     def run(self, samples: Sequence[AnySample]) -> list[Any]:
         outputs = super().run(samples)
@@ -156,7 +156,7 @@ class Hangs(Invert):
 
 
 class HangsForGood(Hangs):
-    """As native code may, it takes no notice of the soft time limit."""
+    """It ignores the soft time limit, as native code may."""
 
     def wait(self) -> None:
         with suppress(BaseException):

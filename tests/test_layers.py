@@ -150,7 +150,7 @@ def test_submitting_loads_no_image_libraries() -> None:
         ("stylize", "opencv", ("torch", "diffusers", "onnxruntime", "rembg")),
     ],
 )
-def test_engine_loads_no_other_engine_s_libraries(operation: str, engine: str, others: tuple[str, ...]) -> None:
+def test_engine_does_not_load_another_engines_libraries(operation: str, engine: str, others: tuple[str, ...]) -> None:
     creating = f"from imagemill.worker.operations.registry import create\ncreate({operation!r}, {engine!r})"
     assert loaded_by(f"import imagemill.worker.node.child\n{creating}", *others) == set()
 

@@ -101,7 +101,7 @@ class WorkerProcess:
         self.process.wait()
 
     def age(self, seconds: float = NODE_SECONDS) -> None:
-        """Make its latest report older, as if it had been silent for so long."""
+        """Make its latest report older, as if it had been silent for this long."""
         (node,) = (node for node in self.fleet.nodes() if node.pid == self.process.pid)
         older = node.model_copy(update={"seen": node.seen - seconds})
         with connect(self.environment["IMAGEMILL_REDIS_URL"]) as raw:

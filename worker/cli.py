@@ -29,17 +29,17 @@ log = logging.getLogger(__name__)
 
 @click.command()
 @click.option("--gpu", metavar="N", type=click.IntRange(min=0), help="Run one node on this GPU.")
-@click.option("--gpus", type=click.Choice(["all"]), help="Run one node per GPU of this host, and restart nodes that die.")
+@click.option("--gpus", type=click.Choice(["all"]), help="Run one node on each GPU of this host, and restart nodes that die.")
 @click.option("--cpu", is_flag=True, help="Run one node on the CPU.")
 @click.option(
     "--concurrency",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Child processes of each node. Default: one per core; on a GPU 2, or 1 for stylize with diffusion.",
+    help="Child processes of each node; default: one per core, or on a GPU 2, or 1 if the node offers stylize with diffusion.",
 )
 @click.option("--operations", metavar="LIST", help="Operations to offer, separated by commas; default: all.")
 @click.option(
-    "--name", metavar="NAME", help="The node's name; default: gpuN@host or cpu@host. A number is added if it is in use."
+    "--name", metavar="NAME", help="The node's name; default: gpuN@host or cpu@host. If it is in use, a number is added."
 )
 @click.option(
     "--metrics",

@@ -113,7 +113,7 @@ class Worker:
         self.app.imagemill_parent = Parent(
             self.node, self.children, self.lookout, ledger, fleet, publisher, self.settings.worker, self.settings.owner_weights
         )
-        if missing_gpu:  # only now: it is to be seen in the fleet
+        if missing_gpu:  # only now, so that the fleet shows it
             log.error("no such GPU; the node exits", extra={"action": "start", "node": self.node.node, "reason": missing_gpu})
             self.app.imagemill_parent.fail(missing_gpu)
             raise SystemExit(ConfigurationError.exit_code)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the bucket, and the user of workers and tools with the rights in policy.json. Run again, it changes what has changed.
+# Creates the bucket, and the workers' and tools' user with the rights in policy.json. Run it again to apply changes.
 # It needs mc with an alias `store`, BUCKET, ACCESS_KEY and SECRET_KEY. The image of mc has little more than a shell.
 set -eu
 

@@ -1,1 +1,1 @@
-"""Flower for imagemill: with a password everywhere, and with the words of an operator who thinks in images and jobs."""
+"""Flower for imagemill: password-protected, and in terms of images and jobs."""

@@ -24,7 +24,7 @@ from imagemill.shared.settings import Settings, load_settings
 
 TEMPLATES = (Path(flower.__file__).with_name("templates"), Path(__file__).parent)
 POLICY = "default-src 'none'; img-src http: https:; style-src 'unsafe-inline'"
-"""What a browser may load for a report: it shows strangers' images, and names that they chose."""
+"""What a browser may load for a report, which shows images and names from strangers."""
 
 
 def plain(task: Any) -> Any:

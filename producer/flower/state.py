@@ -64,7 +64,7 @@ class Tasks(EventsState):  # type: ignore[misc]
         return _number(getattr(task, "images_done", 0)), _number(getattr(task, "images_failed", 0))
 
     def _count(self, node: str, task: Any, before: tuple[int, int]) -> None:
-        """Count a node's images from two reports. One that starts anew is of another process: the task was handed on."""
+        """Count a node's images from two reports. If the figures start over, another process has taken over the task."""
         after = self._images(task.uuid)
         done, failed = (new - old if new >= old else new for new, old in zip(after, before, strict=True))
         if after < before:  # what has failed before is not forgotten
@@ -72,11 +72,11 @@ class Tasks(EventsState):  # type: ignore[misc]
         self.counter[node].update({"task-succeeded": done, "task-failed": failed, "task-received": done + failed})
 
     def listen(self) -> None:
-        """Start anew to wait for every unfinished shift: Flower was cut off."""
+        """Wait for every unfinished shift from scratch: Flower was cut off."""
         self.heard = dict.fromkeys(self.heard, time.monotonic())
 
     def bury(self) -> None:
-        """End the shifts that have been silent for too long. If one of them goes on after all, its end is shown."""
+        """End the shifts that have been silent for too long. If one of them continues after all, its end is shown."""
         silent = time.monotonic() - LOST_SECONDS
         for uuid in [uuid for uuid, heard in self.heard.items() if heard < silent]:
             task = self.tasks.get(uuid)
@@ -108,14 +108,14 @@ class History(Events):  # type: ignore[misc]
     """Flower's thread that receives events. Keeps `state` in the file `db`, if there is one."""
 
     def load_state(self) -> Tasks:
-        """The state of the last run; a file that can't be read is put aside."""
+        """The state of the last run; a file that can't be read is renamed."""
         state = Tasks()
         if not self.db or not Path(self.db).exists():
             return state
         try:
             restore(state, json.loads(Path(self.db).read_bytes()))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.error("Flower's history in %s can't be read and is put aside as %s.damaged: %s", self.db, self.db, error)
+            log.error("Flower's history in %s can't be read; it was renamed to %s.damaged: %s", self.db, self.db, error)
             Path(self.db).replace(f"{self.db}.damaged")
             return Tasks()
         return state

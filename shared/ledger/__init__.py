@@ -2,8 +2,8 @@
 
 A job's list is stored in packs of at most 32 items. A worker child that has room takes a share: images of the job whose turn
 it is, leased while the child renews. What to hand out is decided in a Lua script when a child asks, because only then is it
-known how much is left, who waits and how fast the child is. A Celery message only wakes a child up: losing it costs a second.
-Every change that must be atomic is a Lua script in `lua/`.
+clear how much is left, who is waiting and how fast the child is. A Celery message only wakes a child up: losing it costs a
+second. Every change that must be atomic is a Lua script in `lua/`.
 
 `submitting` is the producer's side, `leasing` the worker's; both build on `reading`.
 

@@ -18,7 +18,7 @@ from imagemill.shared.messages import LANE, Item, ItemResult, compact
 Verdict = Literal["ok", "yield", "stop", "lost"]
 
 WAIT_SECONDS = 30
-"""How long it is shown why a job waits."""
+"""How long the reason why a job waits is shown."""
 MOST_DAMAGED = 20
 """Most damaged jobs that one call ends."""
 EMPTY_SHARES = 100
@@ -30,7 +30,7 @@ class Request:
     """What a child asks of the ledger. `child` names this process; of its `lanes`, those with `room` are wanted now.
 
     `room` is how many more images it wants, `rate` how many images per second it computes, both by lane; `held` is how many
-    images it has at hand, by job. Only with nothing at hand (`empty`) can it get images whose worker died.
+    images it holds, by job. Only if it holds none (`empty`) can it get images whose worker died.
     """
 
     child: str
@@ -42,7 +42,7 @@ class Request:
     avoid: Sequence[str] = ()
     """Jobs that it can't work on at the moment."""
     drains: bool = True
-    """Whether it will soon have nothing at hand if it takes nothing."""
+    """Whether it will soon hold no images if it takes none."""
     siblings: int = 1
     """How many children share its device, this one included."""
 
@@ -51,9 +51,9 @@ class Request:
 class Share:
     """Images that this child may work on while it renews the lease. `items` leaves out duplicates and what is recorded already.
 
-    `deaths` is how many processes have died with these images in them, where one that died with its node counts half; if any,
-    nothing else may run beside them. `rank` is that of its priority, 1 for high to 3 for low; it is `fresh` if nothing else of
-    its owner was running.
+    `deaths` is how many processes have died with these images in them; one that died with its node counts half. If there are
+    any, nothing else may run alongside. `rank` is that of its priority, 1 for high to 3 for low; it is `fresh` if nothing
+    else of its owner was running.
     """
 
     job: str
@@ -95,7 +95,7 @@ class Renewal:
 
 @dataclass(frozen=True)
 class Record:
-    """A result on its way into the ledger. Making one raises ValueError if it has text that is no valid UTF-8."""
+    """A result on its way into the ledger. Making one raises ValueError if it contains text that is not valid UTF-8."""
 
     job: str
     index: int
@@ -126,7 +126,7 @@ class WorkLedger(ReadLedger):
     def take(self, request: Request) -> Share | ManifestDue | Literal["none", "drain"]:
         """The next share for this child: of the job whose turn it is, as many images as it has room for, within its part.
 
-        'none' if there is nothing for it; 'drain' if it should come back with nothing at hand.
+        'none' if there is nothing for it; 'drain' if it should come back once it holds no images.
         """
         for _ in range(EMPTY_SHARES):
             answer = self._take(request)

@@ -56,7 +56,7 @@ class LaneLoad:
 class Load:
     """Lanes with work, what waits and runs in them, and the images per second of each child, as (lane, NODE/NUMBER, rate).
 
-    `jobs` is the number of unfinished jobs, `overdue` by how many seconds the oldest lease has outlived its time.
+    `jobs` is the number of unfinished jobs; `overdue` is how many seconds ago the oldest lease should have ended.
     """
 
     lanes: list[str]
@@ -143,7 +143,7 @@ class ReadLedger(Repairing):
             not_before=later if later and later > now else None,
             until=_seconds(fields, "until"),
             why=_why(fields, now) or _wait(fields, wait),
-            starts=_seconds(fields, "started") if fields["state"] != b"queued" else None,  # a retry begins anew
+            starts=_seconds(fields, "started") if fields["state"] != b"queued" else None,  # a retry starts over
             output=spec.output.url,
             manifest=fields["manifest"].decode() if "manifest" in fields else None,
             created=created,
@@ -295,7 +295,7 @@ def _split(fields: Mapping[str, bytes], shares: int) -> tuple[int, int]:
 
 
 def _why(fields: Mapping[str, bytes], now: float) -> str | None:
-    """Why a job waits, as far as its own record tells."""
+    """Why a job waits, as far as its own record shows."""
     if fields["state"] not in (b"queued", b"running"):
         return None
     if "cancelled" in fields:
@@ -321,7 +321,7 @@ def _seconds(fields: Mapping[str, bytes], name: str) -> float | None:
         return None
     seconds = float(fields[name]) / 1000
     if not 0 <= seconds < LAST_SECOND:
-        raise ValueError(f"{name} is no time")
+        raise ValueError(f"{name} is not a time")
     return seconds
 
 

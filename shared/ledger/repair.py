@@ -36,7 +36,7 @@ MOST_JOBS = 200
 MOST_ENTRIES = 10_000
 """Entries of a key that one look reads."""
 LARGEST = 2**53
-"""No number of the ledger is larger; Lua could not count on."""
+"""No number in the ledger is larger, or Lua could not count any further."""
 MOST_ROWS = 10**9
 HASHES = ("latest", "weights", "running", "children", "speed", "nodes", "node-children", "memory")
 ZSETS = ("alarms", "leased", "jobs")
@@ -98,7 +98,7 @@ class Repairing(Scripts):
 
 
 class Repair:
-    """One look at the ledger. `lua` are the scripts `condemn`, `relink`, `unline` and `take_out`."""
+    """One inspection of the ledger. `lua` are the scripts `condemn`, `relink`, `unline` and `take_out`."""
 
     def __init__(self, client: Any, lua: Lua, *, lease_ms: int, rise_ms: int, seconds: int) -> None:
         self._redis, self._lua = client, lua
@@ -204,7 +204,7 @@ class Repair:
             wrong = self._redis.zrangebyscore(full, "-inf", "(0", 0, MOST_ENTRIES)
             wrong += self._redis.zrangebyscore(full, f"({LARGEST}", "+inf", 0, MOST_ENTRIES)
             for member in wrong:
-                self._take_out(full, "zset", member, "", "its score is no time")
+                self._take_out(full, "zset", member, "", "its score is not a time")
         for name, form in (("leased", r".+:\d+"), ("alarms", r"(begin|end|rise) .+")):
             for member in self._redis.zrange(f"imagemill:{name}", 0, MOST_ENTRIES):
                 if not re.fullmatch(form, _text(member)):
@@ -283,7 +283,7 @@ class Repair:
         return None
 
     def relink(self) -> None:
-        """After damage, see to it that no job is missing from the keys that jobs share."""
+        """After damage, make sure that no job is missing from the keys that jobs share."""
         names: set[str] = set()
         for raw in self._redis.scan_iter("imagemill:job:*", count=1000, _type="hash"):
             job = _text(raw).removeprefix("imagemill:job:")
@@ -362,25 +362,25 @@ def _check_fields(job: str, state: str, fields: Mapping[str, bytes], results: in
 def _check_back(entries: list[bytes], count: int, size: int) -> None:
     for entry in entries:
         if not RANGE.fullmatch(_text(entry)):
-            raise ValueError("what was given back is no range")
+            raise ValueError("what was given back is not a range")
     images = sum(_images(_text(entry), size) for entry in entries)
     if images != count and len(entries) < MOST_ENTRIES:
-        raise ValueError("what was given back is not what was counted")
+        raise ValueError("the images given back are not those counted")
 
 
 def _check_suspects(groups: list[bytes], count: int, size: int) -> None:
     for group in groups:
         if not GROUP.fullmatch(_text(group)):
-            raise ValueError("its suspects are no groups of images")
+            raise ValueError("its suspects are not groups of images")
     images = sum(_images(_text(group), size) for group in groups)
     if images != count and len(groups) < MOST_ENTRIES:
-        raise ValueError("its suspects are not what was counted")
+        raise ValueError("its suspects are not those counted")
 
 
 def _check_share(number: bytes, raw: bytes, size: int) -> None:
     share = json.loads(raw)
     if not re.fullmatch(rb"\d{1,20}", number) or not isinstance(share, dict):
-        raise ValueError("one of its shares is none")
+        raise ValueError("one of its shares is not a share")
     texts = [share.get(name) for name in ("child", "owner", "ranges")]
     if not all(isinstance(text, str) for text in texts) or not _figure(str(share.get("images")).encode()):
         raise ValueError("one of its shares is damaged")
@@ -391,5 +391,5 @@ def _images(ranges: str, size: int) -> int:
     """The number of images in ranges, which must be within the job."""
     bounds = [(int(first), int(last)) for first, last in RANGE.findall(ranges)]
     if any(first >= last or last > size for first, last in bounds):
-        raise ValueError("a range has images that the job has not")
+        raise ValueError("a range has images that the job doesn't have")
     return sum(last - first for first, last in bounds)

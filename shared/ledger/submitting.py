@@ -13,7 +13,7 @@ from imagemill.shared.ledger.scripts import pack, unpack
 from imagemill.shared.messages import Item, Job, Priority
 
 SUBMITTING_SECONDS = 3600
-"""Redis forgets an unsealed job to which nothing was added for so long, in case its producer died."""
+"""Seconds after which Redis forgets an unsealed job that nothing is added to, in case its producer died."""
 FIELDS_PER_WRITE = 1000
 """Duplicates written in one round trip."""
 
@@ -50,8 +50,8 @@ class SubmitLedger(ReadLedger):
     def seal(self, job: str, *, size: int, total: int, duplicates: Mapping[int, int]) -> bool:
         """Mark the job as complete; from now on its images are handed out. False if it was sealed before, with the same list.
 
-        `size` is the highest index + 1; `total` counts rows, duplicates included; `duplicates` maps an item's index to how many
-        later rows share its result. Raises NameTaken if the job's list is another.
+        `size` is the highest index + 1; `total` counts rows, duplicates included; `duplicates` maps an item's index to how
+        many later rows share its result. Raises NameTaken if the job has a different list.
         """
         left = iter(duplicates.items())
         while some := dict(islice(left, FIELDS_PER_WRITE)):

@@ -52,11 +52,11 @@ class EngineOptions(Model):
     engine: str
 
     def companions(self) -> list[str]:
-        """The names of the models that the job needs beside its `model`, as far as they are known without looking at those."""
+        """The names of the models that the job needs besides its `model`, as far as they are known without opening it."""
         return []
 
     def ignored(self, filled: Collection[str] = ()) -> dict[str, str]:  # noqa: ARG002
-        """The options that have no effect beside the others, and why. `submit` warns of those that were given.
+        """The options that have no effect, given the others, and why. `submit` warns about those that were given.
 
         `filled` are the columns in which the list says something.
         """
@@ -72,7 +72,7 @@ class EngineOptions(Model):
 
     @property
     def columns(self) -> frozenset[str]:
-        """The columns of a list that count for this job, beside those of the image and its name."""
+        """The columns of a list that this job uses, besides those of the image and its name."""
         return frozenset()
 
     @property
@@ -140,7 +140,7 @@ Boxes = Annotated[tuple[Box, ...], BeforeValidator(_split)]
 
 
 class Point(Model):
-    """A point in an image, in pixels or fractions of it, that lies on what is looked for (label 1) or beside it (label 0).
+    """A point in an image, in pixels or fractions of it, that lies on the subject (label 1) or outside it (label 0).
 
     Written as text `x,y` or `x,y,label` or as a JSON list. If both coordinates are at most 1 and one of them has a decimal
     point, they are fractions; otherwise they are pixels.

@@ -20,7 +20,7 @@ class InpaintOptions(EngineOptions):
     boxes: Boxes = Field((), description="rectangles to fill in every image, as x,y,width,height")
     mask_from: MaskFrom = Field(
         "auto",
-        description="how masks are read; 'auto': as what they plainly are; 'luma': bright areas are filled; 'alpha': what is "
+        description="how masks are read; 'auto': as what they clearly are; 'luma': bright areas are filled; 'alpha': what is "
         "painted on a transparent layer, or rubbed out of a picture; 'inverted': the opposite of what they show",
     )
     mask_threshold: int = Field(127, ge=0, le=254, description="mask pixels above this value are filled")

@@ -48,8 +48,8 @@ class RembgRemoveBackground(EngineOptions):
     )
     points: Points = Field(
         (),
-        description="what sam cuts out of every image: points on it as x,y, beside it as x,y,0, separated by ;, in pixels or "
-        "fractions; a row's own points and boxes replace those of the job; without any, it is what the centre shows",
+        description="what sam cuts out of every image: points on it as x,y, or off it as x,y,0, separated by ;, in pixels or "
+        "fractions; a row's own points and boxes replace those of the job; without any, it is what is at the centre",
     )
     boxes: Boxes = Field((), description="what sam cuts out of every image: rectangles around it, as x,y,width,height")
     post_process_mask: bool = Field(False, description="smooth the mask's outline; every pixel is then opaque or transparent")
@@ -59,20 +59,20 @@ class RembgRemoveBackground(EngineOptions):
     )
     alpha_matting: bool = Field(False, description="refine edges such as hair and fur by closed-form matting; slow")
     alpha_matting_foreground_threshold: int = Field(
-        240, ge=0, le=255, description="matting: pixels whose mask is above this level surely belong to the subject"
+        240, ge=0, le=255, description="matting: pixels whose mask is above this level definitely belong to the subject"
     )
     alpha_matting_background_threshold: int = Field(
-        10, ge=0, le=255, description="matting: pixels whose mask is below this level surely don't"
+        10, ge=0, le=255, description="matting: pixels whose mask is below this level definitely don't"
     )
     alpha_matting_erode_size: int | None = Field(
         None,
         ge=0,
         le=100,
-        description="matting: side in pixels of the square that both sure areas are shrunk by; 0: one pixel; "
+        description="matting: side in pixels of the square by which both definite areas are shrunk; 0: one pixel; "
         "'none': rembg's 10 with exact, else 3, which smears less",
     )
     background: Colour | None = Field(None, description="background colour as #rrggbb; 'none': transparent")
-    background_image: str | None = Field(None, description="URL of a background image, which is scaled to cover")
+    background_image: str | None = Field(None, description="URL of a background image, scaled to fill the result")
     crop: bool = Field(False, description="crop to the subject and, if kept, its shadow")
     margin: float = Field(
         0.05,
@@ -120,7 +120,7 @@ class RembgRemoveBackground(EngineOptions):
     @model_validator(mode="after")
     def _check_combination(self) -> RembgRemoveBackground:
         if self.background is not None and self.background_image is not None:
-            raise ValueError("background and background_image exclude each other")
+            raise ValueError("background and background_image can't be combined")
         if self.canvas is not None and not self.crop:
             raise ValueError("canvas needs crop=true")
         if self.mask_only and (self.background or self.background_image or self.shadow):

@@ -34,7 +34,7 @@ class OpencvStylize(EngineOptions):
 
 
 LONGEST_PROMPT = 2000
-"""Characters. They are about 450 tokens of English, or six pieces, and nothing of them is cut."""
+"""Characters. They are about 450 tokens of English, or six pieces, and none of it is cut."""
 
 MOST_TIMESTEPS = 1000
 """Stable Diffusion was trained with this many; the LCM LoRA's schedule has 50."""
@@ -54,7 +54,7 @@ class Lora(Model):
 class Control(Model):
     """What a result keeps of its source: a kind of control, or a ControlNet by name, with its weight.
 
-    Without a weight of its own, it has that of `control_scale`.
+    Without a weight, it uses `control_scale`.
     """
 
     name: ModelName
@@ -85,11 +85,11 @@ Loras = Annotated[tuple[Lora, ...], BeforeValidator(_split), Field(max_length=8)
 """Adapters as a list, a mapping, or text separated by `;`."""
 
 Controls = Annotated[tuple[Control, ...], BeforeValidator(_split), Field(max_length=2)]
-"""The same of controls."""
+"""The same for controls."""
 
 
 class DiffusionStylize(EngineOptions):
-    """Stable Diffusion 1.5 or SDXL, with up to two ControlNets that preserve what the job chooses of the source."""
+    """Stable Diffusion 1.5 or SDXL, with up to two ControlNets that keep what the job chooses of the source."""
 
     engine: Literal["diffusion"] = "diffusion"
     model: ModelName = Field(
@@ -98,7 +98,7 @@ class DiffusionStylize(EngineOptions):
     )
     vae: ModelName | None = Field(None, description="VAE to use instead of the base model's; 'none': its own")
     prompt: str = Field(
-        "", max_length=LONGEST_PROMPT, description="describes the result; (word:1.3) weighs a word, BREAK begins a new piece"
+        "", max_length=LONGEST_PROMPT, description="describes the result; (word:1.3) weights a word, BREAK starts a new piece"
     )
     negative_prompt: str = Field(
         "", max_length=LONGEST_PROMPT, description="describes what to avoid, with the same syntax; ignored if cfg is 1"
@@ -127,7 +127,7 @@ class DiffusionStylize(EngineOptions):
         description="what to keep of the source, one or two of canny, scribble, lineart, tile or added ControlNets, "
         "with weights: canny:0.8;tile:0.4; 'none': nothing",
     )
-    control_scale: float = Field(0.8, ge=0, le=2, description="weight of controls that have none of their own")
+    control_scale: float = Field(0.8, ge=0, le=2, description="weight of controls that don't have one")
     control_image: str | None = Field(
         None, description="URL of a control picture for all images, in place of the first one drawn from the source"
     )

@@ -97,7 +97,7 @@ def pin(checkout: Path, digest: str) -> subprocess.CompletedProcess[str]:
     return run(checkout, "docker", DOCKER, checkout / "deploy" / "pin-images.sh", DIGEST=digest)
 
 
-def test_images_are_pinned_in_env_and_pinned_anew(checkout: Path) -> None:
+def test_images_are_pinned_in_env_and_pinned_again(checkout: Path) -> None:
     env = checkout / ".env"
     env.write_text("BUCKET=photos\n#REDIS_IMAGE=redis:7-alpine\n", encoding="utf-8")
     for digest in ("aaa", "bbb"):

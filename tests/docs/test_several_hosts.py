@@ -1,4 +1,4 @@
-"""docs/deployment/several-hosts.md: what it configures works as it stands there, but for addresses and passwords."""
+"""docs/deployment/several-hosts.md: what it configures works as shown, apart from addresses and passwords."""
 
 from __future__ import annotations
 

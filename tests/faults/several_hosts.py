@@ -131,7 +131,7 @@ class SeveralHosts:
         return self.client.submit(rows, spec("stylize", f"s3://{BUCKET}/out")).job
 
     def wait_done(self, job: str, count: int) -> None:
-        """Wait until so many images are done, also while Redis fails over."""
+        """Wait until this many images are done, even while Redis fails over."""
         self._until(lambda: self.client.status(job).done >= count, f"{count} images done")
 
     def _until(self, condition: Callable[[], bool], what: str) -> None:

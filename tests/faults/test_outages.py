@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 LONGER_THAN_A_LEASE = 4.0
 
 
-def test_work_at_hand_survives_an_outage_of_redis(
+def test_work_in_progress_survives_an_outage_of_redis(
     environment: dict[str, str],
     client: Client,
     images: ImageServer,

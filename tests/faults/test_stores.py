@@ -101,7 +101,7 @@ def test_store_that_is_busy_half_of_the_time_costs_nothing(
         assert proxy.refused >= COUNT
 
 
-def test_connections_to_the_store_that_are_reset_amid_a_result_cost_nothing(
+def test_store_connections_reset_mid_upload_lose_nothing(
     client: Client,
     images: ImageServer,
     bucket: Bucket,

@@ -159,7 +159,7 @@ def test_nothing_is_left_running(finished: Demo) -> None:
 # --- with a model ---
 
 
-def test_model_is_downloaded_and_its_cut_outs_come_first_with_opencvs_beside_them(tmp_path: Path) -> None:
+def test_model_is_downloaded_and_its_cut_outs_come_first_next_to_opencvs(tmp_path: Path) -> None:
     model = u2net_onnx(tmp_path / "u2netp.onnx").read_bytes()
     path = python_path(model, tmp_path / "catalogue")
     with ImageServer({PATH: model}) as mirror:

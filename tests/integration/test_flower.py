@@ -1,4 +1,4 @@
-"""`imagemill flower`: a real Flower beside a real node."""
+"""`imagemill flower`: a real Flower alongside a real node."""
 
 from __future__ import annotations
 

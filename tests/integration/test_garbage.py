@@ -1,4 +1,4 @@
-"""Garbage of every shape in every key and queue of a running node: it goes on, and an honest job is done."""
+"""Garbage of every shape in every key and queue of a running node: it carries on, and a good job is done."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class System:
         return node_queue(name)
 
     def check_job(self) -> None:
-        """An honest job is done. What nodes offer may be unknown when it is submitted."""
+        """A good job is done. What nodes offer may be unknown when it is submitted."""
         job = self.client.submit([SourceRow("row 0", {"source": self.source})], spec("stylize", self.folder)).job
         assert self.client.wait(job, timeout=120).state == "done"
         assert [row.state for row in self.client.results(job)] == ["done"]
@@ -100,7 +100,7 @@ def write(raw: Any, name: str, kind: str, field: bytes, value: bytes, score: flo
 @pytest.mark.parametrize("name", SHARED)
 @settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["string", "hash", "list", "set", "zset", "stream"]), value=CONTENT, score=SCORES)
-def test_honest_job_is_done_beside_garbage_in_shared_keys(
+def test_good_job_is_done_despite_garbage_in_shared_keys(
     system: System, name: str, kind: str, value: bytes, score: float
 ) -> None:
     write(system.raw, f"imagemill:{name}", kind, b"ann", value, score)
@@ -110,7 +110,7 @@ def test_honest_job_is_done_beside_garbage_in_shared_keys(
 @pytest.mark.parametrize("part", PARTS)
 @settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["string", "hash", "list", "zset"]), field=st.sampled_from(FIELDS), value=CONTENT, score=SCORES)
-def test_honest_job_is_done_beside_a_damaged_one(
+def test_good_job_is_done_despite_a_damaged_one(
     system: System, part: str, kind: str, field: str, value: bytes, score: float
 ) -> None:
     rows = [SourceRow(f"row {n}", {"source": system.source}) for n in range(40)]

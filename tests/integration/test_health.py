@@ -46,7 +46,7 @@ def test_node_in_a_long_batch_is_healthy(own_redis: EmbeddedRedis, images: Image
         submit(own_redis, images, tmp_path, *map(photo, range(4)))
         wait_until(lambda: len(list(tmp_path.glob("at-*"))) == 3, "a batch waits at the gate")
         found = health(environment)["cpu"]
-        assert (found["state"], "is busy and makes progress" in found["found"]) == ("ok", True)
+        assert (found["state"], "is busy and making progress" in found["found"]) == ("ok", True)
         (tmp_path / "open").touch()
         wait_until(lambda: len(list(tmp_path.glob("at-*"))) == 4, "it goes on")
 
@@ -93,7 +93,7 @@ def test_nodes_answer_whatever_the_others_do(own_redis: EmbeddedRedis, tmp_path:
             assert "the weights are not there" in found["broken"]["found"]
             assert health(environment, "--node", "well").keys() == {"well"}
             parent.age()
-            assert "does not report any more" in health(environment, "--node", "parent")["parent"]["found"]
+            assert "has stopped reporting" in health(environment, "--node", "parent")["parent"]["found"]
         finally:
             os.kill(parent.process.pid, signal.SIGCONT)
             os.kill(frozen, signal.SIGCONT)

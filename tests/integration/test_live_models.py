@@ -22,7 +22,7 @@ U2NET, SILUETA = (f"remove-background.rembg.{model}" for model in ("u2net", "sil
 
 
 def test_models_come_change_and_go_while_a_node_runs(own_redis: EmbeddedRedis, images: ImageServer, tmp_path: Path) -> None:
-    """The node starts without any; of two children, both learn of whatever one of them finds."""
+    """The node starts without any; of two children, both learn about whatever one of them finds."""
     images.routes |= {f"/{number}.png": photo(number) for number in range(4)}
     weights = tmp_path / "weights"
     good = u2net_onnx(tmp_path / "good.onnx", width=1).read_bytes()

@@ -121,7 +121,7 @@ def test_other_options_are_refused(client: Client) -> None:
     check_complete(client, 10)
 
 
-def test_invalid_list_can_be_mended_under_its_name(client: Client) -> None:
+def test_invalid_list_can_be_fixed_under_its_name(client: Client) -> None:
     with pytest.raises(InvalidSource):
         client.submit([*rows(COUNT - 1), SourceRow("row x", {"source": "nonsense"})], SPEC, name=NAME)
     with pytest.raises(JobNotFound):
@@ -173,7 +173,7 @@ def filling(raw: Any) -> Iterator[SourceRow]:
         yield each
 
 
-def test_full_redis_says_how_much_is_in_and_the_same_list_continues(client: Client, ledger: Ledger, raw: Any) -> None:
+def test_full_redis_says_how_much_was_stored_and_the_same_list_continues(client: Client, ledger: Ledger, raw: Any) -> None:
     with pytest.raises(BrokerUnavailable, match="submit the same list with the same name within 60 minutes") as caught:
         client.submit(filling(raw), SPEC, name=NAME)
     written = 32 * raw.hlen(f"imagemill:job:{NAME}:packs")
@@ -185,7 +185,7 @@ def test_full_redis_says_how_much_is_in_and_the_same_list_continues(client: Clie
     check_complete(client)
 
 
-def test_full_redis_keeps_nothing_of_a_list_without_a_name(client: Client, raw: Any) -> None:
+def test_full_redis_discards_a_list_without_a_name(client: Client, raw: Any) -> None:
     with pytest.raises(BrokerUnavailable, match=r"; nothing was queued$"):
         client.submit(filling(raw), SPEC)
     assert raw.keys("imagemill:job:*") == []

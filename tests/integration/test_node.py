@@ -86,7 +86,7 @@ def test_celery_command_can_start_a_node(own_redis: EmbeddedRedis, images: Image
     assert row.state == "done"
 
 
-def test_nodes_with_one_name_are_told_apart(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
+def test_nodes_with_the_same_name_are_distinguished(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
     """Both run tasks; the first to leave takes only itself away; a node that is killed gets its name back."""
     environment = environment_for(own_redis.url, tmp_path)
     nodes = [WorkerProcess(environment, tmp_path / name) for name in ("first", "second", "celery")]

@@ -56,7 +56,7 @@ def test_s3_trusts_the_bundle_only(url: str, ca: Authority, monkeypatch: pytest.
         buckets()
 
 
-def test_images_come_from_servers_of_the_own_ca(url: str, ca: Authority, tmp_path: Path, network: Network) -> None:
+def test_images_come_from_servers_with_a_private_ca(url: str, ca: Authority, tmp_path: Path, network: Network) -> None:
     def fetcher(**settings: object) -> Fetcher:
         allowed = FetchSettings(allow_hosts=("localhost",), **settings)  # type: ignore[arg-type]
         return Fetcher(allowed, FileSettings(), NoS3(network), network)

@@ -79,9 +79,9 @@ def test_job_runs_over_tls_as_a_user_with_few_rights(site: Site, images: ImageSe
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"host": "127.0.0.1"}, "certificate is for another address"),
-        ({"ssl_ca_certs": None}, "from a CA unknown to this host"),
-        ({"ssl_ca_certs": "OTHER"}, "from a CA unknown to this host"),
+        ({"host": "127.0.0.1"}, "certificate does not match the address"),
+        ({"ssl_ca_certs": None}, "from a CA that this host doesn't know"),
+        ({"ssl_ca_certs": "OTHER"}, "from a CA that this host doesn't know"),
         ({"ssl_certfile": None, "ssl_keyfile": None}, "client certificate"),
         ({"ssl_certfile": "THEIRS", "ssl_keyfile": "THEIR KEY"}, "client certificate"),
     ],

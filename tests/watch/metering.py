@@ -1,4 +1,4 @@
-"""Nodes and an exporter that serve metrics, and what they tell."""
+"""Nodes and an exporter that serve metrics, and what they report."""
 
 from __future__ import annotations
 

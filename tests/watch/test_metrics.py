@@ -114,7 +114,7 @@ def test_node_works_without_metrics_if_their_port_is_taken(
         wait_until(lambda: "metrics not served" in node.log.read_text(), "the log says so")
 
 
-def test_exporter_tells_what_waits_who_serves_it_and_how_fast(
+def test_exporter_shows_what_waits_who_serves_it_and_how_fast(
     exported: Exporter, environment: dict[str, str], client: Client, images: ImageServer, tmp_path: Path
 ) -> None:
     images.routes |= {f"/{n}.png": photo(n) for n in range(3)} | {"/slow.png": images.hang}
@@ -156,7 +156,7 @@ def test_owners_beyond_the_busiest_share_a_label_and_unnamed_ones_have_none(
     assert (waiting["other"], waiting[""], waiting["owner7"]) == (1, 3, 2)
 
 
-def test_exporter_outlives_redis_and_whatever_its_keys_hold(
+def test_exporter_survives_an_outage_of_redis_and_whatever_its_keys_hold(
     exported: Exporter, client: Client, images: ImageServer, tmp_path: Path, own_redis: EmbeddedRedis
 ) -> None:
     job = client.submit(rows_of(images, "/a.png"), spec("stylize", tmp_path)).job

@@ -1,4 +1,4 @@
-"""What the child processes that share a GPU tell each other."""
+"""What the child processes that share a GPU tell one another."""
 
 from __future__ import annotations
 

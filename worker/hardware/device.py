@@ -54,7 +54,7 @@ class Device:
 
     @classmethod
     def of(cls, settings: Settings, children: int, *, gpus: int = 1) -> Device:
-        """The device for each child of a node with this many `children`, on a host whose nodes see so many GPUs."""
+        """The device for each child of a node with this many `children`, on a host whose nodes see this many GPUs."""
         gpu, provider = settings.worker.gpu, settings.onnx.provider
         shared = gpu is not None and children > 1
         nodes = 1 if gpu is None else max(1, gpus, settings.worker.expect_gpus or 0)  # a container may see only its own
@@ -81,7 +81,8 @@ class Device:
 
 
 def _limit(settings: Settings, children: int) -> int | None:
-    """Most bytes of a child's open models. On a GPU, only a pinned child can find out what is usual (see node/child.py)."""
+    """Maximum bytes of a child's open models. On a GPU, only a pinned child can find out what is usual (see
+    node/child.py)."""
     if settings.worker.model_memory is not None or settings.worker.gpu is not None:
         return settings.worker.model_memory
     return int(CPU_SHARE * main_memory() / children)
@@ -108,9 +109,9 @@ def visible_gpu(gpu: int, mask: str | None) -> str:
 
 
 def share_of_cores(children: int, nodes: int = 1) -> int:
-    """The number of cores per child where so many `nodes` share this host; at least 1.
+    """The number of cores per child if this many `nodes` share the host; at least 1.
 
-    A container that may use only so much CPU time counts as so many cores, which it shares with no other node.
+    A container with limited CPU time counts as that many cores, which it shares with no other node.
     """
     return max(1, min(len(os.sched_getaffinity(0)) // nodes, _quota()) // children)
 

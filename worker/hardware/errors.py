@@ -11,7 +11,7 @@ from imagemill.shared.errors import ConfigurationError, OutOfMemory
 
 
 class DeviceUnusable(ConfigurationError, code=ConfigurationError.code):
-    """No model of an engine can run on the device as it is set up, whatever is in the model's file."""
+    """With the device as it is set up, no model of the engine can run on it, whatever is in the model's file."""
 
 
 OUT_OF_MEMORY = re.compile(

@@ -52,7 +52,7 @@ def gpu_of(gpu: int) -> str | None:
 
 
 def no_such_gpu(gpu: int) -> str | None:
-    """Why this process can't have the GPU with this index; None if it may be there."""
+    """Why this process can't have the GPU with this index; None if the GPU may be there."""
     try:
         visible_gpu(gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
     except ConfigurationError as error:

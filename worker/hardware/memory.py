@@ -38,7 +38,8 @@ class Memory(Protocol):
     """The memory of one device, as its runtime counts it. Methods raise DeviceLost if the device does not respond.
 
     `name` is the manufacturer's name of the device, `total` this child's part of a GPU's memory in bytes. `grows` is true if
-    larger batches are faster on it, which makes it worthwhile to learn how large they can be and to wait until they are full.
+    larger batches are faster on it, which makes it worthwhile to learn how large they can be, and to wait until they are
+    full.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Memory(Protocol):
         """Measure a run; the Peak is filled in on leaving the context."""
 
     def broken(self) -> bool:
-        """Whether every further call of this process to the device will fail; False if that can't be asked."""
+        """Whether every further call of this process to the device will fail; False if there is no way to tell."""
         return False
 
 

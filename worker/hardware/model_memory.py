@@ -46,7 +46,7 @@ class ModelMemory:
 
     @property
     def roomy(self) -> bool:
-        """Whether models need not take turns: none had to go lately."""
+        """Whether models don't have to take turns, because none had to go lately."""
         return not self._dropped_at or time.monotonic() - self._dropped_at > SETTLED_SECONDS
 
     def used(self, key: Hashable) -> None:
@@ -54,7 +54,7 @@ class ModelMemory:
         self._open.move_to_end(key)
 
     def make_room(self, size: int, keep: Hashable = None) -> None:
-        """Drop models until one more of so many bytes fits, or none is left but the one to keep."""
+        """Drop models until one of this many bytes fits, or none is left but the one to keep."""
         while self.taken + size > (self.limit or 0) and self._drop(keep):
             pass
 

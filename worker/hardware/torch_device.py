@@ -19,12 +19,12 @@ def torch_device(device: Device, model: str) -> torch.device:
 
 
 def require_cuda(user: str, device: str) -> None:
-    """Raise DeviceUnusable if torch can't use a GPU; `user` and `device` name who was to run where."""
+    """Raise DeviceUnusable if torch can't use a GPU; `user` and `device` name what should run where."""
     if not torch.cuda.is_available():
         version = torch.version.cuda
         built = f"for CUDA {version}, which the driver must support" if version else "without CUDA"
         raise DeviceUnusable(
-            f"{user} was to run on {device}, but the installed torch can't: it is built {built}; fix this or use --cpu"
+            f"{user} should run on {device}, but the installed torch can't: it was built {built}; fix this or use --cpu"
         )
 
 

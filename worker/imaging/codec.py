@@ -80,8 +80,8 @@ def decode(
     converted to sRGB. Only the first frame of an animation is decoded. `keep` says which metadata the picture brings along.
 
     Raises Truncated (also for damaged files), UnsupportedFormat for variants of a format that aren't read, TooCostly and
-    OutOfMemory. What isn't known to cost no more than its pixels is decoded behind the wall. Waits while other threads decode
-    very many.
+    OutOfMemory. A file that may cost more than its pixels is decoded behind the wall. Waits while other threads are decoding
+    very many pixels.
     """
     with _room.taken(header.pixels):
         linear = costs.is_linear(data, header.format, header.icc, header.pixels)
@@ -182,9 +182,9 @@ def encode(picture: Picture, *, format: str, quality: int, clear: bool = True) -
 
 
 def unchanged(data: bytes, picture: Picture, *, format: str, keep: KeepMetadata) -> Encoded | None:  # noqa: A002
-    """The source's own file, if it shows exactly `picture` and has the format; only metadata that `keep` excludes is removed.
+    """The source's file, if it shows exactly `picture` and has the format; only metadata that `keep` excludes is removed.
 
-    None if the picture must be encoded anew.
+    None if the picture must be encoded again.
     """
     if not picture.as_stored or format.removesuffix("-lossless") != picture.format:
         return None

@@ -1,6 +1,6 @@
 """Colour that a file states in numbers: code points (ITU-T H.273, in PNG, AVIF and HEIF), chromaticities and a gamma.
 
-Each statement becomes the ICC profile that says the same, so from here on there is one way to say it.
+Each statement becomes the equivalent ICC profile, so everything downstream has only one form to handle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SRGB: Chromaticities = (*_D65, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 ADOBE_RGB: Chromaticities = (*_D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 _PRIMARIES: dict[int, Chromaticities] = {  # H.273, table 2
     1: SRGB,
-    2: SRGB,  # "unknown", which counts only beside something known
+    2: SRGB,  # "unknown", which counts only together with something known
     4: (*_C, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
     5: (*_D65, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
     6: (*_D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
@@ -56,8 +56,8 @@ def known(primaries: int, transfer: int) -> bool:
 def by_code_points(primaries: int, transfer: int, *, full_range: bool = True, what: str) -> bytes | None:
     """The profile of RGB samples with these code points; None for sRGB and where a code point is unknown.
 
-    Without `full_range`, black is 16 and white 235. `what` names the file in errors. Raises UnsupportedFormat for HDR: there is
-    no single way to show it on an ordinary screen, and a bulk job is no place to choose one.
+    Without `full_range`, black is 16 and white 235. `what` names the file in errors. Raises UnsupportedFormat for HDR: there
+    is no single way to show it on an ordinary screen, and a bulk job shouldn't choose one.
     """
     if transfer in _HDR:
         raise UnsupportedFormat(f"{what} is an HDR picture ({_HDR[transfer]}); convert it to sRGB or Display P3 first")

@@ -1,4 +1,5 @@
-"""What a file may cost, and which files are known to cost no more than their size and pixels: all others go behind the wall.
+"""What a file may cost, and which files are known to cost no more than their size and pixels suggest; all others go behind
+the wall.
 
 The promise, checked by bench/hostile.py: reading a file takes at most five times the CPU time of an ordinary PNG with as many
 pixels, plus one second.
@@ -13,7 +14,7 @@ from imagemill.worker.imaging import jpeg
 PROBE_SECONDS = 0.25
 DECODE_SECONDS = 0.5
 SECONDS_PER_PIXEL = 55e-9
-"""Of CPU time. An ordinary PNG takes 10 to 20 ns per pixel, AVIF, the slowest format of honest files, up to 30."""
+"""Of CPU time. An ordinary PNG takes 10 to 20 ns per pixel; AVIF, the slowest format for genuine files, up to 30."""
 
 SPARE_BYTES = 96 * 2**20
 BYTES_PER_PIXEL = 17
@@ -43,7 +44,7 @@ def bytes_to_decode(pixels: int, file: int) -> int:
 
 
 def is_linear(data: bytes, kind: str, icc: bytes | None, pixels: int) -> bool:
-    """Whether decoding takes a time in proportion to the pixels and bytes of the file, whatever is in it, and little memory.
+    """Whether decoding takes time in proportion to the file's pixels and bytes, whatever is in it, and little memory.
 
     That holds for PNG, whose chunks `probe` has counted, and for JPEG with few passes over the picture, unless a colour profile
     needs more than a matrix and curves. Of large pictures, only JPEG can be decoded without copies on the way. Raises the
@@ -57,7 +58,7 @@ def is_linear(data: bytes, kind: str, icc: bytes | None, pixels: int) -> bool:
 
 
 def is_simple(icc: bytes) -> bool:
-    """Whether LittleCMS will read nothing of a colour profile but a matrix and short curves."""
+    """Whether LittleCMS will read only a matrix and short curves from a colour profile."""
     if not 132 <= len(icc) <= SIMPLE_PROFILE or icc[16:20] not in (b"RGB ", b"GRAY") or icc[12:16] not in _CLASSES:
         return False
     (count,) = struct.unpack_from(">I", icc, 128)

@@ -16,7 +16,7 @@ Table = dict[int, tuple[int, bytes]]
 
 
 def orientation(exif: bytes | None, xmp: bytes | None = None) -> int:
-    """The orientation, 1 to 8: from EXIF, if it is missing there from XMP, and 1 if it is missing or invalid."""
+    """The orientation, 1 to 8: from EXIF, or else from XMP; 1 if it is missing or invalid."""
     order, table = _first_table(exif)
     if _ORIENTATION in table:
         kind, field = table[_ORIENTATION]
@@ -46,7 +46,7 @@ def _bare(exif: bytes | None) -> bytes:
 
 
 def _table(exif: bytes, order: str, pointer: tuple[int, bytes] | None) -> Table:
-    """The table that a pointer leads to, as far as it is there."""
+    """The table that a pointer leads to, as far as it is present."""
     exif, found = _bare(exif), Table()
     if pointer is None:
         return found

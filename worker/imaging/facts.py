@@ -20,8 +20,9 @@ FILE_NOTES = frozenset({NO_END, JUNK, REDUCED, FULL_PAGE, INVERTED})
 class Facts:
     """Of one file: `size` is (width, height) as stored.
 
-    `icc` is the embedded profile, or one that says what the file states in another way (see imagemill.worker.imaging.colour).
-    `orientation` is None where EXIF or XMP decide. `lossless` matters in formats that may be either.
+    `icc` is the embedded profile, or an equivalent one if the file states its colours in another way (see
+    imagemill.worker.imaging.colour). `orientation` is None where EXIF or XMP decide. `lossless` matters in formats that may
+    be either.
     """
 
     size: tuple[int, int]

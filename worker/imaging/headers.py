@@ -49,8 +49,8 @@ _OTHERS = (
 class Header:
     """Header of an image file: `size` is the upright (width, height), `orientation` (EXIF, 1 to 8) is applied by `decode`.
 
-    `icc` is the profile that the file has, or one that says what it states about its colours in another way. `notes` are
-    among `facts.FILE_NOTES`. `lossless` is true for a WebP or JPEG XL file that stores pixels without loss.
+    `icc` is the file's profile, or an equivalent one if it states its colours in another way. `notes` are among
+    `facts.FILE_NOTES`. `lossless` is true for a WebP or JPEG XL file that stores pixels without loss.
     """
 
     format: str
@@ -217,6 +217,6 @@ _READERS: dict[str, Callable[[bytes], Facts]] = {
     "jxl": jxl.read_header,
 }
 PARSED_HERE = frozenset({"jpeg", "png", "webp", "gif"})
-"""Formats whose headers are read by our own code, in a time that depends on the size of the file only."""
+"""Formats whose headers our own code reads, in a time that depends only on the size of the file."""
 # These hold more pictures than the one that is read, or sizes that only their readers know.
 _BOUNDED: dict[str, Callable[[bytes, int], Facts]] = {"tiff": tiff.read_header, "heic": heic.read_header}

@@ -1,7 +1,7 @@
 """HEIC (HEIF with HEVC), as phones write it, with libheif; it comes with the extra `formats`.
 
-Rotation, mirroring and cropping stand in the file's boxes, where libheif applies them; what EXIF says about the orientation is
-then a repetition (ISO/IEC 23008-12, 6.5.10).
+Rotation, mirroring and cropping are in the file's boxes, and libheif applies them; the orientation in EXIF only repeats them
+(ISO/IEC 23008-12, 6.5.10).
 """
 
 from __future__ import annotations

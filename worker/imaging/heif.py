@@ -25,7 +25,7 @@ class Stated:
 
 
 def read(data: bytes) -> Stated:
-    """What the file states of its main picture. What can't be found or read counts as not stated."""
+    """What the file states about its main picture. What can't be found or read counts as not stated."""
     try:
         meta = _find(data, b"meta", 0, len(data))
         properties = _of_main_item(data, meta) if meta is not None else []

@@ -112,10 +112,11 @@ def scans(data: bytes) -> int:
 
 
 def _whole(data: bytes) -> bool:
-    """Whether a file without end marker has all of its scans, as far as their headers tell.
+    """Whether a file without an end marker has all of its scans, as far as their headers show.
 
-    Each coefficient of each component must have come with all of its bits. A file may also have been filled up with zeros
-    in place of its last rows, which would be decoded like pixels. Of arithmetic coding, libjpeg can't tell where it ends.
+    Each coefficient of each component must have come with all of its bits. A file may also have been filled up with zeros in
+    place of its last rows, which would be decoded like pixels. With arithmetic coding, libjpeg can't tell where the pixels
+    end.
     """
     if not data[-8:].strip(b"\0"):
         return False
@@ -218,9 +219,8 @@ def _by_pillow(data: bytes, size: tuple[int, int], reason: str) -> tuple[NDArray
 
 
 def _impossible(ink: NDArray[np.uint8]) -> bool:
-    """Whether CMYK pixels can't be meant as they are: full ink in all four colours, which no press prints, or a black page.
-
-    Some writers leave out Adobe's marker and invert nevertheless; white then reads as full ink.
+    """Whether CMYK pixels can't be right as they are: full ink in all four colours, which no press prints, or a black page.
+    Some writers leave out Adobe's marker but invert all the same; white then reads as full ink.
     """
     least = ink.min(axis=2)
     return bool((least > _FULL).mean() > _SHARE or (ink[:, :, 3] > _FULL).all())

@@ -17,7 +17,7 @@ from imagemill.worker.imaging.heif import boxes
 
 BARE, CONTAINER = b"\xff\x0a", b"\x00\x00\x00\x0cJXL \r\n\x87\n"
 MAX_EXTRA = 4
-"""Channels beside the colours, of which only alpha is read; libjxl would allocate memory for each."""
+"""Channels besides the colours, of which only alpha is read; libjxl would allocate memory for each."""
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
 
 

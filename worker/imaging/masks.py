@@ -1,7 +1,7 @@
 """Masks as people make them: a file to a map of what to fill, or BadMask with a sentence that says how to fix it.
 
-A mask has nearly two values, and is soft only at its edges. What it plainly means is read, with a note if that is anything
-but white on black; everything else is refused, because a wrong hole would count as a success.
+A mask has nearly two values, and is soft only at its edges. A mask whose meaning is clear is read, with a note unless it is
+white on black; everything else is refused, because a wrong hole would count as a success.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class _Tones:
 def read_mask(data: bytes, *, max_pixels: int, mask_from: MaskFrom = "auto") -> Mask:
     """Read a mask from an image file of any format: upright, without colour management.
 
-    `mask_from` is that of InpaintOptions. Raises BadMask for what is no mask or can be understood in two ways, and the errors
-    of `probe` and `decode`.
+    `mask_from` is that of InpaintOptions. Raises BadMask for a file that is not a mask or is ambiguous, and the errors of
+    `probe` and `decode`.
     """
     header = probe(data, max_pixels=max_pixels)
     pixels, notes = _samples(data, header)
@@ -98,7 +98,8 @@ def read_mask(data: bytes, *, max_pixels: int, mask_from: MaskFrom = "auto") -> 
 
 
 def _plain(mask: Mask, *, picture: bool) -> Mask:
-    """The mask, or its opposite if it would fill nearly all. BadMask if either may be meant, or if it is an outline."""
+    """The mask, or its opposite if it would fill nearly everything. BadMask if either may be meant, or if it is an
+    outline."""
     filled = mask.levels > 127
     share = np.count_nonzero(filled) / filled.size
     if HALF < share < 1:
@@ -192,7 +193,7 @@ def _of_one_colour(pixels: Pixels) -> bool:
 
 
 def _drawing(rgb: Pixels, *, lossy: bool) -> Mask:
-    """The hole is the brighter of two values, or the coloured one beside a grey."""
+    """The hole is the brighter of two values, or the coloured one if the other is grey."""
     tones = _tones(rgb)
     if tones is None:
         return _faint(rgb, lossy=lossy)
@@ -233,7 +234,7 @@ def _too_much(rgb: Pixels) -> str:
     return (
         f"a drawing in {often} colours"
         if 2 < often <= MOST_COLOURS and codes.max() > HALF * codes.sum()
-        else "a picture, or soft not only at its edges"
+        else "a picture, or soft beyond its edges"
     )
 
 

@@ -21,7 +21,7 @@ def set_up(device: Device) -> None:
 
 
 def fingerprint(revision: int) -> str:
-    """Identify what, besides image and options, determines an OpenCV engine's results; `revision` is that of its code."""
+    """Identify what determines an OpenCV engine's results besides image and options; `revision` is that of its code."""
     return f"opencv {cv2.__version__}, revision {revision}"
 
 

@@ -56,9 +56,8 @@ def resize(pixels: Array, size: tuple[int, int]) -> Array:
 
 
 def reduced(pixels: Samples, halvings: int, each: Callable[[Samples], Samples] | None = None) -> Samples:
-    """`pixels` (uint8 or float32, [h, w] or [h, w, c]) with sides halved so many times, rounded up: averages of squares.
-
-    At edges that are no multiple of a square, the last row or column is repeated. Halving is ten times as fast as any other
+    """`pixels` (uint8 or float32, [h, w] or [h, w, c]) with sides halved this many times, rounded up: averages of squares.
+    If a side is not a multiple of a square's, its last row or column is repeated. Halving is ten times as fast as any other
     averaging, but only of even sides. Works in strips of rows, which `each` may first turn into others of the same size.
     """
     square, (height, width) = 2**halvings, pixels.shape[:2]

@@ -1,4 +1,5 @@
-"""Take from this process what decoding an image never needs: to open files and sockets, to start programs, to signal others.
+"""Take away from this process what decoding an image never needs: opening files and sockets, starting programs, signalling
+others.
 
 It filters system calls (https://docs.kernel.org/userspace-api/seccomp_filter.html), needs no privileges and can't be lifted.
 """

@@ -95,13 +95,13 @@ def _layout(page: Page) -> Layout:
     samples, planar = page.number(tag.SAMPLES, 1), page.number(tag.PLANAR, 1) == 2
     depths, formats = {*page.numbers(tag.BITS, (1,))}, {*page.numbers(tag.SAMPLE_FORMAT, (1,))}
     bits, colours = max(depths), _COLOURS.get(meaning, 0)
-    extra = page.numbers(tag.EXTRA_SAMPLES) or (2,) * (samples - colours)  # what isn't said is alpha, as everywhere
+    extra = page.numbers(tag.EXTRA_SAMPLES) or (2,) * (samples - colours)  # unspecified means alpha, as in other programs
     alphas = [at for at, kind in enumerate(extra[: samples - colours], colours) if kind != _IGNORED]
     differences = page.number(tag.PREDICTOR, 1)
     _refuse_if(
         (bool(formats & _FORMATS.keys()), f"{bits}-bit {_FORMATS.get(max(formats), '')} samples"),
         (not formats <= {1, 4}, f"samples of format {max(formats)}"),
-        (meaning == -1, "no statement of what their samples mean (photometric interpretation)"),
+        (meaning == -1, "no photometric interpretation, which says what samples mean,"),
         (colours == 0, _OTHER_COLOURS.get(meaning, f"colours of kind {meaning} (photometric interpretation)")),
         (len(depths) > 1, f"samples of {' and '.join(map(str, sorted(depths)))} bits"),
         (bits not in _BITS, f"{bits}-bit samples"),
@@ -258,7 +258,7 @@ def _unpacked(page: Page, layout: Layout, plane: int) -> Array:
     image.load()
     found = np.array(image).view(np.uint8)
     if image.mode == "1":
-        found = found // 255  # True comes as 255
+        found = found // 255  # True arrives as 255
     return found.reshape(height, across, -1) if layout.compression in _PLAIN else found.reshape(height, width, count)
 
 

@@ -15,7 +15,7 @@ MAX_PIECES = 100_000
 """Strips or tiles of a page."""
 MAX_TAGS = 4_096
 MAX_PAGES = 100
-"""Looked at to find the full page."""
+"""Pages that are looked at to find the full page."""
 MAX_VALUES = 3 * 2**16
 """Numbers of one tag: a palette of 16 bits."""
 
@@ -81,12 +81,12 @@ class Page:
 
     @property
     def pieces(self) -> int:
-        """How many strips or tiles it says to have."""
+        """How many strips or tiles it claims to have."""
         return max((self.entries[tag][1] for tag in (STRIPS, TILES) if tag in self.entries), default=0)
 
     @property
     def secondary(self) -> bool:
-        """Whether it says to be a thumbnail or a mask of another page."""
+        """Whether it says that it is a thumbnail or a mask of another page."""
         return bool(self.number(KIND) & (_REDUCED | _MASK)) or self.number(OLD_KIND) == 2
 
 

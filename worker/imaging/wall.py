@@ -1,8 +1,8 @@
 """The wall: files whose decoders can't be trusted with time, memory or a pointer are read in helper processes.
 
 A helper (helper.py) reads one file at a time. The kernel ends it when the file's CPU time is used up, and gives it no more
-memory than the file may take; it can open nothing, and a crash costs nothing but the file. Files and pixels are passed in
-shared memory that this side makes and seals, everything else as JSON, and nothing that a helper says is believed unchecked.
+memory than the file may take; it can't open anything, and a crash costs only the file. Files and pixels are passed in shared
+memory that this side makes and seals, everything else as JSON, and everything that a helper says is checked.
 
 Helpers are started when they are first needed, as many as there are threads that decode at a time, and die with this process.
 """
@@ -37,7 +37,7 @@ from imagemill.worker.imaging.wall_messages import EXTRA_BYTES, MESSAGE_BYTES, U
 
 START = "from imagemill.worker.imaging.helper import main; main()"
 IDLE_SECONDS = 10.0
-"""A helper that has used no CPU for so long hangs."""
+"""A helper that has used no CPU for this long hangs."""
 START_SECONDS = 60.0
 DYING_SECONDS = 5.0
 MOST_TEXT = 500
@@ -114,7 +114,7 @@ class _Helper:
                 return {"error": InternalError.code, "message": "unreadable answer"}, None
 
     def _answer(self, seconds: float) -> bytes:
-        """Wait for the answer. The kernel sees to the limits, but not if the helper is idle, or has lifted them."""
+        """Wait for the answer. The kernel enforces the limits, unless the helper is idle or has lifted them."""
         began = used = self._cpu()
         while True:
             self._socket.settimeout(self._idle)
@@ -214,7 +214,7 @@ class Wall:
         raise error(str(answer.get("message"))[:MOST_TEXT])
 
     def _answer(self, action: str, values: dict[str, Any], most: int, limits: tuple[float, int], kind: str) -> Any:
-        """What an idle helper answers, or a new one. If one is ended from outside, another gets a chance."""
+        """The answer of an idle or a new helper. If something else kills it, another one gets a chance."""
         for _ in range(2):
             helper = self._take()
             try:

@@ -61,7 +61,7 @@ class Shared:
 
 
 def passing(kind: Any) -> list[str]:
-    """The fields of a dataclass that pass through the wall: all but those that say that they stay where they are."""
+    """The fields of a dataclass that pass through the wall: all except those marked to stay where they are."""
     return [field.name for field in fields(kind) if not field.metadata.get("stays")]
 
 

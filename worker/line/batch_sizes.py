@@ -21,7 +21,7 @@ from imagemill.worker.operations.base import AnyOperation, Sample
 log = logging.getLogger(__name__)
 
 SHARE = 0.8
-"""Share of the free memory that a batch may be expected to take."""
+"""Share of the free memory that a batch should take at most."""
 STEPS = (2, 4, 16)
 """How many times the largest size that fits may be tried next, by the number of measured peaks: none, one (all of its memory
 counts as the samples', which is cautious), or a line through two or more."""
@@ -43,7 +43,8 @@ def kind_of(operation: AnyOperation, sample: Sample[Any, Any]) -> str:
 
 @dataclass
 class Known:
-    """What is known of one kind: the lowest peak in bytes per batch size, the largest size that fits, the smallest that failed.
+    """What is known about one kind: the lowest peak in bytes per batch size, the largest size that fits, the smallest that
+    failed.
 
     `free` is how much memory was free at that failure; `relief` is the level (Operation.relieve) at which one sample fits.
     """
@@ -83,7 +84,7 @@ class Known:
         return self.fails if freed or self.waited >= self.patience else self.fits
 
     def learned(self) -> tuple[int, int, int | None]:
-        """What changes whenever a run has taught something new."""
+        """A number that changes whenever a run has taught us something new."""
         return len(self.peaks), self.fits, self.fails
 
 
@@ -189,7 +190,7 @@ class BatchSizes:
         known.waited += 1
 
     def known(self, kind: str) -> Known:
-        """What is known of a kind; the caller may add to it."""
+        """What is known about a kind; the caller may add to it."""
         if kind not in self._kinds and len(self._kinds) >= KINDS:
             del self._kinds[next(iter(self._kinds))]
         return self._kinds.setdefault(kind, Known())

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Owner = TypeVar("Owner")
 
 PATIENCE = 5.0
-"""Seconds that samples may be overtaken."""
+"""Seconds for which samples may be overtaken."""
 CAPS = {"quality": 4, "throughput": 64}
 """The largest batch under each policy; an engine's own `max_batch` may be smaller."""
 
@@ -167,9 +167,9 @@ def run_parts(
 ) -> Iterator[list[Any | ImageError]]:
     """Run a batch on the device; yields its parts as they ran: for each sample its output, or that sample's own error.
 
-    When memory runs out, the batch is halved and `sizes` learns from it. Without its model, no sample can run. On any other
-    error each sample is run alone, so that a bad image does not take its neighbours down. Raises SoftTimeLimitExceeded when
-    the task's time is up, and DeviceLost when this process can't use the device any more: neither is an image's fault.
+    When memory runs out, the batch is halved and `sizes` learns from it. Without its model, no sample can run. After any
+    other error, each sample is run alone, so that a bad image doesn't take its neighbours down. Raises SoftTimeLimitExceeded
+    when the task's time is up, and DeviceLost when this process can't use the device any more: neither is an image's fault.
     """
     kind = kind_of(operation, samples[0])
     over, step = 0, len(samples)

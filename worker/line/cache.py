@@ -1,8 +1,8 @@
 """Earlier results: when the same image is asked for again, in any job, its result is copied instead of computed.
 
-Everything that decides a result's bytes is hashed into a key. Under it, Redis keeps where the result is and what it is,
-for as long as it keeps jobs. Nothing here fails an image: when in doubt, the result is computed. Images with a mask or control
-image at a URL and jobs with options that are URLs (`ADDRESSES`) are left out, because the bytes there may change.
+Everything that decides a result's bytes is hashed into a key. Under that key, Redis keeps where the result is and what it
+is, for as long as it keeps jobs. Nothing here fails an image: when in doubt, the result is computed. Images with a mask or
+control image at a URL and jobs with options that are URLs (`ADDRESSES`) are left out, because the bytes there may change.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from imagemill.worker.transfer.store import Store
 log = logging.getLogger(__name__)
 
 REVISION = 6
-"""Raise it when decoding, scaling or encoding gives the same image different bytes."""
+"""Raise this when a change to decoding, scaling or encoding gives the same image different bytes."""
 
 AROUND = ("imagemill", "isal", "numpy", "opencv-python-headless", "pillow", "pillow-heif", "pillow-jxl-plugin", "simplejpeg")
 """Packages that affect the result of every engine; each engine names its own in its `fingerprint`."""
@@ -74,7 +74,7 @@ class Remembered:
         return cls(output, encoded.md5, encoded.format, len(encoded.data), encoded.size, notes, measures, filled)
 
     async def copied(self, store: Store, key: str) -> Remembered | None:
-        """The same result under a key of `store`; None if it no longer exists or can't be copied, for whatever reason."""
+        """The same result under a key of `store`; None if it no longer exists or can't be copied for any reason."""
         try:
             return replace(self, output=await store.copy(self.output, key, f"image/{self.format}", md5=self.md5))
         except ImageError as error:

@@ -21,9 +21,9 @@ from imagemill.worker.transfer.store import Store
 
 @dataclass(frozen=True)
 class Context:
-    """What the images of one job share on their way down the line. `stop` ends it: nothing more of the job is begun.
+    """What the images of one job share on their way down the line. Once `stop` is set, no more of them begin.
 
-    `companions` are the names of the models that it needs beside its `model`.
+    `companions` are the names of the models that the job needs besides its `model`.
     """
 
     job: str
@@ -52,7 +52,7 @@ class Context:
         budget: PixelBudget,
         cache: Cache | None = None,
     ) -> Context:
-        """A job's context, with references of its own. Raises ModelUnavailable."""
+        """A job's context, with its own references. Raises ModelUnavailable."""
         most, stop = settings.worker.max_pixels, Event()
         fetcher = fetcher.within(Readable.of(settings.s3, spec.output.url))
         references = References(fetcher, max_pixels=most, attempts=spec.policy.attempts, stop=stop, budget=budget)

@@ -88,7 +88,7 @@ class DeviceLoop:
         return self._ready.qsize() + len(self._batcher)
 
     def expect(self, images: int) -> None:
-        """So many images more, or if negative less, are on their way."""
+        """This many more images, or fewer if negative, are on their way."""
         with self._counting:
             self._coming += images
 
@@ -135,7 +135,7 @@ class DeviceLoop:
         self._line.changed()
 
     def clear(self, *, begun: bool = False) -> None:
-        """Drop withdrawn images that wait for a device which nobody runs; with `begun`, also those that ran in part."""
+        """Drop withdrawn images that wait for a device that nobody is running; with `begun`, also those that ran in part."""
         if not self._running.acquire(blocking=False):
             return
         try:
@@ -225,7 +225,7 @@ class DeviceLoop:
             else:
                 image.outputs[slot.place] = output
             if image.missing == 0:
-                computed += image.failure is None and not image.has_result  # a second attempt is no second image
+                computed += image.failure is None and not image.has_result  # a second attempt doesn't count
                 self._line.computed(image)
         growth = recipe.sizes.growth(kind_of(recipe.operation, batch[0].sample), recipe.most)
         self._speed.ran(lane, computed, len(batch), run.seconds, growth)

@@ -1,4 +1,4 @@
-"""Which images are downloaded next, and how many at a time: as many as the device needs, and none that hold up others."""
+"""Which images are downloaded next, and how many at a time: as many as the device needs, without holding up others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Host:
     slow: bool = False
 
     def is_slow(self, now: float) -> bool:
-        """Whether its latest download took long, or one takes long and none has ended quickly since it began."""
+        """Whether its latest download was slow, or one is taking long and none has ended quickly since it began."""
         began = next(iter(self.running.values()), now)
         return self.slow or (now - began > SLOW_SECONDS and self.answered <= began)
 
@@ -44,9 +44,10 @@ class Front:
     """Calls `begin` with each image whose download should start. Thread-safe.
 
     By Little's law, a device that takes `pace()` images per second needs pace x latency downloads at a time. There are twice
-    as many, at least 16, no more than `most`, and no more than `per_host` from one host. Images that are downloaded and not yet
-    `prepared` count, too, so that downloads wait for CPUs that fall behind. Slow hosts have as many places again, so that they
-    hold up nobody but their own images. Hosts take turns; the images of one come in the order in which they were submitted.
+    as many, at least 16, no more than `most`, and no more than `per_host` from one host. Images that are downloaded and not
+    yet `prepared` count, too, so that downloads wait for CPUs that fall behind. Slow hosts have as many places again, so
+    that they hold up only their own images. Hosts take turns; the images of one come in the order in which they were
+    submitted.
     """
 
     def __init__(self, begin: Callable[[ImageInFlight], None], pace: Callable[[], float], *, most: int, per_host: int) -> None:
@@ -96,7 +97,7 @@ class Front:
         self.look()
 
     def dropped(self, image: ImageInFlight) -> None:
-        """An image was not downloaded after all, because nobody wants it any more."""
+        """An image was not downloaded after all, because it is no longer wanted."""
         with self._lock:
             host = self._hosts.get(image.host)
             if host is not None and host.running.pop(id(image), None) is not None:
@@ -110,7 +111,7 @@ class Front:
         self.look()
 
     def look(self) -> None:
-        """Begin what may begin. To be called several times per second while images wait: hosts become slow without notice."""
+        """Begin what may begin. Call this several times per second while images wait: hosts become slow without notice."""
         if not self._queue:
             return
         with self._lock:

@@ -1,9 +1,10 @@
 """Takes images through the stages: downloads, CPU work, batches on the device, and uploads, all at the same time.
 
 While batch k is on the device, batch k+1 is being fetched and prepared, and batch k-1 encoded and stored. Hundreds of images
-may wait for the network, in one thread (worker/transfer/network.py); CPU work is done in as many threads as there are cores.
-How far the front may run ahead is counted in bytes of files and in decoded pixels, so memory stays flat whatever arrives. Every
-image ends in exactly one record, or is left for another worker; a bad one fails alone. The stages themselves are in stages.py.
+may wait for the network, in one thread (worker/transfer/network.py); CPU work runs in as many threads as there are cores.
+How far the front may run ahead is counted in bytes of files and in decoded pixels, so memory stays flat whatever arrives.
+Every image ends in exactly one record, or is left for another worker; a bad one fails alone. The stages themselves are in
+stages.py.
 
 A line lives as long as its process and takes images of any job; who feeds it is in worker/node/feeder.py.
 """
@@ -41,8 +42,8 @@ class Line:
     """Takes images through the stages. Any thread may `enter` images; one thread at a time may run the `device`.
 
     `threads` is the number of CPU cores to use before the device, and again after it. If `siblings` share the device, each
-    batch runs within `turn`. `changed` is called, in any thread, when an image has left the device or the line; `moved` between
-    any two batches, and now and then while the device is idle. `blame` is called when all images of a batch have failed, and
+    batch runs within `turn`. `changed` is called, in any thread, when an image has left the device or the line; `moved`
+    between batches, and now and then while the device is idle. `blame` is called when all images of a batch have failed, and
     returns why the model of their lane is to blame, if it is.
     """
 
@@ -201,7 +202,7 @@ class Line:
         self.settle(image, outcome or NotBegun())
 
     def settle(self, image: ImageInFlight, outcome: Outcome) -> None:
-        """Record what became of an image, unless it has been withdrawn, has to wait for a store, or has no model here."""
+        """Record an image's outcome, unless it has been withdrawn, has to wait for a store, or has no model here."""
         if isinstance(outcome, Failed) and isinstance(outcome.error, ModelUnavailable):
             outcome = NotBegun()  # it is for another node, or for later
         elif isinstance(outcome, Failed) and service_of(image, outcome.error):
@@ -217,7 +218,7 @@ class Line:
         self.records.record(image, outcome if image.move("begun") else NotBegun(), self._over)
 
     def _over(self, image: ImageInFlight) -> None:
-        """An image has its record, or gets none here."""
+        """An image has been recorded, or won't be recorded here."""
         self.free(image)
         self.changed()
 
@@ -245,7 +246,7 @@ class Line:
     # --- for whoever feeds the line -------------------------------------------------------------
 
     def retry(self) -> None:
-        """Look whether what waits may go on, or need not wait any more. To be called several times per second."""
+        """Let images go on that no longer have to wait. Call this several times per second."""
         for image in self.outages.due():
             self._retry(image)
         self.front.look()

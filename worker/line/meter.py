@@ -1,4 +1,4 @@
-"""What a line reports to whoever counts: by default to nobody."""
+"""What a line reports to whoever counts; by default, nobody does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Meter:
         """An image has its result; `how` is computed, reused, kept or failed."""
 
     def ran(self, recipe: Recipe, parts: Sequence[int], seconds: float) -> None:
-        """A batch has run on the device, in parts of these sizes, for so many seconds."""
+        """A batch has run on the device for this many seconds, in parts of these sizes."""
 
     def waited(self, cause: Cause, seconds: float) -> None:
         """The device has waited."""

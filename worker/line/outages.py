@@ -1,4 +1,4 @@
-"""Images that wait for a store, or for S3 as their source, that does not respond: an outage delays them, but fails none."""
+"""Images that wait for a store, or for S3 as their source, to respond: an outage delays them, but fails none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE = 3600.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 """Seconds before the first attempt to reach a service again, and at most; the pause doubles each time."""
 MANY = 8
-"""Once so many images wait for a service, no more are taken that need it."""
+"""Once this many images wait for a service, no more images that need it are taken."""
 MOST_JOBS = 20
 """Named in one log line."""
 OWN_FAULTS = 8
@@ -28,12 +28,12 @@ OWN_FAULTS = 8
 
 
 def source_service(source: str) -> str | None:
-    """The service that an image comes from, as far as its outages are waited for."""
+    """The service that an image comes from, if images wait for its outages to end."""
     return f"s3://{split(source)[0]}" if source.startswith("s3://") else None
 
 
 def service_of(image: ImageInFlight, error: ImageError) -> str | None:
-    """The service that `error` says does not respond; None if it is no outage, or not one that is waited for."""
+    """The service that `error` says does not respond; None if it isn't an outage, or not one that images wait for."""
     if isinstance(error, StorageUnavailable):
         return image.context.store.service
     fetching = "header" not in vars(image)
@@ -116,7 +116,7 @@ class Outages:
         return list(outage.images)
 
     def full(self, service: str) -> bool:
-        """Whether so many images wait for a service that no more should be taken that need it."""
+        """Whether too many images wait for a service to take more that need it."""
         outage = self._outages.get(service)
         return outage is not None and len(outage.images) >= MANY
 

@@ -39,7 +39,7 @@ class PixelBudget:
         return len(self._waiting)
 
     def enter_now(self, pixels: int) -> bool:
-        """Take room for so many pixels if there is some and nobody waits for it."""
+        """Take room for this many pixels if there is room and nobody is waiting for it."""
         with self._lock:
             if self._closed or self._waiting or not self._fits(pixels):
                 return False
@@ -78,7 +78,7 @@ class PixelBudget:
             forget()
 
     def drop(self, key: Hashable) -> None:
-        """A picture that was kept is not in memory any more. Takes no lock, so that finalizers may call it anywhere."""
+        """A picture that was kept is no longer in memory. Takes no lock, so that finalizers may call it anywhere."""
         self._dropped.append(key)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class PixelBudget:
             self._waiting.clear()
 
     def look(self) -> None:
-        """Let in whoever is first in line, while there is room, and those that are unwanted by now."""
+        """While there is room, let in whoever is first in line; also those that are no longer wanted."""
         while True:
             with self._lock:
                 if not self._waiting:

@@ -1,4 +1,4 @@
-"""Writes records into the ledger: at once all that have gathered while the last ones were being written."""
+"""Writes records into the ledger: all that gathered while the last ones were being written, in one call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Entry:
 
 
 class Recorder:
-    """Writes records in a thread of its own, which starts with the first one. Thread-safe.
+    """Writes records in its own thread, which starts with the first one. Thread-safe.
 
     While Redis is away, records wait: the results exist, and must not be computed twice. `failed` is called, in that thread, if
     something else goes wrong: a bug.

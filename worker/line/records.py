@@ -82,7 +82,7 @@ class Tally:
 class Records:
     """Writes the records of images, and counts those that were first in `tally`, which the caller may replace.
 
-    `on_error` is called, in any thread, with an error that no record can tell of: a bug.
+    `on_error` is called, in any thread, with an error that can't be recorded: a bug.
     """
 
     def __init__(self, ledger: WorkLedger, node: str, meter: Meter | None = None, traces: Traces | None = None) -> None:
@@ -97,7 +97,7 @@ class Records:
         """Record an image that is stored or has failed; one that was not begun stays open.
 
         `done` is called once, whatever happens: in a thread of ours when the record is written, or at once if there is none.
-        What can't be recorded, because of a bug or of text that is no valid UTF-8, is recorded as a failure.
+        What can't be recorded, because of a bug or of text that is not valid UTF-8, is recorded as a failure.
         """
         if not isinstance(outcome, Stored | Failed):
             done(image)
@@ -162,7 +162,7 @@ class Records:
             traces.record(job, stage, start, end, parent=parent)
 
     def _log_failure(self, image: ImageInFlight, result: ItemResult) -> None:
-        """One line per image, but not so many that a bad list fills the disk: the line of the share counts all."""
+        """One line per image, but not so many that a bad list fills the disk; the share's line counts them all."""
         now = time.monotonic()
         with self._lock:
             self._lines = min(MOST_LINES, self._lines + (now - self._refilled) * LINES_PER_SECOND) - 1

@@ -61,7 +61,7 @@ class References:
         coming = []
         for url in self.of(options):
             with self._lock:
-                if url in self._pictures or url in self._masks:  # at hand, or being decoded
+                if url in self._pictures or url in self._masks:  # already here, or being decoded
                     continue
                 if url not in self._brought:
                     self._brought[url] = asyncio.create_task(self._download(url))
@@ -150,7 +150,7 @@ class References:
             raise BadReference(f"the control image {shown(item.control_image)} can't be used: {error.message}") from error
 
     async def _download(self, url: str) -> bytes:
-        """It takes no lasting room: it must not wait for images that wait for it, and nobody may ever use it."""
+        """It takes no lasting room: it must not wait for images that are waiting for it, and may never be used."""
         fetched = await self._fetcher.fetch(url, attempts=self._attempts, stop=self._stop, wait_for_room=False)
         self._fetcher.room.release(fetched.room)
         return fetched.data
@@ -204,6 +204,6 @@ class References:
 
 
 def _look_at(task: asyncio.Task[bytes]) -> None:
-    """Asyncio logs errors that nobody looks at; this one is the images' concern, if any still needs the file."""
+    """Asyncio logs errors that nobody looks at; this one matters only to images that still need the file."""
     if not task.cancelled():
         task.exception()

@@ -26,7 +26,7 @@ class _Lane:
 class Speed:
     """Smoothed rates of computing. Failed and reused images and idle time don't count. Thread-safe.
 
-    So many `siblings`, this child included, share the device. `clock` is in seconds.
+    `siblings` children, including this one, share the device. `clock` is in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, *, siblings: int = 1) -> None:
@@ -67,7 +67,8 @@ class Speed:
             return {lane: known.images / known.seconds for lane, known in self._lanes.items() if known.images and known.seconds}
 
     def pace(self, lane: str | None = None) -> float:
-        """Images per second of a lane that the device could take from this child, by its fastest batch of late; 0 if unknown.
+        """Images per second of a lane that the device could take from this child, judging by its fastest recent batch; 0 if
+        unknown.
 
         That is more than it computes while it has to wait or batches are not full. While batches still grow, it assumes that
         the next one takes no longer: otherwise a fast device would wait for downloads after each step. By default, of the

@@ -36,7 +36,7 @@ NetworkStage = Callable[[ImageInFlight, Context], Awaitable[Outcome | None]]
 async def fetch(image: ImageInFlight, context: Context) -> None:
     """Download the source, and what else the image needs. Raises Stopped."""
     await context.store.check()  # a store that refuses everything should not cost a download
-    if image.stopped:  # a store that does not respond takes its time
+    if image.stopped:  # an unresponsive store takes its time
         raise Stopped
     with image.timed("fetch"):
         attempts = max(1, context.spec.policy.attempts - image.tries)
@@ -136,7 +136,7 @@ def check(image: ImageInFlight, context: Context) -> RunAgain | None:
 def encode(image: ImageInFlight, context: Context) -> None:
     """Turn the best result into a file."""
     with image.timed("encode"):
-        # The colour under alpha 0 is nobody's if we cut the subject out; otherwise it is the source's, and is kept.
+        # If we cut the subject out, nobody needs the colour under alpha 0; otherwise it is the source's, and is kept.
         encoded = codec.encode(
             image.best.picture,
             format=_format(image, context),
@@ -206,7 +206,7 @@ def lasting_notes(spec: Job) -> frozenset[str]:
 
 
 def _keep(image: ImageInFlight, context: Context, untouched: Untouched) -> None:
-    """Make an image that needs no work its own result: its file if the job's format allows, else encoded anew."""
+    """Make an image that needs no work its own result: its file if the job's format allows, or else encoded again."""
     picture = image.picture
     image.how, image.best = "kept", quality.Checked(picture, (*picture.notes, *untouched.notes), Measures())
     file = codec.unchanged(image.data, picture, format=_format(image, context), keep=context.spec.output.metadata)

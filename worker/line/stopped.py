@@ -7,4 +7,4 @@ GLANCE = 0.1
 
 
 class Stopped(Exception):
-    """The image is not begun, and not to be: it stays unrecorded and is handed out again."""
+    """The image has not begun and must not begin: it stays unrecorded and is handed out again."""

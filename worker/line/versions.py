@@ -1,4 +1,4 @@
-"""The versions of everything installed here that decides a result."""
+"""The versions of everything installed here that affects a result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = (
 
 @cache
 def versions() -> dict[str, str]:
-    """What is installed here of that which decides a result."""
+    """The installed packages that affect a result."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

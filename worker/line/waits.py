@@ -11,7 +11,7 @@ another child has the device."""
 
 
 class Waits:
-    """Counts seconds; `busy` are those in which the device worked. For one thread, but any may read."""
+    """Counts seconds; in those under `busy`, the device worked. Written by one thread, but any may read."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = dict.fromkeys(("busy", *CAUSES), 0.0)

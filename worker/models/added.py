@@ -64,7 +64,7 @@ class Added(Model):
     """An added model: what it is, what its family needs to know about it, its files, and where and when it came from.
 
     `family` is one that its engine knows, such as `isnet`. `parameters` belong to the family and are checked by it. `origin`
-    is the SHA-256 of the source, by which it is known when it is added again.
+    is the SHA-256 of the source, which identifies it if it is added again.
     """
 
     version: Literal[1] = 1
@@ -89,7 +89,7 @@ class Added(Model):
         return str(first if self.kind in ("matting", "inpainting", "lora") else PurePosixPath(*first.parts[:2]))
 
     def is_here(self, weights: Path) -> bool:
-        """Whether all of its files are in the weights folder, in the size that they had."""
+        """Whether all of its files are in the weights folder, with their original sizes."""
         try:
             return all((weights / file.path).stat().st_size == file.size for file in self.files)
         except OSError:
@@ -104,7 +104,7 @@ def record_path(weights: Path, name: str) -> Path:
 def find(weights: Path, name: str) -> Added | None:
     """The record of an added model; None if there is none. Raises ConfigurationError if it is damaged.
 
-    A record is read again only after it was replaced, as this is called for every image.
+    A record is read again only after it has been replaced, because this is called for every image.
     """
     path = record_path(weights, name)
     try:
@@ -130,7 +130,7 @@ def everything(weights: Path) -> tuple[list[Added], list[str]]:
 
 
 def names(weights: Path) -> list[str]:
-    """The names of all added models, also of those whose records are damaged."""
+    """The names of all added models, including those whose records are damaged."""
     return sorted(path.stem for path in (weights / "added").glob("*.json"))
 
 
@@ -189,5 +189,5 @@ def _read(path: Path, mtime_ns: int, inode: int) -> Added:  # noqa: ARG001  # th
     if record.name != path.stem:
         raise ConfigurationError(f"{path} is the record of another model, {record.name}: {remedy}")
     if record.name in TAKEN:
-        raise ConfigurationError(f"{path}: {record.name} is in imagemill's own catalogue by now: add it under another name")
+        raise ConfigurationError(f"{path}: {record.name} is now in imagemill's own catalogue: add it under another name")
     return record

@@ -1,4 +1,4 @@
-"""The command `imagemill models add`, for models of the operator's own."""
+"""The command `imagemill models add`, for the operator's own models."""
 
 from __future__ import annotations
 
@@ -46,15 +46,17 @@ class Numbers(click.ParamType[tuple[float, ...]]):
 @click.argument("name", metavar="NAME")
 @click.argument("source", metavar="SOURCE")
 @click.option("--family", metavar="NAME", help="u2net, isnet, birefnet, modnet, ben, sd15 or sdxl; usually recognised.")
-@click.option("--vae", metavar="NAME", help="Put this VAE, which you have added, into the checkpoint.")
+@click.option("--vae", metavar="NAME", help="Build this VAE, which you have already added, into the checkpoint.")
 @click.option(
-    "--control", type=click.Choice(CONTROLS), help="What is drawn of each image for the ControlNet; usually told by its name."
+    "--control",
+    type=click.Choice(CONTROLS),
+    help="What to draw from each image for the ControlNet; usually recognised by its name.",
 )
 @click.option("--revision", metavar="REV", help="Commit, tag or branch, for a SOURCE on the Hugging Face Hub; default main.")
 @click.option("--input-size", type=click.IntRange(16, 4096), help="Side of the input in pixels (ONNX).")
 @click.option("--mean", type=Numbers(), metavar="R,G,B", help="What is subtracted from each channel, from 0 to 1 (ONNX).")
 @click.option("--deviation", type=Numbers(), metavar="R,G,B", help="What each channel is divided by after that (ONNX).")
-@click.option("--output", metavar="NAME", help="The output with the matte, by name or by place from 0 (ONNX).")
+@click.option("--output", metavar="NAME", help="The output with the matte, by name or by number from 0 (ONNX).")
 @click.option("--logits/--no-logits", default=None, help="Whether the output still needs a sigmoid (ONNX).")
 @click.option("--replace", is_flag=True, help="Replace the model that has this name now.")
 def add(name: str, source: str, replace: bool, **said: Any) -> None:
@@ -62,13 +64,14 @@ def add(name: str, source: str, replace: bool, **said: Any) -> None:
 
     \b
     SOURCE is one of these:
-    - an ONNX file that cuts out subjects, of the family u2net, isnet, birefnet, modnet or ben, or any with --mean and
-      --deviation
-    - a checkpoint of Stable Diffusion 1.5 or SDXL, a ControlNet or a VAE: one file, a folder in diffusers' layout, or
+    - an ONNX file that cuts out subjects, of the family u2net, isnet,
+      birefnet, modnet or ben, or any other with --mean and --deviation
+    - a checkpoint of Stable Diffusion 1.5 or SDXL, a ControlNet or a VAE:
+      one file, a folder in diffusers' layout, or
       owner/repository[/file]@revision on the Hugging Face Hub
     - a LoRA, or LaMa's weights
 
-    It is tried out and copied; what doesn't fit is refused. Do this on each host, or once for a shared folder.
+    The model is tried out and copied; one that doesn't fit is refused. Run this on each host, or once for a shared folder.
     """
     settings, path = load_settings().weights, Path(source)
     adding.check_name(name)
@@ -89,7 +92,7 @@ def add(name: str, source: str, replace: bool, **said: Any) -> None:
 
 
 def _only(said: dict[str, Any], what: str, *fitting: str) -> None:
-    """Raise UsageError for a flag that says nothing about such a source."""
+    """Raise UsageError for a flag that does not apply to this kind of source."""
     for flag, value in said.items():
         if value is not None and flag not in fitting:
             raise UsageError(f"--{flag.replace('_', '-')} is not for {what}")
@@ -146,7 +149,7 @@ class _Addition:
             self._add("diffusion", make, found.source, origin, agrees=_with(family, vae, control))
 
     def _as_said(self, what: Contents, family: str | None, vae: str | None, control: str | None) -> Contents:
-        """What was recognised, of the family that was said if none was. Raises UsageError for words that don't fit it."""
+        """What was recognised, with the given family if none was. Raises UsageError for flags that don't fit it."""
         if family not in (None, what.family, *FAMILIES):
             raise UsageError(f"there is no family {family!r} of Stable Diffusion; there are {' and '.join(FAMILIES)}")
         if family is not None and what.family and family != what.family:

@@ -51,7 +51,7 @@ def prepare_variants(name: str, path: Path, output: str | None = None, *, again:
     """Make the variants of an ONNX file that nodes need: in single precision for CPUs, and with a free batch axis for GPUs.
 
     `output` names the output that nodes read; None stands for the first. Without onnx, or if a graph can't be changed, nodes
-    run the file as it is. `again` is what to do to have it tried again.
+    run the file as it is. `again` says how to retry.
     """
     before = {kind: variant_record(path, kind) for kind in PREPARED}
     try:

@@ -1,4 +1,4 @@
-"""The `imagemill models` commands: list, pull, verify, remove, quantize."""
+"""The `imagemill models` commands: add, list, pull, verify, remove, quantize."""
 
 from __future__ import annotations
 
@@ -52,10 +52,15 @@ models.add_command(add)
 @models.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per model.")
 def list_models(as_json: bool) -> None:
-    """List every model that imagemill can use, what it is, and the state of its files: the catalogue's, and your own.
+    """List every model that imagemill can use, what it is, and the state of its files.
 
-    `unchecked` files were not put there by `imagemill models pull`; `imagemill models verify` checks them. Nodes can't load
-    `unconverted` files; `imagemill models pull` converts them.
+    The list has all models in the catalogue, and your own.
+
+
+    The list has all models in the catalogue, and your own.
+
+    `unchecked` files did not come from `imagemill models pull`; check them with `imagemill models verify`. Nodes can't load
+    `unconverted` files; convert them with `imagemill models pull`.
     """
     folder = load_settings().weights.folder.expanduser()
     own, faults = added.everything(folder)
@@ -92,19 +97,20 @@ def list_models(as_json: bool) -> None:
 @models.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--engine", type=click.Choice(ENGINES), help="Pull all models of this engine that allow commercial use.")
-@click.option("--accept-licence", is_flag=True, help="I have read the licences of the non-commercial models that I name.")
+@click.option("--accept-licence", is_flag=True, help="I have read the licences of the non-commercial models named here.")
 @click.option(
     "--from",
     "own_file",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Convert your own file of the model instead of downloading it: best.ckpt, big-lama.zip, TorchScript or safetensors.",
+    help="Convert your own copy of the model instead of downloading it: best.ckpt, big-lama.zip, TorchScript or safetensors.",
 )
 @click.option("--revision", metavar="REV", help="Override the pinned commit (models from the Hugging Face Hub only).")
 def pull(names: tuple[str, ...], engine: str | None, accept_licence: bool, own_file: Path | None, revision: str | None) -> None:
-    """Download models and check them against their checksums; models already there are kept.
+    """Download models and verify their checksums.
 
-    Resumes interrupted downloads. Workers never download: run this on each host, or once for a shared folder.
+    Models already here are kept, and interrupted downloads are resumed. Workers never download: run this on each host, or once
+    for a shared folder.
     """
     settings = load_settings().weights
     folder = settings.folder.expanduser()
@@ -177,7 +183,10 @@ def _convert(entry: Weights, source: Path, folder: Path) -> None:
 @models.command()
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 def verify(names: tuple[str, ...]) -> None:
-    """Check the model files on disk, and the variants made from them, against their checksums."""
+    """Check model files against their checksums.
+
+    This includes the variants that imagemill made from them. Without NAME, it checks all models on this host.
+    """
     folder = load_settings().weights.folder.expanduser()
     own, faults = added.everything(folder)
     entries: list[Weights | Repository | Added] = [*_select(names, own)]
@@ -204,9 +213,9 @@ def _verified(folder: Path, entry: Weights | Repository | Added) -> Iterator[tup
 @models.command()
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 def remove(names: tuple[str, ...]) -> None:
-    """Delete models from this host: those that you added, and the files of those that were pulled.
+    """Delete models from this host, whether added or pulled.
 
-    Running nodes keep what they have opened.
+    Running nodes stop offering them within seconds.
     """
     folder = load_settings().weights.folder.expanduser()
     own, _ = added.everything(folder)
@@ -217,7 +226,7 @@ def remove(names: tuple[str, ...]) -> None:
         freed[entry.name] = module.remove(folder, entry)
     freed |= {name: adding.remove(folder, name) for name in mine}
     for name, size in freed.items():
-        click.echo(f"{name} is not there" if size is None else f"{name}: removed, {size / 1e6:.1f} MB are free now")
+        click.echo(f"{name} is not there" if size is None else f"{name}: removed, {size / 1e6:.1f} MB freed")
 
 
 @models.command()
@@ -226,7 +235,7 @@ def remove(names: tuple[str, ...]) -> None:
     "--images",
     required=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of typical images; some calibrate the model, the others compare its masks.",
+    help="Folder of typical images; two thirds calibrate the model, the rest compare its masks.",
 )
 @click.option(
     "--accept",
@@ -243,9 +252,10 @@ def remove(names: tuple[str, ...]) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def quantize(name: str, images: Path, accept: float, faster: float | None, as_json: bool) -> None:
-    """Search for an 8-bit variant of a model that is faster on a CPU and makes nearly the same masks, and keep it.
+    """Make an 8-bit variant of a model, for CPUs.
 
-    Nodes use it if IMAGEMILL_ONNX__INT8=true. Exits with status 1 if none of the variants is good enough.
+    Tries several ways, and keeps the first variant that is fast enough and makes nearly the same masks. Nodes use it if
+    IMAGEMILL_ONNX__INT8=true. Exits with status 1 if no variant is good enough.
     """
     folder = load_settings().weights.folder.expanduser()
     _check_quantisable(folder, name)

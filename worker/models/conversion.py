@@ -1,4 +1,4 @@
-"""Reads LaMa's weights from the formats that they are published in, as data: no code in them is run."""
+"""Reads LaMa's weights from the formats that they are published in, as data: code in them never runs."""
 
 from __future__ import annotations
 

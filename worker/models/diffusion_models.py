@@ -1,4 +1,4 @@
-"""Where the parts of a Stable Diffusion model lie, whether they were pulled or the operator has added them."""
+"""Where the parts of a Stable Diffusion model are, whether they were pulled or added by the operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from imagemill.worker.models.repositories import folder_of, state
 class Base:
     """A checkpoint in diffusers' layout: UNet, VAE, text encoders, tokenizers and scheduler.
 
-    `family` is `sd15`, for example. `vae` is the folder of another VAE that is used with it.
+    `family` is `sd15`, for example. `vae` is the folder of another VAE to use with it.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ def _checkpoint(weights: Path, model: str) -> Base:
 
 
 def controlnet_of(weights: Path, family: str, control: str) -> ControlNet:
-    """The ControlNet for a base model of this family that a job names, by a kind of control or by its own name.
+    """The ControlNet that a job names, by a kind of control or by its own name, for a base model of this family.
 
     The record of an added one names the kind of pictures that it takes in its parameter `control`. Raises ModelUnavailable if
     there is no such ControlNet on this node, or if it is for another family.

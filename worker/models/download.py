@@ -1,4 +1,4 @@
-"""Download of a model file: resumed after an interruption, hashed on arrival, and published only if its checksum matches."""
+"""Downloads a model file: resumed after an interruption, hashed on arrival, and published only if its checksum matches."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from imagemill.worker.models.files import path_of, remove_variants
 from imagemill.worker.transfer.files import publish
 
 MAX_BYTES = 8 * 2**30
-"""Far more than any model in the catalogue has: a server that sends more is sending something else."""
+"""Far more than any model in the catalogue: a server that sends more is sending something else."""
 LARGEST = 32 * 2**30
 """Far more bytes than any model has that nodes can run; SDXL in full precision has 14 GB."""
 SPARE = 64 * 2**20
@@ -172,7 +172,9 @@ class _Download:
                 while block := _read(answer):
                     if self.size + len(block) > (MAX_BYTES if total is None else total):
                         self._discard()
-                        raise ConfigurationError(f"{shown(self.url)} sends more than it announced, or than any model has")
+                        raise ConfigurationError(
+                            f"{shown(self.url)} sends more than it announced, or more than any model needs"
+                        )
                     file.write(block)
                     self.hasher.update(block)
                     self.size += len(block)
@@ -206,7 +208,7 @@ class _Download:
             if span and int(span[1]) == self.size:
                 return int(span[2])
             self._discard()
-            raise _Interrupted("the server sends another range than requested")
+            raise _Interrupted("the server sent a different range from the one requested")
         self._discard()
         length = answer.headers.get("Content-Length", "")
         return int(length) if length.isdecimal() else None
@@ -220,7 +222,7 @@ def _read(answer: Any) -> bytes:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, since releases redirect to a file store, but never from https to http or to another scheme."""
+    """Follows redirects, because releases redirect to a file store, but never from https to http or to another scheme."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         allowed = ("https",) if urlsplit(req.full_url).scheme == "https" else ("http", "https")

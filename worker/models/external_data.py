@@ -1,4 +1,4 @@
-"""ONNX files whose weights lie in other files beside them, as exporters write large ones: checked, and made one file."""
+"""ONNX files with their weights in separate files, as exporters write large models: checked, and merged into one file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ MOST = 2**31 - 2**20
 
 
 def gather(model: Any, folder: Path, target: Path) -> bool:
-    """Write a model with the weights that lie in other files of `folder` as one file; False, and nothing, if it has none.
+    """Write a model, together with its weights from other files in `folder`, as one file; False, and nothing, if it has
+    none.
 
     Only files in this folder or below it are read. Raises ConfigurationError for others, and for weights that are missing,
     not complete or too large.

@@ -1,4 +1,4 @@
-"""Where model files lie on disk and which of them a node loads. Nodes never download."""
+"""Where model files are on disk, and which of them a node loads. Nodes never download."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def accept_licence(folder: Path, weights: Weights) -> None:
 
 
 def is_licensed(folder: Path, weights: Weights) -> bool:
-    """Whether the operator has accepted the model's licence as it is now, or need not."""
+    """Whether the operator has accepted the model's present licence, or doesn't have to."""
     return weights.commercial or read_json(_licence_path(folder, weights)).get("licence") == weights.licence
 
 
@@ -163,7 +163,7 @@ def verify_variants(path: Path, original: str | None) -> Iterator[tuple[bool, st
 
 
 def remove(folder: Path, weights: Weights) -> int | None:
-    """Delete a model's file and what was made of it; return the number of bytes freed, or None if it was not there."""
+    """Delete a model's file and everything made from it; return the number of bytes freed, or None if it was not there."""
     original, freed = path_of(folder, weights), None
     for path in {original, required_file(folder, weights)}:
         if path.is_file():

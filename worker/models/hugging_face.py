@@ -1,4 +1,4 @@
-"""Download of a repository from the Hugging Face Hub: pinned to a commit, checked against the hub's checksums, recorded."""
+"""Downloads a repository from the Hugging Face Hub: pinned to a commit, checked against the hub's checksums, recorded."""
 
 from __future__ import annotations
 
@@ -138,5 +138,5 @@ def _translated(error: Exception, what: str, folder: Path) -> Exception:
         return ConfigurationError(f"the hub has no {what}: {sentence(error)}")
     from_library = type(error).__module__.startswith(("huggingface_hub", "httpx", "httpcore", "hf_xet"))  # also httpx2
     if isinstance(error, OSError) or status is not None or from_library:
-        return ServiceUnavailable(f"the hub does not deliver {what}: {sentence(error)}")
+        return ServiceUnavailable(f"the hub did not deliver {what}: {sentence(error)}")
     return error

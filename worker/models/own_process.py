@@ -1,4 +1,4 @@
-"""Runs code on files of unknown origin in a process of its own, which may take much memory or time, or crash."""
+"""Runs code on files of unknown origin in a separate process, because it may crash or use a lot of memory or time."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def remove(weights: Path, entry: Repository) -> int | None:
     if not folder.is_dir():
         return None
     if not (folder / RECORD).is_file():
-        raise UsageError(f"{folder} was not written by `imagemill models pull`: delete it yourself if nobody needs it")
+        raise UsageError(f"{folder} was not written by `imagemill models pull`: if nothing needs it, delete it yourself")
     freed = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     shutil.rmtree(folder)
     return freed

@@ -1,4 +1,4 @@
-"""What an operator gives as a model: a file in one of the known formats, a folder, or something that is no model."""
+"""What an operator gives as a model: a file in one of the known formats, a folder, or something that is not a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ON_HUB = (
 TENSORS = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
 """How the names of files with tensors end."""
 HEAD = 512
-"""Bytes at a file's beginning that tell what it is."""
+"""Bytes at the beginning of a file that show what it is."""
 LONGEST_HEADER = 100_000_000
 """Maximum bytes of a safetensors header, as in the safetensors library."""
 EXPECTED = "expected an ONNX file, a safetensors file, a torch checkpoint or a folder in diffusers' layout"
@@ -101,12 +101,12 @@ def check_no_address(source: str) -> None:
 
 
 def no_model(head: bytes) -> str | None:
-    """What a file is that is no model, by its first bytes; None if it may be one."""
+    """What a file is if it is not a model, by its first bytes; None if it may be one."""
     start = head.lstrip().lower()
     if not head:
         return "is empty"
     if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer and not the file itself: run `git lfs pull` where it is from, or download the file"
+        return "is a Git LFS pointer and not the file itself: run `git lfs pull` where it came from, or download the file"
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "is a web page, perhaps about the model or an error: download the file itself"
     if head.startswith(b"PK"):
@@ -154,7 +154,7 @@ def header_of(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise ConfigurationError(f"{path} is not a safetensors file, or it is damaged: {sentence(error)}") from error
     if 8 + length + end != size:
-        raise ConfigurationError(f"{path} has {size} bytes, and by its header it should have {8 + length + end}: get it again")
+        raise ConfigurationError(f"{path} has {size} bytes, but its header says {8 + length + end}: get it again")
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Tells that a model's files have changed, without reading them."""
+"""Detects that a model's files have changed, without reading them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _of(entry: os.DirEntry[str]) -> tuple[str, int, int, int]:
 
 
 def _entries(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder and can be asked for; nothing if the folder is not there."""
+    """The readable contents of a folder; nothing if the folder is not there."""
     with suppress(OSError), os.scandir(folder) as found:
         for entry in found:
             if not entry.name.startswith(".") and not entry.name.endswith(".sums.json"):

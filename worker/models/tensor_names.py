@@ -1,4 +1,4 @@
-"""Tells from the names and shapes of a file's tensors what model it holds."""
+"""Recognises the model in a file by the names and shapes of its tensors."""
 
 from __future__ import annotations
 

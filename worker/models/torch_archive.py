@@ -1,4 +1,4 @@
-"""Reads tensors from torch checkpoints and TorchScript archives, as data: no code in them is run.
+"""Reads tensors from torch checkpoints and TorchScript archives, as data: code in them never runs.
 
 They are zip files with a pickle that describes the tensors (`torch/serialization.py`, `torch/csrc/jit/serialization/`) and one
 member per storage with the numbers.

@@ -24,8 +24,9 @@ Outcome = Literal["needless", "made", "refused", "killed"]
 """The original is fine as it is; a variant was made; none has the same output; the trial was killed."""
 
 Make = Callable[[Path, Path, str | None], tuple[Outcome, str]]
-"""Writes a changed copy of a model to the second path if needed; returns the outcome and its reason. A module's function,
-since it runs in another process. The last argument names the output that nodes read; None stands for the first."""
+"""Writes a changed copy of a model to the second path if needed; returns the outcome and its reason. A module-level
+function, because it runs in another process. The last argument names the output that nodes read; None stands for the
+first."""
 
 ROUNDING = 1e-4
 """Difference that is always permitted, as a share of the largest value: for outputs that hardly vary."""
@@ -90,7 +91,8 @@ def changed(
 def difference(
     original: Path, changed: Path, *, tolerance: float, counts: Sequence[int] = (1,), output: str | None = None
 ) -> str | None:
-    """Compare the outputs of a model and its changed copy for batches of so many images; None if they agree, else a sentence.
+    """Compare the outputs of a model and its changed copy for batches of this many images; None if they agree, else a
+    sentence.
 
     `tolerance` is the largest permitted difference, as a share of the output's range.
     """
@@ -119,7 +121,7 @@ def inputs_of(model: Any) -> list[Any]:
 
 
 def keep_output(model: Any, output: str | None) -> None:
-    """Remove all outputs of a graph but the one that nodes read, and what only led to the others."""
+    """Remove all outputs of a graph except the one that nodes read, and everything that only led to the others."""
     graph = model.graph
     wanted = next((value for value in graph.output if value.name == output), graph.output[0])
     makers = {name: place for place, node in enumerate(graph.node) for name in node.output}

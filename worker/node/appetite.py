@@ -16,7 +16,7 @@ GROWTH = 16
 MOST_AHEAD = 1024
 """Images taken ahead at most, however fast the device is."""
 MOST_OVERTAKEN = 256
-"""Images that others may overtake, since they wait for slow hosts or for S3. More of them fill the line."""
+"""Images that others may overtake, because they wait for slow hosts or for S3. More than this fill the line."""
 
 
 class Appetite:
@@ -29,7 +29,8 @@ class Appetite:
         self._line, self._grows, self._seconds = line, grows, seconds
 
     def room(self, held: Sequence[Held], lanes: Sequence[str], *, overtaken: bool) -> dict[str, int]:
-        """How many more images each lane wants; empty if the line is filled. With `overtaken`, what waits does not count."""
+        """How many more images each lane wants; empty if the line is filled. With `overtaken`, waiting images don't
+        count."""
         most = {lane: self._most(lane) for lane in lanes}
         if overtaken:
             return most
@@ -38,7 +39,7 @@ class Appetite:
         return {lane: images for lane, images in room.items() if images > 0 and 2 * images >= most[lane]}
 
     def surplus(self, held: Sequence[Held]) -> list[ImageInFlight]:
-        """What was taken and is too much for a device that turned out to be slow."""
+        """Images that were taken but are too many for a device that turned out to be slow."""
         most = max((self._most(one.lane) for one in held), default=0)
         return self._at_hand(held)[2 * most :]
 

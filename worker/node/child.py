@@ -58,7 +58,7 @@ from imagemill.worker.tuning.trials import example_work
 log = logging.getLogger(__name__)
 
 MANIFEST_SECONDS = 3600
-"""How long writing a manifest is tried again while the store does not respond; then the job ends without one."""
+"""How long to keep trying to write a manifest while the store does not respond; then the job ends without one."""
 CLOSE_SECONDS = 2.0
 """How long a process that is told to exit waits for Redis to take its last records."""
 WARM_UP_SIZE = (64, 64)
@@ -153,7 +153,7 @@ class Child:
         log.info("engine loaded", extra={"action": "load", "operation": name, "engine": engine, "seconds": seconds})
 
     def _try(self, lane: str) -> None:
-        """Run an image, so that the first of a job meets no surprise. Raises ModelUnavailable if the model doesn't work."""
+        """Run an image, so that a job's first one meets no surprises. Raises ModelUnavailable if the model doesn't work."""
         name, engine, model = split_lane(lane)
         operation = self.operations[name, engine]
         given = {**operation.spec.warm_up, **({"model": model} if model else {})}
@@ -180,7 +180,7 @@ class Child:
         self._sound[lane] = self._device.models.loads
 
     def blame(self, lane: str) -> ModelUnavailable | None:
-        """Whether it is the model's fault that all images of a batch have failed: nothing else works on it, either."""
+        """Whether the model is to blame for a batch whose images all failed: nothing else works on it, either."""
         if not split_lane(lane)[2] or self._sound.get(lane) == self._device.models.loads:
             return None
         try:
@@ -196,7 +196,7 @@ class Child:
     def work(self, lane: str, tell: Tell) -> str:
         """One shift: take share after share for about a minute, while there is work; return what became of the images.
 
-        What is in the line then stays there, and the next shift, which this one asks for, continues with it.
+        Images still in the line then stay there for the next shift, which this one requests.
         """
         start = time.monotonic()
         self._load_engines()  # of models that have come since
@@ -311,7 +311,7 @@ class Child:
         return lack.shown(self.node, context.spec.lane, context.companions, self.fleet.nodes())
 
     def roomy(self) -> bool:
-        """Whether models need not take turns, because all that are asked for stay open."""
+        """Whether models don't have to take turns, because all that are needed stay open."""
         return self._device.models.roomy
 
     def grows(self, lane: str) -> bool:

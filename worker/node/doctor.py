@@ -41,18 +41,18 @@ def _outputs(_context: click.Context, _parameter: click.Parameter, urls: tuple[s
     metavar="URL",
     callback=_outputs,
     help=(
-        "Check that results can be written to s3://BUCKET/PREFIX or file:///FOLDER; may be repeated. "
+        "Check that results can be written to s3://BUCKET/PREFIX or file:///FOLDER; repeatable. "
         "Without it, the buckets of the latest jobs are checked."
     ),
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per finding.")
-@click.option("--worker", "alive", is_flag=True, help="Only check that the nodes of this host work; exit 0 if all do.")
+@click.option("--worker", "alive", is_flag=True, help="Only check whether this host's nodes are healthy; exit 0 if all are.")
 @click.option("--node", metavar="NAME", help="With --worker: check only this node, such as gpu0 or gpu0@host.")
-@click.option("--wait", default=WAIT_SECONDS, show_default=True, help="Seconds that an idle node has to run a canary task.")
+@click.option("--wait", default=WAIT_SECONDS, show_default=True, help="Seconds an idle node has to run a canary task.")
 def doctor(outputs: tuple[str, ...], as_json: bool, alive: bool, node: str | None, wait: float) -> None:
     """Check Redis, workers, S3, disk, engines, models and GPU, and suggest fixes.
 
-    Below each S3 output, an empty object is written and deleted again.
+    To test an S3 output, it writes an empty object there and deletes it again.
     """
     settings = load_settings()
     findings = _check_nodes(settings, wait, node) if alive or node else check_all(settings, outputs)
@@ -84,8 +84,8 @@ def check_all(settings: Settings, outputs: tuple[str, ...]) -> Iterator[Finding]
         states = dict.fromkeys(outputs_of_jobs(settings), "warning")
     yield from check_s3(settings, states)
     if all(importlib.util.find_spec(package) is None for package in ("cv2", "pycurl")):  # as in the tools image
-        found = "this host has no worker's packages, so disk, engines, models and GPUs are not checked"
-        yield Finding("host", "ok", f"{found}; run imagemill doctor on the workers' hosts, too")
+        found = "the worker's packages are not installed here, so disk, engines, models and GPUs are not checked"
+        yield Finding("host", "ok", f"{found}; run imagemill doctor on the workers' hosts too")
         return
     from imagemill.worker.node.health import check_expected_gpus  # needs packages of the extra `worker`
 

@@ -4,9 +4,9 @@ A node watches its own children and reports every 5 s what it sees:
 
 - A child that shows no sign of life for `lease_seconds` does not run; its work goes to others anyway.
 - A child that works is healthy as long as its device moves on. One batch may take `stall_limit` seconds, ten minutes by
-  default: on a CPU an honest batch of Stable Diffusion takes several, and after `time_limit` its process is killed.
-- A node that has an idle child proves with a canary task that messages arrive. One whose children are all busy need not:
-  the canary would wait for the end of a shift.
+  default: on a CPU a normal batch of Stable Diffusion takes several, and after `time_limit` its process is killed.
+- A node that has an idle child proves with a canary task that messages arrive. One whose children are all busy doesn't have
+to: the canary would wait for the end of a shift.
 
 A node that still loads its engines is not healthy yet; container runtimes have a start period for that.
 """
@@ -41,7 +41,7 @@ def check_nodes(settings: Settings, wait: float = WAIT_SECONDS, only: str | None
             which = f"no node {only} is" if only else "no node is"
             yield Finding("worker", "failed", f"{which} running on this host", "look at the worker's log")
         for node in frozen:
-            yield Finding("worker", "failed", f"{node.node} does not report any more", "restart the node")
+            yield Finding("worker", "failed", f"{node.node} has stopped reporting", "restart the node")
         answered = _canaries(settings, fleet, [node.node for node in nodes if _is_idle(node)], wait)
         if only is None:
             yield from _missing_gpus(fleet)
@@ -86,7 +86,7 @@ def _finding(node: Node, *, ran: bool | None, wait: float) -> Finding:
     if ran:
         return Finding("worker", "ok", f"{node.node} ran a task")
     if node.busy == node.children:
-        return Finding("worker", "ok", f"{node.node} is busy and makes progress")
+        return Finding("worker", "ok", f"{node.node} is busy and making progress")
     return Finding("worker", "failed", f"{node.node} did not run a task within {wait:g} s", "restart the node")
 
 

@@ -1,4 +1,4 @@
-"""What a supervisor reports to Redis: the GPUs that it sees, beside those that its host must have."""
+"""What a supervisor reports to Redis: the GPUs that it sees, and those that its host must have."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOK_SECONDS = 15.0
 
 
 class HostReport:
-    """Looks for GPUs and reports them, in a thread of its own: a broken driver may hang. To be entered before nodes start."""
+    """Looks for GPUs and reports them, in its own thread, because a broken driver may hang. Enter it before nodes start."""
 
     def __init__(self, settings: Settings) -> None:
         self._expected = settings.worker.expect_gpus

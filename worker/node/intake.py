@@ -1,7 +1,7 @@
 """Messages as they come from Redis: what isn't one that imagemill or Celery published is set aside before Celery sees it.
 
-Celery trusts what is in its queues: on a message that isn't of the usual form the node exits, the message returns to its
-queue, and the next node dies of it too.
+Celery trusts what is in its queues: given a malformed message, the node exits, the message returns to its queue, and the
+next node dies of it too.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Transport(redis.Transport):
 
 
 class Consumer(CeleryConsumer):
-    """Celery's consumer, which survives a message that it can't handle."""
+    """Celery's consumer, which survives messages that it can't handle."""
 
     def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
         """The function that is called with each message."""

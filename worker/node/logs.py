@@ -18,7 +18,8 @@ from imagemill.shared.plain_text import harmless
 
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "data", "taskName"}
 MOST_CHARACTERS = 8000
-"""Of a message, field or traceback. Docker divides lines longer than 16 kB, and longer writes of several processes may mix."""
+"""Of a message, field or traceback. Docker splits lines longer than 16 kB, and longer writes of several processes may
+mix."""
 _PASSWORD = re.compile(r"(\w://)[^/\s@'\"]+@")
 _QUERY = re.compile(r"((?:https?|s3)://[^\s?#'\"<>]+)([?#])[^\s'\"<>]+")
 
@@ -94,7 +95,7 @@ class _Lines:
         self.write("".join(lines))
 
     def flush(self) -> None:
-        """Nothing is held back but the beginning of a line."""
+        """Only the beginning of a line is held back."""
 
     def fileno(self) -> int:
         """The file's own, for those that pass it on."""

@@ -28,9 +28,9 @@ from imagemill.worker.transfer.s3_requests import S3Requests
 AT_ONCE = 8
 """Images that are fetched at the same time."""
 FILLED = 128
-"""Levels of a mask from here on count as filled."""
+"""Mask levels from here on count as filled."""
 JOB_IMAGES = {"reference": "reference", "background_image": "background", "control_image": "control image"}
-"""Options with the address of an image that all images of a job need, and what errors call it."""
+"""Options with the URL of an image that all images of a job need, and what errors call it."""
 
 Brought = Fetched | ImageError
 Seen = dict[str, Any]
@@ -97,7 +97,7 @@ class Looker:
             nonlocal picture
             data = _bytes(source)
             header = codec.probe(data, max_pixels=self._max_pixels)
-            picture = codec.decode(data, header)  # finds what is damaged behind the header
+            picture = codec.decode(data, header)  # finds damage behind the header
             return {"format": header.format, "size": header.size, "bytes": len(data)}
 
         own = companion.data if isinstance(companion, Fetched) else companion

@@ -31,7 +31,7 @@ class Manifests:
         return list(self._due.values())
 
     def begin(self, due: ManifestDue, over: Callable[[], None]) -> None:
-        """Write a manifest; `over` is called when that has ended, in whatever way."""
+        """Write a manifest; `over` is called when that has ended, however it ended."""
         if due.job in self._due:  # its lease expired while Redis was away
             self._due[due.job].stop.set()
         self._due[due.job] = due

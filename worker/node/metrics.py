@@ -68,7 +68,7 @@ class ParentMeter:
 
             self._wakes = Counter(
                 "imagemill_wake_ups_republished",
-                "Wake-ups sent for lanes with work and none on its way.",
+                "Wake-ups sent again because a lane had work but none on its way.",
                 registry=None,
             )
             self._models = Gauge(
@@ -95,7 +95,7 @@ class ParentMeter:
             self._wakes.inc(count)
 
     def died(self, pid: int) -> None:
-        """A child has died: its gauges say nothing any more, its counters stay."""
+        """A child has died: its gauges mean nothing any more; its counters stay."""
         if self._wakes is not None:
             from prometheus_client.multiprocess import mark_process_dead
 
@@ -103,7 +103,7 @@ class ParentMeter:
 
 
 def child_meter(operations: Sequence[str]) -> Meter:
-    """What a child counts with that carries out these operations."""
+    """The counters of a child that carries out these operations."""
     return PrometheusMeter(operations) if FOLDER in os.environ else Meter()
 
 
@@ -124,19 +124,19 @@ class PrometheusMeter(Meter):
 
         self._images = counter("images", "Images with a result: computed, reused, kept or failed.", "operation", "result")
         self._failed = counter("images_failed", "Failed images by code.", "operation", "code")
-        self._retries = counter("image_retries", "Attempts after an image's first.", "operation")
+        self._retries = counter("image_retries", "Attempts beyond each image's first.", "operation")
         self._stages = histogram("stage_seconds", "Seconds of an image in a stage.", SECONDS, "operation", "stage")
         self._sizes = histogram("batch_size", "Images that ran on the device together.", SIZES, "operation")
-        self._fill = histogram("batch_fill_ratio", "Size of a batch over the largest allowed.", RATIOS, "operation")
-        self._busy = counter("device_busy_seconds", "Seconds in which the device worked.", "operation")
-        self._waits = counter("device_wait_seconds", "Seconds in which the device waited, by what it waited for.", "cause")
+        self._fill = histogram("batch_fill_ratio", "Size of a batch relative to the largest allowed.", RATIOS, "operation")
+        self._busy = counter("device_busy_seconds", "Seconds the device was working.", "operation")
+        self._waits = counter("device_wait_seconds", "Seconds the device waited, by what it waited for.", "cause")
         self._peak = gauge("device_memory_peak_ratio", "Highest share of the GPU's memory in use during a run.")
         self._oom = counter("out_of_memory", "Runs that did not fit into memory, and were repeated with fewer images.")
-        self._relief = gauge("relief_level", "How far the engine had to save memory for a single image; 0 is normal.")
+        self._relief = gauge("relief_level", "How much the engine had to economise on memory for a single image; 0 is normal.")
         self._received = counter("received_bytes", "Bytes of source images.")
         self._stored = counter("stored_bytes", "Bytes of results.")
-        self._errors = counter("store_errors", "Failures of a store, retried ones included, by code.", "code")
-        self._paused = gauge("store_paused", "1 while images wait for a store that does not respond.")
+        self._errors = counter("store_errors", "Failed requests to a store, including retried ones, by code.", "code")
+        self._paused = gauge("store_paused", "1 while images wait for an unresponsive store.")
         self._seen: dict[int, BatchSizes] = {}
         self._latest = 0.0, 0.0, 0  # peak, relief and failures
         self._of = cache(lambda metric, *labels: metric.labels(*labels))  # `labels` takes longer than counting

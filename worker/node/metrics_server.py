@@ -1,4 +1,4 @@
-"""Serves a node's metrics in a process of its own: the node forks children, which threads of a server could block.
+"""Serves a node's metrics in a separate process: the node forks children, which a server's threads could block.
 
     python -m imagemill.worker.node.metrics_server NODE HOST PORT [GPU]
 
@@ -70,7 +70,7 @@ class NodeMetrics(Collector):
 
 
 class Gpu:
-    """A GPU as the NVIDIA Management Library sees it. What a card does not tell is left out."""
+    """A GPU as the NVIDIA Management Library sees it. Anything the card doesn't report is left out."""
 
     def __init__(self, nvml: Any, handle: Any, name: str) -> None:
         self._nvml, self._handle, self._name = nvml, handle, name
@@ -133,7 +133,7 @@ def main() -> None:
         start_http_server(int(port), host, registry)
     except OSError as error:
         fields = dict(action="metrics", node=node, host=host, port=port, reason=sentence(error))
-        log.error("metrics not served; the node works without", extra=fields)
+        log.error("metrics not served; the node works without them", extra=fields)
     sys.stdin.buffer.read()
     shutil.rmtree(os.environ[FOLDER], ignore_errors=True)
 

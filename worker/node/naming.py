@@ -47,8 +47,8 @@ def _names(name: str) -> Iterator[str]:
 def _live_holder(fleet: Fleet, node: Node, pause: Pause) -> Node | None:
     """The live node that has this name; None once it belongs to `node`.
 
-    Here we know whether a process lives. Elsewhere it shows by its next report; so a node that is restarted in another
-    container gets its old name back, a little later.
+    On this host we know whether a process lives. Elsewhere, its next report shows it, so a node restarted in another
+    container gets its old name back a little later.
     """
     first = holder = _claim(fleet, node, None, pause)
     while first is not None and holder is not None:
@@ -78,7 +78,7 @@ def _claim(fleet: Fleet, node: Node, dead: Node | None, pause: Pause) -> Holder 
 
 
 def this_process() -> str:
-    """What tells this process from all others, on any host: PLACE/PID/START. `is_running` understands it."""
+    """Identifies this process across all hosts: PLACE/PID/START. `is_running` understands it."""
     place, start = _place(), _start(os.getpid())
     return f"{place}/{os.getpid()}/{start}" if place and start else uuid.uuid4().hex
 

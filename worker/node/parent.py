@@ -1,4 +1,4 @@
-"""The parent process of a node: waits for its children, reports the node, and tends the ledger.
+"""A node's parent process: waits for its children, reports the node, and tends the ledger.
 
 It never imports torch, onnxruntime or numpy, because its children would inherit them through the fork.
 """
@@ -37,7 +37,7 @@ REPORT_SECONDS = 5.0
 PIDS = 8
 """Processes of one child that may die between two looks."""
 REPAIR_SECONDS = 10.0
-"""Interval between looks for damage that no script stumbles over."""
+"""Interval between looks for damage that no script runs into."""
 REASON_BYTES = 500
 SWEEP_SECONDS = 60.0
 """Interval between looks for queues of nodes that are gone."""
@@ -52,8 +52,8 @@ class Children:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        # Of each child, the processes that have loaded their engines: how many, and the latest of them in turn. Only the child
-        # writes here, and without a lock, which it might take to its grave.
+        # Of each child, the processes that have loaded their engines: how many, and the latest of them in turn. Only the
+        # child writes here, and without a lock, which it might die holding.
         self._loads, self._pids = RawArray("i", count), RawArray("i", count * PIDS)
         self._buried = [0] * count
         # When each child last showed that it runs, and when its device last moved on, or 0 outside a shift, by the
@@ -161,7 +161,7 @@ def child_name(node: str, index: int, parent: int, pid: int) -> str:
 
 @dataclass
 class Parent:
-    """The parent's own work, beside that of Celery; `node` describes the node in the fleet."""
+    """The parent's work, in addition to Celery's; `node` describes the node in the fleet."""
 
     node: Node
     children: Children

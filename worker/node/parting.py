@@ -1,4 +1,4 @@
-"""Processes that end when the one that started them does, however that ends."""
+"""Processes that end when the one that started them does, for whatever reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ STARTER = "IMAGEMILL_STARTED_BY"
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when `parent`, which must have started it, ends; end now if it already has.
 
-    Not more gently: a process that hangs in its driver would not notice, and two nodes would share a GPU. Nothing is lost.
+    Nothing gentler would do: a process hanging in its driver would not notice, and two nodes would share a GPU. No work is
+    lost.
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux only
     if prctl is not None:

@@ -46,13 +46,13 @@ class Jobs(Protocol):
         """Why a job waits that this node can't work on; None if another one can."""
 
     def roomy(self) -> bool:
-        """Whether models need not take turns, because all that are asked for stay open."""
+        """Whether models don't have to take turns, because all that are needed stay open."""
 
     def grows(self, lane: str) -> bool:
         """Whether larger batches are faster in this lane."""
 
     def progress(self, *now: tuple[Context, int]) -> None:
-        """Called every few seconds of a shift with a job that is being worked on, if any, and its images in the line."""
+        """Called every few seconds during a shift with a job in progress, if any, and its images in the line."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What logs and traces tell of a job's shares on this node."""
+"""What logs and traces say about a job's shares on this node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHY = {"stop": "the job is paused, cancelled or over", "lost": "the lease was lo
 
 
 class Story:
-    """Tells of shares as they begin, stop and end."""
+    """Logs shares as they begin, stop and end."""
 
     def __init__(self, ledger: WorkLedger, traces: Traces | None, waits: Waits) -> None:
         self._ledger, self._traces, self._waits = ledger, traces, waits
@@ -34,7 +34,7 @@ class Story:
         log.info("share begun", extra={**held.log_fields, "images": len(held.images), "deaths": share.deaths})
 
     def _job_begun(self, share: Share, context: Context) -> None:
-        """The first share of a job is handed out: say what it has waited for."""
+        """A job's first share is handed out: say what it waited for."""
         try:
             status = self._ledger.status(context.job)
         except ImagemillError:  # work goes on without this line
@@ -50,7 +50,7 @@ class Story:
             self._traces.record(context.job, "wait", waits, fields={"lane": context.spec.lane})
 
     def stopped(self, held: Held, verdict: str) -> None:
-        """Nothing more of a share is begun."""
+        """No more images of a share begin."""
         if not held.context.stop.is_set():
             log.info("share stopped", extra={**held.log_fields, "reason": WHY[verdict]})
 

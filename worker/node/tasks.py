@@ -54,7 +54,7 @@ def not_loaded() -> Any:
 
 
 def _progress(task: Task) -> Callable[..., None]:
-    """A function that reports a shift's progress to Flower, as the state PROGRESS with a text and figures."""
+    """A function that reports a shift's progress to Flower: the state PROGRESS, with a text and figures."""
     # Read now: Celery keeps the request per thread, and progress is reported from another thread.
     uuid, node = task.request.id, task.request.hostname
 

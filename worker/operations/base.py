@@ -71,8 +71,8 @@ class Inputs(Generic[Options]):
 class Sample(Generic[Options, Data]):
     """One input of the device step, with its job's options.
 
-    `footprint` identifies, beside the model, how much device memory the sample takes, such as `768x512 float16`; leave it
-    empty if the group key already does.
+    `footprint` identifies, together with the model, how much device memory the sample takes, such as `768x512 float16`;
+    leave it empty if the group key already does.
     """
 
     data: Data

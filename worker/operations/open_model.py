@@ -22,8 +22,8 @@ Part = TypeVar("Part")
 class OpenModel(Generic[Name, Version, Model]):
     """Keeps an engine's models open, as many as the child's `memory` for models allows. For use in one thread.
 
-    `size` tells how many bytes a model takes that is not open yet, by its name. An open model may know better, and say so
-    as `bytes`; it may also load parts later, with `load_part`.
+    `size` tells, by name, how many bytes a model takes that is not open yet. An open model may know better, and says so as
+    `bytes`; it may also load parts later, with `load_part`.
     """
 
     def __init__(self, size: Callable[[Name], int]) -> None:
@@ -37,8 +37,8 @@ class OpenModel(Generic[Name, Version, Model]):
     def get(self, locate: Callable[[], tuple[Name, Version]], load: Callable[[tuple[Name, Version]], Model]) -> Model:
         """The model whose name and version `locate` returns, opened with `load` unless it is open already.
 
-        Another version of the same model is closed. Raises ModelUnavailable if the model can't be opened, whatever is wrong
-        with it, and DeviceUnusable if no model could.
+        Another version of the same model is closed. Raises ModelUnavailable if the model can't be opened for any reason, and
+        DeviceUnusable if no model could.
         """
         self.current = None
         try:

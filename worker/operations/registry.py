@@ -41,4 +41,4 @@ def _hint() -> str:
     """How to fix the most common cause: a torchvision that does not match torch."""
     if importlib.util.find_spec("torchvision") is None:
         return ""
-    return "; torchvision is installed, which imagemill does not need and which must match torch: pip uninstall torchvision"
+    return "; torchvision is installed; imagemill doesn't need it, and it must match torch: pip uninstall torchvision"

@@ -17,7 +17,7 @@ from imagemill.shared.urls import shown
 # Only this part of IPv6 is allocated as public. The rest includes loopback, IPv4-compatible (::/96), NAT64 (64:ff9b::/96
 # and 64:ff9b:1::/48), unique local, link-local and multicast.
 PUBLIC_V6 = ip_network("2000::/3")
-# Networks that lead inside, or nowhere, although `ipaddress.is_global` accepts them, at least in some Python versions.
+# Networks that lead inside or nowhere, although some Python versions' `ipaddress.is_global` accepts them.
 NOT_PUBLIC = (
     ip_network("168.63.129.16/32"),  # Azure's host
     ip_network("192.0.0.0/24"),  # protocol assignments; Oracle's metadata

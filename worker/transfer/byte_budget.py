@@ -26,7 +26,8 @@ class ByteBudget:
         self._waiting: deque[_Waiter] = deque()
 
     def try_reserve(self, wanted: int, *, more: bool = False) -> bool:
-        """Reserve bytes if there is room and nobody waits for it. Who needs `more` does not queue behind those who wait."""
+        """Reserve bytes if there is room and nobody is waiting for it. A caller that needs `more` doesn't queue behind
+        those waiting."""
         with self._lock:
             fits = self._fits(wanted) and (more or not self._waiting)
             if fits:
@@ -39,7 +40,8 @@ class ByteBudget:
             self.used += wanted
 
     async def reserve(self, wanted: int) -> None:
-        """Wait until there is room; first come, first served. What is larger than everything waits until it is alone."""
+        """Wait until there is room; first come, first served. A reservation larger than the total waits until it is
+        alone."""
         with self._lock:
             if self._fits(wanted) and not self._waiting:
                 self.used += wanted
@@ -89,7 +91,7 @@ class Claim:
         self._lock = Lock()
         self._held, self._over = 0, False
         self.lacks = 0
-        """For how many bytes there was no room."""
+        """The number of bytes there was no room for."""
 
     def __enter__(self) -> Self:
         return self
@@ -113,7 +115,7 @@ class Claim:
             return True
 
     async def wait(self) -> None:
-        """Wait for as much room as was lacking, holding nothing, so that others can go on."""
+        """Wait for the room that was lacking, while holding nothing, so that others can go on."""
         wanted, self.lacks = self.lacks, 0
         self.keep(0)
         await self._budget.reserve(wanted)

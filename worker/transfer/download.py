@@ -97,7 +97,7 @@ def _read_cas(file: Path | None) -> str:
 
 @dataclass
 class Chain:
-    """What the requests share that follow one redirect after another; nothing of it outlives them."""
+    """What the requests in one chain of redirects share; none of it outlives them."""
 
     encrypted: bool = False
     jars: dict[tuple[str, int], pycurl.CurlShare] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Undo the compression that a server has put around a file. Whatever its headers say, the bytes decide.
+"""Undo the compression that a server has applied to a file. Whatever its headers say, the bytes decide.
 
 Servers label plain images as `gzip`, call `utf-8` or `aws-chunked` a content encoding, and send compressed files without
 saying so. gzip and zstd are therefore recognised by their first bytes. Brotli and deflate have none, so they count only if a
@@ -19,9 +19,9 @@ from imagemill.worker.transfer.byte_budget import Claim, NoRoom
 
 GZIP, ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 LAYERS = 3
-"""Of compression that are removed; some servers compress what is stored compressed."""
+"""Layers of compression that are removed; some servers compress files that are stored compressed."""
 PARTS = 1000
-"""That a compressed file may be joined from: each costs time, however small it is."""
+"""Parts that a compressed file may be joined from; each costs time, however small it is."""
 WINDOW = 8 * 2**20
 """Bytes of memory that zstd may ask for, as RFC 9659 says for the web."""
 BLOCK = 1 << 18

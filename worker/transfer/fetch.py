@@ -28,7 +28,7 @@ from imagemill.worker.transfer.s3_requests import S3Requests
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 8.0
 GLANCE = 0.2
-"""Seconds between two looks at whether a retry still makes sense."""
+"""Seconds between checks whether a retry still makes sense."""
 HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|!--|html|head|body|title|script)", re.IGNORECASE)
 
 
@@ -72,9 +72,9 @@ class Fetcher:
     ) -> Fetched:
         """Fetch a URL, retrying errors that may be temporary, with growing pauses, up to `attempts` tries in all.
 
-        Once `stop` is set, the last error is raised without further tries. Who holds room already, and would not give it back
-        before this file arrives, must not wait for more; a `mask` has room of its own. Raises an ImageError (fetch branch)
-        with the number of `tries` made.
+        Once `stop` is set, the last error is raised without further tries. A caller that already holds room, and won't give
+        it back before this file arrives, must not wait for more; a `mask` has its own room. Raises an ImageError (fetch
+        branch) with the number of `tries` made.
         """
         tries = 0
         while True:
@@ -140,7 +140,7 @@ class Fetcher:
 
 
 async def stopped(stop: threading.Event | None, seconds: float) -> bool:
-    """Wait, or until `stop` is set; whether it is."""
+    """Wait, at most until `stop` is set; returns whether it is."""
     end = time.monotonic() + seconds
     while stop is None or not stop.is_set():
         left = end - time.monotonic()

@@ -1,4 +1,4 @@
-"""Upload an S3 object in parts, of which nothing remains if it fails."""
+"""Upload an S3 object in parts. If it fails, none of them remain."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Upload:
             log.info("upload not aborted", extra={"action": "abort", "url": self._url, "reason": error.message})
 
     def _abort_older(self) -> None:
-        """Abort what a process that was killed has begun. Not every S3 server or key allows the listing."""
+        """Abort uploads that killed processes had begun. Not every S3 server or key allows the listing."""
         with suppress(StorageUnavailable, StorageRefused):
             with storing(self._url):
                 found = self._client.list_multipart_uploads(Bucket=self._where["Bucket"], Prefix=self._where["Key"])

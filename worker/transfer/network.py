@@ -1,7 +1,7 @@
 """One event loop per process for everything that waits on the network: hundreds of transfers, one thread.
 
-While transfers run, the loop looks at their sockets every four milliseconds, and libcurl takes those further
-that are ready. To be woken up by each event instead would cost several times the CPU time and of Python's lock.
+While transfers run, the loop looks at their sockets every four milliseconds, and libcurl advances those that are ready.
+Waking up for each event instead would cost several times as much CPU time and time in Python's lock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ T = TypeVar("T")
 Done = Callable[[concurrent.futures.Future[Any]], None]
 
 SECONDS = 0.004
-"""Between two looks at the sockets; little beside the time that any server takes."""
+"""Seconds between looks at the sockets: little compared with the time that any server takes."""
 OPEN_FILES = 8192
 IDLE_CONNECTIONS = 256
 """Open connections that wait for their next request, per multi handle; the one that has waited longest is closed first."""
@@ -73,7 +73,7 @@ class Multi:
                 self._curl.remove_handle(handle)
 
     def look(self) -> None:
-        """Take those transfers further whose sockets are ready."""
+        """Advance the transfers whose sockets are ready."""
         try:
             for descriptor, events in self._sockets.poll(0):
                 self._curl.socket_action(descriptor, _selected(events))
@@ -131,7 +131,7 @@ class Multi:
             done.set_exception(error)
 
     def _start_again(self, error: Exception) -> None:
-        """Curl won't touch a multi handle again of which a callback has failed."""
+        """Curl won't touch a multi handle again once one of its callbacks has failed."""
         for handle in list(self._running):
             self._finish(handle, pycurl.error(pycurl.E_ABORTED_BY_CALLBACK, f"the transfer was aborted: {error}"))
         self.close()
@@ -185,7 +185,7 @@ class Network:
         return future
 
     def _wake(self) -> None:
-        """See to it that the loop looks around soon."""
+        """Make sure that the loop looks around soon."""
         with self._lock:
             looking, self._looking = self._looking, True
         if not looking:
@@ -256,7 +256,7 @@ class Network:
             try:
                 self.loop.run_forever()
             except BaseException:  # what asyncio lets pass: SystemExit and KeyboardInterrupt of a task
-                log.exception("the event loop goes on", extra={"action": "network"})
+                log.exception("error in the event loop, which carries on", extra={"action": "network"})
         self._multi.close()
         self._s3.close()
         for handle in self._idle:

@@ -32,11 +32,11 @@ T = TypeVar("T")
 THREADS = 8
 """Requests of boto3 at the same time."""
 KEYS_SECONDS = 60.0
-"""How long to sign with the same keys; temporary ones are replaced ten minutes before they expire."""
+"""Seconds to sign with the same keys; temporary ones are replaced ten minutes before they expire."""
 CONNECT_SECONDS, SILENCE_SECONDS = 5, 10
 """Then boto3 is asked, which waits for 30 s of silence before it tries again (shared/s3.py)."""
 LARGE = 262_144
-"""Bytes that are hashed in another thread, so that the loop goes on."""
+"""From this many bytes on, hashing runs in another thread, so that the loop goes on."""
 PLAIN = "/-._~"
 """Characters of keys that boto3 does not encode, besides letters and digits."""
 
@@ -161,7 +161,7 @@ class S3Requests:
 
         self._asking.on = True
         try:
-            with suppress(_Asked, BotoCoreError):  # what is wrong, the real request will show
+            with suppress(_Asked, BotoCoreError):  # the real request will show what is wrong
                 client.head_bucket(Bucket=bucket)
         finally:
             self._asking.on = False

@@ -34,7 +34,7 @@ REFUSALS = {
 
 BLOCK = 1 << 20
 SILENCE_SECONDS = 10.0
-"""How long a server that did not respond is not asked again whether it has a bucket."""
+"""Seconds before an unresponsive server is asked again whether it has a bucket."""
 CHANGED = {"PreconditionFailed", "412"}
 
 
@@ -213,7 +213,7 @@ class FolderStore:
     def check_now(self) -> None:
         """The same in the caller's thread."""
         with _folder_errors(f"can't store results in {self._folder}"):
-            if _is_full(self._check(self._folder)):  # before anything is computed in vain
+            if _is_full(self._check(self._folder)):  # before anything is computed for nothing
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     async def put(self, key: str, data: bytes, content_type: str, *, md5: str = "") -> str:  # noqa: ARG002  # files have none

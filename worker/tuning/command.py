@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 @click.argument("operation", type=click.Choice(OPERATIONS), required=False)
 @click.option("--engine", help="Engine to measure; default: the preset's, else opencv.")
 @click.option("--preset", metavar="NAME", help="Measure a preset, with its options.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="An option of the operation, as for submit.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set an option of the operation, as for submit; repeatable."
+)
 @click.option("--size", default="1024x1024", show_default=True, metavar="WxH", help="Size of the images in pixels.")
 @click.option("--gpu", metavar="N", type=click.IntRange(min=0), help="Run on this GPU.")
 @click.option("--cpu", is_flag=True, help="Run on the CPU, with all of its cores.")
@@ -48,9 +50,12 @@ def tune(
     seconds: float,
     as_json: bool,
 ) -> None:
-    """Measure the memory and speed of an operation's batches on a device, and save the results for its nodes.
+    """Measure how large batches can be, and how fast they run.
 
-    A batch fits if it takes at most 80 % of the free memory. Stop the device's node first.
+    The results are saved, and nodes on this type of device start from them.
+
+    A batch fits if it takes at most 80 % of the free memory. Stop the
+    device's node first.
     """
     if (gpu is not None) == cpu:
         raise UsageError("choose a device: --gpu N or --cpu")

@@ -44,7 +44,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return sections
 
 
-def test_section_that_fails_is_reported_and_stops_no_other(tmp_path: Path) -> None:
+def test_failed_section_is_reported_and_stops_no_other(tmp_path: Path) -> None:
     report = run(tmp_path, ("bad", failing), ("good", measuring))
     bad, good = results(tmp_path)
     assert (bad["state"], [row["name"] for row in bad["figures"]]) == ("failed", ["before"])

@@ -109,7 +109,7 @@ def test_job_that_is_over_can_not_be_steered(imagemill: Invoke, ledger: Ledger, 
     work(ledger, job)
     result = imagemill(command[0], job, *command[1:])
     assert result.exit_code == 2
-    assert f"job {job} is done; only jobs that wait or run can be " in result.stderr
+    assert f"job {job} is done; only waiting or running jobs can be " in result.stderr
 
 
 def test_status_and_jobs_explain_the_order(imagemill: Invoke, ledger: Ledger, fleet: Fleet) -> None:
@@ -120,11 +120,11 @@ def test_status_and_jobs_explain_the_order(imagemill: Invoke, ledger: Ledger, fl
     ledger.tend()
     shown = {job["job"]: job for job in json.loads(imagemill("jobs", "--json").stdout)}
     assert [(shown[job]["position"], shown[job]["ahead"]) for job in (urgent, first, second)] == [(0, 0), (1, 30), (2, 60)]
-    assert shown[second]["why"] == "behind 60 images of others"
+    assert shown[second]["why"] == "behind 60 images of other jobs"
     assert shown[second]["ends"] - shown[second]["starts"] == pytest.approx(3, abs=0.1), "30 images at 2 x 5 images/s"
     assert shown[second]["starts"] - shown[urgent]["starts"] == pytest.approx(6, abs=0.1)
     status = imagemill("status", second).stdout
-    for text in ("ann", "2 jobs ahead, 60 images of others before it ends", "behind 60 images of others"):
+    for text in ("ann", "2 jobs ahead, 60 images of other jobs before it ends", "behind 60 images of other jobs"):
         assert text in status
     assert "2 jobs" in imagemill("jobs").stdout
 

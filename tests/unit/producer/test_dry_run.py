@@ -1,4 +1,4 @@
-"""`imagemill submit --dry-run`: it tells what would be queued, and queues nothing."""
+"""`imagemill submit --dry-run`: it shows what would be queued, and queues nothing."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def explain(
 @pytest.mark.parametrize(
     ("facts", "why"),
     [
-        ({"turn": BEHIND}, "behind 40 images of others"),
-        ({"turn": BEHIND, "priority": "low"}, "low priority, behind 40 images of others"),
+        ({"turn": BEHIND}, "behind 40 images of other jobs"),
+        ({"turn": BEHIND, "priority": "low"}, "low priority, behind 40 images of other jobs"),
         ({"turn": Turn(0, 0, 100)}, "next in line"),
         ({"turn": BEHIND, "lanes": ()}, f"no node offers {LANE}"),
         ({"turn": BEHIND, "lanes": (), "faults": {LANE: ": out of service"}}, f"no node offers {LANE}: out of service"),

@@ -72,7 +72,7 @@ def test_watch_ends_with_the_number_of_flagged_images(imagemill: Invoke) -> None
 
 
 class Cut:
-    """A proxy before Redis that breaks down when it is told to, and works again as soon as somebody has noticed."""
+    """A proxy in front of Redis that breaks down when told to, and works again as soon as somebody has noticed."""
 
     def __init__(self, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
         self.proxy, self.pauses = proxy, list[float]()
@@ -96,7 +96,7 @@ def cut(redis_server: EmbeddedRedis, imagemill: Invoke, monkeypatch: pytest.Monk
 
 
 def cut_off(cut: Cut, after: int) -> Callable[[Settings], Client]:
-    """A client whose connection is lost after so many updates or rows, while the job is done."""
+    """A client whose connection is lost after this many updates or rows, while the job is being done."""
 
     class CutOff(Worked):
         def watch(self, job: str, **more: Any) -> Iterator[tuple[JobStatus, list[ItemResult]]]:

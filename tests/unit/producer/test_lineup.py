@@ -54,7 +54,7 @@ def test_duplicates_and_skipped_rows_are_not_counted_twice(imagemill: Invoke, le
     assert counts(ledger, job) == (0, 0)
 
 
-def test_nothing_of_a_cancelled_job_waits(imagemill: Invoke, ledger: Ledger) -> None:
+def test_cancelled_job_has_no_waiting_images(imagemill: Invoke, ledger: Ledger) -> None:
     job = submitted(imagemill, NUMBERED)
     taken(ledger)
     ledger.cancel(job)

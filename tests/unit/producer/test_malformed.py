@@ -25,7 +25,7 @@ def letters(redis_server: EmbeddedRedis, raw: Any) -> Iterator[DeadLetters]:
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_commands_go_on_without_malformed_reports(
+def test_commands_work_despite_malformed_reports(
     imagemill: Invoke, ledger: Ledger, raw: Any, fleet: Fleet, letters: DeadLetters, garbage: bytes
 ) -> None:
     fleet.report_node(node(LANE))

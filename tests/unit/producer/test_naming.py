@@ -63,7 +63,7 @@ def test_results_are_named_after_their_sources(template: str, given: SourceRow, 
 
 
 @pytest.mark.parametrize("value", ["..", "../../etc", "/etc", "a\\..\\b", "{job}", "{index}", "a\0b", "a\nb", "%2e%2e", "."])
-def test_columns_and_folders_of_strangers_stay_below_the_output(value: str) -> None:
+def test_untrusted_columns_and_folders_stay_below_the_output(value: str) -> None:
     for result in (
         key("{sku}/{stem}", row("https://a.example/1.jpg", columns={"sku": value})),
         key("{path}/{stem}", row(f"s3://bucket/x/{value}/1.jpg")) if value.isprintable() else "x/y/1.png",

@@ -130,7 +130,7 @@ def test_expired_images_are_a_group_that_a_retry_may_help() -> None:
     late = [row(Item(index=n, source=f"{A}{n}.jpg"), None, "expired") for n in range(2)]
     shown = page(late, changes={"state": "failed"})
     assert "expired 2 images, retry may help" in shown.text
-    assert "the deadline passed before this image was begun" in shown.text
+    assert "the deadline passed before this image began" in shown.text
     assert "failed, 2 failed" not in shown.text
 
 
@@ -196,7 +196,7 @@ def test_page_of_several_jobs_begins_with_an_overview() -> None:
     assert shown.all("section", "id") == ["job-1", "job-2"]
 
 
-def test_comparison_shows_the_other_engines_result_beside_its_own_labelled() -> None:
+def test_comparison_shows_the_other_engines_result_next_to_its_own_with_labels() -> None:
     rows = [done(0), done(1)]
     job = Job.model_validate(
         {

@@ -40,7 +40,7 @@ def checked(path: Path, key: str = LAYOUTS["indexed"], **options: Any) -> tuple[
         ("{sku}/photo", ["x1/photo-upper", "x1/photo-lower", "x2/photo-upper", "x2/photo-lower"]),
     ],
 )
-def test_each_image_has_a_result_with_a_name_of_its_own_for_each_garment(tmp_path: Path, key: str, names: list[str]) -> None:
+def test_each_image_has_a_separately_named_result_for_each_garment(tmp_path: Path, key: str, names: list[str]) -> None:
     path = tmp_path / "list.csv"
     path.write_text(f"source,name,sku\n{A},,x1\nftp://example.com/c.jpg,,x9\n{B},2,x2\n")
     items, check = checked(path, key, model="u2net_cloth_seg", garments=("upper", "lower"))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from imagemill.producer import terminal
+from imagemill.producer.rows import BadRow
 from imagemill.producer.terminal import counted, duration
 from tests.unit.producer.jobs import node, status
 
@@ -34,6 +35,16 @@ def test_count_has_thousands_separators_and_a_plural(number: int, text: str) -> 
     assert counted(number, "image") == text
 
 
+def test_text_of_a_bad_row_is_shown_unless_the_reason_quotes_it() -> None:
+    out = io.StringIO()
+    rows = [BadRow("a.txt:1", "not a URL, not 'cat'", "cat"), BadRow("a.txt:2", "needs a mask", "https://example.com/a.jpg")]
+    terminal.bad_rows(Console(file=out, width=160), rows, 2)
+    assert out.getvalue().splitlines()[1:] == [
+        "  a.txt:1: not a URL, not 'cat'",
+        "  a.txt:2: needs a mask: https://example.com/a.jpg",
+    ]
+
+
 def test_outcome_is_one_line() -> None:
     assert terminal.outcome(status(90, 10, "done")) == "done: 90 of 100 images done, 10 failed, in 5.0 s (18.00 images/s)"
     assert terminal.outcome(status(3)) == "running: 3 of 100 images done"
@@ -52,7 +63,7 @@ def test_outcome_says_why_a_job_waits() -> None:
 
 
 def test_jobs_table_leaves_out_columns_that_would_be_empty() -> None:
-    over, waits = status(100, state="done"), {"state": "queued", "why": "behind 60 images of others", "position": 2}
+    over, waits = status(100, state="done"), {"state": "queued", "why": "behind 60 images of other jobs", "position": 2}
     assert [word in printed(terminal.jobs_table([over])) for word in ("owner", "waiting", "ahead")] == [False] * 3
     text = printed(terminal.jobs_table([over, over.model_copy(update=waits), over.model_copy(update={"owner": "ann"})]))
     assert [word in text for word in ("owner", "ann", f"queued, {waits['why']}", "2 jobs")] == [True] * 4
@@ -61,7 +72,12 @@ def test_jobs_table_leaves_out_columns_that_would_be_empty() -> None:
 def test_status_table_shows_the_forecast() -> None:
     facts = {"owner": "ann", "waiting": 90, "running": 7, "position": 0, "ahead": 40, "starts": 1e9, "ends": 2e9, "until": 3e9}
     text = " ".join(printed(terminal.status_table(status(3).model_copy(update=facts))).split())
-    for part in ("owner ann", "running 7 waiting 90", "position next, 40 images of others before it ends", "ends about 2033"):
+    for part in (
+        "owner ann",
+        "running 7 waiting 90",
+        "position next, 40 images of other jobs before it ends",
+        "ends about 2033",
+    ):
         assert part in text
     text = printed(terminal.status_table(status(100, state="done")))
     assert [word in text for word in ("owner", "waiting", "position", "deadline")] == [False] * 4

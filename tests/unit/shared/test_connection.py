@@ -38,6 +38,23 @@ def test_now_is_in_milliseconds_by_redis_clock(redis_server: EmbeddedRedis) -> N
         assert before * 1000 <= now_ms(client) <= (client.time()[0] + 1) * 1000
 
 
+@pytest.mark.parametrize(
+    ("said", "plain"),
+    [
+        ("Error 111 connecting to 10.0.0.1:6379. Connection refused.", "can't connect to 10.0.0.1:6379: connection refused"),
+        (
+            "Error -2 connecting to redis.example.com:6379. Name or service not known.",
+            "can't connect to redis.example.com:6379: name or service not known",
+        ),
+        ("Timeout reading from socket", "Timeout reading from socket"),
+    ],
+)
+def test_error_of_the_connection_is_a_plain_sentence(said: str, plain: str) -> None:
+    with pytest.raises(BrokerUnavailable) as caught, reachable():
+        raise redis.ConnectionError(said)
+    assert caught.value.message == f"Redis: {plain}"
+
+
 def test_other_errors_pass_through() -> None:
     with pytest.raises(KeyError), reachable():
         raise KeyError("not from Redis")

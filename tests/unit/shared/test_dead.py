@@ -21,7 +21,7 @@ def letters(redis_server: EmbeddedRedis) -> Iterator[DeadLetters]:
     letters.close()
 
 
-def test_entry_tells_when_where_and_why(letters: DeadLetters, raw: Any) -> None:
+def test_entry_says_when_where_and_why(letters: DeadLetters, raw: Any) -> None:
     assert (letters.count(), letters.entries()) == (0, [])
     letters.add("imagemill:nodes", "not JSON", b"\xffnode")
     (letter,) = letters.entries()

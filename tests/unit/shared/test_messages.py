@@ -133,7 +133,7 @@ def test_valid_key_templates(template: str) -> None:
         ("{{index}}", "may only use"),
         ("/{index}", "no leading /"),
         ("../{index}", "no leading / and no .."),
-        ("{name}\n", "no control characters"),
+        ("{name}\n", "may not contain control characters"),
         ("a/../../{index}", "no leading / and no .."),
     ],
 )

@@ -41,7 +41,7 @@ MODELLED = [engine for engine in ENGINES if engine.models]
 
 @pytest.mark.parametrize("engine", MODELLED, ids=lambda engine: engine.name)
 @pytest.mark.parametrize("name", ["a", "7", "u2nett", "Shop_cutouts-v1.2", "x" * 64])
-def test_a_model_of_one_s_own_may_have_any_plain_name(engine: Engine, name: str) -> None:
+def test_own_model_may_have_any_plain_name(engine: Engine, name: str) -> None:
     options = parse_options(engine.operation, engine.name, {"model": name})
     assert options.model == name  # type: ignore[attr-defined]
     lane = lane_of(engine.operation, engine.name, name)
@@ -97,7 +97,12 @@ def test_text_values_are_parsed() -> None:
         ("remove-background", "opencv", {"long_edge": "15"}, "greater than or equal to 16"),
         ("remove-background", "rembg", {"crop": "true", "canvas": "8001"}, "less than or equal to 8000"),
         ("remove-background", "rembg", {"canvas": "800"}, "canvas needs crop=true"),
-        ("remove-background", "rembg", {"background": "#ffffff", "background_image": "https://a.example/b.png"}, "exclude"),
+        (
+            "remove-background",
+            "rembg",
+            {"background": "#ffffff", "background_image": "https://a.example/b.png"},
+            "can't be combined",
+        ),
         ("remove-background", "rembg", {"mask_only": "true", "shadow": "true"}, "mask_only can't be combined"),
         ("remove-background", "rembg", {"exact": "true", "long_edge": "800"}, "can't be combined with long_edge or shadow"),
         ("remove-background", "rembg", {"garments": "upper"}, "garments needs model=u2net_cloth_seg"),
@@ -193,7 +198,7 @@ def test_invalid_boxes_are_refused(given: Any) -> None:
         ({"x": 3, "y": 4, "unit": "fraction"}, Point(x=3, y=4, unit="fraction")),
     ],
 )
-def test_point_is_in_pixels_or_fractions_and_on_or_beside(given: Any, point: Point) -> None:
+def test_point_is_in_pixels_or_fractions_and_on_or_off_the_subject(given: Any, point: Point) -> None:
     parsed = Point.model_validate(given)
     assert parsed == point
     assert Point.model_validate_json(parsed.model_dump_json()) == point

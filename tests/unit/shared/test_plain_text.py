@@ -1,4 +1,4 @@
-"""Text of strangers, for terminals, logs and spreadsheets."""
+"""Untrusted text, for terminals, logs and spreadsheets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STEERING = [*"\x1b\x07\r\n\t\0\x7f\x9b", *"\u202e\u2066\u200b\u2028\u2029\ud800"
 
 
 @pytest.mark.parametrize("character", STEERING)
-def test_what_steers_a_terminal_is_replaced(character: str) -> None:
+def test_control_sequences_for_a_terminal_are_replaced(character: str) -> None:
     assert harmless(f"a{character}b") == cell(f"a{character}b") == "a\N{REPLACEMENT CHARACTER}b"
 
 

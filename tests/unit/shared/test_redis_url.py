@@ -1,4 +1,4 @@
-"""URLs of Redis: what they may contain, and what becomes of it for redis-py and Celery."""
+"""URLs of Redis: what they may contain, and how redis-py and Celery get it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_celery_gets_one_url_per_sentinel_and_quoted_passwords() -> None:
         "http://a",
     ],
 )
-def test_wrong_urls_are_refused_without_a_word_of_them(url: str) -> None:
+def test_wrong_urls_are_refused_without_quoting_them(url: str) -> None:
     with pytest.raises(ValueError, match=r"^expected redis.*percent-encoded$"):
         RedisUrl.parse(url.replace("://", "://:hush@"))
 

@@ -22,7 +22,7 @@ BUCKET = "clocks"
 
 @pytest.fixture(params=[timedelta(hours=1), timedelta(hours=-1), timedelta(days=400)], ids=str)
 def client(request: pytest.FixtureRequest, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client on a host whose clock is so much fast."""
+    """A client on a host whose clock is fast by this much."""
     right = compat.get_current_datetime
 
     def wrong(*arguments: Any, **more: Any) -> datetime:
@@ -68,7 +68,7 @@ def test_refusals_for_another_reason_change_nothing(client: Any, s3_server: S3Se
         "Sun, 29 Nov 2026 07:00:00 -0000",
     ],
 )
-def test_dates_that_are_no_clocks_are_ignored(date: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dates_that_do_not_come_from_a_clock_are_ignored(date: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Shifted, "skew", timedelta())
     refusal = SimpleNamespace(headers={"date": date}), {"Error": {"Code": "RequestTimeTooSkewed"}}
     assert _look_at_clock(refusal) is None

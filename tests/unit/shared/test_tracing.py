@@ -55,7 +55,7 @@ def test_sampler_of_the_standard_decides_for_whole_jobs(sampler: str, monkeypatc
     assert sorted(seen) == sorted([*set(seen)] * 2)
 
 
-def test_collector_that_does_not_answer_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_collector_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         traces = open_traces(Settings(_env_file=None, tracing=True))  # type: ignore[call-arg]

@@ -42,7 +42,7 @@ Entry = tuple[int, int, bytes]
 class Exif:
     """Tags by number in three directories; `order` is the byte order of their values, as in `struct`.
 
-    `maker_note_at` is where the maker note stood: it has offsets of its own, which hold only there.
+    `maker_note_at` is where the maker note stood: its own offsets are valid only there.
     """
 
     order: str = ">"
@@ -93,7 +93,7 @@ def resolution(first: Mapping[int, Entry], order: str) -> tuple[float, float] | 
 def write(exif: Exif, *, size: tuple[int, int], srgb: bool, dpi: tuple[float, float] | None) -> bytes:
     """The EXIF block, without `Exif\\0\\0`, of an upright picture of `size` (width, height); empty if there is nothing to say.
 
-    It has no thumbnail. `srgb` says that the pixels are sRGB now, whatever colour space they had.
+    It has no thumbnail. `srgb` says that the pixels are sRGB now, whatever colour space they were in.
     """
     order, image, photo = exif.order, dict(exif.image), dict(exif.photo)
     if dpi is not None:

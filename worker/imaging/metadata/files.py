@@ -45,7 +45,7 @@ def rewritten(data: bytes, kind: str, blocks: Blocks) -> bytes | None:
 
 
 def _jpeg(data: bytes, blocks: Blocks) -> bytes:
-    """Nothing of the other application segments stays, apart from what decides the colours: Adobe's and the profile."""
+    """Of the other application segments, only those that decide the colours stay: Adobe's and the profile."""
     before, after = [b"\xff\xd8"], []
     for marker, start, end in jpeg_segments(data):
         content = data[start + 4 : end]
@@ -79,7 +79,7 @@ def _decides_look(marker: int, content: bytes) -> bool:
 
 
 def fits_segment(length: int) -> bool:
-    """Whether a JPEG file can hold a block of so many bytes, its identifier included."""
+    """Whether a JPEG file can hold a block of this many bytes, including its identifier."""
     return length <= _SEGMENT
 
 

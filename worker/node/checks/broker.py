@@ -1,4 +1,4 @@
-"""Checks of Redis and of what it knows: set-aside entries and nodes."""
+"""Checks of Redis and of what it knows: entries set aside, and nodes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def explain(error: Exception, url: str) -> tuple[str, str]:
     reason = re.sub(r"^Error -?\d+ connecting to \S+ ", "", text)
     if "Name or service" in reason or "name resolution" in reason:
         fix = "set IMAGEMILL_REDIS_URL to the address of Redis; only containers know the names of a compose file's services"
-        return f"this host doesn't know the name {host!r} of Redis", fix
+        return f"this host can't resolve Redis' host name, {host!r}", fix
     return f"no connection to Redis at {where}: {reason}", START_REDIS
 
 
@@ -107,7 +107,7 @@ def _explain_refusal(where: str, password: str | None, user: str) -> tuple[str, 
 
 
 def _saves(client: Any) -> bool | None:
-    """Whether Redis takes snapshots; None if it does not tell, as with managed services."""
+    """Whether Redis takes snapshots; None if it doesn't say, as with managed services."""
     with suppress(redis.ResponseError):
         return bool(client.config_get("save").get("save"))
     return None
@@ -136,7 +136,7 @@ def _memory(info: Any) -> Iterator[Finding]:
         when = "when full" if limit else "as soon as it has a memory limit"
         yield Finding("redis", "warning", f"may evict jobs {when}: its maxmemory-policy is {policy}", fix)
     if limit and used > MOST_FULL * limit:
-        found = f"{used / limit:.0%} of its memory limit are used; a full Redis refuses new jobs"
+        found = f"{used / limit:.0%} of its memory limit is used; a full Redis refuses new jobs"
         fix = "redis-cli CONFIG SET maxmemory BYTES, and the same in Redis' configuration; or wait for jobs to expire"
         yield Finding("redis", "warning", found, fix)
 
@@ -147,7 +147,7 @@ def _dead_letters(settings: Settings) -> Iterator[Finding]:
         count = DeadLetters.of(settings).count()
         if count:
             found = f"entries that could not be read and were set aside: {count}"
-            fix = "imagemill jobs --dead shows them; look for what else writes to this Redis"
+            fix = "imagemill jobs --dead shows them; find out what else writes to this Redis"
             yield Finding("redis", "warning", found, fix)
 
 

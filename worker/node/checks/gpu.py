@@ -1,4 +1,4 @@
-"""Checks of GPUs: are they there, and does the driver suit what is installed?
+"""Checks of GPUs: are they there, and does the driver fit what is installed?
 
 They read version numbers from files and ask nvidia-smi: importing torch takes seconds, and this process must not create a CUDA
 context.
@@ -78,7 +78,7 @@ def _packages(settings: Settings) -> set[str]:
 
 
 def driver_and_cuda() -> tuple[str, str] | None:
-    """The versions of the driver and of the latest CUDA that it supports, from nvidia-smi; None if it does not tell."""
+    """The versions of the driver and of the latest CUDA that it supports, from nvidia-smi; None if it doesn't say."""
     try:
         report = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, timeout=20, check=True).stdout  # noqa: S607
     except (OSError, subprocess.SubprocessError):

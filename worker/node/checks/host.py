@@ -22,8 +22,9 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 LEAST_SHARED = 8 * 2**20
 """Free bytes that it should have.
 
-A node and its children use it for semaphores and a few counters only, a page of 4 KiB each: 48 KiB with 8 children. Images and
-models are not kept there, since every child works alone, so Docker's 64 MB are ample. Without any space a node can't start.
+A node and its children use it for semaphores and a few counters only, a page of 4 KiB each: 48 KiB with 8 children. Images
+and models are not kept there, because every child works alone, so Docker's 64 MB are ample. Without any space a node can't
+start.
 """
 
 

@@ -63,7 +63,8 @@ def _check_file(weights: Weights, settings: Settings) -> Iterator[Finding]:
 
 
 def _is_damaged(weights: Weights, settings: Settings) -> bool:
-    """Whether a file is not the published one, or not as it was converted. One that has changed since it was read is read."""
+    """Whether a file differs from the published one, or from what its conversion made. It is read only if it has changed
+    since."""
     folder = settings.weights.folder.expanduser()
     path = path_of(folder, weights)
     try:

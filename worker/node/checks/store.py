@@ -26,7 +26,7 @@ PROBE = ".imagemill-doctor"
 LATEST_JOBS = 20
 """Jobs whose outputs are checked if none is named."""
 INSIDE = (".local", ".localdomain", ".internal", ".lan", ".home.arpa", ".intranet", ".svc")
-"""Ends of names that no public name server knows."""
+"""Endings of names that no public name server knows."""
 
 
 def check_s3(settings: Settings, outputs: Mapping[str, State]) -> Iterator[Finding]:
@@ -57,7 +57,7 @@ def _buckets(settings: S3Settings, what: str) -> tuple[ImagemillError | None, in
     except Exception as error:  # noqa: BLE001
         return (error if isinstance(error, ConfigurationError) else s3.translate(error, what)), 0
     if "Buckets" not in reply:
-        return ConfigurationError(f"{what} responds, but not as an S3 server does; it may be its console, or another server"), 0
+        return ConfigurationError(f"{what} responds, but not like an S3 server; it may be its console, or another server"), 0
     return None, len(reply["Buckets"])
 
 
@@ -85,7 +85,7 @@ def _writable(settings: S3Settings, url: str, state: State) -> Finding:
     client, place = s3.make_client(settings, patient=False), {"Bucket": bucket, "Key": f"{prefix}/{PROBE}".lstrip("/")}
     problem = _attempt(lambda: client.put_object(Body=b"", **place), f"bucket {bucket!r}")
     if isinstance(problem, NotFound) and settings.create_bucket:
-        return Finding("s3", "ok", f"there is no bucket {bucket!r}; workers create it")
+        return Finding("s3", "ok", f"there is no bucket {bucket!r}; workers will create it")
     if isinstance(problem, NotFound):
         at = f" --endpoint-url {shown_server(settings.endpoint_url)}" if settings.endpoint_url else ""
         fix = f"aws s3 mb s3://{bucket}{at}, or set IMAGEMILL_S3__CREATE_BUCKET=true on the workers"

@@ -29,7 +29,7 @@ from imagemill.worker.operations.inpaint.tiles import Labels, Tile, labels_at, p
 from imagemill.worker.operations.open_model import OpenModel, file_size, missing_model
 
 REVISION = 3
-"""Raise it whenever the same image and options would give different pixels, so that cached results are not reused."""
+"""Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 
 WHOLE = 4_000_000
 """Largest image in pixels for `strategy=whole`: up to 3 GB of memory on a GPU."""
@@ -171,9 +171,9 @@ def network_input(crop: Crop) -> tuple[Pixels, Grey]:
 def _guided(crop: Crop, fill: Pixels, fill_area: Rectangle, rgb: Pixels, mask: Grey) -> tuple[Pixels, Grey]:
     """A tile's RGB and mask, with the coarse fill wherever other tiles fill the same hole.
 
-    The network sees nothing in the pixels it has to fill: they are 0 in its input. So the only way to show it how the
-    picture continues is outside its own part of the hole, as if those pixels were known. It then fills its part at full
-    size, between sharp surroundings at the rim and coarse ones inside, and all tiles of the hole lead to the same picture.
+    The network can't see the pixels that it has to fill: they are 0 in its input. So the only way to show it how the picture
+    continues is outside its own part of the hole, as if those pixels were known. It then fills its part at full size,
+    between sharp surroundings at the rim and coarse ones inside, and all tiles of the hole lead to the same picture.
     """
     area = crop.tile.area
     others = labels_at(crop.labels, area) == crop.tile.label

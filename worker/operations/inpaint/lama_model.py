@@ -21,7 +21,7 @@ from imagemill.worker.operations.inpaint.lama_generator import Generator
 from imagemill.worker.operations.open_model import getting
 
 LARGEST_BATCH = 8
-"""Most pictures in one batch on a GPU."""
+"""Maximum pictures in one batch on a GPU."""
 BAND = 512 * 512
 """Pixels that the generator's first and last layers process at once on a CPU: 1024 x 1024 take about 350 MB instead of 770."""
 
@@ -47,7 +47,7 @@ class LamaModel:
                     f"the model {path.stem} can't be opened from {path} ({sentence(error)}): "
                     f"check it with `imagemill models verify` or get it again with {getting(path.stem)}"
                 ) from error
-            # The layout that oneDNN and cuDNN use, so that they need not reorder inputs and outputs.
+            # The layout that oneDNN and cuDNN use, so that they don't have to reorder inputs and outputs.
             generator = generator.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.bytes = bytes_of(generator)
         self._paint: Callable[[Tensor], Tensor] = _compiled(generator) if device.compile else generator

@@ -70,8 +70,8 @@ def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:
     """The mask of an image of `size` (width, height): uint8 [height, width], 255 where it is filled, 0 elsewhere.
 
     It combines the mask's pixels above `mask_threshold` with the boxes of the item and the job, grown by `mask_dilate`
-    pixels. Raises BadMask if there is neither mask nor box, if the mask's aspect ratio is not the image's, if a box lies
-    outside the image, if everything is masked, and if nothing is left of a mask that is not black.
+    pixels. Raises BadMask if there is neither a mask nor a box, if the mask's aspect ratio differs from the image's, if a
+    box lies outside the image, if everything is masked, or if nothing is left of a mask that is not black.
     """
     options = inputs.options
     boxes = (*inputs.item.boxes, *options.boxes)
@@ -89,7 +89,7 @@ def build_mask(size: tuple[int, int], inputs: Inputs[AnyInpaint]) -> Grey:
     if options.mask_dilate:
         mask = _dilated(mask, options.mask_dilate)
     if mask.all():
-        raise BadMask("the mask and boxes cover the whole image, which leaves nothing to fill it from")
+        raise BadMask("the mask and boxes cover the whole image, leaving nothing to fill it from")
     return mask
 
 
@@ -171,7 +171,7 @@ def fill_mask(opacity: Grey) -> Grey:
 def shrunk(mask: Grey, size: tuple[int, int]) -> Grey:
     """A mask at a smaller `size` (width, height), with every pixel that any masked pixel was averaged into.
 
-    If that is all of them, only those that hold more of the mask than the least.
+    If that is every pixel, only those that hold more of the mask than the minimum.
     """
     share = cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
     return np.asarray(cv2.threshold(share, float(share.min()), 255, cv2.THRESH_BINARY)[1], np.uint8)

@@ -20,7 +20,7 @@ from imagemill.worker.operations.inpaint.mask import blend, fill_mask, find_hole
 from imagemill.worker.operations.inpaint.rectangle import Rectangle
 
 REVISION = 3
-"""Raise it whenever the same image and options would give different pixels, so that cached results are not reused."""
+"""Raise this whenever the same image and options give different pixels, so that cached results are not reused."""
 
 EFFORT = 1e9
 """Pixels to fill times pixels examined for each, per image: about 15 s on one core. Larger holes get a coarser fill."""

@@ -26,7 +26,7 @@ from imagemill.worker.operations.remove_background.session import Opened, Sessio
 
 FAMILY = Family(768, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLASSES = {"upper": (1,), "lower": (2,), "full": (3,), "attire": (1, 2, 3)}
-"""The network's classes that each part consists of; 0 is everything else."""
+"""The network's classes that make up each part; 0 is everything else."""
 COUNT = 4
 
 
@@ -58,7 +58,7 @@ def masks(output: Tensor) -> Map:
 def _classes(output: Tensor) -> Grey:
     """The likeliest class of each pixel, [h, w], from the network's output [4, h, w]."""
     if output.ndim != 3 or len(output) != COUNT:
-        raise OperationFailed(f"a model of garments returns {COUNT} maps, not {output.shape}")
+        raise OperationFailed(f"a garment model returns {COUNT} maps, not {output.shape}")
     if not np.isfinite(output).all():
         raise OperationFailed("the model's output is not finite")
     return np.asarray(np.argmax(output, axis=0), np.uint8)

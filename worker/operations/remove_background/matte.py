@@ -117,7 +117,7 @@ def _around(start: int, stop: int) -> slice:
 
 
 def _near_colours(picture: Map, matte: Map, halvings: int, rough: bool) -> tuple[Map, Map]:
-    """The mean colours [h, w, 3] of subject and background near each pixel, of images that were halved so many times."""
+    """The mean colours [h, w, 3] of subject and background near each pixel, of images that were halved this many times."""
     wide, near = max(1, round(FAR / 2**halvings / 2)), max(1, round(NEAR / 2**halvings))
     # Of so large an area, half the size gives the same averages: the result changes by less than 0.1 of 255.
     far, far_share = reduced(picture, 1), reduced(matte, 1)
@@ -234,7 +234,7 @@ def _weighted(colours: Map, share: Map, radius: int) -> Map:
 
 
 def _thrice(values: Map) -> Map:
-    """`values` [h, w] for each of three colours: numpy would broadcast them slowly."""
+    """`values` [h, w] for each of three colours, because numpy would broadcast them slowly."""
     return np.asarray(cv2.merge([values] * 3), np.float32)
 
 

@@ -1,11 +1,11 @@
 """rembg's model families: how each one's input is prepared and its output read, bit for bit as in rembg if asked for.
 
-rembg (rembg/sessions, version 2.0.86) calculates in double precision from 8-bit images, so a lookup table of 256 levels
-per channel gives the same numbers. Pillow's LANCZOS takes 22 ms for an image of 1600 pixels. Unless rembg's very pixels are
-asked for, large images are therefore halved first and then filtered by OpenCV, in 6 ms. With ISNet's real weights, at
-320 pixels, that added 0.02 to 0.2 of 255 to the difference of four 12-megapixel photos' mattes to rembg's (before, 0.02
-to 0.5); averaging areas instead adds 0.1 to 1.6. Random weights can't tell: with them, even the scaling done while
-decoding changes mattes by 10.
+rembg (rembg/sessions, version 2.0.86) calculates in double precision from 8-bit images, so a lookup table of 256 levels per
+channel gives the same numbers. Pillow's LANCZOS takes 22 ms for an image of 1600 pixels. So unless rembg's exact pixels are
+asked for, large images are first halved and then filtered by OpenCV, in 6 ms. With ISNet's real weights, at 320 pixels, that
+added 0.02 to 0.2 of 255 to the difference of four 12-megapixel photos' mattes to rembg's (before, 0.02 to 0.5); averaging
+areas instead adds 0.1 to 1.6. Random weights can't tell: with them, even the scaling done while decoding changes mattes by
+10.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WHOLE = 16_000_000  # most pixels scaled in one piece; Pillow takes four bytes f
 STRIP = 256  # rows per strip of a larger image
 LONG = 2.5  # largest aspect ratio of an image that is halved
 SHARPER = np.array([-1, 26, -1]) / 24  # undoes an average over one pixel, to the second order
-LEFT = 1.25  # an image is halved while its shorter side keeps so many times the model's
+LEFT = 1.25  # an image is halved as long as its shorter side stays this many times the model's
 FLAT = 1e-6  # an output with a smaller range than this is noise: there is no subject
 HIDDEN = 128  # grey level that the model sees in place of transparent pixels
 
@@ -102,7 +102,7 @@ def scaled(pixels: Pixels, size: int, *, as_rembg: bool = False) -> Pixels:
 
 
 def _halvings(width: int, height: int, size: int) -> int:
-    """How often an image can be halved first: not at all if it is so long that `_filtered` would take longer than Pillow."""
+    """How many times to halve an image first: none if it is so long that `_filtered` would take longer than Pillow."""
     short, long = sorted((width, height))
     return int(math.log2(max(1, short / (LEFT * size)))) if long <= LONG * short else 0
 

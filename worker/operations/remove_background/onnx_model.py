@@ -53,7 +53,7 @@ class Network:
         wanted, got = NAMES[device.provider], self._session.get_providers()
         if got[0] != wanted:
             raise DeviceUnusable(
-                f"the model {name} was to run on {device.provider}, but onnxruntime could not start {wanted} and would use "
+                f"the model {name} should run on {device.provider}, but onnxruntime could not start {wanted} and would use "
                 f"{got[0]}: install the driver, CUDA and cuDNN that onnxruntime {onnxruntime.__version__} was built for"
             )
         self._session.disable_fallback()  # otherwise a failed run would be repeated on the CPU
@@ -168,7 +168,7 @@ def check_there(device: Device) -> None:
     wanted = NAMES[device.provider]
     if wanted not in onnxruntime.get_available_providers():
         raise DeviceUnusable(
-            f"models were to run on {device.provider}, but the installed onnxruntime has no {wanted}: "
+            f"models should run on {device.provider}, but the installed onnxruntime has no {wanted}: "
             "pip uninstall onnxruntime && pip install 'imagemill[rembg-gpu]'"
         )
 

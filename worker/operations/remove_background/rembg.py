@@ -153,7 +153,7 @@ class Rembg(Operation[RembgRemoveBackground, Any, Any, Plan]):
         return session_of(self._device.weights, options.model)
 
     def _files(self, options: RembgRemoveBackground) -> list[Path]:
-        """The model's files, for `exact` those that rembg uses. Raises ConfigurationError."""
+        """The model's files; for `exact`, those that rembg uses. Raises ConfigurationError."""
         device, names = self._device, MODELS.get(options.model, (options.model,))
         originals = [_file(device, name) for name in names]
         if not all(path.is_file() for path in originals):

@@ -1,4 +1,4 @@
-"""Runs a model once for equal inputs: several results of one image follow one another."""
+"""Runs a model once for equal inputs, because an image's results come one after another."""
 
 from __future__ import annotations
 

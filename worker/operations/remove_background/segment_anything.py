@@ -42,7 +42,7 @@ class Prompted:
 
 
 class SegmentAnything(Session):
-    """What the points and boxes of the row show, or else those of the job, or else what is in the image's centre."""
+    """What the row's points and boxes show, or else the job's, or else what is in the image's centre."""
 
     chooses = True
 

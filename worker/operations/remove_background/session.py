@@ -1,6 +1,6 @@
 """What differs between rembg's sessions: how a model's input is made from an image, how it is run, and how its output is read.
 
-`sessions.py` lists them. Everything that is alike for all, from batches to the finished cut-out, is in `rembg.py`.
+`sessions.py` lists them. Everything they share, from batches to the finished cut-out, is in `rembg.py`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Opened(Protocol):
 class Session(ABC):
     """How one kind of model is used.
 
-    `chooses`: the job says what to cut out, so an image whose subject is cut out already is not returned as it is.
+    `chooses`: the job says what to cut out, so an image whose subject is already cut out is not returned as it is.
     """
 
     chooses: ClassVar[bool] = False

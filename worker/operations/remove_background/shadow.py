@@ -24,8 +24,8 @@ def find_shadow(pixels: Pixels, alpha: Grey) -> Map | None:
     """Density of the subject's shadow, 0..1, at a small size [h, w]; None if no shadow can be identified.
 
     `pixels` is RGB or RGBA [h, w, 3 or 4], `alpha` the matte [h, w]. A model of the backdrop is fitted to the subject's
-    surroundings. A shadow is darker than the model by about the same share in red, green and blue, and touches the
-    subject's lower half. Below the subject's edge it continues with the density it has beside it.
+    surroundings. A shadow is darker than the model by about the same share in red, green and blue, and touches the subject's
+    lower half. Below the subject's edge it continues with the density it has next to it.
     """
     size = fit((alpha.shape[1], alpha.shape[0]), EDGE)
     small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)

@@ -1,4 +1,4 @@
-"""What differs between the families of Stable Diffusion; each has a module that says it."""
+"""What differs between the families of Stable Diffusion; each has its own module."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ def edges_of(rgb: Pixels, low: int, high: int) -> Grey:
 
 
 def scribble_of(rgb: Pixels) -> Grey:
-    """Strokes [h, w], 0 or 255, where a picture is darker than around: Winnemöller et al., XDoG, Comput. Graph. 36(6), 2012."""
+    """Strokes [h, w], 0 or 255, where a picture is darker than its surroundings: Winnemöller et al., XDoG, Comput. Graph.
+    36(6), 2012."""
     return np.asarray((_darker(_blurred(rgb, FINE), COARSE, rgb) > STROKE) * 255, np.uint8)
 
 
@@ -60,7 +61,7 @@ def line_art_of(rgb: Pixels) -> Grey:
 
 
 def _darker(fine: NDArray[np.float32], sigma: float, rgb: Pixels) -> NDArray[np.float32]:
-    """By how much each pixel is darker than around it, 0 to 255, in the channel in which it is least."""
+    """How much darker each pixel is than its surroundings, 0 to 255, in the channel in which that is least."""
     return np.asarray(np.clip((_blurred(rgb, sigma) - fine).min(axis=2), 0, 255), np.float32)
 
 

@@ -180,7 +180,7 @@ def test_retried_job_goes_to_the_end_of_the_line(producer: SubmitLedger, worker:
     assert run(worker) == [(second, 0), (first, 0)]
 
 
-def test_retry_begins_the_count_of_attempts_anew(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+def test_retry_restarts_the_count_of_attempts(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     job = make_job(producer, 1)
     die(worker, raw, take(worker))
     die(worker, raw, take(worker))

@@ -230,7 +230,7 @@ def test_results_of_several_jobs_are_recorded_at_once(producer: SubmitLedger, wo
     assert [result.index for result in worker.follow(one)[1]] == [0, 1]
 
 
-def test_damaged_job_keeps_no_other_from_being_recorded(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+def test_damaged_job_does_not_keep_others_from_being_recorded(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     bad, good = make_job(producer, 1), make_job(producer, 1)
     raw.set(key(bad, "results"), "damaged")
     answers = worker.record_all([Record.of(bad, done(0)), Record.of(good, done(0))])

@@ -16,7 +16,7 @@ LANE = "stylize.opencv"
 
 
 @pytest.mark.parametrize("member", ["", "text", "job:", "job:x", b"\xff\x00", "begin", "1 2"])
-def test_job_is_done_beside_malformed_leases_and_alarms(ledger: Ledger, raw: Any, member: str | bytes) -> None:
+def test_job_is_done_despite_malformed_leases_and_alarms(ledger: Ledger, raw: Any, member: str | bytes) -> None:
     raw.zadd("imagemill:leased", {member: 1})
     raw.zadd("imagemill:alarms", {member: 1})
     ledger.open_job("j", Job(operation="stylize", output=Output(url="s3://results/out")))

@@ -126,7 +126,7 @@ def test_child_that_never_drains_is_replaced(producer: SubmitLedger, worker: Wor
     assert take(worker, OTHER).deaths == 1
 
 
-def test_suspect_recorded_meanwhile_is_skipped(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+def test_suspect_recorded_in_the_meantime_is_skipped(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     job = make_job(producer, 3)
     die(worker, raw, take(worker))
     worker.record(job, done(0))  # its worker was only slow
@@ -141,7 +141,7 @@ def test_suspect_recorded_meanwhile_is_skipped(producer: SubmitLedger, worker: W
     assert nothing_left(raw)
 
 
-def test_gaps_and_duplicates_are_no_suspects_to_children(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+def test_gaps_and_duplicates_are_not_suspects_for_children(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     make_job(producer, 8, gaps=range(1, 7), duplicates=[0] * 8)
     next_job = make_job(producer, 1, priority="low")
     die(worker, raw, take(worker))

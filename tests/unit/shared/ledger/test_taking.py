@@ -31,7 +31,7 @@ pytestmark = pytest.mark.integration
 
 
 def report(fleet: Fleet, worker: WorkLedger, rates: dict[str, float], lane: str = LANE) -> None:
-    """Nodes with one child each, which compute so many images per second."""
+    """Nodes with one child each, which compute this many images per second."""
     for child in rates:
         node = child.partition("/")[0]
         fleet.report_node(Node(node=node, host="a", pid=1, device="cpu", lanes=(lane,), children=1, ready=True))
@@ -175,7 +175,7 @@ def test_child_of_unknown_speed_counts_as_average(producer: SubmitLedger, worker
     assert len(take(worker, "cpu@c/1", room=500).items) == 25
 
 
-def test_images_at_hand_count_towards_the_part(producer: SubmitLedger, worker: WorkLedger, fleet: Fleet) -> None:
+def test_images_already_held_count_towards_the_part(producer: SubmitLedger, worker: WorkLedger, fleet: Fleet) -> None:
     report(fleet, worker, {CHILD: 1.0, OTHER: 1.0})
     job = make_job(producer, 40)
     first = take(worker, room=500, rate={LANE: 1.0})
@@ -192,7 +192,7 @@ def test_siblings_on_the_only_device_need_no_parts(producer: SubmitLedger, worke
     assert sizes == [16, 16, 8]
 
 
-def test_siblings_get_parts_beside_another_device(producer: SubmitLedger, worker: WorkLedger, fleet: Fleet) -> None:
+def test_siblings_get_parts_alongside_another_device(producer: SubmitLedger, worker: WorkLedger, fleet: Fleet) -> None:
     report(fleet, worker, {CHILD: 1.0, OTHER: 1.0, "gpu0@c/1": 2.0})
     make_job(producer, 160)
     assert len(take(worker, CHILD, room=500, rate={LANE: 1.0}, siblings=2).items) == 20

@@ -166,7 +166,7 @@ def test_leases_of_deleted_jobs_do_not_stop_others(producer: SubmitLedger, worke
     assert (take(worker).job, indexes(share)) == (job, [0])
 
 
-def test_outage_of_redis_is_no_death_of_workers(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
+def test_outage_of_redis_does_not_count_as_the_death_of_workers(producer: SubmitLedger, worker: WorkLedger, raw: Any) -> None:
     """After it, every lease has expired, since nobody could renew."""
     job = make_job(producer, 4)
     share = take(worker)

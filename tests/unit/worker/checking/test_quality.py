@@ -49,7 +49,7 @@ def test_check_does_nothing_when_off() -> None:
     assert (found.notes, found.measures, found.beyond) == (("enlarged",), None, {})
 
 
-def test_what_is_not_in_the_image_is_no_fault() -> None:
+def test_what_is_not_in_the_image_is_not_a_fault() -> None:
     empty = np.zeros((40, 30, 4), np.uint8)
     assert checked(empty, greyish(), "remove-background").beyond
     found = checked(empty, greyish(), "remove-background", Evidence(absent=True))

@@ -1,4 +1,4 @@
-"""What processes that share a GPU tell each other."""
+"""What processes that share a GPU tell one another."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def test_memory_for_models_is_as_set_or_a_part_of_what_there_is(
 
 
 @pytest.mark.parametrize(("content", "limited"), [("3000000", True), ("max", False), (None, False)])
-def test_main_memory_is_that_of_the_container_if_less(
+def test_main_memory_is_the_containers_if_less(
     content: str | None, limited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "memory.max"

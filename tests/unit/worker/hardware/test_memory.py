@@ -107,7 +107,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_torch_without_a_usable_gpu_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigurationError, match=r"was to run on the GPU, but .*use --cpu"):
+    with pytest.raises(ConfigurationError, match=r"should run on the GPU, but .*use --cpu"):
         memory_of(Device(gpu=0), "torch")
 
 
@@ -213,7 +213,7 @@ def test_nvml_counts_on_its_share_of_a_gpu(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize(("own", "peak_bytes"), [(1 * GB, 2 * GB), (None, 4 * GB)])
-def test_nvml_tells_siblings_apart_where_the_driver_does(own: int | None, peak_bytes: int, driver: Driver) -> None:
+def test_nvml_distinguishes_siblings_if_the_driver_does(own: int | None, peak_bytes: int, driver: Driver) -> None:
     driver.own = own
     memory = NvmlMemory("1", share=0.5)
     with memory.peak() as peak:

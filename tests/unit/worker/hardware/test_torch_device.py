@@ -35,5 +35,5 @@ def test_torch_never_falls_back_to_the_cpu_when_it_cannot_use_the_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", version)
-    with pytest.raises(ConfigurationError, match=f"the model lama was to run on gpu3, but .* can't: it is built {reason}"):
+    with pytest.raises(ConfigurationError, match=f"the model lama should run on gpu3, but .* can't: it was built {reason}"):
         torch_device(Device(gpu=3), "lama")

@@ -128,7 +128,7 @@ def test_choose_format_follows_source_if_possible(source: str, lossless: bool, o
 
 @pytest.mark.parametrize("form", ["png", "webp-lossless"])
 @pytest.mark.parametrize("channels", [3, 4])
-def test_lossless_formats_keep_every_value_also_under_alpha_0(form: str, channels: int) -> None:
+def test_lossless_formats_keep_every_value_even_under_alpha_0(form: str, channels: int) -> None:
     wanted = np.random.default_rng(1).integers(0, 256, (40, 50, channels), np.uint8)
     wanted[:, :, 3:] |= 1
     wanted[:20, :, 3:] = 0

@@ -189,7 +189,7 @@ def test_grey_and_transparent_png() -> None:
 
 
 @pytest.mark.parametrize("chunks", [(P3_CICP,), (gama(45_455), chrm(P3_CORNERS))], ids=["cICP", "cHRM"])
-def test_kept_colours_get_a_profile_that_says_the_same(chunks: tuple[tuple[bytes, bytes], ...]) -> None:
+def test_kept_colours_get_an_equivalent_profile(chunks: tuple[tuple[bytes, bytes], ...]) -> None:
     kept = picture(png(stored(P3), *chunks), icc="keep")
     assert (kept.pixels == stored(P3)).all()
     assert kept.as_stored

@@ -18,7 +18,7 @@ def cut_out(hidden: tuple[int, int, int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("hidden", [(0, 0, 0), (255, 255, 255), (0, 255, 0)])
-def test_hidden_pixels_get_the_colours_beside_them(hidden: tuple[int, int, int]) -> None:
+def test_hidden_pixels_get_their_neighbours_colours(hidden: tuple[int, int, int]) -> None:
     pixels = cut_out(hidden)
     found = extended(pixels)
     seen = pixels[..., 3] > 0

@@ -1,4 +1,4 @@
-"""Reading masks: one hole as people draw it, and what is refused because it isn't plain."""
+"""Reading masks: holes as people draw them, and what is refused because it isn't clear."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_white_on_black_is_read_as_it_is(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_any_other_plain_form_gives_the_same_hole_and_a_note(kind: str) -> None:
+def test_any_other_clear_form_gives_the_same_hole_and_a_note(kind: str) -> None:
     note, make = READ[kind]
     mask = read(make())
     assert np.array_equal(mask.levels > 127, ON)
@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[str, Callable[[], bytes]]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_not_plain_is_refused_with_a_sentence_that_helps(kind: str) -> None:
+def test_ambiguous_mask_is_refused_with_a_sentence_that_helps(kind: str) -> None:
     sentence, make = REFUSED[kind]
     with pytest.raises(BadMask) as caught:
         read(make())
@@ -191,7 +191,7 @@ def test_what_is_not_plain_is_refused_with_a_sentence_that_helps(kind: str) -> N
     assert any(hint in str(caught.value) for hint in ("mask_from=", "paint the area to fill white on black"))
 
 
-def test_lines_that_enclose_other_paint_are_no_outline() -> None:
+def test_lines_that_enclose_other_paint_are_not_an_outline() -> None:
     stamp = cv2.rectangle(OUTLINE.copy(), (50, 44), (70, 50), 255, cv2.FILLED)
     assert np.array_equal(read(save("png", stamp)).levels, stamp)
 

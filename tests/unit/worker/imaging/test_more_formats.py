@@ -76,7 +76,7 @@ def test_results_are_written_in_a_format_that_everybody_reads(
 
 @pytest.mark.parametrize("options", [{"exif": True}, {"exif": True, "compress_metadata": True}])
 @pytest.mark.parametrize("kind", EXACT)
-def test_metadata_come_along(kind: str, options: dict[str, bool]) -> None:
+def test_metadata_comes_along(kind: str, options: dict[str, bool]) -> None:
     if kind == "HEIF":
         options = {}
     made = save(kind, scene(), **(options | {"exif": full_exif(), "xmp": XMP, **EXACT[kind]}))

@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[Sheet, str]] = {
     "raw": (Sheet(values(16, 1), 16, 32803), "the raw data of a camera"),
     "LogLuv": (Sheet(values(16, 3), 16, 32845), "LogLuv light levels"),
     "unknown colours": (Sheet(values(8, 3), 8, 77), "colours of kind 77 (photometric interpretation)"),
-    "no statement": (Sheet(values(8, 3), tags={262: None}), "no statement of what their samples mean"),
+    "no statement": (Sheet(values(8, 3), tags={262: None}), "no photometric interpretation, which says what samples mean"),
     "palette of 16 bits": (Sheet(values(16, 1), 16, PALETTE), "a palette in this layout"),
     "many samples": (Sheet(values(8, 7), 8, RGB, tags={338: [0] * 4}), "7 samples per pixel"),
     "few samples": (Sheet(values(8, 2), 8, RGB), "2 samples per pixel"),

@@ -1,4 +1,4 @@
-"""The wall keeps the cost of a file within its limits, and a crash costs nothing but the file."""
+"""The wall keeps the cost of a file within its limits, and a crash costs only the file."""
 
 from __future__ import annotations
 

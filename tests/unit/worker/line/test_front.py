@@ -118,7 +118,7 @@ def test_every_image_is_begun_once_and_no_limit_is_exceeded(submitted: list[tupl
     assert len(downloads.begun) == downloads.count
 
 
-def test_slow_host_that_has_taken_all_places_holds_up_no_other(clock: Clock) -> None:
+def test_slow_host_that_has_taken_all_places_does_not_hold_up_others(clock: Clock) -> None:
     downloads = Downloads(clock)
     downloads.submit("slow", 40)
     downloads.wait(1.0)
@@ -172,7 +172,7 @@ def test_hosts_take_turns(clock: Clock) -> None:
     assert sorted(downloads.begun[FEWEST:]) == ["large/0", "large/1", "small/0", "small/1"]
 
 
-def test_images_that_nobody_wants_any_more_take_no_place(clock: Clock) -> None:
+def test_unwanted_images_take_no_place(clock: Clock) -> None:
     downloads = Downloads(clock)
     images = downloads.submit("shop", 3 * FEWEST)
     for image in images[FEWEST : 2 * FEWEST]:

@@ -221,7 +221,7 @@ class Watched(ByteBudget):
             self.most = max(self.most, value)
 
 
-def test_masks_have_room_of_their_own_and_all_of_it_comes_back(job: LineJob) -> None:
+def test_masks_have_their_own_room_and_give_all_of_it_back(job: LineJob) -> None:
     """Neither do masks wait for the room of images, which wait for them, nor do they take any amount of memory."""
     hole = io.BytesIO()
     Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), 16)).save(hole, "PNG")

@@ -106,7 +106,7 @@ def test_images_withdrawn_while_nobody_runs_the_device_free_their_pixels(job: Li
     assert sorted(job.codes()) == ["done", "pending", "pending"]
 
 
-def test_line_tells_when_images_leave_the_device_and_the_line(job: LineJob) -> None:
+def test_line_reports_when_images_leave_the_device_and_the_line(job: LineJob) -> None:
     """The next share is taken in time because of that."""
     changes = threading.Semaphore(0)
     line = job.line(changed=changes.release)

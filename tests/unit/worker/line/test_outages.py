@@ -122,7 +122,7 @@ def test_one_image_that_cannot_be_stored_fails_alone(job: LineJob) -> None:
 
 
 @pytest.mark.parametrize("error", [StorageRefused("403"), StorageFull("no space left")])
-def test_refusals_and_full_disks_are_no_outages(error: Exception, job: LineJob) -> None:
+def test_refusals_and_full_disks_are_not_outages(error: Exception, job: LineJob) -> None:
     line, images, _ = begin(job, Counted(), 2)
 
     def put(*_: Any, **__: Any) -> NoReturn:

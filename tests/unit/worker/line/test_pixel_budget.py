@@ -35,7 +35,7 @@ class Crowd:
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=24), st.integers(1, 10), st.randoms(use_true_random=False))
-def test_all_get_in_in_turn_and_the_total_holds_except_for_one_large_image_alone(
+def test_everyone_gets_in_in_turn_and_only_a_lone_large_image_exceeds_the_total(
     sizes: list[int], total: int, random: Random
 ) -> None:
     crowd = Crowd(total)
@@ -81,7 +81,7 @@ def test_small_images_do_not_overtake_a_large_one() -> None:
     assert crowd.came == [6, 8, 1]
 
 
-def test_whoever_is_not_wanted_any_more_holds_up_nobody_and_takes_nothing() -> None:
+def test_unwanted_image_holds_up_nobody_and_takes_nothing() -> None:
     crowd = Crowd(10)
     for pixels in (6, 8, 4):
         crowd.enter(pixels)
@@ -113,7 +113,7 @@ def test_pictures_that_are_kept_take_room_from_images_but_never_all_of_it() -> N
     assert crowd.inside == [5, 2]
 
 
-def test_image_gets_in_alone_beside_a_picture_that_is_kept() -> None:
+def test_image_gets_in_alone_next_to_a_kept_picture() -> None:
     crowd = Crowd(10)
     crowd.budget.keep("a", 9, lambda: None)
     crowd.enter(10)

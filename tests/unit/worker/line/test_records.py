@@ -165,7 +165,7 @@ def test_records_that_gather_are_written_in_one_call(job: LineJob, raw: Any) -> 
     assert str(made.records.tally) == "40 done"
 
 
-def test_bad_result_takes_no_neighbour_along(job: LineJob) -> None:
+def test_bad_result_does_not_fail_its_neighbours(job: LineJob) -> None:
     made = recording(job, 3)
     made.record(STORED, replace(STORED, notes=("caf\udce9",)), Failed(NotFound("no such image")))
     made.wait()
@@ -201,7 +201,7 @@ def test_only_the_first_record_of_an_image_counts(job: LineJob) -> None:
     assert job.codes() == ["done"] * 2
 
 
-def test_what_waits_is_written_before_the_end(job: LineJob) -> None:
+def test_waiting_records_are_written_before_the_end(job: LineJob) -> None:
     made = recording(job, 5)
     made.record()
     assert made.records.close(60)

@@ -34,7 +34,7 @@ def test_nothing_is_known_before_the_first_image() -> None:
 
 
 @given(BATCHES)
-def test_rate_lies_between_that_of_the_slowest_and_that_of_the_fastest_batch(batches: list[tuple[str, int, float]]) -> None:
+def test_rate_is_between_the_slowest_and_the_fastest_batchs(batches: list[tuple[str, int, float]]) -> None:
     clock = Clock()
     speed = Speed(clock)
     speed.resume()

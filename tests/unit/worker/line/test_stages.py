@@ -221,7 +221,7 @@ def test_notes_say_how_each_mask_was_read(job: LineJob) -> None:
 
 
 @pytest.mark.parametrize("copied", [False, True])
-def test_the_image_itself_is_no_mask_unless_its_hole_is_rubbed_out(copied: bool, job: LineJob) -> None:
+def test_the_image_itself_is_not_a_mask_unless_its_hole_is_rubbed_out(copied: bool, job: LineJob) -> None:
     hole = np.zeros((72, 96), np.uint8)
     hole[20:40, 30:50] = 255
     photo = np.random.default_rng(0).integers(0, 256, (72, 96, 3)).astype(np.uint8)

@@ -80,14 +80,14 @@ def test_damaged_record_is_reported_and_the_others_stay(tmp_path: Path, changed:
 
 
 @pytest.mark.parametrize("content", ["", "no JSON", "[]", '{"name": 1}', "\x00"])
-def test_file_that_is_no_record_is_reported(tmp_path: Path, content: str) -> None:
+def test_file_that_is_not_a_record_is_reported(tmp_path: Path, content: str) -> None:
     record(tmp_path)
     added.record_path(tmp_path, "shop").write_text(content)
     found, (fault,) = added.everything(tmp_path)
     assert (found, "shop.json is damaged" in fault) == ([], True)
 
 
-def test_name_that_the_catalogue_has_by_now_is_reported(tmp_path: Path) -> None:
+def test_name_that_the_catalogue_now_has_is_reported(tmp_path: Path) -> None:
     record(tmp_path, "u2netp")
     found, (fault,) = added.everything(tmp_path)
-    assert (found, "u2netp is in imagemill's own catalogue by now" in fault) == ([], True)
+    assert (found, "u2netp is now in imagemill's own catalogue" in fault) == ([], True)

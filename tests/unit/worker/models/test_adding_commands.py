@@ -102,7 +102,7 @@ def test_file_in_half_precision_is_added_and_used(run: Run, weights: Path, tmp_p
     assert operation.finish(work, operation.run(work.samples)).pixels.shape == (40, 60, 4)
 
 
-def test_another_file_of_the_same_name_needs_replace(run: Run, weights: Path, tmp_path: Path) -> None:
+def test_another_file_with_the_same_name_needs_replace(run: Run, weights: Path, tmp_path: Path) -> None:
     first, second = network(tmp_path / "1.onnx", outputs="abcdefg"), network(tmp_path / "2.onnx", weight=2.0, outputs="abcdef")
     assert run("add", "shop", first).exit_code == 0
     before = added.find(weights, "shop")
@@ -121,7 +121,7 @@ def test_another_file_of_the_same_name_needs_replace(run: Run, weights: Path, tm
 
 @pytest.mark.parametrize("what", NO_MODELS)
 @pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
-def test_file_that_is_no_model_is_refused_and_leaves_nothing(
+def test_file_that_is_not_a_model_is_refused_and_leaves_nothing(
     what: str, name: str, run: Run, weights: Path, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(NO_MODELS[what])

@@ -50,7 +50,7 @@ XL_TEXT, HINT = "conditioner.embedders.0.transformer.a", "controlnet_cond_embedd
         (["generator.model.1.ffc.convl2l.weight"], "inpainting", "lama"),
     ],
 )
-def test_kind_and_family_are_told_by_the_tensors_names(names: list[str], kind: Any, family: str) -> None:
+def test_kind_and_family_are_recognised_by_the_tensors_names(names: list[str], kind: Any, family: str) -> None:
     assert recognise(dict.fromkeys(names, (320, 4) if names[0] == INPUT else (8, 768))) == Contents(kind, family)
 
 
@@ -109,7 +109,7 @@ def test_other_models_are_refused_with_what_was_expected(tensors: Any, reason: s
 def test_incomplete_safetensors_file_is_refused(cut: int, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.safetensors", {"a": torch.zeros(8)})
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ConfigurationError, match=r"is not a safetensors file, or it is damaged|by its header it should have"):
+    with pytest.raises(ConfigurationError, match=r"is not a safetensors file, or it is damaged|but its header says"):
         header_of(path)
 
 

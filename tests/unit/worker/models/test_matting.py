@@ -63,7 +63,7 @@ def test_u2net_as_published_is_recognised(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_size_is_that_of_the_graph_or_as_said(source: Any, said: dict[str, Any], size: int, where: str, tmp_path: Path) -> None:
+def test_size_is_the_graphs_or_as_given(source: Any, said: dict[str, Any], size: int, where: str, tmp_path: Path) -> None:
     found = recognised(network(tmp_path / "a.onnx", source=source), family="modnet", **said)
     assert found.parameters.size == size
     assert f"{size} x {size} pixels ({where})" in found.found[1]
@@ -135,7 +135,7 @@ def test_network_that_does_not_fit_is_refused_with_what_was_expected(made: dict[
     ],
     ids=str,
 )
-def test_wrong_words_about_a_network_are_refused(said: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_wrong_flags_for_a_network_are_refused(said: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         recognised(network(tmp_path / "a.onnx"), **said)
     assert reason in caught.value.message

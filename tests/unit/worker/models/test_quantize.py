@@ -116,7 +116,7 @@ def test_search_ends_soon_if_8_bits_are_not_faster_on_this_cpu(weights: Path, im
     assert report.shortcoming().startswith("the 8-bit models are not fast enough")
 
 
-def test_copy_that_cannot_be_made_is_told_and_the_next_one_is_tried(
+def test_failed_copy_is_reported_and_the_next_one_is_tried(
     weights: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:

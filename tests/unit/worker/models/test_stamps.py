@@ -50,13 +50,13 @@ def test_every_change_of_a_models_files_is_seen(change: Callable[[Path], object]
 
 
 @pytest.mark.parametrize("other", ["network.onnx", "net.onnx.sums.json", ".net.onnx", "net/.part", "net/a.sums.json"])
-def test_other_files_and_remembered_checksums_are_no_change(other: str, folder: Path) -> None:
+def test_other_files_and_remembered_checksums_do_not_count_as_a_change(other: str, folder: Path) -> None:
     before = stamp(folder, "net")
     (folder / other).touch()
     assert stamp(folder, "net") == before
 
 
-def test_size_is_that_of_all_files_and_nothing_is_the_stamp_of_what_is_not_there(folder: Path) -> None:
+def test_size_covers_all_files_and_missing_files_have_an_empty_stamp(folder: Path) -> None:
     assert size(folder, "net") == 8
     assert stamp(folder, "gone") == stamp(folder / "gone", "net") == ()
     (folder / "net.gone").symlink_to(folder / "nowhere")

@@ -21,7 +21,7 @@ from tests.unit.worker.node.site import LANE, Site, paths
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("raw")]
 
 
-def test_engine_that_cannot_be_loaded_closes_its_lane_and_no_other(site: Site) -> None:
+def test_engine_that_cannot_be_loaded_closes_only_its_lane(site: Site) -> None:
     class Damaged(Invert):
         def load(self, _: Device) -> None:
             raise ConfigurationError("the model can't be read")

@@ -36,7 +36,7 @@ def test_doctor_reports_ok_for_every_check(doctor: Doctor, own_redis: EmbeddedRe
         assert s3_server.secret_key not in text
 
 
-def test_doctor_warns_of_dead_letters(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
+def test_doctor_warns_about_dead_letters(doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server) -> None:
     letters = DeadLetters(own_redis.url)
     letters.add("imagemill:nodes", "not JSON", b"null")
     letters.close()
@@ -89,7 +89,7 @@ def test_doctor_warns_when_redis_may_lose_jobs(
     assert fix in finding["fix"]
 
 
-def test_doctor_warns_of_a_wrong_clock(
+def test_doctor_warns_about_a_wrong_clock(
     doctor: Doctor, own_redis: EmbeddedRedis, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()

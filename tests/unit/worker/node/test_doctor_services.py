@@ -111,7 +111,7 @@ def test_full_redis_that_evicts(doctor: Doctor, healthy_redis: EmbeddedRedis, s3
         raw.config_set("maxmemory", raw.info()["used_memory"] + 20_000)
     evicts, full = problems(doctor(healthy_redis.url, "--json", s3=s3_server))
     assert "may evict jobs when full: its maxmemory-policy is volatile-lru" in evicts[2]
-    assert "of its memory limit are used" in full[2]
+    assert "of its memory limit is used" in full[2]
 
 
 def test_replica(doctor: Doctor, healthy_redis: EmbeddedRedis, redis_server: EmbeddedRedis, s3_server: S3Server) -> None:
@@ -214,7 +214,7 @@ def test_endpoint_that_is_not_an_s3_server(
     result = doctor(healthy_redis.url, "--json", s3=s3_server, **endpoint)
     assert result.exit_code == 3
     ((_, state, found, fix),) = problems(result)
-    assert (state, "not as an S3 server does" in found) == ("failed", True)
+    assert (state, "not like an S3 server" in found) == ("failed", True)
     assert "set IMAGEMILL_S3__ENDPOINT_URL" in fix
 
 

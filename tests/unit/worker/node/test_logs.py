@@ -121,7 +121,7 @@ def test_json_covers_prints_warnings_and_uncaught_exceptions(capsys: pytest.Capt
     assert found[3:] == ["wrong %d ('argument',)", "uncaught exception in a thread", "uncaught exception"]
 
 
-def test_text_of_strangers_can_not_steer_a_terminal_and_is_raw_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_untrusted_text_can_not_steer_a_terminal_and_is_raw_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     evil = "\x1b[2J\u202etxt.\u2028END\rok"
     logs.set_up(as_json=False)
     logging.getLogger("worker").warning("no %s", evil, extra={"item": evil})

@@ -82,7 +82,7 @@ def test_lane_out_of_service_is_back_when_its_file_has_changed_and_not_before(tm
     assert lookout.lanes.open() == [U2NET, U2NETP]
 
 
-def test_checksums_that_nodes_remember_are_no_change(tmp_path: Path) -> None:
+def test_checksums_that_nodes_remember_do_not_count_as_a_change(tmp_path: Path) -> None:
     put(tmp_path, "u2net")
     lookout = lookout_for(tmp_path)
     lookout.lanes.close(U2NET, "damaged", time.monotonic())
@@ -91,7 +91,7 @@ def test_checksums_that_nodes_remember_are_no_change(tmp_path: Path) -> None:
     assert lookout.lanes.open() == []
 
 
-def test_lane_closed_for_want_of_memory_is_tried_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lane_closed_for_lack_of_memory_is_tried_again_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, "u2net")
     lookout = lookout_for(tmp_path)
     lookout.lanes.close(U2NET, "no memory", time.monotonic(), passing=True)
@@ -103,7 +103,7 @@ def test_lane_closed_for_want_of_memory_is_tried_again_later(tmp_path: Path, mon
     assert lookout.lanes.open() == [U2NET]
 
 
-def test_added_model_is_offered_until_its_file_is_not_what_it_was(tmp_path: Path) -> None:
+def test_added_model_is_offered_until_its_file_changes(tmp_path: Path) -> None:
     lookout = lookout_for(tmp_path)
     record(tmp_path, "ours.1")
     lookout.look(), lookout.look()

@@ -1,4 +1,4 @@
-"""What a node tells of its GPU, read from a stand-in for NVIDIA's library."""
+"""What a node reports about its GPU, read from a stand-in for NVIDIA's library."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read(nvml: Any) -> dict[str, float]:
     return {sample.name: sample.value for sample in samples}
 
 
-def test_gpu_is_told_without_what_the_card_does_not_know() -> None:
+def test_gpu_metrics_leave_out_what_the_card_does_not_report() -> None:
     assert read(library()) == {
         "imagemill_device_memory_used_bytes": 20e9,
         "imagemill_device_memory_limit_bytes": 80e9,

@@ -124,7 +124,7 @@ def test_node_with_nothing_but_an_added_model_has_work_and_a_damaged_record_stop
     assert "broken.json is damaged" in warned.found
 
 
-def test_model_that_no_option_selects_is_no_lane(tmp_path: Path) -> None:
+def test_model_that_no_option_selects_is_not_a_lane(tmp_path: Path) -> None:
     assert lanes(settings(tmp_path, "rembg", here=("bria-rmbg",))) == []
 
 
@@ -206,7 +206,7 @@ def test_doctor_reads_a_file_that_is_new_or_has_changed(tmp_path: Path, monkeypa
         monkeypatch.setattr(checksums, "read_blocks", lambda _: pytest.fail("read again"))
 
 
-def test_doctor_warns_of_a_converted_file_that_has_changed(tmp_path: Path) -> None:
+def test_doctor_warns_about_a_converted_file_that_has_changed(tmp_path: Path) -> None:
     known = settings(tmp_path, "lama", here=("lama.safetensors",))
     record_variant(tmp_path / "lama" / "lama.pt", "safetensors", accepted=True, details={})
     assert [finding for finding in check_models(known) if finding.state == "warning"] == []

@@ -31,7 +31,7 @@ def test_lanes_are_open_until_they_are_closed_and_open_again_with_other_files() 
     assert lanes.close(B, "still damaged", now())
 
 
-def test_fault_of_files_that_have_been_replaced_meanwhile_closes_nothing() -> None:
+def test_fault_in_files_replaced_in_the_meantime_closes_nothing() -> None:
     lanes = Offered([A])
     began = now()
     lanes.offer(A)
@@ -55,7 +55,7 @@ def test_unknown_lane_can_not_be_closed() -> None:
 
 
 @pytest.mark.parametrize("passing", [True, False])
-def test_fault_for_want_of_memory_says_when_to_try_again(passing: bool) -> None:
+def test_fault_due_to_lack_of_memory_says_when_to_try_again(passing: bool) -> None:
     lanes = Offered([A])
     lanes.close(A, "no memory", now(), passing=passing)
     assert (lanes.closed()[A].again is not None) is passing

@@ -114,7 +114,7 @@ def test_lane_whose_model_cannot_be_used_goes_out_of_service(feeding: Feeding, d
 
 
 @pytest.mark.parametrize("where", ["run", "prepare"])
-def test_model_that_was_replaced_meanwhile_is_used_at_once(feeding: Feeding, damaged: list[ModelUnavailable]) -> None:
+def test_model_replaced_in_the_meantime_is_used_at_once(feeding: Feeding, damaged: list[ModelUnavailable]) -> None:
     feeding.repaired = True
     damaged += [ModelUnavailable("the model can't be read")]
     job = feeding.submit(10, model="u2net")

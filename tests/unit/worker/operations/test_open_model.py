@@ -1,4 +1,4 @@
-"""The models that engines keep open, and what becomes of errors."""
+"""The models that engines keep open, and what happens to errors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_model_that_can_not_be_opened_is_unavailable(fault: Exception, where: st
         assert engine.use("a").name == "a"
 
 
-def test_device_on_which_no_model_can_run_is_no_fault_of_the_model() -> None:
+def test_device_on_which_no_model_can_run_is_not_the_models_fault() -> None:
     engine = Engine(ModelMemory())
     engine.faults = [DeviceUnusable("no driver")]
     with pytest.raises(DeviceUnusable):

@@ -149,7 +149,7 @@ def test_target_keeps_old_content_until_block_ends(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_failed_block_leaves_target_and_no_other_file(tmp_path: Path) -> None:
+def test_failed_block_leaves_the_target_and_no_other_file(tmp_path: Path) -> None:
     target = tmp_path / "a"
     target.write_bytes(b"old")
 

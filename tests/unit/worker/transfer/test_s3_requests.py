@@ -129,7 +129,7 @@ def test_busy_server_is_asked_again(server: S3, store: BlockingStore) -> None:
     assert server.clients[3:] == ["imagemill"]
 
 
-def test_copy_that_fails_after_status_200_is_no_success(server: S3, store: BlockingStore) -> None:
+def test_copy_that_fails_after_status_200_is_a_failure(server: S3, store: BlockingStore) -> None:
     server.answers = [Answer(200, b"<Error><Code>InternalError</Code></Error>"), Answer(body=COPIED)]
     store.copy("s3://other/a.png", "a.png", "image/png", md5=MD5)
     assert server.clients == ["imagemill", "boto3"]

@@ -122,7 +122,7 @@ def test_weights_of_another_model_are_rejected_with_the_command_that_downloads_t
 def test_gpu_that_torch_cannot_use_is_rejected(small: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("torch can use a GPU here")
-    with pytest.raises(ConfigurationError, match=r"was to run on gpu3, but .* can't"):
+    with pytest.raises(ConfigurationError, match=r"should run on gpu3, but .* can't"):
         LamaModel(small, Device(gpu=3))
 
 

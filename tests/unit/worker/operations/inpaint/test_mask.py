@@ -164,7 +164,7 @@ def test_rectangles_become_one_when_merging_takes_too_many_rounds(monkeypatch: p
     assert rectangles_around(mask, 5) == [Rectangle(slice(0, 370), slice(0, 360))]
 
 
-def test_hole_that_was_rubbed_out_becomes_visible_and_a_shape_of_its_own_does_not() -> None:
+def test_rubbed_out_hole_becomes_visible_and_a_separate_shape_does_not() -> None:
     pixels = np.full((60, 80, 4), 90, np.uint8)
     pixels[..., 3] = 255
     pixels[10:30, 10:30, 3] = 0  # rubbed out of the picture

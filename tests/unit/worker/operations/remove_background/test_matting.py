@@ -176,7 +176,7 @@ def test_matting_keeps_the_matte_when_no_pixel_is_certain(alpha: Grey) -> None:
     assert np.array_equal(result, alpha)
 
 
-def test_matting_keeps_a_thin_part_beside_the_subject() -> None:
+def test_matting_keeps_a_thin_part_next_to_the_subject() -> None:
     alpha = np.zeros((120, 160), np.uint8)
     alpha[20:100, 20:90] = 255
     alpha[20:100, 130:134] = 255

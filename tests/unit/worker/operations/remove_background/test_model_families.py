@@ -16,7 +16,7 @@ from tests.unit.worker.operations.conformance import scene
 
 U2NET, BIREFNET = FAMILIES["u2net"], FAMILIES["birefnet-general"]
 CUSTOM = {"u2net_custom": "u2net", "dis_custom": "isnet", "ben_custom": "ben", "birefnet-general-fp16": "birefnet"}
-"""rembg's sessions for a file of one's own, and the families with which `imagemill models add` takes it."""
+"""rembg's sessions for your own file, and the families with which `imagemill models add` takes it."""
 BRIGHT = np.full((5, 5, 3), 240, np.uint8)
 
 

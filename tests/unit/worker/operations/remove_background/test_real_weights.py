@@ -74,12 +74,12 @@ def test_exact_returns_the_very_pixels_of_rembg(weights: Path, photo: Pixels, by
     np.testing.assert_array_equal(cut(weights, photo, model=MODEL, exact="true"), by_rembg)
 
 
-def test_alpha_is_that_of_rembg_but_for_half_precision(weights: Path, photo: Pixels, by_rembg: Pixels) -> None:
+def test_alpha_equals_rembgs_up_to_half_precision(weights: Path, photo: Pixels, by_rembg: Pixels) -> None:
     apart = np.abs(cut(weights, photo, model=MODEL)[..., 3].astype(int) - by_rembg[..., 3])
     assert apart.max() <= 2
     assert apart.mean() < 0.1
 
 
-def test_batch_axis_is_freed_since_only_the_output_that_is_read_counts(weights: Path, tmp_path: Path) -> None:
+def test_batch_axis_is_freed_because_only_the_output_that_is_read_counts(weights: Path, tmp_path: Path) -> None:
     outcome, reason = batch_axis.make(weights / "rembg" / f"{MODEL}.onnx", tmp_path / "dynamic.onnx")
     assert outcome in ("made", "needless"), reason

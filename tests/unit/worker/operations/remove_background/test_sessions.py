@@ -169,7 +169,7 @@ def test_results_of_one_image_take_one_run_of_the_model(operation: Rembg, monkey
 
 
 @pytest.mark.parametrize("output", [np.zeros((1, 768, 768)), np.zeros((768, 768)), np.full((4, 768, 768), np.nan)])
-def test_output_that_is_no_map_of_garments_fails_the_image(output: Any, operation: Rembg) -> None:
+def test_output_that_is_not_a_map_of_garments_fails_the_image(output: Any, operation: Rembg) -> None:
     work = prepared(operation, picture(20, 20), {"model": "u2net_cloth_seg"}, part="upper")
     with pytest.raises(OperationFailed, match=r"4 maps|not finite"):
         operation.finish(work, [output.astype(np.float32)])

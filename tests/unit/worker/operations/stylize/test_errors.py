@@ -92,7 +92,7 @@ def test_gpu_that_torch_can_not_use_is_a_configuration_error(weights: Path) -> N
     operation = Diffusion()
     operation.load(Device(gpu=0, weights=weights))
     assert operation.spec.max_batch == 16
-    with pytest.raises(ConfigurationError, match=r"was to run on gpu0, but .* can't"):
+    with pytest.raises(ConfigurationError, match=r"should run on gpu0, but .* can't"):
         operation.run(prepared(operation).samples)
 
 

@@ -69,7 +69,7 @@ def test_memory_is_saved_in_the_model_that_runs(operation: Diffusion) -> None:
     assert [pipe._text.vae.use_slicing for pipe in (before, now)] == [False, True]  # type: ignore[union-attr]
 
 
-def test_model_whose_files_were_replaced_is_loaded_anew(weights: Path, tmp_path: Path) -> None:
+def test_model_whose_files_were_replaced_is_loaded_again(weights: Path, tmp_path: Path) -> None:
     operation = loaded(shutil.copytree(weights, tmp_path / "weights"))
     before, digest = styled(operation), operation.fingerprint(OPTIONS)
     shutil.rmtree(tmp_path / "weights" / "diffusion" / "sd15")
