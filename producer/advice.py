@@ -30,7 +30,7 @@ def advice(lane: str, nodes: Iterable[Node], parts: Iterable[str] = ()) -> str |
         reason += ", and the catalogue has no such model" + (f"; did you mean {close[0]!r}?" if close else "")
         command = f"`imagemill models add {model} FILE`"
     if others:
-        return f"{reason}; have one offer it with {command}"
+        return f"{reason}; make one offer it with {command}"
     return f"{reason}; start one with {command} and `IMAGEMILL_WORKER__ENGINES='[\"{engine}\"]' imagemill worker`"
 
 

@@ -201,7 +201,7 @@ def show(out: Console, found: DryRun, bad: Sequence[BadRow]) -> None:
     text += f" ({', '.join(found.parts)} of each image)" if found.parts else ""
     text += f", including {counted(found.duplicates, 'duplicate')}" if found.duplicates else ""
     text += f"; {counted(found.invalid, 'invalid row')}" if found.invalid else ""
-    text += f", {found.collisions:,} with the name of another" if found.collisions else ""
+    text += f", {found.collisions:,} with the same name as another" if found.collisions else ""
     say(out, text)
     if not found.accepted:
         hint = "the rows above are invalid; fix them, or skip them with --skip-invalid" if found.invalid else "it has no images"

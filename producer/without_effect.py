@@ -1,4 +1,4 @@
-"""What a job can't use of its options and of its list, and columns whose names look like slips: `submit` warns of them."""
+"""What a job can't use of its options and of its list, and columns whose names look like typos: `submit` warns of them."""
 
 from __future__ import annotations
 

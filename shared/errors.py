@@ -72,7 +72,7 @@ class InvalidSource(UsageError, code="invalid_source"):
     """The list of images can't be read, or some of its rows are not image URLs.
 
     Fix these rows, or skip them with --skip-invalid. `rows` holds the first bad ones (imagemill.producer.sources.BadRow), and
-    `warnings` what else there is to say about the list, such as columns whose names look like slips.
+    `warnings` what else there is to say about the list, such as columns whose names look like typos.
     """
 
     def __init__(self, message: str, rows: Iterable[Any] = (), warnings: Iterable[str] = ()) -> None:

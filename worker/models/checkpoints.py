@@ -63,7 +63,7 @@ Base = tuple[Path, Path]
 def checkpoint_from_file(source: Path, family: str, base: Base, vae: Path | None, folder: Path) -> str:
     """Convert a checkpoint in one file; `vae` is the folder of another VAE to use. Returns a sentence about its parts."""
     _quiet()
-    with _translated("is no complete checkpoint"):
+    with _translated("is not a complete checkpoint"):
         tensors = {_present_name(name): _in_16_bits(tensor) for name, tensor in read(source).items()}
         dtype = _dtype({name: tensor for name, tensor in tensors.items() if name.startswith(UNET)})
         for name, part in _parts(tensors, family, base, vae, dtype):
@@ -145,7 +145,7 @@ def _set_prediction(config: Path, source: Path, tensors: Mapping[str, Tensor]) -
 def controlnet_from_file(source: Path, base: Base, folder: Path) -> str:
     """Convert a ControlNet in one file, whose configuration follows from that of the base model's UNet."""
     _quiet()
-    with _translated("is no ControlNet for this family"):
+    with _translated("is not a ControlNet for this family"):
         tensors, family_config = read(source), json.loads((base[0] / "unet" / CONFIG).read_text())
         tensors = _controlnet_tensors(tensors, family_config)
         known = signature(ControlNetModel.__init__).parameters
@@ -185,7 +185,7 @@ def _hint_channels(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def vae_from_file(source: Path, base: Base, folder: Path) -> str:
     """Convert a VAE in one file."""
     _quiet()
-    with _translated("is no VAE for this family"):
+    with _translated("is not a VAE for this family"):
         tensors = read(source)
         tensors = _below(tensors, VAE) or tensors
         dtype = _dtype(tensors)
@@ -207,7 +207,7 @@ def unpickled(folder: Path) -> None:
 def checkpoint_from_folder(folder: Path, family: str, vae: Path | None) -> str:
     """Try out a checkpoint that was copied to `folder`; `vae` is the folder of another VAE to put into it."""
     _quiet()
-    with _translated("is no complete checkpoint"):
+    with _translated("is not a complete checkpoint"):
         if vae is not None:
             half = _in_half(folder / "unet")
             other = AutoencoderKL.from_pretrained(vae, **_stored(vae))
@@ -221,7 +221,7 @@ def checkpoint_from_folder(folder: Path, family: str, vae: Path | None) -> str:
 def part_from_folder(folder: Path, kind: str) -> str:
     """Try out a ControlNet or VAE that was copied to `folder`."""
     _quiet()
-    with _translated(f"is no complete {kind}"):
+    with _translated(f"is not a complete {kind}"):
         model = {"controlnet": ControlNetModel, "vae": AutoencoderKL}[kind].from_pretrained(folder, **_stored(folder))
         _complete(model, kind)
         (_try_vae if kind == "vae" else _try_controlnet)(model)

@@ -1,7 +1,7 @@
 """Looks at an ONNX file that the operator adds: whether it finds subjects in pictures, and how it wants them prepared.
 
 What the operator doesn't say is read from the graph: the names of its parts, the sizes of its input and outputs, and whether
-it ends in a sigmoid. Then it runs on a made-up photo.
+it ends in a sigmoid. Then it runs on a synthetic photo.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def make(name: str, source: Path, said: Said, work: Path) -> Made:
     try:
         recognised = apart(recognise, copy, said, source.parent)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{source} is no model for remove-background: {error.message}") from error
+        raise ConfigurationError(f"{source} is not a model for remove-background: {error.message}") from error
     parameters = TypeAdapter(Family).dump_python(recognised.parameters, mode="json")
     return Made("matting", recognised.family, copy, f"rembg/{copy.name}", parameters, recognised.found)
 
@@ -267,7 +267,7 @@ def _size(seen: Seen, said: Said, kind: Family) -> tuple[int, str]:
 
 
 def _run(path: Path, seen: Seen, said: Said, family: Family) -> tuple[str, list[NDArray[np.float32]]]:
-    """The output with the matte, and what it returns for each made-up photo."""
+    """The output with the matte, and what it returns for each synthetic photo."""
     import onnxruntime
 
     names = list(seen.outputs)
@@ -335,7 +335,7 @@ def _logits(seen: Seen, said: Said, output: str, mattes: Sequence[NDArray[np.flo
     if output in seen.bounded:
         return False, f"it ends in {BOUNDED[seen.bounded[output]]}"
     low, high = min(float(matte.min()) for matte in mattes), max(float(matte.max()) for matte in mattes)
-    return low < -PROBABLE * max(high, 1), f"it lies between {low:.3g} and {high:.3g} for a made-up photo"
+    return low < -PROBABLE * max(high, 1), f"it lies between {low:.3g} and {high:.3g} for a synthetic photo"
 
 
 def _check(mattes: Sequence[NDArray[np.float32]], output: str) -> None:
@@ -350,7 +350,7 @@ def _check(mattes: Sequence[NDArray[np.float32]], output: str) -> None:
 
 
 def photos() -> Iterator[Pixels]:
-    """Two made-up photos, RGB uint8 [384, 512, 3]: a textured subject on a plain backdrop, and one that is all texture."""
+    """Two synthetic photos, RGB uint8 [384, 512, 3]: a textured subject on a plain backdrop, and one that is all texture."""
     random = np.random.default_rng(7)
     down, across = np.mgrid[-1:1:384j, -1.33:1.33:512j]
     subject = np.clip(8 * (0.55 - np.hypot(across, down * 0.8)), 0, 1)[..., None]

@@ -95,7 +95,7 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
         with path.open("rb") as file:
             tensors_of(file, choose, 0)
     except DAMAGED as error:
-        raise ConfigurationError(f"it is no checkpoint, or it is damaged: {sentence(error)}") from error
+        raise ConfigurationError(f"it is not a checkpoint, or it is damaged: {sentence(error)}") from error
     return found
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The variable with which prometheus_client is told where a node's processes write."""
+"""The variable with which prometheus_client learns where a node's processes write."""
 PREFIX = "imagemill-metrics-"
 """Folders are named after it, the process ID of their node, and a random suffix."""
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)

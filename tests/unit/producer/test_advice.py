@@ -16,14 +16,14 @@ UNKNOWN = ", and the catalogue has no such model"
     ("model", "offered", "text"),
     [
         ("silueta", (), f"; start one with `imagemill models pull silueta` and {START}"),
-        ("silueta", ("u2net",), "; have one offer it with `imagemill models pull silueta`"),
+        ("silueta", ("u2net",), "; make one offer it with `imagemill models pull silueta`"),
         ("shop-v2", (), f"{UNKNOWN}; start one with `imagemill models add shop-v2 FILE` and {START}"),
-        ("shop-v2", ("u2net",), f"{UNKNOWN}; have one offer it with `imagemill models add shop-v2 FILE`"),
+        ("shop-v2", ("u2net",), f"{UNKNOWN}; make one offer it with `imagemill models add shop-v2 FILE`"),
         ("silueto", (), f"{UNKNOWN}; did you mean 'silueta'?; start one with `imagemill models add silueto FILE` and {START}"),
         (
             "shop-v2",
             ("shop-v1",),
-            f"{UNKNOWN}; did you mean 'shop-v1'?; have one offer it with `imagemill models add shop-v2 FILE`",
+            f"{UNKNOWN}; did you mean 'shop-v1'?; make one offer it with `imagemill models add shop-v2 FILE`",
         ),
     ],
 )

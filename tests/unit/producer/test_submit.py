@@ -54,7 +54,7 @@ def test_submit_and_dry_run_advise_on_a_model_that_no_worker_has(imagemill: Invo
     warned = imagemill("submit", "-", *flags, stdin=GOOD).stderr
     assert f"warning: {advice}" in " ".join(warned.split())
     tried = imagemill("submit", "-", *flags, "--json", "--dry-run", stdin=GOOD)
-    assert json.loads(tried.stdout)["advice"] == f"{advice}; have one offer it with `imagemill models add shpo FILE`"
+    assert json.loads(tried.stdout)["advice"] == f"{advice}; make one offer it with `imagemill models add shpo FILE`"
     shown = imagemill("submit", "-", *flags, "--dry-run", stdin=GOOD).stdout
     assert f"time: unknown, {advice}" in " ".join(shown.split())
 

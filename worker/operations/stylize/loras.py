@@ -16,6 +16,7 @@ from imagemill.shared.errors import ModelUnavailable, OutOfMemory, sentence
 from imagemill.shared.options.stylize import Lora
 from imagemill.worker.hardware.errors import is_out_of_memory
 from imagemill.worker.models.repositories import lora_file
+from imagemill.worker.operations.open_model import getting
 from imagemill.worker.operations.stylize.loading import LoadPart
 
 Stamp = tuple[str, int, int]
@@ -93,14 +94,10 @@ class Loras:
 
 
 def find(weights: Path, name: str) -> Path:
-    """The path of an adapter's file. Raises ModelUnavailable, which names the expected path, if it does not exist."""
+    """The path of an adapter's file. Raises ModelUnavailable, with the command that gets it, if it does not exist."""
     path = lora_file(weights, name)
     if not path.is_file():
-        raise ModelUnavailable.of_part(
-            name,
-            f"the LoRA {name} is not on this node: put it at {path}, or if it is in the "
-            f"catalogue, run `imagemill models pull {name}`",
-        )
+        raise ModelUnavailable.of_part(name, f"the LoRA {name} is not on this node: run {getting(name)}")
     return path
 
 

@@ -147,7 +147,7 @@ def test_network_that_does_not_fit_is_refused_and_leaves_what_was_there(run: Run
     record(weights, "other")
     before = contents(weights)
     path = network(tmp_path / "grey.onnx", channels=2)
-    refused(run, "add", "shop", path, "--family", "isnet", reason=f"{path} is no model for remove-background: its output")
+    refused(run, "add", "shop", path, "--family", "isnet", reason=f"{path} is not a model for remove-background: its output")
     assert contents(weights) == before
     assert {path.name for path in weights.iterdir()} == {"added", "rembg"}
 

@@ -242,10 +242,10 @@ def _times_255(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (_times_255, "for a made-up photo"),
+        (_times_255, "for a synthetic photo"),
         (ending("Tanh"), "it ends in a tanh"),
         (ending("HardSigmoid"), "it ends in a sigmoid"),
-        (ending("AveragePool", kernel_shape=[2, 2], strides=[2, 2]), "for a made-up photo"),
+        (ending("AveragePool", kernel_shape=[2, 2], strides=[2, 2]), "for a synthetic photo"),
     ],
     ids=["0 to 255", "-1 to 1", "hard", "half the size"],
 )

@@ -106,7 +106,7 @@ def test_lane_whose_model_cannot_be_used_goes_out_of_service(feeding: Feeding, d
     assert feeding.offered == [LANE]
     status = feeding.ledger.status(job)
     assert (status.done, status.failed, status.running, status.waiting) == (0, 0, 0, 40)
-    assert len(damaged) > 90, "it is tried once, or with images that were on their way"
+    assert len(damaged) > 80, "it is tried once, or with images that were on their way, and not with all 40"
     feeding.offered, damaged[:] = [U2NET], []
     with feeding.shift():
         feeding.check_done(job, 40)
