@@ -214,7 +214,7 @@ class Child:
             self.moved(False)
             raise
         if feeder.end():
-            self._wake_again(lane)
+            self.call_for_shift(lane)
         give_back()
         self._report_memory()
         tally, self.records.tally = self.records.tally, Tally()  # the next one also counts what is recorded between shifts
@@ -255,12 +255,6 @@ class Child:
             stopping=self.stopping,
             traces=self.traces,
         )
-
-    def _wake_again(self, lane: str) -> None:
-        try:
-            self.publisher.wake(lane, node=self.node)
-        except BrokerUnavailable as error:  # a node will wake us when it looks for work without workers
-            log.warning("next shift not requested", extra={"action": "shift", "reason": error.message})
 
     def _report_memory(self) -> None:
         on_gpu = [sizes for sizes in self.sizes.values() if sizes.memory.grows]
@@ -318,6 +312,12 @@ class Child:
         """Whether larger batches are faster in this lane."""
         operation, engine, _ = split_lane(lane)
         return self.sizes[operation, engine].memory.grows
+
+    def call_for_shift(self, lane: str) -> None:
+        try:
+            self.publisher.wake(lane, node=self.node)
+        except BrokerUnavailable as error:  # a node will wake us when it looks for work without workers
+            log.warning("next shift not requested", extra={"action": "shift", "reason": error.message})
 
     def progress(self, *now: tuple[Context, int]) -> None:
         """Report to Flower."""

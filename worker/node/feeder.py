@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 RENEWAL_SECONDS = 0.5
 """Interval between renewals, and so the delay until a child notices that a job is cancelled, paused or overtaken."""
 RETRY_SECONDS = 0.25
-"""Pause before asking again for more when there was nothing."""
+"""Pause before asking again for more when there was nothing, or for a shift that has not begun."""
 UNABLE_SECONDS = 5.0
 """Pause after taking a job that this child can't work on, such as for want of S3 keys; another may be able to."""
 PROGRESS_SECONDS = 2.0
@@ -79,7 +79,7 @@ class Feeder:
         self._manifests = Manifests(ledger, jobs, self.line, avoid=self._unable.leave)
         self._opened: dict[tuple[str, str], tuple[str, float]] = {}  # by engine, the latest lane, and since when
         self._overtaken = False
-        self._ask_at = self._renew_at = self._report_at = self._progress_at = 0.0
+        self._ask_at = self._call_at = self._renew_at = self._report_at = self._progress_at = 0.0
         self._ended: float | None = 0.0  # when the last shift ended; None during a shift
         self._idle = Event()
         self._closed = False
@@ -100,6 +100,7 @@ class Feeder:
 
     def end(self) -> bool:
         """The shift ends; returns whether work remains in the line, which the next shift should continue."""
+        self._call_at = time.monotonic() + RETRY_SECONDS
         self._ended = time.monotonic()
         return bool(self._held)
 
@@ -117,7 +118,7 @@ class Feeder:
         self._stop_thread()
         try:
             if any(image.place == "begun" for held in self._held for image in held.images):  # else any may be at fault
-                self._withdraw(self._ahead())
+                self._withdraw(ahead(self._held))
                 self._settle_shares()
             self._ledger.bury(self._child)
         except ServiceUnavailable as error:  # the leases expire
@@ -134,7 +135,7 @@ class Feeder:
     def _finish(self) -> None:
         """Give back what is not begun, and wait for results that are being stored."""
         end = time.monotonic() + FINISH_SECONDS
-        self._withdraw(self._ahead())
+        self._withdraw(ahead(self._held))
         self.line.device.clear(begun=True)
         self._settle_shares()
         while self._held and time.monotonic() < end:
@@ -182,9 +183,12 @@ class Feeder:
         self._close_lanes()
         over = self._ended is not None and time.monotonic() - self._ended > GRACE_SECONDS
         if over or self._stopping():
-            self._withdraw(self._ahead())
+            self._withdraw(ahead(self._held))
         if over:
             self.line.device.clear(begun=True)
+        elif self._ended is not None and self._held and not self._stopping() and time.monotonic() >= self._call_at:
+            self._call_at = time.monotonic() + RETRY_SECONDS  # a child without work may have taken the earlier call
+            self._jobs.call_for_shift(self._held[0].lane)
         for held in self._held:
             if held.context.stop.is_set():
                 self._withdraw(held.left())
@@ -295,9 +299,6 @@ class Feeder:
 
     def _alone(self) -> bool:
         return any(held.share.deaths for held in self._held)
-
-    def _ahead(self) -> list[ImageInFlight]:
-        return ahead(self._held)
 
     def _look_ahead_less(self) -> None:
         """Once the device has enough to do, take less, and give back what was too much for a slow one, but divide no group."""

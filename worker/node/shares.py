@@ -51,6 +51,9 @@ class Jobs(Protocol):
     def grows(self, lane: str) -> bool:
         """Whether larger batches are faster in this lane."""
 
+    def call_for_shift(self, lane: str) -> None:
+        """Call some child of this node to its next shift, in this lane."""
+
     def progress(self, *now: tuple[Context, int]) -> None:
         """Called every few seconds during a shift with a job in progress, if any, and its images in the line."""
 

@@ -134,6 +134,8 @@ class Feeding:
         """For all models at once."""
         self.down: set[str] = set()
         """Jobs whose store does not respond."""
+        self.calls: list[str] = []
+        """Lanes in which the feeder has called for another shift."""
         self.manifests: list[ManifestDue] = []
         self.before_manifest: Callable[[ManifestDue], object] = lambda _: None
         self.settings = Settings(
@@ -205,6 +207,9 @@ class Feeding:
 
     def grows(self, lane: str) -> bool:
         return self.sizes.memory.grows
+
+    def call_for_shift(self, lane: str) -> None:
+        self.calls.append(lane)
 
     def progress(self, *now: tuple[Context, int]) -> None:
         pass

@@ -19,7 +19,7 @@ from tests.conftest import photo
 from tests.devices import DEAD
 from tests.services.images import ImageServer
 from tests.unit.worker.line.jobs import waiting
-from tests.unit.worker.node.feeding import Feeding, Steady
+from tests.unit.worker.node.feeding import LANE, Feeding, Steady
 from tests.workers import wait_until
 
 pytestmark = pytest.mark.integration
@@ -122,6 +122,24 @@ def test_next_shift_continues_with_what_is_in_the_line(feeding: Feeding, monkeyp
         feeding.work(seconds=0)
     feeding.check_done(job, 10)
     assert sum(feeding.server.hits.values()) == 10, "nothing was fetched twice"
+
+
+def test_next_shift_is_called_for_until_it_begins(feeding: Feeding, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child that is called first may be another one, which has nothing to do: the images must not wait for long."""
+    monkeypatch.setattr("imagemill.worker.node.feeder.GRACE_SECONDS", 60.0)
+    job = feeding.submit(10)
+    feeding.feeder.begin()
+    wait_until(lambda: waiting(feeding.line) == FIRST_IMAGES, "images wait for the device")
+    assert feeding.calls == [], "the shift goes on"
+    assert feeding.feeder.end()
+    wait_until(lambda: len(feeding.calls) > 2, "a shift is called for, and again")
+    assert set(feeding.calls) == {LANE}
+    feeding.operation.let(10)
+    with feeding.shift():
+        feeding.check_done(job, 10)
+    calls = len(feeding.calls)
+    feeding.work()
+    assert len(feeding.calls) == calls, "nothing is left"
 
 
 def test_stopping_node_finishes_what_is_begun_and_gives_back_the_rest(feeding: Feeding) -> None:
