@@ -85,7 +85,7 @@ class References:
             fetched = await self._fetcher.fetch(url, attempts=attempts, stop=self._stop)
             coming.set_result(fetched)
             return fetched
-        except ImageError as error:
+        except Exception as error:  # whatever it is, it ends each of these images by itself
             coming.set_exception(error)
             coming.exception()  # asyncio logs those that nobody looks at
             raise

@@ -86,6 +86,23 @@ def test_items_of_one_image_share_its_download(
     assert images.hits["/a.png"] == 2, "nothing is kept when nobody asks"
 
 
+@pytest.mark.parametrize("fault", [MemoryError("no room"), ValueError("a bug")], ids=lambda fault: type(fault).__name__)
+def test_whatever_ends_a_shared_download_ends_each_image_alone(
+    fault: Exception, references: References, fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelling the others would end the whole line."""
+
+    async def broken(*_: object, **__: object) -> Fetched:
+        await asyncio.sleep(0)  # until all have asked
+        raise fault
+
+    async def items() -> list[Fetched | BaseException]:
+        return await asyncio.gather(*(references.bring_source("http://a/b.png", 1) for _ in range(3)), return_exceptions=True)
+
+    monkeypatch.setattr(Fetcher, "fetch", broken)
+    assert fetcher.network.call(items()) == [fault] * 3
+
+
 def test_kept_references_count_in_the_pixel_budget(fetcher: Fetcher, images: ImageServer) -> None:
     images.routes.update({f"/{name}.png": photo(1) for name in "ac"})
     mask = io.BytesIO()
