@@ -112,7 +112,7 @@ class WithoutEffect:
             if name in USERS and name not in options.columns:
                 yield f"{name!r} in the list has no effect on {self.spec.operation} ({engine}), only on {USERS[name]}: {rows}"
         if self._unprompted is not None and not getattr(options, "points", ()) and not getattr(options, "boxes", ()):
-            yield f"neither points nor boxes say what to cut out, so it will be what the centre shows: {self._unprompted}"
+            yield f"without points or boxes, whatever is at the centre is cut out: {self._unprompted}"
 
     def _of_tables(self) -> Iterator[str]:
         keys = {match[1].strip().lower() for match in KEY_FIELD.finditer(self.spec.output.key)}

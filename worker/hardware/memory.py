@@ -72,9 +72,9 @@ def memory_of(device: Device, runtime: Literal["cpu", "onnxruntime", "torch"]) -
 
 
 def freeze() -> None:
-    """Let the garbage collector ignore all that is alive now: modules, and models that stay open.
+    """Make the garbage collector ignore everything that is alive now: modules, and models that stay open.
 
-    Otherwise it looks at them again and again, and nothing else runs meanwhile: 0.1 s each time, as often as once a second.
+    Otherwise it scans them again and again, and holds up everything else for 0.1 s each time, as often as once a second.
     """
     gc.collect()
     gc.freeze()
@@ -83,7 +83,7 @@ def freeze() -> None:
 def give_up_caches(*, frozen: bool = False) -> None:
     """Collect garbage and empty torch's GPU cache. Call it outside `except` blocks, whose frames keep tensors alive.
 
-    If something may be garbage that was alive at `freeze`, pass `frozen`; that takes longer.
+    Pass `frozen` to collect what was alive at `freeze`, too; that takes longer.
     """
     if frozen:
         gc.unfreeze()

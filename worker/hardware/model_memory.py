@@ -65,7 +65,7 @@ class ModelMemory:
         self.make_room(0, key)
 
     def resized(self, key: Hashable, size: int) -> None:
-        """An open model takes so many bytes by now. Others go if there is no room for that."""
+        """An open model now takes this many bytes. Others are closed if there is no room for it."""
         self._open[key] = size, self._open[key][1]
         self.make_room(0, key)
 

@@ -141,7 +141,7 @@ class BatchSizes:
         return max(1, size)
 
     def growth(self, kind: str, most: int) -> float:
-        """How many times the largest batch so far the next one may be; 1 if none was measured, or larger ones are no faster."""
+        """How much larger than any so far the next batch may be, as a factor; 1 if nothing was measured, or size is no help."""
         fits = self._kinds[kind].fits if kind in self._kinds and self.memory.grows else 0
         return max(1.0, self.limit(kind, most) / fits) if fits else 1.0
 

@@ -121,7 +121,7 @@ class DeviceLoop:
                     return
 
     def _run_next(self) -> None:
-        """Run a batch, of whatever has been prepared by the time when the device is ours."""
+        """Run a batch of whatever has been prepared by the time the device is ours."""
         start = time.perf_counter()
         with self._turn:
             if not isinstance(self._turn, nullcontext):

@@ -1,7 +1,7 @@
-"""Downloads of a job: its images, and what they need: the job's mask or reference, fetched once, an item's own mask or control.
+"""A job's downloads: its images, the mask and reference that they share, and each image's own mask or control picture.
 
-The latter are downloaded together with the image itself (`bring`, `bring_mask`), so that no thread has to wait for the network,
-and decoded when they are needed.
+What an image needs is downloaded along with it (`bring`, `bring_mask`), so that no thread has to wait for the network, and
+decoded when it is needed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class References:
         """Download an image. Give its room back to the fetcher's `room`.
 
         Items of one image, such as its garments, are neighbours: those that ask while it is coming share the file. Each counts
-        it in `room`, as it cannot know who drops it last. Raises an ImageError.
+        it in `room`, because none knows which of them drops it last. Raises an ImageError.
         """
         if (coming := self._coming.get(url)) is not None:
             fetched = await asyncio.shield(coming)

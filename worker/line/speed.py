@@ -70,9 +70,9 @@ class Speed:
         """Images per second of a lane that the device could take from this child, judging by its fastest recent batch; 0 if
         unknown.
 
-        That is more than it computes while it has to wait or batches are not full. While batches still grow, it assumes that
-        the next one takes no longer: otherwise a fast device would wait for downloads after each step. By default, of the
-        latest lane.
+        That is more than it computes while it has to wait or batches are not full. While batches still grow, the next one is
+        assumed to take no longer: otherwise a fast device would wait for downloads after each step. Without a lane, the
+        latest one counts.
         """
         with self._lock:
             known = self._lanes.get(lane or self._latest or "")

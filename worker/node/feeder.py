@@ -187,7 +187,7 @@ class Feeder:
         if over:
             self.line.device.clear(begun=True)
         elif self._ended is not None and self._held and not self._stopping() and time.monotonic() >= self._call_at:
-            self._call_at = time.monotonic() + RETRY_SECONDS  # a child without work may have taken the earlier call
+            self._call_at = time.monotonic() + RETRY_SECONDS  # an idle child may have taken the earlier call
             self._jobs.call_for_shift(self._held[0].lane)
         for held in self._held:
             if held.context.stop.is_set():

@@ -180,7 +180,7 @@ def test_segment_anything_without_prompts_is_told_with_its_line(
 ) -> None:
     path = tmp_path / "list.csv"
     warnings = checked(path, rows.format(A=A, B=B), job("rembg", {"model": "sam", **options})).warnings
-    line = "neither points nor boxes say what to cut out, so it will be what the centre shows: "
+    line = "without points or boxes, whatever is at the centre is cut out: "
     assert warnings == ((line + told.format(list=path),) if told else ())
 
 

@@ -33,14 +33,14 @@ class Knot:
         self.me = self
 
 
-def test_what_was_alive_at_a_freeze_is_only_looked_at_when_asked_for() -> None:
+def test_what_was_alive_at_a_freeze_is_collected_only_on_request() -> None:
     knot = Knot()
     alive = weakref.ref(knot)
     freeze()
     try:
         del knot
         give_up_caches()
-        assert alive() is not None, "it was looked at"
+        assert alive() is not None, "it was collected"
         give_up_caches(frozen=True)
         assert alive() is None
         assert gc.get_freeze_count(), "the rest stays frozen"

@@ -116,7 +116,7 @@ def test_model_that_is_larger_than_its_file_takes_the_place_of_others() -> None:
     assert engine.opened == ["aa", "bb", "cc"]
 
 
-def test_closed_model_is_freed_even_if_it_refers_to_itself_and_was_there_before_the_first_task() -> None:
+def test_closed_model_is_freed_even_if_it_was_frozen_and_refers_to_itself() -> None:
     class Knot:
         def __init__(self) -> None:
             self.me = self
